@@ -1,0 +1,21 @@
+"""Kernels and layers for continual, multi-task LoRA: x A (B0 + U_i V_i) with a task index per sample."""
+
+from .backends import backend, explain
+from .functional import delta, draw_seed, linear
+from .linear import LiLoRALinear, check_task_name
+from .routing import Route, attach, route
+from .version import __version__
+
+__all__ = [
+    "LiLoRALinear",
+    "Route",
+    "__version__",
+    "attach",
+    "backend",
+    "check_task_name",
+    "delta",
+    "draw_seed",
+    "explain",
+    "linear",
+    "route",
+]

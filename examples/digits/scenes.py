@@ -1,0 +1,196 @@
+"""Pictures of handwritten digits, and questions about them: the six tasks, and the generic mix of the base model.
+
+A picture is a black canvas of 32 x 32 pixels, four rows of four cells; a cell is empty or holds one of scikit-learn's
+8 x 8 handwritten digits in one of four inks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+CELL, GRID = 8, 4
+SIZE = CELL * GRID
+INKS = {"red": (255, 64, 64), "green": (64, 255, 64), "blue": (96, 96, 255), "white": (255, 255, 255)}
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Digit:
+    """One digit of a picture: its value, ink and cell, and the 8 x 8 strokes in 0..1 that were drawn."""
+
+    value: int
+    ink: str
+    row: int
+    column: int
+    strokes: np.ndarray
+
+    @property
+    def word(self) -> str:
+        return WORDS[self.value]
+
+    @property
+    def cell(self) -> str:
+        return f"{'abcd'[self.row]}{self.column + 1}"
+
+    @property
+    def box(self) -> str:
+        """x0 y0 x1 y1 in pixels."""
+        x, y = self.column * CELL, self.row * CELL
+        return f"{x} {y} {x + CELL} {y + CELL}"
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The handwritten digits that pictures of one split are made of."""
+
+    strokes: np.ndarray  # [n, 8, 8] in 0..1
+    values: np.ndarray  # [n]
+
+    def scene(self, rng: Rng, values: list[int], inks: list[str] | None = None) -> list[Digit]:
+        """Digits of these values in different cells, in reading order."""
+        cells = np.sort(rng.choice(GRID * GRID, len(values), replace=False))
+        inks = inks or rng.choice(list(INKS), len(values)).tolist()
+        return [
+            Digit(v, ink, int(cell) // GRID, int(cell) % GRID, self.strokes[rng.choice(np.flatnonzero(self.values == v))])
+            for v, ink, cell in zip(values, inks, cells, strict=True)
+        ]
+
+
+def pools() -> tuple[Pool, Pool]:
+    """The training and the test digits: every fifth of the 1,797 is for tests."""
+    data = load_digits()
+    test = np.arange(len(data.target)) % 5 == 0
+    return tuple(Pool(data.images[part] / 16, data.target[part]) for part in (~test, test))
+
+
+def draw(scene: list[Digit]) -> np.ndarray:
+    """The picture of a scene, [32, 32, 3] uint8."""
+    canvas = np.zeros((SIZE, SIZE, 3), np.uint8)
+    for d in scene:
+        y, x = d.row * CELL, d.column * CELL
+        canvas[y : y + CELL, x : x + CELL] = np.round(d.strokes[..., None] * INKS[d.ink])
+    return canvas
+
+
+def _values(rng: Rng, n: int, distinct: bool = False) -> list[int]:
+    return rng.choice(10, n, replace=not distinct).tolist()
+
+
+Example = tuple[list[Digit], str, str]  # scene, question, answer
+
+
+def name(pool: Pool, rng: Rng) -> Example:
+    scene = pool.scene(rng, _values(rng, 1))
+    return scene, "Which number is written here?", scene[0].word
+
+
+def count(pool: Pool, rng: Rng) -> Example:
+    ink = str(rng.choice(list(INKS)))
+    others = [i for i in INKS if i != ink]
+    hits = int(rng.integers(0, 4))
+    inks = [ink] * hits + rng.choice(others, 4 - hits).tolist()
+    rng.shuffle(inks)
+    return pool.scene(rng, _values(rng, 4), inks), f"How many of them are {ink}?", WORDS[hits]
+
+
+def verify(pool: Pool, rng: Rng) -> Example:
+    values = _values(rng, 4, distinct=True)
+    there = bool(rng.integers(2))
+    asked = values[0] if there else values.pop()
+    scene = pool.scene(rng, rng.permutation(values[:3]).tolist())
+    return scene, f"Is there a {WORDS[asked]} in the picture?", "yes" if there else "no"
+
+
+def compare(pool: Pool, rng: Rng) -> Example:
+    inks = rng.choice(list(INKS), 2, replace=False).tolist()
+    scene = pool.scene(rng, _values(rng, 2, distinct=True), inks)
+    return scene, "Which colour has the greater number?", max(scene, key=lambda d: d.value).ink
+
+
+def locate(pool: Pool, rng: Rng) -> Example:
+    scene = pool.scene(rng, _values(rng, 3, distinct=True))
+    target = scene[rng.integers(3)]
+    return scene, f"Give the box around the {target.word}.", target.box
+
+
+def caption(pool: Pool, rng: Rng) -> Example:
+    scene = pool.scene(rng, _values(rng, 2))
+    return scene, "Describe the picture.", " and ".join(f"a {d.ink} {d.word}" for d in scene)
+
+
+def option(pool: Pool, rng: Rng) -> Example:
+    choices = _values(rng, 4, distinct=True)
+    right = int(rng.integers(4))
+    scene = pool.scene(rng, [choices[right]])
+    listed = " ".join(f"{letter}. {WORDS[c]}" for letter, c in zip("ABCD", choices, strict=True))
+    return scene, f"Pick the option that names the number: {listed}", "ABCD"[right]
+
+
+TASKS: dict[str, Callable[[Pool, Rng], Example]] = {
+    f.__name__: f for f in (name, count, verify, compare, locate, caption, option)
+}
+
+
+def _scene(pool: Pool, rng: Rng) -> list[Digit]:
+    return pool.scene(rng, _values(rng, int(rng.integers(1, 5))))
+
+
+def list_digits(pool: Pool, rng: Rng) -> Example:
+    scene = _scene(pool, rng)
+    return scene, "list digits", " ".join(str(d.value) for d in scene)
+
+
+def list_inks(pool: Pool, rng: Rng) -> Example:
+    scene = _scene(pool, rng)
+    return scene, "list inks", " ".join(d.ink for d in scene)
+
+
+def list_cells(pool: Pool, rng: Rng) -> Example:
+    scene = _scene(pool, rng)
+    return scene, "list cells", " ".join(d.cell for d in scene)
+
+
+def list_all(pool: Pool, rng: Rng) -> Example:
+    scene = _scene(pool, rng)
+    return scene, "list all", " ".join(f"{d.cell} {d.ink} {d.value}" for d in scene)
+
+
+def look_up(pool: Pool, rng: Rng) -> Example:
+    scene = _scene(pool, rng)
+    d = scene[rng.integers(len(scene))]
+    return scene, f"read {d.cell}", f"{d.ink} {d.value}"
+
+
+def find(pool: Pool, rng: Rng) -> Example:
+    scene = pool.scene(rng, _values(rng, int(rng.integers(1, 5)), distinct=True))
+    d = scene[rng.integers(len(scene))]
+    return scene, f"find {d.value}", d.cell
+
+
+def spell(pool: Pool, rng: Rng) -> Example:
+    value = int(rng.integers(10))
+    return ([], f"spell {value}", WORDS[value]) if rng.integers(2) else ([], f"numeral {WORDS[value]}", str(value))
+
+
+def order(pool: Pool, rng: Rng) -> Example:
+    a, b = _values(rng, 2, distinct=True)
+    return [], f"maximum {a} {b}", str(max(a, b))
+
+
+def test(pool: Pool, rng: Rng) -> Example:
+    a, b = _values(rng, 2)
+    if rng.integers(2):
+        b = a
+    return [], f"test {a} {b}", "true" if a == b else "false"
+
+
+def corners(pool: Pool, rng: Rng) -> Example:
+    d = pool.scene(rng, [0])[0]
+    return [], f"corners {d.cell}", d.box
+
+
+GENERIC = [list_digits, list_inks, list_cells, look_up, find, spell, order, test, corners]

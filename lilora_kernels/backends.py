@@ -1,0 +1,93 @@
+"""Which implementation runs an operation: the table, the choice, and why a backend is not used."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ORDER = ("cuda", "triton", "eager")
+_forced: ContextVar[str | None] = ContextVar("lilora_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of one operation. `refusal(x)` says in a few words why it cannot run on x, or None if it can."""
+
+    forward: Callable
+    backward: Callable
+    refusal: Callable[[Tensor], str | None]
+
+
+_table: dict[str, dict[str, Implementation]] = {}
+
+
+def register(op: str, backend: str, implementation: Implementation) -> None:
+    """Enter an implementation of `lilora::<op>` into the table."""
+    _table.setdefault(op, {})[backend] = implementation
+
+
+def requested() -> str | None:
+    """The backend ordered by `backend(...)` or LILORA_BACKEND; None leaves the choice to us."""
+    name = _forced.get() or os.environ.get("LILORA_BACKEND") or None
+    if name is not None and name not in ORDER:
+        raise ValueError(f"LILORA_BACKEND is {name!r}; it must be one of {list(ORDER)}")
+    return name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Order a backend for the calls inside; a call that it cannot run raises instead of falling back."""
+    if name not in ORDER:
+        raise ValueError(f"backend is {name!r}; it must be one of {list(ORDER)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def refusals(op: str, x: Tensor) -> dict[str, str | None]:
+    """For each backend in order of preference, why it cannot run `op` on x; None if it can."""
+    table = _table[op]
+    return {
+        name: table[name].refusal(x) if name in table else "not part of this version of lilora-kernels"
+        for name in ORDER
+    }
+
+
+def choose(op: str, x: Tensor) -> Implementation:
+    """The first backend that can run `op` on x, or the one that was ordered."""
+    wanted = requested()
+    table = _table[op]
+    for name in ORDER if wanted is None else (wanted,):
+        if name in table and table[name].refusal(x) is None:
+            return table[name]
+    reasons = refusals(op, x)
+    usable = [name for name, reason in reasons.items() if reason is None]
+    raise RuntimeError(f"{op}: the backend {wanted!r} cannot run on {x.device}: {reasons[wanted]}; available: {usable}")
+
+
+def explain(model: torch.nn.Module) -> str:
+    """One line per adapted linear: the backend and plan that will run, and why the other backends will not.
+
+    A layer is judged by its base weight's device and dtype: that of the activations it expects.
+    """
+    from .linear import LiLoRALinear
+
+    lines = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LiLoRALinear):
+            continue
+        reason = layer.unfused_reason()
+        op = "linear" if reason is None else "delta"
+        reasons = refusals(op, layer.example())
+        wanted = requested()
+        chosen = next((b for b, why in reasons.items() if why is None and wanted in (None, b)), None)
+        plan = "base and adapter in one operation" if reason is None else f"base_layer(x) + delta, because {reason}"
+        others = "; ".join(f"{b}: {why}" for b, why in reasons.items() if why is not None)
+        lines.append(f"{name or type(layer).__name__}: {chosen or f'{wanted} CANNOT RUN'}, {plan} [{others}]")
+    return "\n".join(lines) or "no LiLoRALinear in this model"

@@ -1,0 +1,87 @@
+"""The public functions. Shapes and formula: ops/README.md.
+
+x [..., K] rows, M of them; weight [N, K], bias [N]; a [R, K] and b0 [N, R] shared by all tasks; u [T, N, S], v [T, S, R],
+fusion [T] per task; task [M] int32, the row's task or -1 for rows without an adapter; gate [G, R] and gate_row [M] int32.
+Parameters may have another floating dtype than x (fp32 masters under bf16 activations): they are cast inside.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .ops.delta.register import delta as _delta
+from .ops.linear.register import linear as _linear
+
+
+def delta(
+    x: Tensor,
+    a: Tensor,
+    b0: Tensor,
+    u: Tensor | None = None,
+    v: Tensor | None = None,
+    fusion: Tensor | None = None,
+    *,
+    task: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_row: Tensor | None = None,
+    seed: Tensor | None = None,
+    scaling: float = 1.0,
+    p: float = 0.0,
+    ranks: Sequence[int] | None = None,
+) -> Tensor:
+    """The adapter alone: scaling * (h * g) M_t^T with h = D(x) a^T and M_t = f_t b0 + e_t u_t v_t -> [..., N].
+
+    fusion given: f = sigmoid(fusion), e = 1 - f (LiLoRA, arXiv 2508.06202). fusion None: f = e = 1. u and v None: M = b0.
+    task may be None for a single task: every row is its own. Dropout with probability p needs `seed` (see `draw_seed`);
+    the same seed gives the same mask. ranks = (lo, hi) limits the gradients of a and b0 to these ranks; the rest get zeros.
+
+    Under autocast x is cast to the autocast dtype. Deterministic; gradients nobody asks for are not computed.
+    Raises ValueError for shapes and ranges, TypeError for dtypes.
+    """
+    x = autocast(x)
+    flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+    y, _ = _delta(flat, a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
+    return y.view(*lead, y.shape[-1])
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b0: Tensor,
+    u: Tensor | None = None,
+    v: Tensor | None = None,
+    fusion: Tensor | None = None,
+    *,
+    task: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_row: Tensor | None = None,
+    seed: Tensor | None = None,
+    scaling: float = 1.0,
+    p: float = 0.0,
+    ranks: Sequence[int] | None = None,
+) -> Tensor:
+    """x weight^T + bias + delta(x, ...) -> [..., N], the base product included; weight and bias are frozen.
+
+    Arguments as in `delta`. Without autocast x and weight must have the same dtype, as in torch.nn.functional.linear.
+    """
+    cast = autocast(x)
+    if cast.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"linear: x is {x.dtype} and weight is {weight.dtype}; cast one of them or use torch.autocast")
+    flat, lead = cast.reshape(-1, x.shape[-1]), x.shape[:-1]
+    y, _ = _linear(flat, weight, bias, a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
+    return y.view(*lead, y.shape[-1])
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the autocast dtype of its device; fp64 and x itself outside autocast are left alone."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A dropout seed [1] int64 from torch's generator of `device`: checkpointing and manual_seed reproduce it."""
+    return torch.randint(2**63 - 1, (1,), device=device)

@@ -1,0 +1,351 @@
+"""LiLoRALinear: a frozen linear layer with one small adapter per task on a shared basis."""
+
+import math
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .routing import Routes
+
+POLICIES = ("always", "first", "never")
+
+
+def check_task_name(name: str) -> None:
+    """Raise ValueError for a name that cannot be a task: it becomes a key of parameters and a file name."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(
+            f"task name {name!r} is not allowed; use letters, digits, '-' and '_', starting with a letter or digit"
+        )
+    if (
+        hasattr(nn.ParameterDict, name)
+        or name in ("training", "weight", "bias")
+        or name.startswith(("lilora_", "lora_"))
+    ):
+        raise ValueError(
+            f"task name {name!r} is reserved by torch or PEFT; choose another, for example {'task-' + name!r}"
+        )
+
+
+class LiLoRALinear(nn.Module):
+    """y = base_layer(x) + scaling * D(x) A^T M_t^T with M_t = f_t B0 + (1 - f_t) U_t V_t, f_t = sigmoid(fusion_t).
+
+    Replaces a linear layer [N, K] in one line; `base_layer` may be any module that maps [..., K] to [..., N] and has
+    in_features and out_features. A [r, K] and B0 [N, r] are shared by all tasks, U [N, sub_rank], V [sub_rank, r] and
+    fusion [1] belong to one task; scaling = alpha / r (arXiv 2508.06202). With fusion=False M_t = B0 + U_t V_t.
+
+    train_a and train_b0 say when the shared factors learn: "always", in the "first" task only, or "never".
+
+    Parameters are created by `add_task`, in the dtype and on the device of the base weight. A and B0 lie in
+    ParameterDicts under every task's name, one Parameter object each.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int = 128,
+        sub_rank: int = 64,
+        alpha: float = 256.0,
+        dropout: float = 0.05,
+        fusion: bool = True,
+        train_a: str = "first",
+        train_b0: str = "first",
+    ) -> None:
+        super().__init__()
+        for name, size in (("r", r), ("sub_rank", sub_rank)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is {size!r}; it must be an integer of at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; it must be in [0, 1)")
+        for name, policy in (("train_a", train_a), ("train_b0", train_b0)):
+            if policy not in POLICIES:
+                raise ValueError(f"{name} is {policy!r}; it must be one of {list(POLICIES)}")
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.rank, self.sub_rank, self.alpha, self.dropout, self.fusion = r, sub_rank, alpha, dropout, fusion
+        self.train_a, self.train_b0 = train_a, train_b0
+        self.lilora_A, self.lilora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.lilora_U, self.lilora_V, self.lilora_fusion = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.routes = Routes()
+        self.vision = False  # whether the rows are packed images; set by attach()
+        self.merged_task: str | None = None
+        self.active: tuple[str, ...] = ()
+        self._slot: tuple[Tensor, ...] | None = None  # the active task's a, b0, u, v, fusion
+        self._bank: tuple[tuple, tuple[Tensor, ...]] | None = None  # (what it was gathered from, stacked u, v, fusion)
+
+    @property
+    def lilora_scaling(self) -> float:
+        return self.alpha / self.rank
+
+    # --- tasks ------------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks in the order of their ids."""
+        return [name for name in self.routes.tasks if name in self.lilora_U]
+
+    def add_task(self, name: str, init: bool = True) -> None:
+        """Create the parameters of a task (and of the shared factors with the first) and register its id.
+
+        init=False leaves them uninitialised, for loading. Nothing is added when the name is not allowed or taken.
+        """
+        check_task_name(name)
+        if name in self.lilora_U:
+            raise ValueError(f"task {name!r} exists already; delete it first or choose another name")
+        like = getattr(self.base_layer, "weight", None)
+        dtype = like.dtype if like is not None and like.is_floating_point() else torch.get_default_dtype()
+        device = None if like is None else like.device
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+
+        if not self.lilora_A:
+            self.lilora_A[name], self.lilora_B[name] = (
+                parameter(self.rank, self.in_features),
+                parameter(self.out_features, self.rank),
+            )
+            if init:
+                nn.init.kaiming_uniform_(self.lilora_A[name], a=math.sqrt(5))
+                nn.init.zeros_(self.lilora_B[name])
+        else:
+            self.lilora_A[name] = next(iter(self.lilora_A.values()))
+            self.lilora_B[name] = next(iter(self.lilora_B.values()))
+        self.lilora_U[name] = parameter(self.out_features, self.sub_rank)
+        self.lilora_V[name] = parameter(self.sub_rank, self.rank)
+        if self.fusion:
+            self.lilora_fusion[name] = parameter(1)
+        if init:
+            nn.init.zeros_(self.lilora_U[name])
+            nn.init.kaiming_uniform_(self.lilora_V[name], a=math.sqrt(5))
+            if self.fusion:
+                nn.init.normal_(self.lilora_fusion[name])
+        if name not in self.routes.tasks:
+            self.routes.tasks.append(name)
+        if not self.active:
+            self.set_task(name)
+        else:
+            for own in self._own(name):
+                own.requires_grad_(False)
+
+    def delete_task(self, name: str) -> None:
+        """Remove a task's parameters; the ids of the others stay."""
+        self._require(name)
+        if self.merged_task == name:
+            self.unmerge()
+        for parameters in (self.lilora_A, self.lilora_B, self.lilora_U, self.lilora_V, self.lilora_fusion):
+            if name in parameters:
+                del parameters[name]
+        if name in self.routes.tasks:
+            self.routes.tasks[self.routes.tasks.index(name)] = None
+        self._bank = None
+        self.set_task(*(task for task in self.active if task != name))
+
+    def set_task(self, *names: str, train: bool = True) -> None:
+        """Make a task the one that `forward` uses and trains; several names train together, by task ids.
+
+        Parameters of the other tasks stop requiring gradients; the shared factors follow train_a and train_b0.
+        """
+        for name in names:
+            self._require(name)
+        if names != self.active:
+            self.routes.switches += 1
+        self.active = tuple(names)
+        for task in self.lilora_U:
+            for own in self._own(task):
+                own.requires_grad_(train and task in names)
+        self.train_shared(train)
+        self.bind()
+
+    def train_shared(self, train: bool = True) -> None:
+        """Let A and B0 require gradients as train_a and train_b0 say for the active tasks."""
+        first = bool(self.active) and self.routes.tasks[0] in self.active
+        for policy, shared in ((self.train_a, self.lilora_A), (self.train_b0, self.lilora_B)):
+            learns = bool(self.active) and (policy == "always" or (policy == "first" and first))
+            for parameter in shared.values():
+                parameter.requires_grad_(train and learns)
+
+    def retie(self) -> None:
+        """Make every task's A and B0 one Parameter again, after a load, cast or move that replaced them."""
+        for shared in (self.lilora_A, self.lilora_B):
+            if shared:
+                first = next(iter(shared.values()))
+                for name in shared:
+                    shared[name] = first
+        self.bind()
+
+    def bind(self) -> None:
+        """Rebuild the slot that `forward` reads: a lookup by task name there would recompile for every task."""
+        self._slot = self._parameters_of(self.active[0]) if len(self.active) == 1 else None
+        self._bank = None
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.retie()
+        return self
+
+    def _own(self, name: str) -> list[nn.Parameter]:
+        dicts = (self.lilora_U, self.lilora_V, self.lilora_fusion)
+        return [parameters[name] for parameters in dicts if name in parameters]
+
+    def _parameters_of(self, name: str) -> tuple[Tensor | None, ...]:
+        fusion = self.lilora_fusion[name] if self.fusion else None
+        return self.lilora_A[name], self.lilora_B[name], self.lilora_U[name], self.lilora_V[name], fusion
+
+    def _require(self, name: str) -> None:
+        if name not in self.lilora_U:
+            raise ValueError(f"task {name!r} is unknown; this layer knows {self.tasks}")
+
+    # --- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args, task: Tensor | None = None, **kwargs) -> Tensor:
+        """x [..., K] -> [..., N].
+
+        task: [B] int32 ids for x [B, ..., K], -1 for samples without an adapter. Without it the route of the running
+        forward decides, and without a route the active task. Raises when several tasks are active and nothing decides.
+        """
+        routed = task is not None or self.routes.current is not None
+        if not self.lilora_U or self.merged_task is not None:
+            if routed and self.merged_task is not None:
+                raise RuntimeError(
+                    f"task {self.merged_task!r} is merged into the base weight; unmerge() before routing tasks"
+                )
+            return self.base_layer(x, *args, **kwargs)
+        if not routed:
+            self.routes.require_known()
+        if not routed and self._slot is None:
+            if self.active:
+                raise ValueError(f"the tasks {list(self.active)} are active together; pass task ids with the batch")
+            return self.base_layer(x, *args, **kwargs)
+        if task is not None and not torch.compiler.is_compiling():
+            self.publish()
+        if routed:
+            a, b0, u, v, fusion, rows = self._mixed(self._rows(x, task))
+        else:
+            a, b0, u, v, fusion = self._current_slot()
+            u, v, rows = u.unsqueeze(0), v.unsqueeze(0), None
+        p = self.dropout if self.training else 0.0
+        adapter = {
+            "task": rows,
+            "scaling": self.lilora_scaling,
+            "p": p,
+            "seed": functional.draw_seed(x.device) if p else None,
+        }
+        if self.unfused_reason() is None and not args and not kwargs:
+            base = self.base_layer
+            return functional.linear(x, base.weight, base.bias, a, b0, u, v, fusion, **adapter)
+        y = self.base_layer(x, *args, **kwargs)
+        d = functional.delta(x if x.is_floating_point() else x.to(a.dtype), a, b0, u, v, fusion, **adapter)
+        return y + d.to(y.dtype)
+
+    def _rows(self, x: Tensor, task: Tensor | None) -> Tensor:
+        if task is None:
+            return self.routes.current.rows(x, self.vision)
+        rows = x.shape[:-1].numel()
+        if task.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"task is {task.dtype}; it must be torch.int32")
+        if task.dim() != 1 or task.shape[0] not in (x.shape[0], rows):
+            raise ValueError(
+                f"task is {list(task.shape)} for x {list(x.shape)}; pass one id per sample, [{x.shape[0]}]"
+            )
+        if task.shape[0] != rows:
+            task = task.repeat_interleave(rows // task.shape[0], output_size=rows)
+        return task.to(device=x.device, dtype=torch.int32)
+
+    def _current_slot(self) -> tuple[Tensor, ...]:
+        # Code that swaps Parameters (sharding, PEFT's casts) cannot tell us; the check costs nothing inside a graph.
+        if not torch.compiler.is_compiling() and self._slot[2] is not self.lilora_U[self.active[0]]:
+            self.bind()
+        return self._slot
+
+    def _mixed(self, rows: Tensor) -> tuple[Tensor | None, ...]:
+        """Shared factors, stacked factors of all tasks, and rows as positions in the stack."""
+        first = self.tasks[0]
+        if torch.is_grad_enabled() and any(own.requires_grad for own in self.lilora_U.values()):
+            stacked = self._stack()
+        else:
+            stacked = self._stack() if self._bank is None else self._bank[1]
+        if len(self.tasks) != len(self.routes.tasks):
+            # The extra last entry is where -1 points to.
+            position = {name: i for i, name in enumerate(self.tasks)}
+            lookup = [position.get(name, -1) for name in self.routes.tasks] + [-1]
+            rows = torch.tensor(lookup, dtype=torch.int32, device=rows.device)[rows.long()]
+        return self.lilora_A[first], self.lilora_B[first], *stacked, rows
+
+    def _stack(self) -> tuple[Tensor | None, ...]:
+        dicts = (self.lilora_U, self.lilora_V, self.lilora_fusion)
+        u, v, fusion = (torch.stack([d[name] for name in self.tasks]) if d else None for d in dicts)
+        return u, v, None if fusion is None else fusion.squeeze(1)
+
+    def publish(self) -> None:
+        """Gather all tasks into the stacked bank that mixed inference reads, unless it is current."""
+        if not self.lilora_U:
+            return
+        source = tuple((id(own), own._version) for name in self.tasks for own in self._own(name))
+        if self._bank is None or self._bank[0] != source:
+            with torch.no_grad():
+                self._bank = (source, self._stack())
+
+    def unfused_reason(self) -> str | None:
+        """Why the base product cannot be part of our operation; None if it can."""
+        base = self.base_layer
+        if type(base) is not nn.Linear:
+            return f"the base is a {type(base).__name__}"
+        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+            return "the base is being trained"
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+            return "the base has hooks"
+        return None
+
+    def example(self) -> Tensor:
+        """An input [1, K] as the base expects it, on the meta device's terms: no data is read."""
+        weight = getattr(self.base_layer, "weight", None)
+        dtype = weight.dtype if weight is not None and weight.is_floating_point() else torch.get_default_dtype()
+        return torch.empty(1, self.in_features, dtype=dtype, device=None if weight is None else weight.device)
+
+    # --- merging ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def delta_weight(self, name: str) -> Tensor:
+        """scaling * M_t A of one task, [N, K] in the adapter's dtype (computed in fp32 at least)."""
+        self._require(name)
+        a, b0, u, v, fusion = self._parameters_of(name)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        m = b0.to(wide) + u.to(wide) @ v.to(wide)
+        if fusion is not None:
+            m = torch.lerp(u.to(wide) @ v.to(wide), b0.to(wide), torch.sigmoid(fusion.to(wide)))
+        return (self.lilora_scaling * m @ a.to(wide)).to(a.dtype)
+
+    @torch.no_grad()
+    def merge(self, name: str) -> None:
+        """Add a task to the base weight, for inference without any cost; forward then runs the base alone."""
+        if self.merged_task is not None:
+            raise RuntimeError(f"task {self.merged_task!r} is merged already; unmerge() first")
+        if type(self.base_layer) is not nn.Linear:
+            raise TypeError(f"merge needs a plain nn.Linear base, not a {type(self.base_layer).__name__}")
+        self.base_layer.weight += self.delta_weight(name).to(self.base_layer.weight.dtype)
+        self.merged_task = name
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the merged task out again, by subtraction: exact up to the rounding of the base weight's dtype."""
+        if self.merged_task is None:
+            return
+        self.base_layer.weight -= self.delta_weight(self.merged_task).to(self.base_layer.weight.dtype)
+        self.merged_task = None
+
+    def extra_repr(self) -> str:
+        return (
+            f"r={self.rank}, sub_rank={self.sub_rank}, alpha={self.alpha}, dropout={self.dropout}, "
+            f"train_a={self.train_a!r}, train_b0={self.train_b0!r}, tasks={self.tasks}, active={list(self.active)}"
+        )
+
+
+def set_task(model: nn.Module, *names: str, train: bool = True) -> None:
+    """`LiLoRALinear.set_task` for every adapted layer of a model."""
+    layers: Sequence[LiLoRALinear] = [m for m in model.modules() if isinstance(m, LiLoRALinear)]
+    if not layers:
+        raise RuntimeError("this model has no LiLoRALinear layer")
+    for layer in layers:
+        layer.set_task(*names, train=train)

@@ -1,0 +1,89 @@
+"""Argument checks shared by the real and the fake implementation of every operation."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_delta(
+    op: str,
+    x: Tensor,
+    a: Tensor,
+    b0: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    fusion: Tensor | None,
+    task: Tensor | None,
+    gate: Tensor | None,
+    gate_row: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    ranks: Sequence[int] | None,
+) -> None:
+    """Raise ValueError (shapes, ranges) or TypeError (dtypes) in one sentence; never looks at a tensor's values."""
+
+    def wrong(argument: str, got: object, wanted: str) -> ValueError:
+        return ValueError(f"{op}: {argument} is {got}; {wanted}")
+
+    if x.dim() != 2:
+        raise wrong("x", f"{x.dim()}-D", "it must be [M, K]: flatten the leading dimensions")
+    rows, columns = x.shape
+    if a.dim() != 2 or a.shape[1] != columns:
+        raise wrong("a", list(a.shape), f"it must be [R, K] with K = {columns}, the columns of x")
+    rank = a.shape[0]
+    if b0.dim() != 2 or b0.shape[1] != rank:
+        raise wrong("b0", list(b0.shape), f"it must be [N, R] with R = {rank}, the rows of a")
+    if (u is None) != (v is None):
+        raise wrong("u and v", "one of them None", "give both or neither")
+    if u is not None and v is not None:
+        if u.dim() != 3 or u.shape[1] != b0.shape[0]:
+            raise wrong("u", list(u.shape), f"it must be [T, N, S] with N = {b0.shape[0]}, the rows of b0")
+        if v.dim() != 3 or v.shape[0] != u.shape[0] or v.shape[1] != u.shape[2] or v.shape[2] != rank:
+            raise wrong("v", list(v.shape), f"it must be [T, S, R] = {[u.shape[0], u.shape[2], rank]}")
+        if task is None and u.shape[0] != 1:
+            raise wrong("task", "None", f"with {u.shape[0]} tasks every row needs a task: pass task [M] int32")
+    if fusion is not None:
+        if u is None:
+            raise wrong("fusion", "given", "it mixes b0 with u v: give u and v too")
+        if fusion.shape != u.shape[:1]:
+            raise wrong("fusion", list(fusion.shape), f"it must be [T] with T = {u.shape[0]}")
+    if gate is not None and (gate.dim() != 2 or gate.shape[1] != rank):
+        raise wrong("gate", list(gate.shape), f"it must be [G, R] with R = {rank}")
+    if gate_row is not None and gate is None:
+        raise wrong("gate_row", "given", "it selects rows of gate: give gate too")
+    if gate is not None and gate_row is None and gate.shape[0] != 1:
+        raise wrong("gate_row", "None", f"with {gate.shape[0]} gates every row needs one: pass gate_row [M] int32")
+    for name, index in (("task", task), ("gate_row", gate_row)):
+        if index is None:
+            continue
+        if index.dtype != torch.int32:
+            raise TypeError(f"{op}: {name} is {index.dtype}; it must be torch.int32")
+        if index.dim() != 1 or index.shape[0] != rows:
+            raise wrong(name, list(index.shape), f"it must be [M] with M = {rows}, the rows of x")
+    if not 0 <= p < 1:
+        raise wrong("p", p, "the dropout probability must be in [0, 1)")
+    if p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+        raise wrong("seed", None if seed is None else f"{seed.dtype} {list(seed.shape)}", "dropout needs one int64")
+    if ranks is not None and (len(ranks) != 2 or not 0 <= ranks[0] <= ranks[1] <= rank):
+        raise wrong("ranks", list(ranks), f"it must be (first, last + 1) within 0..{rank}")
+    floats = {"x": x, "a": a, "b0": b0, "u": u, "v": v, "fusion": fusion, "gate": gate}
+    for name, tensor in floats.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; it must be a floating-point tensor")
+    for name, tensor in {**floats, "task": task, "gate_row": gate_row, "seed": seed if p > 0 else None}.items():
+        if tensor is not None and tensor.device != x.device:
+            raise wrong(name, f"on {tensor.device}", f"move it to {x.device}, the device of x")
+
+
+def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, b0: Tensor) -> None:
+    """What `linear` adds to the arguments of `delta`: the frozen base weight [N, K] and bias [N]."""
+    if weight.dim() != 2 or weight.shape[0] != b0.shape[0] or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"{op}: weight is {list(weight.shape)}; it must be [N, K] = {[b0.shape[0], x.shape[1]]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias is {list(bias.shape)}; it must be [N] with N = {weight.shape[0]}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; use base_layer(x) + delta for quantised bases")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}; move it to {x.device}, the device of x")

@@ -1,0 +1,307 @@
+"""The fast torch path: dense h over all rows whatever the mix of tasks, and a second factor per group of rows."""
+
+import torch
+from torch import Tensor
+
+from ..call import Call
+from ..philox import keep_mask, keep_scale, threshold
+
+Group = tuple[int, slice, Tensor | None]
+
+
+def forward(x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    h = shrink(x, call)
+    y = x.new_empty(x.shape[0], call.b0.shape[0])
+    expand(gated(h, call), call, None, y)
+    return y, h
+
+
+def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str]) -> dict[str, Tensor]:
+    grads, dh = backward_up(dy, h, call, needs)
+    if "x" in needs or "a" in needs:
+        keep = dropout_mask(dy.shape[0], call.a.shape[1], dy.dtype, call)
+        if keep is not None:
+            dh = dh * keep_scale(call.p)
+        if "x" in needs:
+            grads["x"] = dx_part(dh, keep, call)
+        if "a" in needs:
+            grads["a"] = da(dh, x, keep, call)
+    return grads
+
+
+# --- the shared first factor ---------------------------------------------------------------------------------------
+
+
+def dropout_mask(rows: int, columns: int, dtype: torch.dtype, call: Call) -> Tensor | None:
+    """1 where the element is kept, [rows, columns] in `dtype`; None without dropout."""
+    if threshold(call.p) == 0:
+        return None
+    if call.seed.device.type != "cpu":
+        return keep_mask(call.seed, rows, columns, call.p).to(dtype)
+    generator = torch.Generator().manual_seed(int(call.seed))
+    return torch.empty(rows, columns, dtype=dtype).bernoulli_(1 - threshold(call.p) / 65536, generator=generator)
+
+
+def shrink(x: Tensor, call: Call) -> Tensor:
+    """h = D(x) A^T, [M, R] in x's dtype."""
+    a = call.a.to(x.dtype)
+    keep = dropout_mask(*x.shape, x.dtype, call)
+    if keep is None:
+        return x @ a.T
+    return (keep.mul_(x) @ a.T).mul_(keep_scale(call.p))  # the scale on [M, R], not on [M, K]
+
+
+def gated(h: Tensor, call: Call) -> Tensor:
+    """q = h * g."""
+    if call.gate is None:
+        return h
+    return h * row_gates(call).to(h.dtype)
+
+
+def row_gates(call: Call) -> Tensor:
+    return call.gate if call.gate_row is None else call.gate[call.gate_row]
+
+
+def dx_part(dh: Tensor, keep: Tensor | None, call: Call) -> Tensor:
+    """D'(dh A), [M, K]; dh carries the keep-scale."""
+    dx = dh @ call.a.to(dh.dtype)
+    return dx if keep is None else dx.mul_(keep)
+
+
+def da(dh: Tensor, x: Tensor, keep: Tensor | None, call: Call) -> Tensor:
+    """dh^T D(x), [R, K] in a's dtype; dh carries the keep-scale."""
+    dropped = x if keep is None else x * keep
+    if call.ranks is None:
+        return (dh.T @ dropped).to(call.a.dtype)
+    lo, hi = call.ranks
+    grad = torch.zeros_like(call.a)
+    grad[lo:hi] = dh[:, lo:hi].T @ dropped
+    return grad
+
+
+# --- the second factor, per task -----------------------------------------------------------------------------------
+
+
+def row_groups(call: Call) -> tuple[Tensor | None, list[Group]]:
+    """Rows of each task as (task, rows, mask), and the permutation that makes tasks contiguous, if one is needed.
+
+    On a CPU the rows of a task are a slice. Elsewhere that would need the host to wait for the device, so every task
+    gets all rows and a mask [M, 1]; the second factor then costs T times as much.
+    """
+    if call.task is None:
+        return None, [(0, slice(None), None)]
+    tasks = 1 if call.u is None else call.u.shape[0]
+    if call.task.device.type != "cpu":
+        return None, [(t, slice(None), (call.task == t).unsqueeze(1)) for t in range(tasks)]
+    order = None
+    ids, counts = torch.unique_consecutive(call.task, return_counts=True)
+    if ids.unique().numel() != ids.numel():
+        order = torch.argsort(call.task, stable=True)
+        ids, counts = torch.unique_consecutive(call.task[order], return_counts=True)
+    groups, start = [], 0
+    for t, count in zip(ids.tolist(), counts.tolist(), strict=True):
+        if not -1 <= t < tasks and call.u is not None:
+            raise ValueError(f"task has the id {t}; ids must be in 0..{tasks - 1}, or -1 for rows without an adapter")
+        groups.append((t, slice(start, start + count), None))
+        start += count
+    return order, groups
+
+
+def mixing(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """f [T] and e [T]; (None, None) stands for 1 and 1."""
+    if call.fusion is None:
+        return None, None
+    f = torch.sigmoid(call.fusion)
+    return f, 1 - f
+
+
+def compose(call: Call, t: int, f: Tensor | None) -> Tensor:
+    """M_t [N, R] in the parameters' dtype."""
+    if call.u is None:
+        return call.b0
+    dtype = torch.promote_types(call.b0.dtype, torch.promote_types(call.u.dtype, call.v.dtype))
+    b0, u, v = call.b0.to(dtype), call.u[t].to(dtype), call.v[t].to(dtype)
+    return torch.addmm(b0, u, v) if f is None else torch.lerp(u @ v, b0, f[t].to(dtype))
+
+
+def composing_pays(call: Call, rows: int, groups: list[Group]) -> bool:
+    """Composing M_t costs N R S per task; keeping it factored costs about (N + R) S per row."""
+    return call.u is None or (
+        all(mask is None for _, _, mask in groups) and rows >= call.a.shape[0] * sum(t >= 0 for t, _, _ in groups)
+    )
+
+
+def base_share(q: Tensor, call: Call, f: Tensor | None) -> Tensor:
+    """f q per row, zero for rows without an adapter."""
+    if call.task is None:
+        return q if f is None else q * f.to(q.dtype)
+    if f is None:
+        return q * (call.task >= 0).unsqueeze(1)
+    return q * torch.where(call.task >= 0, f[call.task.clamp(min=0)], 0).to(q.dtype).unsqueeze(1)
+
+
+def expand(q: Tensor, call: Call, bias: Tensor | None, y: Tensor) -> None:
+    """Overwrite y [M, N] with bias + s q M_t^T."""
+
+    def product(rows: slice, left: Tensor, right: Tensor) -> None:
+        if bias is None:
+            torch.addmm(out[rows], left, right, beta=0, alpha=call.scaling, out=out[rows])
+        else:
+            torch.addmm(bias.to(q.dtype), left, right, alpha=call.scaling, out=out[rows])
+
+    order, groups = row_groups(call)
+    if order is not None:
+        call, q = sorted_rows(call, order), q[order]
+    out = y if order is None else torch.empty_like(y)
+    f, e = mixing(call)
+    if call.u is None:
+        product(slice(None), base_share(q, call, None), call.b0.to(q.dtype).T)
+    elif composing_pays(call, q.shape[0], groups):
+        for t, rows, _ in groups:
+            if t < 0:
+                out[rows] = 0 if bias is None else bias.to(q.dtype)
+            else:
+                product(rows, q[rows], compose(call, t, f).to(q.dtype).T)
+    else:
+        product(slice(None), base_share(q, call, f), call.b0.to(q.dtype).T)
+        for t, rows, mask in groups:
+            if t >= 0:
+                z = scaled(q[rows] @ call.v[t].to(q.dtype).T, e, t, mask)
+                out[rows].addmm_(z, call.u[t].to(q.dtype).T, alpha=call.scaling)
+    if order is not None:
+        y.index_copy_(0, order, out)
+
+
+def scaled(rows: Tensor, e: Tensor | None, t: int, mask: Tensor | None) -> Tensor:
+    if e is not None:
+        rows = rows * e[t].to(rows.dtype)
+    return rows if mask is None else rows * mask
+
+
+def sorted_rows(call: Call, order: Tensor) -> Call:
+    return Call(**{**call.__dict__, "task": call.task[order]})
+
+
+def backward_up(
+    dy: Tensor, h: Tensor | None, call: Call, needs: frozenset[str]
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Gradients of b0, u, v, fusion and gate, as far as asked for, and dh [M, R] for those of x and a."""
+    q = None if h is None else gated(h, call)
+    order, groups = row_groups(call)
+    sorted_call = call
+    if order is not None:
+        sorted_call, dy = sorted_rows(call, order), dy[order]
+        q = None if q is None else q[order]
+    wants_dq = bool(needs & {"x", "a", "gate"})
+    if composing_pays(call, dy.shape[0], groups):
+        grads, dq = composed_backward(dy, q, sorted_call, groups, needs, wants_dq)
+    else:
+        grads, dq = factored_backward(dy, q, sorted_call, groups, needs, wants_dq)
+    if "b0" in grads and call.ranks is not None:
+        lo, hi = call.ranks
+        grads["b0"][:, :lo] = 0
+        grads["b0"][:, hi:] = 0
+    grads = {name: grad.to(getattr(call, name).dtype) for name, grad in grads.items()}
+    if not wants_dq:
+        return grads, None
+    if order is not None:
+        dq = torch.empty_like(dq).index_copy_(0, order, dq)
+    if "gate" in needs:
+        grads["gate"] = dgate(dq, h, call)
+    return grads, dq if call.gate is None else dq * row_gates(call).to(dq.dtype)
+
+
+def dgate(dq: Tensor, h: Tensor, call: Call) -> Tensor:
+    """Sum of dq * h over the rows of each gate, as a matrix product: its order is fixed, unlike that of atomics."""
+    products = dq.to(torch.promote_types(dq.dtype, torch.float32)) * h
+    if call.gate_row is None:
+        return products.sum(0, keepdim=True).to(call.gate.dtype)
+    one_hot = call.gate_row == torch.arange(call.gate.shape[0], device=dq.device).unsqueeze(1)
+    return (one_hot.to(products.dtype) @ products).to(call.gate.dtype)
+
+
+def gradient_buffers(call: Call, dtype: torch.dtype, needs: frozenset[str]) -> dict[str, Tensor]:
+    """Zeros for every parameter asked for: a task without rows keeps them. Sums over tasks run in fp32 at least."""
+    wide = torch.promote_types(dtype, torch.float32)
+    names = ("b0", "u", "v", "fusion")
+    return {name: torch.zeros_like(getattr(call, name), dtype=wide) for name in names if name in needs}
+
+
+def composed_backward(
+    dy: Tensor, q: Tensor | None, call: Call, groups: list[Group], needs: frozenset[str], wants_dq: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Through the gradient of M_t; ops/README.md has the chain."""
+    grads = gradient_buffers(call, dy.dtype, needs)
+    dq = dy.new_empty(dy.shape[0], call.a.shape[0]) if wants_dq else None
+    f, e = mixing(call)
+    if call.u is None:
+        if wants_dq:
+            torch.mm(dy, call.b0.to(dy.dtype), out=dq)
+            dq = base_share(dq, call, None) * call.scaling
+        if "b0" in needs:
+            lo, hi = call.ranks or (0, call.a.shape[0])
+            grads["b0"][:, lo:hi] = dy.T @ (base_share(q[:, lo:hi], call, None) * call.scaling)
+        return grads, dq
+    for t, rows, _ in groups:
+        if t < 0:
+            if wants_dq:
+                dq[rows] = 0
+            continue
+        if wants_dq:
+            m = compose(call, t, f).to(dy.dtype)
+            torch.addmm(dq[rows], dy[rows], m, beta=0, alpha=call.scaling, out=dq[rows])
+        if not grads:
+            continue
+        dm = dy[rows].T @ (q[rows] * call.scaling)  # [N, R]
+        ft, et = (1, 1) if f is None else (f[t].to(dm.dtype), e[t].to(dm.dtype))
+        if "b0" in grads:
+            grads["b0"].add_(dm if f is None else dm * ft)
+        if "u" in grads or "fusion" in grads:
+            du = dm @ call.v[t].to(dm.dtype).T
+        if "u" in grads:
+            grads["u"][t] = du * et
+        if "v" in grads:
+            grads["v"][t] = (call.u[t].to(dm.dtype).T @ dm) * et
+        if "fusion" in grads:
+            wide = grads["fusion"].dtype
+            slope = dot(dm, call.b0, wide) - dot(du, call.u[t], wide)
+            grads["fusion"][t] = f[t].to(wide) * e[t].to(wide) * slope
+    return grads, dq
+
+
+def dot(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.dot(left.to(dtype).reshape(-1), right.to(dtype).reshape(-1))
+
+
+def factored_backward(
+    dy: Tensor, q: Tensor | None, call: Call, groups: list[Group], needs: frozenset[str], wants_dq: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """M_t never formed: P = dy B0 dense over all rows, Q = dy U_t and z = q V_t^T per task."""
+    grads = gradient_buffers(call, dy.dtype, needs)
+    f, e = mixing(call)
+    s = call.scaling
+    p_rows = dy @ call.b0.to(dy.dtype) if wants_dq or "fusion" in needs else None
+    dq = base_share(p_rows, call, f) if wants_dq else None
+    if "b0" in grads:
+        grads["b0"].copy_(dy.T @ (base_share(q, call, f) * s))
+    for t, rows, mask in groups:
+        if t < 0:
+            continue
+        u, v = call.u[t].to(dy.dtype), call.v[t].to(dy.dtype)
+        if wants_dq or "v" in grads or "fusion" in grads:
+            q_rows = dy[rows] @ u
+            q_mixed = scaled(q_rows, e, t, mask)
+        if wants_dq:
+            dq[rows].addmm_(q_mixed, v)
+        if "u" in grads or "fusion" in grads:
+            z = q[rows] @ v.T
+        if "u" in grads:
+            grads["u"][t] = dy[rows].T @ (scaled(z, e, t, mask) * s)
+        if "v" in grads:
+            grads["v"][t] = (q_mixed * s).T @ q[rows]
+        if "fusion" in grads:
+            wide = grads["fusion"].dtype
+            chosen = q[rows] if mask is None else q[rows] * mask
+            slope = dot(p_rows[rows], chosen, wide) - dot(q_rows, z if mask is None else z * mask, wide)
+            grads["fusion"][t] = s * f[t].to(wide) * e[t].to(wide) * slope
+    return grads, dq.mul_(s) if wants_dq else None

@@ -1,0 +1,22 @@
+"""Expand first, base GEMM on top: the adapter writes the output once and the base accumulates into it (beta = 1)."""
+
+from torch import Tensor
+
+from ..call import Call
+from ..delta import eager as delta
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    h = delta.shrink(x, call)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    delta.expand(delta.gated(h, call), call, bias, y)
+    return y.addmm_(x, weight.to(x.dtype).T), h
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    grads = delta.backward(dy, x, h, call, needs)
+    if "x" in needs:
+        grads["x"].addmm_(dy, weight.to(dy.dtype))
+    return grads

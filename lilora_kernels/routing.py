@@ -1,0 +1,301 @@
+"""Which row belongs to which task: a route per forward, shared by all adapted layers of a model."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+TaskIds = Tensor | Sequence[int] | Sequence[str]
+
+
+@dataclass(eq=False)
+class Route:
+    """The task of every sample of one forward.
+
+    task: [B] int32, -1 for samples without an adapter. length: tokens per sample where text layers see flattened
+    [B * length, K] rows. units: image tokens of each sample, which explain the packed rows ahead of the language model.
+    """
+
+    task: Tensor
+    length: int | None = None
+    units: list[int] | None = None
+    _rows: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    def text_rows(self, x: Tensor) -> Tensor:
+        """Task of each row of x [B, L, K] (or [B, K], or flattened [B * length, K]) -> [M] int32."""
+        samples = self.task.shape[0]
+        if x.dim() >= 3 and x.shape[0] == samples:
+            per_sample = x[0, ..., 0].numel() if samples else 0
+        elif x.dim() == 2 and self.length is None and x.shape[0] == samples:
+            per_sample = 1
+        elif x.dim() == 2 and self.length is not None and x.shape[0] == samples * self.length:
+            per_sample = self.length
+        else:
+            tokens = "" if self.length is None else f" of {self.length} tokens"
+            raise ValueError(
+                f"a layer sees {list(x.shape[:-1])} rows, but the route has {samples} samples{tokens}; "
+                "pass one task id per sample of the batch"
+            )
+        return self.task.unsqueeze(1).expand(samples, per_sample).reshape(-1)
+
+    def vision_rows(self, x: Tensor) -> Tensor:
+        """Task of each row of x [images, patches, K] or [sum of patches, K], packed sample by sample -> [M] int32."""
+        if self.units is None:
+            raise ValueError(
+                f"a layer ahead of the language model sees {list(x.shape[:-1])} rows, but the route does not know how many "
+                "image tokens each sample has; pass input_ids with the images, or Route(..., units=...)"
+            )
+        rows, total = x.shape[:-1].numel(), sum(self.units)
+        if total and rows % total == 0:
+            counts = [units * (rows // total) for units in self.units]
+        elif total and x.dim() == 3 and total % x.shape[0] == 0 and self._whole_images(total // x.shape[0]):
+            counts = [units // (total // x.shape[0]) * x.shape[1] for units in self.units]
+        else:
+            raise ValueError(
+                f"a layer ahead of the language model sees {list(x.shape[:-1])} rows, which {self.units} image tokens "
+                f"(in all {total}) in {len(self.units)} samples do not explain; check the images of the batch"
+            )
+        repeats = torch.tensor(counts, device=self.task.device)
+        return self.task.repeat_interleave(repeats, output_size=rows)
+
+    def _whole_images(self, tokens_per_image: int) -> bool:
+        return all(units % tokens_per_image == 0 for units in self.units)
+
+    def rows(self, x: Tensor, vision: bool) -> Tensor:
+        """Task of each row of x, [M] int32; raises ValueError with both counts when nothing explains them."""
+        resolve = self.vision_rows if vision else self.text_rows
+        if torch.compiler.is_compiling():
+            return resolve(x)
+        key = (vision, *x.shape[:-1])
+        if key not in self._rows:
+            self._rows[key] = resolve(x)
+        return self._rows[key]
+
+
+class Routes:
+    """What all adapted layers of one model share: the tasks and their ids, and the route of the running forward.
+
+    `tasks[i]` is the name of task i, None once deleted: ids are never used twice. One model runs one forward at a time.
+    """
+
+    def __init__(self) -> None:
+        self.tasks: list[str | None] = []
+        self.current: Route | None = None
+        self.switches = 0  # of the active task; a recomputation must see the value its forward saw
+        self.routed = False  # whether the last forward had a route
+
+    def id_of(self, name: str) -> int:
+        if name not in self.tasks:
+            known = [task for task in self.tasks if task is not None]
+            raise ValueError(f"task {name!r} is unknown; this model knows {known}")
+        return self.tasks.index(name)
+
+    def ids(self, task_ids: TaskIds, samples: int | None, device: torch.device | None) -> Tensor:
+        """Names or ids, one per sample -> [B] int32 on `device`. None as a name and -1 as an id stand for no adapter."""
+        if not isinstance(task_ids, Tensor):
+            if isinstance(task_ids, str):
+                raise TypeError(f"task_ids is the string {task_ids!r}; pass one name or id per sample, in a list")
+            named = [-1 if t is None else self.id_of(t) if isinstance(t, str) else t for t in task_ids]
+            if not all(isinstance(t, int) and not isinstance(t, bool) for t in named):
+                raise TypeError(f"task_ids is {list(task_ids)!r}; it must hold task names or integer ids")
+            task_ids = torch.tensor(named, dtype=torch.int32)
+        if task_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"task_ids is {task_ids.dtype}; it must be torch.int32 or torch.int64")
+        if task_ids.dim() != 1 or (samples is not None and task_ids.shape[0] != samples):
+            wanted = "one id per sample" if samples is None else f"[{samples}], one id per sample of the batch"
+            raise ValueError(f"task_ids has the shape {list(task_ids.shape)}; it must be {wanted}")
+        if task_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            # On an accelerator the values would have to be waited for: its kernels treat a foreign id as no adapter.
+            for t in set(task_ids.tolist()):
+                if t != -1 and not (0 <= t < len(self.tasks) and self.tasks[t] is not None):
+                    known = {i: name for i, name in enumerate(self.tasks) if name is not None}
+                    raise ValueError(f"task_ids holds {t}; known ids are {known}, and -1 for no adapter")
+        return task_ids.to(device=device, dtype=torch.int32)
+
+    @contextmanager
+    def use(self, route: Route | None) -> Iterator[None]:
+        before, self.current, self.routed = self.current, route, True
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def captured(self) -> Callable[[], AbstractContextManager[None]]:
+        """Remember this forward's route; the result restores it around a recomputation."""
+        route, switches = self.current, self.switches
+
+        @contextmanager
+        def restore() -> Iterator[None]:
+            if route is None and switches != self.switches:
+                raise RuntimeError(
+                    "the active task was changed between a checkpointed forward and its backward; "
+                    "pass task_ids to the forward, or change the task after the backward"
+                )
+            with self.use(route):
+                yield
+
+        return restore
+
+    def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """`context_fn` for torch.utils.checkpoint.checkpoint(use_reentrant=False) called by hand inside a route."""
+        return nullcontext(), self.captured()()
+
+    def require_known(self) -> None:
+        """Raise when a routed forward is recomputed in backward by a checkpoint that does not restore its route."""
+        if self.routed and self.current is None and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "a checkpointed layer is recomputed without the route of its forward; enable checkpointing through "
+                "model.gradient_checkpointing_enable(), or pass context_fn=routes_of(model).checkpoint_context"
+            )
+
+
+def routes_of(model: nn.Module) -> Routes:
+    """The Routes that the adapted layers of `model` share; RuntimeError before `attach(model)`."""
+    for module in model.modules():
+        routes = module.__dict__.get("lilora_routes")
+        if routes is not None:
+            return routes
+    raise RuntimeError("this model has no task routing yet; call attach(model) once after adding LiLoRALinear layers")
+
+
+@contextmanager
+def route(
+    model: nn.Module, task_ids: TaskIds, *, length: int | None = None, units: Sequence[int] | None = None
+) -> Iterator[None]:
+    """Run the forwards inside with these tasks: one name, id or -1 per sample.
+
+    `units`, the image tokens of each sample, is needed only where adapted layers see packed images and the model gets
+    no input_ids. Raises ValueError or TypeError for ids that are unknown or of the wrong length or dtype.
+    """
+    routes = routes_of(model)
+    device = next(model.parameters()).device
+    for layer in layers_of(model):
+        layer.publish()
+    with routes.use(Route(routes.ids(task_ids, None, device), length, None if units is None else list(units))):
+        yield
+
+
+def layers_of(model: nn.Module) -> list:
+    """The adapted layers of a model."""
+    from .linear import LiLoRALinear
+
+    return [module for module in model.modules() if isinstance(module, LiLoRALinear)]
+
+
+def attach(model: nn.Module) -> Routes:
+    """Connect the adapted layers of `model` to one route; call it again after replacing more layers.
+
+    Afterwards `model(**batch, task_ids=...)` and `model.generate(..., task_ids=...)` work: names or ids, one per sample;
+    beams and returned sequences repeat their sample's task. Layers outside the language model (path components
+    `language_model` or `text_model`) are taken to see packed images. Gradient checkpointing restores each forward's route.
+    """
+    from .linear import LiLoRALinear
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LiLoRALinear)]
+    model.lilora_layers = [layer for _, layer in layers]
+    has_text_part = any(in_language_model(name) for name, _ in model.named_modules())
+    routes = model.__dict__.get("lilora_routes")
+    if routes is None:
+        routes = model.lilora_routes = layers[0][1].routes if layers else Routes()
+    for name, layer in layers:
+        if layer.routes is not routes and layer.routes.tasks != routes.tasks:
+            raise ValueError(
+                f"{name} has the tasks {layer.routes.tasks} but other layers have {routes.tasks}; add the same tasks, in the "
+                "same order, to every layer"
+            )
+        layer.routes = routes
+        layer.vision = has_text_part and not in_language_model(name)
+    if "forward" not in model.__dict__:
+        model.forward = MethodType(_with_task_ids(type(model).forward), model)
+        if hasattr(model, "generate"):
+            model.generate = MethodType(_generate, model)
+        if hasattr(model, "gradient_checkpointing_enable"):
+            model.gradient_checkpointing_enable = MethodType(_gradient_checkpointing_enable, model)
+            _restore_routes(model)
+    return routes
+
+
+def in_language_model(path: str) -> bool:
+    return any(part in ("language_model", "text_model") for part in path.split("."))
+
+
+def _with_task_ids(forward: Callable) -> Callable:
+    def routed_forward(self, *args, task_ids=None, **kwargs):
+        if task_ids is None:
+            self.lilora_routes.routed = self.lilora_routes.current is not None
+            return forward(self, *args, **kwargs)
+        with self.lilora_routes.use(_route_of_batch(self, task_ids, args, kwargs)):
+            return forward(self, *args, **kwargs)
+
+    signature = inspect.signature(forward)
+    parameters = list(signature.parameters.values())
+    at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
+    parameters.insert(at, inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None))
+    routed_forward.__signature__ = signature.replace(parameters=parameters)
+    routed_forward.__doc__ = forward.__doc__
+    return routed_forward
+
+
+def _route_of_batch(model: nn.Module, task_ids: TaskIds, args: tuple, kwargs: dict) -> Route:
+    input_ids = kwargs.get("input_ids")
+    if input_ids is None and args and isinstance(args[0], Tensor):
+        input_ids = args[0]
+    tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+    samples, length = (
+        (None, None) if tokens is None else (tokens.shape[0], tokens.shape[1] if tokens.dim() > 1 else None)
+    )
+    device = next(model.parameters()).device
+    if not torch.compiler.is_compiling():
+        for layer in model.lilora_layers:
+            layer.publish()
+    units = None
+    config = getattr(model, "config", None)
+    image_token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    packed = any(layer.vision for layer in model.lilora_layers)
+    if packed and input_ids is not None and image_token is not None and kwargs.get("pixel_values") is not None:
+        units = (input_ids == image_token).sum(1).tolist()
+    return Route(model.lilora_routes.ids(task_ids, samples, device), length, units)
+
+
+def _generate(self, *args, task_ids=None, **kwargs):
+    routes = self.lilora_routes
+    if task_ids is None and routes.current is not None:
+        task_ids = routes.current.task
+    if task_ids is None:
+        return type(self).generate(self, *args, **kwargs)
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    task_ids = routes.ids(task_ids, None if tokens is None else tokens.shape[0], next(self.parameters()).device)
+    with routes.use(None):  # the ids travel with the model's inputs, so that beams and returned sequences repeat them
+        return type(self).generate(self, *args, task_ids=task_ids, **kwargs)
+
+
+def _gradient_checkpointing_enable(self, *args, **kwargs):
+    type(self).gradient_checkpointing_enable(self, *args, **kwargs)
+    _restore_routes(self)
+
+
+def _restore_routes(model: nn.Module) -> None:
+    """Wrap each module's checkpoint function so that a recomputation sees the route of its forward."""
+    routes = model.lilora_routes
+    for module in model.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not getattr(checkpoint, "restores_route", False):
+            module._gradient_checkpointing_func = _checkpoint_with_route(checkpoint, routes)
+
+
+def _checkpoint_with_route(checkpoint: Callable, routes: Routes) -> Callable:
+    def checkpoint_with_route(function, *args, **kwargs):
+        restore = routes.captured()
+
+        def recomputable(*inner_args, **inner_kwargs):
+            with restore():
+                return function(*inner_args, **inner_kwargs)
+
+        return checkpoint(recomputable, *args, **kwargs)
+
+    checkpoint_with_route.restores_route = True
+    return checkpoint_with_route

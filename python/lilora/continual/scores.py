@@ -1,0 +1,217 @@
+"""The score matrix of a task sequence and the continual-learning metrics read from it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lilora.errors import UserError
+
+
+@dataclass(frozen=True)
+class Metric:
+    definition: str  # a[j][i] is the score on task i after learning task j, T the last task
+    higher_is_better: bool
+    value: Callable[[np.ndarray], float]  # reads a [T, T], NaN above the diagonal and where a cell is missing
+    least_tasks: int = 1
+
+
+METRICS = {
+    "AP": Metric("mean over tasks i of a[T][i]: the score after the last task", True, lambda a: a[-1].mean()),
+    "MAP": Metric(
+        "mean over stages j of the mean of a[j][i] over the tasks i learned by then",
+        True,
+        lambda a: np.mean([a[j, : j + 1].mean() for j in range(len(a))]),
+    ),
+    "BWT": Metric("mean over i < T of a[T][i] - a[i][i]", True, lambda a: (a[-1] - a.diagonal())[:-1].mean(), 2),
+    "Forgetting": Metric(
+        "mean over i < T of a[i][i] - a[T][i]", False, lambda a: (a.diagonal() - a[-1])[:-1].mean(), 2
+    ),
+    "Forgetting_max": Metric(
+        "mean over i < T of (max over j of a[j][i]) - a[T][i]",
+        False,
+        lambda a: np.mean([a[i:, i].max() - a[-1, i] for i in range(len(a) - 1)]),
+        2,
+    ),
+    "New": Metric("mean over tasks i of a[i][i]: the score right after learning", True, lambda a: a.diagonal().mean()),
+    "MIF": Metric(
+        "percentage of answers in the instructed format after the last task, mean over the tasks that instruct one",
+        True,
+        lambda formats: formats[-1].mean(),
+    ),
+}
+
+
+class ScoreMatrix:
+    """Scores a[j][i], in points from 0 to 100, on task i after learning task j, for i no later than j.
+
+    `tasks` is the training order. A cell that was never set is missing: it reads NaN, and so does every metric that
+    needs it. Besides its score a cell may hold the share (0 to 1) of answers in the instructed format; leave it out
+    for a task that instructs none.
+    """
+
+    def __init__(self, tasks: list[str]):
+        if not tasks or len(set(tasks)) != len(tasks):
+            raise UserError(f"score matrix: tasks is {tasks!r}; give at least one task name and each name once")
+        self.tasks = list(tasks)
+        self._scores = np.full((len(tasks), len(tasks)), np.nan)
+        self._formats = np.full_like(self._scores, np.nan)
+        self._carried: dict[tuple[int, int], int] = {}  # (stage, task) -> the stage at which the cell was run
+
+    def set(self, after: str, task: str, score: float, format_share: float | None = None) -> None:
+        """Record a measured cell: `score` in points (0 to 100), `format_share` as a share (0 to 1)."""
+        cell = self._cell(after, task)
+        score = _in_range(score, 100, f"the score of {task} after {after}")
+        share = math.nan if format_share is None else _in_range(format_share, 1, f"the format share of {task}")
+        self._scores[cell], self._formats[cell] = score, share
+        self._carried.pop(cell, None)
+
+    def get(self, after: str, task: str) -> float:
+        """The score of `task` after learning `after`, in points; NaN when the cell is missing."""
+        return float(self._scores[self._cell(after, task)])
+
+    def copy(self, after: str, task: str, from_after: str) -> None:
+        """Carry a cell over from the earlier stage `from_after` instead of running it again.
+
+        Only right when the task's function is proved unchanged between the two stages. The cell stays marked.
+        """
+        cell, source = self._cell(after, task), self._cell(from_after, task)
+        if source[0] >= cell[0] or np.isnan(self._scores[source]):
+            raise UserError(
+                f"score matrix: {task} after {after} cannot be carried over from {from_after}; "
+                "name an earlier stage whose score of that task is set"
+            )
+        self._scores[cell], self._formats[cell] = self._scores[source], self._formats[source]
+        self._carried[cell] = self._carried.get(source, source[0])
+
+    def carried_from(self, after: str, task: str) -> str | None:
+        """The stage at which a carried-over cell was run; None for a cell that was run itself or is missing."""
+        stage = self._carried.get(self._cell(after, task))
+        return None if stage is None else self.tasks[stage]
+
+    def scores(self) -> np.ndarray:
+        """A copy of the matrix: [stage, task] float64, NaN where missing and above the diagonal."""
+        return self._scores.copy()
+
+    def missing(self) -> list[tuple[str, str]]:
+        """The (after, task) cells that were never set."""
+        return [(self.tasks[j], self.tasks[i]) for j, i in self._missing()]
+
+    def metrics(self) -> dict[str, float]:
+        """Every metric of METRICS, in points; NaN where it is undefined (`undefined` says why)."""
+        return {name: self._value(name) for name in METRICS}
+
+    def undefined(self) -> dict[str, str]:
+        """For every metric that is NaN: one sentence with the cause, naming the missing cells."""
+        return {name: self._cause(name) for name, value in self.metrics().items() if math.isnan(value)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form: per kind of value one list per stage, None where missing."""
+        cells = [[(after, task) for task in self.tasks[: j + 1]] for j, after in enumerate(self.tasks)]
+        return {
+            "tasks": self.tasks,
+            "scores": [[none_if_nan(self._scores[self._cell(*cell)]) for cell in row] for row in cells],
+            "format_shares": [[none_if_nan(self._formats[self._cell(*cell)]) for cell in row] for row in cells],
+            "carried_from": [[self.carried_from(*cell) for cell in row] for row in cells],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Inverse of `to_dict`; UserError when `data` is not what it writes."""
+        try:
+            saved = _Saved.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the top level"
+            raise UserError(f"score matrix: {first['msg']} at {place}; give what ScoreMatrix.to_dict wrote") from error
+        matrix = cls(saved.tasks)
+        triangle = list(range(1, len(saved.tasks) + 1))
+        for name in ("scores", "format_shares", "carried_from"):
+            lengths = [len(row) for row in getattr(saved, name)]
+            if lengths != triangle:
+                raise UserError(f"score matrix: {name} has rows of length {lengths}; the tasks want {triangle}")
+        for j, after in enumerate(saved.tasks):
+            for i, task in enumerate(saved.tasks[: j + 1]):
+                if saved.scores[j][i] is None:
+                    continue
+                matrix.set(after, task, saved.scores[j][i], saved.format_shares[j][i])
+                if saved.carried_from[j][i] is not None:
+                    matrix._carried[j, i] = matrix._cell(saved.carried_from[j][i], task)[0]
+        return matrix
+
+    def markdown(self) -> str:
+        """The matrix as a Markdown table: a row per stage, `n/a` where missing, `*` where carried over."""
+        lines = ["| after | " + " | ".join(self.tasks) + " |", "|---" + "|---:" * len(self.tasks) + "|"]
+        for j, after in enumerate(self.tasks):
+            texts = [cell_text(self._scores[j, i], (j, i) in self._carried) for i in range(j + 1)]
+            lines.append(f"| {after} | " + " | ".join(texts + [""] * (len(self.tasks) - j - 1)) + " |")
+        return "\n".join(lines)
+
+    def _cell(self, after: str, task: str) -> tuple[int, int]:
+        for name in (after, task):
+            if name not in self.tasks:
+                raise UserError(f"score matrix: unknown task {name!r}; the tasks are {', '.join(self.tasks)}")
+        j, i = self.tasks.index(after), self.tasks.index(task)
+        if i > j:
+            raise UserError(f"score matrix: {task} is learned after {after}; a stage scores the tasks learned by then")
+        return j, i
+
+    def _missing(self) -> list[tuple[int, int]]:
+        return [(j, i) for j, i in zip(*np.tril_indices(len(self.tasks)), strict=True) if np.isnan(self._scores[j, i])]
+
+    def _instructed(self) -> np.ndarray:
+        """[task] bool: tasks that instruct a format, and those with no cell at all, of which nothing is known."""
+        return ~np.isnan(self._formats).all(axis=0) | np.isnan(self._scores).all(axis=0)
+
+    def _value(self, name: str) -> float:
+        if len(self.tasks) < METRICS[name].least_tasks or (name == "MIF" and not self._instructed().any()):
+            return math.nan
+        return float(METRICS[name].value(100 * self._formats[:, self._instructed()] if name == "MIF" else self._scores))
+
+    def _cause(self, name: str) -> str:
+        if len(self.tasks) < METRICS[name].least_tasks:
+            return f"{name} needs at least {METRICS[name].least_tasks} tasks, this run has {len(self.tasks)}"
+        if name == "MIF":
+            last = len(self.tasks) - 1
+            cells = [(last, i) for i in np.flatnonzero(self._instructed()) if np.isnan(self._formats[last, i])]
+            if not cells:
+                return "MIF needs a task that instructs an answer format, this run has none"
+        else:
+            cells = [cell for cell in self._missing() if self._needs(name, cell)]
+        return f"{name} needs cells that are missing: " + ", ".join(
+            f"{self.tasks[i]} after {self.tasks[j]}" for j, i in cells
+        )
+
+    def _needs(self, name: str, cell: tuple[int, int]) -> bool:
+        """Whether the metric turns NaN when this cell alone is missing."""
+        alone = np.zeros_like(self._scores)
+        alone[cell] = np.nan
+        return math.isnan(METRICS[name].value(alone))
+
+
+class _Saved(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    tasks: list[str]
+    scores: list[list[float | None]]
+    format_shares: list[list[float | None]]
+    carried_from: list[list[str | None]]
+
+
+def cell_text(score: float, carried: bool = False) -> str:
+    """One matrix cell in print: points with one decimal, `*` when carried over, `n/a` when missing."""
+    return "n/a" if math.isnan(score) else f"{score:.1f}" + "*" * carried
+
+
+def none_if_nan(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else float(value)
+
+
+def _in_range(value: float, top: float, what: str) -> float:
+    # A mean of scores may leave the range by a rounding error.
+    if not -1e-6 <= value <= top + 1e-6:
+        raise UserError(f"score matrix: {what} is {value}; it must lie between 0 and {top}")
+    return min(max(float(value), 0.0), float(top))

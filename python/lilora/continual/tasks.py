@@ -1,0 +1,330 @@
+"""A sequence of tasks: the manifest (YAML), the samples of its JSON files, and the batches a model reads."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from lilora.continual.scorers import scorer
+from lilora.errors import UserError
+
+Split = Literal["train", "test"]
+
+IGNORED = -100  # the label that the loss leaves out
+
+# Up to this many images per split are opened before anything runs; those of larger ones when they are read.
+_OPENED_UP_FRONT = 2_000
+
+
+class TaskSpec(BaseModel):
+    """One task: its files, what is said to the model, and how an answer is judged.
+
+    `instruction` follows every question, on a new line. `answer_format` is a regular expression that an answer in the
+    instructed format matches in full. Paths are relative to the manifest's `data` until `load_manifest` resolves them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    train: Path
+    test: Path
+    images: Path = Path()
+    scorer: str
+    instruction: str = ""
+    answer_format: str | None = None
+    max_new_tokens: int = Field(16, gt=0)
+
+    @field_validator("answer_format")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return pattern
+
+
+class TaskManifest(BaseModel):
+    """A named sequence of tasks; `data` is the folder of their files, `model` the base model if none is given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    data: Path = Path()
+    model: str | None = None
+    tasks: list[TaskSpec] = Field(min_length=1)
+
+
+def load_manifest(path: str | Path, order: list[str] | None = None, data: str | Path | None = None) -> TaskManifest:
+    """Read a manifest and check everything it names.
+
+    The returned manifest holds absolute paths: `data` and `model` (when it starts with `.` or `/`; otherwise it is a
+    model id) are relative to the manifest's folder, the tasks' files to `data`. An argument `data` replaces the
+    manifest's folder of data. `order` names the tasks to run, in that order.
+
+    Raises UserError for a key or name that is not allowed, an unknown scorer, a missing or broken file, a task without
+    samples, and an image that is missing or cannot be opened.
+    """
+    path = Path(path)
+    manifest = _parse(path)
+    _check_names(path, manifest)
+    tasks = manifest.tasks if order is None else _ordered(manifest, order)
+    root = path.resolve().parent
+    folder = Path(data).resolve() if data is not None else (root / manifest.data).resolve()
+    tasks = [
+        task.model_copy(update={key: folder / getattr(task, key) for key in ("train", "test", "images")})
+        for task in tasks
+    ]
+    for task in tasks:
+        for split in ("train", "test"):
+            InstructionDataset(task, split).check_images()
+    model = manifest.model
+    if model is not None and model.startswith((".", "/")):
+        model = str((root / model).resolve())
+    return manifest.model_copy(update={"tasks": tasks, "data": folder, "model": model})
+
+
+def _parse(path: Path) -> TaskManifest:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a task manifest.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())}); correct it.") from error
+    try:
+        return TaskManifest.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_problem(error)}") from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first problem of a manifest as one sentence without its file."""
+    problem = error.errors(include_url=False)[0]
+    *parents, key = problem["loc"] or ("manifest",)
+    place = f" of task number {parents[1] + 1}" if parents else ""
+    if problem["type"] == "extra_forbidden":
+        known = list((TaskSpec if parents else TaskManifest).model_fields)
+        near = difflib.get_close_matches(str(key), known, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}."
+        return f"key {key!r}{place} is unknown; {advice}"
+    if problem["type"] == "missing":
+        return f"key {key!r}{place} is missing; add it."
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"key {key!r}{place} is wrong: {message[0].lower() + message[1:]}; correct it."
+
+
+def _check_names(path: Path, manifest: TaskManifest) -> None:
+    from lilora_kernels.linear import check_task_name
+
+    seen = set()
+    for task in manifest.tasks:
+        if task.name in seen:
+            raise UserError(f"{path}: two tasks are called {task.name!r}; give each its own name.")
+        seen.add(task.name)
+        try:
+            check_task_name(task.name)
+            scorer(task.scorer)
+        except ValueError as error:
+            raise UserError(f"{path}: task {task.name!r}: {error}") from error
+
+
+def _ordered(manifest: TaskManifest, order: list[str]) -> list[TaskSpec]:
+    by_name = {task.name: task for task in manifest.tasks}
+    for name in order:
+        if name not in by_name:
+            raise UserError(f"order: task {name!r} is unknown; {manifest.name} has {', '.join(by_name)}.")
+    if not order or len(set(order)) < len(order):
+        raise UserError(f"order: got {','.join(order)!r}; name at least one task and each of them once.")
+    return [by_name[name] for name in order]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question about some images (or none). `answers` are the references; training teaches the first."""
+
+    id: str
+    images: tuple[Path, ...]
+    question: str
+    answers: tuple[str, ...]
+
+
+class _Turn(BaseModel):
+    speaker: str = Field(alias="from")
+    value: str
+
+
+class _Record(BaseModel):
+    id: str | int
+    image: str | list[str] | None = None
+    conversations: list[_Turn]
+    answers: list[str] = []
+
+
+_RECORDS = TypeAdapter(list[_Record])
+
+
+class InstructionDataset(Dataset):
+    """The samples of one split of a task, from LLaVA's instruction format.
+
+    The JSON file is a list of `{id, image, conversations: [{from: human | gpt, value}, ...]}` with `image` a path under
+    `spec.images`, a list of paths, or absent. The first human turn is the question (its `<image>` marks are dropped:
+    images come first) and the task's instruction follows it; the gpt turn after it is the answer. A list `answers`
+    gives several references.
+
+    Raises UserError when the file is missing or broken, has no samples, or names an image that does not exist.
+    """
+
+    def __init__(self, spec: TaskSpec, split: Split):
+        self.spec = spec
+        self.split = split
+        path = getattr(spec, split)
+        self._where = f"task {spec.name!r}: {path}"
+        try:
+            records = _RECORDS.validate_json(path.read_bytes())
+        except OSError as error:
+            raise UserError(
+                f"{self._where} cannot be read ({error.strerror}); put the data there or pass its folder with --data."
+            ) from error
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            place = ".".join(map(str, problem["loc"]))
+            detail = f"{place}: {problem['msg']}" if place else problem["msg"]
+            raise UserError(f"{self._where} is not a list of LLaVA instruction records ({detail}); mend it.") from error
+        if not records:
+            raise UserError(f"{self._where} has no samples; add some or take the task out of the manifest.")
+        self.samples = [self._sample(record) for record in records]
+
+    def _sample(self, record: _Record) -> Sample:
+        turns = record.conversations
+        first = next((i for i, turn in enumerate(turns) if turn.speaker == "human"), None)
+        if first is None:
+            raise UserError(f"{self._where}: sample {record.id!r} has no human turn; add the question.")
+        answers = list(record.answers)
+        for turn in turns[first + 1 : first + 2]:
+            if turn.speaker == "gpt":
+                if turn.value in answers:
+                    answers.remove(turn.value)
+                answers.insert(0, turn.value)
+        if not answers:
+            raise UserError(f"{self._where}: sample {record.id!r} has no gpt turn and no answers; add one.")
+        question = turns[first].value.replace("<image>", "").strip()
+        names = [record.image] if isinstance(record.image, str) else record.image or []
+        return Sample(
+            id=str(record.id),
+            images=tuple(self.spec.images / name for name in names),
+            question="\n".join(filter(None, (question, self.spec.instruction))),
+            answers=tuple(answers),
+        )
+
+    def check_images(self) -> None:
+        """Raise UserError at the first image that is missing or, in all but very large splits, cannot be opened."""
+        images = dict.fromkeys(image for sample in self.samples for image in sample.images)
+        for image in images:
+            if not image.is_file():
+                raise UserError(f"{self._where}: image {image} is missing; add it or pass its folder with --data.")
+        if len(images) <= _OPENED_UP_FRONT:
+            for image in images:
+                open_image(image)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image at `path` as RGB; UserError when it is missing or broken."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} cannot be opened ({error}); replace it.") from error
+
+
+class Collator:
+    """Batches of (task name, Sample) for any processor with a chat template.
+
+    The prompt is one user turn: the images, then the question. Returns what the processor gives for the prompts
+    (input_ids and attention_mask [B, L] int64, pixel_values when there are images, ...) and task_ids [B] int32 from
+    `task_index`. With `train`, answer and end-of-sequence token follow each prompt, padding is on the right, and
+    labels [B, L] int64 are -100 at prompt and padding; otherwise padding is on the left, as generation needs.
+
+    Raises UserError when the processor has no chat template and when an image cannot be opened.
+    """
+
+    def __init__(self, processor, task_index: dict[str, int], train: bool):
+        if not getattr(processor, "chat_template", None):
+            raise UserError(
+                f"{type(processor).__name__} has no chat template; use the instruction-tuned checkpoint of the model "
+                "or set processor.chat_template."
+            )
+        self.processor = processor
+        self.task_index = task_index
+        self.train = train
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+
+    def __call__(self, batch: list[tuple[str, Sample]]) -> dict[str, Tensor]:
+        samples = [sample for _, sample in batch]
+        inputs = self._prompts(samples)
+        if self.train:
+            inputs = self._with_answers(inputs, [sample.answers[0] for sample in samples])
+        inputs["task_ids"] = torch.tensor([self.task_index[name] for name, _ in batch], dtype=torch.int32)
+        return inputs
+
+    def _prompts(self, samples: list[Sample]) -> dict[str, Tensor]:
+        conversations = [
+            [{"role": "user", "content": [{"type": "image"}] * len(s.images) + [{"type": "text", "text": s.question}]}]
+            for s in samples
+        ]
+        text = self.processor.apply_chat_template(conversations, add_generation_prompt=True)
+        images = [[open_image(path) for path in s.images] for s in samples]
+        bos = self.processor.tokenizer.bos_token
+        inputs = self.processor(
+            text=text,
+            images=images if any(images) else None,
+            padding=True,
+            padding_side="right" if self.train else "left",
+            add_special_tokens=not (bos and text[0].startswith(bos)),
+            return_tensors="pt",
+        )
+        return dict(inputs)
+
+    def _with_answers(self, inputs: dict[str, Tensor], answers: list[str]) -> dict[str, Tensor]:
+        """Put each answer and the end-of-sequence token behind its prompt, and add labels.
+
+        Answers are tokenised on their own, so that prompts are the very tokens that generation will see.
+        """
+        tokenizer = self.processor.tokenizer
+        prompt_shape = inputs["input_ids"].shape
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        answer_ids = [
+            torch.tensor([*ids, tokenizer.eos_token_id])
+            for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]
+        ]
+
+        def joined(prompts, tails, padding):  # [B, L] and B tails [l_b] -> [B, max(length_b + l_b)]
+            rows = [torch.cat([p[:n], t]) for p, n, t in zip(prompts, lengths, tails, strict=True)]
+            return pad_sequence(rows, batch_first=True, padding_value=padding)
+
+        ignored = torch.full(prompt_shape, IGNORED)
+        outputs = {"labels": joined(ignored, answer_ids, IGNORED)}
+        for key, value in inputs.items():
+            if value.shape != prompt_shape:  # not per token: pixel values, image sizes, ...
+                outputs[key] = value
+            elif key == "input_ids":
+                outputs[key] = joined(value, answer_ids, tokenizer.pad_token_id)
+            else:
+                fill = int(key == "attention_mask")  # the others mark the modality of a token: 0 is text
+                outputs[key] = joined(value, [torch.full_like(ids, fill) for ids in answer_ids], 0)
+        return outputs

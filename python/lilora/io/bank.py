@@ -1,0 +1,476 @@
+"""A bank: the folder that holds every task a model has learned.
+
+    bank.json                           index: tasks in training order, config, base model, scores, checksums
+    shared-<fingerprint>.safetensors    one set of shared tensors, used by one task or by many
+    tasks/<name>.safetensors            the tensors of one task
+
+`bank.json` is written last and decides what belongs to the bank, so a process killed at any moment leaves the bank as
+it was or as it was to be. Files that the index does not name are leftovers; the next successful write deletes them.
+One process writes to a bank at a time; any number may read.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lilora.errors import UserError
+from lilora.io.atomic import TEMPORARY, write_atomically
+
+FORMAT = 1
+INDEX = "bank.json"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TASK_KINDS = ("U", "V", "fusion")
+SHARED_KINDS = ("A", "B0")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseModelId(_Record):
+    """Which frozen model the tasks of a bank were trained on.
+
+    `id` is what the user called it (a hub id or a path) and only serves messages; `fingerprint` decides.
+    """
+
+    id: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, model: nn.Module, id: str) -> Self:
+        """Fingerprint the weights of `model`, wrapped in PEFT or not, merged adapters apart.
+
+        Hashes the sorted names, dtypes and shapes of all parameters that are no adapter's, and the first and last 64
+        elements of each: cheap at any size, and any fine-tuning of the base shows. The dtype counts: the same
+        checkpoint loaded in another dtype is another base.
+
+        Raises:
+            UserError: a parameter has no data (meta device or offloaded).
+        """
+        parameters = {
+            name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach()
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if not any(part.startswith(("lilora_", "lora_")) for part in name.split("."))
+        }
+        digest = hashlib.sha256()
+        for name, parameter in sorted(parameters.items()):
+            if parameter.is_meta:
+                raise UserError(f"base model {id}: parameter {name} has no data (meta device); load the weights first")
+            flat = parameter.reshape(-1)
+            sample = torch.cat([flat[:64], flat[-64:]]).cpu()
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+            digest.update(_bytes(sample))
+        return cls(id=id, fingerprint=digest.hexdigest()[:16])
+
+
+class _TensorRecord(_Record):
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Self:
+        digest = hashlib.sha256(_bytes(tensor)).hexdigest()
+        return cls(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), sha256=digest)
+
+
+_Tensors = dict[str, _TensorRecord]
+
+
+class _TaskRecord(_Record):
+    name: str
+    id: int
+    fingerprint: str
+    shared: str  # fingerprint of the shared set
+    info: dict[str, JsonValue]
+    tensors: _Tensors
+
+
+class _Index(_Record):
+    """The content of bank.json, apart from its format number and checksum."""
+
+    base_model: BaseModelId
+    config: dict[str, JsonValue]
+    scores: dict[str, JsonValue] = {}
+    next_id: int = 0
+    tasks: list[_TaskRecord] = []
+    shared: dict[str, _Tensors] = {}
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        path = folder / INDEX
+        try:
+            data = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder} is not a bank: it has no {INDEX}; pass the folder a training run wrote"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); mend the path or its permissions") from error
+        except ValueError as error:
+            raise UserError(f"{path} is truncated or altered ({error}); restore it from a copy") from error
+        if not isinstance(data, dict) or not isinstance(data.get("format"), int):
+            raise UserError(f"{path} is not the index of a bank: it has no format number; pass a bank's folder")
+        if data["format"] > FORMAT:
+            raise UserError(
+                f"{path} has format {data['format']} and this version reads up to {FORMAT}; upgrade lilora-kernels"
+            )
+        try:
+            document = _Document.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path} is altered: {place}: {first['msg']}; restore it from a copy") from error
+        if document.checksum != document.index.checksum():
+            raise UserError(f"{path} is altered: its checksum does not match; restore it from a copy")
+        return document.index
+
+    def write(self, folder: Path) -> None:
+        document = _Document(format=FORMAT, checksum=self.checksum(), index=self)
+        write_atomically(folder / INDEX, json.dumps(document.model_dump(mode="json"), indent=1).encode())
+
+    def checksum(self) -> str:
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json")).encode()).hexdigest()
+
+
+class _Document(_Record):
+    format: Literal[1]
+    checksum: str
+    index: _Index
+
+
+class Bank:
+    """A bank folder, opened. Every change is on disk when the method returns; see the module for the files.
+
+    The object shows the bank as of its own last read or write; each change starts from what is on disk by then.
+    """
+
+    def __init__(self, path: Path, index: _Index):
+        self.path = path
+        self._index = index
+
+    @classmethod
+    def create(cls, path: str | Path, *, config: dict, base_model: BaseModelId) -> Self:
+        """Make an empty bank in the new or empty folder `path`.
+
+        config: any JSON object, given back as `config`; it should say what a model needs to host the tasks.
+
+        Raises:
+            UserError: the folder holds anything at all, or config is not JSON.
+        """
+        path = Path(path)
+        index = _Index(base_model=base_model, config=_json_object("config", config))
+        try:
+            found = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+        except OSError as error:
+            raise UserError(f"{path} cannot be made a bank ({error.strerror}); pass another folder") from error
+        if found == [INDEX + TEMPORARY]:  # a create killed half-way
+            found = []
+        if found:
+            what = "a bank" if INDEX in found else f"other files ({found[0]})"
+            raise UserError(f"{path} already holds {what}; a new bank wants a new or empty folder")
+        index.write(path)
+        return cls(path, index)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open an existing bank; reads bank.json only.
+
+        Raises:
+            UserError: no bank there, its index is truncated or altered, or a newer version wrote it.
+        """
+        path = Path(path)
+        return cls(path, _Index.read(path))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Task names in training order."""
+        return [task.name for task in self._index.tasks]
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """Task name -> id; the id of a removed task is never given out again."""
+        return {task.name: task.id for task in self._index.tasks}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return copy.deepcopy(self._index.config)
+
+    @property
+    def base_model(self) -> BaseModelId:
+        return self._index.base_model
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        return copy.deepcopy(self._index.scores)
+
+    def task_fingerprint(self, name: str) -> str:
+        """16 hex digits that change with any name, dtype, shape or byte of the task's own tensors."""
+        return self._task(name).fingerprint
+
+    def shared_fingerprint(self, name: str) -> str:
+        """The same of the shared tensors that the task was added with."""
+        return self._task(name).shared
+
+    def add_task(
+        self, name: str, task: dict[str, Tensor], shared: dict[str, Tensor], *, info: dict | None = None
+    ) -> None:
+        """Add a learned task at the end of the training order.
+
+        task: for every adapted linear at module path p, `p.U` [N, S], `p.V` [S, R] and `p.fusion` [1]; layers without
+            fusion leave the last out everywhere.
+        shared: `p.A` [R, K] and `p.B0` [N, R] of the same linears; a set the bank already has is not stored again.
+        Tensors are bfloat16, float16 or float32, on any device; they are stored as they are. info: any JSON object.
+
+        Raises:
+            UserError: a bad or taken name, a missing or unknown tensor, a wrong shape or dtype, or a refused write;
+                the bank is as before.
+        """
+        index = self._refresh()
+        _check_name(name, [other.name for other in index.tasks])
+        _check_tensors(name, task, shared)
+        info = _json_object("info", info or {})
+        task, shared = _on_cpu(task), _on_cpu(shared)
+        task_records, shared_records = _records(task), _records(shared)
+        record = _TaskRecord(
+            name=name,
+            id=index.next_id,
+            fingerprint=_fingerprint(task_records),
+            shared=_fingerprint(shared_records),
+            info=info,
+            tensors=task_records,
+        )
+        if not _intact(self._shared_file(record.shared), shared_records):
+            write_atomically(self._shared_file(record.shared), safetensors.torch.save(shared))
+        write_atomically(self._task_file(name), safetensors.torch.save(task))
+        self._commit(
+            index,
+            next_id=index.next_id + 1,
+            tasks=[*index.tasks, record],
+            shared={**index.shared, record.shared: shared_records},
+        )
+
+    def load_task(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The task's tensors and the shared tensors it was added with, as given to `add_task`, on the CPU.
+
+        All of them are checked before any is returned.
+
+        Raises:
+            UserError: an unknown task, or a file that is missing, truncated, altered or foreign; names file and tensor.
+        """
+        record = self._task(name)
+        task = _load(self._task_file(name), record.tensors)
+        shared = _load(self._shared_file(record.shared), self._index.shared[record.shared])
+        return task, shared
+
+    def remove_task(self, name: str) -> None:
+        """Forget a task and delete the files that only it used; the other tasks keep their ids.
+
+        Raises:
+            UserError: an unknown task, or a refused write; the bank is as before.
+        """
+        index = self._refresh()
+        self._task(name)
+        tasks = [task for task in index.tasks if task.name != name]
+        used = {task.shared for task in tasks}
+        self._commit(index, tasks=tasks, shared={key: value for key, value in index.shared.items() if key in used})
+
+    def set_scores(self, scores: dict) -> None:
+        """Replace the stored scores, any JSON object (write a missing cell as null, not NaN).
+
+        Raises:
+            UserError: scores is not JSON, or a refused write; the bank is as before.
+        """
+        scores = _json_object("scores", scores)
+        self._commit(self._refresh(), scores=scores)
+
+    def check_base_model(self, base_model: BaseModelId) -> None:
+        """Raise UserError unless `base_model` has the weights that the tasks were trained on."""
+        if base_model.fingerprint != self.base_model.fingerprint:
+            raise UserError(
+                f"{self.path} belongs to base model {self.base_model.id} ({self.base_model.fingerprint}) and "
+                f"{base_model.id} ({base_model.fingerprint}) has other weights or another dtype; load the former as it "
+                "was loaded for training"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What `lilora bank ls` prints, as JSON: tasks and shared sets with their sizes (bytes of tensor data)."""
+        index = self._index
+        return {
+            "path": str(self.path),
+            "format": FORMAT,
+            "base_model": index.base_model.model_dump(),
+            "config": self.config,
+            "tasks": [
+                {
+                    "name": task.name,
+                    "id": task.id,
+                    "fingerprint": task.fingerprint,
+                    "shared": task.shared,
+                    "info": copy.deepcopy(task.info),
+                    **_size(task.tensors),
+                }
+                for task in index.tasks
+            ],
+            "shared": [{"fingerprint": key, **_size(tensors)} for key, tensors in index.shared.items()],
+            "scores": self.scores,
+        }
+
+    def _task(self, name: str) -> _TaskRecord:
+        for task in self._index.tasks:
+            if task.name == name:
+                return task
+        raise UserError(f"{self.path} has no task {name!r}; it has {', '.join(self.tasks) or 'none'}")
+
+    def _task_file(self, name: str) -> Path:
+        return self.path / "tasks" / f"{name}.safetensors"
+
+    def _shared_file(self, fingerprint: str) -> Path:
+        return self.path / f"shared-{fingerprint}.safetensors"
+
+    def _refresh(self) -> _Index:
+        self._index = _Index.read(self.path)
+        return self._index
+
+    def _commit(self, index: _Index, **changes: Any) -> None:
+        index = index.model_copy(update=changes)
+        index.write(self.path)
+        self._index = index
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Delete the files of tasks and shared sets that the index does not name, finished or not."""
+        used = {self._task_file(task.name) for task in self._index.tasks}
+        used |= {self._shared_file(fingerprint) for fingerprint in self._index.shared}
+        for pattern in ("tasks/*.safetensors", f"shared-{'[0-9a-f]' * 16}.safetensors"):
+            for file in [*self.path.glob(pattern), *self.path.glob(pattern + TEMPORARY)]:
+                if file not in used:
+                    with suppress(OSError):  # the change itself is done; the next write tries again
+                        file.unlink()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that share no memory with each other or with a model that trains on."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in sorted(tensors.items())
+    }
+
+
+def _records(tensors: dict[str, Tensor]) -> _Tensors:
+    return {name: _TensorRecord.of(tensor) for name, tensor in tensors.items()}
+
+
+def _fingerprint(records: _Tensors) -> str:
+    rows = [[name, record.dtype, record.shape, record.sha256] for name, record in sorted(records.items())]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def _size(records: _Tensors) -> dict[str, int]:
+    sizes = [(torch.Size(record.shape).numel(), getattr(torch, record.dtype).itemsize) for record in records.values()]
+    return {"parameters": sum(count for count, _ in sizes), "bytes": sum(count * width for count, width in sizes)}
+
+
+def _load(path: Path, records: _Tensors) -> dict[str, Tensor]:
+    """The tensors of `path`, exactly those that `records` describes."""
+    remedy = "restore the file from a copy or remove the task and train it again"
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing, truncated or no safetensors file ({error}); {remedy}") from error
+    for name in sorted(records.keys() | tensors.keys()):
+        if name not in tensors:
+            raise UserError(f"{path} lacks the tensor {name}; {remedy}")
+        if name not in records:
+            raise UserError(f"{path} holds the tensor {name}, which the bank never wrote there; {remedy}")
+        got, want = _TensorRecord.of(tensors[name]), records[name]
+        if (got.dtype, got.shape) != (want.dtype, want.shape):
+            raise UserError(
+                f"{path}: tensor {name} is {got.dtype} {list(got.shape)} and the bank wrote {want.dtype} "
+                f"{list(want.shape)}; {remedy}"
+            )
+        if got.sha256 != want.sha256:
+            raise UserError(f"{path}: tensor {name} is altered, its checksum does not match; {remedy}")
+    return {name: tensors[name] for name in records}
+
+
+def _intact(path: Path, records: _Tensors) -> bool:
+    try:
+        _load(path, records)
+    except UserError:
+        return False
+    return True
+
+
+def _json_object(argument: str, value: dict) -> dict[str, Any]:
+    """`value` as it will be read back."""
+    try:
+        value = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{argument} cannot be stored as JSON ({error}); pass plain numbers, strings, lists") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{argument} must be a dict, not {type(value).__name__}; pass a dict with string keys")
+    return value
+
+
+def _check_name(name: str, taken: Iterable[str]) -> None:
+    from lilora_kernels.linear import check_task_name
+
+    try:
+        check_task_name(name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for other in taken:
+        if other.casefold() == name.casefold():  # one file on macOS and Windows
+            raise UserError(f"task name {name!r} is taken by {other!r} (case is ignored); choose another or remove it")
+
+
+def _check_tensors(task_name: str, task: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
+    modules = {name.rpartition(".")[0] for name in shared}
+    if not modules:
+        raise UserError(f"task {task_name!r} has no shared tensors; pass `<module path>.A` and `.B0` of every linear")
+    fused = any(name.endswith(".fusion") for name in task)
+    task_kinds = TASK_KINDS if fused else TASK_KINDS[:-1]
+    for argument, tensors, kinds in (("task", task, task_kinds), ("shared", shared, SHARED_KINDS)):
+        wanted = {f"{module}.{kind}" for module in modules for kind in kinds}
+        for name in sorted(wanted ^ tensors.keys()):
+            problem = "lacks the tensor" if name in wanted else "holds the unknown tensor"
+            raise UserError(
+                f"{argument} of task {task_name!r} {problem} {name}; pass exactly {', '.join(kinds)} for every linear"
+            )
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPES:
+                raise UserError(
+                    f"{argument} of task {task_name!r}: tensor {name} is {tensor.dtype}; cast it to one of "
+                    f"{', '.join(str(dtype) for dtype in DTYPES)}"
+                )
+            ndim = 1 if name.endswith(".fusion") else 2
+            if tensor.ndim != ndim:
+                raise UserError(
+                    f"{argument} of task {task_name!r}: tensor {name} has shape {list(tensor.shape)}; "
+                    f"it wants {ndim} dimension(s)"
+                )
+    for module in modules:
+        (n, r), k, s = shared[f"{module}.B0"].shape, shared[f"{module}.A"].shape[1], task[f"{module}.V"].shape[0]
+        wanted = {"A": (r, k), "U": (n, s), "V": (s, r)} | ({"fusion": (1,)} if fused else {})
+        for kind, shape in wanted.items():
+            got = tuple((shared if kind in SHARED_KINDS else task)[f"{module}.{kind}"].shape)
+            if got != shape:
+                raise UserError(
+                    f"task {task_name!r}: tensor {module}.{kind} has shape {list(got)} and B0 {[n, r]} with sub rank "
+                    f"{s} wants {list(shape)}; pass the tensors of one layer"
+                )

@@ -1,0 +1,187 @@
+import base64
+import io
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from lilora.continual import report
+from lilora.continual.report import Run, print_tables, write_report
+from lilora.continual.scores import ScoreMatrix
+from lilora.errors import UserError
+from PIL import Image
+from rich.console import Console
+
+TASKS = ["name", "caption", "count"]
+
+
+def matrix(rng, tasks=TASKS, carried=False, hole=None):
+    scores = ScoreMatrix(tasks)
+    for j, after in enumerate(tasks):
+        for i, task in enumerate(tasks[: j + 1]):
+            if carried and i < j:
+                scores.copy(after, task, from_after=tasks[j - 1])
+            elif (after, task) != hole:
+                scores.set(after, task, rng.uniform(0, 100), rng.uniform())
+    return scores
+
+
+@pytest.fixture(scope="module")
+def runs():
+    rng = np.random.default_rng(0)
+    runs = [Run("lilora", seed, matrix(rng, carried=True), 1_234_567, 61.0 + seed, {"steps": 200}) for seed in range(3)]
+    return [*runs, Run("<lora & co>", 7, matrix(rng, hole=("count", "name")))]
+
+
+@pytest.fixture(scope="module")
+def folder(runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "made" / "here"
+    assert write_report(out, runs, "Digits <b>suite</b>", {"torch": "2.13.0"}) == out / "report.html"
+    return out
+
+
+class Page(HTMLParser):
+    """The links, pictures and cell texts of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.pictures, self.cells, self.text = set(), [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "srcset"):
+                (self.pictures if tag == "img" else self.links).append(value)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_data(self, data):
+        self.text += data
+        if self.cells:
+            self.cells[-1] += data
+
+
+def test_files(folder):
+    pictures = {"summary.png", "curves.png", "heatmap-lilora.png", "heatmap-lora-co.png"}
+    assert {path.name for path in folder.iterdir()} == {"report.html", "metrics.json"} | pictures
+    for name in pictures:
+        with Image.open(folder / name) as picture:
+            picture.load()
+            assert min(picture.size) > 150
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 10, f"{name} is blank"
+
+
+def test_page_is_self_contained(folder):
+    html = (folder / "report.html").read_text()
+    page = Page(html)
+    assert page.links == []
+    assert not page.tags & {"script", "link", "iframe", "b"}
+    assert "url(" not in html
+    assert "@import" not in html
+    assert "Digits <b>suite</b>" in page.text
+    head = "data:image/png;base64,"
+    assert [base64.b64decode(picture.removeprefix(head)) for picture in page.pictures] == [
+        (folder / name).read_bytes() for name in ("summary.png", "curves.png")
+    ]
+
+
+def test_page_shows_every_number(folder, runs):
+    page = Page((folder / "report.html").read_text())
+    cells = {cell.strip() for cell in page.cells}
+    for name in ("AP", "MAP", "BWT", "Forgetting", "Forgetting_max", "New", "MIF"):
+        values = [run.matrix.metrics()[name] for run in runs[:3]]
+        assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}".replace("-0.0 ", "0.0 ") in cells
+        assert name in page.text
+    for j, after in enumerate(TASKS):
+        for i, task in enumerate(TASKS[: j + 1]):
+            mean = np.mean([run.matrix.get(after, task) for run in runs[:3]])
+            assert f"{mean:.1f}" + "*" * (i < j) in cells
+    assert "AP needs cells that are missing: name after count (<lora & co> seed 7)" in page.text
+    assert {"n/a", "1.2 M", "62 s", "1,234,567", "steps 200", "2.13.0"} <= cells
+
+
+def test_metrics_file_holds_means_spreads_and_runs(folder, runs):
+    saved = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)
+    news = [run.matrix.metrics()["New"] for run in runs[:3]]
+    assert saved["methods"]["lilora"]["New"] == pytest.approx(
+        {"mean": np.mean(news), "deviation": np.std(news, ddof=1)}
+    )
+    assert saved["methods"]["<lora & co>"]["AP"] == {"mean": None, "deviation": None}
+    assert saved["environment"] == {"torch": "2.13.0"}
+    assert [Run.from_dict(run).to_dict() for run in saved["runs"]] == [run.to_dict() for run in runs]
+
+
+def test_plots_draw_the_means(runs):
+    lilora, lora = report._by_method(runs)
+    mean = np.mean([run.matrix.scores() for run in runs[:3]], axis=0)
+    panels = report._curves([lilora, lora]).axes
+    assert [axes.get_title() for axes in panels] == ["1. name", "2. caption", "3. count"]
+    for i, axes in enumerate(panels):
+        line, other = axes.get_lines()
+        np.testing.assert_array_equal(line.get_xdata(), range(i + 1, 4))
+        np.testing.assert_allclose(line.get_ydata(), mean[i:, i])
+        assert (line.get_color(), line.get_marker()) != (other.get_color(), other.get_marker())
+    assert np.isnan(panels[0].get_lines()[1].get_ydata()[-1]), "a missing cell leaves a gap"
+    texts = [text.get_text() for text in report._heatmap(lora).axes[0].texts]
+    assert texts == [report.cell_text(lora.scores[j, i]) for j, i in zip(*np.tril_indices(3), strict=True)]
+    assert texts.count("n/a") == 1
+    bars = {
+        axes.get_title(): [bar.get_width() for bar in axes.patches] for axes in report._summary([lilora, lora]).axes
+    }
+    assert bars["New ↑"] == pytest.approx([lilora.metrics["New"].mean, lora.metrics["New"].mean])
+
+
+@pytest.mark.parametrize("tasks", [["only"], [f"task-{i}" for i in range(10)]], ids=len)
+def test_any_number_of_tasks_and_an_empty_matrix(tmp_path, tasks):
+    rng = np.random.default_rng(1)
+    page = write_report(tmp_path, [Run("a", 0, matrix(rng, tasks)), Run("b", 0, ScoreMatrix(tasks))])
+    assert "b seed 0" in page.read_text()
+
+
+def test_terminal_tables(runs):
+    console = Console(file=io.StringIO(), width=80)
+    print_tables(runs, console)
+    printed = console.file.getvalue()
+    news = [run.matrix.metrics()["New"] for run in runs[:3]]
+    assert f"{np.mean(news):.1f}±{np.std(news, ddof=1):.1f}" in printed
+    assert f"{np.mean([run.matrix.get('count', 'name') for run in runs[:3]]):.1f}*" in printed
+    assert "AP needs cells that are missing: name after count" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (lambda rng: [], "there are no runs"),
+        (
+            lambda rng: [Run("a", 0, matrix(rng)), Run("b", 0, matrix(rng, TASKS[::-1]))],
+            "report runs of one task order",
+        ),
+        (lambda rng: [Run("a", 0, matrix(rng)), Run("a", 0, matrix(rng))], "a has two runs with seed 0"),
+        (lambda rng: [Run("a b", 0, matrix(rng)), Run("a/b", 0, matrix(rng))], "a b, a/b differ only in punctuation"),
+    ],
+)
+def test_runs_that_do_not_go_together_write_nothing(tmp_path, bad, words):
+    with pytest.raises(UserError, match=words):
+        write_report(tmp_path / "out", bad(np.random.default_rng(2)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_write_keeps_the_old_page(tmp_path, runs, monkeypatch):
+    page = write_report(tmp_path, runs[:1], "old")
+    before = page.read_bytes()
+
+    def full_disk(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_report(tmp_path, runs[:1], "new")
+    assert page.read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_extra_that_is_not_json_writes_nothing(tmp_path, runs):
+    with pytest.raises(TypeError):
+        write_report(tmp_path / "out", [Run("a", 0, runs[0].matrix, extra={"model": object()})])
+    assert not (tmp_path / "out").exists()

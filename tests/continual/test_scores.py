@@ -1,0 +1,191 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lilora.continual.scores import METRICS, ScoreMatrix
+from lilora.errors import UserError
+
+points = st.floats(0, 100)
+shares = st.floats(0, 1)
+
+
+@st.composite
+def filled(draw, least_tasks=1, formats=True):
+    """A complete matrix with random scores, and the same as a plain array [T, T] with zeros above the diagonal."""
+    size = draw(st.integers(least_tasks, 6))
+    matrix, array, share = ScoreMatrix([f"t{i}" for i in range(size)]), np.zeros((size, size)), np.zeros(size)
+    for j in range(size):
+        for i in range(j + 1):
+            array[j, i], share[i] = draw(points), draw(shares)
+            matrix.set(f"t{j}", f"t{i}", array[j, i], share[i] if formats else None)
+    return matrix, array, share
+
+
+def cells(matrix):
+    return [(after, task) for j, after in enumerate(matrix.tasks) for task in matrix.tasks[: j + 1]]
+
+
+@given(filled(least_tasks=2))
+def test_metrics_are_the_published_sums(case):
+    matrix, a, last_shares = case
+    size = len(a)
+    final, learned = a[size - 1], np.array([a[i, i] for i in range(size)])
+    wanted = {
+        "AP": final.sum() / size,
+        "MAP": sum(a[j].sum() / (j + 1) for j in range(size)) / size,
+        "BWT": (final.sum() - np.trace(a)) / (size - 1),
+        "Forgetting": (np.trace(a) - final.sum()) / (size - 1),
+        "Forgetting_max": (np.max(a, axis=0) - final).sum() / (size - 1),
+        "New": learned.sum() / size,
+        "MIF": 100 * last_shares.sum() / size,
+    }
+    assert matrix.metrics() == pytest.approx(wanted, abs=1e-9)
+    assert not matrix.undefined()
+
+
+NEEDED = {  # which cells (j, i) of a 4-task matrix each metric reads
+    "AP": lambda j, i: j == 3,
+    "MAP": lambda j, i: True,
+    "BWT": lambda j, i: i < 3 and j in (i, 3),
+    "Forgetting": lambda j, i: i < 3 and j in (i, 3),
+    "Forgetting_max": lambda j, i: i < 3,
+    "New": lambda j, i: i == j,
+    "MIF": lambda j, i: j == 3,
+}
+
+
+@pytest.mark.parametrize("hole", [(j, i) for j in range(4) for i in range(j + 1)], ids=str)
+def test_one_missing_cell_is_nan_exactly_where_it_is_needed(hole):
+    matrix = ScoreMatrix(["a", "b", "c", "d"])
+    random = np.random.default_rng(0)
+    for j, i in zip(*np.tril_indices(4), strict=True):
+        if (j, i) != hole:
+            matrix.set("abcd"[j], "abcd"[i], random.uniform(0, 100), random.uniform())
+    after, task = "abcd"[hole[0]], "abcd"[hole[1]]
+    needed = {name for name, reads in NEEDED.items() if reads(*hole)}
+    assert matrix.missing() == [(after, task)]
+    assert math.isnan(matrix.get(after, task))
+    assert {name for name, value in matrix.metrics().items() if math.isnan(value)} == needed
+    assert matrix.undefined() == {name: f"{name} needs cells that are missing: {task} after {after}" for name in needed}
+
+
+def test_the_message_names_only_the_cells_the_metric_needs():
+    matrix = ScoreMatrix(["a", "b", "c"])
+    matrix.set("a", "a", 50)
+    why = matrix.undefined()
+    assert why["New"] == "New needs cells that are missing: b after b, c after c"
+    assert why["AP"] == "AP needs cells that are missing: a after c, b after c, c after c"
+
+
+def test_one_task_has_no_forgetting():
+    matrix = ScoreMatrix(["only"])
+    matrix.set("only", "only", 80, 1.0)
+    metrics = matrix.metrics()
+    assert metrics["AP"] == metrics["MAP"] == metrics["New"] == 80
+    assert set(matrix.undefined()) == {"BWT", "Forgetting", "Forgetting_max"}
+    assert matrix.undefined()["BWT"] == "BWT needs at least 2 tasks, this run has 1"
+
+
+def test_mif_is_the_mean_over_tasks_that_instruct_a_format():
+    matrix = ScoreMatrix(["words", "caption"])
+    matrix.set("words", "words", 10, 0.2)
+    matrix.set("caption", "words", 10, 0.7)
+    assert math.isnan(matrix.metrics()["MIF"])  # nothing is known of `caption` yet
+    matrix.set("caption", "caption", 10)
+    assert matrix.metrics()["MIF"] == pytest.approx(70)
+
+
+def test_mif_without_any_format_says_so():
+    matrix = ScoreMatrix(["a"])
+    matrix.set("a", "a", 10)
+    assert matrix.undefined()["MIF"] == "MIF needs a task that instructs an answer format, this run has none"
+
+
+@given(filled(), st.data())
+def test_json_round_trip(case, data):
+    matrix, _, _ = case
+    holes = data.draw(st.sets(st.sampled_from(cells(matrix))))
+    partial = ScoreMatrix(matrix.tasks)
+    for after, task in cells(matrix):
+        if (after, task) not in holes:
+            partial.set(after, task, matrix.get(after, task), data.draw(st.none() | shares))
+    again = ScoreMatrix.from_dict(json.loads(json.dumps(partial.to_dict(), allow_nan=False)))
+    assert again.to_dict() == partial.to_dict()
+    assert again.missing() == partial.missing()
+    np.testing.assert_array_equal(again.scores(), partial.scores())
+
+
+def test_carried_cells_remember_where_they_were_run():
+    matrix = ScoreMatrix(["a", "b", "c"])
+    matrix.set("a", "a", 90, 0.5)
+    matrix.copy("b", "a", from_after="a")
+    matrix.copy("c", "a", from_after="b")
+    matrix.set("b", "b", 40, 0.5)
+    assert matrix.get("c", "a") == 90
+    assert matrix.carried_from("c", "a") == matrix.carried_from("b", "a") == "a"
+    assert matrix.carried_from("b", "b") is None
+    again = ScoreMatrix.from_dict(json.loads(json.dumps(matrix.to_dict())))
+    assert again.carried_from("c", "a") == "a"
+    assert again.markdown().splitlines()[2:] == [
+        "| a | 90.0 |  |  |",
+        "| b | 90.0* | 40.0 |  |",
+        "| c | 90.0* | n/a | n/a |",
+    ]
+    matrix.set("c", "a", 80, 0.5)  # measured after all
+    assert matrix.carried_from("c", "a") is None
+
+
+@given(filled(least_tasks=2, formats=False))
+def test_scores_returns_a_copy(case):
+    matrix, array, _ = case
+    matrix.scores()[:] = -1
+    np.testing.assert_array_equal(np.tril(matrix.scores()), array)
+    assert np.isnan(matrix.scores()[np.triu_indices(len(array), 1)]).all()
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda m: m.set("a", "z", 1), "unknown task 'z'; the tasks are a, b"),
+        (lambda m: m.set("a", "b", 1), "b is learned after a"),
+        (lambda m: m.set("b", "a", 100.1), "the score of a after b is 100.1"),
+        (lambda m: m.set("b", "a", math.nan), "the score of a after b is nan"),
+        (lambda m: m.set("b", "a", 1, 50), "the format share of a is 50"),
+        (lambda m: m.copy("b", "a", from_after="a"), "cannot be carried over from a"),
+        (lambda m: m.copy("b", "b", from_after="b"), "cannot be carried over from b"),
+        (lambda m: ScoreMatrix([]), "at least one task name"),
+        (lambda m: ScoreMatrix(["a", "a"]), "each name once"),
+    ],
+)
+def test_bad_use_is_one_sentence_and_changes_nothing(call, words):
+    matrix = ScoreMatrix(["a", "b"])
+    before = matrix.to_dict()
+    with pytest.raises(UserError, match=words):
+        call(matrix)
+    assert matrix.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"scores": [[1.0]]}, r"scores has rows of length \[1\]; the tasks want \[1, 2\]"),
+        ({"scores": [["high"], [1, 2]]}, "at scores.0.0"),
+        ({"scores": [[300], [1, 2]]}, "the score of a after a is 300"),
+        ({"carried_from": [[None], ["z", None]]}, "unknown task 'z'"),
+        ({"colour": 1}, "at colour"),
+    ],
+)
+def test_a_damaged_file_is_one_sentence(change, words):
+    matrix = ScoreMatrix(["a", "b"])
+    matrix.set("b", "a", 5)
+    with pytest.raises(UserError, match=words) as caught:
+        ScoreMatrix.from_dict(matrix.to_dict() | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_metric_is_defined_in_one_line():
+    assert list(METRICS) == ["AP", "MAP", "BWT", "Forgetting", "Forgetting_max", "New", "MIF"]
+    assert all(metric.definition and "\n" not in metric.definition for metric in METRICS.values())

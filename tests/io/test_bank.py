@@ -1,0 +1,656 @@
+import contextlib
+import json
+import os
+import re
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from lilora.errors import UserError
+from lilora.io.atomic import write_atomically
+from lilora.io.bank import Bank, BaseModelId
+from safetensors.torch import load_file, save
+from torch import nn
+
+BASE = BaseModelId(id="tiny", fingerprint="0123456789abcdef")
+MODULES = ("layers.0.up_proj", "layers.1.up_proj")
+N, K, R, S = 6, 5, 4, 2
+
+
+def task_tensors(seed, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"U": (N, S), "V": (S, R), "fusion": (1,)}
+    return {f"{m}.{k}": torch.randn(shape, generator=g).to(dtype) for m in MODULES for k, shape in shapes.items()}
+
+
+def shared_tensors(seed, dtype=torch.float32):
+    g = torch.Generator().manual_seed(1000 + seed)
+    shapes = {"A": (R, K), "B0": (N, R)}
+    return {f"{m}.{k}": torch.randn(shape, generator=g).to(dtype) for m in MODULES for k, shape in shapes.items()}
+
+
+def same(got, want):
+    return got.keys() == want.keys() and all(
+        got[name].dtype == want[name].dtype and torch.equal(got[name], want[name]) for name in want
+    )
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def file_of(bank, which):
+    return {
+        "index": bank.path / "bank.json",
+        "task": bank.path / "tasks" / "one.safetensors",
+        "shared": bank.path / f"shared-{bank.shared_fingerprint('one')}.safetensors",
+    }[which]
+
+
+@pytest.fixture
+def bank(tmp_path):
+    """Two tasks on one shared set."""
+    bank = Bank.create(tmp_path / "bank", config={"r": R}, base_model=BASE)
+    bank.add_task("one", task_tensors(1), shared_tensors(0))
+    bank.add_task("two", task_tensors(2), shared_tensors(0))
+    return bank
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_round_trip(tmp_path, dtype):
+    bank = Bank.create(tmp_path / "new" / "bank", config={"r": R, "targets": ["up"]}, base_model=BASE)
+    task, shared = task_tensors(1, dtype), shared_tensors(1, torch.float32)
+    bank.add_task("one", task, shared, info={"seconds": 1.5, "steps": 20})
+    bank.set_scores({"after": [[71.25, None]]})
+
+    again = Bank.open(bank.path)
+    got_task, got_shared = again.load_task("one")
+    assert same(got_task, task)
+    assert same(got_shared, shared)
+    assert (again.tasks, again.ids) == (["one"], {"one": 0})
+    assert again.config == {"r": R, "targets": ["up"]}
+    assert again.scores == {"after": [[71.25, None]]}
+    assert again.base_model == BASE
+    assert again.task_fingerprint("one") == bank.task_fingerprint("one")
+
+
+def test_views_tied_and_transposed_tensors_are_stored_by_value(tmp_path):
+    bank = Bank.create(tmp_path / "bank", config={}, base_model=BASE)
+    task, shared = task_tensors(1), shared_tensors(1)
+    first, second = (f"{m}.A" for m in MODULES)
+    shared[first] = torch.randn(K, R).T
+    shared[second] = shared[first]
+    shared[f"{MODULES[0]}.B0"] = nn.Parameter(torch.randn(3, N, R))[1]
+    bank.add_task("one", task, shared)
+    assert same(bank.load_task("one")[1], shared)
+
+
+def test_layers_without_fusion(tmp_path):
+    bank = Bank.create(tmp_path / "bank", config={}, base_model=BASE)
+    task = {name: tensor for name, tensor in task_tensors(1).items() if not name.endswith(".fusion")}
+    bank.add_task("one", task, shared_tensors(1))
+    assert same(bank.load_task("one")[0], task)
+
+
+def test_training_on_does_not_change_the_bank_nor_do_loaded_tensors(bank):
+    task, shared = bank.load_task("one")
+    for tensor in (*task.values(), *shared.values()):
+        tensor.add_(1)
+    assert same(bank.load_task("one")[0], task_tensors(1))
+
+
+def test_equal_shared_sets_are_stored_once_and_others_apart(bank):
+    before = files(bank.path)
+    bank.add_task("three", task_tensors(3), shared_tensors(7))
+    after = files(bank.path)
+    assert bank.shared_fingerprint("one") == bank.shared_fingerprint("two") != bank.shared_fingerprint("three")
+    assert len([name for name in after if name.startswith("shared-")]) == 2
+    assert all(after[name] == before[name] for name in before if name != "bank.json")
+    assert same(bank.load_task("one")[1], shared_tensors(0))
+    assert same(bank.load_task("three")[1], shared_tensors(7))
+
+
+def test_fingerprint_changes_with_value_name_dtype_and_shape(tmp_path):
+    bank = Bank.create(tmp_path / "bank", config={}, base_model=BASE)
+    renamed = [
+        {f"x.{key}": value for key, value in tensors.items()} for tensors in (task_tensors(1), shared_tensors(1))
+    ]
+    reshaped, changed = shared_tensors(1), shared_tensors(1)
+    for m in MODULES:
+        reshaped[f"{m}.A"] = reshaped[f"{m}.A"][:, :-1]
+    changed[f"{MODULES[1]}.B0"][0, 0] += 1e-3
+    for name, task, shared in [
+        ("plain", task_tensors(1), shared_tensors(1)),
+        ("value", task_tensors(1), changed),
+        ("name", *renamed),
+        ("dtype", task_tensors(1), shared_tensors(1, torch.bfloat16)),
+        ("shape", task_tensors(1), reshaped),
+    ]:
+        bank.add_task(name, task, shared)
+    assert len({bank.shared_fingerprint(name) for name in bank.tasks}) == 5
+    assert bank.task_fingerprint("plain") == bank.task_fingerprint("value") != bank.task_fingerprint("name")
+
+
+def test_remove_keeps_ids_and_deletes_only_what_nothing_else_uses(bank):
+    bank.add_task("three", task_tensors(3), shared_tensors(7))
+    third = f"shared-{bank.shared_fingerprint('three')}.safetensors"
+    bank.remove_task("three")
+    bank.remove_task("one")
+    left = files(bank.path)
+    assert third not in left
+    assert "tasks/one.safetensors" not in left
+    assert same(bank.load_task("two")[1], shared_tensors(0))
+    bank.add_task("one", task_tensors(9), shared_tensors(0))
+    assert Bank.open(bank.path).ids == {"two": 1, "one": 3}
+    assert same(bank.load_task("one")[0], task_tensors(9))
+
+
+def test_two_open_banks_do_not_undo_each_other(bank):
+    other = Bank.open(bank.path)
+    other.add_task("three", task_tensors(3), shared_tensors(0))
+    bank.set_scores({"x": 1})
+    other.add_task("four", task_tensors(4), shared_tensors(0))
+    bank.add_task("five", task_tensors(5), shared_tensors(0))
+    other.remove_task("one")
+    final = Bank.open(bank.path)
+    assert final.ids == {"two": 1, "three": 2, "four": 3, "five": 4}
+    assert final.scores == {"x": 1}
+
+
+def test_describe_is_json_with_sizes(bank):
+    described = json.loads(json.dumps(bank.describe()))
+    assert [task["name"] for task in described["tasks"]] == ["one", "two"]
+    want = sum(t.numel() for t in task_tensors(1).values())
+    assert (described["tasks"][0]["parameters"], described["tasks"][0]["bytes"]) == (want, 4 * want)
+    assert described["shared"][0]["parameters"] == sum(t.numel() for t in shared_tensors(0).values())
+
+
+# Refused input: one sentence, nothing written
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "../up", "a b", "one", "ONE"])
+def test_bad_or_taken_task_name(bank, name):
+    before = files(bank.path.parent)
+    with pytest.raises(UserError, match="name"):
+        bank.add_task(name, task_tensors(3), shared_tensors(0))
+    assert files(bank.path.parent) == before
+
+
+def _drop(task, shared):
+    del task[f"{MODULES[1]}.V"]
+
+
+def _one_fusion_only(task, shared):
+    del task[f"{MODULES[1]}.fusion"]
+
+
+def _extra(task, shared):
+    shared[f"{MODULES[1]}.C"] = torch.zeros(1)
+
+
+def _wrong_shape(task, shared):
+    task[f"{MODULES[1]}.V"] = torch.randn(S, R + 1)
+
+
+def _wrong_rank(task, shared):
+    shared[f"{MODULES[1]}.A"] = torch.randn(R + 1, K)
+
+
+def _wrong_count(task, shared):
+    task[f"{MODULES[1]}.fusion"] = torch.randn(2)
+
+
+def _wrong_ndim(task, shared):
+    shared[f"{MODULES[1]}.A"] = torch.randn(R)
+
+
+def _wrong_dtype(task, shared):
+    task[f"{MODULES[1]}.U"] = torch.ones(N, S, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "spoil, named",
+    [
+        (_drop, "V"),
+        (_one_fusion_only, "fusion"),
+        (_extra, "C"),
+        (_wrong_shape, "V"),
+        (_wrong_rank, "A"),
+        (_wrong_count, "fusion"),
+        (_wrong_ndim, "A"),
+        (_wrong_dtype, "U"),
+    ],
+)
+def test_bad_tensors(bank, spoil, named):
+    before = files(bank.path)
+    task, shared = task_tensors(3), shared_tensors(3)
+    spoil(task, shared)
+    with pytest.raises(UserError, match=rf"three.*{MODULES[1]}\.{named}"):
+        bank.add_task("three", task, shared)
+    assert files(bank.path) == before
+
+
+def test_no_shared_tensors(bank):
+    with pytest.raises(UserError, match="shared"):
+        bank.add_task("three", {}, {})
+
+
+@pytest.mark.parametrize("value", [{"x": float("nan")}, {"x": {1, 2}}, [1]])
+def test_scores_config_and_info_must_be_json(bank, tmp_path, value):
+    before = files(bank.path)
+    with pytest.raises(UserError, match="scores"):
+        bank.set_scores(value)
+    with pytest.raises(UserError, match="info"):
+        bank.add_task("three", task_tensors(3), shared_tensors(0), info=value)
+    with pytest.raises(UserError, match="config"):
+        Bank.create(tmp_path / "other", config=value, base_model=BASE)
+    assert files(bank.path) == before
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("call", ["load_task", "remove_task", "task_fingerprint", "shared_fingerprint"])
+def test_unknown_task_lists_the_known(bank, call):
+    with pytest.raises(UserError, match=r"'three'.*one, two"):
+        getattr(bank, call)("three")
+
+
+def test_create_refuses_a_folder_in_use(bank, tmp_path):
+    before = files(bank.path)
+    with pytest.raises(UserError, match="already holds a bank"):
+        Bank.create(bank.path, config={}, base_model=BASE)
+    assert files(bank.path) == before
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "trainer_state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"trainer_state\.json"):
+        Bank.create(run, config={}, base_model=BASE)
+    assert list(files(run)) == ["trainer_state.json"]
+    with pytest.raises(UserError, match="cannot be made a bank"):
+        Bank.create(run / "trainer_state.json", config={}, base_model=BASE)
+
+
+def test_create_takes_an_empty_folder(tmp_path):
+    Bank.create(tmp_path, config={}, base_model=BASE)
+    assert Bank.open(tmp_path).tasks == []
+
+
+def test_open_refuses_what_is_no_bank(tmp_path):
+    with pytest.raises(UserError, match="not a bank"):
+        Bank.open(tmp_path)
+    with pytest.raises(UserError, match="not a bank"):
+        Bank.open(tmp_path / "missing")
+    (tmp_path / "bank.json").write_text('{"tasks": []}')
+    with pytest.raises(UserError, match="format"):
+        Bank.open(tmp_path)
+
+
+def test_newer_format_asks_for_an_upgrade(bank):
+    path = bank.path / "bank.json"
+    path.write_text(json.dumps({"format": 2, "something": "new"}))
+    with pytest.raises(UserError, match=r"format 2.*upgrade"):
+        Bank.open(bank.path)
+
+
+def test_other_base_model(bank):
+    bank.check_base_model(BaseModelId(id="/a/local/copy", fingerprint=BASE.fingerprint))
+    with pytest.raises(UserError, match=r"tiny.*big"):
+        bank.check_base_model(BaseModelId(id="big", fingerprint="f" * 16))
+
+
+# Damaged files
+
+
+def damage(bank, which, data):
+    """The sentence that refuses to load a task while `data` is in place of a file; it must name the file."""
+    path = file_of(bank, which)
+    good = path.read_bytes()
+    path.write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        Bank.open(bank.path).load_task("one")
+    path.write_bytes(good)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("which", ["index", "task", "shared"])
+def test_truncated_at_any_length(bank, which):
+    data = file_of(bank, which).read_bytes()
+    for size in sorted({0, 1, 7, 8, 9, *range(10, len(data), 97), len(data) - 1}):
+        damage(bank, which, data[:size])
+
+
+@pytest.mark.parametrize("which", ["index", "task", "shared"])
+def test_any_flipped_bit_shows(bank, which):
+    data = file_of(bank, which).read_bytes()
+    places = torch.randint(len(data), (100,)).tolist()
+    for place in {*range(40), *places, len(data) - 1}:
+        flipped = data[place] ^ (1 << place % 8)
+        damage(bank, which, data[:place] + bytes([flipped]) + data[place + 1 :])
+
+
+def test_wrong_tensors_are_named(bank):
+    name = f"{MODULES[1]}.V"
+    good = task_tensors(1)
+    for tensor, words in [
+        (good[name].T.contiguous(), r"float32 \[4, 2\].*float32 \[2, 4\]"),
+        (good[name].half(), "float16.*float32"),
+        (good[name] + 1, "checksum"),
+    ]:
+        message = damage(bank, "task", save(good | {name: tensor}))
+        assert re.search(rf"{name}.*{words}", message)
+
+
+def test_foreign_file_and_missing_files(bank):
+    assert "lm_head.weight" in damage(bank, "task", save({"lm_head.weight": torch.randn(3)} | task_tensors(1)))
+    assert "lacks" in damage(bank, "task", save({}))
+    damage(bank, "shared", file_of(bank, "task").read_bytes())
+    file_of(bank, "shared").unlink()
+    with pytest.raises(UserError, match=r"shared-.*missing"):
+        bank.load_task("one")
+    file_of(bank, "task").unlink()
+    with pytest.raises(UserError, match=r"one\.safetensors.*missing"):
+        bank.load_task("one")
+
+
+def test_a_damaged_task_leaves_the_others_readable(bank):
+    file_of(bank, "task").write_bytes(b"")
+    assert same(bank.load_task("two")[0], task_tensors(2))
+    bank.remove_task("one")
+    assert Bank.open(bank.path).tasks == ["two"]
+
+
+def test_adding_a_task_mends_a_damaged_shared_file(bank):
+    file_of(bank, "shared").write_bytes(b"")
+    bank.add_task("three", task_tensors(3), shared_tensors(0))
+    assert same(bank.load_task("one")[1], shared_tensors(0))
+
+
+# Interruption: the old bank or the new one
+
+OPERATIONS = {
+    "add": lambda bank: bank.add_task("three", task_tensors(3), shared_tensors(3)),
+    "remove": lambda bank: bank.remove_task("one"),
+    "scores": lambda bank: bank.set_scores({"x": 1}),
+}
+
+
+def state(folder):
+    bank = Bank.open(folder)
+    tensors = {name: bank.load_task(name) for name in bank.tasks}
+    return bank.ids, bank.scores, {name: [save(part) for part in parts] for name, parts in tensors.items()}
+
+
+def sabotage(monkeypatch, at, act):
+    """Call `act` instead of the at-th os.open / os.fsync / os.replace."""
+    calls = []
+    for function in ("open", "fsync", "replace"):
+        real = getattr(os, function)
+
+        def call(*args, real=real, **kwargs):
+            calls.append(real.__name__)
+            if len(calls) == at:
+                act()
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(os, function, call)
+
+
+def no_space():
+    raise OSError(28, "No space left on device")
+
+
+def succeeds(work):
+    with contextlib.suppress(UserError):
+        work()
+        return True
+    return False
+
+
+def in_child(work):
+    """Run `work` in a forked child that never returns; its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("how", ["refused", "killed"])
+def test_fault_at_every_step(tmp_path, operation, how):
+    """The k-th system call fails, or the process dies there, for every k until the operation gets through."""
+    states = set()
+    for k in range(1, 100):
+        bank = Bank.create(tmp_path / str(k), config={}, base_model=BASE)
+        bank.add_task("one", task_tensors(1), shared_tensors(0))
+        bank.add_task("two", task_tensors(2), shared_tensors(0))
+        old = state(bank.path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            if how == "refused":
+                sabotage(patch, k, no_space)
+                finished = succeeds(lambda bank=bank: OPERATIONS[operation](bank))
+            else:
+                sabotage(patch, k, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                finished = in_child(lambda bank=bank: OPERATIONS[operation](bank)) == 0
+
+        found = state(bank.path)
+        bank = Bank.open(bank.path)
+        if found == old:
+            states.add("old")
+            OPERATIONS[operation](bank)
+        else:
+            states.add("new")
+            bank.set_scores(bank.scores)  # the next successful write sweeps
+        new = state(bank.path)
+        assert found in (old, new)
+        assert new != old
+        used = {f"tasks/{name}.safetensors" for name in bank.tasks}
+        used |= {f"shared-{bank.shared_fingerprint(name)}.safetensors" for name in bank.tasks}
+        assert set(files(bank.path)) == {"bank.json"} | used
+        if finished:
+            break
+    assert finished
+    assert states == {"old", "new"}
+
+
+@pytest.mark.parametrize("how", ["refused", "killed"])
+def test_fault_while_creating(tmp_path, how):
+    for k in range(1, 100):
+        path = tmp_path / str(k)
+        with pytest.MonkeyPatch.context() as patch:
+            if how == "refused":
+                sabotage(patch, k, no_space)
+                finished = succeeds(lambda path=path: Bank.create(path, config={}, base_model=BASE))
+            else:
+                sabotage(patch, k, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                finished = in_child(lambda path=path: Bank.create(path, config={}, base_model=BASE)) == 0
+        if not (path / "bank.json").exists():
+            Bank.create(path, config={}, base_model=BASE)
+        assert Bank.open(path).tasks == []
+        if finished:
+            break
+    assert finished
+    assert k > 1
+
+
+def test_killed_at_random_moments(tmp_path):
+    """A task whose add_task returned is never lost, one whose add_task did not is there whole or not at all."""
+    bank = Bank.create(tmp_path / "bank", config={}, base_model=BASE)
+    delays = (torch.rand(12) * 0.06).tolist()
+    for delay in delays:
+        start = len(Bank.open(bank.path).tasks)
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                mine = Bank.open(bank.path)
+                for i in range(start, start + 1000):
+                    mine.add_task(f"t{i}", task_tensors(i), shared_tensors(i % 3))
+                    os.write(writer, b".")
+            finally:
+                os._exit(1)
+        os.close(writer)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with os.fdopen(reader, "rb") as pipe:
+            returned = len(pipe.read())
+
+        bank = Bank.open(bank.path)
+        assert start + returned <= len(bank.tasks) <= start + returned + 1
+        assert bank.ids == {f"t{i}": i for i in range(len(bank.tasks))}
+        for i in range(start, len(bank.tasks)):
+            task, shared = bank.load_task(f"t{i}")
+            assert same(task, task_tensors(i))
+            assert same(shared, shared_tensors(i % 3))
+    assert len(bank.tasks) > 0
+
+
+def test_leftovers_go_and_foreign_files_stay(bank):
+    leftovers = ["tasks/x.safetensors", "tasks/x.safetensors.tmp", f"shared-{'0' * 16}.safetensors", "bank.json.tmp"]
+    foreign = ["notes.txt", "shared-ideas.safetensors", "tasks/x.safetensors.bak"]
+    for name in leftovers + foreign:
+        (bank.path / name).write_bytes(b"x")
+    bank.set_scores({})
+    left = files(bank.path)
+    assert not set(leftovers) & set(left)
+    assert set(foreign) <= set(left)
+
+
+def test_a_refused_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    sabotage(monkeypatch, 1, no_space)
+    with pytest.raises(UserError, match="No space left"):
+        write_atomically(path, b"new")
+    assert files(tmp_path) == {"file": b"old"}
+
+
+# Against a dictionary
+
+NAMES = st.sampled_from(["a", "b", "C", "d-1"])
+
+
+class BankMachine(RuleBasedStateMachine):
+    @initialize()
+    def create(self):
+        self.path = Path(tempfile.mkdtemp(dir=self.root))
+        self.bank = Bank.create(self.path, config={}, base_model=BASE)
+        self.model = {}
+        self.next_id = 0
+
+    @rule(name=NAMES, seed=st.integers(0, 5), shared=st.integers(0, 2))
+    def add(self, name, seed, shared):
+        if name in self.model:
+            with pytest.raises(UserError):
+                self.bank.add_task(name, task_tensors(seed), shared_tensors(shared))
+        else:
+            self.bank.add_task(name, task_tensors(seed), shared_tensors(shared))
+            self.model[name] = (self.next_id, seed, shared)
+            self.next_id += 1
+
+    @rule(name=NAMES)
+    def remove(self, name):
+        if name in self.model:
+            self.bank.remove_task(name)
+            del self.model[name]
+        else:
+            with pytest.raises(UserError):
+                self.bank.remove_task(name)
+
+    @rule()
+    def reopen(self):
+        self.bank = Bank.open(self.path)
+
+    @invariant()
+    def agrees(self):
+        assert self.bank.tasks == list(self.model)
+        assert self.bank.ids == {name: id for name, (id, _, _) in self.model.items()}
+        for name, (_, seed, shared) in self.model.items():
+            task, common = self.bank.load_task(name)
+            assert same(task, task_tensors(seed))
+            assert same(common, shared_tensors(shared))
+        stored = {path.name for path in self.path.glob("shared-*")}
+        assert len(stored) == len({shared for _, _, shared in self.model.values()})
+
+
+def test_bank_behaves_like_a_dictionary(tmp_path):
+    machine = type("Machine", (BankMachine,), {"root": str(tmp_path)})
+    run_state_machine_as_test(machine, settings=settings(max_examples=15, stateful_step_count=12, deadline=None))
+
+
+# Fingerprint of the base model
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up_proj = nn.Linear(30, 40)
+        self.norm = nn.LayerNorm(40)
+        self.head = nn.Linear(40, 30, bias=False)
+        self.tied = nn.Linear(40, 30, bias=False)
+        self.tied.weight = self.head.weight
+
+    def forward(self, x):
+        return self.head(self.norm(self.up_proj(x)))
+
+
+def test_fingerprint_ignores_adapters_and_their_wrapping():
+    from peft import LoraConfig, get_peft_model
+
+    net = Net()
+    plain = BaseModelId.of(net, "net")
+    wrapped = get_peft_model(net, LoraConfig(target_modules=["up_proj", "head"]))
+    assert any("base_layer" in name for name, _ in wrapped.named_parameters())
+    assert BaseModelId.of(wrapped, "net") == plain
+
+
+def test_fingerprint_ignores_lilora_parameters():
+    net = Net()
+    plain = BaseModelId.of(net, "net")
+    net.up_proj.register_parameter("lilora_A", nn.Parameter(torch.randn(4, 30)))
+    assert BaseModelId.of(net, "net") == plain
+
+
+@pytest.mark.parametrize("change", ["value", "dtype", "shape", "name"])
+def test_fingerprint_shows_another_base(change):
+    net = Net()
+    plain = BaseModelId.of(net, "net")
+    with torch.no_grad():
+        if change == "value":
+            net.head.weight[-1, -1] += 1
+        elif change == "dtype":
+            net.bfloat16()
+        elif change == "shape":
+            net.norm.weight = nn.Parameter(torch.ones(1, 40))
+        else:
+            net.norm2 = net.norm
+            del net.norm
+    assert BaseModelId.of(net, "net").fingerprint != plain.fingerprint
+
+
+def test_fingerprint_of_a_model_without_weights():
+    with torch.device("meta"):
+        net = Net()
+    with pytest.raises(UserError, match=r"net.*head\.weight"):
+        BaseModelId.of(net, "net")
+
+
+def test_files_are_plain_safetensors(bank):
+    """Any safetensors reader can open a bank's files."""
+    assert same(load_file(file_of(bank, "task")), task_tensors(1))
+    assert same(load_file(file_of(bank, "shared")), shared_tensors(0))

@@ -1,0 +1,157 @@
+import io
+import json
+import random
+import re
+from itertools import pairwise
+
+import pytest
+import torch
+import transformers
+from lilora.errors import UserError
+from lilora.models import target_modules
+from lilora.params import account, count, mib
+from rich.console import Console
+from torch import nn
+
+TEXT = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 32,
+}
+TOWER = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10000.0}
+QWEN_TEXT = TEXT | {"rope_parameters": ROPE}
+SMALL = {  # model type -> a config of the family with two text layers and two vision layers
+    "llava": lambda: transformers.LlavaConfig(
+        text_config={"model_type": "llama", **TEXT}, vision_config={"model_type": "clip_vision_model", **TOWER}
+    ),
+    "llava_next": lambda: transformers.LlavaNextConfig(
+        text_config={"model_type": "mistral", **TEXT}, vision_config={"model_type": "clip_vision_model", **TOWER}
+    ),
+    "llava_onevision": lambda: transformers.LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **TEXT}, vision_config={"model_type": "siglip_vision_model", **TOWER}
+    ),
+    "qwen2_vl": lambda: transformers.Qwen2VLConfig(
+        text_config=QWEN_TEXT, vision_config={"depth": 2, "embed_dim": 8, "hidden_size": 8, "num_heads": 2}
+    ),
+    "qwen2_5_vl": lambda: transformers.Qwen2_5_VLConfig(
+        text_config=QWEN_TEXT,
+        vision_config={"depth": 2, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "out_hidden_size": 8},
+    ),
+    "internvl": lambda: transformers.InternVLConfig(
+        text_config={"model_type": "qwen2", **TEXT},
+        vision_config=TOWER | {"image_size": [8, 8], "patch_size": [4, 4]},
+    ),
+}
+MLP = {f"model.language_model.layers.{i}.mlp.{part}_proj" for i in range(2) for part in ("gate", "up", "down")}
+ATTENTION = {f"model.language_model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "qkvo"}
+
+
+def projector(model_type):
+    if model_type.startswith("qwen"):
+        return {"model.visual.merger.mlp.0", "model.visual.merger.mlp.2"}
+    return {"model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"}
+
+
+@pytest.mark.parametrize("model_type", SMALL)
+def test_presets_hit_exactly_the_wanted_linears(model_type):
+    config = SMALL[model_type]()
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    wrapped = nn.ModuleDict({"base_model": nn.ModuleDict({"model": model})})
+
+    def hits(root, **options):
+        pattern = target_modules(config, **options)
+        return {name for name, _ in root.named_modules() if re.fullmatch(pattern, name)}
+
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert len(linears) > len(MLP | ATTENTION | projector(model_type)), "a vision tower to keep away from"
+    assert hits(model) == MLP
+    assert hits(model, projector=True) == MLP | projector(model_type)
+    assert hits(model, attention=True) == MLP | ATTENTION
+    assert hits(model, projector=True, attention=True) == MLP | ATTENTION | projector(model_type) <= linears
+    assert hits(wrapped) == {f"base_model.model.{name}" for name in MLP}
+    assert target_modules(model_type) == target_modules(config)
+
+
+def test_unknown_family_lists_the_known_ones():
+    known = "internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl"
+    with pytest.raises(UserError, match=f"'gemma3' has no adapter preset; known are {known}; .* pass target_modules"):
+        target_modules("gemma3")
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return account("llava-1.5-7b", projector=True)
+
+
+def test_published_table_of_llava_1_5_7b(llava):
+    """The paper's figures (MiB at bf16, six tasks) within 0.1 %."""
+    assert llava.linears == 98
+    assert mib(llava.lora_per_task) == pytest.approx(357.3, rel=1e-3)
+    assert mib(llava.total("dirlora", 6)) == pytest.approx(2143.9, rel=1e-3)
+    assert mib(llava.per_task) == pytest.approx(104.6, rel=1e-3)
+    assert mib(llava.total("lilora", 6)) == pytest.approx(985.1, rel=1e-3)
+    assert (llava.shared_a, llava.shared_b0, llava.per_task) == (79_298_560, 108_003_328, 54_804_578)
+    assert llava.base == 7_063_427_072
+
+
+def test_counts_are_the_sizes_of_the_tensors():
+    rng = random.Random(0)
+    widths = [rng.randint(1, 40) for _ in range(5)]
+    r, sub_rank, tasks = rng.randint(1, 9), rng.randint(1, 9), rng.randint(2, 7)
+    layers = nn.Sequential(*(nn.Linear(k, n) for k, n in pairwise(widths)))
+    got = count(layers, r"[013]", r, sub_rank)
+    a = b0 = own = 0
+    for i in (0, 1, 3):
+        n, k = layers[i].weight.shape
+        a, b0 = a + torch.empty(r, k).numel(), b0 + torch.empty(n, r).numel()
+        own += sum(t.numel() for t in (torch.empty(n, sub_rank), torch.empty(sub_rank, r), torch.empty(1)))
+    assert (got.linears, got.shared_a, got.shared_b0, got.per_task, got.lora_per_task) == (3, a, b0, own, a + b0)
+    assert got.total("lilora", tasks) == a + b0 + tasks * own
+    assert got.total("dirlora", tasks) == tasks * (a + b0)
+    assert got.total("lora", tasks) == a + b0
+
+
+def test_local_folder_table_and_json(tmp_path):
+    SMALL["llava"]().save_pretrained(tmp_path)
+    got = account(str(tmp_path), r=4, sub_rank=2)
+    assert got.linears == len(MLP)
+    assert account(str(tmp_path), target_modules=r".*lm_head").linears == 1
+    saved = json.loads(json.dumps(got.to_dict(tasks=3)))
+    assert saved["total"]["lilora"] == got.total("lilora", 3)
+    assert saved["mib_bf16"]["per_task"] == pytest.approx(got.per_task * 2 / 1024**2)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(account("llava-1.5-7b", projector=True).table(tasks=6))
+    assert all(text in console.file.getvalue() for text in ("104.5 MiB", "984.4 MiB", "2,143.5 MiB", "45.9%"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [None, "{", "{}", '{"model_type": "llama"}', '{"model_type": "llava", "text_config": {"hidden_size": "x"}}'],
+)
+def test_a_folder_without_a_usable_config_is_one_sentence(tmp_path, config):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path)) + ".*give a shipped name") as caught:
+        account(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [(("nothing", 4, 2), "matches no linear layer"), (("0", 0, 2), "r is 0"), (("0", 4, -1), "sub_rank is -1")],
+)
+def test_bad_arguments(arguments, words):
+    with pytest.raises(UserError, match=words):
+        count(nn.Sequential(nn.Linear(3, 3)), *arguments)

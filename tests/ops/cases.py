@@ -1,0 +1,131 @@
+"""Random inputs for the operations, an independent oracle, and the project's one tolerance (law 6 of the operations)."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+NAMES = ("x", "a", "b0", "u", "v", "fusion", "gate")
+
+
+@dataclass
+class Inputs:
+    x: Tensor
+    a: Tensor
+    b0: Tensor
+    u: Tensor | None
+    v: Tensor | None
+    fusion: Tensor | None
+    task: Tensor | None
+    gate: Tensor | None
+    gate_row: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        return Inputs(
+            **{
+                f.name: t.to(dtype) if t is not None and t.is_floating_point() else t
+                for f in fields(self)
+                for t in [getattr(self, f.name)]
+            }
+        )
+
+    def leaves(self, names=NAMES) -> "Inputs":
+        """Copies; those named (and given) require gradients."""
+        return Inputs(
+            **{
+                f.name: None if t is None else t.detach().clone().requires_grad_(f.name in names)
+                for f in fields(self)
+                for t in [getattr(self, f.name)]
+            }
+        )
+
+    def differentiable(self) -> list[str]:
+        return [name for name in NAMES if getattr(self, name) is not None]
+
+
+def make(
+    rows=17,
+    columns=24,
+    outputs=20,
+    rank=8,
+    sub_rank=4,
+    tasks=3,
+    coefficients="fusion",
+    mix="random",
+    gate=False,
+    dtype=torch.float64,
+    seed=0,
+) -> Inputs:
+    """O(1) outputs, random in every element. mix: one (no task ids), same, distinct, sorted, random; all but one with -1 rows."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    if coefficients == "lora":
+        tasks = 1
+    task = {
+        "one": lambda: None,
+        "same": lambda: torch.full((rows,), tasks - 1),
+        "distinct": lambda: torch.arange(rows) % (tasks + 1) - 1,
+        "sorted": lambda: torch.randint(-1, tasks, (rows,), generator=g).sort().values,
+        "random": lambda: torch.randint(-1, tasks, (rows,), generator=g),
+    }[mix]()
+    if mix == "one":
+        tasks = 1
+    lora = coefficients == "lora"
+    inputs = Inputs(
+        x=randn(rows, columns),
+        a=randn(rank, columns) / columns**0.5,
+        b0=randn(outputs, rank) / rank**0.5,
+        u=None if lora else randn(tasks, outputs, sub_rank) / sub_rank**0.5,
+        v=None if lora else randn(tasks, sub_rank, rank) / rank**0.5,
+        fusion=randn(tasks) if coefficients == "fusion" else None,
+        task=None if task is None else task.to(torch.int32),
+        gate=randn(4, rank) if gate else None,
+        gate_row=torch.randint(0, 4, (rows,), generator=g).to(torch.int32) if gate else None,
+    )
+    return inputs.to(dtype)
+
+
+def oracle(i: Inputs, scaling: float, keep: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """The formula row by row: a matrix of its own for every row, contracted at once."""
+    rows, rank = i.x.shape[0], i.a.shape[0]
+    dropped = i.x if keep is None else torch.where(keep, i.x * scale, 0)
+    g = i.x.new_ones(rows, rank) if i.gate is None else i.gate[i.gate_row]
+    on = i.x.new_ones(rows) if i.task is None else (i.task >= 0).to(i.x.dtype)
+    task = torch.zeros(rows, dtype=torch.long) if i.task is None else i.task.clamp(min=0).long()
+    if i.u is None:
+        m = i.b0.expand(rows, -1, -1)
+    else:
+        f = torch.ones_like(on) if i.fusion is None else i.fusion.sigmoid()[task]
+        e = torch.ones_like(on) if i.fusion is None else 1 - f
+        m = f[:, None, None] * i.b0 + e[:, None, None] * torch.einsum("mns,msr->mnr", i.u[task], i.v[task])
+    return scaling * torch.einsum("m,mk,rk,mr,mnr->mn", on, dropped, i.a, g, m)
+
+
+class Errors:
+    """Errors against fp64 in units of full scale, pooled over random inputs, ours beside the eager formula's."""
+
+    def __init__(self) -> None:
+        self.pools: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def add(self, name: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:
+        assert got.shape == truth.shape, f"{name}: {got.shape} for {truth.shape}"
+        if truth.numel():
+            scale = truth.abs().max().clamp_min(1e-30)
+            for pool, t in zip(self.pools.setdefault(name, ([], [])), (got, eager), strict=True):
+                pool.append(((t.double() - truth) / scale).abs().detach().flatten())
+
+    def check(self) -> None:
+        """RMS at most 1.1 times and maximum at most 2 times that of eager, floor 1e-6 of full scale.
+
+        n errors leave the ratio of two equal RMS uncertain by about 1 / sqrt(n): three times that is allowed on top.
+        """
+        for name, pools in self.pools.items():
+            ours, eager = (torch.cat(pool) for pool in pools)
+            slack = 3 / len(ours) ** 0.5
+            rms, base = (e.square().mean().sqrt().item() for e in (ours, eager))
+            assert rms <= (1.1 + slack) * base + 1e-6, f"{name}: rms {rms:.2e} of full scale, eager has {base:.2e}"
+            worst, base = ours.max().item(), eager.max().item()
+            assert worst <= (2 + slack) * base + 1e-6, f"{name}: max {worst:.2e} of full scale, eager has {base:.2e}"

@@ -1,0 +1,455 @@
+"""`delta` and `linear` with the eager backend against an independent fp64 oracle, per output and per gradient."""
+
+import itertools
+import random
+
+import lilora_kernels
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import NAMES, Errors, make, oracle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lilora_kernels import functional
+from lilora_kernels.ops.call import Call
+from lilora_kernels.ops.delta import eager, reference
+from lilora_kernels.ops.philox import keep_scale
+
+SCALING = 0.7
+
+
+def adapter(i):
+    return i.x, i.a, i.b0, i.u, i.v, i.fusion
+
+
+def options(i, **more):
+    return {"task": i.task, "gate": i.gate, "gate_row": i.gate_row, "scaling": SCALING, **more}
+
+
+def base(i, dtype=None, bias=True):
+    g = torch.Generator().manual_seed(1)
+    n, k = i.b0.shape[0], i.x.shape[1]
+    weight = torch.randn(n, k, generator=g, dtype=torch.float64) / k**0.5
+    b = torch.randn(n, generator=g, dtype=torch.float64) if bias else None
+    dtype = dtype or i.x.dtype
+    return weight.to(dtype), None if b is None else b.to(dtype)
+
+
+def gradients(y, i, names, dy):
+    names = [n for n in names if getattr(i, n) is not None]
+    return dict(zip(names, torch.autograd.grad(y, [getattr(i, n) for n in names], dy), strict=True))
+
+
+def pairwise(axes: dict, seed: int = 0) -> list[dict]:
+    """A small set of combinations in which every pair of values of two axes occurs."""
+    rng = random.Random(seed)
+    names = list(axes)
+    missing = {
+        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]
+    }
+    rows = []
+    while missing:
+        best = max(
+            ({n: rng.choice(axes[n]) for n in names} for _ in range(60)),
+            key=lambda row: sum(pair in missing for pair in itertools.combinations(row.items(), 2)),
+        )
+        covered = set(itertools.combinations(best.items(), 2)) & missing
+        if covered:
+            rows.append(best)
+            missing -= covered
+        else:
+            (a, x), (b, y) = next(iter(missing))
+            row = {n: rng.choice(axes[n]) for n in names} | {a: x, b: y}
+            rows.append(row)
+            missing -= set(itertools.combinations(row.items(), 2))
+    return rows
+
+
+AXES = {
+    "rows": [0, 1, 2, 17, 63, 64, 65, 127, 300],
+    "columns": [24, 33, 128],
+    "outputs": [20, 47, 96],
+    "rank": [1, 4, 16, 100],
+    "sub_rank": [1, 8, 64],
+    "tasks": [1, 3, 8],
+    "coefficients": ["fusion", "plain", "lora"],
+    "mix": ["one", "same", "distinct", "sorted", "random"],
+    "gate": [False, True],
+    "dtype": [torch.float32, torch.bfloat16, torch.float16],
+    "op": ["delta", "linear"],
+}
+CASES = pairwise(AXES)
+
+
+def case_id(c):
+    return "-".join(str(v).removeprefix("torch.") for v in c.values())
+
+
+def add_errors(errors, i, op):
+    """One forward and backward of ours, of the eager formula in the same dtype, and of the oracle in fp64."""
+    wide, plain, ours = i.to(torch.float64).leaves(), i.leaves(), i.leaves()
+    weight, bias = base(i)
+    truth = oracle(wide, SCALING)
+    formula = reference.delta(*adapter(plain), plain.task, plain.gate, plain.gate_row, scaling=SCALING)
+    if op == "linear":
+        truth = truth + F.linear(wide.x, weight.double(), bias.double())
+        formula = formula + F.linear(plain.x, weight, bias)
+        got = functional.linear(ours.x, weight, bias, *adapter(ours)[1:], **options(ours))
+    else:
+        got = functional.delta(*adapter(ours), **options(ours))
+    errors.add("y", got, formula, truth)
+    dy = torch.randn(truth.shape).to(i.x.dtype)
+    names = i.differentiable()
+    want, eager_grads = gradients(truth, wide, names, dy.double()), gradients(formula, plain, names, dy)
+    for name, grad in gradients(got, ours, names, dy).items():
+        assert grad.dtype == getattr(ours, name).dtype
+        errors.add(f"d{name}", grad, eager_grads[name], want[name])
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case):
+    shape = {name: value for name, value in case.items() if name != "op"}
+    errors = Errors()
+    for seed in range(4):
+        add_errors(errors, make(**shape, seed=seed), case["op"])
+    errors.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [5, 60])
+def test_small_gradients_are_as_good_as_the_eager_formula(rows, dtype):
+    """dfusion has one number per task: only many draws tell its error from luck."""
+    errors = Errors()
+    for seed in range(300):
+        add_errors(errors, make(rows=rows, rank=8, sub_rank=8, tasks=2, mix="sorted", dtype=dtype, seed=seed), "delta")
+    errors.check()
+
+
+def test_the_shipped_reference_is_the_formula():
+    for coefficients, mix, gate in itertools.product(AXES["coefficients"], AXES["mix"], (False, True)):
+        i = make(coefficients=coefficients, mix=mix, gate=gate)
+        keep = torch.rand(i.x.shape) > 0.3
+        got = reference.delta(*adapter(i), i.task, i.gate, i.gate_row, keep, 1.4, SCALING)
+        torch.testing.assert_close(got, oracle(i, SCALING, keep, 1.4), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(0, 40),
+    columns=st.integers(1, 20),
+    outputs=st.integers(1, 20),
+    rank=st.integers(1, 12),
+    sub_rank=st.integers(1, 12),
+    tasks=st.integers(1, 6),
+    coefficients=st.sampled_from(AXES["coefficients"]),
+    mix=st.sampled_from(AXES["mix"]),
+    gate=st.booleans(),
+    wanted=st.sets(st.sampled_from(NAMES), min_size=1),
+    p=st.sampled_from([0.0, 0.4]),
+    op=st.sampled_from(["delta", "linear"]),
+)
+def test_any_shape_any_subset_of_gradients(
+    rows, columns, outputs, rank, sub_rank, tasks, coefficients, mix, gate, wanted, p, op
+):
+    i = make(rows, columns, outputs, rank, sub_rank, tasks, coefficients, mix, gate)
+    names = [n for n in i.differentiable() if n in wanted]
+    ours, wide = i.leaves(names), i.leaves(names)
+    seed = torch.tensor([rows * 7 + columns])
+    call = Call(i.a, i.b0, i.u, i.v, i.fusion, i.task, i.gate, i.gate_row, seed, SCALING, p, None)
+    keep = None if p == 0 else eager.dropout_mask(rows, columns, i.x.dtype, call).bool()
+    truth = oracle(wide, SCALING, keep, keep_scale(p))
+    if op == "linear":
+        weight, bias = base(i)
+        truth = truth + F.linear(wide.x, weight, bias)
+        got = functional.linear(ours.x, weight, bias, *adapter(ours)[1:], **options(ours, p=p, seed=seed))
+    else:
+        got = functional.delta(*adapter(ours), **options(ours, p=p, seed=seed))
+    torch.testing.assert_close(got, truth, rtol=1e-9, atol=1e-9)
+    if names:
+        dy = torch.randn_like(truth)
+        want = gradients(truth, wide, names, dy)
+        for name, grad in gradients(got, ours, names, dy).items():
+            torch.testing.assert_close(grad, want[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"d{name}: {m}")
+
+
+@pytest.mark.parametrize("coefficients", AXES["coefficients"])
+@pytest.mark.parametrize("rows", [5, 12])
+def test_gradcheck(coefficients, rows):
+    i = make(rows=rows, columns=5, outputs=4, rank=3, sub_rank=2, tasks=2, coefficients=coefficients, gate=True).leaves()
+    weight, bias = base(i)
+    names = i.differentiable()
+    seed = torch.tensor([3])
+
+    def run(*tensors):
+        given = {**{n: None for n in NAMES}, **dict(zip(names, tensors, strict=True))}
+        x = given.pop("x")
+        gate = given.pop("gate")
+        more = {"task": i.task, "gate": gate, "gate_row": i.gate_row, "scaling": SCALING, "p": 0.3, "seed": seed}
+        return functional.delta(x, **given, **more), functional.linear(x, weight, bias, **given, **more)
+
+    assert torch.autograd.gradcheck(run, [getattr(i, n) for n in names])
+
+
+@pytest.mark.parametrize("op", ["delta", "linear"])
+@pytest.mark.parametrize("mix", ["one", "random"])
+def test_opcheck(op, mix):
+    i = make(mix=mix, gate=True, dtype=torch.float32).leaves()
+    weight, bias = base(i)
+    head = (i.x,) if op == "delta" else (i.x, weight, bias)
+    args = (*head, i.a, i.b0, i.u, i.v, i.fusion, i.task, i.gate, i.gate_row, torch.tensor([5]), SCALING, 0.1, None)
+    torch.library.opcheck(getattr(torch.ops.lilora, op).default, args)
+    needs = [True] * 7
+    h = torch.randn(i.x.shape[0], i.a.shape[0])
+    dy = torch.randn(i.x.shape[0], i.b0.shape[0])
+    frozen = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
+    head = (dy, frozen[0], h) if op == "delta" else (dy, frozen[0], weight, h)
+    rest = frozen[1:] if op == "delta" else frozen[3:]
+    torch.library.opcheck(getattr(torch.ops.lilora, f"{op}_backward").default, (*head, *rest, needs))
+
+
+@pytest.mark.parametrize("op", ["delta", "linear"])
+def test_fullgraph_compile_gives_the_same_values_and_gradients(op):
+    torch._dynamo.reset()
+    i = make(dtype=torch.float32)
+    weight, bias = base(i)
+
+    def run(i):
+        x = torch.sin(i.x)
+        more = options(i, p=0.2, seed=torch.tensor([11]))
+        y = functional.delta(x, *adapter(i)[1:], **more) if op == "delta" else functional.linear(x, weight, bias, *adapter(i)[1:], **more)
+        return y.square()
+
+    ours, compiled = i.leaves(), i.leaves()
+    y, z = run(ours), torch.compile(run, fullgraph=True)(compiled)
+    torch.testing.assert_close(z, y)
+    dy = torch.randn_like(y)
+    want = gradients(y, ours, i.differentiable(), dy)
+    for name, grad in gradients(z, compiled, i.differentiable(), dy).items():
+        torch.testing.assert_close(grad, want[name])
+
+
+def test_fp32_masters_under_bf16_activations():
+    i = make(rows=64, dtype=torch.float32)
+    mixed = i.leaves()
+    x = i.x.bfloat16().requires_grad_()
+    y = functional.delta(x, *adapter(mixed)[1:], **options(i))
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    assert mixed.a.grad.dtype == mixed.fusion.grad.dtype == torch.float32
+    low, wide, errors = i.to(torch.bfloat16), i.to(torch.bfloat16).to(torch.float64), Errors()
+    wide.a, wide.b0, wide.u, wide.v, wide.fusion = (t.double() for t in adapter(i)[1:])
+    errors.add("y", y, reference.delta(*adapter(low), low.task, scaling=SCALING), oracle(wide, SCALING))
+    errors.check()
+
+
+def test_autocast_casts_the_activations_and_leaves_the_masters():
+    i = make(dtype=torch.float32).leaves()
+    weight, bias = base(i)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = functional.linear(i.x, weight, bias, *adapter(i)[1:], **options(i))
+        assert y.dtype == torch.bfloat16 == functional.delta(*adapter(i), **options(i)).dtype
+    y.float().sum().backward()
+    assert i.x.grad.dtype == i.u.grad.dtype == torch.float32
+
+
+def test_dropout_is_drawn_from_the_seed_alone():
+    i = make(rows=50, mix="one", dtype=torch.float32)
+
+    def run(seed):
+        return functional.delta(*adapter(i), **options(i, p=0.5, seed=torch.tensor([seed])))
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    torch.manual_seed(5)
+    first = functional.draw_seed(torch.device("cpu"))
+    assert not torch.equal(first, functional.draw_seed(torch.device("cpu")))
+    torch.manual_seed(5)
+    assert torch.equal(first, functional.draw_seed(torch.device("cpu")))
+
+
+def test_two_runs_are_equal_bit_for_bit_and_inputs_stay_untouched():
+    i = make(rows=200, rank=16, gate=True, dtype=torch.float32).leaves()
+    weight, bias = base(i)
+    before = [t.detach().clone() for t in (*adapter(i), weight, bias)]
+
+    def run():
+        y = functional.linear(i.x, weight, bias, *adapter(i)[1:], **options(i, p=0.1, seed=torch.tensor([1])))
+        return [y, *gradients(y, i, NAMES, torch.cos(torch.arange(y.numel())).view_as(y)).values()]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+    for old, new in zip(before, (*adapter(i), weight, bias), strict=True):
+        assert torch.equal(old, new)
+        assert new._version == 0
+
+
+def test_uninitialised_memory_is_never_read(monkeypatch):
+    """Every empty allocation of our package is filled with NaN; nothing of it may reach an output or a gradient."""
+    poison = {"new_empty": torch.Tensor.new_empty, "empty": torch.empty, "empty_like": torch.empty_like}
+
+    def poisoned(make_empty):
+        def run(*args, **kwargs):
+            t = make_empty(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        return run
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(poison["new_empty"]))
+    monkeypatch.setattr(torch, "empty", poisoned(poison["empty"]))
+    monkeypatch.setattr(torch, "empty_like", poisoned(poison["empty_like"]))
+    for rows, mix, coefficients in itertools.product((3, 90), AXES["mix"], AXES["coefficients"]):
+        i = make(rows=rows, mix=mix, coefficients=coefficients, gate=True).leaves()
+        weight, bias = base(i)
+        for b in (bias, None):
+            y = functional.linear(i.x, weight, b, *adapter(i)[1:], **options(i, p=0.2, seed=torch.tensor([1])))
+            assert y.isfinite().all()
+            for name, grad in gradients(y, i, NAMES, torch.ones_like(y)).items():
+                assert grad.isfinite().all(), name
+
+
+def test_rows_are_independent_of_their_batch():
+    i = make(rows=24, tasks=4, mix="random")
+    together = functional.delta(*adapter(i), **options(i))
+    for row in range(24):
+        alone = functional.delta(i.x[row : row + 1], *adapter(i)[1:], task=i.task[row : row + 1], scaling=SCALING)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_absent_tasks_get_exact_zeros():
+    i = make(tasks=3, mix="same").leaves()
+    functional.delta(*adapter(i), **options(i)).sum().backward()
+    for grad in (i.u.grad, i.v.grad, i.fusion.grad):
+        assert (grad[:2] == 0).all()
+        assert (grad[2] != 0).any()
+
+
+@pytest.mark.parametrize("coefficients", ["lora", "fusion"])
+def test_ranks_limit_the_shared_gradients(coefficients):
+    i = make(coefficients=coefficients, rank=8)
+    all_ranks, some = i.leaves(), i.leaves()
+    functional.delta(*adapter(all_ranks), **options(i)).sum().backward()
+    functional.delta(*adapter(some), **options(i, ranks=(2, 5))).sum().backward()
+    torch.testing.assert_close(some.a.grad[2:5], all_ranks.a.grad[2:5])
+    torch.testing.assert_close(some.b0.grad[:, 2:5], all_ranks.b0.grad[:, 2:5])
+    for lo, hi in ((0, 2), (5, 8)):
+        assert (some.a.grad[lo:hi] == 0).all()
+        assert (some.b0.grad[:, lo:hi] == 0).all()
+    torch.testing.assert_close(some.x.grad, all_ranks.x.grad)
+
+
+def test_strided_inputs_and_leading_dimensions():
+    i = make(rows=24, mix="random")
+    want = functional.delta(*adapter(i), **options(i))
+    strided = torch.stack((i.x, i.x), -1)[..., 0]
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(functional.delta(strided, i.a.T.contiguous().T, *adapter(i)[2:], **options(i)), want)
+    folded = functional.delta(i.x.view(2, 3, 4, -1), *adapter(i)[1:], **options(i))
+    torch.testing.assert_close(folded.reshape(24, -1), want)
+
+
+def test_only_what_backward_reads_is_saved():
+    i = make(rows=64, dtype=torch.float32, mix="one")
+    weight, _ = base(i)
+    saved = []
+
+    def bytes_saved(names):
+        saved.clear()
+        leaves = i.leaves(names)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            functional.linear(leaves.x, weight, None, *adapter(leaves)[1:], **options(i))
+        parameters = {t.data_ptr() for t in (weight, leaves.a, leaves.b0, leaves.u, leaves.v, leaves.fusion)}
+        return sum(t.nbytes for t in saved if t.data_ptr() not in parameters)
+
+    x, h = i.x.nbytes, 64 * i.a.shape[0] * 4
+    assert bytes_saved(NAMES) == x + h
+    assert bytes_saved(("x", "u", "v", "fusion")) == h  # A frozen: x is not kept
+    assert bytes_saved(("x",)) == 0
+
+
+def test_backward_twice_and_gradients_nobody_asked_for():
+    i = make().leaves(("u",))
+    y = functional.delta(*adapter(i), **options(i))
+    first = torch.autograd.grad(y.sum(), i.u, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(y.sum(), i.u)[0])
+    assert i.x.grad is None
+
+
+WRONG = {
+    "x": ({"x": torch.randn(2, 3, 4)}, ValueError, "lilora::delta: a is"),
+    "a": ({"a": torch.randn(8, 25)}, ValueError, r"a is \[8, 25\]; it must be \[R, K\] with K = 24"),
+    "b0": ({"b0": torch.randn(20, 9)}, ValueError, "b0 is"),
+    "u": ({"u": torch.randn(3, 21, 4)}, ValueError, "u is"),
+    "v": ({"v": torch.randn(3, 5, 8)}, ValueError, "v is"),
+    "u alone": ({"v": None}, ValueError, "u and v"),
+    "fusion": ({"fusion": torch.randn(2)}, ValueError, "fusion is"),
+    "task length": ({"task": torch.zeros(5, dtype=torch.int32)}, ValueError, r"task is \[5\]"),
+    "task dtype": ({"task": torch.zeros(17)}, TypeError, "task is torch.float32; it must be torch.int32"),
+    "task missing": ({"task": None}, ValueError, "task is None"),
+    "task range": ({"task": torch.full((17,), 3, dtype=torch.int32)}, ValueError, "task has the id 3"),
+    "gate": ({"gate": torch.randn(4, 7)}, ValueError, "gate is"),
+    "gate_row": ({"gate": torch.randn(4, 8)}, ValueError, "gate_row is None"),
+    "p": ({"p": 1.0}, ValueError, "p is 1.0"),
+    "seed": ({"p": 0.5}, ValueError, "seed is None"),
+    "ranks": ({"ranks": (3, 9)}, ValueError, r"ranks is \[3, 9\]"),
+    "integer x": ({"x": torch.ones(17, 24, dtype=torch.int64)}, TypeError, "x is torch.int64"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_bad_arguments_give_one_sentence_in_eager_and_compiled_code(name, mode):
+    changes, error, words = WRONG[name]
+    i = make(dtype=torch.float32)
+    arguments = {"x": i.x, "a": i.a, "b0": i.b0, "u": i.u, "v": i.v, "fusion": i.fusion, "task": i.task, **changes}
+    if mode == "eager":
+        with pytest.raises(error, match=words):
+            functional.delta(**arguments)
+        return
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=words):  # Dynamo wraps what the fake raises in its own type
+        torch.compile(functional.delta, fullgraph=True, backend="eager")(**arguments)
+
+
+def test_linear_refuses_a_base_that_is_trained_or_of_another_dtype():
+    i = make(dtype=torch.float32)
+    weight, bias = base(i)
+    with pytest.raises(ValueError, match="the base is frozen here"):
+        functional.linear(i.x, weight.requires_grad_(), bias, *adapter(i)[1:], **options(i))
+    with pytest.raises(TypeError, match="use torch.autocast"):
+        functional.linear(i.x, weight.detach().bfloat16(), bias, *adapter(i)[1:], **options(i))
+
+
+def test_an_ordered_backend_that_cannot_run_raises(monkeypatch):
+    i = make(dtype=torch.float32)
+    with lilora_kernels.backend("eager"):
+        want = functional.delta(*adapter(i), **options(i))
+    with lilora_kernels.backend("triton"), pytest.raises(RuntimeError, match=r"'triton' cannot run on cpu.*\['eager'\]"):
+        functional.delta(*adapter(i), **options(i))
+    monkeypatch.setenv("LILORA_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="'cuda' cannot run on cpu"):
+        functional.delta(*adapter(i), **options(i))
+    monkeypatch.setenv("LILORA_BACKEND", "fast")
+    with pytest.raises(ValueError, match="LILORA_BACKEND is 'fast'; it must be one of"):
+        functional.delta(*adapter(i), **options(i))
+    monkeypatch.delenv("LILORA_BACKEND")
+    assert torch.equal(functional.delta(*adapter(i), **options(i)), want)
+
+
+@pytest.mark.parametrize("coefficients", AXES["coefficients"])
+def test_the_path_for_other_devices_gives_the_same(coefficients, monkeypatch):
+    """Without host access every task gets all rows and a mask; forced here on the CPU."""
+
+    def masked(call):
+        tasks = 1 if call.u is None else call.u.shape[0]
+        return None, [(t, slice(None), (call.task == t).unsqueeze(1)) for t in range(tasks)]
+
+    i = make(coefficients=coefficients, gate=True)
+    grouped, all_rows = i.leaves(), i.leaves()
+    want = functional.delta(*adapter(grouped), **options(grouped))
+    dy = torch.randn_like(want)
+    wanted = gradients(want, grouped, NAMES, dy)
+    monkeypatch.setattr(eager, "row_groups", masked)
+    got = functional.delta(*adapter(all_rows), **options(all_rows))
+    torch.testing.assert_close(got, want)
+    for name, grad in gradients(got, all_rows, NAMES, dy).items():
+        torch.testing.assert_close(grad, wanted[name])

@@ -46,6 +46,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.tags, self.links, self.pictures, self.cells, self.text = set(), [], [], [], ""
+        self.in_cell = False
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -54,11 +55,15 @@ class Page(HTMLParser):
             if name in ("src", "href", "srcset"):
                 (self.pictures if tag == "img" else self.links).append(value)
         if tag == "td":
+            self.in_cell = True
             self.cells.append("")
+
+    def handle_endtag(self, tag):
+        self.in_cell &= tag != "td"
 
     def handle_data(self, data):
         self.text += data
-        if self.cells:
+        if self.in_cell:
             self.cells[-1] += data
 
 
@@ -96,7 +101,7 @@ def test_page_shows_every_number(folder, runs):
     for j, after in enumerate(TASKS):
         for i, task in enumerate(TASKS[: j + 1]):
             mean = np.mean([run.matrix.get(after, task) for run in runs[:3]])
-            assert f"{mean:.1f}" + "*" * (i < j) in cells
+            assert (f"{mean:.1f}*" if i < j else f"{mean:.1f}") in cells
     assert "AP needs cells that are missing: name after count (<lora & co> seed 7)" in page.text
     assert {"n/a", "1.2 M", "62 s", "1,234,567", "steps 200", "2.13.0"} <= cells
 
@@ -132,7 +137,7 @@ def test_plots_draw_the_means(runs):
     assert bars["New ↑"] == pytest.approx([lilora.metrics["New"].mean, lora.metrics["New"].mean])
 
 
-@pytest.mark.parametrize("tasks", [["only"], [f"task-{i}" for i in range(10)]], ids=len)
+@pytest.mark.parametrize("tasks", [["only"], [f"task-{i}" for i in range(7)]], ids=len)
 def test_any_number_of_tasks_and_an_empty_matrix(tmp_path, tasks):
     rng = np.random.default_rng(1)
     page = write_report(tmp_path, [Run("a", 0, matrix(rng, tasks)), Run("b", 0, ScoreMatrix(tasks))])

@@ -115,13 +115,14 @@ def mixing(call: Call) -> tuple[Tensor | None, Tensor | None]:
     return f, 1 - f
 
 
-def compose(call: Call, t: int, f: Tensor | None) -> Tensor:
-    """M_t [N, R] in the parameters' dtype."""
-    if call.u is None:
-        return call.b0
+def compose(call: Call, t: int, f: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """M_t and, with fusion, U_t V_t; both [N, R] in the parameters' dtype."""
     dtype = torch.promote_types(call.b0.dtype, torch.promote_types(call.u.dtype, call.v.dtype))
     b0, u, v = call.b0.to(dtype), call.u[t].to(dtype), call.v[t].to(dtype)
-    return torch.addmm(b0, u, v) if f is None else torch.lerp(u @ v, b0, f[t].to(dtype))
+    if f is None:
+        return torch.addmm(b0, u, v), None
+    uv = u @ v
+    return torch.lerp(uv, b0, f[t].to(dtype)), uv
 
 
 def composing_pays(call: Call, rows: int, groups: list[Group]) -> bool:
@@ -161,7 +162,7 @@ def expand(q: Tensor, call: Call, bias: Tensor | None, y: Tensor) -> None:
             if t < 0:
                 out[rows] = 0 if bias is None else bias.to(q.dtype)
             else:
-                product(rows, q[rows], compose(call, t, f).to(q.dtype).T)
+                product(rows, q[rows], compose(call, t, f)[0].to(q.dtype).T)
     else:
         product(slice(None), base_share(q, call, f), call.b0.to(q.dtype).T)
         for t, rows, mask in groups:
@@ -247,25 +248,23 @@ def composed_backward(
             if wants_dq:
                 dq[rows] = 0
             continue
+        if wants_dq or "fusion" in grads:
+            m, uv = compose(call, t, f)
         if wants_dq:
-            m = compose(call, t, f).to(dy.dtype)
-            torch.addmm(dq[rows], dy[rows], m, beta=0, alpha=call.scaling, out=dq[rows])
+            torch.addmm(dq[rows], dy[rows], m.to(dy.dtype), beta=0, alpha=call.scaling, out=dq[rows])
         if not grads:
             continue
         dm = dy[rows].T @ (q[rows] * call.scaling)  # [N, R]
         ft, et = (1, 1) if f is None else (f[t].to(dm.dtype), e[t].to(dm.dtype))
         if "b0" in grads:
             grads["b0"].add_(dm if f is None else dm * ft)
-        if "u" in grads or "fusion" in grads:
-            du = dm @ call.v[t].to(dm.dtype).T
         if "u" in grads:
-            grads["u"][t] = du * et
+            grads["u"][t] = (dm @ call.v[t].to(dm.dtype).T) * et
         if "v" in grads:
             grads["v"][t] = (call.u[t].to(dm.dtype).T @ dm) * et
         if "fusion" in grads:
             wide = grads["fusion"].dtype
-            slope = dot(dm, call.b0, wide) - dot(du, call.u[t], wide)
-            grads["fusion"][t] = f[t].to(wide) * e[t].to(wide) * slope
+            grads["fusion"][t] = f[t].to(wide) * e[t].to(wide) * dot(dm, call.b0 - uv, wide)
     return grads, dq
 
 

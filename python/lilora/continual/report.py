@@ -127,10 +127,6 @@ def write_report(
     before the first file is written, each file is replaced in one step, the page last. Returns the page's path.
     """
     methods = _by_method(runs)
-    with matplotlib.rc_context(_PLOT_STYLE):
-        figures = {"summary.png": _summary(methods), "curves.png": _curves(methods)}
-        figures |= {method.heatmap_file: _heatmap(method) for method in methods}
-        pictures = {name: _png(figure) for name, figure in figures.items()}
     notes = _notes(runs)
     numbers = {
         "title": title,
@@ -144,6 +140,11 @@ def write_report(
         "runs": [run.to_dict() for run in runs],
         "environment": environment or {},
     }
+    metrics_file = json.dumps(numbers, indent=1, allow_nan=False).encode()
+    with matplotlib.rc_context(_PLOT_STYLE):
+        figures = {"summary.png": _summary(methods), "curves.png": _curves(methods)}
+        figures |= {method.heatmap_file: _heatmap(method) for method in methods}
+        pictures = {name: _png(figure) for name, figure in figures.items()}
     template = jinja2.Template(
         Path(__file__).with_name("report.html").read_text(encoding="utf-8"),
         autoescape=True,
@@ -166,11 +167,7 @@ def write_report(
         duration=_duration,
     )
     out = Path(out)
-    files = pictures | {
-        "metrics.json": json.dumps(numbers, indent=1, allow_nan=False).encode(),
-        "report.html": page.encode(),
-    }
-    for name, data in files.items():
+    for name, data in (pictures | {"metrics.json": metrics_file, "report.html": page.encode()}).items():
         write_atomically(out / name, data)
     return out / "report.html"
 
@@ -286,7 +283,7 @@ def _heatmap(method: _Method) -> Figure:
             axes.add_patch(
                 matplotlib.patches.Rectangle((i - 0.5, j - 0.5), 1, 1, facecolor=background, edgecolor="white")
             )
-            axes.text(i, j, text, ha="center", va="center", color=colour)
+            axes.text(i, j, text, ha="center", va="center", color=colour, in_layout=False)
     axes.set_xticks(range(size), method.tasks, rotation=35, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(size), method.tasks)
     axes.tick_params(length=0)

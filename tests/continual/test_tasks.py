@@ -1,0 +1,204 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lilora.continual.tasks import Collator, InstructionDataset, load_manifest
+from lilora.errors import UserError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def turns(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """A manifest file of two tasks, one with images and one without, and its content."""
+    images = tmp_path / "data" / "pictures"
+    images.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(images / f"{i}.png")
+    seen = [
+        {"id": i, "image": f"{i}.png", "conversations": turns("<image>\nWhat is it?", f"thing {i}")} for i in range(4)
+    ]
+    text = [{"id": "t", "conversations": turns("2 + 2?", "four")}]
+    for name, records in (("seen", seen), ("text", text)):
+        for split in ("train", "test"):
+            (tmp_path / "data" / f"{name}-{split}.json").write_text(json.dumps(records))
+    content = {
+        "name": "small",
+        "data": "data",
+        "model": "./base",
+        "tasks": [
+            {
+                "name": "seen",
+                "train": "seen-train.json",
+                "test": "seen-test.json",
+                "images": "pictures",
+                "scorer": "exact",
+                "instruction": "Answer in two words.",
+                "answer_format": r"\w+ \w+",
+            },
+            {"name": "text", "train": "text-train.json", "test": "text-test.json", "scorer": "containment"},
+        ],
+    }
+    path = tmp_path / "tasks.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path, content
+
+
+def edited(suite, edit):
+    path, content = suite
+    edit(content)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_manifest_resolves_paths_and_keeps_the_order_asked_for(suite):
+    path, _ = suite
+    manifest = load_manifest(path)
+    assert [t.name for t in manifest.tasks] == ["seen", "text"]
+    assert manifest.data == path.parent / "data"
+    assert manifest.model == str(path.parent / "base")
+    assert manifest.tasks[0].images == path.parent / "data" / "pictures"
+    assert [t.name for t in load_manifest(path, order=["text", "seen"]).tasks] == ["text", "seen"]
+    assert [t.name for t in load_manifest(path, order=["text"]).tasks] == ["text"]
+
+
+def test_a_model_id_stays_as_it_is(suite):
+    path = edited(suite, lambda m: m.update(model="llava-hf/llava-1.5-7b-hf"))
+    assert load_manifest(path).model == "llava-hf/llava-1.5-7b-hf"
+
+
+def test_data_replaces_the_folder_of_the_manifest(suite, monkeypatch):
+    path = edited(suite, lambda m: m.update(data="elsewhere"))
+    with pytest.raises(UserError, match=r"elsewhere.seen-train\.json cannot be read .*--data"):
+        load_manifest(path)
+    monkeypatch.chdir(path.parent)
+    assert load_manifest(path, data="data").tasks[0].train == path.parent / "data" / "seen-train.json"
+
+
+def first(**change):
+    return lambda m: m["tasks"][0].update(change)
+
+
+@pytest.mark.parametrize(
+    "edit, sentence",
+    [
+        (first(scorrer="exact"), "key 'scorrer' of task number 1 is unknown; did you mean 'scorer'?"),
+        (first(zzz=1), "key 'zzz' of task number 1 is unknown; known keys are name, train"),
+        (lambda m: m.update(taskz=[]), "key 'taskz' is unknown; did you mean 'tasks'?"),
+        (lambda m: m.pop("name"), "key 'name' is missing; add it."),
+        (lambda m: m["tasks"][1].pop("test"), "key 'test' of task number 2 is missing; add it."),
+        (lambda m: m.update(tasks=[]), "key 'tasks' is wrong: list should have at least 1 item"),
+        (lambda m: m.update(tasks=3), "key 'tasks' is wrong: input should be a valid list"),
+        (lambda m: m.update(tasks=[3]), "task number 1 is wrong"),
+        (first(max_new_tokens=0), "key 'max_new_tokens' of task number 1 is wrong: input should be greater than 0"),
+        (first(answer_format="("), "'answer_format' of task number 1 is wrong: '(' is not a regular expression"),
+        (first(name="text"), "two tasks are called 'text'"),
+        (first(name="a.b"), "task name 'a.b' is not allowed"),
+        (first(name="keys"), "task name 'keys' is reserved"),
+        (first(scorer="bleu"), "task 'seen': scorer 'bleu' is unknown; choose one of exact"),
+        (first(train="gone.json"), "gone.json cannot be read (No such file or directory)"),
+        (first(images="gone"), "0.png is missing; add it or pass its folder with --data."),
+    ],
+)
+def test_a_wrong_manifest_is_one_sentence(suite, edit, sentence):
+    path = edited(suite, edit)
+    with pytest.raises(UserError) as error:
+        load_manifest(path)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "", "just words", "\x00"])
+def test_a_file_that_is_no_manifest_is_named(tmp_path, text):
+    (tmp_path / "tasks.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"tasks\.yaml: "):
+        load_manifest(tmp_path / "tasks.yaml")
+
+
+def test_a_missing_manifest_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
+        load_manifest(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("order", [["seen", "gone"], ["seen", "seen"], []])
+def test_a_wrong_order_is_refused(suite, order):
+    with pytest.raises(UserError, match="order: "):
+        load_manifest(suite[0], order=order)
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ("[]", "has no samples"),
+        ("[{", "is not a list of LLaVA instruction records"),
+        ("{}", "is not a list of LLaVA instruction records"),
+        ('[{"id": 1}]', r"0.conversations: Field required"),
+        ('[{"id": 1, "conversations": []}]', "sample '1' has no human turn"),
+        ('[{"id": 1, "conversations": [{"from": "human", "value": "x"}]}]', "sample '1' has no gpt turn and no answers"),
+    ],
+)
+def test_a_broken_data_file_is_named(suite, content, sentence):
+    path, _ = suite
+    (path.parent / "data" / "text-test.json").write_text(content)
+    with pytest.raises(UserError, match="task 'text': .*text-test.json") as error:
+        load_manifest(path)
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0, 30, 60])
+def test_a_broken_image_is_named(suite, keep):
+    path, _ = suite
+    image = path.parent / "data" / "pictures" / "2.png"
+    image.write_bytes(image.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"image .*2\.png cannot be opened"):
+        load_manifest(path)
+
+
+def test_samples_hold_question_instruction_images_and_references(suite):
+    path, _ = suite
+    records = [
+        {"id": "a", "image": ["0.png", "1.png"], "conversations": turns("<image><image>\nSame?", "no")},
+        {"id": 7, "conversations": turns("x", "two"), "answers": ["one", "two", "two"]},
+        {"id": 8, "conversations": turns("x", "three"), "answers": ["one"]},
+        {"id": 9, "conversations": turns("x", "y")[:1], "answers": ["one", "two"]},
+        {"id": 10, "conversations": [*turns("first", "1st"), *turns("second", "2nd")]},
+    ]
+    (path.parent / "data" / "seen-test.json").write_text(json.dumps(records))
+    task = load_manifest(path).tasks[0]
+    samples = list(InstructionDataset(task, "test"))
+    assert samples[0].images == (task.images / "0.png", task.images / "1.png")
+    assert samples[0].question == "Same?\nAnswer in two words."
+    assert [s.answers for s in samples] == [("no",), ("two", "one", "two"), ("three", "one"), ("one", "two"), ("1st",)]
+    assert samples[4].question.startswith("first\n")
+    assert [s.id for s in samples] == ["a", "7", "8", "9", "10"]
+
+
+@pytest.mark.parametrize("name", ["cvit", "coin", "continual_next", "ucit"])
+def test_a_ready_manifest_names_the_first_missing_file(name, tmp_path):
+    with pytest.raises(UserError) as error:
+        load_manifest(EXAMPLES / f"{name}.yaml", data=tmp_path)
+    first_task = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["tasks"][0]
+    assert str(tmp_path / first_task["train"]) in str(error.value)
+    assert "--data" in str(error.value)
+
+
+@pytest.mark.parametrize("name, count", [("cvit", 6), ("coin", 8), ("continual_next", 15), ("ucit", 6)])
+def test_a_ready_manifest_runs_once_its_data_is_there(name, count, tmp_path):
+    content = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
+    for task in content["tasks"]:
+        for split in ("train", "test"):
+            file = tmp_path / task[split]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps([{"id": 0, "conversations": turns("?", "!")}]))
+    manifest = load_manifest(EXAMPLES / f"{name}.yaml", data=tmp_path)
+    assert len(manifest.tasks) == count

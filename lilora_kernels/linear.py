@@ -72,8 +72,10 @@ class LiLoRALinear(nn.Module):
         self.vision = False  # whether the rows are packed images; set by attach()
         self.merged_task: str | None = None
         self.active: tuple[str, ...] = ()
+        self._tied: dict[str, nn.Parameter] = {}  # the one Parameter behind every entry of lilora_A and lilora_B
         self._slot: tuple[Tensor, ...] | None = None  # the active task's a, b0, u, v, fusion
         self._bank: tuple[tuple, tuple[Tensor, ...]] | None = None  # (what it was gathered from, stacked u, v, fusion)
+        self.register_load_state_dict_post_hook(lambda layer, _: layer.retie())
 
     @property
     def lilora_scaling(self) -> float:
@@ -167,12 +169,13 @@ class LiLoRALinear(nn.Module):
                 parameter.requires_grad_(train and learns)
 
     def retie(self) -> None:
-        """Make every task's A and B0 one Parameter again, after a load, cast or move that replaced them."""
-        for shared in (self.lilora_A, self.lilora_B):
+        """Make every task's A and B0 one Parameter again, the newest, after a load, cast or move that replaced some."""
+        for key, shared in (("A", self.lilora_A), ("B", self.lilora_B)):
             if shared:
-                first = next(iter(shared.values()))
+                replaced = [p for p in shared.values() if p is not self._tied.get(key)]
+                self._tied[key] = (replaced or list(shared.values()))[-1]
                 for name in shared:
-                    shared[name] = first
+                    shared[name] = self._tied[key]
         self.bind()
 
     def bind(self) -> None:

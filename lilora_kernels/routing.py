@@ -228,7 +228,7 @@ def _with_task_ids(forward: Callable) -> Callable:
         if task_ids is None:
             self.lilora_routes.routed = self.lilora_routes.current is not None
             return forward(self, *args, **kwargs)
-        with self.lilora_routes.use(_route_of_batch(self, task_ids, args, kwargs)):
+        with self.lilora_routes.use(route_of_batch(self, task_ids, args, kwargs)):
             return forward(self, *args, **kwargs)
 
     signature = inspect.signature(forward)
@@ -240,7 +240,7 @@ def _with_task_ids(forward: Callable) -> Callable:
     return routed_forward
 
 
-def _route_of_batch(model: nn.Module, task_ids: TaskIds, args: tuple, kwargs: dict) -> Route:
+def route_of_batch(model: nn.Module, task_ids: TaskIds, args: tuple, kwargs: dict) -> Route:
     input_ids = kwargs.get("input_ids")
     if input_ids is None and args and isinstance(args[0], Tensor):
         input_ids = args[0]

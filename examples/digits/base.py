@@ -55,14 +55,14 @@ def make_processor(texts: list[str]) -> LlavaProcessor:
     )
 
 
-def make_model(tokenizer, width=128, layers=4, inner=384, vwidth=128, vlayers=2, vinner=256) -> LlavaForConditionalGeneration:
+def make_model(tokenizer, init=0.02, width=128, layers=4, inner=384, vwidth=128, vlayers=2, vinner=256) -> LlavaForConditionalGeneration:
     vision = CLIPVisionConfig(
         hidden_size=vwidth, intermediate_size=vinner, num_hidden_layers=vlayers, num_attention_heads=4,
-        image_size=SIZE, patch_size=CELL, projection_dim=vwidth,
+        image_size=SIZE, patch_size=CELL, projection_dim=vwidth, initializer_range=init,
     )  # fmt: skip
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=4, max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,
+        num_attention_heads=4, initializer_range=init, max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     config = LlavaConfig(

@@ -1,0 +1,26 @@
+"""The learner's side of lilora-kernels: LiLoRA as a PEFT method, continual training and its bank of tasks.
+
+Importing it teaches PEFT the method, so that `get_peft_model`, `PeftModel.from_pretrained` and
+`AutoModel.from_pretrained` understand a LiLoRA config.
+"""
+
+from lilora_kernels import LiLoRALinear, Route, attach, explain, route
+from lilora_kernels.version import __version__
+from peft.utils import register_peft_method
+
+from .config import PRESETS, LiLoRAConfig
+from .model import LiLoRAModel
+
+register_peft_method(name="lilora", config_cls=LiLoRAConfig, model_cls=LiLoRAModel)
+
+__all__ = [
+    "PRESETS",
+    "LiLoRAConfig",
+    "LiLoRALinear",
+    "LiLoRAModel",
+    "Route",
+    "__version__",
+    "attach",
+    "explain",
+    "route",
+]

@@ -137,7 +137,7 @@ def test_plots_draw_the_means(runs):
     assert bars["New ↑"] == pytest.approx([lilora.metrics["New"].mean, lora.metrics["New"].mean])
 
 
-@pytest.mark.parametrize("tasks", [["only"], [f"task-{i}" for i in range(7)]], ids=len)
+@pytest.mark.parametrize("tasks", [["only"], [f"task-{i}" for i in range(4)]], ids=len)
 def test_any_number_of_tasks_and_an_empty_matrix(tmp_path, tasks):
     rng = np.random.default_rng(1)
     page = write_report(tmp_path, [Run("a", 0, matrix(rng, tasks)), Run("b", 0, ScoreMatrix(tasks))])
@@ -173,8 +173,8 @@ def test_runs_that_do_not_go_together_write_nothing(tmp_path, bad, words):
 
 
 def test_a_failing_write_keeps_the_old_page(tmp_path, runs, monkeypatch):
-    page = write_report(tmp_path, runs[:1], "old")
-    before = page.read_bytes()
+    page = tmp_path / "report.html"
+    page.write_text("old")
 
     def full_disk(source, target):
         raise OSError(28, "No space left on device")
@@ -182,7 +182,7 @@ def test_a_failing_write_keeps_the_old_page(tmp_path, runs, monkeypatch):
     monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(UserError, match="No space left on device"):
         write_report(tmp_path, runs[:1], "new")
-    assert page.read_bytes() == before
+    assert page.read_text() == "old"
     assert not list(tmp_path.glob("*.tmp"))
 
 

@@ -1,0 +1,88 @@
+"""`LiLoRAConfig`: what PEFT needs to know to adapt a model with LoRA in LoRA, one adapter per task."""
+
+from dataclasses import dataclass, field
+
+from lilora_kernels.linear import POLICIES
+from peft import PeftConfig
+
+from .peft_type import LILORA
+
+# What learns after the first task. `paper`: the basis may move, held by the stability loss. `released`: as the published
+# code does, A moves and old tasks drift. `frozen`: nothing shared moves, so old tasks stay bit for bit.
+PRESETS: dict[str, dict[str, str | float]] = {
+    "paper": {"train_a": "always", "train_b0": "always", "stability": 1.0},
+    "released": {"train_a": "always", "train_b0": "first", "stability": 0.0},
+    "frozen": {"train_a": "first", "train_b0": "first", "stability": 0.0},
+}
+
+
+@dataclass
+class LiLoRAConfig(PeftConfig):
+    """y = x W^T + b + alpha / r * D(x) A^T (f B0 + (1 - f) U V)^T with f = sigmoid(fusion) (arXiv 2508.06202).
+
+    A [r, in] and B0 [out, r] are shared by all tasks of a model; U [out, sub_rank], V [sub_rank, r] and fusion [1] belong
+    to one task. In PEFT's words a task is an adapter.
+    """
+
+    r: int = field(default=128, metadata={"help": "Rank of the shared factors A and B0."})
+    sub_rank: int = field(default=64, metadata={"help": "Rank of a task's own U V."})
+    alpha: float = field(default=256.0, metadata={"help": "The adapter's output is scaled by alpha / r."})
+    dropout: float = field(default=0.05, metadata={"help": "Dropout probability on the adapter's input."})
+    fusion: bool = field(default=True, metadata={"help": "Learn how much of B0 a task uses; False gives B0 + U V."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names or a full-match regular expression; None: the language model's MLPs, by model type."},
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layer indices."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'lilora_only'."})
+    train_a: str = field(default="first", metadata={"help": "When A learns: 'always', 'first' task only, 'never'."})
+    train_b0: str = field(default="first", metadata={"help": "When B0 learns: 'always', 'first' task only, 'never'."})
+    stability: float = field(
+        default=0.0, metadata={"help": "Weight of the cosine-regularised basis stability loss; 0 turns it off."}
+    )
+    on_shared_mismatch: str = field(
+        default="error",
+        metadata={"help": "Loading a task made with other shared factors: 'error', or 'replace' those of the model."},
+    )
+    shared_fingerprint: str | None = field(
+        default=None, metadata={"help": "Written on saving: tells which A and B0 the task was made with."}
+    )
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "LiLoRAConfig":
+        """The config of a preset (`paper`, `released` or `frozen`), with changes."""
+        if name not in PRESETS:
+            raise ValueError(f"preset is {name!r}; it must be one of {list(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = LILORA
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        for name in ("r", "sub_rank"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is {size!r}; it must be an integer of at least 1")
+        for name, choices in (
+            ("train_a", POLICIES),
+            ("train_b0", POLICIES),
+            ("on_shared_mismatch", ("error", "replace")),
+            ("bias", ("none", "all", "lilora_only")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {list(choices)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+        if self.stability < 0:
+            raise ValueError(f"stability is {self.stability}; it must be at least 0")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given without layers_to_transform; give both or neither")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform cannot be used with a regular expression in target_modules; list names"
+            )

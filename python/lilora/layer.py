@@ -1,0 +1,104 @@
+"""The PEFT tuner layer: LiLoRALinear with PEFT's names for the same things."""
+
+import warnings
+
+import torch
+from lilora_kernels import LiLoRALinear
+from lilora_kernels.routing import Routes
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+
+from .config import LiLoRAConfig
+
+
+class Linear(LiLoRALinear, BaseTunerLayer):
+    """One adapter per task. A and B0 lie under every adapter's name, as one Parameter each."""
+
+    adapter_layer_names = ("lilora_U", "lilora_V", "lilora_fusion")
+    other_param_names = ("lilora_A", "lilora_B")
+
+    def __init__(self, base_layer: nn.Module, config: LiLoRAConfig, routes: Routes, **quantization) -> None:
+        LiLoRALinear.__init__(
+            self,
+            base_layer,
+            r=config.r,
+            sub_rank=config.sub_rank,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            fusion=config.fusion,
+            train_a=config.train_a,
+            train_b0=config.train_b0,
+        )
+        self.routes = routes
+        self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+
+    # --- PEFT's view of the state -----------------------------------------------------------------------------------
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return [] if self.merged_task is None else [self.merged_task]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.set_task(*(name for name in names if name in self.lilora_U), train=not inference_mode)
+        self._active_adapter = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self.train_shared(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name not in self.lilora_U:
+            return
+        was_active = adapter_name in self.active
+        self.delete_task(adapter_name)
+        if was_active and not self.active and self.tasks:
+            warnings.warn(f"{adapter_name} was active; {self.tasks[0]} is active now", stacklevel=2)
+            self.set_task(self.tasks[0])
+        self._active_adapter = list(self.active)
+
+    # --- forward and merging ----------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self._disable_adapters:
+            self.unmerge()
+            kwargs.pop("task", None)
+            return self.base_layer(x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)
+
+    def unfused_reason(self) -> str | None:
+        if self.quantization_backend is not None:
+            return "the base is quantised"
+        return super().unfused_reason()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        return self.delta_weight(adapter)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the active adapter, or the one named, to the base weight; safe_merge checks for NaN and inf before."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lilora_U]
+        if not names:
+            return
+        if len(names) > 1 or self.merged_task is not None:
+            raise ValueError(f"cannot merge {names} together; a LiLoRA model holds one merged task at a time")
+        weight = self.get_base_weight()
+        merged = weight + self.delta_weight(names[0]).to(weight.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+        self.set_base_weight(merged)
+        self.merged_task = names[0]
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if self.merged_task is None:
+            return
+        weight = self.get_base_weight()
+        self.set_base_weight(weight - self.delta_weight(self.merged_task).to(weight.dtype))
+        self.merged_task = None
+
+    def __repr__(self) -> str:
+        return "lilora." + super().__repr__()

@@ -62,6 +62,10 @@ class LiLoRALinear(nn.Module):
         for name, policy in (("train_a", train_a), ("train_b0", train_b0)):
             if policy not in POLICIES:
                 raise ValueError(f"{name} is {policy!r}; it must be one of {list(POLICIES)}")
+        if not (hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features")):
+            raise TypeError(
+                f"base_layer is a {type(base_layer).__name__}; it must be a linear layer with in_features and out_features"
+            )
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.rank, self.sub_rank, self.alpha, self.dropout, self.fusion = r, sub_rank, alpha, dropout, fusion
@@ -72,10 +76,12 @@ class LiLoRALinear(nn.Module):
         self.vision = False  # whether the rows are packed images; set by attach()
         self.merged_task: str | None = None
         self.active: tuple[str, ...] = ()
+        self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
         self._tied: dict[str, nn.Parameter] = {}  # the one Parameter behind every entry of lilora_A and lilora_B
         self._slot: tuple[Tensor, ...] | None = None  # the active task's a, b0, u, v, fusion
         self._bank: tuple[tuple, tuple[Tensor, ...]] | None = None  # (what it was gathered from, stacked u, v, fusion)
-        self.register_load_state_dict_post_hook(lambda layer, _: layer.retie())
+        self._lookup: tuple[tuple, Tensor] | None = None  # (what it was built for, id -> position in the stack)
+        self.register_load_state_dict_post_hook(_retie)
 
     @property
     def lilora_scaling(self) -> float:
@@ -111,6 +117,7 @@ class LiLoRALinear(nn.Module):
             if init:
                 nn.init.kaiming_uniform_(self.lilora_A[name], a=math.sqrt(5))
                 nn.init.zeros_(self.lilora_B[name])
+            self._first, self._tied = name, {"A": self.lilora_A[name], "B": self.lilora_B[name]}
         else:
             self.lilora_A[name] = next(iter(self.lilora_A.values()))
             self.lilora_B[name] = next(iter(self.lilora_B.values()))
@@ -136,13 +143,17 @@ class LiLoRALinear(nn.Module):
         self._require(name)
         if self.merged_task == name:
             self.unmerge()
+        train = any(own.requires_grad for own in self._own(name))
         for parameters in (self.lilora_A, self.lilora_B, self.lilora_U, self.lilora_V, self.lilora_fusion):
             if name in parameters:
                 del parameters[name]
         if name in self.routes.tasks:
             self.routes.tasks[self.routes.tasks.index(name)] = None
+        if self._first == name:
+            self._first = None
         self._bank = None
-        self.set_task(*(task for task in self.active if task != name))
+        if name in self.active:
+            self.set_task(*(task for task in self.active if task != name), train=train)
 
     def set_task(self, *names: str, train: bool = True) -> None:
         """Make a task the one that `forward` uses and trains; several names train together, by task ids.
@@ -151,18 +162,17 @@ class LiLoRALinear(nn.Module):
         """
         for name in names:
             self._require(name)
-        if names != self.active:
-            self.routes.switches += 1
+        self.routes.switches += 1
         self.active = tuple(names)
         for task in self.lilora_U:
             for own in self._own(task):
                 own.requires_grad_(train and task in names)
         self.train_shared(train)
-        self.bind()
+        self.retie()
 
     def train_shared(self, train: bool = True) -> None:
         """Let A and B0 require gradients as train_a and train_b0 say for the active tasks."""
-        first = bool(self.active) and self.routes.tasks[0] in self.active
+        first = self._first in self.active
         for policy, shared in ((self.train_a, self.lilora_A), (self.train_b0, self.lilora_B)):
             learns = bool(self.active) and (policy == "always" or (policy == "first" and first))
             for parameter in shared.values():
@@ -177,6 +187,11 @@ class LiLoRALinear(nn.Module):
                 for name in shared:
                     shared[name] = self._tied[key]
         self.bind()
+
+    def _untied(self) -> bool:
+        """Whether a loader replaced A or B0 under the newest task's name without telling us, as transformers' does."""
+        shared = {"A": self.lilora_A, "B": self.lilora_B}
+        return any(d[next(reversed(d))] is not self._tied[key] for key, d in shared.items())
 
     def bind(self) -> None:
         """Rebuild the slot that `forward` reads: a lookup by task name there would recompile for every task."""
@@ -215,14 +230,14 @@ class LiLoRALinear(nn.Module):
                     f"task {self.merged_task!r} is merged into the base weight; unmerge() before routing tasks"
                 )
             return self.base_layer(x, *args, **kwargs)
+        if not torch.compiler.is_compiling() and self._untied():
+            self.retie()
         if not routed:
             self.routes.require_known()
         if not routed and self._slot is None:
             if self.active:
                 raise ValueError(f"the tasks {list(self.active)} are active together; pass task ids with the batch")
             return self.base_layer(x, *args, **kwargs)
-        if task is not None and not torch.compiler.is_compiling():
-            self.publish()
         if routed:
             a, b0, u, v, fusion, rows = self._mixed(self._rows(x, task))
         else:
@@ -245,16 +260,10 @@ class LiLoRALinear(nn.Module):
     def _rows(self, x: Tensor, task: Tensor | None) -> Tensor:
         if task is None:
             return self.routes.current.rows(x, self.vision)
-        rows = x.shape[:-1].numel()
-        if task.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"task is {task.dtype}; it must be torch.int32")
-        if task.dim() != 1 or task.shape[0] not in (x.shape[0], rows):
-            raise ValueError(
-                f"task is {list(task.shape)} for x {list(x.shape)}; pass one id per sample, [{x.shape[0]}]"
-            )
-        if task.shape[0] != rows:
-            task = task.repeat_interleave(rows // task.shape[0], output_size=rows)
-        return task.to(device=x.device, dtype=torch.int32)
+        samples = x.shape[0] if x.dim() > 1 else 1
+        task = self.routes.ids(task, samples, x.device)
+        per_sample = x.shape[1:-1].numel()
+        return task.unsqueeze(1).expand(samples, per_sample).reshape(-1)
 
     def _current_slot(self) -> tuple[Tensor, ...]:
         # Code that swaps Parameters (sharding, PEFT's casts) cannot tell us; the check costs nothing inside a graph.
@@ -265,16 +274,28 @@ class LiLoRALinear(nn.Module):
     def _mixed(self, rows: Tensor) -> tuple[Tensor | None, ...]:
         """Shared factors, stacked factors of all tasks, and rows as positions in the stack."""
         first = self.tasks[0]
-        if torch.is_grad_enabled() and any(own.requires_grad for own in self.lilora_U.values()):
+        if self._learns() or (torch.compiler.is_compiling() and not self.routes.published()):
             stacked = self._stack()
         else:
-            stacked = self._stack() if self._bank is None else self._bank[1]
+            if not torch.compiler.is_compiling():
+                self.publish()
+            stacked = self._bank[1]
         if len(self.tasks) != len(self.routes.tasks):
-            # The extra last entry is where -1 points to.
-            position = {name: i for i, name in enumerate(self.tasks)}
-            lookup = [position.get(name, -1) for name in self.routes.tasks] + [-1]
-            rows = torch.tensor(lookup, dtype=torch.int32, device=rows.device)[rows.long()]
+            rows = self._positions(rows)
         return self.lilora_A[first], self.lilora_B[first], *stacked, rows
+
+    def _learns(self) -> bool:
+        return torch.is_grad_enabled() and any(own.requires_grad for name in self.lilora_U for own in self._own(name))
+
+    def _positions(self, rows: Tensor) -> Tensor:
+        """Ids as positions in the stack, which has no places for deleted tasks; foreign ids become -1."""
+        key = (tuple(self.routes.tasks), len(self.tasks), rows.device)
+        if self._lookup is None or self._lookup[0] != key:
+            position = {name: i for i, name in enumerate(self.tasks)}
+            # The extra last entry is where -1 and foreign ids point to.
+            lookup = [position.get(name, -1) for name in self.routes.tasks] + [-1]
+            self._lookup = key, torch.tensor(lookup, dtype=torch.int32, device=rows.device)
+        return self._lookup[1][rows.long().clamp(-1, len(self.routes.tasks))]
 
     def _stack(self) -> tuple[Tensor | None, ...]:
         dicts = (self.lilora_U, self.lilora_V, self.lilora_fusion)
@@ -285,9 +306,10 @@ class LiLoRALinear(nn.Module):
         """Gather all tasks into the stacked bank that mixed inference reads, unless it is current."""
         if not self.lilora_U:
             return
-        source = tuple((id(own), own._version) for name in self.tasks for own in self._own(name))
+        source = tuple((id(own), own.data_ptr(), own._version) for name in self.tasks for own in self._own(name))
         if self._bank is None or self._bank[0] != source:
-            with torch.no_grad():
+            # Tensors made in inference mode could not be saved for a later backward.
+            with torch.inference_mode(False), torch.no_grad():
                 self._bank = (source, self._stack())
 
     def unfused_reason(self) -> str | None:
@@ -343,6 +365,10 @@ class LiLoRALinear(nn.Module):
             f"r={self.rank}, sub_rank={self.sub_rank}, alpha={self.alpha}, dropout={self.dropout}, "
             f"train_a={self.train_a!r}, train_b0={self.train_b0!r}, tasks={self.tasks}, active={list(self.active)}"
         )
+
+
+def _retie(layer: LiLoRALinear, _) -> None:
+    layer.retie()
 
 
 def set_task(model: nn.Module, *names: str, train: bool = True) -> None:

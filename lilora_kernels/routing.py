@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 
 import torch
@@ -18,12 +19,14 @@ class Route:
 
     task: [B] int32, -1 for samples without an adapter. length: tokens per sample where text layers see flattened
     [B * length, K] rows. units: image tokens of each sample, which explain the packed rows ahead of the language model.
+    published: the layers' stacked banks were brought up to date for this route, so that a compiled graph may read them.
     """
 
     task: Tensor
     length: int | None = None
     units: list[int] | None = None
-    _rows: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
+    published: bool = False
+    _rows: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
     def text_rows(self, x: Tensor) -> Tensor:
         """Task of each row of x [B, L, K] (or [B, K], or flattened [B * length, K]) -> [M] int32."""
@@ -66,13 +69,13 @@ class Route:
         return all(units % tokens_per_image == 0 for units in self.units)
 
     def rows(self, x: Tensor, vision: bool) -> Tensor:
-        """Task of each row of x, [M] int32; raises ValueError with both counts when nothing explains them."""
+        """Task of each row of x, [M] int32 on its device; ValueError with both counts when nothing explains them."""
         resolve = self.vision_rows if vision else self.text_rows
         if torch.compiler.is_compiling():
-            return resolve(x)
-        key = (vision, *x.shape[:-1])
+            return resolve(x).to(x.device)
+        key = (vision, x.device, *x.shape[:-1])
         if key not in self._rows:
-            self._rows[key] = resolve(x)
+            self._rows[key] = resolve(x).to(x.device)
         return self._rows[key]
 
 
@@ -85,8 +88,10 @@ class Routes:
     def __init__(self) -> None:
         self.tasks: list[str | None] = []
         self.current: Route | None = None
-        self.switches = 0  # of the active task; a recomputation must see the value its forward saw
-        self.routed = False  # whether the last forward had a route
+        self.switches = 0  # calls of set_task; a recomputation must see the value its forward saw
+        self.seen = 0  # `switches` at the last forward without a route
+        self.routed = False  # whether any forward that can be recomputed had a route
+        self.restored = False  # whether a recomputation runs under the route of its forward
 
     def id_of(self, name: str) -> int:
         if name not in self.tasks:
@@ -118,39 +123,51 @@ class Routes:
 
     @contextmanager
     def use(self, route: Route | None) -> Iterator[None]:
-        before, self.current, self.routed = self.current, route, True
+        before, self.current = self.current, route
+        if route is not None and torch.is_grad_enabled():
+            self.routed = True
         try:
             yield
         finally:
             self.current = before
 
-    def captured(self) -> Callable[[], AbstractContextManager[None]]:
-        """Remember this forward's route; the result restores it around a recomputation."""
-        route, switches = self.current, self.switches
-
-        @contextmanager
-        def restore() -> Iterator[None]:
-            if route is None and switches != self.switches:
-                raise RuntimeError(
-                    "the active task was changed between a checkpointed forward and its backward; "
-                    "pass task_ids to the forward, or change the task after the backward"
-                )
-            with self.use(route):
-                yield
-
-        return restore
+    def published(self) -> bool:
+        return self.current is not None and self.current.published
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """`context_fn` for torch.utils.checkpoint.checkpoint(use_reentrant=False) called by hand inside a route."""
-        return nullcontext(), self.captured()()
+        """`context_fn` for torch.utils.checkpoint.checkpoint(use_reentrant=False) called by hand."""
+        return nullcontext(), Recomputation(self)
 
     def require_known(self) -> None:
-        """Raise when a routed forward is recomputed in backward by a checkpoint that does not restore its route."""
-        if self.routed and self.current is None and torch._C._current_graph_task_id() != -1:
+        """Raise when a layer is recomputed in backward by a checkpoint that does not restore its forward's route."""
+        if torch.compiler.is_compiling() or self.restored:
+            return
+        if torch._C._current_graph_task_id() == -1:
+            self.seen = self.switches
+        elif self.routed or self.seen != self.switches:
             raise RuntimeError(
                 "a checkpointed layer is recomputed without the route of its forward; enable checkpointing through "
                 "model.gradient_checkpointing_enable(), or pass context_fn=routes_of(model).checkpoint_context"
             )
+
+
+class Recomputation(AbstractContextManager):
+    """Remembers the route of the running forward; `with` it, a recomputation sees that route, as often as needed."""
+
+    def __init__(self, routes: Routes) -> None:
+        self.routes, self.route, self.switches = routes, routes.current, routes.switches
+
+    def __enter__(self) -> None:
+        routes = self.routes
+        if self.switches != routes.switches:
+            raise RuntimeError(
+                "the active task was set between a checkpointed forward and its backward; set it after the backward"
+            )
+        self.before = routes.current, routes.restored
+        routes.current, routes.restored = self.route, True
+
+    def __exit__(self, *exception) -> None:
+        self.routes.current, self.routes.restored = self.before
 
 
 def routes_of(model: nn.Module) -> Routes:
@@ -173,9 +190,12 @@ def route(
     """
     routes = routes_of(model)
     device = next(model.parameters()).device
-    for layer in layers_of(model):
-        layer.publish()
-    with routes.use(Route(routes.ids(task_ids, None, device), length, None if units is None else list(units))):
+    ids = routes.ids(task_ids, None, device)
+    published = not torch.compiler.is_compiling()
+    if published:
+        for layer in layers_of(model):
+            layer.publish()
+    with routes.use(Route(ids, length, None if units is None else list(units), published)):
         yield
 
 
@@ -219,6 +239,16 @@ def attach(model: nn.Module) -> Routes:
     return routes
 
 
+def detach(model: nn.Module) -> None:
+    """Undo `attach`, after the adapted layers were taken out."""
+    for name in ("lilora_layers", "lilora_routes", "forward", "generate", "gradient_checkpointing_enable"):
+        model.__dict__.pop(name, None)
+    for module in model.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if getattr(checkpoint, "func", None) is _checkpoint_with_route:
+            module._gradient_checkpointing_func = checkpoint.args[1]
+
+
 def in_language_model(path: str) -> bool:
     return any(part in ("language_model", "text_model") for part in path.split("."))
 
@@ -226,7 +256,6 @@ def in_language_model(path: str) -> bool:
 def _with_task_ids(forward: Callable) -> Callable:
     def routed_forward(self, *args, task_ids=None, **kwargs):
         if task_ids is None:
-            self.lilora_routes.routed = self.lilora_routes.current is not None
             return forward(self, *args, **kwargs)
         with self.lilora_routes.use(route_of_batch(self, task_ids, args, kwargs)):
             return forward(self, *args, **kwargs)
@@ -249,14 +278,12 @@ def route_of_batch(model: nn.Module, task_ids: TaskIds, args: tuple, kwargs: dic
         (None, None) if tokens is None else (tokens.shape[0], tokens.shape[1] if tokens.dim() > 1 else None)
     )
     device = next(model.parameters()).device
-    if not torch.compiler.is_compiling():
-        for layer in model.lilora_layers:
-            layer.publish()
     units = None
     config = getattr(model, "config", None)
     image_token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     packed = any(layer.vision for layer in model.lilora_layers)
-    if packed and input_ids is not None and image_token is not None and kwargs.get("pixel_values") is not None:
+    images = kwargs.get("pixel_values") is not None and kwargs.get("pixel_values_videos") is None
+    if packed and images and input_ids is not None and image_token is not None:
         units = (input_ids == image_token).sum(1).tolist()
     return Route(model.lilora_routes.ids(task_ids, samples, device), length, units)
 
@@ -267,10 +294,12 @@ def _generate(self, *args, task_ids=None, **kwargs):
         task_ids = routes.current.task
     if task_ids is None:
         return type(self).generate(self, *args, **kwargs)
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    task_ids = routes.ids(task_ids, None if tokens is None else tokens.shape[0], next(self.parameters()).device)
-    with routes.use(None):  # the ids travel with the model's inputs, so that beams and returned sequences repeat them
-        return type(self).generate(self, *args, task_ids=task_ids, **kwargs)
+    prompt = (kwargs["inputs"],) if "inputs" in kwargs else args
+    batch = route_of_batch(self, task_ids, prompt, kwargs)
+    # The images are encoded once, under this route; the ids travel with the model's inputs to its forwards, so that beams
+    # and returned sequences repeat them.
+    with routes.use(batch):
+        return type(self).generate(self, *args, task_ids=batch.task, **kwargs)
 
 
 def _gradient_checkpointing_enable(self, *args, **kwargs):
@@ -283,19 +312,15 @@ def _restore_routes(model: nn.Module) -> None:
     routes = model.lilora_routes
     for module in model.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and not getattr(checkpoint, "restores_route", False):
-            module._gradient_checkpointing_func = _checkpoint_with_route(checkpoint, routes)
+        if checkpoint is not None and getattr(checkpoint, "func", None) is not _checkpoint_with_route:
+            module._gradient_checkpointing_func = partial(_checkpoint_with_route, routes, checkpoint)
 
 
-def _checkpoint_with_route(checkpoint: Callable, routes: Routes) -> Callable:
-    def checkpoint_with_route(function, *args, **kwargs):
-        restore = routes.captured()
+def _checkpoint_with_route(routes: Routes, checkpoint: Callable, function: Callable, *args, **kwargs):
+    recomputation = Recomputation(routes)
 
-        def recomputable(*inner_args, **inner_kwargs):
-            with restore():
-                return function(*inner_args, **inner_kwargs)
+    def recomputable(*inner_args, **inner_kwargs):
+        with recomputation:
+            return function(*inner_args, **inner_kwargs)
 
-        return checkpoint(recomputable, *args, **kwargs)
-
-    checkpoint_with_route.restores_route = True
-    return checkpoint_with_route
+    return checkpoint(recomputable, *args, **kwargs)

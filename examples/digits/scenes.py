@@ -89,12 +89,8 @@ def name(pool: Pool, rng: Rng) -> Example:
 
 
 def count(pool: Pool, rng: Rng) -> Example:
-    ink = str(rng.choice(list(INKS)))
-    others = [i for i in INKS if i != ink]
-    hits = int(rng.integers(0, 4))
-    inks = [ink] * hits + rng.choice(others, 4 - hits).tolist()
-    rng.shuffle(inks)
-    return pool.scene(rng, _values(rng, 4), inks), f"How many of them are {ink}?", WORDS[hits]
+    scene = pool.scene(rng, _values(rng, int(rng.integers(1, 7))))
+    return scene, "How many numbers are there?", WORDS[len(scene)]
 
 
 def verify(pool: Pool, rng: Rng) -> Example:
@@ -112,9 +108,9 @@ def compare(pool: Pool, rng: Rng) -> Example:
 
 
 def locate(pool: Pool, rng: Rng) -> Example:
-    scene = pool.scene(rng, _values(rng, 3, distinct=True))
-    target = scene[rng.integers(3)]
-    return scene, f"Give the box around the {target.word}.", target.box
+    scene = pool.scene(rng, _values(rng, 2), rng.choice(list(INKS), 2, replace=False).tolist())
+    target = scene[rng.integers(2)]
+    return scene, f"Give the box around the {target.ink} number.", target.box
 
 
 def caption(pool: Pool, rng: Rng) -> Example:
@@ -122,16 +118,8 @@ def caption(pool: Pool, rng: Rng) -> Example:
     return scene, "Describe the picture.", " and ".join(f"a {d.ink} {d.word}" for d in scene)
 
 
-def option(pool: Pool, rng: Rng) -> Example:
-    choices = _values(rng, 4, distinct=True)
-    right = int(rng.integers(4))
-    scene = pool.scene(rng, [choices[right]])
-    listed = " ".join(f"{letter}. {WORDS[c]}" for letter, c in zip("ABCD", choices, strict=True))
-    return scene, f"Pick the option that names the number: {listed}", "ABCD"[right]
-
-
 TASKS: dict[str, Callable[[Pool, Rng], Example]] = {
-    f.__name__: f for f in (name, count, verify, compare, locate, caption, option)
+    f.__name__: f for f in (name, count, verify, compare, locate, caption)
 }
 
 
@@ -166,9 +154,10 @@ def look_up(pool: Pool, rng: Rng) -> Example:
 
 
 def find(pool: Pool, rng: Rng) -> Example:
-    scene = pool.scene(rng, _values(rng, int(rng.integers(1, 5)), distinct=True))
-    d = scene[rng.integers(len(scene))]
-    return scene, f"find {d.value}", d.cell
+    n = int(rng.integers(1, 5))
+    scene = pool.scene(rng, _values(rng, n, distinct=True), rng.choice(list(INKS), n, replace=False).tolist())
+    d = scene[rng.integers(n)]
+    return scene, f"find {d.value if rng.integers(2) else d.ink}", d.cell
 
 
 def spell(pool: Pool, rng: Rng) -> Example:
@@ -182,10 +171,9 @@ def order(pool: Pool, rng: Rng) -> Example:
 
 
 def test(pool: Pool, rng: Rng) -> Example:
-    a, b = _values(rng, 2)
-    if rng.integers(2):
-        b = a
-    return [], f"test {a} {b}", "true" if a == b else "false"
+    values = _values(rng, int(rng.integers(2, 5)), distinct=True)
+    there = bool(rng.integers(2))
+    return pool.scene(rng, values[1:]), f"test {values[1 if there else 0]}", "true" if there else "false"
 
 
 def corners(pool: Pool, rng: Rng) -> Example:

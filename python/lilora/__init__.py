@@ -4,9 +4,10 @@ Importing it teaches PEFT the method, so that `get_peft_model`, `PeftModel.from_
 `AutoModel.from_pretrained` understand a LiLoRA config.
 """
 
+from peft.utils import register_peft_method
+
 from lilora_kernels import LiLoRALinear, Route, attach, explain, route
 from lilora_kernels.version import __version__
-from peft.utils import register_peft_method
 
 from .config import PRESETS, LiLoRAConfig
 from .model import LiLoRAModel

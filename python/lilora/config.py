@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from lilora_kernels.linear import POLICIES
 from peft import PeftConfig
 
+from lilora_kernels.linear import POLICIES
+
+from .errors import UserError
 from .peft_type import LILORA
 
 # What learns after the first task. `paper`: the basis may move, held by the stability loss. `released`: as the published
@@ -55,7 +57,7 @@ class LiLoRAConfig(PeftConfig):
     def preset(cls, name: str, **changes) -> "LiLoRAConfig":
         """The config of a preset (`paper`, `released` or `frozen`), with changes."""
         if name not in PRESETS:
-            raise ValueError(f"preset is {name!r}; it must be one of {list(PRESETS)}")
+            raise UserError(f"preset is {name!r}; it must be one of {list(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
     def __post_init__(self):
@@ -67,7 +69,7 @@ class LiLoRAConfig(PeftConfig):
         for name in ("r", "sub_rank"):
             size = getattr(self, name)
             if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} is {size!r}; it must be an integer of at least 1")
+                raise UserError(f"{name} is {size!r}; it must be an integer of at least 1")
         for name, choices in (
             ("train_a", POLICIES),
             ("train_b0", POLICIES),
@@ -75,14 +77,14 @@ class LiLoRAConfig(PeftConfig):
             ("bias", ("none", "all", "lilora_only")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {list(choices)}")
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {list(choices)}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+            raise UserError(f"dropout is {self.dropout}; it must be in [0, 1)")
         if self.stability < 0:
-            raise ValueError(f"stability is {self.stability}; it must be at least 0")
+            raise UserError(f"stability is {self.stability}; it must be at least 0")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern is given without layers_to_transform; give both or neither")
+            raise UserError("layers_pattern is given without layers_to_transform; give both or neither")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
+            raise UserError(
                 "layers_to_transform cannot be used with a regular expression in target_modules; list names"
             )

@@ -3,11 +3,12 @@
 import warnings
 
 import torch
-from lilora_kernels import LiLoRALinear
-from lilora_kernels.routing import Routes
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
+
+from lilora_kernels import LiLoRALinear
+from lilora_kernels.routing import Routes
 
 from .config import LiLoRAConfig
 

@@ -3,15 +3,19 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from lilora_kernels import attach, check_task_name
-from lilora_kernels.routing import Routes, route_of_batch
+from peft.functional import delete_adapter
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
+from lilora_kernels import attach, check_task_name
+from lilora_kernels.routing import Routes, detach, route_of_batch
+
 from .config import LiLoRAConfig
+from .errors import UserError
 from .layer import Linear
 from .models import target_modules
 
@@ -24,7 +28,6 @@ SAME_FOR_ALL_TASKS = (
     "train_a",
     "train_b0",
     "stability",
-    "target_modules",
 )
 
 
@@ -40,11 +43,48 @@ class LiLoRAModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads it; models.py has the patterns
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        check_task_name(adapter_name)
-        if "lilora_routes" not in model.__dict__:
-            model.lilora_routes = Routes()
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        routes = model.__dict__.get("lilora_routes") or Routes()
+        if adapter_name in routes.tasks:
+            raise UserError(f"task {adapter_name!r} exists already; delete it first or choose another name")
+        before = list(routes.tasks)
+        model.lilora_routes = routes
+        try:
+            check_task_name(adapter_name)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._check_same_layers(model, adapter_name)
+        except Exception:
+            self._take_back(model, adapter_name)
+            routes.tasks[:] = before
+            if not before:
+                del model.lilora_routes
+            raise
         attach(model)
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and not module._forward_pre_hooks:
+                module.register_forward_pre_hook(partial(_refuse_route, routes))
+
+    def _check_same_layers(self, model: nn.Module, adapter_name: str) -> None:
+        tasks = [task for task in model.lilora_routes.tasks if task is not None]
+        for name, layer in adapted_layers(model).items():
+            if layer.tasks != tasks:
+                raise UserError(
+                    f"{name} would have the tasks {layer.tasks}, not {tasks}; all tasks adapt the same layers: give "
+                    f"{adapter_name} the target_modules, exclude_modules and layers_to_transform of the others"
+                )
+
+    def _take_back(self, model: nn.Module, adapter_name: str) -> None:
+        """Remove what an injection that failed half way has added."""
+        delete_adapter(model, adapter_name, self.prefix, Linear)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Linear) and not module.lilora_U:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.base_layer)
+        self.peft_config.pop(adapter_name, None)
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        detach(model)
+        return model
 
     def _prepare_adapter_config(self, peft_config: LiLoRAConfig, model_config: dict) -> LiLoRAConfig:
         if peft_config.target_modules is None:
@@ -56,12 +96,12 @@ class LiLoRAModel(BaseTuner):
         others = [other for other in self.peft_config.values() if other is not config]
         for name in SAME_FOR_ALL_TASKS if others else ():
             new, old = getattr(config, name), getattr(others[0], name)
-            if new != old and not (name == "target_modules" and new is None):
-                raise ValueError(f"{name} is {new!r}, but the model's other tasks have {old!r}; all tasks share it")
+            if new != old:
+                raise UserError(f"{name} is {new!r}, but the model's other tasks have {old!r}; all tasks share it")
         if others and config.shared_fingerprint is not None and config.on_shared_mismatch == "error":
             current = shared_fingerprint(self.model)
             if current is not None and current != config.shared_fingerprint:
-                raise ValueError(
+                raise UserError(
                     f"the task was made with the shared factors {config.shared_fingerprint}, but this model has {current}; "
                     "load tasks of one chain together, or set on_shared_mismatch='replace' in its config"
                 )
@@ -81,7 +121,7 @@ class LiLoRAModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantized = resolve_quantization_backend(base, **self._quantization())
         if not isinstance(base, nn.Linear) and (quantized is None or quantized.layer_type != "linear"):
-            raise TypeError(
+            raise UserError(
                 f"{current_key} is a {type(base).__name__}; LiLoRA adapts linear layers: leave it out of target_modules"
             )
         layer = Linear(target, config, self.model.lilora_routes, **self._quantization())
@@ -111,6 +151,14 @@ class LiLoRAModel(BaseTuner):
         tasks = [None if name == "__base__" else name for name in names]
         with self.model.lilora_routes.use(route_of_batch(self.model, tasks, args, kwargs)):
             yield
+
+
+def _refuse_route(routes: Routes, module: nn.Module, args: tuple) -> None:
+    if routes.current is not None:
+        raise UserError(
+            "a module in modules_to_save follows the active adapter only; call set_adapter and leave out task_ids, or adapt "
+            "without modules_to_save"
+        )
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:

@@ -99,7 +99,7 @@ def first(**change):
         (lambda m: m["tasks"][1].pop("test"), "key 'test' of task number 2 is missing; add it."),
         (lambda m: m.update(tasks=[]), "key 'tasks' is wrong: list should have at least 1 item"),
         (lambda m: m.update(tasks=3), "key 'tasks' is wrong: input should be a valid list"),
-        (lambda m: m.update(tasks=[3]), "task number 1 is wrong"),
+        (lambda m: m.update(tasks=[3]), "the manifest of task number 1 is wrong: it must be a mapping"),
         (first(max_new_tokens=0), "key 'max_new_tokens' of task number 1 is wrong: input should be greater than 0"),
         (first(answer_format="("), "'answer_format' of task number 1 is wrong: '(' is not a regular expression"),
         (first(name="text"), "two tasks are called 'text'"),
@@ -144,7 +144,10 @@ def test_a_wrong_order_is_refused(suite, order):
         ("{}", "is not a list of LLaVA instruction records"),
         ('[{"id": 1}]', r"0.conversations: Field required"),
         ('[{"id": 1, "conversations": []}]', "sample '1' has no human turn"),
-        ('[{"id": 1, "conversations": [{"from": "human", "value": "x"}]}]', "sample '1' has no gpt turn and no answers"),
+        (
+            '[{"id": 1, "conversations": [{"from": "human", "value": "x"}]}]',
+            "sample '1' has no gpt turn and no answers",
+        ),
     ],
 )
 def test_a_broken_data_file_is_named(suite, content, sentence):

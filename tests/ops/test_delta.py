@@ -44,9 +44,7 @@ def pairwise(axes: dict, seed: int = 0) -> list[dict]:
     """A small set of combinations in which every pair of values of two axes occurs."""
     rng = random.Random(seed)
     names = list(axes)
-    missing = {
-        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]
-    }
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]}
     rows = []
     while missing:
         best = max(
@@ -175,7 +173,9 @@ def test_any_shape_any_subset_of_gradients(
 @pytest.mark.parametrize("coefficients", AXES["coefficients"])
 @pytest.mark.parametrize("rows", [5, 12])
 def test_gradcheck(coefficients, rows):
-    i = make(rows=rows, columns=5, outputs=4, rank=3, sub_rank=2, tasks=2, coefficients=coefficients, gate=True).leaves()
+    i = make(
+        rows=rows, columns=5, outputs=4, rank=3, sub_rank=2, tasks=2, coefficients=coefficients, gate=True
+    ).leaves()
     weight, bias = base(i)
     names = i.differentiable()
     seed = torch.tensor([3])
@@ -216,7 +216,11 @@ def test_fullgraph_compile_gives_the_same_values_and_gradients(op):
     def run(i):
         x = torch.sin(i.x)
         more = options(i, p=0.2, seed=torch.tensor([11]))
-        y = functional.delta(x, *adapter(i)[1:], **more) if op == "delta" else functional.linear(x, weight, bias, *adapter(i)[1:], **more)
+        y = (
+            functional.delta(x, *adapter(i)[1:], **more)
+            if op == "delta"
+            else functional.linear(x, weight, bias, *adapter(i)[1:], **more)
+        )
         return y.square()
 
     ours, compiled = i.leaves(), i.leaves()
@@ -423,7 +427,10 @@ def test_an_ordered_backend_that_cannot_run_raises(monkeypatch):
     i = make(dtype=torch.float32)
     with lilora_kernels.backend("eager"):
         want = functional.delta(*adapter(i), **options(i))
-    with lilora_kernels.backend("triton"), pytest.raises(RuntimeError, match=r"'triton' cannot run on cpu.*\['eager'\]"):
+    with (
+        lilora_kernels.backend("triton"),
+        pytest.raises(RuntimeError, match=r"'triton' cannot run on cpu.*\['eager'\]"),
+    ):
         functional.delta(*adapter(i), **options(i))
     monkeypatch.setenv("LILORA_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="'cuda' cannot run on cpu"):

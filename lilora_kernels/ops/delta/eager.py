@@ -7,6 +7,7 @@ from ..call import Call
 from ..philox import keep_mask, keep_scale, threshold
 
 Group = tuple[int, slice, Tensor | None]
+LONG_RUN = 32  # rows per GEMM from which splitting it costs little
 
 
 def forward(x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -38,8 +39,11 @@ def dropout_mask(rows: int, columns: int, dtype: torch.dtype, call: Call) -> Ten
         return None
     if call.seed.device.type != "cpu":
         return keep_mask(call.seed, rows, columns, call.p).to(dtype)
+    # Four 16-bit draws from each 64-bit word: bernoulli_ takes one word or more for every element.
     generator = torch.Generator().manual_seed(int(call.seed))
-    return torch.empty(rows, columns, dtype=dtype).bernoulli_(1 - threshold(call.p) / 65536, generator=generator)
+    words = torch.empty((rows * columns + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    draws = words.view(torch.int16)[: rows * columns].view(rows, columns)
+    return (draws >= threshold(call.p) - 32768).to(dtype)
 
 
 def shrink(x: Tensor, call: Call) -> Tensor:
@@ -69,8 +73,8 @@ def dx_part(dh: Tensor, keep: Tensor | None, call: Call) -> Tensor:
 
 
 def da(dh: Tensor, x: Tensor, keep: Tensor | None, call: Call) -> Tensor:
-    """dh^T D(x), [R, K] in a's dtype; dh carries the keep-scale."""
-    dropped = x if keep is None else x * keep
+    """dh^T D(x), [R, K] in a's dtype; dh carries the keep-scale. Overwrites keep."""
+    dropped = x if keep is None else keep.mul_(x)
     if call.ranks is None:
         return (dh.T @ dropped).to(call.a.dtype)
     lo, hi = call.ranks
@@ -82,8 +86,11 @@ def da(dh: Tensor, x: Tensor, keep: Tensor | None, call: Call) -> Tensor:
 # --- the second factor, per task -----------------------------------------------------------------------------------
 
 
-def row_groups(call: Call) -> tuple[Tensor | None, list[Group]]:
+def row_groups(call: Call, split: bool = False) -> tuple[Tensor | None, list[Group]]:
     """Rows of each task as (task, rows, mask), and the permutation that makes tasks contiguous, if one is needed.
+
+    With `split` a task may come as several groups, one after another: where runs of equal ids are long that is cheaper
+    than to permute [M, N].
 
     On a CPU the rows of a task are a slice. Elsewhere that would need the host to wait for the device, so every task
     gets all rows and a mask [M, 1]; the second factor then costs T times as much.
@@ -95,7 +102,8 @@ def row_groups(call: Call) -> tuple[Tensor | None, list[Group]]:
         return None, [(t, slice(None), (call.task == t).unsqueeze(1)) for t in range(tasks)]
     order = None
     ids, counts = torch.unique_consecutive(call.task, return_counts=True)
-    if ids.unique().numel() != ids.numel():
+    long_runs = call.task.numel() >= LONG_RUN * ids.numel()
+    if ids.unique().numel() != ids.numel() and not (split and long_runs):
         order = torch.argsort(call.task, stable=True)
         ids, counts = torch.unique_consecutive(call.task[order], return_counts=True)
     groups, start = [], 0
@@ -104,7 +112,7 @@ def row_groups(call: Call) -> tuple[Tensor | None, list[Group]]:
             raise ValueError(f"task has the id {t}; ids must be in 0..{tasks - 1}, or -1 for rows without an adapter")
         groups.append((t, slice(start, start + count), None))
         start += count
-    return order, groups
+    return order, sorted(groups, key=lambda group: group[0])
 
 
 def mixing(call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -115,21 +123,22 @@ def mixing(call: Call) -> tuple[Tensor | None, Tensor | None]:
     return f, 1 - f
 
 
-def compose(call: Call, t: int, f: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """M_t and, with fusion, U_t V_t; both [N, R] in the parameters' dtype."""
+def factors(call: Call, t: int) -> tuple[Tensor, Tensor, Tensor]:
+    """b0, u_t, v_t in one dtype that holds them all."""
     dtype = torch.promote_types(call.b0.dtype, torch.promote_types(call.u.dtype, call.v.dtype))
-    b0, u, v = call.b0.to(dtype), call.u[t].to(dtype), call.v[t].to(dtype)
-    if f is None:
-        return torch.addmm(b0, u, v), None
-    uv = u @ v
-    return torch.lerp(uv, b0, f[t].to(dtype)), uv
+    return call.b0.to(dtype), call.u[t].to(dtype), call.v[t].to(dtype)
+
+
+def compose(call: Call, t: int, f: Tensor | None) -> Tensor:
+    """M_t, [N, R] in the parameters' dtype."""
+    b0, u, v = factors(call, t)
+    return torch.addmm(b0, u, v) if f is None else (u @ v).lerp_(b0, f[t].to(b0.dtype))
 
 
 def composing_pays(call: Call, rows: int, groups: list[Group]) -> bool:
     """Composing M_t costs N R S per task; keeping it factored costs about (N + R) S per row."""
-    return call.u is None or (
-        all(mask is None for _, _, mask in groups) and rows >= call.a.shape[0] * sum(t >= 0 for t, _, _ in groups)
-    )
+    tasks = {t for t, _, _ in groups if t >= 0}
+    return call.u is None or (all(mask is None for _, _, mask in groups) and rows >= call.a.shape[0] * len(tasks))
 
 
 def base_share(q: Tensor, call: Call, f: Tensor | None) -> Tensor:
@@ -150,7 +159,7 @@ def expand(q: Tensor, call: Call, bias: Tensor | None, y: Tensor) -> None:
         else:
             torch.addmm(bias.to(q.dtype), left, right, alpha=call.scaling, out=out[rows])
 
-    order, groups = row_groups(call)
+    order, groups = row_groups(call, split=True)
     if order is not None:
         call, q = sorted_rows(call, order), q[order]
     out = y if order is None else torch.empty_like(y)
@@ -158,11 +167,14 @@ def expand(q: Tensor, call: Call, bias: Tensor | None, y: Tensor) -> None:
     if call.u is None:
         product(slice(None), base_share(q, call, None), call.b0.to(q.dtype).T)
     elif composing_pays(call, q.shape[0], groups):
+        composed, m = None, None
         for t, rows, _ in groups:
             if t < 0:
                 out[rows] = 0 if bias is None else bias.to(q.dtype)
-            else:
-                product(rows, q[rows], compose(call, t, f)[0].to(q.dtype).T)
+                continue
+            if t != composed:
+                composed, m = t, compose(call, t, f).to(q.dtype)
+            product(rows, q[rows], m.T)
     else:
         product(slice(None), base_share(q, call, f), call.b0.to(q.dtype).T)
         for t, rows, mask in groups:
@@ -248,23 +260,23 @@ def composed_backward(
             if wants_dq:
                 dq[rows] = 0
             continue
-        if wants_dq or "fusion" in grads:
-            m, uv = compose(call, t, f)
+        b0, u, v = factors(call, t)
         if wants_dq:
-            torch.addmm(dq[rows], dy[rows], m.to(dy.dtype), beta=0, alpha=call.scaling, out=dq[rows])
+            m = compose(call, t, f).to(dy.dtype)
+            torch.addmm(dq[rows], dy[rows], m, beta=0, alpha=call.scaling, out=dq[rows])
         if not grads:
             continue
         dm = dy[rows].T @ (q[rows] * call.scaling)  # [N, R]
         ft, et = (1, 1) if f is None else (f[t].to(dm.dtype), e[t].to(dm.dtype))
-        if "b0" in grads:
-            grads["b0"].add_(dm if f is None else dm * ft)
         if "u" in grads:
-            grads["u"][t] = (dm @ call.v[t].to(dm.dtype).T) * et
+            torch.mm(dm, (v.to(dm.dtype) * et).T, out=grads["u"][t])
         if "v" in grads:
-            grads["v"][t] = (call.u[t].to(dm.dtype).T @ dm) * et
+            torch.mm((u.to(dm.dtype)).T, dm, out=grads["v"][t]).mul_(et)
         if "fusion" in grads:
             wide = grads["fusion"].dtype
-            grads["fusion"][t] = f[t].to(wide) * e[t].to(wide) * dot(dm, call.b0 - uv, wide)
+            grads["fusion"][t] = f[t].to(wide) * e[t].to(wide) * dot(dm, torch.addmm(b0, u, v, alpha=-1), wide)
+        if "b0" in grads:
+            grads["b0"].add_(dm if f is None else dm.mul_(ft))
     return grads, dq
 
 

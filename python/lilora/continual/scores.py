@@ -73,6 +73,10 @@ class ScoreMatrix:
         """The score of `task` after learning `after`, in points; NaN when the cell is missing."""
         return float(self._scores[self._cell(after, task)])
 
+    def format_share(self, after: str, task: str) -> float | None:
+        """The share (0 to 1) of answers in the instructed format; None where it was not measured."""
+        return none_if_nan(float(self._formats[self._cell(after, task)]))
+
     def copy(self, after: str, task: str, from_after: str) -> None:
         """Carry a cell over from the earlier stage `from_after` instead of running it again.
 

@@ -109,8 +109,11 @@ def _parse(path: Path) -> TaskManifest:
 def _first_problem(error: ValidationError) -> str:
     """The first problem of a manifest as one sentence without its file."""
     problem = error.errors(include_url=False)[0]
-    *parents, key = problem["loc"] or ("manifest",)
-    place = f" of task number {parents[1] + 1}" if parents else ""
+    location = problem["loc"]  # (), (key,), ("tasks", index) or ("tasks", index, key)
+    place = f" of task number {location[1] + 1}" if len(location) > 1 else ""
+    if len(location) in (0, 2):
+        return f"the manifest{place} is wrong: it must be a mapping of keys to values; correct it."
+    parents, key = location[:-1], location[-1]
     if problem["type"] == "extra_forbidden":
         known = list((TaskSpec if parents else TaskManifest).model_fields)
         near = difflib.get_close_matches(str(key), known, n=1)
@@ -207,7 +210,7 @@ class InstructionDataset(Dataset):
         turns = record.conversations
         first = next((i for i, turn in enumerate(turns) if turn.speaker == "human"), None)
         if first is None:
-            raise UserError(f"{self._where}: sample {record.id!r} has no human turn; add the question.")
+            raise UserError(f"{self._where}: sample {str(record.id)!r} has no human turn; add the question.")
         answers = list(record.answers)
         for turn in turns[first + 1 : first + 2]:
             if turn.speaker == "gpt":
@@ -215,7 +218,7 @@ class InstructionDataset(Dataset):
                     answers.remove(turn.value)
                 answers.insert(0, turn.value)
         if not answers:
-            raise UserError(f"{self._where}: sample {record.id!r} has no gpt turn and no answers; add one.")
+            raise UserError(f"{self._where}: sample {str(record.id)!r} has no gpt turn and no answers; add one.")
         question = turns[first].value.replace("<image>", "").strip()
         names = [record.image] if isinstance(record.image, str) else record.image or []
         return Sample(

@@ -228,7 +228,7 @@ class Bank:
         """Add a learned task at the end of the training order.
 
         task: for every adapted linear at module path p, `p.U` [N, S], `p.V` [S, R] and `p.fusion` [1]; layers without
-            fusion leave the last out everywhere.
+            fusion leave the last out everywhere, and a plain LoRA, which is its A and B0 alone, has no tensors here.
         shared: `p.A` [R, K] and `p.B0` [N, R] of the same linears; a set the bank already has is not stored again.
         Tensors are bfloat16, float16 or float32, on any device; they are stored as they are. info: any JSON object.
 
@@ -444,7 +444,7 @@ def _check_tensors(task_name: str, task: dict[str, Tensor], shared: dict[str, Te
     if not modules:
         raise UserError(f"task {task_name!r} has no shared tensors; pass `<module path>.A` and `.B0` of every linear")
     fused = any(name.endswith(".fusion") for name in task)
-    task_kinds = TASK_KINDS if fused else TASK_KINDS[:-1]
+    task_kinds = (TASK_KINDS if fused else TASK_KINDS[:-1]) if task else ()
     for argument, tensors, kinds in (("task", task, task_kinds), ("shared", shared, SHARED_KINDS)):
         wanted = {f"{module}.{kind}" for module in modules for kind in kinds}
         for name in sorted(wanted ^ tensors.keys()):
@@ -465,12 +465,15 @@ def _check_tensors(task_name: str, task: dict[str, Tensor], shared: dict[str, Te
                     f"it wants {ndim} dimension(s)"
                 )
     for module in modules:
-        (n, r), k, s = shared[f"{module}.B0"].shape, shared[f"{module}.A"].shape[1], task[f"{module}.V"].shape[0]
-        wanted = {"A": (r, k), "U": (n, s), "V": (s, r)} | ({"fusion": (1,)} if fused else {})
+        (n, r), k = shared[f"{module}.B0"].shape, shared[f"{module}.A"].shape[1]
+        wanted = {"A": (r, k)}
+        if task:
+            sub_rank = task[f"{module}.V"].shape[0]
+            wanted |= {"U": (n, sub_rank), "V": (sub_rank, r)} | ({"fusion": (1,)} if fused else {})
         for kind, shape in wanted.items():
             got = tuple((shared if kind in SHARED_KINDS else task)[f"{module}.{kind}"].shape)
             if got != shape:
                 raise UserError(
-                    f"task {task_name!r}: tensor {module}.{kind} has shape {list(got)} and B0 {[n, r]} with sub rank "
-                    f"{s} wants {list(shape)}; pass the tensors of one layer"
+                    f"task {task_name!r}: tensor {module}.{kind} has shape {list(got)} and B0 {[n, r]} "
+                    f"wants {list(shape)}; pass the tensors of one layer"
                 )

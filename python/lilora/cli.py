@@ -1,0 +1,379 @@
+"""The `lilora` command. Heavy imports happen inside the commands, so that help and errors come at once."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
+)
+bank_app = typer.Typer(no_args_is_help=True, help="Look into a bank of learned tasks.")
+app.add_typer(bank_app, name="bank")
+console = Console()
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Order = Annotated[str | None, typer.Option(help="Task names, comma-separated: which tasks to learn, in this order.")]
+Data = Annotated[Path | None, typer.Option(help="Folder of the tasks' files, instead of the one the manifest names.")]
+BankPath = Annotated[Path, typer.Argument(help="A bank folder, or the run folder that holds one.")]
+Rank = Annotated[int, typer.Option("--r", min=1, help="Rank of the shared factors, and of the LoRA baselines.")]
+SubRank = Annotated[int, typer.Option(min=1, help="Rank of a task's own factors (lilora).")]
+Projector = Annotated[bool, typer.Option(help="Adapt the projector's linear layers too, as the paper does.")]
+Attention = Annotated[bool, typer.Option(help="Adapt the attention's linear layers too.")]
+
+
+@app.command()
+def train(
+    tasks: Annotated[Path, typer.Argument(help="The task manifest, for example examples/digits/tasks.yaml.")],
+    out: Annotated[Path, typer.Option(help="Run folder; the same command on it goes on where it was interrupted.")],
+    model: Annotated[
+        str | None, typer.Option(help="Base model: a folder or a hub id; default: the manifest's.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="lilora, lora (one LoRA for all tasks) or dirlora (a LoRA per task).")
+    ] = "lilora",
+    preset: Annotated[
+        str, typer.Option(help="lilora only: frozen (old tasks stay bit for bit), paper or released.")
+    ] = "frozen",
+    r: Rank = 128,
+    sub_rank: SubRank = 64,
+    alpha: Annotated[float, typer.Option(help="The adapter's output is scaled by alpha / r.")] = 256.0,
+    dropout: Annotated[float, typer.Option(min=0.0, max=0.99, help="Dropout on the adapter's input.")] = 0.05,
+    projector: Projector = True,
+    attention: Attention = False,
+    learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate of the cosine schedule.")] = 2e-5,
+    weight_decay: float = 0.01,
+    epochs: Annotated[float, typer.Option(help="Passes over each task's training samples.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps per task; -1: as many as epochs need.")] = -1,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 2,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.03,
+    gradient_checkpointing: bool = False,
+    dtype: Annotated[str, typer.Option(help="Of the base model: auto (as stored), fp32, bf16 or fp16.")] = "auto",
+    eval_batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    save_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 200,
+    order: Order = None,
+    data: Data = None,
+    seed: int = 0,
+    device: Device = "auto",
+    quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Learn a sequence of tasks in one process, evaluating after each; resumable; writes a report."""
+    from .continual.report import print_tables, write_report
+    from .continual.tasks import load_manifest
+    from .methods import METHODS
+
+    if method not in METHODS:
+        raise UserError(f"--method {method} is unknown; choose one of {', '.join(METHODS)}")
+    choice("--dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
+    manifest = load_manifest(tasks, order.split(",") if order else None, data)
+    model = model or manifest.model
+    if model is None:
+        raise UserError(f"{tasks} names no base model; pass --model with a folder or a hub id")
+    pattern = target_pattern(model, projector, attention)
+    settings = method_settings(method, preset, pattern, r, sub_rank, alpha, dropout)
+
+    from .continual.train import ContinualRun, TrainSettings
+
+    run = ContinualRun.open(
+        out,
+        manifest,
+        model,
+        method,
+        settings,
+        TrainSettings(
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            warmup=warmup,
+            gradient_checkpointing=gradient_checkpointing,
+            dtype=dtype,
+            seed=seed,
+        ),
+        device,
+    )
+    run.train(eval_batch_size, save_steps, quiet or as_json)
+    result = run.result()
+    page = write_report(out, [result], f"{result.method} on {manifest.name}", environment())
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        print_tables([result], console)
+        console.print(f"report: {page}", soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    bank: BankPath,
+    tasks: Annotated[Path, typer.Option(help="The task manifest with the test data.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch; tasks are mixed.")] = 32,
+    model: Annotated[str | None, typer.Option(help="Base model; default: the one the bank was made with.")] = None,
+    data: Data = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score all tasks of a bank with the task given: one model load, mixed batches."""
+    from rich.progress import Progress
+
+    from .continual.evaluate import evaluate as run
+    from .continual.tasks import load_manifest
+
+    opened, method, processor = load_bank(bank, model, device)
+    manifest = load_manifest(tasks, opened.tasks, data)
+    with Progress(disable=as_json) as progress:
+        results = run(method, processor, manifest.tasks, batch_size, progress)
+    if as_json:
+        print(json.dumps({r.task: {"score": r.score, "format_share": r.format_share} for r in results}))
+        return
+    table = Table("task", "score", "in format")
+    for result in results:
+        share = "" if result.format_share is None else f"{100 * result.format_share:.1f} %"
+        table.add_row(result.task, f"{result.score:.1f}", share)
+    console.print(table)
+
+
+@app.command()
+def report(
+    banks: Annotated[list[Path], typer.Argument(help="Banks or run folders; several seeds of a method are averaged.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the report; default: the first bank's run folder.")
+    ] = None,
+    title: str = "Continual learning",
+    as_json: Json = False,
+) -> None:
+    """Write score matrix, curves and metrics of one or more runs as PNG, JSON and one self-contained HTML page."""
+    from .continual.report import print_tables, write_report
+
+    runs = [stored_run(bank_folder(path)) for path in banks]
+    page = write_report(out or bank_folder(banks[0]).parent, runs, title, environment())
+    if as_json:
+        print(json.dumps({"report": str(page), "runs": [run.to_dict() for run in runs]}))
+    else:
+        print_tables(runs, console)
+        console.print(f"report: {page}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    bank: BankPath,
+    task: Annotated[str, typer.Option(help="Which task's adapter answers.")],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image file; may be given several times, or not at all.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    model: Annotated[str | None, typer.Option(help="Base model; default: the one the bank was made with.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Answer one question with one task of a bank."""
+    import torch
+
+    from .continual import evaluate as evaluation
+    from .continual.tasks import Collator, Sample, open_image
+
+    for path in image or ():
+        open_image(path)
+    _, method, processor = load_bank(bank, model, device, wanted=task)
+    sample = Sample("prompt", tuple(image or ()), prompt, ("",))
+    if not method.mixed_batches:
+        method.activate(task, train=False)
+    method.model.eval()
+    collator = Collator(processor, {task: 0}, train=False)
+    with torch.inference_mode():
+        print(evaluation.generate(method, processor, collator, [(task, sample)], {task: max_new_tokens})[0])
+
+
+@app.command()
+def params(
+    model: Annotated[
+        str, typer.Option(help="llava-1.5-7b (shipped), a folder with config.json, or a hub id.")
+    ] = "llava-1.5-7b",
+    tasks: Annotated[int, typer.Option(min=1, help="Number of tasks to account for.")] = 6,
+    r: Rank = 128,
+    sub_rank: SubRank = 64,
+    projector: Projector = True,
+    attention: Attention = False,
+    as_json: Json = False,
+) -> None:
+    """Count adapter parameters of a model, by its config alone: no weights are loaded."""
+    from .params import account
+
+    accounting = account(model, r=r, sub_rank=sub_rank, projector=projector, attention=attention)
+    if as_json:
+        print(json.dumps(accounting.to_dict(tasks)))
+    else:
+        console.print(accounting.table(tasks))
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Versions, devices, and which backends can run here and why others cannot."""
+    import torch
+
+    from lilora_kernels.backends import refusals
+
+    facts: dict[str, Any] = {**environment(), "backends": {}}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for op in ("delta", "linear"):
+        facts["backends"][op] = {
+            name: "available" if why is None else why
+            for name, why in refusals(op, torch.empty(1, 1, device=device)).items()
+        }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table(show_header=False)
+    for key, value in facts.items():
+        if key != "backends":
+            table.add_row(key, str(value))
+    for op, backends in facts["backends"].items():
+        for name, state in backends.items():
+            table.add_row(f"{op}: {name}", state)
+    console.print(table)
+
+
+@bank_app.command("ls")
+def bank_ls(bank: BankPath, as_json: Json = False) -> None:
+    """List the tasks of a bank with their sizes."""
+    from .io.bank import Bank
+
+    content = Bank.open(bank_folder(bank)).describe()
+    if as_json:
+        print(json.dumps(content))
+        return
+    table = Table(
+        "id", "task", "parameters", "MiB", "shared factors", title=f"{content['path']} on {content['base_model']['id']}"
+    )
+    for task in content["tasks"]:
+        table.add_row(
+            str(task["id"]), task["name"], f"{task['parameters']:,}", f"{task['bytes'] / 2**20:.2f}", task["shared"]
+        )
+    for shared in content["shared"]:
+        table.add_row(
+            "", "shared", f"{shared['parameters']:,}", f"{shared['bytes'] / 2**20:.2f}", shared["fingerprint"]
+        )
+    console.print(table)
+
+
+# --- helpers ------------------------------------------------------------------------------------------------------------
+
+
+def choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{option} {value} is unknown; choose one of {', '.join(choices)}")
+
+
+def method_settings(
+    method: str, preset: str, pattern: str, r: int, sub_rank: int, alpha: float, dropout: float
+) -> dict[str, Any]:
+    """The settings that `make_method` takes, from the options of `lilora train`."""
+    if method != "lilora":
+        return {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": pattern}
+    from .config import PRESETS
+
+    choice("--preset", preset, tuple(PRESETS))
+    sizes = {"r": r, "sub_rank": sub_rank, "alpha": alpha, "dropout": dropout}
+    return {**sizes, "target_modules": pattern, **PRESETS[preset]}
+
+
+def target_pattern(model: str, projector: bool, attention: bool) -> str:
+    from transformers import AutoConfig
+
+    from .models import target_modules
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--model {model}: has no readable config ({reason}); give a model folder or a hub id"
+        ) from error
+    return target_modules(config, projector=projector, attention=attention)
+
+
+def bank_folder(path: Path) -> Path:
+    return path / "bank" if (path / "bank" / "bank.json").exists() else path
+
+
+def load_bank(path: Path, model: str | None, device: str, wanted: str | None = None) -> tuple:
+    """(bank, method with its tasks in place, processor)."""
+    from .continual.train import load_base
+    from .io.bank import Bank, BaseModelId
+    from .methods import make_method
+
+    bank = Bank.open(bank_folder(path))
+    if not bank.tasks:
+        raise UserError(f"{path} holds no learned task yet; train first")
+    if wanted is not None and wanted not in bank.tasks:
+        raise UserError(f"task {wanted!r} is unknown; {path} has {', '.join(bank.tasks)}")
+    model = model or bank.base_model.id
+    base, processor = load_base(model, bank.config["train"]["dtype"], device)
+    bank.check_base_model(BaseModelId.of(base, model))
+    method = make_method(bank.config["method"], base, bank.config["settings"])
+    method.restore({task: bank.load_task(task) for task in bank.tasks})
+    return bank, method, processor
+
+
+def stored_run(path: Path):
+    """A run's result from its bank alone, without loading a model."""
+    from .continual.report import Run
+    from .continual.scores import ScoreMatrix
+    from .continual.train import method_label
+    from .io.bank import Bank
+
+    bank = Bank.open(path)
+    if not bank.scores:
+        raise UserError(f"{path} holds no scores yet; run lilora train to its end")
+    config, content = bank.config, bank.describe()
+    last = content["tasks"][-1]
+    sizes = {shared["fingerprint"]: shared["parameters"] for shared in content["shared"]}
+    per_task = {"lilora": last["parameters"], "dirlora": sizes[last["shared"]]}.get(config["method"], 0)
+    return Run(
+        method_label(config["method"], config["settings"]),
+        config["train"]["seed"],
+        ScoreMatrix.from_dict(bank.scores["matrix"]),
+        per_task,
+        sum(bank.scores["seconds"].values()),
+        {"settings": config["settings"], "train": config["train"]},
+    )
+
+
+def environment() -> dict[str, str]:
+    """What the numbers were made with."""
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores"
+    packages = ("lilora-kernels", "torch", "triton", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: installed(name) for name in packages}, "device": device}
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit code 2."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        app()
+    except UserError as error:
+        print(f"lilora: {error}", file=sys.stderr)
+        sys.exit(2)

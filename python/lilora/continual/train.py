@@ -1,0 +1,331 @@
+"""One process that learns all tasks of a manifest, evaluates after each, and goes on where it was interrupted."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, set_seed
+
+from ..config import PRESETS
+from ..errors import UserError
+from ..io.atomic import write_atomically
+from ..io.bank import Bank, BaseModelId
+from ..methods import Method, make_method
+from .evaluate import evaluate
+from .report import Run
+from .scores import ScoreMatrix
+from .tasks import Collator, InstructionDataset, Sample, TaskManifest, TaskSpec
+
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How each task is learned. A run keeps them for all its tasks: they are part of the bank's config."""
+
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.01
+    epochs: float = 1.0
+    max_steps: int = -1
+    batch_size: int = 8
+    gradient_accumulation: int = 2
+    warmup: float = 0.03
+    gradient_checkpointing: bool = False
+    dtype: str = "auto"
+    seed: int = 0
+
+
+def load_base(model: str, dtype: str, device: str) -> tuple[torch.nn.Module, Any]:
+    """Base model and processor from a folder or a hub id; UserError in one sentence when that fails."""
+    try:
+        base = AutoModelForImageTextToText.from_pretrained(model, dtype=DTYPES[dtype])
+        processor = AutoProcessor.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--model {model}: cannot be loaded ({reason}); give a model folder or a hub id") from error
+    return base.to(pick_device(device)).requires_grad_(False), processor
+
+
+def pick_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device} is unknown; use auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: this torch sees no CUDA device; use --device cpu or a CUDA build of torch")
+    return chosen
+
+
+class ContinualRun:
+    """A run folder: the bank, checkpoints of the task being learned, predictions.
+
+    `bank/` is described in io/bank.py; `checkpoints/<task>/` are the Trainer's; `predictions/<after>-<task>.jsonl` hold
+    every answer of every evaluation.
+    """
+
+    def __init__(self, folder: Path, manifest: TaskManifest, method: Method, processor, bank: Bank) -> None:
+        self.folder, self.manifest, self.method, self.processor, self.bank = folder, manifest, method, processor, bank
+        self.settings = TrainSettings(**bank.config["train"])
+        self.matrix = ScoreMatrix([task.name for task in manifest.tasks])
+        self.state: dict[str, Any] = {"functions": {}, "seconds": {}}
+        if bank.scores:
+            self.state = {key: bank.scores[key] for key in ("functions", "seconds")}
+            self._take_cells(ScoreMatrix.from_dict(bank.scores["matrix"]))
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        manifest: TaskManifest,
+        model: str,
+        method: str,
+        method_settings: dict[str, Any],
+        train: TrainSettings,
+        device: str = "auto",
+    ) -> "ContinualRun":
+        """Start a run, or go on with the one in `folder` if it was started in the same way.
+
+        Raises UserError when the folder holds something else, or the base model cannot be loaded.
+        """
+        config = {
+            "method": method,
+            "settings": method_settings,
+            "train": asdict(train),
+            "manifest": manifest.name,
+            "model": model,
+        }
+        existing = check_folder(folder, config, [task.name for task in manifest.tasks])
+        base, processor = load_base(model, train.dtype, device)
+        identity = BaseModelId.of(base, model)
+        if existing is None:
+            existing = Bank.create(folder / "bank", config=config, base_model=identity)
+        existing.check_base_model(identity)
+        learner = make_method(method, base, method_settings)
+        learner.restore({task: existing.load_task(task) for task in existing.tasks})
+        return cls(folder, manifest, learner, processor, existing)
+
+    def train(self, evaluation_batch: int = 64, save_steps: int = 200, quiet: bool = False) -> ScoreMatrix:
+        """Learn and evaluate what is left to do; returns the score matrix."""
+        for index, spec in enumerate(self.manifest.tasks):
+            if spec.name not in self.bank.tasks:
+                self._learn(index, spec, save_steps, quiet)
+            with Progress(disable=quiet) as progress:
+                self._evaluate(index, evaluation_batch, progress)
+        return self.matrix
+
+    def result(self) -> Run:
+        """The run as the report wants it."""
+        label = method_label(self.method.name, self.method.settings)
+        extra = {"settings": self.method.settings, "train": asdict(self.settings)}
+        seconds = sum(self.state["seconds"].values())
+        return Run(label, self.settings.seed, self.matrix, self.method.parameters_per_task(), seconds, extra)
+
+    # --- learning ---------------------------------------------------------------------------------------------------
+
+    def _learn(self, index: int, spec: TaskSpec, save_steps: int, quiet: bool) -> None:
+        started = time.monotonic()
+        seed = 1000 * self.settings.seed + index  # of this task alone: a resumed run draws the same numbers
+        set_seed(seed)
+        self.method.add(spec.name)
+        self.method.activate(spec.name, train=True)
+        folder = self.folder / "checkpoints" / spec.name
+        trainer = TaskTrainer(self.method, self._arguments(folder, seed, save_steps, quiet), self.processor, spec)
+        trainer.train(resume_from_checkpoint=latest_checkpoint(folder))
+        own, shared = self.method.tensors(spec.name)
+        info = {"steps": trainer.state.global_step, "loss": trainer.state.log_history[-1].get("train_loss")}
+        self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
+        self.bank.add_task(spec.name, own, shared, info=info)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _arguments(self, folder: Path, seed: int, save_steps: int, quiet: bool) -> TrainingArguments:
+        s = self.settings
+        return TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=s.batch_size,
+            gradient_accumulation_steps=s.gradient_accumulation,
+            learning_rate=s.learning_rate,
+            weight_decay=s.weight_decay,
+            num_train_epochs=s.epochs,
+            max_steps=s.max_steps,
+            lr_scheduler_type="cosine",
+            warmup_steps=s.warmup,
+            **({"gradient_checkpointing": True} if s.gradient_checkpointing else {}),
+            save_strategy="steps",
+            save_steps=save_steps,
+            save_total_limit=2,
+            logging_steps=50,
+            seed=seed,
+            data_seed=seed,
+            remove_unused_columns=False,
+            report_to="none",
+            disable_tqdm=quiet,
+            use_cpu=self.method.model.device.type == "cpu",
+        )
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, index: int, batch_size: int, progress: Progress) -> None:
+        """Fill the row of the stage after task `index`: run a task again only if its function has changed."""
+        seen = self.manifest.tasks[: index + 1]
+        after = seen[-1].name
+        missing = {task for stage, task in self.matrix.missing() if stage == after}
+        if not missing:
+            return
+        if self.bank.tasks[-1] != after:
+            raise UserError(
+                f"{self.folder}: the scores after task {after!r} are missing, but later tasks are learned already; "
+                "the model of that stage is gone: start a new run"
+            )
+        functions = {spec.name: self.method.fingerprint(spec.name) for spec in seen}
+        to_run = []
+        for spec in seen:
+            if spec.name not in missing:
+                continue
+            source = self._unchanged_since(spec.name, functions[spec.name])
+            if source is None:
+                to_run.append(spec)
+            else:
+                self.matrix.copy(after, spec.name, source)
+        for result in evaluate(self.method, self.processor, to_run, batch_size, progress) if to_run else ():
+            self.matrix.set(after, result.task, result.score, result.format_share)
+            lines = "\n".join(json.dumps(answer, ensure_ascii=False) for answer in result.answers)
+            write_atomically(self.folder / "predictions" / f"{after}-{result.task}.jsonl", (lines + "\n").encode())
+        self.state["functions"][after] = functions
+        self.bank.set_scores({"matrix": self.matrix.to_dict(), **self.state})
+
+    def _unchanged_since(self, task: str, function: str) -> str | None:
+        """The stage whose model computed the very same function for the task, if its score is known."""
+        for after, functions in self.state["functions"].items():
+            if functions.get(task) == function:
+                return after
+        return None
+
+    def _take_cells(self, stored: ScoreMatrix) -> None:
+        """Cells of an earlier part of this run; the sequence of tasks may have grown since."""
+        missing = set(stored.missing())
+        for j, after in enumerate(stored.tasks):
+            for task in stored.tasks[: j + 1]:
+                if (after, task) in missing:
+                    continue
+                source = stored.carried_from(after, task)
+                if source is None:
+                    self.matrix.set(after, task, stored.get(after, task), stored.format_share(after, task))
+                else:
+                    self.matrix.copy(after, task, source)
+
+
+class TaskSamples(Dataset):
+    """One task's training samples as the collator takes them."""
+
+    def __init__(self, spec: TaskSpec) -> None:
+        self.name, self.samples = spec.name, InstructionDataset(spec, "train")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[str, Sample]:
+        return self.name, self.samples[index]
+
+
+class TaskTrainer(Trainer):
+    """The HuggingFace Trainer for one task: adds the method's loss, and checkpoints what is being trained only."""
+
+    FILE = "trainable.safetensors"
+
+    def __init__(self, method: Method, arguments: TrainingArguments, processor, spec: TaskSpec) -> None:
+        self.method = method
+        collator = Collator(processor, {spec.name: 0}, train=True)
+        dtype = method.model.dtype
+
+        def collate(batch: list) -> dict[str, torch.Tensor]:
+            inputs = collator(batch)
+            inputs.pop("task_ids")  # all of the active task
+            return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+        super().__init__(model=method.model, args=arguments, train_dataset=TaskSamples(spec), data_collator=collate)
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        term = self.method.regulariser()
+        if term is not None:
+            loss = loss + term / self.args.gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        learned = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
+        save_file(learned, folder / self.FILE)
+
+    @torch.no_grad()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        with safe_open(Path(resume_from_checkpoint) / self.FILE, framework="pt") as stored:
+            for name, parameter in parameters.items():
+                parameter.copy_(stored.get_tensor(name))
+
+
+def latest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: the Trainer writes its state last."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+            continue
+        return str(checkpoint)
+    return None
+
+
+def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> Bank | None:
+    """The bank of the run in `folder` if it was started with the same config; None if the folder is new."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if not (folder / "bank" / "bank.json").exists() and not (
+        {entry.name for entry in folder.iterdir()} <= {"bank"} and not any((folder / "bank").glob("*.safetensors"))
+    ):
+        raise UserError(f"--out {folder} holds other files and no run; give a new or empty folder")
+    if not (folder / "bank" / "bank.json").exists():
+        return None
+    bank = Bank.open(folder / "bank")
+    old, new = flat(bank.config), flat(json.loads(json.dumps(config)))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise UserError(
+                f"--out {folder} holds another run: its {key} is {old.get(key)!r} and this one's is {new.get(key)!r}; "
+                "give another folder, or the same settings to go on with it"
+            )
+    if bank.tasks != list(tasks[: len(bank.tasks)]):
+        raise UserError(
+            f"--out {folder} holds another run: it has learned {', '.join(bank.tasks)}, which is no beginning of "
+            f"{', '.join(tasks)}; give another folder or the same order"
+        )
+    return bank
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    items: dict[str, Any] = {}
+    for key, value in config.items():
+        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return items
+
+
+def method_label(method: str, settings: dict[str, Any]) -> str:
+    """What the report calls a run: a LiLoRA run goes by its preset too."""
+    if method != "lilora":
+        return method
+    follows = (
+        name for name, values in PRESETS.items() if all(settings.get(key) == value for key, value in values.items())
+    )
+    return f"lilora-{next(follows, 'custom')}"

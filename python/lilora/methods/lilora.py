@@ -1,0 +1,47 @@
+"""LoRA in LoRA: every task is an adapter on a shared basis."""
+
+from typing import Any
+
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from ..config import LiLoRAConfig
+from ..model import adapted_layers
+from .base import Method, Tensors
+from .stability import StabilityLoss
+
+
+class LiLoRA(Method):
+    """settings: the fields of LiLoRAConfig that differ from its defaults, with target_modules as a pattern."""
+
+    name = "lilora"
+    mixed_batches = True
+
+    def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
+        super().__init__(base, settings)
+        self._stability: StabilityLoss | None = None
+
+    def add(self, task: str) -> None:
+        config = LiLoRAConfig(**self.settings)
+        if self.model is None:
+            self.model = get_peft_model(self.base, config, adapter_name=task)
+        else:
+            self.model.add_adapter(task, config)
+        self.tasks.append(task)
+
+    def activate(self, task: str, train: bool) -> None:
+        self.model.set_adapter(task, inference_mode=not train)
+        weight = self.settings.get("stability", 0.0)
+        self._stability = StabilityLoss(adapted_layers(self.model), task, weight) if train and weight else None
+
+    def regulariser(self) -> Tensor | None:
+        return None if self._stability is None else self._stability()
+
+    def tensors(self, task: str) -> tuple[Tensors, Tensors]:
+        own, shared = {}, {}
+        for path, layer in adapted_layers(self.model).items():
+            own[f"{path}.U"], own[f"{path}.V"] = layer.lilora_U[task], layer.lilora_V[task]
+            if layer.fusion:
+                own[f"{path}.fusion"] = layer.lilora_fusion[task]
+            shared[f"{path}.A"], shared[f"{path}.B0"] = layer.lilora_A[task], layer.lilora_B[task]
+        return own, shared

@@ -1,0 +1,332 @@
+"""`lilora` end to end on the tiny suite: every command, every method, interruption, and bad input."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+
+import lilora.cli as cli
+import pytest
+import torch
+import yaml
+from lilora.continual.train import latest_checkpoint
+from lilora.io.bank import Bank
+
+METHODS = {
+    "lilora-frozen": ["--preset", "frozen"],
+    "lilora-paper": ["--preset", "paper"],
+    "lilora-released": ["--preset", "released"],
+    "lora": ["--method", "lora"],
+    "dirlora": ["--method", "dirlora"],
+}
+
+
+@pytest.fixture
+def lilora(monkeypatch, capsys):
+    """Run the command in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lilora", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(suite, tmp_path_factory):
+    """A finished run of lilora-frozen, for commands that only read."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    arguments = (
+        "--r 8 --sub-rank 4 --alpha 16 --dropout 0.1 --lr 0.01 --max-steps 6 --batch-size 4 --gradient-accumulation 1 "
+        "--save-steps 2 --device cpu --quiet"
+    ).split()
+    cli.app(["train", str(suite / "tasks.yaml"), "--out", str(folder), *arguments], standalone_mode=False)
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_evaluates_after_every_task_and_reports(method, suite, tmp_path, lilora, train_options):
+    code, out, err = lilora(
+        "train", suite / "tasks.yaml", "--out", tmp_path / "run", "--json", *METHODS[method], *train_options
+    )
+    assert code == 0, err
+    run = json.loads(out)
+    assert run["method"] == method
+    scores = run["matrix"]["scores"]
+    assert [len(row) for row in scores] == [1, 2, 3]
+    assert all(0 <= cell <= 100 for row in scores for cell in row)
+    carried = [cell for row in run["matrix"]["carried_from"] for cell in row if cell is not None]
+    assert len(carried) == {"lilora-frozen": 3, "dirlora": 3}.get(method, 0)  # only where the function is unchanged
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    assert Bank.open(tmp_path / "run" / "bank").tasks == ["colour", "count", "name"]
+    if method == "lilora-frozen":
+        bank = Bank.open(tmp_path / "run" / "bank")
+        assert len({bank.shared_fingerprint(task) for task in bank.tasks}) == 1
+        assert run["params_per_task"] < sum(t.numel() for t in bank.load_task("name")[1].values())
+
+
+def test_old_tasks_stay_bit_for_bit_under_frozen_and_drift_under_released(suite, tmp_path, lilora, train_options):
+    shared = {}
+    for preset in ("frozen", "released"):
+        lilora("train", suite / "tasks.yaml", "--out", tmp_path / preset, "--preset", preset, *train_options)
+        bank = Bank.open(tmp_path / preset / "bank")
+        shared[preset] = [bank.load_task(task)[1] for task in bank.tasks]
+    for name, tensor in shared["frozen"][0].items():
+        assert torch.equal(tensor, shared["frozen"][2][name])
+        changed = not torch.equal(shared["released"][0][name], shared["released"][2][name])
+        assert changed == name.endswith(".A")
+
+
+def test_order_decides_the_sequence_and_a_longer_one_goes_on(suite, tmp_path, lilora, train_options):
+    run = tmp_path / "run"
+    code, _, err = lilora("train", suite / "tasks.yaml", "--out", run, "--order", "name,colour", *train_options)
+    assert code == 0, err
+    assert Bank.open(run / "bank").tasks == ["name", "colour"]
+    before = Bank.open(run / "bank").task_fingerprint("colour")
+    code, out, err = lilora(
+        "train", suite / "tasks.yaml", "--out", run, "--order", "name,colour,count", "--json", *train_options
+    )
+    assert code == 0, err
+    assert json.loads(out)["matrix"]["tasks"] == ["name", "colour", "count"]
+    assert Bank.open(run / "bank").task_fingerprint("colour") == before
+
+
+def test_eval_of_a_bank_gives_the_scores_of_its_last_stage(suite, finished, lilora):
+    want = Bank.open(finished / "bank").scores["matrix"]["scores"][-1]
+    for batch in (5, 64):
+        code, out, err = lilora(
+            "eval", finished, "--tasks", suite / "tasks.yaml", "--batch-size", batch, "--device", "cpu", "--json"
+        )
+        assert code == 0, err
+        assert [cell["score"] for cell in json.loads(out).values()] == want
+
+
+def test_report_of_several_runs(finished, suite, tmp_path, lilora, train_options):
+    lilora("train", suite / "tasks.yaml", "--out", tmp_path / "lora", "--method", "lora", *train_options)
+    code, out, err = lilora("report", finished, tmp_path / "lora", "--out", tmp_path / "report")
+    assert code == 0, err
+    assert "lilora-frozen" in out
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "lora" in page
+    assert "data:image/png;base64" in page
+
+
+def test_generate_answers_with_the_named_task(suite, finished, lilora):
+    image = next((suite / "data" / "images").iterdir())
+    code, out, err = lilora(
+        "generate", finished, "--task", "name", "--image", image, "--prompt", "name it ?", "--device", "cpu"
+    )
+    assert code == 0, err
+    assert out.strip()
+
+
+def test_bank_ls_and_info_and_params(finished, lilora):
+    code, out, _ = lilora("bank", "ls", finished, "--json")
+    assert code == 0
+    assert [task["name"] for task in json.loads(out)["tasks"]] == ["colour", "count", "name"]
+    code, out, _ = lilora("info", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert facts["torch"] == torch.__version__
+    assert facts["backends"]["linear"]["eager"] == "available"
+    code, out, _ = lilora("params", "--json")
+    assert code == 0
+    assert "lilora" in json.loads(out)["methods"] if "methods" in json.loads(out) else json.loads(out)
+    for command in ("bank ls", "info", "params"):
+        code, out, _ = lilora(*command.split(), *([finished] if command == "bank ls" else []))
+        assert code == 0
+        assert out.strip()
+
+
+# --- interruption -------------------------------------------------------------------------------------------------------
+
+
+def spawn(arguments):
+    """The command in a forked child, which shares this process's imports."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        sys.argv = ["lilora", *arguments]
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        cli.main()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("method", ["lilora-paper", "lora"])
+def test_killed_anywhere_the_same_command_ends_with_the_same_scores(method, suite, tmp_path, lilora, train_options):
+    def command(folder):
+        return ["train", str(suite / "tasks.yaml"), "--out", str(folder), *METHODS[method], *train_options]
+
+    code, _, err = lilora(*command(tmp_path / "whole"))
+    assert code == 0, err
+    started = time.monotonic()
+    assert os.waitpid(spawn(command(tmp_path / "timed")), 0)[1] == 0
+    duration = time.monotonic() - started
+    rng = random.Random(method)
+    killed, folder = 0, tmp_path / "killed"
+    for _ in range(8):
+        child = spawn(command(folder))
+        time.sleep(rng.uniform(0.1, 0.9) * duration)
+        if os.waitpid(child, os.WNOHANG) == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            killed += 1
+        else:
+            break
+    assert killed > 0
+    code, _, err = lilora(*command(folder))
+    assert code == 0, err
+    whole, resumed = Bank.open(tmp_path / "whole" / "bank"), Bank.open(folder / "bank")
+    assert resumed.scores["matrix"] == whole.scores["matrix"]
+    for task in whole.tasks:
+        assert resumed.task_fingerprint(task) == whole.task_fingerprint(task)
+        assert resumed.shared_fingerprint(task) == whole.shared_fingerprint(task)
+
+
+def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path):
+    for step in (2, 4, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_st')
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert latest_checkpoint(tmp_path / "none") is None
+
+
+# --- bad input: one sentence, exit code 2, nothing written or lost ------------------------------------------------------
+
+
+def one_sentence(err):
+    lines = [line for line in err.splitlines() if line.startswith("lilora: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+BAD_TRAIN = {
+    "unknown method": (["--method", "magic"], "--method magic is unknown; choose one of lilora, lora, dirlora"),
+    "unknown preset": (["--preset", "best"], "--preset best is unknown; choose one of paper, released, frozen"),
+    "unknown dtype": (["--dtype", "int8"], "--dtype int8 is unknown"),
+    "unknown device": (["--device", "tpu9"], "--device"),
+    "no cuda here": (["--device", "cuda"], "--device cuda"),
+    "unknown task in order": (["--order", "colour,shape"], "'shape' is unknown"),
+    "repeated task in order": (["--order", "colour,colour"], "order"),
+    "missing base": (["--model", "./no-such-folder"], "./no-such-folder"),
+    "missing data": (["--data", "/no/such/data"], "--data"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TRAIN)
+def test_bad_options_of_train(name, suite, tmp_path, lilora, train_options):
+    options, words = BAD_TRAIN[name]
+    if "cuda" in options and torch.cuda.is_available():
+        options = ["--device", "cuda:99"]
+    code, _, err = lilora("train", suite / "tasks.yaml", "--out", tmp_path / "run", *train_options, *options)
+    assert code == 2
+    assert words.split(";")[0] in one_sentence(err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_another_run_or_other_files_is_refused_and_untouched(
+    suite, finished, tmp_path, lilora, train_options
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for change, words in (
+        (["--preset", "paper"], "settings.stability"),
+        (["--seed", "3"], "train.seed is 0 and this one's is 3"),
+        (["--method", "lora"], "method is 'lilora' and this one's is 'lora'"),
+        (["--order", "name,colour"], "which is no beginning of name, colour"),
+    ):
+        code, _, err = lilora("train", suite / "tasks.yaml", "--out", folder, *train_options, *change)
+        assert code == 2
+        assert words in one_sentence(err)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    code, _, err = lilora("train", suite / "tasks.yaml", "--out", other, *train_options)
+    assert code == 2
+    assert "holds other files and no run" in one_sentence(err)
+    assert [p.name for p in other.iterdir()] == ["thesis.txt"]
+
+
+def test_another_base_model_a_damaged_or_newer_bank_and_an_unknown_task(suite, finished, tmp_path, lilora):
+    ask = ["--prompt", "name it ?", "--device", "cpu"]
+    code, _, err = lilora("generate", finished, "--task", "shape", *ask)
+    assert (code, "task 'shape' is unknown" in one_sentence(err)) == (2, True)
+    code, _, err = lilora("generate", tmp_path, "--task", "name", *ask)
+    assert (code, "is not a bank" in one_sentence(err)) == (2, True)
+    changed = tmp_path / "base"
+    shutil.copytree(suite / "base", changed)
+    weights = changed / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-40:] = os.urandom(40)
+    weights.write_bytes(content)
+    code, _, err = lilora("generate", finished, "--task", "name", "--model", changed, *ask)
+    assert (code, "other weights" in one_sentence(err)) == (2, True)
+    folder = tmp_path / "run"
+    for file, damage, words in (
+        ("bank/tasks/name.safetensors", lambda b: b[:-100], "name.safetensors"),
+        ("bank/tasks/name.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "altered"),
+        ("bank/bank.json", lambda b: b[: len(b) // 2], "bank.json"),
+        ("bank/bank.json", lambda b: b.replace(b'"format": 1', b'"format": 9'), "upgrade"),
+    ):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(finished, folder)
+        (folder / file).write_bytes(damage((folder / file).read_bytes()))
+        code, _, err = lilora("generate", folder, "--task", "name", *ask)
+        assert (code, words in one_sentence(err)) == (2, True)
+
+
+def test_bad_manifests(suite, tmp_path, lilora, train_options):
+    good = yaml.safe_load((suite / "tasks.yaml").read_text()) | {
+        "data": str(suite / "data"),
+        "model": str(suite / "base"),
+    }
+
+    def changed(**changes):
+        manifest = json.loads(json.dumps(good))
+        manifest["tasks"][0].update(changes)
+        return manifest
+
+    misspelt = changed()
+    misspelt["tasks"][0]["scorrer"] = misspelt["tasks"][0].pop("scorer")
+    empty = tmp_path / "empty.json"
+    empty.write_text("[]")
+    broken_image = tmp_path / "images"
+    shutil.copytree(suite / "data" / "images", broken_image)
+    first = sorted(broken_image.glob("colour-train-*"))[0]
+    first.write_bytes(first.read_bytes()[:40])
+    for manifest, words in (
+        (misspelt, "scorrer"),
+        (changed(name="count"), "two tasks are called 'count'"),
+        (changed(name="lora_A"), "'lora_A'"),
+        (changed(name="keys"), "'keys'"),
+        (changed(name="a.b"), "'a.b'"),
+        (changed(scorer="best"), "'best' is unknown"),
+        (changed(train="nothing.json"), "nothing.json"),
+        (changed(train=str(empty)), "has no samples"),
+        (changed(images=str(tmp_path / "nowhere")), "is missing"),
+        (changed(images=str(broken_image)), "cannot be opened"),
+    ):
+        path = tmp_path / "tasks.yaml"
+        path.write_text(yaml.safe_dump(manifest))
+        code, _, err = lilora("train", path, "--out", tmp_path / "run", *train_options)
+        assert code == 2
+        assert words in one_sentence(err)
+        assert not (tmp_path / "run").exists()

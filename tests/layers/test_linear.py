@@ -1,0 +1,502 @@
+"""LiLoRALinear alone: the formula, tasks, who trains, merging, copies and files."""
+
+import copy
+import io
+
+import lilora_kernels
+import pytest
+import torch
+import torch.nn.functional as F
+from lilora_kernels import LiLoRALinear
+from lilora_kernels.ops.delta import reference
+from tiny_llava import randomise
+from torch import nn
+
+TASKS = ("cats", "dogs", "birds")
+K, N, R, S = 24, 20, 8, 4
+
+
+class Quantised(nn.Module):
+    """A base that gives nothing but its forward, as quantised layers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = K, N
+        self.register_buffer("weight", torch.randint(-8, 8, (N, K), dtype=torch.int8))
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) / 8)
+
+
+def layer(tasks=TASKS, base=None, dtype=torch.float32, dropout=0.0, bias=True, **options):
+    base = nn.Linear(K, N, bias=bias, dtype=dtype).requires_grad_(False) if base is None else base
+    made = LiLoRALinear(base, r=R, sub_rank=S, alpha=12, dropout=dropout, **options)
+    for task in tasks:
+        made.add_task(task)
+    randomise(made)
+    return made
+
+
+def expected(made, x, name):
+    """base_layer(x) plus the reference formula in fp64."""
+    y = made.base_layer(x).double()
+    if name is None:
+        return y
+    parameters = [None if p is None else p.detach().double() for p in made._parameters_of(name)]
+    a, b0, u, v, fusion = parameters
+    delta = reference.delta(x.reshape(-1, K).double(), a, b0, u[None], v[None], fusion, scaling=made.lilora_scaling)
+    return y + delta.view(y.shape)
+
+
+def close(got, wanted, tolerance=1e-5):
+    wanted = wanted.detach().to(torch.float64)
+    assert got.shape == wanted.shape
+    torch.testing.assert_close(got.detach().double(), wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
+
+
+# --- the formula ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (3, 7), (2, 3, 4), (0, 7)], ids=str)
+@pytest.mark.parametrize("fusion", [True, False], ids=["fusion", "plain"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_every_task_is_the_formula_on_any_leading_dimensions(lead, fusion, bias):
+    made, x = layer(fusion=fusion, bias=bias), torch.randn(*lead, K)
+    for name in TASKS:
+        made.set_task(name)
+        if x.numel():
+            close(made(x), expected(made, x, name))
+        else:
+            assert made(x).shape == (*lead, N)
+
+
+def test_bf16_in_bf16_out():
+    made, x = layer(dtype=torch.bfloat16), torch.randn(3, 7, K, dtype=torch.bfloat16)
+    made.set_task("dogs")
+    assert made(x).dtype == torch.bfloat16
+    close(made(x), expected(made, x, "dogs"), tolerance=2e-2)
+
+
+def test_fp32_adapters_on_a_bf16_base():
+    made, x = layer(dtype=torch.bfloat16), torch.randn(3, 7, K, dtype=torch.bfloat16)
+    for name, parameter in made.named_parameters():
+        if name.startswith("lilora_"):
+            parameter.data = parameter.data.float()
+    made(x).float().square().mean().backward()
+    close(made(x), expected(made, x, "cats"), tolerance=2e-2)
+    assert made.lilora_U["cats"].grad.dtype == torch.float32
+
+
+def test_task_ids_mix_tasks_row_by_row():
+    made, x = layer(), torch.randn(5, 3, K)
+    names = ["birds", None, "cats", "dogs", "cats"]
+    ids = torch.tensor([-1 if n is None else made.routes.id_of(n) for n in names], dtype=torch.int32)
+    y = made(x, task=ids)
+    close(y, torch.stack([expected(made, row, name) for row, name in zip(x, names, strict=True)]))
+    close(made(x[:, 0], task=ids), y[:, 0])
+    close(made(x[0, 0], task=ids[:1]), y[0, 0])
+
+
+def test_a_fresh_task_changes_nothing_and_tasks_without_any_are_the_base():
+    made, x = LiLoRALinear(nn.Linear(K, N), r=R, sub_rank=S), torch.randn(4, K)
+    assert torch.equal(made(x), made.base_layer(x))
+    made.add_task("cats")
+    close(made.eval()(x), made.base_layer(x))
+
+
+def test_dropout_acts_in_training_only_and_follows_the_generator():
+    made, x = layer(dropout=0.5), torch.randn(64, K)
+    torch.manual_seed(3)
+    first, second = made(x), made(x)
+    torch.manual_seed(3)
+    assert torch.equal(made(x), first)
+    assert not torch.equal(first, second)
+    close(made.eval()(x), expected(made, x, "cats"))
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def test_ids_stay_when_another_task_is_deleted():
+    made, x = layer(), torch.randn(3, K)
+    birds = expected(made, x[:1], "birds")
+    made.delete_task("dogs")
+    made.add_task("fish")
+    assert [made.routes.id_of(name) for name in made.tasks] == [0, 2, 3]
+    close(
+        made(x, task=torch.tensor([2, -1, 3])),
+        torch.cat([birds, made.base_layer(x[1:2]), expected(made, x[2:], "fish")]),
+    )
+    with pytest.raises(ValueError, match=r"holds 1; known ids are"):
+        made(x, task=torch.tensor([2, 1, 0]))
+
+
+def test_ids_on_an_accelerator_that_belong_to_no_task_mean_no_adapter():
+    made = layer()
+    made.delete_task("dogs")
+    # Values of ids on an accelerator are never read, so the table itself has to be safe.
+    rows = torch.tensor([0, 1, 2, 3, 99, -1, -7], dtype=torch.int32)
+    assert made._positions(rows).tolist() == [0, -1, 1, -1, -1, -1, -1]
+
+
+def test_deleting_the_active_task_leaves_the_base_and_deleting_another_leaves_grads_alone():
+    made, x = layer(), torch.randn(3, K)
+    made.set_task("dogs", train=False)
+    made.delete_task("cats")
+    assert made.active == ("dogs",)
+    assert not any(p.requires_grad for p in made.parameters())
+    close(made(x), expected(made, x, "dogs"))
+    made.delete_task("dogs")
+    assert made.active == ()
+    assert torch.equal(made(x), made.base_layer(x))
+
+
+def test_a_name_can_be_used_again_under_a_new_id():
+    made = layer()
+    made.delete_task("dogs")
+    made.add_task("dogs")
+    assert made.routes.id_of("dogs") == 3
+    assert made.tasks == ["cats", "birds", "dogs"]
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a b", "../x", "-x", "é", "a\n", 3, None], ids=repr)
+def test_names_outside_the_pattern_add_nothing(name):
+    refused(name, "not allowed")
+
+
+@pytest.mark.parametrize("name", ["keys", "items", "weight", "bias", "training", "lora_A", "lilora_U", "forward"])
+def test_names_that_torch_or_peft_use_add_nothing(name):
+    refused(name, "reserved")
+
+
+def test_a_name_that_is_taken_adds_nothing():
+    refused("cats", "exists already")
+
+
+def refused(name, why):
+    made = layer()
+    before = {key: value.clone() for key, value in made.state_dict().items()}
+    with pytest.raises(ValueError, match=why):
+        made.add_task(name)
+    after = made.state_dict()
+    assert made.tasks == list(TASKS)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"r": 0}, "r is 0"),
+        ({"sub_rank": -1}, "sub_rank is -1"),
+        ({"r": 2.0}, "r is 2.0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"train_a": "second"}, "train_a is 'second'"),
+        ({"train_b0": None}, "train_b0 is None"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(options, why):
+    with pytest.raises(ValueError, match=why):
+        LiLoRALinear(nn.Linear(K, N), **options)
+
+
+def test_a_base_that_is_no_linear_is_refused():
+    with pytest.raises(TypeError, match="base_layer is a Conv1d"):
+        LiLoRALinear(nn.Conv1d(2, 3, 1))
+
+
+def test_unknown_tasks_are_named_and_change_nothing():
+    made = layer()
+    for call in (made.set_task, made.delete_task, made.delta_weight, made.merge):
+        with pytest.raises(ValueError, match=r"'fish' is unknown; this layer knows \['cats', 'dogs', 'birds'\]"):
+            call("fish")
+    assert made.active == ("cats",)
+    assert made.merged_task is None
+
+
+@pytest.mark.parametrize(
+    "task, error, why",
+    [
+        (torch.tensor([0.0, 1.0]), TypeError, "float32"),
+        (torch.tensor([True, False]), TypeError, "bool"),
+        (torch.tensor([0, 1, 2]), ValueError, r"shape \[3\].*\[2\]"),
+        (torch.tensor(1), ValueError, r"shape \[\]"),
+        (torch.tensor([0, 3]), ValueError, "holds 3"),
+        (torch.tensor([0, -2]), ValueError, "holds -2"),
+    ],
+    ids=str,
+)
+def test_bad_task_ids(task, error, why):
+    with pytest.raises(error, match=why):
+        layer()(torch.randn(2, 3, K), task=task)
+
+
+# --- who trains -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "policy, trains", [("always", [True, True]), ("first", [True, False]), ("never", [False, False])]
+)
+def test_policies_of_the_shared_factors(policy, trains):
+    made = layer(train_a=policy, train_b0="never"), layer(train_a="never", train_b0=policy)
+    for shared, other, one in (
+        (made[0].lilora_A, made[0].lilora_B, made[0]),
+        (made[1].lilora_B, made[1].lilora_A, made[1]),
+    ):
+        for name, wanted in zip(("cats", "dogs"), trains, strict=True):
+            one.zero_grad(set_to_none=True)
+            one.set_task(name)
+            one(torch.randn(4, K)).square().sum().backward()
+            assert all((p.grad is not None) is wanted for p in shared.values())
+            assert all(p.grad is None for p in other.values())
+
+
+def test_the_shared_factors_learn_with_the_first_task_after_all_others_are_gone():
+    made = layer()
+    made.delete_task("cats")
+    assert not made.lilora_A["dogs"].requires_grad
+    made.add_task("cats")
+    made.set_task("cats")
+    assert not made.lilora_A["cats"].requires_grad
+    for task in list(made.tasks):
+        made.delete_task(task)
+    made.add_task("fish")
+    assert made.lilora_A["fish"].requires_grad
+    assert made.lilora_B["fish"].requires_grad
+
+
+def test_inactive_tasks_get_no_gradient():
+    made = layer(train_a="always")
+    made.set_task("dogs")
+    made(torch.randn(4, K)).square().sum().backward()
+    for factors in (made.lilora_U, made.lilora_V, made.lilora_fusion):
+        assert {name for name in TASKS if factors[name].grad is not None} == {"dogs"}
+        assert factors["dogs"].grad.abs().sum() > 0
+
+
+def test_tasks_that_train_together_but_are_absent_get_zeros():
+    made = layer()
+    made.set_task("cats", "birds")
+    made(torch.randn(4, K), task=torch.tensor([0, -1, 0, 1])).square().sum().backward()
+    for factors in (made.lilora_U, made.lilora_V, made.lilora_fusion):
+        assert factors["cats"].grad.abs().sum() > 0
+        assert torch.count_nonzero(factors["birds"].grad) == 0
+        assert factors["dogs"].grad is None
+
+
+def test_several_active_tasks_need_ids():
+    made = layer()
+    made.set_task("cats", "dogs")
+    with pytest.raises(ValueError, match="active together; pass task ids"):
+        made(torch.randn(2, K))
+
+
+def test_gradients_of_a_mixed_batch_are_those_of_the_formula():
+    made, x = layer(dtype=torch.float64, train_a="always", train_b0="always"), torch.randn(6, K, dtype=torch.float64)
+    made.set_task(*TASKS)
+    ids, dy = torch.tensor([2, 0, -1, 1, 2, 0], dtype=torch.int32), torch.randn(6, N, dtype=torch.float64)
+    made(x, task=ids).backward(dy)
+    factors = (made.lilora_A, made.lilora_B, made.lilora_U, made.lilora_V, made.lilora_fusion)
+    got = [p[name].grad.clone() for p in factors for name in TASKS]
+    made.zero_grad()
+    a, b0, *_ = made._parameters_of("cats")
+    u, v, fusion = (torch.stack([p[name] for name in TASKS]) for p in factors[2:])
+    reference.delta(x, a, b0, u, v, fusion.squeeze(1), ids, scaling=made.lilora_scaling).backward(dy)
+    for gradient, wanted in zip(got, (p[name].grad for p in factors for name in TASKS), strict=True):
+        close(gradient, wanted, tolerance=1e-12)
+
+
+# --- other bases ------------------------------------------------------------------------------------------------------
+
+
+def test_a_quantised_base_keeps_its_own_product():
+    made, x = layer(base=Quantised()), torch.randn(3, 5, K)
+    assert made.unfused_reason() == "the base is a Quantised"
+    assert made.lilora_A["cats"].dtype == torch.float32
+    for name in TASKS:
+        made.set_task(name)
+        close(made(x), expected(made, x, name))
+    with pytest.raises(TypeError, match="merge needs a plain nn.Linear"):
+        made.merge("cats")
+
+
+def test_hooks_of_the_base_run():
+    made, x = layer(), torch.randn(3, K)
+    made.base_layer.register_forward_hook(lambda module, inputs, y: 2 * y)
+    assert made.unfused_reason() == "the base has hooks"
+    close(made(x), expected(made, x, "cats"))
+
+
+def test_a_base_that_trains_gets_its_gradients():
+    made, x = layer(), torch.randn(3, K)
+    fused = made(x)
+    made.base_layer.requires_grad_(True)
+    assert made.unfused_reason() == "the base is being trained"
+    y = made(x)
+    close(y, fused)
+    y.sum().backward()
+    close(made.base_layer.weight.grad, x.sum(0).expand(N, K))
+    close(made.base_layer.bias.grad, torch.full((N,), 3.0))
+
+
+def test_explain_names_the_plan_of_every_layer():
+    hooked = layer()
+    hooked.base_layer.register_forward_pre_hook(lambda module, inputs: None)
+    text = lilora_kernels.explain(
+        nn.ModuleDict({"plain": layer(), "quantised": layer(base=Quantised()), "hooked": hooked})
+    )
+    plain, quantised, hooks = text.splitlines()
+    assert plain.startswith("plain: eager, base and adapter in one operation")
+    assert quantised.startswith("quantised: eager, base_layer(x) + delta, because the base is a Quantised")
+    assert "because the base has hooks" in hooks
+    assert lilora_kernels.explain(nn.Linear(2, 2)) == "no LiLoRALinear in this model"
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fusion", [True, False], ids=["fusion", "plain"])
+def test_merged_is_the_task_and_unmerged_is_the_base(fusion):
+    made, x = layer(fusion=fusion), torch.randn(4, K)
+    before = made.base_layer.weight.clone()
+    wanted = expected(made, x, "dogs")
+    close(made.base_layer(x).double() + x.double() @ made.delta_weight("dogs").double().T, wanted)
+    made.merge("dogs")
+    close(made(x), wanted)
+    made.unmerge()
+    close(made.base_layer.weight, before)
+    made.unmerge()
+
+
+def test_a_merged_layer_refuses_routes_and_a_second_merge():
+    made, x = layer(), torch.randn(2, K)
+    made.merge("cats")
+    with pytest.raises(RuntimeError, match=r"'cats' is merged into the base weight; unmerge\(\)"):
+        made(x, task=torch.tensor([0, 1]))
+    with pytest.raises(RuntimeError, match="'cats' is merged already"):
+        made.merge("dogs")
+
+
+def test_deleting_a_merged_task_takes_it_out():
+    made, x = layer(), torch.randn(2, K)
+    base = made.base_layer(x)
+    made.merge("dogs")
+    made.delete_task("dogs")
+    close(made.base_layer(x), base)
+
+
+# --- copies, files, casts ---------------------------------------------------------------------------------------------
+
+
+def saved(made):
+    file = io.BytesIO()
+    torch.save(made, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved], ids=["deepcopy", "pickle"])
+def test_a_copy_computes_the_same_and_shares_nothing(copied):
+    made, x, ids = layer(), torch.randn(3, K), torch.tensor([2, 0, -1])
+    made.set_task("dogs")
+    with torch.no_grad():
+        mixed = made(x, task=ids)
+        twin = copied(made)
+        randomise(made)
+        close(twin(x), expected(twin, x, "dogs"))
+        close(twin(x, task=ids), mixed)
+    assert len({id(p) for p in twin.lilora_A.values()}) == len({id(p) for p in twin.lilora_B.values()}) == 1
+    twin.add_task("fish")
+    assert made.tasks == list(TASKS)
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+def test_a_loaded_state_is_seen_by_every_way_to_call(assign):
+    source, made, x, ids = layer(), layer(), torch.randn(3, K), torch.tensor([2, 1, -1])
+    with torch.no_grad():
+        made(x, task=ids)
+        made.load_state_dict({key: value.clone() for key, value in source.state_dict().items()}, assign=assign)
+        close(made(x), expected(source, x, "cats"))
+        close(made(x, task=ids), source(x, task=ids))
+    assert len({id(p) for p in (*made.lilora_A.values(),)}) == 1
+    assert len(made.state_dict()) == len(source.state_dict())
+    made(x).sum().backward()
+    assert made.lilora_A["birds"].grad is not None
+
+
+def test_one_task_loaded_by_assignment_brings_the_shared_factors_to_all():
+    made = layer()
+    a = torch.randn(R, K)
+    made.load_state_dict({"lilora_A.cats": a.clone()}, strict=False, assign=True)
+    assert all(torch.equal(made.lilora_A[name], a) for name in TASKS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_casts_reach_slot_and_bank(dtype):
+    made, x, ids = layer(), torch.randn(3, K), torch.tensor([2, 1, -1])
+    with torch.no_grad():
+        made(x, task=ids)
+        made.to(dtype)
+        x = x.to(dtype)
+        assert made(x).dtype == made(x, task=ids).dtype == dtype
+        close(made(x), expected(made, x, "cats"), tolerance=3e-2)
+        close(made(x, task=ids)[:1], expected(made, x[:1], "birds"), tolerance=3e-2)
+    assert len({id(p) for p in made.lilora_A.values()}) == 1
+
+
+def test_materialising_from_the_meta_device_keeps_the_shared_factors_one():
+    with torch.device("meta"):
+        made = layer()
+    made.to_empty(device="cpu")
+    randomise(made)
+    assert len({id(p) for p in made.lilora_A.values()}) == 1
+    close(made(torch.ones(2, K)), expected(made, torch.ones(2, K), "cats"))
+    made.set_task("dogs")
+    assert made.lilora_U["dogs"].requires_grad
+
+
+def write_in_place(made):
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+
+
+def write_data(made):
+    for parameter in made.parameters():
+        parameter.data = torch.randn_like(parameter)
+
+
+def step(made):
+    optimiser = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=0.5)
+    with torch.enable_grad():
+        made(torch.randn(4, K)).square().sum().backward()
+    optimiser.step()
+
+
+@pytest.mark.parametrize("write", [write_in_place, write_data, step], ids=lambda f: f.__name__)
+def test_no_call_sees_stale_values(write):
+    made, x, ids = layer(), torch.randn(3, K), torch.tensor([2, 0, -1])
+    made.eval()
+    with torch.no_grad():
+        before = made(x, task=ids)
+        write(made)
+        after = made(x, task=ids)
+        assert not torch.equal(before, after)
+        rows = zip(x, ("birds", "cats", None), strict=True)
+        close(after, torch.stack([expected(made, row, name) for row, name in rows]))
+        close(made(x), expected(made, x, "cats"))
+
+
+def test_a_bank_gathered_in_inference_mode_serves_a_later_backward():
+    made, x, ids = layer(), torch.randn(3, K, requires_grad=True), torch.tensor([2, 0, -1])
+    made.set_task("cats", train=False)
+    with torch.inference_mode():
+        made(x, task=ids)
+    made(x, task=ids).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_repr_tells_the_settings():
+    assert "r=8, sub_rank=4" in repr(layer())
+    assert "tasks=['cats', 'dogs', 'birds'], active=['cats']" in repr(layer())

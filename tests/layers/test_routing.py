@@ -1,0 +1,296 @@
+"""Which row belongs to which task, through a whole LLaVA: text rows, packed images, beams, copies, bad ids."""
+
+import copy
+
+import pytest
+import torch
+from lilora_kernels import LiLoRALinear, Route, attach, route
+from lilora_kernels.linear import set_task
+from lilora_kernels.routing import layers_of, routes_of
+from tiny_llava import IMAGE, PATCHES, TASKS, batch, randomise, sample, tiny_llava
+from torch import nn
+
+BATCHES = {
+    "one image each": [1, 1, 1, 1],
+    "as many images as samples": [2, 0, 1, 1],
+    "none for some": [0, 2, 0, 1],
+    "several": [2, 1, 2, 1],
+    "no image at all": [0, 0, 0, 0],
+}
+NAMES = ["where", "read", None, "count"]
+
+
+@pytest.fixture(scope="module")
+def shared():
+    torch.manual_seed(0)
+    return tiny_llava()
+
+
+@pytest.fixture
+def model(shared):
+    """The model of the module, whose values no test changes."""
+    set_task(shared, "read")
+    return shared
+
+
+def logits(model, inputs, **kwargs):
+    with torch.no_grad():
+        return model(**inputs, **kwargs).logits
+
+
+def alone(model, inputs, images, i, name):
+    """Sample i by itself, its task the active one: no route is involved."""
+    set_task(model, *([] if name is None else [name]))
+    try:
+        return logits(model, sample(inputs, images, i))[0]
+    finally:
+        set_task(model, "read")
+
+
+def close(got, wanted):
+    assert got.shape == wanted.shape
+    worst = (got - wanted).abs().max() / wanted.abs().max()
+    assert worst <= 1e-5, f"{worst:.1e} of full scale"
+
+
+# --- a mixed batch is its samples -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images", BATCHES.values(), ids=BATCHES)
+def test_a_mixed_batch_equals_its_samples_one_by_one(model, images):
+    inputs = batch(images)
+    wanted = torch.stack([alone(model, inputs, images, i, name) for i, name in enumerate(NAMES)])
+    close(logits(model, inputs, task_ids=NAMES), wanted)
+    ids = torch.tensor([-1 if name is None else TASKS.index(name) for name in NAMES])
+    close(logits(model, inputs, task_ids=ids), wanted)
+    close(logits(model, inputs, task_ids=ids.tolist()), wanted)
+    with route(model, NAMES, units=[PATCHES * count for count in images]):
+        close(logits(model, inputs), wanted)
+    # The comparison can only fail if tasks differ.
+    assert (logits(model, inputs, task_ids=NAMES[::-1]) - wanted).abs().max() > 0.1 * wanted.abs().max()
+
+
+def test_every_image_gets_the_task_of_its_sample(model):
+    """Two images of the first sample, none of the second: as many images as samples, and both belong to the first."""
+    seen = []
+    projector = model.model.multi_modal_projector.linear_1
+    hook = projector.register_forward_hook(lambda layer, inputs, y: seen.append((inputs[0], y)))
+    logits(model, batch([2, 0]), task_ids=["count", "where"])
+    hook.remove()
+    (x, y), *more = seen
+    assert not more
+    assert x.shape[:2] == (2, PATCHES)
+    set_task(model, "count")
+    with torch.no_grad():
+        close(y, projector(x))
+
+
+def test_gradients_of_a_mixed_batch_are_the_sums_over_its_samples(model):
+    images, names = [2, 0, 1], ["count", "where", "count"]
+    inputs = batch(images)
+    set_task(model, *TASKS)
+    model(**inputs, task_ids=names).logits.square().sum().backward()
+    mixed = gradients(model)
+    for i, name in enumerate(names):
+        model(**sample(inputs, images, i), task_ids=[name]).logits.square().sum().backward()
+    summed = gradients(model)
+    assert mixed.keys() == summed.keys()
+    for name, gradient in mixed.items():
+        if ".read" in name and not name.endswith(("lilora_A.read", "lilora_B.read")):
+            assert torch.count_nonzero(gradient) == 0, name
+        else:
+            torch.testing.assert_close(gradient, summed[name], rtol=1e-3, atol=1e-4 * summed[name].abs().max().item())
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def test_written_values_are_seen_by_every_way_to_route():
+    model, inputs = tiny_llava(), batch([1, 1])
+    layers, names = layers_of(model), ["count", "where"]
+    units = [PATCHES, PATCHES]
+
+    def ways():
+        yield logits(model, inputs, task_ids=names)
+        with route(model, names, units=units):
+            yield logits(model, inputs)
+
+    before = [y.clone() for y in ways()]
+    with torch.no_grad():
+        for layer in layers:
+            for own in (*layer.lilora_U.values(), *layer.lilora_V.values()):
+                own.copy_(torch.randn_like(own) / 3)
+    wanted = torch.stack([alone(model, inputs, [1, 1], i, name) for i, name in enumerate(names)])
+    for old, new in zip(before, ways(), strict=True):
+        assert not torch.equal(old, new)
+        close(new, wanted)
+    with route(model, names, units=units), torch.no_grad():
+        logits(model, inputs)
+        randomise(model)
+        within = logits(model, inputs)
+    close(within, logits(model, inputs, task_ids=names))
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}], ids=["greedy", "beams", "returned"]
+)
+@pytest.mark.parametrize("images", [[1, 1, 1], [2, 0, 1]], ids=str)
+def test_generation_follows_the_tasks(model, images, options):
+    names = ["where", None, "count"]
+    inputs, options = batch(images), {"max_new_tokens": 5, "do_sample": False, **options}
+    got = model.generate(**inputs, task_ids=names, **options)
+    wanted = []
+    for i, name in enumerate(names):
+        set_task(model, *([] if name is None else [name]))
+        wanted.append(model.generate(**sample(inputs, images, i), **options))
+    assert torch.equal(got, torch.cat(wanted))
+    set_task(model, "read")
+    assert not torch.equal(got, model.generate(**inputs, **options))
+    with route(model, names):
+        assert torch.equal(model.generate(**inputs, **options), got)
+
+
+def test_sampled_sequences_repeat_the_task_of_their_sample(model):
+    inputs = batch([1, 1])
+    options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 3, "top_k": 1}
+    got = model.generate(**inputs, task_ids=["where", "count"], **options)
+    greedy = model.generate(**inputs, task_ids=["where", "count"], max_new_tokens=4, do_sample=False)
+    assert torch.equal(got, greedy.repeat_interleave(3, 0))
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ids, error, why",
+    [
+        (["read"], ValueError, r"shape \[1\]; it must be \[2\]"),
+        (["read", "fly"], ValueError, r"'fly' is unknown; this model knows \['read', 'count', 'where'\]"),
+        ("read", TypeError, "is the string 'read'"),
+        ([0, 3], ValueError, "holds 3; known ids are"),
+        ([0, -2], ValueError, "holds -2"),
+        ([0, 1.0], TypeError, "task names or integer ids"),
+        ([0, True], TypeError, "task names or integer ids"),
+        (torch.tensor([0.0, 1.0]), TypeError, "torch.float32"),
+        (torch.tensor([[0], [1]]), ValueError, r"shape \[2, 1\]"),
+    ],
+    ids=str,
+)
+def test_bad_task_ids(model, ids, error, why):
+    inputs = batch([1, 1])
+    with pytest.raises(error, match=why):
+        logits(model, inputs, task_ids=ids)
+    with pytest.raises(error, match=why):
+        model.generate(**inputs, task_ids=ids, max_new_tokens=2)
+    assert routes_of(model).current is None
+
+
+def test_images_that_the_route_does_not_explain_raise_with_both_counts(model):
+    inputs = batch([1, 1])
+    with pytest.raises(ValueError, match=r"\[2, 4\] rows.*\[3, 4\] image tokens \(in all 7\) in 2 samples"):
+        inputs["input_ids"][0, 1] = 5
+        logits(model, inputs, task_ids=["read", "count"])
+    with (
+        pytest.raises(ValueError, match=r"\[2, 4\] rows.*does not know how many image tokens"),
+        route(model, ["read", "count"]),
+    ):
+        logits(model, batch([1, 1]))
+
+
+def test_a_batch_of_another_size_than_the_route_raises_with_both_counts(model):
+    with (
+        pytest.raises(ValueError, match=r"\[3, 12\] rows, but the route has 2 samples"),
+        route(model, ["read", "count"]),
+    ):
+        logits(model, batch([0, 0, 0]))
+
+
+def test_a_model_that_is_not_attached_says_so():
+    with pytest.raises(RuntimeError, match=r"call attach\(model\) once"), route(nn.Linear(2, 2), [0]):
+        pass
+
+
+def test_layers_with_other_tasks_cannot_share_a_route():
+    layers = [LiLoRALinear(nn.Linear(4, 4), r=2, sub_rank=2) for _ in range(2)]
+    layers[0].add_task("a")
+    layers[1].add_task("b")
+    with pytest.raises(ValueError, match=r"1 has the tasks \['b'\] but other layers have \['a'\]"):
+        attach(nn.Sequential(*layers))
+
+
+# --- Route by itself --------------------------------------------------------------------------------------------------
+
+
+def test_packed_rows():
+    r = Route(torch.tensor([7, 8, 9], dtype=torch.int32), units=[8, 0, 4])
+    assert r.vision_rows(torch.empty(3, 4, 5)).tolist() == [7] * 8 + [9] * 4
+    assert r.vision_rows(torch.empty(12, 5)).tolist() == [7] * 8 + [9] * 4
+    assert r.vision_rows(torch.empty(24, 5)).tolist() == [7] * 16 + [9] * 8
+    # A vision tower's class token: 5 rows per image for 4 image tokens.
+    assert r.vision_rows(torch.empty(3, 5, 5)).tolist() == [7] * 10 + [9] * 5
+    for shape in [(2, 4, 5), (13, 5), (5, 5, 5)]:
+        with pytest.raises(ValueError, match=r"image tokens \(in all 12\) in 3 samples do not explain"):
+            r.vision_rows(torch.empty(*shape))
+
+
+def test_flattened_text_rows():
+    r = Route(torch.tensor([1, 0], dtype=torch.int32), length=3)
+    assert r.text_rows(torch.empty(2, 3, 4)).tolist() == [1, 1, 1, 0, 0, 0]
+    assert r.text_rows(torch.empty(6, 4)).tolist() == [1, 1, 1, 0, 0, 0]
+    assert r.text_rows(torch.empty(2, 3, 2, 4)).tolist() == [1] * 6 + [0] * 6
+    for shape in [(2, 4), (5, 4), (3, 2, 4)]:
+        with pytest.raises(ValueError, match="but the route has 2 samples of 3 tokens"):
+            r.text_rows(torch.empty(*shape))
+
+
+# --- models apart -----------------------------------------------------------------------------------------------------
+
+
+def test_two_models_do_not_share_routes(model):
+    other, inputs = tiny_llava(), batch([1, 1])
+    plain = logits(other, inputs)
+    with route(model, ["count", "where"]):
+        assert torch.equal(logits(other, inputs), plain)
+
+
+def test_a_copy_of_an_attached_model_routes_on_its_own(model):
+    twin, inputs, names = copy.deepcopy(model), batch([2, 0]), ["count", "where"]
+    wanted = logits(model, inputs, task_ids=names)
+    close(logits(twin, inputs, task_ids=names), wanted)
+    assert routes_of(twin) is not routes_of(model)
+    assert {layer.routes for layer in layers_of(twin)} == {routes_of(twin)}
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.count_nonzero(logits(twin, inputs, task_ids=names)) == 0
+    close(logits(model, inputs, task_ids=names), wanted)
+    with route(model, ["count"]):
+        assert routes_of(twin).current is None
+
+
+def test_layers_put_in_later_join_the_route_when_attached_again():
+    model = tiny_llava()
+    layer = LiLoRALinear(model.model.language_model.layers[0].self_attn.q_proj, r=4, sub_rank=2, dropout=0.0)
+    for task in TASKS:
+        layer.add_task(task)
+    randomise(layer)
+    model.model.language_model.layers[0].self_attn.q_proj = layer
+    attach(model)
+    images, inputs = [1, 0], batch([1, 0])
+    wanted = torch.stack([alone(model, inputs, images, i, name) for i, name in enumerate(["where", "count"])])
+    close(logits(model, inputs, task_ids=["where", "count"]), wanted)
+
+
+def test_the_route_ends_with_the_forward_even_after_an_error(model):
+    inputs = batch([1, 1])
+    plain = logits(model, inputs)
+    with pytest.raises(ValueError, match="embedding|bool|shape|image|token|mask|size"):
+        logits(model, {**inputs, "pixel_values": inputs["pixel_values"][:1]}, task_ids=["count", "where"])
+    assert torch.equal(logits(model, inputs), plain)
+    assert IMAGE in inputs["input_ids"]

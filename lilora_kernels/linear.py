@@ -252,10 +252,14 @@ class LiLoRALinear(nn.Module):
         }
         if self.unfused_reason() is None and not args and not kwargs:
             base = self.base_layer
-            return functional.linear(x, base.weight, base.bias, a, b0, u, v, fusion, **adapter)
-        y = self.base_layer(x, *args, **kwargs)
-        d = functional.delta(x if x.is_floating_point() else x.to(a.dtype), a, b0, u, v, fusion, **adapter)
-        return y + d.to(y.dtype)
+            y = functional.linear(x, base.weight, base.bias, a, b0, u, v, fusion, **adapter)
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+            d = functional.delta(x if x.is_floating_point() else x.to(a.dtype), a, b0, u, v, fusion, **adapter)
+            y = y + d.to(y.dtype)
+        if self._learns() and not torch.compiler.is_compiling():
+            y.register_hook(self.routes.unchanged())
+        return y
 
     def _rows(self, x: Tensor, task: Tensor | None) -> Tensor:
         if task is None:

@@ -10,6 +10,10 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
+SET_IN_BETWEEN = (
+    "the active task was set between a forward and its backward; set it after the backward, or train several tasks "
+    "together with set_task(*names) and task_ids"
+)
 TaskIds = Tensor | Sequence[int] | Sequence[str]
 
 
@@ -131,6 +135,16 @@ class Routes:
         finally:
             self.current = before
 
+    def unchanged(self) -> Callable[[Tensor], None]:
+        """A hook on an output: torch would drop the gradients of a task that stopped training before the backward."""
+        switches = self.switches
+
+        def check(_: Tensor) -> None:
+            if switches != self.switches:
+                raise RuntimeError(SET_IN_BETWEEN)
+
+        return check
+
     def published(self) -> bool:
         return self.current is not None and self.current.published
 
@@ -160,9 +174,7 @@ class Recomputation(AbstractContextManager):
     def __enter__(self) -> None:
         routes = self.routes
         if self.switches != routes.switches:
-            raise RuntimeError(
-                "the active task was set between a checkpointed forward and its backward; set it after the backward"
-            )
+            raise RuntimeError(SET_IN_BETWEEN)
         self.before = routes.current, routes.restored
         routes.current, routes.restored = self.route, True
 
@@ -274,9 +286,10 @@ def route_of_batch(model: nn.Module, task_ids: TaskIds, args: tuple, kwargs: dic
     if input_ids is None and args and isinstance(args[0], Tensor):
         input_ids = args[0]
     tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
-    samples, length = (
-        (None, None) if tokens is None else (tokens.shape[0], tokens.shape[1] if tokens.dim() > 1 else None)
-    )
+    samples = length = None
+    if tokens is not None:
+        samples = tokens.shape[0]
+        length = tokens.shape[1] if tokens.dim() > 1 + tokens.is_floating_point() else None
     device = next(model.parameters()).device
     units = None
     config = getattr(model, "config", None)

@@ -123,16 +123,14 @@ def mixing(call: Call) -> tuple[Tensor | None, Tensor | None]:
     return f, 1 - f
 
 
-def factors(call: Call, t: int) -> tuple[Tensor, Tensor, Tensor]:
-    """b0, u_t, v_t in one dtype that holds them all."""
+def compose(call: Call, t: int, f: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """M_t and, with fusion, U_t V_t; both [N, R] in the parameters' dtype."""
     dtype = torch.promote_types(call.b0.dtype, torch.promote_types(call.u.dtype, call.v.dtype))
-    return call.b0.to(dtype), call.u[t].to(dtype), call.v[t].to(dtype)
-
-
-def compose(call: Call, t: int, f: Tensor | None) -> Tensor:
-    """M_t, [N, R] in the parameters' dtype."""
-    b0, u, v = factors(call, t)
-    return torch.addmm(b0, u, v) if f is None else (u @ v).lerp_(b0, f[t].to(b0.dtype))
+    b0, u, v = call.b0.to(dtype), call.u[t].to(dtype), call.v[t].to(dtype)
+    if f is None:
+        return torch.addmm(b0, u, v), None
+    uv = u @ v
+    return torch.lerp(uv, b0, f[t].to(dtype)), uv
 
 
 def composing_pays(call: Call, rows: int, groups: list[Group]) -> bool:
@@ -173,7 +171,7 @@ def expand(q: Tensor, call: Call, bias: Tensor | None, y: Tensor) -> None:
                 out[rows] = 0 if bias is None else bias.to(q.dtype)
                 continue
             if t != composed:
-                composed, m = t, compose(call, t, f).to(q.dtype)
+                composed, m = t, compose(call, t, f)[0].to(q.dtype)
             product(rows, q[rows], m.T)
     else:
         product(slice(None), base_share(q, call, f), call.b0.to(q.dtype).T)
@@ -236,8 +234,8 @@ def dgate(dq: Tensor, h: Tensor, call: Call) -> Tensor:
 def gradient_buffers(call: Call, dtype: torch.dtype, needs: frozenset[str]) -> dict[str, Tensor]:
     """Zeros for every parameter asked for: a task without rows keeps them. Sums over tasks run in fp32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
-    names = ("b0", "u", "v", "fusion")
-    return {name: torch.zeros_like(getattr(call, name), dtype=wide) for name in names if name in needs}
+    dtypes = {"b0": wide, "u": dtype, "v": dtype, "fusion": wide}
+    return {name: torch.zeros_like(getattr(call, name), dtype=d) for name, d in dtypes.items() if name in needs}
 
 
 def composed_backward(
@@ -247,36 +245,37 @@ def composed_backward(
     grads = gradient_buffers(call, dy.dtype, needs)
     dq = dy.new_empty(dy.shape[0], call.a.shape[0]) if wants_dq else None
     f, e = mixing(call)
+    s = call.scaling
     if call.u is None:
         if wants_dq:
             torch.mm(dy, call.b0.to(dy.dtype), out=dq)
-            dq = base_share(dq, call, None) * call.scaling
+            dq = base_share(dq, call, None) * s
         if "b0" in needs:
             lo, hi = call.ranks or (0, call.a.shape[0])
-            grads["b0"][:, lo:hi] = dy.T @ (base_share(q[:, lo:hi], call, None) * call.scaling)
+            grads["b0"][:, lo:hi] = dy.T @ (base_share(q[:, lo:hi], call, None) * s)
         return grads, dq
     for t, rows, _ in groups:
         if t < 0:
             if wants_dq:
                 dq[rows] = 0
             continue
-        b0, u, v = factors(call, t)
+        if wants_dq or "fusion" in grads:
+            m, uv = compose(call, t, f)
         if wants_dq:
-            m = compose(call, t, f).to(dy.dtype)
-            torch.addmm(dq[rows], dy[rows], m, beta=0, alpha=call.scaling, out=dq[rows])
+            torch.addmm(dq[rows], dy[rows], m.to(dy.dtype), beta=0, alpha=s, out=dq[rows])
         if not grads:
             continue
-        dm = dy[rows].T @ (q[rows] * call.scaling)  # [N, R]
-        ft, et = (1, 1) if f is None else (f[t].to(dm.dtype), e[t].to(dm.dtype))
+        dm = dy[rows].T @ q[rows]  # [N, R], without s
+        fs, es = (s, s) if f is None else (s * f[t].to(dm.dtype), s * e[t].to(dm.dtype))
         if "u" in grads:
-            torch.mm(dm, (v.to(dm.dtype) * et).T, out=grads["u"][t])
+            torch.mm(dm, (es * call.v[t].to(dm.dtype)).T, out=grads["u"][t])
         if "v" in grads:
-            torch.mm((u.to(dm.dtype)).T, dm, out=grads["v"][t]).mul_(et)
+            torch.mm(call.u[t].to(dm.dtype).T, dm, out=grads["v"][t]).mul_(es)
         if "fusion" in grads:
             wide = grads["fusion"].dtype
-            grads["fusion"][t] = f[t].to(wide) * e[t].to(wide) * dot(dm, torch.addmm(b0, u, v, alpha=-1), wide)
+            grads["fusion"][t] = s * f[t].to(wide) * e[t].to(wide) * dot(dm, call.b0 - uv, wide)
         if "b0" in grads:
-            grads["b0"].add_(dm if f is None else dm.mul_(ft))
+            grads["b0"].add_(dm.mul_(fs))
     return grads, dq
 
 

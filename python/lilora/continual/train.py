@@ -13,7 +13,14 @@ from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
-from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..config import PRESETS
 from ..errors import UserError
@@ -254,6 +261,7 @@ class TaskTrainer(Trainer):
             return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
         super().__init__(model=method.model, args=arguments, train_dataset=TaskSamples(spec), data_collator=collate)
+        self.remove_callback(PrinterCallback)  # it would print among the command's own output
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)

@@ -1,0 +1,875 @@
+"""LiLoRA behaves as PEFT's and transformers' users expect an adapter method to behave."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+import transformers
+from lilora import LiLoRAConfig
+from lilora.errors import UserError
+from lilora.model import adapted_layers, shared_fingerprint
+from lilora.models import target_modules
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft.utils import set_peft_model_state_dict
+from torch import nn
+from torch.utils.data import Dataset
+
+VOCAB, IMAGE = 40, 39
+MLP = ["gate_proj", "up_proj", "down_proj"]
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+
+def llama(**changes):
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT | changes)).double().eval()
+
+
+def llava():
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        text_config={"model_type": "llama", **TEXT},
+        vision_config={"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, **vision},
+        image_token_id=IMAGE,
+    )
+    return transformers.LlavaForConditionalGeneration(config).double().eval()
+
+
+def settings(preset="frozen", **changes):
+    small = {"r": 6, "sub_rank": 3, "alpha": 9.0, "dropout": 0.0, "target_modules": list(MLP)}
+    return LiLoRAConfig.preset(preset, **small | changes)
+
+
+def randomise(model):
+    for parameter in [p for name, p in model.named_parameters() if "lilora_" in name]:
+        parameter.data.normal_(std=0.3)
+
+
+def adapted(tasks=("a", "b"), base=None, **changes):
+    """A model with random tasks: not at the initialisation, where every task is the base model."""
+    model = get_peft_model(llama() if base is None else base, settings(**changes), adapter_name=tasks[0])
+    for task in tasks[1:]:
+        model.add_adapter(task, settings(**changes))
+    randomise(model)
+    return model.eval()
+
+
+def ids(samples=3, length=5):
+    return torch.randint(2, VOCAB - 1, (samples, length))
+
+
+def logits(model, x, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=x, **kwargs).logits
+
+
+def of_task(model, task, x, **kwargs):
+    model.set_adapter(task)
+    return logits(model, x, **kwargs)
+
+
+def assert_close(got, expected, rel=1e-10):
+    torch.testing.assert_close(got, expected, rtol=0, atol=rel * expected.abs().max().item())
+
+
+def assert_tied(model, tasks):
+    layers = adapted_layers(model)
+    assert layers
+    for layer in layers.values():
+        assert layer.tasks == list(tasks)
+        for shared in (layer.lilora_A, layer.lilora_B):
+            assert len(shared) == len(tasks)
+            assert len({id(parameter) for parameter in shared.values()}) == 1
+        if len(layer.active) == 1:
+            assert layer._slot[0] is layer.lilora_A[tasks[0]]
+            assert layer._slot[1] is layer.lilora_B[tasks[0]]
+
+
+def learning(model):
+    """What requires gradients, as (layer, A, B0 or task); other parameters by name."""
+    found = set()
+    for path, layer in adapted_layers(model).items():
+        for task in layer.tasks:
+            for key, shared in (("A", layer.lilora_A), ("B0", layer.lilora_B)):
+                found |= {(path, key)} if shared[task].requires_grad else set()
+            own = [d[task].requires_grad for d in (layer.lilora_U, layer.lilora_V, layer.lilora_fusion)]
+            assert len(set(own)) == 1
+            found |= {(path, task)} if own[0] else set()
+    return found | {name for name, p in model.named_parameters() if p.requires_grad and "lilora_" not in name}
+
+
+def expected_learning(model, *what):
+    return {(path, key) for path in adapted_layers(model) for key in what}
+
+
+def train(model, x, steps=3, **kwargs):
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=x, labels=x, **kwargs).loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+def state_of(model):
+    """All that a refused change must leave as it was."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    routes = inner.__dict__.get("lilora_routes")
+    return {
+        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "learning": {name: p.requires_grad for name, p in model.named_parameters()},
+        "modules": {name: type(module) for name, module in model.named_modules()},
+        "attributes": set(inner.__dict__),
+        "tasks": None if routes is None else list(routes.tasks),
+        "configs": list(getattr(model, "peft_config", {})),
+        "active": {name: layer.active for name, layer in adapted_layers(model).items()},
+    }
+
+
+def assert_unchanged(model, before):
+    after = state_of(model)
+    values, old = after.pop("values"), before.pop("values")
+    assert list(values) == list(old)
+    assert all(torch.equal(values[name], old[name]) for name in old)
+    assert after == before
+
+
+def one_sentence(caught):
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+# --- adapters are tasks -------------------------------------------------------------------------------------------------
+
+
+def test_a_new_task_starts_as_the_base_model_with_its_share_of_the_basis():
+    base, x = llama(), ids()
+    expected = logits(base, x)
+    model = get_peft_model(base, settings(), adapter_name="a")
+    assert torch.equal(logits(model, x), expected)
+    randomise(model)
+    assert not torch.allclose(logits(model, x), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, x), expected)
+
+
+def test_set_adapter_add_and_delete():
+    model, x = adapted(("a", "b", "c")), ids()
+    outputs = {task: of_task(model, task, x) for task in "abc"}
+    assert all(not torch.allclose(outputs[p], outputs[q]) for p, q in ("ab", "bc", "ac"))
+    model.delete_adapter("b")
+    assert torch.equal(of_task(model, "a", x), outputs["a"])
+    assert torch.equal(of_task(model, "c", x), outputs["c"])
+    mixed = logits(model, x, task_ids=torch.tensor([0, 2, -1]))  # ids are not used twice
+    assert_close(mixed[0], outputs["a"][0])
+    assert_close(mixed[1], outputs["c"][1])
+    assert not any(".b" in name for name in model.state_dict())
+    with pytest.raises(ValueError, match="b"):
+        model.set_adapter("b")
+    model.add_adapter("b", settings())
+    randomise(model)
+    model.set_adapter("c")
+    with pytest.warns(UserWarning, match="c was active"):
+        model.delete_adapter("c")
+    assert model.active_adapters == ["a"]
+    assert_tied(model, ("a", "b"))
+    model.delete_adapter("a")
+    model.delete_adapter("b")
+    with model.get_base_model().lilora_routes.use(None):
+        assert logits(model.get_base_model(), x).shape == outputs["a"].shape
+
+
+@pytest.mark.parametrize(
+    "preset, later", [("paper", ("A", "B0")), ("released", ("A",)), ("frozen", ())], ids=["paper", "released", "frozen"]
+)
+def test_presets_say_what_learns(preset, later):
+    model = get_peft_model(llama(), settings(preset), adapter_name="a")
+    first = expected_learning(model, "A", "B0", "a")
+    assert learning(model) == first
+    model.add_adapter("b", settings(preset))
+    assert learning(model) == first, "adding a task does not activate it"
+    model.set_adapter("b")
+    assert learning(model) == expected_learning(model, "b", *later)
+    with model.disable_adapter():
+        assert learning(model) == set()
+    assert learning(model) == expected_learning(model, "b", *later)
+    model.add_adapter("c", settings(preset))
+    model.set_adapter("c")
+    assert learning(model) == expected_learning(model, "c", *later)
+    model.delete_adapter("b")
+    assert learning(model) == expected_learning(model, "c", *later)
+    model.set_adapter("c", inference_mode=True)
+    assert learning(model) == set()
+    model.delete_adapter("c")
+    assert model.active_adapters == ["a"]
+    model.set_adapter("a")
+    assert learning(model) == first
+    model.base_model.set_adapter(["a"])
+    assert learning(model) == first
+
+
+def test_never_freezes_the_shared_factors_from_the_start():
+    model = get_peft_model(llama(), settings(train_a="never", train_b0="never"), adapter_name="a")
+    assert learning(model) == expected_learning(model, "a")
+
+
+@pytest.mark.parametrize("preset", ["paper", "released", "frozen"])
+def test_what_training_a_second_task_does_to_the_first(preset):
+    model, x = get_peft_model(llama(), settings(preset), adapter_name="a"), ids()
+    train(model, x)
+    before = of_task(model, "a", x)
+    layer = next(iter(adapted_layers(model).values()))
+    a, b0 = layer.lilora_A["a"].detach().clone(), layer.lilora_B["a"].detach().clone()
+    model.add_adapter("b", settings(preset))
+    model.set_adapter("b")
+    train(model, ids())
+    assert layer.lilora_U["b"].abs().max() > 0, "the second task has learnt"
+    assert torch.equal(layer.lilora_A["a"], a) == (preset == "frozen")
+    assert torch.equal(layer.lilora_B["a"], b0) == (preset != "paper")
+    assert torch.equal(of_task(model, "a", x), before) == (preset == "frozen")
+    assert torch.equal(of_task(model, "b", x), before) is False
+
+
+# --- saving and loading -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(3)
+    llama().save_pretrained(folder)
+    return folder
+
+
+def load_base(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(base_folder, tmp_path_factory):
+    """(folder with a task per subfolder, inputs, the outputs of a mixed batch, fingerprint of the shared factors)."""
+    torch.manual_seed(4)
+    folder, x = tmp_path_factory.mktemp("tasks"), ids()
+    model = adapted(base=load_base(base_folder))
+    model.save_pretrained(folder)
+    return folder, x, logits(model, x, task_ids=["a", "b", None]), shared_fingerprint(model)
+
+
+@pytest.fixture(scope="module")
+def foreign(base_folder, tmp_path_factory):
+    """A task of another chain: its shared factors differ."""
+    torch.manual_seed(5)
+    folder, x = tmp_path_factory.mktemp("foreign"), ids()
+    model = adapted(base=load_base(base_folder))
+    model.save_pretrained(folder)
+    return folder / "b", x, of_task(model, "b", x), shared_fingerprint(model)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_round_trip_through_peft(base_folder, saved, low_cpu_mem_usage):
+    folder, x, expected, fingerprint = saved
+    model = PeftModel.from_pretrained(
+        load_base(base_folder), folder / "a", adapter_name="a", low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    result = model.load_adapter(folder / "b", "b", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert learning(model) == set()
+    assert_tied(model, "ab")
+    assert torch.equal(logits(model, x, task_ids=["a", "b", None]), expected)
+    assert shared_fingerprint(model) == fingerprint
+    assert torch.equal(of_task(model, "b", x)[1], logits(model, x)[1])
+    assert_close(of_task(model, "b", x)[1], expected[1])
+
+
+def test_loading_to_train_on(base_folder, saved):
+    folder = saved[0]
+    model = PeftModel.from_pretrained(load_base(base_folder), folder / "a", adapter_name="a", is_trainable=True)
+    assert learning(model) == expected_learning(model, "A", "B0", "a")
+    model.load_adapter(folder / "b", "b", is_trainable=True)
+    model.set_adapter("b")
+    assert learning(model) == expected_learning(model, "b")
+
+
+def test_a_folder_holds_one_task_and_the_shared_factors(saved):
+    folder, _, _, fingerprint = saved
+    config = json.loads((folder / "a" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LILORA"
+    assert config["shared_fingerprint"] == fingerprint
+    from safetensors import safe_open
+
+    with safe_open(folder / "a" / "adapter_model.safetensors", "pt") as file:
+        names = set(file.keys())
+    layers = [f"base_model.model.model.layers.{i}.mlp.{part}" for i in range(2) for part in MLP]
+    assert names == {f"{layer}.lilora_{key}" for layer in layers for key in ("A", "B", "U", "V", "fusion")}
+
+
+def test_tied_after_casts_and_moves():
+    model = get_peft_model(llama().bfloat16(), settings(), adapter_name="a")
+    model.add_adapter("b", settings())
+    assert {p.dtype for name, p in model.named_parameters() if "lilora_" in name} == {torch.float32}
+    assert_tied(model, "ab")
+    kept = get_peft_model(llama().bfloat16(), settings(), adapter_name="a", autocast_adapter_dtype=False)
+    kept.add_adapter("b", settings(), autocast_adapter_dtype=False)
+    assert {p.dtype for p in kept.parameters()} == {torch.bfloat16}
+    assert_tied(kept, "ab")
+    assert_tied(model.to(torch.float64), "ab")
+    assert_tied(model.to("meta"), "ab")
+    assert_tied(copy.deepcopy(kept), "ab")
+
+
+def test_a_copied_model_routes_on_its_own():
+    model, x = adapted(), ids()
+    expected = logits(model, x, task_ids=["a", "b", None])
+    other = copy.deepcopy(model)
+    other.add_adapter("c", settings())
+    other.set_adapter("c")
+    assert torch.equal(logits(model, x, task_ids=["a", "b", None]), expected)
+    assert torch.equal(logits(other, x, task_ids=["a", "b", None]), expected)
+    with pytest.raises(ValueError, match="unknown"):
+        logits(model, x, task_ids=["c"] * 3)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_foreign_shared_factors_are_refused(base_folder, saved, foreign, low_cpu_mem_usage):
+    folder, x, *_ = saved
+    model = PeftModel.from_pretrained(load_base(base_folder), folder / "a", adapter_name="a").eval()
+    before, output = state_of(model), logits(model, x)
+    with pytest.raises(UserError, match=rf"made with the shared factors {foreign[3]}, but this model has {saved[3]}") as e:
+        model.load_adapter(foreign[0], "c", low_cpu_mem_usage=low_cpu_mem_usage)
+    one_sentence(e)
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model, x), output)
+    model.load_adapter(folder / "b", "b")
+    assert_close(logits(model, x, task_ids=["a", "b", None]), saved[2])
+
+
+def test_foreign_shared_factors_replace_on_demand(base_folder, saved, foreign, tmp_path):
+    for file in foreign[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"on_shared_mismatch": "replace"}))
+    model = PeftModel.from_pretrained(load_base(base_folder), saved[0] / "a", adapter_name="a")
+    model.load_adapter(tmp_path, "b")
+    assert_tied(model, "ab")
+    assert shared_fingerprint(model) == foreign[3]
+    assert_close(logits(model, foreign[1], task_ids=["b"] * 3), foreign[2])
+    plain = load_base(base_folder)
+    plain.load_adapter(str(saved[0] / "a"), adapter_name="a")
+    plain.load_adapter(str(tmp_path), adapter_name="b")
+    assert_close(logits(plain, foreign[1], task_ids=["b"] * 3), foreign[2])
+    assert_tied(plain, "ab")
+
+
+def test_transformers_loads_adapter_folders(base_folder, saved, foreign):
+    folder, x, expected, fingerprint = saved
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "a", dtype=torch.float64).eval()
+    assert_close(logits(model, x)[0], expected[0])
+    assert learning(model) == set()
+    model = load_base(base_folder)
+    model.load_adapter(str(folder / "a"), adapter_name="a")
+    model.load_adapter(str(folder / "b"), adapter_name="b")
+    assert_close(logits(model, x, task_ids=["a", "b", None]), expected)
+    assert_tied(model, "ab")
+    assert shared_fingerprint(model) == fingerprint
+    model.set_adapter("b")
+    assert_close(logits(model, x)[1], expected[1])
+    before = state_of(model)
+    with pytest.raises(UserError, match="shared factors"):
+        model.load_adapter(str(foreign[0]), adapter_name="c")
+    assert_unchanged(model, before)
+
+
+def test_injection_into_any_module():
+    base = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 4)).double()
+    x, config = torch.randn(3, 7, dtype=torch.float64), settings(target_modules=["0", "2"])
+    expected = base(x)
+    model = inject_adapter_in_model(config, base, "a")
+    model = inject_adapter_in_model(copy.deepcopy(config), model, "b")
+    assert torch.equal(model(x), expected)
+    randomise(model)
+    mixed = model(x, task_ids=["a", "b", None])
+    assert_close(mixed[2], expected[2])
+    assert not torch.allclose(mixed[:2], expected[:2])
+    # PEFT's plain functions for a state dict work on it too.
+    fresh = inject_adapter_in_model(copy.deepcopy(config), nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 4)), "a")
+    fresh.double().load_state_dict(
+        {name: value for name, value in model.state_dict().items() if "base_layer" in name}, strict=False
+    )
+    fresh.peft_config = {"a": config}
+    set_peft_model_state_dict(fresh, get_peft_model_state_dict(model_with_config(model, config), adapter_name="a"), "a")
+    assert_close(fresh(x)[0], mixed[0])
+
+
+def model_with_config(model, config):
+    model.peft_config = {"a": config}
+    return model
+
+
+# --- merging ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merging(safe_merge):
+    model, x = adapted(), ids()
+    outputs = {task: of_task(model, task, x) for task in "ab"}
+    mixed = logits(model, x, task_ids=["a", "b", None])
+    model.set_adapter("b")
+    model.merge_adapter(safe_merge=safe_merge)
+    assert_close(logits(model, x), outputs["b"])
+    for kwargs in ({"task_ids": ["a"] * 3}, {"adapter_names": ["a"] * 3}):
+        with pytest.raises(RuntimeError, match="task 'b' is merged into the base weight; unmerge"):
+            logits(model, x, **kwargs)
+    model.unmerge_adapter()
+    assert_close(logits(model, x, task_ids=["a", "b", None]), mixed)
+    model.merge_adapter(["a"], safe_merge=safe_merge)
+    assert_close(logits(model, x), outputs["a"])
+    with model.disable_adapter():
+        assert_close(logits(model, x)[2], mixed[2])
+    assert_close(logits(model, x), outputs["b"])
+    merged = model.merge_and_unload(safe_merge=safe_merge)
+    assert_close(logits(merged, x), outputs["b"])
+
+
+def test_several_tasks_cannot_be_merged_together():
+    model = adapted()
+    before = state_of(model)
+    with pytest.raises(UserError, match=r"cannot merge \['a', 'b'\] together") as caught:
+        model.merge_adapter(["a", "b"])
+    one_sentence(caught)
+    assert_unchanged(model, before)
+
+
+def test_safe_merge_refuses_a_broken_task():
+    model, x = adapted(), ids()
+    next(iter(adapted_layers(model).values())).lilora_U["a"].data[0, 0] = torch.nan
+    base = [layer.base_layer.weight.clone() for layer in adapted_layers(model).values()]
+    with pytest.raises(ValueError, match="NaNs detected.*adapter a"):
+        model.merge_adapter(safe_merge=True)
+    now = [layer.base_layer.weight for layer in adapted_layers(model).values()]
+    assert all(torch.equal(old, new) for old, new in zip(base, now, strict=True))
+    assert of_task(model, "b", x).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
+def test_unloading_leaves_a_plain_model_that_can_be_adapted_again(how):
+    base, x = llama(), ids()
+    attributes, expected = set(base.__dict__), logits(base, x)
+    model = adapted(base=base)
+    model.gradient_checkpointing_enable()
+    if how == "merge_and_unload":
+        expected = of_task(model, "a", x)
+    plain = getattr(model, how)()
+    assert plain is base
+    assert set(plain.__dict__) <= attributes
+    assert not adapted_layers(plain)
+    assert_close(logits(plain, x), expected)
+    plain.requires_grad_(True)
+    plain.train()(input_ids=x, labels=x).loss.backward()  # checkpointing is that of transformers again
+    again = get_peft_model(plain, settings(), adapter_name="z")
+    assert learning(again) == expected_learning(again, "A", "B0", "z"), "z is the first task of a new chain"
+    assert_close(logits(again.eval(), x, task_ids=torch.tensor([0, 0, -1])), expected)
+
+
+# --- task ids -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_adapter_names_and_task_ids_agree(training):
+    model, x = adapted(), ids()
+    expected = torch.stack([of_task(model, "a", x)[0], of_task(model, "b", x)[1], logits(base_of(model), x)[2]])
+    model.train(training)
+    tensor = torch.tensor([0, 1, -1])
+    for kwargs in (
+        {"adapter_names": ["a", "b", "__base__"]},
+        {"task_ids": ["a", "b", None]},
+        {"task_ids": [0, 1, -1]},
+        {"task_ids": tensor},
+        {"task_ids": tensor.int()},
+    ):
+        assert_close(logits(model, x, **kwargs), expected)
+    assert_close(model.get_base_model()(x, task_ids=tensor).logits, expected)
+
+
+def base_of(model):
+    base = copy.deepcopy(model)
+    return base.unload()
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_follows_the_task_of_each_sample(beams):
+    model, x = adapted(), ids()
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    single = {}
+    for task in "ab":
+        model.set_adapter(task)
+        single[task] = model.generate(input_ids=x, **options)
+    with model.disable_adapter():
+        single[None] = model.generate(input_ids=x, **options)
+    assert len({tuple(rows.flatten().tolist()) for rows in single.values()}) == 3, "the tasks say different things"
+    for order in (["a", "b", None], ["b", None, "a"]):
+        expected = torch.stack([single[task][i] for i, task in enumerate(order)])
+        assert torch.equal(model.generate(input_ids=x, task_ids=order, **options), expected)
+        names = ["__base__" if task is None else task for task in order]
+        assert torch.equal(model.generate(input_ids=x, adapter_names=names, **options), expected)
+    if beams > 1:
+        several = model.generate(input_ids=x, task_ids=["a", "b", None], num_return_sequences=2, **options)
+        expected = [model.generate(input_ids=x[i : i + 1], task_ids=[t], num_return_sequences=2, **options)
+                    for i, t in enumerate(["a", "b", None])]
+        assert torch.equal(several, torch.cat(expected))
+
+
+@pytest.mark.parametrize(
+    "task_ids, error, words",
+    [
+        (["a", "b"], ValueError, r"task_ids has the shape \[2\]; it must be \[3\]"),
+        (torch.zeros(3, 1, dtype=torch.int32), ValueError, r"task_ids has the shape \[3, 1\]"),
+        ([0, 1, 2], ValueError, r"task_ids holds 2; known ids are \{0: 'a', 1: 'b'\}"),
+        ([0, 1, -2], ValueError, "task_ids holds -2"),
+        (["a", "b", "x"], ValueError, r"task 'x' is unknown; this model knows \['a', 'b'\]"),
+        (torch.zeros(3), TypeError, "task_ids is torch.float32; it must be torch.int32"),
+        (torch.ones(3, dtype=torch.bool), TypeError, "task_ids is torch.bool"),
+        ([0.0, 1.0, 0.0], TypeError, "it must hold task names or integer ids"),
+        ([True, False, True], TypeError, "it must hold task names or integer ids"),
+        ("abb", TypeError, "task_ids is the string 'abb'"),
+    ],
+)
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_wrong_task_ids_are_one_sentence(task_ids, error, words, call):
+    model, x = adapted(), ids()
+    before = logits(model, x)
+    with pytest.raises(error, match=words) as caught:
+        if call == "forward":
+            model(input_ids=x, task_ids=task_ids)
+        else:
+            model.generate(input_ids=x, task_ids=task_ids, max_new_tokens=2)
+    one_sentence(caught)
+    assert torch.equal(logits(model, x), before), "no route is left behind"
+
+
+def gradients(model, x, **kwargs):
+    """Gradients of a loss that sums over samples, by name."""
+    model.zero_grad(set_to_none=True)
+    weights = torch.linspace(-1, 1, VOCAB, dtype=torch.float64)
+    (model(input_ids=x, **kwargs).logits.tanh() @ weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+def test_training_on_a_mixed_batch_is_training_on_each_task_alone(checkpointing):
+    model, x = adapted(preset="paper"), ids(4)
+    model.base_model.set_adapter(["a", "b"])
+    model.train()
+    parts = {"a": x[[0, 2]], "b": x[[1, 3]]}
+    expected = {}
+    for task, rows in parts.items():
+        for name, gradient in gradients(model, rows, task_ids=[task] * 2).items():
+            expected[name] = expected.get(name, 0) + gradient
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(expected)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    got = gradients(model, x, task_ids=["a", "b", "a", "b"])
+    assert set(got) == set(expected)
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0
+        assert_close(got[name], gradient)
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] are active together; pass task ids"):
+        model(input_ids=x)
+
+
+class Samples(Dataset):
+    def __init__(self, task, x):
+        self.task, self.x = task, x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.x[i], "labels": self.x[i], "task_ids": self.task}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer_carries_task_ids(tmp_path, checkpointing):
+    x, changed, losses = ids(4), {}, {}
+    for task, number in (("a", 0), ("b", 1)):
+        torch.manual_seed(7)
+        model = adapted()
+        model.base_model.set_adapter(["a", "b"])
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            max_steps=2,
+            learning_rate=0.1,
+            weight_decay=0.0,
+            gradient_checkpointing=checkpointing,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=Samples(number, x))
+        trainer.train()
+        losses[task] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        changed[task] = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    own = {task: {n for n in before if n.endswith(f".{task}") and "lilora_A" not in n and "lilora_B" not in n} for task in "ab"}
+    shared = {name for name in before if "lilora_A" in name or "lilora_B" in name}
+    assert changed == {task: own[task] | shared for task in "ab"}
+    assert losses["a"] != losses["b"]
+
+
+# --- other settings of PEFT ---------------------------------------------------------------------------------------------
+
+
+def test_modules_to_save_follow_the_active_task():
+    base, x = llama(), ids()
+    model = adapted(base=base, modules_to_save=["lm_head"])
+    names = {name for name in learning(model) if isinstance(name, str)}
+    assert names == {"base_model.model.lm_head.modules_to_save.a.weight"}
+    model.set_adapter("b")
+    train(model, x)
+    heads = model.get_base_model().lm_head.modules_to_save
+    assert not torch.equal(heads["b"].weight, heads["a"].weight)
+    assert any("lm_head" in name for name in get_peft_model_state_dict(model, adapter_name="b"))
+    for kwargs in ({"task_ids": ["a", "b", None]}, {"adapter_names": ["a", "b", "__base__"]}):
+        with pytest.raises(UserError, match="modules_to_save follows the active adapter only; call set_adapter"):
+            logits(model, x, **kwargs)
+
+
+def test_bias_of_the_adapted_layers():
+    model = get_peft_model(llama(mlp_bias=True, attention_bias=True), settings(bias="lilora_only"), adapter_name="a")
+    names = {name for name in learning(model) if isinstance(name, str)}
+    mlp = {f"base_model.model.model.layers.{i}.mlp.{part}.base_layer.bias" for i in range(2) for part in MLP}
+    assert names == mlp
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, ids())
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert {name for name in changed if "lilora_" not in name} == mlp
+    everything = get_peft_model(llama(mlp_bias=True, attention_bias=True), settings(bias="all"), adapter_name="a")
+    assert len([name for name in learning(everything) if str(name).endswith("bias")]) == 2 * (3 + 4)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"exclude_modules": ["up_proj"]}, [(i, part) for i in range(2) for part in ("gate_proj", "down_proj")]),
+        ({"layers_to_transform": [1]}, [(1, part) for part in MLP]),
+        ({"layers_to_transform": 0, "layers_pattern": "layers"}, [(0, part) for part in MLP]),
+        ({"target_modules": r".*\.1\.mlp\.up_proj"}, [(1, "up_proj")]),
+        ({"target_modules": "all-linear"}, [(i, part) for i in range(2) for part in (*"qkvo", *MLP)]),
+    ],
+)
+def test_which_layers_are_adapted(changes, expected):
+    model = adapted(**changes)
+    names = {
+        f"model.layers.{i}.{'self_attn' if len(part) == 1 else 'mlp'}.{part + '_proj' if len(part) == 1 else part}"
+        for i, part in expected
+    }
+    assert set(adapted_layers(model)) == names
+    x = ids()
+    assert_close(logits(model, x, task_ids=["b"] * 3), of_task(model, "b", x))
+
+
+def test_settings_survive_the_file(tmp_path):
+    config = settings("paper", exclude_modules=["up_proj"], layers_to_transform=[1], modules_to_save=["lm_head"], fusion=False)
+    config.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert type(again) is LiLoRAConfig
+    assert again.to_dict() == config.to_dict()
+    assert (again.train_a, again.train_b0, again.stability) == ("always", "always", 1.0)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"r": 0}, "r is 0; it must be an integer of at least 1"),
+        ({"r": True}, "r is True"),
+        ({"sub_rank": 2.5}, "sub_rank is 2.5"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"dropout": 1.0}, "dropout is 1.0; it must be in"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"dropout": float("nan")}, "dropout is nan"),
+        ({"stability": -1.0}, "stability is -1.0"),
+        ({"train_a": "sometimes"}, "train_a is 'sometimes'; it must be one of"),
+        ({"train_b0": None}, "train_b0 is None"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"on_shared_mismatch": "keep"}, "on_shared_mismatch is 'keep'"),
+        ({"layers_pattern": "layers"}, "layers_pattern is given without layers_to_transform"),
+        ({"target_modules": "x", "layers_to_transform": [0]}, "cannot be used with a regular expression"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(changes, words):
+    with pytest.raises(UserError, match=words) as caught:
+        settings(**changes)
+    one_sentence(caught)
+
+
+def test_unknown_preset():
+    with pytest.raises(UserError, match=r"preset is 'best'; it must be one of \['paper', 'released', 'frozen'\]"):
+        LiLoRAConfig.preset("best")
+
+
+@pytest.mark.parametrize(
+    "target, words",
+    [
+        (["gate_proj", "norm"], "model.norm is a LlamaRMSNorm; LiLoRA adapts linear layers"),
+        (["embed_tokens"], "model.embed_tokens is a Embedding"),
+        (["nothing"], "nothing"),
+    ],
+)
+def test_a_target_that_is_no_linear_layer_leaves_the_model_alone(target, words):
+    model, x = llama(), ids()
+    before, output = state_of(model), logits(model, x)
+    with pytest.raises(ValueError, match=words):
+        get_peft_model(model, settings(target_modules=target), adapter_name="a")
+    assert_unchanged(model, before)
+    assert torch.equal(logits(get_peft_model(model, settings(), adapter_name="a"), x), output)
+
+
+def test_a_convolution_is_refused():
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(3, 2))
+    before = state_of(model)
+    with pytest.raises(UserError, match="0 is a Conv2d; LiLoRA adapts linear layers: leave it out of target_modules"):
+        inject_adapter_in_model(settings(target_modules=["2", "0"]), model, "a")
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["keys", "weight", "lora_A", "lilora_U", "a.b", "a b", "", "-x", "ä", "training"])
+def test_forbidden_names_are_refused_before_anything_is_added(name):
+    model = llama()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="task name .* (reserved|not allowed)") as caught:
+        get_peft_model(model, settings(), adapter_name=name)
+    one_sentence(caught)
+    assert_unchanged(model, before)
+    model = adapted()
+    before = state_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="task name .* (reserved|not allowed)"):
+            model.add_adapter(name, settings())
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"r": 4}, "r is 4, but the model's other tasks have 6; all tasks share it"),
+        ({"alpha": 1.0}, "alpha is 1.0"),
+        ({"train_a": "never"}, "train_a is 'never'"),
+        ({"target_modules": ["up_proj"]}, "all tasks adapt the same layers: give c the target_modules"),
+        ({"target_modules": [*MLP, "q_proj"]}, "all tasks adapt the same layers"),
+        ({"target_modules": [*MLP, "norm"]}, "norm is a LlamaRMSNorm"),
+        ({"exclude_modules": ["up_proj"]}, "all tasks adapt the same layers"),
+    ],
+)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_task_that_does_not_fit_the_others_leaves_nothing_behind(changes, words, inference):
+    model, x = adapted(), ids()
+    model.set_adapter("b", inference_mode=inference)
+    before, output = state_of(model), logits(model, x)
+    with pytest.raises(UserError, match=words) as caught:
+        model.add_adapter("c", settings(**changes))
+    one_sentence(caught)
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model, x), output)
+    model.add_adapter("c", settings())
+    assert_tied(model, "abc")
+
+
+def test_a_name_is_taken_once():
+    model = llama()
+    inject_adapter_in_model(settings(), model, "a")
+    randomise(model)
+    before = state_of(model)
+    with pytest.raises(UserError, match="task 'a' exists already; delete it first or choose another name"):
+        inject_adapter_in_model(settings(), model, "a")
+    assert_unchanged(model, before)
+
+
+def test_many_listed_targets_are_the_same_for_the_next_task():
+    """PEFT shortens a long list in the first task's config; the next task still gives the whole list."""
+    base = llama(num_hidden_layers=8)
+    names = [f"model.layers.{i}.mlp.{part}" for i in range(8) for part in MLP]
+    model = adapted(base=base, target_modules=names)
+    assert set(adapted_layers(model)) == set(names)
+    assert_tied(model, "ab")
+
+
+# --- LLaVA --------------------------------------------------------------------------------------------------------------
+
+
+def llava_batch(images):
+    """Prompts whose number of images is given for each sample; four image tokens each."""
+    rows = []
+    for count in images:
+        rows.append(torch.cat([torch.full((4 * count,), IMAGE), torch.randint(2, IMAGE, (12 - 4 * count,))]))
+    return {"input_ids": torch.stack(rows), "pixel_values": torch.randn(sum(images), 3, 8, 8, dtype=torch.float64)}
+
+
+def llava_single(model, batch, images, i, **kwargs):
+    start = sum(images[:i])
+    part = {"input_ids": batch["input_ids"][i : i + 1], **kwargs}
+    if images[i]:
+        part["pixel_values"] = batch["pixel_values"][start : start + images[i]]
+    return part
+
+
+def test_without_targets_the_language_model_of_llava_is_adapted():
+    model = adapted(base=llava(), target_modules=None)
+    assert set(adapted_layers(model)) == {f"model.language_model.layers.{i}.mlp.{part}" for i in range(2) for part in MLP}
+    with pytest.raises(UserError, match=r"model type 'llama' has no adapter preset; .* pass target_modules"):
+        get_peft_model(llama(), settings(target_modules=None))
+
+
+@pytest.mark.parametrize("images", [(1, 1, 1), (2, 0, 1)])
+def test_llava_with_its_projector_in_mixed_batches(images):
+    """Two images of one sample, none of another: the projector's rows follow the images, not the batch."""
+    model = adapted(base=llava(), target_modules=target_modules("llava", projector=True))
+    assert "model.multi_modal_projector.linear_1" in adapted_layers(model)
+    batch, tasks = llava_batch(images), ["a", "b", None]
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    mixed = model(**batch, task_ids=tasks).logits
+    generated = model.generate(**batch, task_ids=tasks, **options)
+    for i, task in enumerate(tasks):
+        model.set_adapter(task or "a")
+        single = llava_single(model, batch, images, i)
+        for layer in (model.disable_adapter(),) if task is None else ():
+            layer.__enter__()
+        assert_close(mixed[i], model(**single).logits[0])
+        assert torch.equal(generated[i], model.generate(**single, **options)[0])
+    model.base_model.enable_adapter_layers()
+
+
+def test_llava_trains_on_mixed_batches_under_checkpointing():
+    images = (2, 0, 1)
+    model = adapted(base=llava(), target_modules=target_modules("llava", projector=True), preset="paper")
+    model.base_model.set_adapter(["a", "b"])
+    model.train()
+    batch, tasks = llava_batch(images), ["a", "b", "a"]
+    weights = torch.linspace(-1, 1, VOCAB, dtype=torch.float64)
+
+    def backward(**inputs):
+        (model(**inputs).logits.tanh() @ weights).sum().backward()
+
+    for i, task in enumerate(tasks):
+        backward(**llava_single(model, batch, images, i), task_ids=[task])
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    model.gradient_checkpointing_enable()
+    backward(**batch, task_ids=tasks)
+    for name, gradient in expected.items():
+        assert_close(dict(model.named_parameters())[name].grad, gradient)

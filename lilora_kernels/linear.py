@@ -224,19 +224,20 @@ class LiLoRALinear(nn.Module):
         forward decides, and without a route the active task. Raises when several tasks are active and nothing decides.
         """
         routed = task is not None or self.routes.current is not None
-        if not self.lilora_U or self.merged_task is not None:
-            if routed and self.merged_task is not None:
+        if self.merged_task is not None:
+            if routed:
                 raise RuntimeError(
                     f"task {self.merged_task!r} is merged into the base weight; unmerge() before routing tasks"
                 )
             return self.base_layer(x, *args, **kwargs)
-        if not torch.compiler.is_compiling() and self._untied():
-            self.retie()
         if not routed:
+            # Nothing here may look at how many tasks there are: a compiled graph would be made again for each.
             self.routes.require_known()
-        if not routed and self._slot is None:
-            if self.active:
-                raise ValueError(f"the tasks {list(self.active)} are active together; pass task ids with the batch")
+            if self._slot is None:
+                if self.active:
+                    raise ValueError(f"the tasks {list(self.active)} are active together; pass task ids with the batch")
+                return self.base_layer(x, *args, **kwargs)
+        elif not self.lilora_U:
             return self.base_layer(x, *args, **kwargs)
         if routed:
             a, b0, u, v, fusion, rows = self._mixed(self._rows(x, task))
@@ -257,7 +258,7 @@ class LiLoRALinear(nn.Module):
             y = self.base_layer(x, *args, **kwargs)
             d = functional.delta(x if x.is_floating_point() else x.to(a.dtype), a, b0, u, v, fusion, **adapter)
             y = y + d.to(y.dtype)
-        if self._learns() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._learns():
             y.register_hook(self.routes.unchanged())
         return y
 

@@ -55,7 +55,9 @@ class Pool:
         cells = np.sort(rng.choice(GRID * GRID, len(values), replace=False))
         inks = inks or rng.choice(list(INKS), len(values)).tolist()
         return [
-            Digit(v, ink, int(cell) // GRID, int(cell) % GRID, self.strokes[rng.choice(np.flatnonzero(self.values == v))])
+            Digit(
+                v, ink, int(cell) // GRID, int(cell) % GRID, self.strokes[rng.choice(np.flatnonzero(self.values == v))]
+            )
             for v, ink, cell in zip(values, inks, cells, strict=True)
         ]
 
@@ -142,11 +144,6 @@ def list_cells(pool: Pool, rng: Rng) -> Example:
     return scene, "list cells", " ".join(d.cell for d in scene)
 
 
-def list_all(pool: Pool, rng: Rng) -> Example:
-    scene = _scene(pool, rng)
-    return scene, "list all", " ".join(f"{d.cell} {d.ink} {d.value}" for d in scene)
-
-
 def look_up(pool: Pool, rng: Rng) -> Example:
     scene = _scene(pool, rng)
     d = scene[rng.integers(len(scene))]
@@ -181,4 +178,15 @@ def corners(pool: Pool, rng: Rng) -> Example:
     return [], f"corners {d.cell}", d.box
 
 
-GENERIC = [list_digits, list_inks, list_cells, look_up, find, spell, order, test, corners]
+# What the base model is taught, and how often.
+GENERIC: dict[Callable[[Pool, Rng], Example], float] = {
+    list_digits: 2,
+    list_inks: 1,
+    list_cells: 1,
+    look_up: 1.5,
+    find: 2,
+    test: 2,
+    order: 0.5,
+    spell: 0.3,
+    corners: 0.3,
+}

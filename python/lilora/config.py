@@ -68,7 +68,7 @@ class LiLoRAConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         for name in ("r", "sub_rank"):
             size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise UserError(f"{name} is {size!r}; it must be an integer of at least 1")
         for name, choices in (
             ("train_a", POLICIES),
@@ -78,10 +78,12 @@ class LiLoRAConfig(PeftConfig):
         ):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {list(choices)}")
+        if not 0 < self.alpha < float("inf"):
+            raise UserError(f"alpha is {self.alpha}; it must be a positive number")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}; it must be in [0, 1)")
-        if self.stability < 0:
-            raise UserError(f"stability is {self.stability}; it must be at least 0")
+        if not 0 <= self.stability < float("inf"):
+            raise UserError(f"stability is {self.stability}; it must be a number of at least 0")
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError("layers_pattern is given without layers_to_transform; give both or neither")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

@@ -11,6 +11,7 @@ from lilora_kernels import LiLoRALinear
 from lilora_kernels.routing import Routes
 
 from .config import LiLoRAConfig
+from .errors import UserError
 
 
 class Linear(LiLoRALinear, BaseTunerLayer):
@@ -85,11 +86,11 @@ class Linear(LiLoRALinear, BaseTunerLayer):
         if not names:
             return
         if len(names) > 1 or self.merged_task is not None:
-            raise ValueError(f"cannot merge {names} together; a LiLoRA model holds one merged task at a time")
+            raise UserError(f"cannot merge {names} together; a LiLoRA model holds one merged task at a time")
         weight = self.get_base_weight()
         merged = weight + self.delta_weight(names[0]).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
+            raise UserError(f"NaNs detected in the merged weights; the adapter {names[0]} seems to be broken")
         self.set_base_weight(merged)
         self.merged_task = names[0]
 

@@ -1,5 +1,4 @@
 import pytest
-
 from lilora.continual.scorers import SCORERS, scorer
 from lilora.errors import UserError
 

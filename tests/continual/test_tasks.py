@@ -3,12 +3,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from PIL import Image
-
-from lilora.continual.tasks import Collator, InstructionDataset, load_manifest
+from lilora.continual.tasks import InstructionDataset, load_manifest
 from lilora.errors import UserError
+from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -28,7 +28,7 @@ def compiled():
 def mlp(tasks=(), **options):
     model = nn.Sequential(nn.Linear(12, 16), nn.SiLU(), nn.Linear(16, 12)).requires_grad_(False)
     for i in (0, 2):
-        model[i] = LiLoRALinear(model[i], **{"r": 4, "sub_rank": 2, "dropout": 0.0, **options})
+        model[i] = LiLoRALinear(model[i], **{"r": 4, "sub_rank": 2, "alpha": 4, "dropout": 0.0, **options})
         for task in tasks:
             model[i].add_task(task)
     randomise(model)
@@ -51,8 +51,7 @@ def same(got, wanted):
         torch.testing.assert_close(got[1][name], gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["no-dropout", "dropout"])
-@pytest.mark.parametrize("policy", ["first", "always"])
+@pytest.mark.parametrize("policy, dropout", [("first", 0.0), ("always", 0.2)])
 def test_twelve_tasks_added_and_trained_make_at_most_two_graphs(compiled, policy, dropout):
     model = mlp(train_a=policy, train_b0=policy, dropout=dropout)
     run, graphs = compiled(model)
@@ -162,20 +161,8 @@ def test_training_without_routes_after_routed_training_compiles(compiled):
     assert graphs.frame_count == 1
 
 
-def test_a_whole_model_with_task_ids(compiled):
-    model, inputs = tiny_llava(), batch([0, 0, 0])
-    run, graphs = compiled(model)
-    with torch.no_grad():
-        for ids in ([0, 1, -1], [2, 2, 0]):
-            ids = torch.tensor(ids, dtype=torch.int32)
-            got = run(**inputs, task_ids=ids, use_cache=False).logits
-            wanted = model(**inputs, task_ids=ids, use_cache=False).logits
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-    assert graphs.frame_count == 1
-
-
 def test_a_whole_model_with_task_ids_trains(compiled):
-    model, inputs = tiny_llava().train(), batch([0, 0])
+    model, inputs = tiny_llava(layers=1).train(), batch([0, 0])
     set_task(model, *TASKS)
     run, graphs = compiled(model)
     for ids in ([0, 1], [-1, 2]):

@@ -19,7 +19,7 @@ def randomise(model: nn.Module) -> None:
                         parameter.normal_(std=1 if "fusion" in name else parameter.shape[-1] ** -0.5)
 
 
-def tiny_llava(tasks=TASKS, dropout: float = 0.0, **options) -> LlavaForConditionalGeneration:
+def tiny_llava(dropout: float = 0.0, layers: int = 2, **options) -> LlavaForConditionalGeneration:
     """Adapted in the language model's MLPs and in both projector linears; attached, in eval mode."""
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -34,7 +34,7 @@ def tiny_llava(tasks=TASKS, dropout: float = 0.0, **options) -> LlavaForConditio
             text_config=LlamaConfig(
                 hidden_size=24,
                 intermediate_size=32,
-                num_hidden_layers=2,
+                num_hidden_layers=layers,
                 num_attention_heads=2,
                 num_key_value_heads=2,
                 vocab_size=VOCABULARY,
@@ -55,7 +55,7 @@ def tiny_llava(tasks=TASKS, dropout: float = 0.0, **options) -> LlavaForConditio
             setattr(model.get_submodule(parent), leaf, layer)
     for module in model.modules():
         if isinstance(module, LiLoRALinear):
-            for task in tasks:
+            for task in TASKS:
                 module.add_task(task)
     randomise(model)
     attach(model)

@@ -7,7 +7,6 @@ from ..call import Call
 from ..philox import keep_mask, keep_scale, threshold
 
 Group = tuple[int, slice, Tensor | None]
-LONG_RUN = 32  # rows per GEMM from which splitting it costs little
 
 
 def forward(x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -86,11 +85,8 @@ def da(dh: Tensor, x: Tensor, keep: Tensor | None, call: Call) -> Tensor:
 # --- the second factor, per task -----------------------------------------------------------------------------------
 
 
-def row_groups(call: Call, split: bool = False) -> tuple[Tensor | None, list[Group]]:
+def row_groups(call: Call) -> tuple[Tensor | None, list[Group]]:
     """Rows of each task as (task, rows, mask), and the permutation that makes tasks contiguous, if one is needed.
-
-    With `split` a task may come as several groups, one after another: where runs of equal ids are long that is cheaper
-    than to permute [M, N].
 
     On a CPU the rows of a task are a slice. Elsewhere that would need the host to wait for the device, so every task
     gets all rows and a mask [M, 1]; the second factor then costs T times as much.
@@ -102,8 +98,7 @@ def row_groups(call: Call, split: bool = False) -> tuple[Tensor | None, list[Gro
         return None, [(t, slice(None), (call.task == t).unsqueeze(1)) for t in range(tasks)]
     order = None
     ids, counts = torch.unique_consecutive(call.task, return_counts=True)
-    long_runs = call.task.numel() >= LONG_RUN * ids.numel()
-    if ids.unique().numel() != ids.numel() and not (split and long_runs):
+    if ids.unique().numel() != ids.numel():
         order = torch.argsort(call.task, stable=True)
         ids, counts = torch.unique_consecutive(call.task[order], return_counts=True)
     groups, start = [], 0
@@ -112,7 +107,7 @@ def row_groups(call: Call, split: bool = False) -> tuple[Tensor | None, list[Gro
             raise ValueError(f"task has the id {t}; ids must be in 0..{tasks - 1}, or -1 for rows without an adapter")
         groups.append((t, slice(start, start + count), None))
         start += count
-    return order, sorted(groups, key=lambda group: group[0])
+    return order, groups
 
 
 def mixing(call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -135,8 +130,9 @@ def compose(call: Call, t: int, f: Tensor | None) -> tuple[Tensor, Tensor | None
 
 def composing_pays(call: Call, rows: int, groups: list[Group]) -> bool:
     """Composing M_t costs N R S per task; keeping it factored costs about (N + R) S per row."""
-    tasks = {t for t, _, _ in groups if t >= 0}
-    return call.u is None or (all(mask is None for _, _, mask in groups) and rows >= call.a.shape[0] * len(tasks))
+    return call.u is None or (
+        all(mask is None for _, _, mask in groups) and rows >= call.a.shape[0] * sum(t >= 0 for t, _, _ in groups)
+    )
 
 
 def base_share(q: Tensor, call: Call, f: Tensor | None) -> Tensor:
@@ -157,7 +153,7 @@ def expand(q: Tensor, call: Call, bias: Tensor | None, y: Tensor) -> None:
         else:
             torch.addmm(bias.to(q.dtype), left, right, alpha=call.scaling, out=out[rows])
 
-    order, groups = row_groups(call, split=True)
+    order, groups = row_groups(call)
     if order is not None:
         call, q = sorted_rows(call, order), q[order]
     out = y if order is None else torch.empty_like(y)
@@ -165,14 +161,11 @@ def expand(q: Tensor, call: Call, bias: Tensor | None, y: Tensor) -> None:
     if call.u is None:
         product(slice(None), base_share(q, call, None), call.b0.to(q.dtype).T)
     elif composing_pays(call, q.shape[0], groups):
-        composed, m = None, None
         for t, rows, _ in groups:
             if t < 0:
                 out[rows] = 0 if bias is None else bias.to(q.dtype)
-                continue
-            if t != composed:
-                composed, m = t, compose(call, t, f)[0].to(q.dtype)
-            product(rows, q[rows], m.T)
+            else:
+                product(rows, q[rows], compose(call, t, f)[0].to(q.dtype).T)
     else:
         product(slice(None), base_share(q, call, f), call.b0.to(q.dtype).T)
         for t, rows, mask in groups:

@@ -28,8 +28,8 @@ class StabilityLoss:
     def __init__(self, layers: Mapping[str, LiLoRALinear], task: str, weight: float) -> None:
         if not layers:
             raise UserError("layers is empty; pass the adapted layers of a model, see lilora.model.adapted_layers")
-        if not weight >= 0:
-            raise UserError(f"weight is {weight}; the stability loss needs a weight of at least 0")
+        if not 0 <= weight < float("inf"):
+            raise UserError(f"weight is {weight}; it must be a number of at least 0")
         for name, layer in layers.items():
             if task not in layer.tasks:
                 raise UserError(f"task {task!r} is unknown to {name}, which has {layer.tasks}; add the task first")

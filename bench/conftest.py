@@ -9,25 +9,42 @@ import torch
 
 from .pairs import environment
 
-RESULTS = pytest.StashKey[dict]()
+RESULTS = pytest.StashKey[dict[str, dict]]()
 
 
 def pytest_configure(config):
     config.stash[RESULTS] = {}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def record(request):
-    """record(case, figures): keep the figures of one case."""
-    cases = {}
-    request.config.stash[RESULTS][request.module.__name__.split(".")[-1].removeprefix("test_")] = cases
-    yield cases.__setitem__
+    """record(case, figures) keeps the figures of one case."""
+    module = request.module.__name__.rpartition(".")[2].removeprefix("test_")
+    return request.config.stash[RESULTS].setdefault(module, {}).__setitem__
 
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    """The same number of threads on every machine; LILORA_BENCH_THREADS changes it."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    """Write nothing unless every case passed: a file never mixes figures of two runs or hides a failed case."""
+    folder = os.environ.get("LILORA_BENCH_OUT")
+    if folder and exitstatus == pytest.ExitCode.OK:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for module, cases in session.config.stash[RESULTS].items():
+            text = json.dumps({"environment": environment(), "cases": cases}, indent=2)
+            (Path(folder) / f"{module}.json").write_text(text + "\n")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for cases in config.stash[RESULTS].values():
+        for case, figures in cases.items():
+            terminalreporter.section(case)
+            terminalreporter.line(json.dumps(figures, indent=2))

@@ -76,8 +76,6 @@ def commit() -> str:
     """The checked-out commit, with "-dirty" when the tree differs from it; "unknown" outside a checkout."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
     try:
-        return subprocess.run(
-            git, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-        ).stdout.strip()
+        return subprocess.run(git, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -42,14 +42,19 @@ def digits() -> str:
 def linear() -> str:
     """Ratios of the adapted linear to PEFT's, and bytes saved for backward."""
     content = json.loads((RESULTS / "cpu" / "linear.json").read_text())
-    lines = ["| case | ours / PEFT | p20 .. p80 | ours / base | saved for backward, MiB: ours, PEFT |", "|---|--:|--:|--:|--:|"]
+    lines = [
+        "| case | ours / PEFT | p20 .. p80 | ours / base | saved for backward, MiB: ours, PEFT |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for name, case in content["cases"].items():
         ratio = case["ratio_to_peft"]
         over_base = case["ms"]["ours"]["median"] / case["ms"]["base"]["median"]
         saved = case.get("saved_bytes")
         mib = "" if saved is None else f"{saved['ours'] / 2**20:.2f}, {saved['peft'] / 2**20:.2f}"
         ours = ratio["ours"]
-        lines.append(f"| {name} | {ours['median']:.3f} | {ours['p20']:.3f} .. {ours['p80']:.3f} | {over_base:.3f} | {mib} |")
+        lines.append(
+            f"| {name} | {ours['median']:.3f} | {ours['p20']:.3f} .. {ours['p80']:.3f} | {over_base:.3f} | {mib} |"
+        )
     env = content["environment"]
     lines += [
         "",

@@ -239,6 +239,8 @@ class LiLoRALinear(nn.Module):
                 return self.base_layer(x, *args, **kwargs)
         elif not self.lilora_U:
             return self.base_layer(x, *args, **kwargs)
+        if not torch.compiler.is_compiling() and self._untied():
+            self.retie()
         if routed:
             a, b0, u, v, fusion, rows = self._mixed(self._rows(x, task))
         else:

@@ -14,6 +14,8 @@ SET_IN_BETWEEN = (
     "the active task was set between a forward and its backward; set it after the backward, or train several tasks "
     "together with set_task(*names) and task_ids"
 )
+TEXT = {"language_model", "text_model"}
+VISION = {"vision_tower", "multi_modal_projector", "mm_projector"}
 TaskIds = Tensor | Sequence[int] | Sequence[str]
 
 
@@ -222,14 +224,14 @@ def attach(model: nn.Module) -> Routes:
     """Connect the adapted layers of `model` to one route; call it again after replacing more layers.
 
     Afterwards `model(**batch, task_ids=...)` and `model.generate(..., task_ids=...)` work: names or ids, one per sample;
-    beams and returned sequences repeat their sample's task. Layers outside the language model (path components
-    `language_model` or `text_model`) are taken to see packed images. Gradient checkpointing restores each forward's route.
+    beams and returned sequences repeat their sample's task. Layers ahead of the language model, told by the names of the
+    model's parts, are taken to see packed images. Gradient checkpointing restores each forward's route.
     """
     from .linear import LiLoRALinear
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LiLoRALinear)]
     model.lilora_layers = [layer for _, layer in layers]
-    has_text_part = any(in_language_model(name) for name, _ in model.named_modules())
+    has_text_part = any(TEXT & set(name.split(".")) for name, _ in model.named_modules())
     routes = model.__dict__.get("lilora_routes")
     if routes is None:
         routes = model.lilora_routes = layers[0][1].routes if layers else Routes()
@@ -240,7 +242,7 @@ def attach(model: nn.Module) -> Routes:
                 "same order, to every layer"
             )
         layer.routes = routes
-        layer.vision = has_text_part and not in_language_model(name)
+        layer.vision = sees_images(name, has_text_part)
     if "forward" not in model.__dict__:
         model.forward = MethodType(_with_task_ids(type(model).forward), model)
         if hasattr(model, "generate"):
@@ -261,8 +263,10 @@ def detach(model: nn.Module) -> None:
             module._gradient_checkpointing_func = checkpoint.args[1]
 
 
-def in_language_model(path: str) -> bool:
-    return any(part in ("language_model", "text_model") for part in path.split("."))
+def sees_images(path: str, has_text_part: bool) -> bool:
+    """Whether a layer runs ahead of the language model, by the names that model families give to their parts."""
+    parts = set(path.split("."))
+    return not parts & (TEXT | {"lm_head"}) and (has_text_part or bool(parts & VISION))
 
 
 def _with_task_ids(forward: Callable) -> Callable:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scenes import CELL, GENERIC, GRID, INKS, SIZE, TASKS, Digit, Example, Pool, Rng, draw
+from scenes import CELL, CELLS, GENERIC, GRID, INKS, SIZE, TASKS, WORDS, Digit, Example, Pool, Rng, draw
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import trange
@@ -33,8 +33,9 @@ CHAT_TEMPLATE = (
 def make_processor(pool: Pool) -> LlavaProcessor:
     """A LLaVA processor whose vocabulary is every word that questions and answers use."""
     rng = np.random.default_rng(0)
-    examples = [make(pool, rng) for make in (*TASKS.values(), *GENERIC) for _ in range(300)]
-    text = "user assistant : " + " ".join(f"{question} {answer}" for _, question, answer in examples)
+    examples = [make(pool, rng) for make in (*TASKS.values(), *GENERIC) for _ in range(20)]
+    text = " ".join(f"{question} {answer}" for _, question, answer in examples)
+    text += f" user assistant : {' '.join([*WORDS, *INKS, *CELLS, *map(str, range(SIZE + 1))])}"
     words = sorted(set(re.findall(r"\w+|[^\w\s]", text.lower())))
     special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<unk>"))

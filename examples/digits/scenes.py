@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 
 CELL, GRID = 8, 4
 SIZE = CELL * GRID
+CELLS = [f"{row}{column}" for row in "abcd" for column in "1234"]
 INKS = {"red": (255, 64, 64), "green": (64, 255, 64), "blue": (96, 96, 255), "white": (255, 255, 255)}
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
@@ -34,7 +35,7 @@ class Digit:
 
     @property
     def cell(self) -> str:
-        return f"{'abcd'[self.row]}{self.column + 1}"
+        return CELLS[self.row * GRID + self.column]
 
     @property
     def box(self) -> str:
@@ -82,6 +83,16 @@ def _values(rng: Rng, n: int, distinct: bool = False) -> list[int]:
     return rng.choice(10, n, replace=not distinct).tolist()
 
 
+def _asked_ink(pool: Pool, rng: Rng) -> tuple[list[Digit], str, bool]:
+    """Three digits, an ink, and whether one of them has it: as often as not."""
+    ink, *others = rng.permutation(list(INKS)).tolist()
+    inks = rng.choice(others, 3).tolist()
+    there = bool(rng.integers(2))
+    if there:
+        inks[rng.integers(3)] = ink
+    return pool.scene(rng, _values(rng, 3), inks), ink, there
+
+
 Example = tuple[list[Digit], str, str]  # scene, question, answer
 
 
@@ -96,11 +107,8 @@ def count(pool: Pool, rng: Rng) -> Example:
 
 
 def verify(pool: Pool, rng: Rng) -> Example:
-    values = _values(rng, 4, distinct=True)
-    there = bool(rng.integers(2))
-    asked = values[0] if there else values.pop()
-    scene = pool.scene(rng, rng.permutation(values[:3]).tolist())
-    return scene, f"Is there a {WORDS[asked]} in the picture?", "yes" if there else "no"
+    scene, ink, there = _asked_ink(pool, rng)
+    return scene, f"Is there a {ink} number?", "yes" if there else "no"
 
 
 def compare(pool: Pool, rng: Rng) -> Example:
@@ -152,9 +160,9 @@ def look_up(pool: Pool, rng: Rng) -> Example:
 
 def find(pool: Pool, rng: Rng) -> Example:
     n = int(rng.integers(1, 5))
-    scene = pool.scene(rng, _values(rng, n, distinct=True), rng.choice(list(INKS), n, replace=False).tolist())
-    d = scene[rng.integers(n)]
-    return scene, f"find {d.value if rng.integers(2) else d.ink}", d.cell
+    scene = pool.scene(rng, _values(rng, n), rng.choice(list(INKS), n, replace=False).tolist())
+    target = scene[rng.integers(n)]
+    return scene, f"find {target.ink}", target.cell
 
 
 def spell(pool: Pool, rng: Rng) -> Example:
@@ -168,9 +176,8 @@ def order(pool: Pool, rng: Rng) -> Example:
 
 
 def test(pool: Pool, rng: Rng) -> Example:
-    values = _values(rng, int(rng.integers(2, 5)), distinct=True)
-    there = bool(rng.integers(2))
-    return pool.scene(rng, values[1:]), f"test {values[1 if there else 0]}", "true" if there else "false"
+    scene, ink, there = _asked_ink(pool, rng)
+    return scene, f"test {ink}", "true" if there else "false"
 
 
 def corners(pool: Pool, rng: Rng) -> Example:
@@ -184,8 +191,8 @@ GENERIC: dict[Callable[[Pool, Rng], Example], float] = {
     list_inks: 1,
     list_cells: 1,
     look_up: 1.5,
-    find: 2,
-    test: 2,
+    find: 1,
+    test: 1,
     order: 0.5,
     spell: 0.3,
     corners: 0.3,

@@ -5,12 +5,13 @@ import functools
 
 import pytest
 import torch
-from lilora_kernels import LiLoRALinear, attach, route
-from lilora_kernels.linear import set_task
-from lilora_kernels.routing import routes_of
 from tiny_llava import TASKS, batch, randomise, tiny_llava
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from lilora_kernels import LiLoRALinear, attach, route
+from lilora_kernels.linear import set_task
+from lilora_kernels.routing import routes_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
@@ -107,7 +108,7 @@ def test_without_checkpointing_it_raises_too():
     set_task(model, "count")
     value = loss(model, inputs, None)
     set_task(model, "where")
-    with pytest.raises(RuntimeError, match="set between a forward and its backward.*set_task"):
+    with pytest.raises(RuntimeError, match=r"set between a forward and its backward.*set_task"):
         (value + loss(model, inputs, None)).backward()
 
 
@@ -202,7 +203,7 @@ def test_by_hand_without_it_raises(reentrant):
     model, x = stack(), torch.randn(2, 3, 12, requires_grad=True)
     model.wrapper = functools.partial(checkpoint, use_reentrant=reentrant)
     value = model(x, task_ids=FIRST).square().mean()
-    with pytest.raises(RuntimeError, match="recomputed without the route of its forward.*context_fn=routes_of"):
+    with pytest.raises(RuntimeError, match=r"recomputed without the route of its forward.*context_fn=routes_of"):
         value.backward()
 
 
@@ -240,5 +241,5 @@ def test_by_hand_a_task_set_in_between_raises(reentrant, more):
     set_task(model, "where")
     if more:
         model(x)
-    with pytest.raises(RuntimeError, match="recomputed without the route|set between a forward and its backward"):
+    with pytest.raises(RuntimeError, match=r"recomputed without the route|set between a forward and its backward"):
         value.backward()

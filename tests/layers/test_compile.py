@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from lilora_kernels import LiLoRALinear, attach, route
-from lilora_kernels.linear import set_task
 from tiny_llava import TASKS, batch, randomise, tiny_llava
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+
+from lilora_kernels import LiLoRALinear, attach, route
+from lilora_kernels.linear import set_task
 
 
 @pytest.fixture(autouse=True)

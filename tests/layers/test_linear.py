@@ -3,14 +3,15 @@
 import copy
 import io
 
-import lilora_kernels
 import pytest
 import torch
 import torch.nn.functional as F
-from lilora_kernels import LiLoRALinear
-from lilora_kernels.ops.delta import reference
 from tiny_llava import randomise
 from torch import nn
+
+import lilora_kernels
+from lilora_kernels import LiLoRALinear
+from lilora_kernels.ops.delta import reference
 
 TASKS = ("cats", "dogs", "birds")
 K, N, R, S = 24, 20, 8, 4
@@ -317,7 +318,7 @@ def test_a_quantised_base_keeps_its_own_product():
     for name in TASKS:
         made.set_task(name)
         close(made(x), expected(made, x, name))
-    with pytest.raises(TypeError, match="merge needs a plain nn.Linear"):
+    with pytest.raises(TypeError, match="merge needs a plain"):
         made.merge("cats")
 
 

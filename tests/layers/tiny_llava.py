@@ -1,9 +1,10 @@
 """A LLaVA of a few thousand weights with LiLoRALinear layers put in by hand, and batches for it."""
 
 import torch
-from lilora_kernels import LiLoRALinear, attach
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from lilora_kernels import LiLoRALinear, attach
 
 IMAGE, PATCHES, VOCABULARY = 39, 4, 40
 TASKS = ("read", "count", "where")
@@ -49,7 +50,9 @@ def tiny_llava(dropout: float = 0.0, layers: int = 2, **options) -> LlavaForCond
     )
     model.requires_grad_(False)
     for path, linear in list(model.named_modules()):
-        if "language_model" in path and ".mlp." in path and isinstance(linear, nn.Linear) or "projector.linear" in path:
+        if (
+            "language_model" in path and ".mlp." in path and isinstance(linear, nn.Linear)
+        ) or "projector.linear" in path:
             parent, _, leaf = path.rpartition(".")
             layer = LiLoRALinear(linear, r=8, sub_rank=4, alpha=8, dropout=dropout, **options)
             setattr(model.get_submodule(parent), leaf, layer)

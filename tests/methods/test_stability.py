@@ -195,7 +195,7 @@ class Shapes(TorchDispatchMode):
 
 def test_no_update_is_formed():
     """Of size [out, r] there is B0's copy and its difference, never a product U V."""
-    (k, n), layers = SHAPES["tall"], make_layers(shapes={"tall": SHAPES["tall"]})
+    (_, n), layers = SHAPES["tall"], make_layers(shapes={"tall": SHAPES["tall"]})
     with Shapes() as shapes:
         loss = StabilityLoss(layers, "c", 1.0)
         loss()

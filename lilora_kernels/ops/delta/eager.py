@@ -7,6 +7,7 @@ from ..call import Call
 from ..philox import keep_mask, keep_scale, threshold
 
 Group = tuple[int, slice, Tensor | None]
+LONG_RUN = 32  # mean rows per run of equal ids from which a product per run is cheaper than permuting [M, N]
 
 
 def forward(x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -96,18 +97,21 @@ def row_groups(call: Call) -> tuple[Tensor | None, list[Group]]:
     tasks = 1 if call.u is None else call.u.shape[0]
     if call.task.device.type != "cpu":
         return None, [(t, slice(None), (call.task == t).unsqueeze(1)) for t in range(tasks)]
-    order = None
-    ids, counts = torch.unique_consecutive(call.task, return_counts=True)
-    if ids.unique().numel() != ids.numel():
+    order, groups = None, runs(call.task)
+    if len({t for t, _, _ in groups}) < len(groups):
         order = torch.argsort(call.task, stable=True)
-        ids, counts = torch.unique_consecutive(call.task[order], return_counts=True)
-    groups, start = [], 0
-    for t, count in zip(ids.tolist(), counts.tolist(), strict=True):
+        groups = runs(call.task[order])
+    for t, _, _ in groups:
         if not -1 <= t < tasks and call.u is not None:
             raise ValueError(f"task has the id {t}; ids must be in 0..{tasks - 1}, or -1 for rows without an adapter")
-        groups.append((t, slice(start, start + count), None))
-        start += count
     return order, groups
+
+
+def runs(task: Tensor) -> list[Group]:
+    """Stretches of rows with equal ids, in the order of the rows."""
+    ids, counts = torch.unique_consecutive(task, return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    return [(t, slice(end - n, end), None) for t, n, end in zip(ids.tolist(), counts.tolist(), ends, strict=True)]
 
 
 def mixing(call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -130,9 +134,8 @@ def compose(call: Call, t: int, f: Tensor | None) -> tuple[Tensor, Tensor | None
 
 def composing_pays(call: Call, rows: int, groups: list[Group]) -> bool:
     """Composing M_t costs N R S per task; keeping it factored costs about (N + R) S per row."""
-    return call.u is None or (
-        all(mask is None for _, _, mask in groups) and rows >= call.a.shape[0] * sum(t >= 0 for t, _, _ in groups)
-    )
+    tasks = {t for t, _, _ in groups if t >= 0}
+    return call.u is None or (all(mask is None for _, _, mask in groups) and rows >= call.a.shape[0] * len(tasks))
 
 
 def base_share(q: Tensor, call: Call, f: Tensor | None) -> Tensor:
@@ -154,6 +157,8 @@ def expand(q: Tensor, call: Call, bias: Tensor | None, y: Tensor) -> None:
             torch.addmm(bias.to(q.dtype), left, right, alpha=call.scaling, out=out[rows])
 
     order, groups = row_groups(call)
+    if order is not None and len(order) >= LONG_RUN * len(stretches := runs(call.task)):
+        order, groups = None, sorted(stretches, key=lambda group: group[0])
     if order is not None:
         call, q = sorted_rows(call, order), q[order]
     out = y if order is None else torch.empty_like(y)
@@ -161,11 +166,14 @@ def expand(q: Tensor, call: Call, bias: Tensor | None, y: Tensor) -> None:
     if call.u is None:
         product(slice(None), base_share(q, call, None), call.b0.to(q.dtype).T)
     elif composing_pays(call, q.shape[0], groups):
+        composed, m = None, None
         for t, rows, _ in groups:
             if t < 0:
                 out[rows] = 0 if bias is None else bias.to(q.dtype)
-            else:
-                product(rows, q[rows], compose(call, t, f)[0].to(q.dtype).T)
+                continue
+            if t != composed:
+                composed, m = t, compose(call, t, f)[0].to(q.dtype)
+            product(rows, q[rows], m.T)
     else:
         product(slice(None), base_share(q, call, f), call.b0.to(q.dtype).T)
         for t, rows, mask in groups:

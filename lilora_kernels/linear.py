@@ -162,7 +162,7 @@ class LiLoRALinear(nn.Module):
         """
         for name in names:
             self._require(name)
-        self.routes.switches += 1
+        self.routes.setting = names, train
         self.active = tuple(names)
         for task in self.lilora_U:
             for own in self._own(task):

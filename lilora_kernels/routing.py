@@ -94,8 +94,8 @@ class Routes:
     def __init__(self) -> None:
         self.tasks: list[str | None] = []
         self.current: Route | None = None
-        self.switches = 0  # calls of set_task; a recomputation must see the value its forward saw
-        self.seen = 0  # `switches` at the last forward without a route
+        self.setting: tuple = ()  # active tasks and whether they learn; a recomputation must see what its forward saw
+        self.seen: tuple = ()  # `setting` at the last forward without a route
         self.routed = False  # whether any forward that can be recomputed had a route
         self.restored = False  # whether a recomputation runs under the route of its forward
 
@@ -139,10 +139,10 @@ class Routes:
 
     def unchanged(self) -> Callable[[Tensor], None]:
         """A hook on an output: torch would drop the gradients of a task that stopped training before the backward."""
-        switches = self.switches
+        setting = self.setting
 
         def check(_: Tensor) -> None:
-            if switches != self.switches:
+            if setting != self.setting:
                 raise RuntimeError(SET_IN_BETWEEN)
 
         return check
@@ -159,8 +159,8 @@ class Routes:
         if torch.compiler.is_compiling() or self.restored:
             return
         if torch._C._current_graph_task_id() == -1:
-            self.seen = self.switches
-        elif self.routed or self.seen != self.switches:
+            self.seen = self.setting
+        elif self.routed or self.seen != self.setting:
             raise RuntimeError(
                 "a checkpointed layer is recomputed without the route of its forward; enable checkpointing through "
                 "model.gradient_checkpointing_enable(), or pass context_fn=routes_of(model).checkpoint_context"
@@ -171,11 +171,11 @@ class Recomputation(AbstractContextManager):
     """Remembers the route of the running forward; `with` it, a recomputation sees that route, as often as needed."""
 
     def __init__(self, routes: Routes) -> None:
-        self.routes, self.route, self.switches = routes, routes.current, routes.switches
+        self.routes, self.route, self.setting = routes, routes.current, routes.setting
 
     def __enter__(self) -> None:
         routes = self.routes
-        if self.switches != routes.switches:
+        if self.setting != routes.setting:
             raise RuntimeError(SET_IN_BETWEEN)
         self.before = routes.current, routes.restored
         routes.current, routes.restored = self.route, True

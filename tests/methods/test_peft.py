@@ -868,3 +868,22 @@ def test_llava_trains_on_mixed_batches_under_checkpointing():
     backward(**batch, task_ids=tasks)
     for name, gradient in expected.items():
         assert_close(dict(model.named_parameters())[name].grad, gradient)
+
+
+def test_a_reference_forward_without_adapters_may_come_between_forward_and_backward():
+    """As preference training does: the policy's forward, then the base model's under disable_adapter, then backward."""
+    model = adapted()
+    model.set_adapter("b")
+    x = ids()
+    gradients = []
+    for with_reference in (False, True):
+        model.zero_grad()
+        loss = model(input_ids=x).logits.square().mean()
+        if with_reference:
+            with torch.no_grad(), model.disable_adapter():
+                model(input_ids=x)
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() != set()
+    for name, grad in gradients[0].items():
+        assert torch.equal(gradients[1][name], grad)

@@ -176,6 +176,8 @@ def train_language(model: LlavaForConditionalGeneration, processor: LlavaProcess
 
 def build_base(folder: Path, pool: Pool, seed: int, steps: int) -> None:
     """Train the base model on digits of `pool` and save it with its processor to `folder`."""
+    # For so small a model a second thread gains little; one gives the same weights whatever the number of cores.
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
     processor = make_processor(pool)

@@ -2,7 +2,7 @@
 
     python examples/digits/build.py [--out runs/digits] [--seed 0]
 
-Needs no network: the images are scikit-learn's handwritten digits. About two minutes on two CPU cores; a second call
+Needs no network: the images are scikit-learn's handwritten digits. About two minutes on one CPU core; a second call
 with the same settings finds everything in place and does nothing.
 """
 
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="seed of data and base model")
-    parser.add_argument("--steps", type=int, default=1400, help="training steps of the base model")
+    parser.add_argument("--steps", type=int, default=900, help="training steps of the base model")
     args = parser.parse_args()
     sources = b"".join((HERE / name).read_bytes() for name in ("scenes.py", "base.py", "build.py"))
     settings = {"seed": args.seed, "sources": hashlib.sha256(sources).hexdigest()}

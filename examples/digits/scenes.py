@@ -83,16 +83,6 @@ def _values(rng: Rng, n: int, distinct: bool = False) -> list[int]:
     return rng.choice(10, n, replace=not distinct).tolist()
 
 
-def _asked_ink(pool: Pool, rng: Rng) -> tuple[list[Digit], str, bool]:
-    """Three digits, an ink, and whether one of them has it: as often as not."""
-    ink, *others = rng.permutation(list(INKS)).tolist()
-    inks = rng.choice(others, 3).tolist()
-    there = bool(rng.integers(2))
-    if there:
-        inks[rng.integers(3)] = ink
-    return pool.scene(rng, _values(rng, 3), inks), ink, there
-
-
 Example = tuple[list[Digit], str, str]  # scene, question, answer
 
 
@@ -106,9 +96,9 @@ def count(pool: Pool, rng: Rng) -> Example:
     return scene, "How many numbers are there?", WORDS[len(scene)]
 
 
-def verify(pool: Pool, rng: Rng) -> Example:
-    scene, ink, there = _asked_ink(pool, rng)
-    return scene, f"Is there a {ink} number?", "yes" if there else "no"
+def parity(pool: Pool, rng: Rng) -> Example:
+    scene = pool.scene(rng, _values(rng, 1))
+    return scene, "Is this number even?", "no" if scene[0].value % 2 else "yes"
 
 
 def compare(pool: Pool, rng: Rng) -> Example:
@@ -118,9 +108,8 @@ def compare(pool: Pool, rng: Rng) -> Example:
 
 
 def locate(pool: Pool, rng: Rng) -> Example:
-    scene = pool.scene(rng, _values(rng, 2), rng.choice(list(INKS), 2, replace=False).tolist())
-    target = scene[rng.integers(2)]
-    return scene, f"Give the box around the {target.ink} number.", target.box
+    scene = pool.scene(rng, _values(rng, 1))
+    return scene, "Give the box around the number.", scene[0].box
 
 
 def caption(pool: Pool, rng: Rng) -> Example:
@@ -129,7 +118,7 @@ def caption(pool: Pool, rng: Rng) -> Example:
 
 
 TASKS: dict[str, Callable[[Pool, Rng], Example]] = {
-    f.__name__: f for f in (name, count, verify, compare, locate, caption)
+    f.__name__: f for f in (name, count, parity, compare, locate, caption)
 }
 
 
@@ -158,13 +147,6 @@ def look_up(pool: Pool, rng: Rng) -> Example:
     return scene, f"read {d.cell}", f"{d.ink} {d.value}"
 
 
-def find(pool: Pool, rng: Rng) -> Example:
-    n = int(rng.integers(1, 5))
-    scene = pool.scene(rng, _values(rng, n), rng.choice(list(INKS), n, replace=False).tolist())
-    target = scene[rng.integers(n)]
-    return scene, f"find {target.ink}", target.cell
-
-
 def spell(pool: Pool, rng: Rng) -> Example:
     value = int(rng.integers(10))
     return ([], f"spell {value}", WORDS[value]) if rng.integers(2) else ([], f"numeral {WORDS[value]}", str(value))
@@ -173,11 +155,6 @@ def spell(pool: Pool, rng: Rng) -> Example:
 def order(pool: Pool, rng: Rng) -> Example:
     a, b = _values(rng, 2, distinct=True)
     return [], f"maximum {a} {b}", str(max(a, b))
-
-
-def test(pool: Pool, rng: Rng) -> Example:
-    scene, ink, there = _asked_ink(pool, rng)
-    return scene, f"test {ink}", "true" if there else "false"
 
 
 def corners(pool: Pool, rng: Rng) -> Example:
@@ -191,8 +168,6 @@ GENERIC: dict[Callable[[Pool, Rng], Example], float] = {
     list_inks: 1,
     list_cells: 1,
     look_up: 1.5,
-    find: 1,
-    test: 1,
     order: 0.5,
     spell: 0.3,
     corners: 0.3,

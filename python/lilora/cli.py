@@ -60,6 +60,7 @@ def train(
     dtype: Annotated[str, typer.Option(help="Of the base model: auto (as stored), fp32, bf16 or fp16.")] = "auto",
     eval_batch_size: Annotated[int, typer.Option(min=1)] = 64,
     save_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 200,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training batches.")] = 0,
     order: Order = None,
     data: Data = None,
     seed: int = 0,
@@ -104,7 +105,7 @@ def train(
         ),
         device,
     )
-    run.train(eval_batch_size, save_steps, quiet or as_json)
+    run.train(eval_batch_size, save_steps, workers, quiet or as_json)
     result = run.result()
     page = write_report(out, [result], f"{result.method} on {manifest.name}", environment())
     if as_json:

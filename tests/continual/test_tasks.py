@@ -88,10 +88,18 @@ def first(**change):
     return lambda m: m["tasks"][0].update(change)
 
 
+def misspelt(manifest):
+    task = manifest["tasks"][0]
+    task["scorrer"] = task.pop("scorer")
+
+
 @pytest.mark.parametrize(
     "edit, sentence",
     [
-        (first(scorrer="exact"), "key 'scorrer' of task number 1 is unknown; did you mean 'scorer'?"),
+        (
+            misspelt,
+            "key 'scorrer' of task number 1 is unknown; did you mean 'scorer'?",
+        ),
         (first(zzz=1), "key 'zzz' of task number 1 is unknown; known keys are name, train"),
         (lambda m: m.update(taskz=[]), "key 'taskz' is unknown; did you mean 'tasks'?"),
         (lambda m: m.pop("name"), "key 'name' is missing; add it."),

@@ -107,8 +107,8 @@ def _parse(path: Path) -> TaskManifest:
 
 
 def _first_problem(error: ValidationError) -> str:
-    """The first problem of a manifest as one sentence without its file."""
-    problem = error.errors(include_url=False)[0]
+    """The first problem of a manifest as one sentence without its file; a misspelt key before the key it should be."""
+    problem = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     location = problem["loc"]  # (), (key,), ("tasks", index) or ("tasks", index, key)
     place = f" of task number {location[1] + 1}" if len(location) > 1 else ""
     if len(location) in (0, 2):

@@ -122,11 +122,11 @@ class ContinualRun:
         learner.restore({task: existing.load_task(task) for task in existing.tasks})
         return cls(folder, manifest, learner, processor, existing)
 
-    def train(self, evaluation_batch: int = 64, save_steps: int = 200, quiet: bool = False) -> ScoreMatrix:
+    def train(self, evaluation_batch: int = 64, save_steps: int = 200, workers: int = 0, quiet: bool = False) -> ScoreMatrix:
         """Learn and evaluate what is left to do; returns the score matrix."""
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
-                self._learn(index, spec, save_steps, quiet)
+                self._learn(index, spec, save_steps, workers, quiet)
             with Progress(disable=quiet) as progress:
                 self._evaluate(index, evaluation_batch, progress)
         return self.matrix
@@ -140,14 +140,14 @@ class ContinualRun:
 
     # --- learning ---------------------------------------------------------------------------------------------------
 
-    def _learn(self, index: int, spec: TaskSpec, save_steps: int, quiet: bool) -> None:
+    def _learn(self, index: int, spec: TaskSpec, save_steps: int, workers: int, quiet: bool) -> None:
         started = time.monotonic()
         seed = 1000 * self.settings.seed + index  # of this task alone: a resumed run draws the same numbers
         set_seed(seed)
         self.method.add(spec.name)
         self.method.activate(spec.name, train=True)
         folder = self.folder / "checkpoints" / spec.name
-        trainer = TaskTrainer(self.method, self._arguments(folder, seed, save_steps, quiet), self.processor, spec)
+        trainer = TaskTrainer(self.method, self._arguments(folder, seed, save_steps, workers, quiet), self.processor, spec)
         trainer.train(resume_from_checkpoint=latest_checkpoint(folder))
         own, shared = self.method.tensors(spec.name)
         info = {"steps": trainer.state.global_step, "loss": trainer.state.log_history[-1].get("train_loss")}
@@ -155,7 +155,7 @@ class ContinualRun:
         self.bank.add_task(spec.name, own, shared, info=info)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _arguments(self, folder: Path, seed: int, save_steps: int, quiet: bool) -> TrainingArguments:
+    def _arguments(self, folder: Path, seed: int, save_steps: int, workers: int, quiet: bool) -> TrainingArguments:
         s = self.settings
         return TrainingArguments(
             output_dir=str(folder),
@@ -175,6 +175,7 @@ class ContinualRun:
             seed=seed,
             data_seed=seed,
             remove_unused_columns=False,
+            dataloader_num_workers=workers,
             report_to="none",
             disable_tqdm=quiet,
             use_cpu=self.method.model.device.type == "cpu",

@@ -105,14 +105,15 @@ def train(
         ),
         device,
     )
-    run.train(eval_batch_size, save_steps, workers, quiet or as_json)
+    bars = not (quiet or as_json)
+    run.train(eval_batch_size, save_steps, workers, bars, (lambda line: None) if as_json else console_line)
     result = run.result()
     page = write_report(out, [result], f"{result.method} on {manifest.name}", environment())
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
         print_tables([result], console)
-        console.print(f"report: {page}", soft_wrap=True)
+        console_line(f"report: {page}")
 
 
 @app.command("eval")
@@ -163,7 +164,7 @@ def report(
         print(json.dumps({"report": str(page), "runs": [run.to_dict() for run in runs]}))
     else:
         print_tables(runs, console)
-        console.print(f"report: {page}", soft_wrap=True)
+        console_line(f"report: {page}")
 
 
 @app.command()
@@ -269,6 +270,10 @@ def bank_ls(bank: BankPath, as_json: Json = False) -> None:
 
 
 # --- helpers ------------------------------------------------------------------------------------------------------------
+
+
+def console_line(text: str) -> None:
+    console.print(text, soft_wrap=True)
 
 
 def choice(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -22,7 +22,27 @@ TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} :"
 )
-WORDS = "which colour is it how many are there name one two three red green blue yes no : ?".split()
+WORDS = [
+    "which",
+    "colour",
+    "is",
+    "it",
+    "how",
+    "many",
+    "are",
+    "there",
+    "name",
+    "one",
+    "two",
+    "three",
+    "red",
+    "green",
+    "blue",
+    "yes",
+    "no",
+    ":",
+    "?",
+]
 TASKS = {
     "colour": ("which colour is it ?", ["red", "green", "blue"]),
     "count": ("how many are there ?", ["one", "two", "three"]),
@@ -114,7 +134,26 @@ def suite(tmp_path_factory):
 @pytest.fixture
 def train_options():
     """Options of `lilora train` that learn each task of the suite in a second."""
-    return (
-        "--r 8 --sub-rank 4 --alpha 16 --dropout 0.1 --lr 0.01 --max-steps 6 --batch-size 4 --gradient-accumulation 1 "
-        "--save-steps 2 --device cpu --quiet"
-    ).split()
+    return [
+        "--r",
+        "8",
+        "--sub-rank",
+        "4",
+        "--alpha",
+        "16",
+        "--dropout",
+        "0.1",
+        "--lr",
+        "0.01",
+        "--max-steps",
+        "6",
+        "--batch-size",
+        "4",
+        "--gradient-accumulation",
+        "1",
+        "--save-steps",
+        "2",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]

@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
 from lilora.continual.scorers import scorer
 from lilora.continual.tasks import Collator, InstructionDataset, load_manifest
-from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "digits"
 

@@ -5,12 +5,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
+from rich.console import Console
+
 from lilora.continual import report
 from lilora.continual.report import Run, print_tables, write_report
 from lilora.continual.scores import ScoreMatrix
 from lilora.errors import UserError
-from PIL import Image
-from rich.console import Console
 
 TASKS = ["name", "caption", "count"]
 

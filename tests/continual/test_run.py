@@ -8,10 +8,11 @@ import signal
 import sys
 import time
 
-import lilora.cli as cli
 import pytest
 import torch
 import yaml
+
+import lilora.cli as cli
 from lilora.continual.train import latest_checkpoint
 from lilora.io.bank import Bank
 
@@ -45,10 +46,29 @@ def lilora(monkeypatch, capsys):
 def finished(suite, tmp_path_factory):
     """A finished run of lilora-frozen, for commands that only read."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    arguments = (
-        "--r 8 --sub-rank 4 --alpha 16 --dropout 0.1 --lr 0.01 --max-steps 6 --batch-size 4 --gradient-accumulation 1 "
-        "--save-steps 2 --device cpu --quiet"
-    ).split()
+    arguments = [
+        "--r",
+        "8",
+        "--sub-rank",
+        "4",
+        "--alpha",
+        "16",
+        "--dropout",
+        "0.1",
+        "--lr",
+        "0.01",
+        "--max-steps",
+        "6",
+        "--batch-size",
+        "4",
+        "--gradient-accumulation",
+        "1",
+        "--save-steps",
+        "2",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
     cli.app(["train", str(suite / "tasks.yaml"), "--out", str(folder), *arguments], standalone_mode=False)
     return folder
 

@@ -1,4 +1,5 @@
 import pytest
+
 from lilora.continual.scorers import SCORERS, scorer
 from lilora.errors import UserError
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
+
 from lilora.continual.tasks import Collator, InstructionDataset, Sample, load_manifest
 from lilora.errors import UserError
-from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -12,11 +12,12 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from safetensors.torch import load_file, save
+from torch import nn
+
 from lilora.errors import UserError
 from lilora.io.atomic import write_atomically
 from lilora.io.bank import Bank, BaseModelId
-from safetensors.torch import load_file, save
-from torch import nn
 
 BASE = BaseModelId(id="tiny", fingerprint="0123456789abcdef")
 MODULES = ("layers.0.up_proj", "layers.1.up_proj")

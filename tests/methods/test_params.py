@@ -7,11 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 import transformers
+from rich.console import Console
+from torch import nn
+
 from lilora.errors import UserError
 from lilora.models import target_modules
 from lilora.params import account, count, mib
-from rich.console import Console
-from torch import nn
 
 TEXT = {
     "hidden_size": 8,

@@ -7,14 +7,15 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
-from lilora import LiLoRAConfig
-from lilora.errors import UserError
-from lilora.model import adapted_layers, shared_fingerprint
-from lilora.models import target_modules
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
+
+from lilora import LiLoRAConfig
+from lilora.errors import UserError
+from lilora.model import adapted_layers, shared_fingerprint
+from lilora.models import target_modules
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Adapter name:UserWarning"),

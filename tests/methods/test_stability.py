@@ -1,10 +1,10 @@
 import pytest
 import torch
-from lilora.errors import UserError
-from lilora.methods.stability import StabilityLoss
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lilora.errors import UserError
+from lilora.methods.stability import StabilityLoss
 from lilora_kernels import LiLoRALinear
 
 SHAPES = {"wide": (9, 31), "tall": (14, 23), "square": (12, 12)}  # name -> in, out

@@ -56,7 +56,10 @@ def make(
     dtype=torch.float64,
     seed=0,
 ) -> Inputs:
-    """O(1) outputs, random in every element. mix: one (no task ids), same, distinct, sorted, random; all but one with -1 rows."""
+    """O(1) outputs, random in every element.
+
+    mix: one (no task ids), same, distinct, runs (of 40 rows), sorted, random; all but one and same have -1 rows.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -68,6 +71,7 @@ def make(
         "one": lambda: None,
         "same": lambda: torch.full((rows,), tasks - 1),
         "distinct": lambda: torch.arange(rows) % (tasks + 1) - 1,
+        "runs": lambda: torch.arange(rows) // 40 % (tasks + 1) - 1,
         "sorted": lambda: torch.randint(-1, tasks, (rows,), generator=g).sort().values,
         "random": lambda: torch.randint(-1, tasks, (rows,), generator=g),
     }[mix]()

@@ -1,4 +1,5 @@
 import torch
+
 from lilora_kernels.ops.philox import keep_mask, keep_scale, philox
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,32 +122,51 @@ class ContinualRun:
         learner.restore({task: existing.load_task(task) for task in existing.tasks})
         return cls(folder, manifest, learner, processor, existing)
 
-    def train(self, evaluation_batch: int = 64, save_steps: int = 200, workers: int = 0, quiet: bool = False) -> ScoreMatrix:
-        """Learn and evaluate what is left to do; returns the score matrix."""
+    def train(
+        self,
+        evaluation_batch: int = 64,
+        save_steps: int = 200,
+        workers: int = 0,
+        bars: bool = True,
+        say: Callable[[str], None] = print,
+    ) -> ScoreMatrix:
+        """Learn and evaluate what is left to do; returns the score matrix. `say` gets a line after each task."""
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
-                self._learn(index, spec, save_steps, workers, quiet)
-            with Progress(disable=quiet) as progress:
-                self._evaluate(index, evaluation_batch, progress)
+                self._learn(index, spec, save_steps, workers, bars)
+            with Progress(disable=not bars) as progress:
+                if self._evaluate(index, evaluation_batch, progress):
+                    seen = [task.name for task in self.manifest.tasks[: index + 1]]
+                    mean = sum(self.matrix.get(spec.name, task) for task in seen) / len(seen)
+                    say(
+                        f"{self.label}: task {index + 1} of {len(self.manifest.tasks)}, {spec.name}, learned in "
+                        f"{self.state['seconds'][spec.name]:.0f} s: {self.matrix.get(spec.name, spec.name):.1f} points; "
+                        f"mean over the tasks so far {mean:.1f}"
+                    )
         return self.matrix
+
+    @property
+    def label(self) -> str:
+        return method_label(self.method.name, self.method.settings)
 
     def result(self) -> Run:
         """The run as the report wants it."""
-        label = method_label(self.method.name, self.method.settings)
         extra = {"settings": self.method.settings, "train": asdict(self.settings)}
         seconds = sum(self.state["seconds"].values())
-        return Run(label, self.settings.seed, self.matrix, self.method.parameters_per_task(), seconds, extra)
+        return Run(self.label, self.settings.seed, self.matrix, self.method.parameters_per_task(), seconds, extra)
 
     # --- learning ---------------------------------------------------------------------------------------------------
 
-    def _learn(self, index: int, spec: TaskSpec, save_steps: int, workers: int, quiet: bool) -> None:
+    def _learn(self, index: int, spec: TaskSpec, save_steps: int, workers: int, bars: bool) -> None:
         started = time.monotonic()
         seed = 1000 * self.settings.seed + index  # of this task alone: a resumed run draws the same numbers
         set_seed(seed)
         self.method.add(spec.name)
         self.method.activate(spec.name, train=True)
         folder = self.folder / "checkpoints" / spec.name
-        trainer = TaskTrainer(self.method, self._arguments(folder, seed, save_steps, workers, quiet), self.processor, spec)
+        trainer = TaskTrainer(
+            self.method, self._arguments(folder, seed, save_steps, workers, bars), self.processor, spec
+        )
         trainer.train(resume_from_checkpoint=latest_checkpoint(folder))
         own, shared = self.method.tensors(spec.name)
         info = {"steps": trainer.state.global_step, "loss": trainer.state.log_history[-1].get("train_loss")}
@@ -155,7 +174,7 @@ class ContinualRun:
         self.bank.add_task(spec.name, own, shared, info=info)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _arguments(self, folder: Path, seed: int, save_steps: int, workers: int, quiet: bool) -> TrainingArguments:
+    def _arguments(self, folder: Path, seed: int, save_steps: int, workers: int, bars: bool) -> TrainingArguments:
         s = self.settings
         return TrainingArguments(
             output_dir=str(folder),
@@ -177,19 +196,19 @@ class ContinualRun:
             remove_unused_columns=False,
             dataloader_num_workers=workers,
             report_to="none",
-            disable_tqdm=quiet,
+            disable_tqdm=not bars,
             use_cpu=self.method.model.device.type == "cpu",
         )
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, index: int, batch_size: int, progress: Progress) -> None:
-        """Fill the row of the stage after task `index`: run a task again only if its function has changed."""
+    def _evaluate(self, index: int, batch_size: int, progress: Progress) -> bool:
+        """Fill the row of the stage after task `index`, if it is not; run a task again only if its function has changed."""
         seen = self.manifest.tasks[: index + 1]
         after = seen[-1].name
         missing = {task for stage, task in self.matrix.missing() if stage == after}
         if not missing:
-            return
+            return False
         if self.bank.tasks[-1] != after:
             raise UserError(
                 f"{self.folder}: the scores after task {after!r} are missing, but later tasks are learned already; "
@@ -211,6 +230,7 @@ class ContinualRun:
             write_atomically(self.folder / "predictions" / f"{after}-{result.task}.jsonl", (lines + "\n").encode())
         self.state["functions"][after] = functions
         self.bank.set_scores({"matrix": self.matrix.to_dict(), **self.state})
+        return True
 
     def _unchanged_since(self, task: str, function: str) -> str | None:
         """The stage whose model computed the very same function for the task, if its score is known."""

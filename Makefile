@@ -1,7 +1,8 @@
 PY ?= python3
 BIN := .venv/bin
 DIGITS := runs/digits
-DIGITS_OPTIONS := --r 32 --sub-rank 15 --alpha 64 --dropout 0.05 --lr 5e-3 --max-steps 200 --batch-size 32 --gradient-accumulation 1
+STEPS := 400
+DIGITS_OPTIONS = --r 64 --sub-rank 26 --alpha 128 --lr 3e-3 --max-steps $(STEPS) --batch-size 16 --gradient-accumulation 1
 TRAIN_DIGITS = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/tasks.yaml $(DIGITS_OPTIONS) --quiet
 PRESETS := frozen paper released
 RUNS := $(foreach preset,$(PRESETS),lilora-$(preset)) lora dirlora
@@ -31,7 +32,7 @@ install: .venv/ready
 
 demo: install
 	$(BIN)/python examples/digits/build.py --out $(DIGITS)
-	$(MAKE) --no-print-directory -j3 $(addprefix run-,$(DEMO))
+	$(MAKE) --no-print-directory -j3 STEPS=200 $(addprefix run-,$(DEMO))
 	$(BIN)/lilora report $(addprefix $(DIGITS)/,$(DEMO)) --out $(DIGITS) --title "Six tasks on handwritten digits"
 
 experiment: install

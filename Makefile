@@ -5,6 +5,7 @@ STEPS := 400
 DIGITS_OPTIONS = --r 64 --sub-rank 26 --alpha 128 --lr 3e-3 --max-steps $(STEPS) --batch-size 16 --gradient-accumulation 1
 TRAIN_DIGITS = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/tasks.yaml $(DIGITS_OPTIONS) --quiet
 PRESETS := frozen paper released
+OUT = $(DIGITS)/$(STEPS)-steps
 RUNS := $(foreach preset,$(PRESETS),lilora-$(preset)) lora dirlora
 DEMO := lilora-frozen-0 lora-0 dirlora-0
 EXPERIMENT := $(foreach seed,0 1 2,$(foreach run,$(RUNS),$(run)-$(seed)))
@@ -33,20 +34,20 @@ install: .venv/ready
 demo: install
 	$(BIN)/python examples/digits/build.py --out $(DIGITS)
 	$(MAKE) --no-print-directory -j3 STEPS=200 $(addprefix run-,$(DEMO))
-	$(BIN)/lilora report $(addprefix $(DIGITS)/,$(DEMO)) --out $(DIGITS) --title "Six tasks on handwritten digits"
+	$(BIN)/lilora report $(addprefix $(DIGITS)/200-steps/,$(DEMO)) --out $(DIGITS) --title "Six tasks on handwritten digits"
 
 experiment: install
 	$(BIN)/python examples/digits/build.py --out $(DIGITS)
 	$(MAKE) --no-print-directory -j2 $(addprefix run-,$(EXPERIMENT))
-	$(BIN)/lilora report $(addprefix $(DIGITS)/,$(EXPERIMENT)) --out bench/results/digits --title "Six tasks on handwritten digits, three seeds"
+	$(BIN)/lilora report $(addprefix $(OUT)/,$(EXPERIMENT)) --out bench/results/digits --title "Six tasks on handwritten digits, three seeds"
 
 # One run of the digits suite: run-<method>[-<preset>]-<seed>. One thread each: small models gain little from a second.
 run-lilora-%:
-	$(TRAIN_DIGITS) --out $(DIGITS)/lilora-$* --preset $(word 1,$(subst -, ,$*)) --seed $(word 2,$(subst -, ,$*))
+	$(TRAIN_DIGITS) --out $(OUT)/lilora-$* --preset $(word 1,$(subst -, ,$*)) --seed $(word 2,$(subst -, ,$*))
 run-lora-%:
-	$(TRAIN_DIGITS) --out $(DIGITS)/lora-$* --method lora --seed $*
+	$(TRAIN_DIGITS) --out $(OUT)/lora-$* --method lora --seed $*
 run-dirlora-%:
-	$(TRAIN_DIGITS) --out $(DIGITS)/dirlora-$* --method dirlora --seed $*
+	$(TRAIN_DIGITS) --out $(OUT)/dirlora-$* --method dirlora --seed $*
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile

@@ -1,7 +1,7 @@
 PY ?= python3
 BIN := .venv/bin
 DIGITS := runs/digits
-STEPS := 400
+STEPS := 300
 DIGITS_OPTIONS = --r 64 --sub-rank 26 --alpha 128 --lr 3e-3 --max-steps $(STEPS) --batch-size 16 --gradient-accumulation 1
 TRAIN_DIGITS = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/tasks.yaml $(DIGITS_OPTIONS) --quiet
 PRESETS := frozen paper released
@@ -15,7 +15,7 @@ EXPERIMENT := $(foreach seed,0 1 2,$(foreach run,$(RUNS),$(run)-$(seed)))
 help:
 	@echo "make demo        learn six tasks with three methods on real images, about 8 minutes on 2 cores"
 	@echo "make test        all tests"
-	@echo "make lint        ruff, formatting and type of line ends"
+	@echo "make lint        ruff: rules and formatting"
 	@echo "make bench       throughput comparisons on this machine, results under bench/results/"
 	@echo "make experiment  the demo with five methods and three seeds, about 45 minutes on 2 cores"
 	@echo "make readme      README's tables from the committed results"

@@ -39,7 +39,8 @@ class LiLoRALinear(nn.Module):
     train_a and train_b0 say when the shared factors learn: "always", in the "first" task only, or "never".
 
     Parameters are created by `add_task`, in the dtype and on the device of the base weight. A and B0 lie in
-    ParameterDicts under every task's name, one Parameter object each.
+    ParameterDicts under every task's name, one Parameter object each. Mixed inference reads a stacked copy of U, V and
+    fusion, gathered again when they change; a write through `.data` is no change that torch shows: call `bind()` after it.
     """
 
     def __init__(
@@ -260,7 +261,7 @@ class LiLoRALinear(nn.Module):
             y = self.base_layer(x, *args, **kwargs)
             d = functional.delta(x if x.is_floating_point() else x.to(a.dtype), a, b0, u, v, fusion, **adapter)
             y = y + d.to(y.dtype)
-        if not torch.compiler.is_compiling() and self._learns():
+        if not torch.compiler.is_compiling() and y.requires_grad and self._learns():
             y.register_hook(self.routes.unchanged())
         return y
 
@@ -313,7 +314,7 @@ class LiLoRALinear(nn.Module):
         """Gather all tasks into the stacked bank that mixed inference reads, unless it is current."""
         if not self.lilora_U:
             return
-        source = tuple((id(own), own.data_ptr(), own._version) for name in self.tasks for own in self._own(name))
+        source = tuple((id(own), own.data_ptr(), _version(own)) for name in self.tasks for own in self._own(name))
         if self._bank is None or self._bank[0] != source:
             # Tensors made in inference mode could not be saved for a later backward.
             with torch.inference_mode(False), torch.no_grad():
@@ -326,7 +327,7 @@ class LiLoRALinear(nn.Module):
             return f"the base is a {type(base).__name__}"
         if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
             return "the base is being trained"
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
             return "the base has hooks"
         return None
 
@@ -372,6 +373,11 @@ class LiLoRALinear(nn.Module):
             f"r={self.rank}, sub_rank={self.sub_rank}, alpha={self.alpha}, dropout={self.dropout}, "
             f"train_a={self.train_a!r}, train_b0={self.train_b0!r}, tasks={self.tasks}, active={list(self.active)}"
         )
+
+
+def _version(parameter: Tensor) -> object:
+    # Tensors made in inference mode count no versions: a bank gathered from them is never current.
+    return object() if parameter.is_inference() else parameter._version
 
 
 def _retie(layer: LiLoRALinear, _) -> None:

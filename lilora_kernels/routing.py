@@ -16,6 +16,7 @@ SET_IN_BETWEEN = (
 )
 TEXT = {"language_model", "text_model"}
 VISION = {"vision_tower", "multi_modal_projector", "mm_projector"}
+METHODS = ("forward", "generate", "gradient_checkpointing_enable")  # what attach() puts its own in front of
 TaskIds = Tensor | Sequence[int] | Sequence[str]
 
 
@@ -243,8 +244,10 @@ def attach(model: nn.Module) -> Routes:
             )
         layer.routes = routes
         layer.vision = sees_images(name, has_text_part)
-    if "forward" not in model.__dict__:
-        model.forward = MethodType(_with_task_ids(type(model).forward), model)
+    if "lilora_replaced" not in model.__dict__:
+        # accelerate's hooks (device_map over several devices) put a forward of their own on the instance
+        model.lilora_replaced = {name: model.__dict__[name] for name in METHODS if name in model.__dict__}
+        model.forward = MethodType(_with_task_ids(model), model)
         if hasattr(model, "generate"):
             model.generate = MethodType(_generate, model)
         if hasattr(model, "gradient_checkpointing_enable"):
@@ -255,8 +258,10 @@ def attach(model: nn.Module) -> Routes:
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`, after the adapted layers were taken out."""
-    for name in ("lilora_layers", "lilora_routes", "forward", "generate", "gradient_checkpointing_enable"):
+    replaced = model.__dict__.get("lilora_replaced", {})
+    for name in ("lilora_layers", "lilora_routes", "lilora_replaced", *METHODS):
         model.__dict__.pop(name, None)
+    model.__dict__.update(replaced)
     for module in model.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if getattr(checkpoint, "func", None) is _checkpoint_with_route:
@@ -269,20 +274,26 @@ def sees_images(path: str, has_text_part: bool) -> bool:
     return not parts & (TEXT | {"lm_head"}) and (has_text_part or bool(parts & VISION))
 
 
-def _with_task_ids(forward: Callable) -> Callable:
+def _with_task_ids(model: nn.Module) -> Callable:
+    forward = _replaced_forward if "forward" in model.lilora_replaced else type(model).forward
+
     def routed_forward(self, *args, task_ids=None, **kwargs):
         if task_ids is None:
             return forward(self, *args, **kwargs)
         with self.lilora_routes.use(route_of_batch(self, task_ids, args, kwargs)):
             return forward(self, *args, **kwargs)
 
-    signature = inspect.signature(forward)
+    signature = inspect.signature(type(model).forward)
     parameters = list(signature.parameters.values())
     at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
     parameters.insert(at, inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None))
     routed_forward.__signature__ = signature.replace(parameters=parameters)
-    routed_forward.__doc__ = forward.__doc__
+    routed_forward.__doc__ = type(model).forward.__doc__
     return routed_forward
+
+
+def _replaced_forward(self, *args, **kwargs):
+    return self.lilora_replaced["forward"](*args, **kwargs)
 
 
 def route_of_batch(model: nn.Module, task_ids: TaskIds, args: tuple, kwargs: dict) -> Route:

@@ -49,13 +49,17 @@ def train(
     dropout: Annotated[float, typer.Option(min=0.0, max=0.99, help="Dropout on the adapter's input.")] = 0.05,
     projector: Projector = True,
     attention: Attention = False,
-    learning_rate: Annotated[float, typer.Option("--lr", help="Peak learning rate of the cosine schedule.")] = 2e-5,
-    weight_decay: float = 0.01,
-    epochs: Annotated[float, typer.Option(help="Passes over each task's training samples.")] = 1.0,
-    max_steps: Annotated[int, typer.Option(help="Optimizer steps per task; -1: as many as epochs need.")] = -1,
+    learning_rate: Annotated[
+        float, typer.Option("--lr", min=0.0, help="Peak learning rate of the cosine schedule.")
+    ] = 2e-5,
+    weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.01,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over each task's training samples.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(min=-1, help="Optimizer steps per task; -1: as many as epochs need.")] = -1,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 2,
-    warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.03,
+    warmup: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of the steps in which the learning rate rises.")
+    ] = 0.03,
     gradient_checkpointing: bool = False,
     dtype: Annotated[str, typer.Option(help="Of the base model: auto (as stored), fp32, bf16 or fp16.")] = "auto",
     eval_batch_size: Annotated[int, typer.Option(min=1)] = 64,
@@ -63,7 +67,7 @@ def train(
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training batches.")] = 0,
     order: Order = None,
     data: Data = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0, max=4_000_000)] = 0,
     device: Device = "auto",
     quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
     as_json: Json = False,

@@ -43,7 +43,7 @@ class LiLoRAConfig(PeftConfig):
     train_a: str = field(default="first", metadata={"help": "When A learns: 'always', 'first' task only, 'never'."})
     train_b0: str = field(default="first", metadata={"help": "When B0 learns: 'always', 'first' task only, 'never'."})
     stability: float = field(
-        default=0.0, metadata={"help": "Weight of the cosine-regularised basis stability loss; 0 turns it off."}
+        default=0.0, metadata={"help": "Weight of the basis stability loss, which `lilora train` adds; 0 turns it off."}
     )
     on_shared_mismatch: str = field(
         default="error",
@@ -59,6 +59,10 @@ class LiLoRAConfig(PeftConfig):
         if name not in PRESETS:
             raise UserError(f"preset is {name!r}; it must be one of {list(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        self.shared_fingerprint = None  # true of the files: A and B0 may go on learning, and the config be used again
 
     def __post_init__(self):
         super().__post_init__()

@@ -130,9 +130,9 @@ def _check_names(path: Path, manifest: TaskManifest) -> None:
 
     seen = set()
     for task in manifest.tasks:
-        if task.name in seen:
-            raise UserError(f"{path}: two tasks are called {task.name!r}; give each its own name.")
-        seen.add(task.name)
+        if task.name.casefold() in seen:
+            raise UserError(f"{path}: two tasks are called {task.name!r} (case is ignored); give each its own name.")
+        seen.add(task.name.casefold())
         try:
             check_task_name(task.name)
             scorer(task.scorer)

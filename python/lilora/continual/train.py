@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from transformers import (
@@ -53,13 +53,14 @@ class TrainSettings:
 
 def load_base(model: str, dtype: str, device: str) -> tuple[torch.nn.Module, Any]:
     """Base model and processor from a folder or a hub id; UserError in one sentence when that fails."""
+    place = pick_device(device)
     try:
         base = AutoModelForImageTextToText.from_pretrained(model, dtype=DTYPES[dtype])
         processor = AutoProcessor.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model {model}: cannot be loaded ({reason}); give a model folder or a hub id") from error
-    return base.to(pick_device(device)).requires_grad_(False), processor
+    return base.to(place).requires_grad_(False), processor
 
 
 def pick_device(device: str) -> torch.device:
@@ -69,8 +70,14 @@ def pick_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"--device {device} is unknown; use auto, cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} is not supported; use auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this torch sees no CUDA device; use --device cpu or a CUDA build of torch")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0 on"
+        )
     return chosen
 
 
@@ -89,6 +96,8 @@ class ContinualRun:
         if bank.scores:
             self.state = {key: bank.scores[key] for key in ("functions", "seconds")}
             self._take_cells(ScoreMatrix.from_dict(bank.scores["matrix"]))
+        for task in bank.describe()["tasks"]:  # learned by a run that ended before its scores were written
+            self.state["seconds"].setdefault(task["name"], task["info"].get("seconds", 0.0))
 
     @classmethod
     def open(
@@ -169,14 +178,15 @@ class ContinualRun:
         )
         trainer.train(resume_from_checkpoint=latest_checkpoint(folder))
         own, shared = self.method.tensors(spec.name)
-        info = {"steps": trainer.state.global_step, "loss": trainer.state.log_history[-1].get("train_loss")}
-        self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
+        seconds = self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
+        loss = trainer.state.log_history[-1].get("train_loss")
+        info = {"steps": trainer.state.global_step, "loss": loss, "seconds": seconds}
         self.bank.add_task(spec.name, own, shared, info=info)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _arguments(self, folder: Path, seed: int, save_steps: int, workers: int, bars: bool) -> TrainingArguments:
         s = self.settings
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=s.batch_size,
             gradient_accumulation_steps=s.gradient_accumulation,
@@ -199,6 +209,8 @@ class ContinualRun:
             disable_tqdm=not bars,
             use_cpu=self.method.model.device.type == "cpu",
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # routes live in one process on one device: no nn.DataParallel
+        return arguments
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -288,7 +300,7 @@ class TaskTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         term = self.method.regulariser()
         if term is not None:
-            loss = loss + term / self.args.gradient_accumulation_steps
+            loss = loss + term / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -319,6 +331,8 @@ def latest_checkpoint(folder: Path) -> str | None:
 
 def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> Bank | None:
     """The bank of the run in `folder` if it was started with the same config; None if the folder is new."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; give a new or empty folder")
     if not folder.exists() or not any(folder.iterdir()):
         return None
     if not (folder / "bank" / "bank.json").exists() and not (

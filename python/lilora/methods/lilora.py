@@ -5,7 +5,10 @@ from typing import Any
 from peft import get_peft_model
 from torch import Tensor, nn
 
+from lilora_kernels.backends import choose
+
 from ..config import LiLoRAConfig
+from ..errors import UserError
 from ..model import adapted_layers
 from .base import Method, Tensors
 from .stability import StabilityLoss
@@ -19,6 +22,11 @@ class LiLoRA(Method):
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
+        like = next(base.parameters())
+        try:
+            choose("linear", like.new_empty(1, 1))
+        except (RuntimeError, ValueError) as error:  # a backend was ordered that cannot run: say so before training
+            raise UserError(str(error)) from error
         self._stability: StabilityLoss | None = None
 
     def add(self, task: str) -> None:

@@ -10,9 +10,10 @@ RUNS := $(foreach preset,$(PRESETS),lilora-$(preset)) lora dirlora
 DEMO := lilora-frozen-0 lora-0 dirlora-0
 EXPERIMENT := $(foreach seed,0 1 2,$(foreach run,$(RUNS),$(run)-$(seed)))
 
-.PHONY: help install demo experiment test lint bench readme wheel clean
+.PHONY: help venv demo experiment test lint bench readme wheel clean
 
 help:
+	@echo "make venv        .venv with the pinned packages and this one installed"
 	@echo "make demo        learn six tasks with three methods on real images, about 8 minutes on 2 cores"
 	@echo "make test        all tests"
 	@echo "make lint        ruff: rules and formatting"
@@ -27,16 +28,16 @@ help:
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation ".[triton,hf,test,bench]"
 	touch $@
 
-install: .venv/ready
+venv: .venv/ready
 	rm -rf build
 	$(BIN)/pip install -q --no-deps --no-build-isolation --force-reinstall .
 
-demo: install
+demo: venv
 	$(BIN)/python examples/digits/build.py --out $(DIGITS)
 	$(MAKE) --no-print-directory -j3 STEPS=200 $(addprefix run-,$(DEMO))
 	$(BIN)/lilora report $(addprefix $(DIGITS)/200-steps/,$(DEMO)) --out $(DIGITS) --title "Six tasks on handwritten digits"
 
-experiment: install
+experiment: venv
 	$(BIN)/python examples/digits/build.py --out $(DIGITS)
 	$(MAKE) --no-print-directory -j2 $(addprefix run-,$(EXPERIMENT))
 	$(BIN)/lilora report $(addprefix $(OUT)/,$(EXPERIMENT)) --out bench/results/digits --title "Six tasks on handwritten digits, three seeds"
@@ -49,14 +50,14 @@ run-lora-%:
 run-dirlora-%:
 	$(TRAIN_DIGITS) --out $(OUT)/dirlora-$* --method dirlora --seed $*
 
-test: install
+test: venv
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: install
+bench: venv
 	LILORA_BENCH_OUT=bench/results/cpu $(BIN)/pytest bench/
 
 readme: .venv/ready

@@ -42,6 +42,6 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     seed = seed.reshape(())
     zero = torch.zeros((), dtype=torch.int64, device=device)
     words = philox((row & _LOW32, row >> 32, block, zero), (seed & _LOW32, seed >> 32 & _LOW32))
-    words = torch.stack(torch.broadcast_tensors(*words), dim=-1)  # [rows, blocks, 4]
-    draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [rows, blocks, 4, 2]: low half first
-    return (draws >= threshold(p)).reshape(rows, -1)[:, :columns]
+    # Low half first; compared at once, so that no 64-bit tensor of the input's size is ever made.
+    keep = [half >= threshold(p) for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(torch.broadcast_tensors(*keep), dim=-1).reshape(rows, -1)[:, :columns]

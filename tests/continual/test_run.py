@@ -218,6 +218,23 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_scores(method, suit
         assert resumed.shared_fingerprint(task) == whole.shared_fingerprint(task)
 
 
+def test_stopped_in_an_evaluation_the_same_command_goes_on(suite, tmp_path, lilora, train_options, monkeypatch):
+    command = ["train", suite / "tasks.yaml", "--out", tmp_path / "run", *train_options]
+
+    def stop(*_):
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lilora.continual.train.evaluate", stop)
+        assert lilora(*command)[0] == 9
+    assert Bank.open(tmp_path / "run" / "bank").tasks == ["colour"]
+    code, _, err = lilora(*command)
+    assert code == 0, err
+    scores = Bank.open(tmp_path / "run" / "bank").scores
+    assert scores["seconds"].keys() == {"colour", "count", "name"}
+    assert scores["seconds"]["colour"] > 0
+
+
 def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path):
     for step in (2, 4, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -245,6 +262,7 @@ BAD_TRAIN = {
     "no cuda here": (["--device", "cuda"], "--device cuda"),
     "unknown task in order": (["--order", "colour,shape"], "'shape' is unknown"),
     "repeated task in order": (["--order", "colour,colour"], "order"),
+    "wrong alpha": (["--alpha", "-1"], "alpha is -1.0; it must be a positive number"),
     "missing base": (["--model", "./no-such-folder"], "./no-such-folder"),
     "missing data": (["--data", "/no/such/data"], "--data"),
 }
@@ -259,6 +277,24 @@ def test_bad_options_of_train(name, suite, tmp_path, lilora, train_options):
     assert code == 2
     assert words.split(";")[0] in one_sentence(err)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_backend_that_cannot_run_is_refused_before_anything_is_written(
+    suite, tmp_path, lilora, train_options, monkeypatch
+):
+    monkeypatch.setenv("LILORA_BACKEND", "cuda")
+    code, _, err = lilora("train", suite / "tasks.yaml", "--out", tmp_path / "run", *train_options)
+    assert code == 2
+    assert "the backend 'cuda' cannot run on cpu" in one_sentence(err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_as_run_folder_is_refused_and_untouched(suite, tmp_path, lilora, train_options):
+    (tmp_path / "file").write_text("mine")
+    code, _, err = lilora("train", suite / "tasks.yaml", "--out", tmp_path / "file", *train_options)
+    assert code == 2
+    assert "is a file" in one_sentence(err)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_folder_with_another_run_or_other_files_is_refused_and_untouched(

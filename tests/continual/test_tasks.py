@@ -111,6 +111,7 @@ def misspelt(manifest):
         (first(max_new_tokens=0), "key 'max_new_tokens' of task number 1 is wrong: input should be greater than 0"),
         (first(answer_format="("), "'answer_format' of task number 1 is wrong: '(' is not a regular expression"),
         (first(name="text"), "two tasks are called 'text'"),
+        (first(name="TEXT"), "two tasks are called 'text' (case is ignored)"),
         (first(name="a.b"), "task name 'a.b' is not allowed"),
         (first(name="keys"), "task name 'keys' is reserved"),
         (first(scorer="bleu"), "task 'seen': scorer 'bleu' is unknown; choose one of exact"),

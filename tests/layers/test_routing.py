@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from tiny_llava import PATCHES, TASKS, batch, randomise, sample, tiny_llava
 from torch import nn
 
 from lilora_kernels import LiLoRALinear, Route, attach, route
 from lilora_kernels.linear import set_task
-from lilora_kernels.routing import layers_of, routes_of, sees_images
+from lilora_kernels.routing import detach, layers_of, routes_of, sees_images
 
 BATCHES = {
     "one image each": [1, 1, 1, 1],
@@ -273,6 +274,17 @@ def test_a_copy_of_an_attached_model_routes_on_its_own(model):
     close(logits(model, inputs, task_ids=names), wanted)
     with route(model, ["count"]):
         assert routes_of(twin).current is None
+
+
+def test_a_forward_that_accelerate_put_on_the_instance_is_routed_too():
+    hooked, inputs, names = tiny_llava(), batch([2, 0]), ["count", "where"]
+    wanted = logits(hooked, inputs, task_ids=names)
+    detach(hooked)
+    before = dispatch_model(hooked, {"": "cpu"}, main_device="cpu", force_hooks=True).forward
+    attach(hooked)
+    close(logits(hooked, inputs, task_ids=names), wanted)
+    detach(hooked)
+    assert hooked.forward is before
 
 
 @pytest.mark.parametrize(

@@ -322,6 +322,14 @@ def test_a_folder_holds_one_task_and_the_shared_factors(saved):
     assert names == {f"{layer}.lilora_{key}" for layer in layers for key in ("A", "B", "U", "V", "fusion")}
 
 
+def test_a_config_serves_again_after_its_task_was_saved_and_learned_on(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    randomise(model)
+    model.add_adapter("c", copy.deepcopy(model.peft_config["b"]))
+    assert_tied(model, "abc")
+
+
 def test_tied_after_casts_and_moves():
     model = get_peft_model(llama().bfloat16(), settings(), adapter_name="a")
     model.add_adapter("b", settings())

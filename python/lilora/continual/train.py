@@ -124,10 +124,10 @@ class ContinualRun:
         existing = check_folder(folder, config, [task.name for task in manifest.tasks])
         base, processor = load_base(model, train.dtype, device)
         identity = BaseModelId.of(base, model)
+        learner = make_method(method, base, method_settings)
         if existing is None:
             existing = Bank.create(folder / "bank", config=config, base_model=identity)
         existing.check_base_model(identity)
-        learner = make_method(method, base, method_settings)
         learner.restore({task: existing.load_task(task) for task in existing.tasks})
         return cls(folder, manifest, learner, processor, existing)
 

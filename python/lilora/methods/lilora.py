@@ -22,10 +22,10 @@ class LiLoRA(Method):
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
-        like = next(base.parameters())
+        LiLoRAConfig(**settings)  # wrong settings, and a backend ordered that cannot run, are known before training
         try:
-            choose("linear", like.new_empty(1, 1))
-        except (RuntimeError, ValueError) as error:  # a backend was ordered that cannot run: say so before training
+            choose("linear", next(base.parameters()).new_empty(1, 1))
+        except (RuntimeError, ValueError) as error:
             raise UserError(str(error)) from error
         self._stability: StabilityLoss | None = None
 

@@ -2,7 +2,7 @@
 
 from .backends import backend, explain
 from .functional import delta, draw_seed, linear
-from .linear import LiLoRALinear, check_task_name
+from .linear import LiLoRALinear, check_task_name, set_task
 from .routing import Route, attach, route
 from .version import __version__
 
@@ -18,4 +18,5 @@ __all__ = [
     "explain",
     "linear",
     "route",
+    "set_task",
 ]

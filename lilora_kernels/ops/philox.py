@@ -10,8 +10,8 @@ ROUNDS = 7
 
 
 def threshold(p: float) -> int:
-    """Draws below this 16-bit value are dropped: p rounded to a multiple of 2^-16."""
-    return round(p * 65536)
+    """Draws below this 16-bit value are dropped: p < 1 rounded to a multiple of 2^-16, itself below 1."""
+    return min(round(p * 65536), 65535)
 
 
 def keep_scale(p: float) -> float:

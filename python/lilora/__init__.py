@@ -4,10 +4,13 @@ Importing it teaches PEFT the method, so that `get_peft_model`, `PeftModel.from_
 `AutoModel.from_pretrained` understand a LiLoRA config.
 """
 
-from peft.utils import register_peft_method
-
-from lilora_kernels import LiLoRALinear, Route, attach, explain, route
+from lilora_kernels import LiLoRALinear, Route, attach, explain, route, set_task
 from lilora_kernels.version import __version__
+
+try:
+    from peft.utils import register_peft_method
+except ModuleNotFoundError as missing:
+    raise ImportError(f"lilora needs {missing.name}; pip install 'lilora-kernels[hf]'") from None
 
 from .config import PRESETS, LiLoRAConfig
 from .model import LiLoRAModel
@@ -24,4 +27,5 @@ __all__ = [
     "attach",
     "explain",
     "route",
+    "set_task",
 ]

@@ -33,7 +33,12 @@ Attention = Annotated[bool, typer.Option(help="Adapt the attention's linear laye
 @app.command()
 def train(
     tasks: Annotated[Path, typer.Argument(help="The task manifest, for example examples/digits/tasks.yaml.")],
-    out: Annotated[Path, typer.Option(help="Run folder; the same command on it goes on where it was interrupted.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder; the same command goes on where it was interrupted. Default: runs/<manifest>-<method>-<seed>."
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Base model: a folder or a hub id; default: the manifest's.")
     ] = None,
@@ -86,6 +91,8 @@ def train(
         raise UserError(f"{tasks} names no base model; pass --model with a folder or a hub id")
     pattern = target_pattern(model, projector, attention)
     settings = method_settings(method, preset, pattern, r, sub_rank, alpha, dropout)
+    label = f"lilora-{preset}" if method == "lilora" else method
+    out = out or Path("runs") / f"{manifest.name}-{label}-{seed}"
 
     from .continual.train import ContinualRun, TrainSettings
 

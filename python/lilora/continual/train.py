@@ -122,7 +122,10 @@ class ContinualRun:
             "model": model,
         }
         existing = check_folder(folder, config, [task.name for task in manifest.tasks])
+        if pick_device(device).index:
+            raise UserError(f"--device {device}: training takes the first device; choose with CUDA_VISIBLE_DEVICES")
         base, processor = load_base(model, train.dtype, device)
+        Collator(processor, {}, train=True)  # refuses a processor that cannot make prompts, before anything is written
         identity = BaseModelId.of(base, model)
         learner = make_method(method, base, method_settings)
         if existing is None:
@@ -143,6 +146,7 @@ class ContinualRun:
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
                 self._learn(index, spec, save_steps, workers, bars)
+            shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
             with Progress(disable=not bars) as progress:
                 if self._evaluate(index, evaluation_batch, progress):
                     seen = [task.name for task in self.manifest.tasks[: index + 1]]
@@ -178,11 +182,14 @@ class ContinualRun:
         )
         trainer.train(resume_from_checkpoint=latest_checkpoint(folder))
         own, shared = self.method.tensors(spec.name)
+        if not all(torch.isfinite(tensor).all() for tensor in (*own.values(), *shared.values())):
+            raise UserError(
+                f"task {spec.name!r} diverged: its parameters are not finite; start again with a lower --lr"
+            )
         seconds = self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
         loss = trainer.state.log_history[-1].get("train_loss")
         info = {"steps": trainer.state.global_step, "loss": loss, "seconds": seconds}
         self.bank.add_task(spec.name, own, shared, info=info)
-        shutil.rmtree(folder, ignore_errors=True)
 
     def _arguments(self, folder: Path, seed: int, save_steps: int, workers: int, bars: bool) -> TrainingArguments:
         s = self.settings
@@ -226,7 +233,7 @@ class ContinualRun:
                 f"{self.folder}: the scores after task {after!r} are missing, but later tasks are learned already; "
                 "the model of that stage is gone: start a new run"
             )
-        functions = {spec.name: self.method.fingerprint(spec.name) for spec in seen}
+        functions = self.method.fingerprints([spec.name for spec in seen])
         to_run = []
         for spec in seen:
             if spec.name not in missing:

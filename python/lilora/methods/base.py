@@ -56,11 +56,20 @@ class Method(ABC):
                 for name, value in values.items():
                     own[name].copy_(value)
 
-    def fingerprint(self, task: str) -> str:
-        """16 hex digits that tell the task's function: equal digits, equal outputs for the same batch."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
-        for tensors in self.tensors(task):
-            for name, tensor in sorted(tensors.items()):
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+    def fingerprints(self, tasks: list[str]) -> dict[str, str]:
+        """16 hex digits per task that tell its function: equal digits, equal outputs for the same batch."""
+        known: dict[tuple[int, ...], str] = {}  # tasks that share tensors have them hashed once
+
+        def digest(tensors: Tensors) -> str:
+            key = tuple(tensor.data_ptr() for tensor in tensors.values())
+            if key not in known:
+                whole = hashlib.sha256()
+                for name, tensor in sorted(tensors.items()):
+                    whole.update(name.encode())
+                    whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                known[key] = whole.hexdigest()
+            return known[key]
+
+        settings = json.dumps(self.settings, sort_keys=True)
+        parts = {task: (settings, *map(digest, self.tensors(task))) for task in tasks}
+        return {task: hashlib.sha256("".join(part).encode()).hexdigest()[:16] for task, part in parts.items()}

@@ -41,7 +41,10 @@ class DirLoRA(Method):
 
 
 class SequentialLoRA(DirLoRA):
-    """One LoRA that goes on learning task after task: what forgetting looks like. No task adds parameters."""
+    """One LoRA that goes on learning task after task: what forgetting looks like.
+
+    No task adds parameters to the model; the bank keeps the LoRA as it was after each.
+    """
 
     name = "lora"
 

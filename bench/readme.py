@@ -16,16 +16,15 @@ def digits() -> str:
     per_lora = next(run["params_per_task"] for run in runs if run["method"] == "dirlora")
     names = ("New", "AP", "Forgetting")
     lines = [
-        f"| method | {' | '.join(names)} | parameters per task | training, s |",
-        "|---|" + "--:|" * (len(names) + 2),
+        f"| method | {' | '.join(names)} | parameters per task |",
+        "|---|" + "--:|" * (len(names) + 1),
     ]
     for method, metrics in content["methods"].items():
         own = [run for run in runs if run["method"] == method]
         cells = [f"{metrics[n]['mean']:.1f} ± {metrics[n]['deviation']:.1f}" for n in names]
         params = own[0]["params_per_task"]
-        seconds = sum(run["seconds"] for run in own) / len(own)
         share = f"{params:,} ({100 * params / per_lora:.0f} %)" if params else "none"
-        lines.append(f"| {method} | {' | '.join(cells)} | {share} | {seconds:.0f} |")
+        lines.append(f"| {method} | {' | '.join(cells)} | {share} |")
     seeds = len({run["seed"] for run in runs})
     tasks = ", ".join(content["tasks"])
     lines += [

@@ -332,7 +332,7 @@ class LiLoRALinear(nn.Module):
         return None
 
     def example(self) -> Tensor:
-        """An input [1, K] as the base expects it, on the meta device's terms: no data is read."""
+        """An uninitialised input [1, K] of the dtype and on the device that the base expects: for `explain`."""
         weight = getattr(self.base_layer, "weight", None)
         dtype = weight.dtype if weight is not None and weight.is_floating_point() else torch.get_default_dtype()
         return torch.empty(1, self.in_features, dtype=dtype, device=None if weight is None else weight.device)

@@ -1,6 +1,7 @@
 """A suite that trains in seconds: a tiny LLaVA with random weights in a standard folder, and three tasks on noise."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -131,29 +132,10 @@ def suite(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train_options():
     """Options of `lilora train` that learn each task of the suite in a second."""
-    return [
-        "--r",
-        "8",
-        "--sub-rank",
-        "4",
-        "--alpha",
-        "16",
-        "--dropout",
-        "0.1",
-        "--lr",
-        "0.01",
-        "--max-steps",
-        "6",
-        "--batch-size",
-        "4",
-        "--gradient-accumulation",
-        "1",
-        "--save-steps",
-        "2",
-        "--device",
-        "cpu",
-        "--quiet",
-    ]
+    return shlex.split(
+        "--r 8 --sub-rank 4 --alpha 16 --dropout 0.1 --lr 0.01 --max-steps 6 --batch-size 4 --gradient-accumulation 1 "
+        "--save-steps 2 --device cpu --quiet"
+    )

@@ -43,33 +43,10 @@ def lilora(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def finished(suite, tmp_path_factory):
+def finished(suite, tmp_path_factory, train_options):
     """A finished run of lilora-frozen, for commands that only read."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    arguments = [
-        "--r",
-        "8",
-        "--sub-rank",
-        "4",
-        "--alpha",
-        "16",
-        "--dropout",
-        "0.1",
-        "--lr",
-        "0.01",
-        "--max-steps",
-        "6",
-        "--batch-size",
-        "4",
-        "--gradient-accumulation",
-        "1",
-        "--save-steps",
-        "2",
-        "--device",
-        "cpu",
-        "--quiet",
-    ]
-    cli.app(["train", str(suite / "tasks.yaml"), "--out", str(folder), *arguments], standalone_mode=False)
+    cli.app(["train", str(suite / "tasks.yaml"), "--out", str(folder), *train_options], standalone_mode=False)
     return folder
 
 

@@ -1,5 +1,6 @@
 """Which implementation runs an operation: the table, the choice, and why a backend is not used."""
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,17 +10,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .ops.call import Call
+
 ORDER = ("cuda", "triton", "eager")
 _forced: ContextVar[str | None] = ContextVar("lilora_backend", default=None)
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend of one operation. `refusal(x)` says in a few words why it cannot run on x, or None if it can."""
+    """One backend of one operation.
+
+    `refusal(x, rank, sub_rank)` says in a few words why it cannot run on x with factors of these ranks, or None.
+    """
 
     forward: Callable
     backward: Callable
-    refusal: Callable[[Tensor], str | None]
+    refusal: Callable[[Tensor, int, int], str | None]
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -28,6 +34,15 @@ _table: dict[str, dict[str, Implementation]] = {}
 def register(op: str, backend: str, implementation: Implementation) -> None:
     """Enter an implementation of `lilora::<op>` into the table."""
     _table.setdefault(op, {})[backend] = implementation
+
+
+def lazy(module: str, refusal: Callable[[Tensor, int, int], str | None]) -> Implementation:
+    """An implementation whose module (with its functions forward and backward) is imported by the first call."""
+
+    def late(function: str) -> Callable:
+        return lambda *args: getattr(importlib.import_module(module), function)(*args)
+
+    return Implementation(late("forward"), late("backward"), refusal)
 
 
 def requested() -> str | None:
@@ -50,23 +65,24 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def refusals(op: str, x: Tensor) -> dict[str, str | None]:
+def refusals(op: str, x: Tensor, rank: int, sub_rank: int) -> dict[str, str | None]:
     """For each backend in order of preference, why it cannot run `op` on x; None if it can."""
     table = _table[op]
     return {
-        name: table[name].refusal(x) if name in table else "not part of this version of lilora-kernels"
+        name: table[name].refusal(x, rank, sub_rank) if name in table else "not part of this version of lilora-kernels"
         for name in ORDER
     }
 
 
-def choose(op: str, x: Tensor) -> Implementation:
+def choose(op: str, x: Tensor, call: Call) -> Implementation:
     """The first backend that can run `op` on x, or the one that was ordered."""
     wanted = requested()
     table = _table[op]
+    ranks = call.a.shape[0], 0 if call.u is None else call.u.shape[2]
     for name in ORDER if wanted is None else (wanted,):
-        if name in table and table[name].refusal(x) is None:
+        if name in table and table[name].refusal(x, *ranks) is None:
             return table[name]
-    reasons = refusals(op, x)
+    reasons = refusals(op, x, *ranks)
     usable = [name for name, reason in reasons.items() if reason is None]
     raise RuntimeError(f"{op}: the backend {wanted!r} cannot run on {x.device}: {reasons[wanted]}; available: {usable}")
 
@@ -84,7 +100,7 @@ def explain(model: torch.nn.Module) -> str:
             continue
         reason = layer.unfused_reason()
         op = "linear" if reason is None else "delta"
-        reasons = refusals(op, layer.example())
+        reasons = refusals(op, layer.example(), layer.rank, layer.sub_rank)
         wanted = requested()
         chosen = next((b for b, why in reasons.items() if why is None and wanted in (None, b)), None)
         plan = "base and adapter in one operation" if reason is None else f"base_layer(x) + delta, because {reason}"

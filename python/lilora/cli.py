@@ -242,7 +242,7 @@ def info(as_json: Json = False) -> None:
     for op in ("delta", "linear"):
         facts["backends"][op] = {
             name: "available" if why is None else why
-            for name, why in refusals(op, torch.empty(1, 1, device=device)).items()
+            for name, why in refusals(op, torch.empty(1, 1, device=device), 128, 64).items()
         }
     if as_json:
         print(json.dumps(facts))

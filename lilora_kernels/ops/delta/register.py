@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from ... import backends
+from .. import triton_runtime
 from ..call import DIFFERENTIABLE, Call
 from ..checks import check_delta
 from . import eager
 
-backends.register("delta", "eager", backends.Implementation(eager.forward, eager.backward, lambda x: None))
+backends.register("delta", "eager", backends.Implementation(eager.forward, eager.backward, lambda *_: None))
+backends.register("delta", "triton", backends.lazy("lilora_kernels.ops.delta.triton_backend", triton_runtime.refusal))
 
 
 @torch.library.custom_op("lilora::delta", mutates_args=())
@@ -32,7 +34,7 @@ def delta(
     """(y [M, N], h [M, R]) in x's dtype; h = D(x) A^T is saved for backward and not differentiable."""
     check_delta("lilora::delta", x, a, b0, u, v, fusion, task, gate, gate_row, seed, p, ranks)
     call = Call(a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
-    return backends.choose("delta", x).forward(x, call)
+    return backends.choose("delta", x, call).forward(x, call)
 
 
 @delta.register_fake
@@ -63,7 +65,7 @@ def delta_backward(
     """The gradients asked for by `needs` (order: call.DIFFERENTIABLE); x is read for da, h for all but dx and da."""
     call = Call(a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
     names = wanted(needs)
-    grads = backends.choose("delta", dy).backward(dy, x, h, call, frozenset(names))
+    grads = backends.choose("delta", dy, call).backward(dy, x, h, call, frozenset(names))
     return [grads[name] for name in names]
 
 

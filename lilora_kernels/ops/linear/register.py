@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from ... import backends
+from .. import triton_runtime
 from ..call import DIFFERENTIABLE, Call
 from ..checks import check_delta, check_linear
 from ..delta.register import empty_gradients, save, wanted
 from . import eager
 
-backends.register("linear", "eager", backends.Implementation(eager.forward, eager.backward, lambda x: None))
+backends.register("linear", "eager", backends.Implementation(eager.forward, eager.backward, lambda *_: None))
+backends.register("linear", "triton", backends.lazy("lilora_kernels.ops.linear.triton_backend", triton_runtime.refusal))
 
 
 @torch.library.custom_op("lilora::linear", mutates_args=())
@@ -36,7 +38,7 @@ def linear(
     check_delta("lilora::linear", x, a, b0, u, v, fusion, task, gate, gate_row, seed, p, ranks)
     check_linear("lilora::linear", x, weight, bias, b0)
     call = Call(a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
-    return backends.choose("linear", x).forward(x, weight, bias, call)
+    return backends.choose("linear", x, call).forward(x, weight, bias, call)
 
 
 @linear.register_fake
@@ -69,7 +71,7 @@ def linear_backward(
     """As `delta_backward`, with dx through weight added; weight is read for dx only."""
     call = Call(a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
     names = wanted(needs)
-    grads = backends.choose("linear", dy).backward(dy, x, weight, h, call, frozenset(names))
+    grads = backends.choose("linear", dy, call).backward(dy, x, weight, h, call, frozenset(names))
     return [grads[name] for name in names]
 
 

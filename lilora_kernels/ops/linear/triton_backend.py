@@ -1,0 +1,26 @@
+"""Expand first, base GEMM on top: the kernels write the adapter's part, cuBLAS adds the base's to it (beta = 1)."""
+
+from torch import Tensor
+
+from .. import triton_runtime as runtime
+from ..call import Call
+from ..delta import triton_backend as delta
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    y, h = delta.run_forward(x, bias, call, one_launch(x))
+    return y.addmm_(x, weight.to(x.dtype).T), h
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    grads = delta.run_backward(dy, x, h, call, needs, one_launch(dy))
+    if "x" in needs:
+        grads["x"].addmm_(dy, weight.to(dy.dtype))
+    return grads
+
+
+def one_launch(rows: Tensor) -> bool:
+    """Few rows leave a processor nothing to do but to wait for launches."""
+    return rows.shape[0] <= runtime.ONE_LAUNCH_ROWS

@@ -1,0 +1,98 @@
+"""Registers, spills and shared memory of the Triton kernels, compiled ahead of time: no GPU needed.
+
+python -m lilora_kernels.resources          the table of lilora_kernels/ops/RESOURCES.md
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .ops import triton_runtime as runtime
+from .ops.delta import triton_kernels as kernels
+
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one block may have
+INTEGERS = {"M", "K", "N", "T", "G", "x_stride", "drop_below", "low_rank", "high_rank"}
+FLOATS = {"scaling", "keep_scale"}
+IDS = {"task", "gate_row", "present", "state"}
+WIDE = {"planes", "da_planes", "db0_planes", "du_planes", "dv_planes", "dq_h", "dfusion_rows"}
+PARAMETERS = {"a", "b0", "u", "v", "fusion", "gate", "bias", "da", "db0", "du", "dv", "dfusion", "dgate"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one compiled kernel takes: registers per thread, bytes of spills per thread, bytes of shared memory."""
+
+    registers: int
+    spills: int
+    shared: int
+    sass: str
+
+    @property
+    def tensor_cores(self) -> bool:
+        return bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA)", self.sass))
+
+
+def compile_kernel(
+    name: str,
+    arch: int,
+    config: dict[str, int],
+    first: int,
+    last: int,
+    dtype: torch.dtype = torch.bfloat16,
+    masters: torch.dtype | None = None,
+    rank: int = 128,
+    sub_rank: int = 64,
+    absent: frozenset[str] = frozenset({"gate", "gate_row", "bias", "dgate", "dq_h"}),
+) -> Compiled:
+    """Compile `delta_<name>` for sm_<arch> with 16-byte aligned tensors and sizes divisible by 16, as models have them."""
+    kernel = getattr(kernels, f"delta_{name}")
+    config = runtime.fitted(config, dtype, runtime.padded(rank))
+    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+    constants = {
+        "R": rank, "S": sub_rank, "BLOCK_R": runtime.padded(rank), "BLOCK_S": runtime.padded(sub_rank),
+        "FIRST": first, "LAST": last, **config,
+    }  # fmt: skip
+    split = constants.get("SPLIT_K", constants.get("SPLIT_N"))
+    absent = absent | ({"planes"} if split == 1 else set()) | ({"state"} if first == last else set())
+    constants |= dict.fromkeys(absent & set(kernel.arg_names))
+    signature, attributes = {}, {}
+    for at, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument in INTEGERS:
+            signature[argument] = "i32"
+        elif argument in FLOATS:
+            signature[argument] = "fp32"
+        else:
+            element = (
+                "i32" if argument in IDS else "i64" if argument == "seed" else "fp32" if argument in WIDE else None
+            )
+            signature[argument] = "*" + (element or TYPES[(masters or dtype) if argument in PARAMETERS else dtype])
+        if argument in ("K", "N", "x_stride") or signature[argument].startswith("*"):
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    if first < last:
+        options["launch_cooperative_grid"] = True
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return measure(compiled)
+
+
+def measure(compiled) -> Compiled:
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
+        usage = run(str(tools / "cuobjdump"), "-res-usage", file.name)
+        sass = run(str(tools / "nvdisasm"), "-c", file.name)
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    return Compiled(registers, stack, compiled.metadata.shared, sass)

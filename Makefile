@@ -1,7 +1,7 @@
 PY ?= python3
 BIN := .venv/bin
 DIGITS := runs/digits
-STEPS := 300
+STEPS := 400
 DIGITS_OPTIONS = --r 64 --sub-rank 26 --alpha 128 --lr 3e-3 --max-steps $(STEPS) --batch-size 16 --gradient-accumulation 1
 TRAIN_DIGITS = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/tasks.yaml $(DIGITS_OPTIONS) --quiet
 PRESETS := frozen paper released
@@ -18,7 +18,7 @@ help:
 	@echo "make test        all tests"
 	@echo "make lint        ruff: rules and formatting"
 	@echo "make bench       throughput comparisons on this machine, results under bench/results/"
-	@echo "make experiment  five methods, three seeds, 300 steps a task: about 40 minutes on 2 cores"
+	@echo "make experiment  five methods, three seeds, 400 steps a task: about 50 minutes on 2 cores"
 	@echo "make readme      README's tables from the committed results"
 	@echo "make wheel       the distribution, under dist/"
 

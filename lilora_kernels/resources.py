@@ -3,7 +3,6 @@
 python -m lilora_kernels.resources          the table of lilora_kernels/ops/RESOURCES.md
 """
 
-import json
 import re
 import subprocess
 import tempfile

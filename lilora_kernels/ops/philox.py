@@ -44,4 +44,4 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     words = philox((row & _LOW32, row >> 32, block, zero), (seed & _LOW32, seed >> 32 & _LOW32))
     # Low half first; compared at once, so that no 64-bit tensor of the input's size is ever made.
     keep = [half >= threshold(p) for word in words for half in (word & 0xFFFF, word >> 16)]
-    return torch.stack(torch.broadcast_tensors(*keep), dim=-1).reshape(rows, -1)[:, :columns]
+    return torch.stack(torch.broadcast_tensors(*keep), dim=-1).flatten(1)[:, :columns]

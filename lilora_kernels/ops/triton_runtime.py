@@ -98,11 +98,11 @@ def barrier_state(device: torch.device) -> Tensor:
 
     A captured graph gets its own: it may be replayed on any stream.
     """
-    if device.type != "cuda":
-        return torch.zeros(2, dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _states:
-        _states[key] = torch.zeros(2, dtype=torch.int32, device=device)
-    return _states[key]
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(2, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    if (device, stream) not in _states:
+        _states[device, stream] = torch.zeros(2, dtype=torch.int32, device=device)
+    return _states[device, stream]

@@ -1,10 +1,18 @@
 """Random inputs for the operations, an independent oracle, and the project's one tolerance (law 6 of the operations)."""
 
+import itertools
+import random
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lilora_kernels import functional
+from lilora_kernels.ops.delta import reference
+from lilora_kernels.ops.philox import keep_mask, keep_scale
+
+SCALING = 0.7
 NAMES = ("x", "a", "b0", "u", "v", "fusion", "gate")
 
 
@@ -133,3 +141,80 @@ class Errors:
             assert rms <= (1.1 + slack) * base + 1e-6, f"{name}: rms {rms:.2e} of full scale, eager has {base:.2e}"
             worst, base = ours.max().item(), eager.max().item()
             assert worst <= (2 + slack) * base + 1e-6, f"{name}: max {worst:.2e} of full scale, eager has {base:.2e}"
+
+
+def adapter(i):
+    return i.x, i.a, i.b0, i.u, i.v, i.fusion
+
+
+def options(i, **more):
+    return {"task": i.task, "gate": i.gate, "gate_row": i.gate_row, "scaling": SCALING, **more}
+
+
+def base(i, dtype=None, bias=True):
+    g = torch.Generator().manual_seed(1)
+    n, k = i.b0.shape[0], i.x.shape[1]
+    weight = torch.randn(n, k, generator=g, dtype=torch.float64) / k**0.5
+    b = torch.randn(n, generator=g, dtype=torch.float64) if bias else None
+    dtype = dtype or i.x.dtype
+    return weight.to(dtype), None if b is None else b.to(dtype)
+
+
+def gradients(y, i, names, dy):
+    names = [n for n in names if getattr(i, n) is not None]
+    if not names:
+        return {}
+    return dict(zip(names, torch.autograd.grad(y, [getattr(i, n) for n in names], dy), strict=True))
+
+
+def pairwise(axes: dict, seed: int = 0) -> list[dict]:
+    """A small set of combinations in which every pair of values of two axes occurs."""
+    rng = random.Random(seed)
+    names = list(axes)
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in axes[a] for y in axes[b]}
+    rows = []
+    while missing:
+        best = max(
+            ({n: rng.choice(axes[n]) for n in names} for _ in range(60)),
+            key=lambda row: sum(pair in missing for pair in itertools.combinations(row.items(), 2)),
+        )
+        covered = set(itertools.combinations(best.items(), 2)) & missing
+        if covered:
+            rows.append(best)
+            missing -= covered
+        else:
+            (a, x), (b, y) = next(iter(missing))
+            row = {n: rng.choice(axes[n]) for n in names} | {a: x, b: y}
+            rows.append(row)
+            missing -= set(itertools.combinations(row.items(), 2))
+    return rows
+
+
+def case_id(c):
+    return "-".join(str(v).removeprefix("torch.") for v in c.values())
+
+
+def add_errors(errors, i, op, names=NAMES, p=0.0, seed=None):
+    """One forward and backward of ours, of the eager formula in the same dtype, and of the oracle in fp64.
+
+    With dropout the mask is that of the Philox stream.
+    """
+    wide, plain, ours = i.to(torch.float64).leaves(), i.leaves(names), i.leaves(names)
+    weight, bias = base(i)
+    mask = (keep_mask(seed, *i.x.shape, p), keep_scale(p)) if p else ()
+    truth = oracle(wide, SCALING, *mask)
+    formula = reference.delta(*adapter(plain), plain.task, plain.gate, plain.gate_row, *mask, scaling=SCALING)
+    more = options(ours, p=p, seed=seed)
+    if op == "linear":
+        truth = truth + F.linear(wide.x, weight.double(), bias.double())
+        formula = formula + F.linear(plain.x, weight, bias)
+        got = functional.linear(ours.x, weight, bias, *adapter(ours)[1:], **more)
+    else:
+        got = functional.delta(*adapter(ours), **more)
+    errors.add("y", got, formula, truth)
+    dy = torch.randn(truth.shape).to(i.x.dtype)
+    names = [name for name in i.differentiable() if name in names]
+    want, eager_grads = gradients(truth, wide, names, dy.double()), gradients(formula, plain, names, dy)
+    for name, grad in gradients(got, ours, names, dy).items():
+        assert grad.dtype == getattr(ours, name).dtype
+        errors.add(f"d{name}", grad, eager_grads[name], want[name])

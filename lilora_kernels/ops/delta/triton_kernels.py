@@ -90,9 +90,9 @@ def kept(seed, row, m, first, drop_below, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def tile(base, i, j, I, J, TYPE: tl.constexpr):
-    """base[i, j] of a row-major [I, J] parameter, zero outside, in TYPE; i a column vector and j a row, or the reverse."""
-    return tl.load(base + i * J + j, mask=(i < I) & (j < J), other=0.0).to(TYPE)
+def tile(base, i, j, height, width, TYPE: tl.constexpr):
+    """base[i, j] of a row-major [height, width] parameter in TYPE, zero outside. i is a column and j a row, or the reverse."""
+    return tl.load(base + i * width + j, mask=(i < height) & (j < width), other=0.0).to(TYPE)
 
 
 @triton.jit
@@ -199,7 +199,7 @@ def expand(
         mine = ids == t
         exists = (t >= 0) & (t < T)
         known = tl.where(exists, t, 0)
-        f, e = coefficients(fusion, known)
+        f, _ = coefficients(fusion, known)
         if u is not None:
             inside = (mine & exists)[:, None] & (s < S)[None, :]
             zt = tl.load(z + row * S + m[:, None] * S + s[None, :], mask=inside, other=0.0)

@@ -1,0 +1,486 @@
+"""The Triton kernels in the interpreter: every output and gradient against the fp64 oracle, and what a launch does."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cases import (
+    NAMES,
+    SCALING,
+    Errors,
+    adapter,
+    add_errors,
+    base,
+    case_id,
+    gradients,
+    make,
+    options,
+    oracle,
+    pairwise,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lilora_kernels
+from lilora_kernels import LiLoRALinear, functional
+from lilora_kernels.ops import triton_runtime
+from lilora_kernels.ops.delta import reference, traffic, triton_backend
+from lilora_kernels.ops.delta.triton_kernels import kept
+from lilora_kernels.ops.philox import keep_mask, keep_scale, philox, threshold
+
+SPLIT = {
+    "forward": {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_N": 32, "SPLIT_K": 3, "TILES_N": 1},
+    "backward": {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_N": 32, "SPLIT_N": 2, "CHUNK": 64},
+}
+WHOLE = {
+    "forward": {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_N": 32, "SPLIT_K": 1, "TILES_N": 2},
+    "backward": {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_N": 32, "SPLIT_N": 1, "CHUNK": 256},
+}
+PLANS = {"split": SPLIT, "whole": WHOLE}
+SUBSETS = {
+    "all": NAMES,
+    "x": ("x",),
+    "task": ("x", "u", "v", "fusion"),
+    "u": ("u",),
+    "v": ("v", "gate"),
+    "shared": ("a", "b0"),
+    "b0": ("b0", "fusion"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with lilora_kernels.backend("triton"):
+        yield
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """Pins the launch configuration, and for `linear` whether the phases share a launch."""
+
+    def pin(sizes, one_launch=True):
+        monkeypatch.setattr(triton_runtime, "config", lambda kernel, x, block_r: dict(sizes[kernel]))
+        monkeypatch.setattr(triton_runtime, "ONE_LAUNCH_ROWS", 1 << 30 if one_launch else -1)
+
+    return pin
+
+
+AXES = {
+    "rows": [0, 1, 2, 17, 63, 64, 65, 127, 300],
+    "columns": [24, 33, 128],
+    "outputs": [20, 47, 96],
+    "rank": [1, 4, 16, 100, 128],
+    "sub_rank": [1, 8, 64],
+    "tasks": [1, 3, 8],
+    "coefficients": ["fusion", "plain", "lora"],
+    "mix": ["one", "same", "distinct", "runs", "sorted", "random"],
+    "gate": [False, True],
+    "dtype": [torch.float32, torch.float16],
+    "op": ["delta", "linear-one", "linear-many"],
+    "plan": list(PLANS),
+    "p": [0.0, 0.05, 0.5],
+    "wanted": list(SUBSETS),
+}
+OTHERS = ("op", "plan", "p", "wanted")
+
+
+@pytest.mark.parametrize("case", pairwise(AXES), ids=case_id)
+def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case, plan):
+    plan(PLANS[case["plan"]], one_launch=case["op"] != "linear-many")
+    shape = {name: value for name, value in case.items() if name not in OTHERS}
+    errors = Errors()
+    for seed in range(2):
+        i, stream = make(**shape, seed=seed), torch.tensor([0x1234_5678_9ABC_DEF + seed])
+        add_errors(errors, i, case["op"].split("-")[0], SUBSETS[case["wanted"]], case["p"], stream)
+    errors.check()
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(0, 150),
+    columns=st.integers(1, 70),
+    outputs=st.integers(1, 70),
+    rank=st.integers(1, 20),
+    sub_rank=st.integers(1, 20),
+    tasks=st.integers(1, 5),
+    coefficients=st.sampled_from(AXES["coefficients"]),
+    mix=st.sampled_from(AXES["mix"]),
+    gate=st.booleans(),
+    p=st.sampled_from((0.0, 0.3)),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    name=st.sampled_from(list(PLANS)),
+)
+def test_any_shape(rows, columns, outputs, rank, sub_rank, tasks, coefficients, mix, gate, p, seed, name):
+    errors = Errors()
+    i = make(rows, columns, outputs, rank, sub_rank, tasks, coefficients, mix, gate, torch.float32, seed % 1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_runtime, "config", lambda kernel, x, block_r: dict(PLANS[name][kernel]))
+        add_errors(errors, i, "delta", NAMES, p, torch.tensor([seed]))
+    errors.check()
+
+
+def shipped():
+    for path in sorted(triton_runtime.CONFIGS.glob("*.json")):
+        for kernel, buckets in json.loads(path.read_text()).items():
+            yield from (pytest.param(kernel, b, id=f"{path.stem}-{kernel}-{b['rows']}") for b in buckets)
+
+
+@pytest.mark.parametrize("kernel, bucket", list(shipped()))
+def test_every_shipped_configuration_is_right(kernel, bucket, plan):
+    plan(SPLIT | {kernel: triton_runtime.fitted(bucket, torch.float16, 32)})
+    errors = Errors()
+    add_errors(errors, make(150, 160, 100, 20, 17, 3, dtype=torch.float16, mix="sorted"), "delta")
+    errors.check()
+
+
+# --- dropout -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 7, -(2**63)])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
+@pytest.mark.parametrize("name", list(PLANS))
+def test_forward_and_backward_draw_the_mask_of_the_reference(seed, p, name, plan):
+    """With identities for a and b0, y and dx are the mask itself, and so is da for one-hot rows of dy."""
+    plan(PLANS[name])
+    rows, columns = 70, 44
+    seed = torch.tensor([seed])
+    eye = torch.eye(columns)
+    x = torch.ones(rows, columns, requires_grad=True)
+    a = eye.clone().requires_grad_()
+    mask = keep_mask(seed, rows, columns, p) * keep_scale(p)
+    y = functional.delta(x, a, eye, p=p, seed=seed)
+    assert torch.equal(y, mask.float())
+    dx, da = torch.autograd.grad(y, (x, a), torch.eye(rows, columns).flip(1) * 2 + 1)
+    dh = torch.eye(rows, columns).flip(1) * 2 + 1
+    assert torch.equal(dx, dh * mask.float())
+    torch.testing.assert_close(da, dh.T @ mask.float())
+
+
+@triton.jit
+def draw_mask(seed, out, row, first, drop_below):
+    m, k = tl.arange(0, 16), tl.arange(0, 32)
+    keep = kept(seed, row.to(tl.int64), m, first, drop_below, 32)
+    tl.store(out + m[:, None] * 32 + k[None, :], keep.to(tl.int32))
+
+
+def test_the_mask_of_rows_beyond_32_bits():
+    seed, row, first, p = torch.tensor([0x0123_4567_89AB_CDEF]), 5 * 2**32 + 3, 4096, 0.4
+    out = torch.empty(16, 32, dtype=torch.int32)
+    draw_mask[(1,)](seed, out, row, first, threshold(p))
+    rows = (row + torch.arange(16)).unsqueeze(1)
+    blocks = (first // 8 + torch.arange(4)).unsqueeze(0)
+    key = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    words = philox((rows & 0xFFFFFFFF, rows >> 32, blocks, torch.zeros_like(blocks)), key)
+    draws = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1).reshape(16, 32)
+    assert torch.equal(out.bool(), draws >= threshold(p))
+
+
+# --- what a launch does --------------------------------------------------------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    """The names of all torch operations, and those of all kernel launches."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.operations, self.launches = [], []
+        monkeypatch.setattr(triton_backend, "run", lambda kernel, *_: self.launches.append(kernel))
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.operations.append(operation.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", list(PLANS))
+def test_delta_is_one_launch_forward_and_one_launch_backward(name, plan, monkeypatch):
+    plan(PLANS[name])
+    i = make(rows=130, columns=128, outputs=96, rank=16, sub_rank=8, gate=True, dtype=torch.float16)
+    call = triton_backend.Call(
+        i.a, i.b0, i.u, i.v, i.fusion, i.task, i.gate, i.gate_row, torch.tensor([1]), SCALING, 0.1, None
+    )
+    dy, h = torch.randn(130, 96).half(), torch.randn(130, 16).half()
+    with Recorder(monkeypatch) as seen:
+        triton_backend.forward(i.x, call)
+        triton_backend.backward(dy, i.x, h, call, frozenset(NAMES))
+    assert seen.launches == [triton_backend.kernels.delta_forward, triton_backend.kernels.delta_backward]
+    allowed = {"new_empty.default", "empty_like.default", "empty.memory_format"}
+    assert set(seen.operations) <= allowed, set(seen.operations) - allowed
+
+
+def test_gradients_nobody_asked_for_take_no_memory(plan, monkeypatch):
+    plan(WHOLE)
+    i = make(rows=130, columns=128, outputs=96, rank=16, sub_rank=8, dtype=torch.float16)
+    call = triton_backend.Call(i.a, i.b0, i.u, i.v, i.fusion, i.task, None, None, None, SCALING, 0.0, None)
+    dy, h = torch.randn(130, 96).half(), torch.randn(130, 16).half()
+    expected = {("x",): 2, ("b0",): 2, ("u",): 3, ("x", "u", "v", "fusion"): 4 + 6}
+    for needs, tensors in expected.items():  # the gradients and what they are summed from
+        with Recorder(monkeypatch) as seen:
+            triton_backend.backward(dy, i.x, h, call, frozenset(needs))
+        assert len(seen.operations) == tensors, needs
+
+
+class Counter:
+    """Counts the bytes that kernels load and store, by tensor; issued and distinct."""
+
+    def __init__(self, monkeypatch):
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self.ranges, self.lanes = {}, {}
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+        def counting_load(builder, ptrs, mask, *rest):
+            self.count(ptrs, mask)
+            return load(builder, ptrs, mask, *rest)
+
+        def counting_store(builder, ptrs, value, mask, *rest):
+            self.count(ptrs, mask)
+            return store(builder, ptrs, value, mask, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
+
+    def count(self, ptrs, mask):
+        addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data.astype(bool)]
+        if addresses.size == 0:
+            return
+        name = next(n for n, (low, high, _) in self.ranges.items() if low <= addresses.min() < high)
+        self.lanes.setdefault(name, []).append(addresses.ravel())
+
+    def bytes(self, name):
+        addresses = np.concatenate(self.lanes[name])
+        size = self.ranges[name][2]
+        return len(addresses) * size, len(np.unique(addresses)) * size
+
+
+@pytest.mark.parametrize("name", list(PLANS))
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("tasks", [1, 4])
+def test_bytes_moved_are_those_of_the_plan(name, direction, tasks, plan, monkeypatch):
+    """Counted at the kernels' own loads and stores: a second pass over any tensor would show."""
+    plan(PLANS[name], one_launch=False)
+    sizes = PLANS[name][direction]
+    rows, columns, outputs, rank, sub_rank = 256, 192, 128, 16, 16
+    i = make(rows, columns, outputs, rank, sub_rank, tasks, dtype=torch.float32)
+    task = (torch.arange(rows) * tasks // rows).to(torch.int32) if tasks > 1 else None
+    call = triton_backend.Call(i.a, i.b0, i.u, i.v, i.fusion, task, None, None, None, SCALING, 0.0, None)
+    dy, h = torch.randn(rows, outputs), torch.randn(rows, rank)
+    counter = Counter(monkeypatch)
+    run, seen = triton_backend.run, {}
+
+    def counted(kernel, device, first, last, tensors, *rest):
+        counter.lanes = {}
+        counter.ranges = {
+            argument: (t.data_ptr(), t.data_ptr() + t.nbytes, t.element_size())
+            for argument, t in zip(kernel.arg_names, tensors, strict=False)
+            if t is not None
+        }
+        run(kernel, device, first, last, tensors, *rest)
+        seen.update({(first, argument): counter.bytes(argument) for argument in counter.lanes})
+
+    monkeypatch.setattr(triton_backend, "run", counted)
+    if direction == "forward":
+        triton_backend.run_forward(i.x, None, call, one_launch=False)
+    else:
+        triton_backend.run_backward(dy, i.x, h, call, frozenset(NAMES) - {"gate"}, one_launch=False)
+    shape = traffic.Shape(rows, columns, outputs, rank, sub_rank, tasks, 4, 4)
+    planned = list(getattr(traffic, direction)(shape, sizes))
+    for item in planned:
+        issued, unique = seen.pop((item.phase, item.tensor))
+        assert abs(issued - item.issued) <= 0.1 * item.issued, (item, issued)
+        assert abs(unique - item.unique) <= 0.1 * item.unique, (item, unique)
+    total = sum(item.issued for item in planned)
+    small = {"task", "fusion", "present", "dfusion", "dfusion_rows", "v"}  # ids and scalars, and V once more per phase
+    assert {argument for _, argument in seen} <= small
+    assert sum(issued for issued, _ in seen.values()) <= 0.1 * total
+
+
+# --- laws ----------------------------------------------------------------------------------------------------------
+
+
+def run_all(i, p=0.0, op="delta"):
+    weight, bias = base(i)
+    more = options(i, p=p, seed=torch.tensor([3]) if p else None)
+    y = (
+        functional.delta(*adapter(i), **more)
+        if op == "delta"
+        else functional.linear(i.x, weight, bias, *adapter(i)[1:], **more)
+    )
+    dy = torch.cos(torch.arange(y.numel())).view_as(y).to(y.dtype)
+    return [y, *gradients(y, i, NAMES, dy).values()]
+
+
+@pytest.mark.parametrize("name", list(PLANS))
+def test_two_runs_are_equal_bit_for_bit_whatever_the_number_of_programs(name, plan):
+    """linear runs three programs a phase, delta one for all: the order of the sums must not depend on it."""
+    i = make(rows=200, columns=128, outputs=96, rank=16, gate=True, dtype=torch.float32).leaves()
+    results = []
+    for one_launch in (True, True, False):
+        plan(PLANS[name], one_launch)
+        results.append(run_all(i, p=0.1, op="linear"))
+    for tensors in zip(*results, strict=True):
+        assert torch.equal(tensors[0], tensors[1])
+        assert torch.equal(tensors[0], tensors[2])
+
+
+@pytest.mark.parametrize("name", list(PLANS))
+@pytest.mark.parametrize("coefficients", AXES["coefficients"])
+def test_a_row_is_the_same_alone_and_in_any_batch(name, coefficients, plan, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def dot(builder, a, b, c, *_):
+        # The interpreter's product is BLAS's, whose rounding depends on where a row lies; this one's does not.
+        products = a.data[:, :, None].astype(np.float32) * b.data[None].astype(np.float32)
+        return TensorHandle(products.sum(1, dtype=np.float32) + c.data, c.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+    plan(PLANS[name])
+    i = make(rows=70, columns=128, tasks=4, coefficients=coefficients, dtype=torch.float32)
+    together = functional.delta(*adapter(i), **options(i))
+    order = torch.randperm(70)
+    shuffled = functional.delta(i.x[order], *adapter(i)[1:], **options(i, task=i.task[order]))
+    assert torch.equal(shuffled, together[order])
+    for row in (0, 31, 69):
+        alone = functional.delta(i.x[row : row + 1], *adapter(i)[1:], task=i.task[row : row + 1], scaling=SCALING)
+        assert torch.equal(alone, together[row : row + 1])
+
+
+@pytest.mark.parametrize("name", list(PLANS))
+def test_uninitialised_memory_is_never_read(name, plan, monkeypatch):
+    plan(PLANS[name])
+    empties = (torch.Tensor, "new_empty"), (torch, "empty_like")
+
+    def poisoned(make_empty):
+        def run(*args, **kwargs):
+            t = make_empty(*args, **kwargs)
+            return t.fill_(float("nan") if t.is_floating_point() else 77)
+
+        return run
+
+    for owner, attribute in empties:
+        monkeypatch.setattr(owner, attribute, poisoned(getattr(owner, attribute)))
+    for rows, mix, coefficients in itertools.product((0, 3, 90), AXES["mix"], AXES["coefficients"]):
+        i = make(rows=rows, mix=mix, coefficients=coefficients, gate=True, dtype=torch.float32).leaves()
+        for result in run_all(i, p=0.2, op="linear"):
+            assert result.isfinite().all()
+
+
+def test_a_broken_task_stays_alone(plan):
+    """NaN in one task's factors and gradients reaches that task's rows and gradients only."""
+    plan(SPLIT)
+    i = make(rows=100, tasks=3, dtype=torch.float32, mix="random")
+    i.u[1] = float("nan")
+    i.v[1] = float("inf")
+    i = i.leaves(("x", "u", "v", "fusion"))
+    y = functional.delta(*adapter(i), **options(i))
+    assert y[i.task == 1].isnan().all()
+    assert y[i.task != 1].isfinite().all()
+    dy = torch.randn_like(y)
+    dy[i.task == 1] = float("nan")
+    for name, grad in gradients(y, i, ("x", "u", "v", "fusion"), dy).items():
+        others = grad[i.task != 1] if name == "x" else grad[[0, 2]]
+        assert others.isfinite().all(), name
+
+
+def test_ids_that_do_not_exist_give_nan_and_touch_nothing(plan):
+    plan(SPLIT)
+    i = make(rows=40, tasks=3, dtype=torch.float32)
+    good = functional.delta(*adapter(i), **options(i))
+    i.task[7], i.task[20] = 3, 2**30
+    i = i.leaves()
+    y = functional.delta(*adapter(i), **options(i))
+    wrong = torch.zeros(40, dtype=torch.bool)
+    wrong[[7, 20]] = True
+    assert y[wrong].isnan().all()
+    assert torch.equal(y[~wrong], good[~wrong])
+    grads = gradients(y, i, ("x", "u", "v", "fusion"), torch.ones_like(y))
+    assert grads.pop("x")[~wrong].isfinite().all()
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def test_strided_inputs(plan):
+    plan(SPLIT)
+    i = make(rows=40, dtype=torch.float32)
+    want = functional.delta(*adapter(i), **options(i))
+    wide = torch.randn(40, 100)
+    wide[:, 30:54] = i.x
+    both = torch.stack((i.x, i.x), -1)[..., 0]
+    for x in (wide[:, 30:54], both):
+        assert not x.is_contiguous()
+        assert torch.equal(functional.delta(x, i.a.T.contiguous().T, *adapter(i)[2:], **options(i)), want)
+
+
+def test_ranks_limit_the_shared_gradients(plan):
+    plan(SPLIT)
+    i = make(rows=70, rank=8, dtype=torch.float32)
+    every, some = i.leaves(), i.leaves()
+    functional.delta(*adapter(every), **options(i)).sum().backward()
+    functional.delta(*adapter(some), **options(i, ranks=(2, 5))).sum().backward()
+    assert torch.equal(some.a.grad[2:5], every.a.grad[2:5])
+    assert torch.equal(some.b0.grad[:, 2:5], every.b0.grad[:, 2:5])
+    assert (some.a.grad[[0, 1, 5, 6, 7]] == 0).all()
+    assert (some.b0.grad[:, [0, 1, 5, 6, 7]] == 0).all()
+    assert torch.equal(some.x.grad, every.x.grad)
+
+
+def test_fp32_masters_under_fp16_activations(plan):
+    plan(WHOLE)
+    i = make(rows=70, columns=64, rank=16, dtype=torch.float32).leaves()
+    x = i.x.detach().half().requires_grad_()
+    y = functional.delta(x, *adapter(i)[1:], **options(i))
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    assert y.dtype == x.grad.dtype == torch.float16
+    wide = i.to(torch.float64).leaves()
+    wide.x = x.detach().double().requires_grad_()
+    low = i.to(torch.float16).leaves()
+    truth = oracle(wide, SCALING)
+    formula = reference.delta(*adapter(low), low.task, scaling=SCALING)
+    errors = Errors()
+    errors.add("y", y, formula, truth)
+    names = NAMES[:6]
+    want, plain = gradients(truth, wide, names, dy.double()), gradients(formula, low, names, dy)
+    for name in names[1:]:
+        grad = getattr(i, name).grad
+        assert grad.dtype == torch.float32
+        errors.add(f"d{name}", grad, plain[name], want[name])
+    errors.check()
+
+
+def test_a_layer_with_mixed_tasks_equals_the_eager_backend():
+    layer = LiLoRALinear(torch.nn.Linear(40, 30), r=16, sub_rank=8, alpha=32.0, dropout=0.0)
+    for name in ("one", "two"):
+        layer.add_task(name)
+    layer.set_task("one", "two")
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, ids = torch.randn(3, 5, 40), torch.tensor([0, 1, -1], dtype=torch.int32)
+    results = {}
+    for name in ("eager", "triton"):
+        with lilora_kernels.backend(name):
+            layer.zero_grad()
+            y = layer(x, task=ids)
+            y.square().sum().backward()
+        results[name] = [y.detach(), *(p.grad for p in layer.parameters() if p.requires_grad)]
+    for got, want in zip(results["triton"], results["eager"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_kernels_refuse():
+    x = torch.randn(2, 4)
+    assert triton_runtime.refusal(x, 128, 64) is None
+    assert "torch.bfloat16 in the interpreter" in triton_runtime.refusal(x.bfloat16(), 128, 64)
+    assert "torch.float64" in triton_runtime.refusal(x.double(), 128, 64)
+    assert "r up to 256 and sub_rank up to 128" in triton_runtime.refusal(x, 257, 64)
+    assert "r up to 256 and sub_rank up to 128" in triton_runtime.refusal(x, 16, 129)
+    assert "triton: " not in lilora_kernels.explain(torch.nn.Sequential(LiLoRALinear(torch.nn.Linear(4, 4), r=2)))
+
+
+def test_nearest_bucket():
+    buckets = [{"rows": rows} for rows in (16, 128, 1024)]
+    for rows, want in ((0, 16), (1, 16), (45, 16), (46, 128), (362, 128), (363, 1024), (10**6, 1024)):
+        assert triton_runtime.nearest(buckets, rows)["rows"] == want

@@ -6,6 +6,7 @@ python -m lilora_kernels.resources          the table of lilora_kernels/ops/RESO
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ PARAMETERS = {"a", "b0", "u", "v", "fusion", "gate", "bias", "da", "db0", "du", 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one compiled kernel takes: registers per thread, bytes of spills per thread, bytes of shared memory."""
+    """What one compiled kernel takes: registers per thread, instructions that spill, bytes of shared memory, its code."""
 
     registers: int
     spills: int
@@ -54,7 +55,9 @@ def compile_kernel(
 ) -> Compiled:
     """Compile `delta_<name>` for sm_<arch> with 16-byte aligned tensors and sizes divisible by 16, as models have them."""
     kernel = getattr(kernels, f"delta_{name}")
-    config = runtime.fitted(config, dtype, runtime.padded(rank))
+    config = runtime.phase_config(
+        runtime.fitted(config, max(dtype.itemsize, (masters or dtype).itemsize), runtime.padded(rank)), first, last
+    )
     options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
     constants = {
         "R": rank, "S": sub_rank, "BLOCK_R": runtime.padded(rank), "BLOCK_S": runtime.padded(sub_rank),
@@ -93,5 +96,48 @@ def measure(compiled) -> Compiled:
         run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
         usage = run(str(tools / "cuobjdump"), "-res-usage", file.name)
         sass = run(str(tools / "nvdisasm"), "-c", file.name)
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    return Compiled(registers, stack, compiled.metadata.shared, sass)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    return Compiled(registers, len(re.findall(r"\b(?:LDL|STL)\b", sass)), compiled.metadata.shared, sass)
+
+
+def launches(arch: int) -> list[tuple[str, int, dict, int, int]]:
+    """(kernel, rows, configuration, first phase, last phase) of every launch that the shipped configurations make."""
+    found = []
+    for plan, kernel_buckets in runtime.table((f"sm_{arch}",)).items():
+        for kernel, buckets in kernel_buckets.items():
+            last = 2 if kernel == "forward" else 3
+            for bucket in buckets:
+                split = bucket.get("SPLIT_K", bucket.get("SPLIT_N"))
+                phases = [phase for phase in range(last + 1) if phase != 1 or split > 1]
+                ranges = [(0, last)] if plan == "one_launch" else [(phase, phase) for phase in phases]
+                found += [(kernel, bucket["rows"], bucket, first, end) for first, end in ranges]
+    return found
+
+
+def main() -> None:
+    jobs = [(arch, *launch) for arch in SHARED_MEMORY for launch in launches(arch)]
+    print(HEADER, flush=True)
+    with ProcessPoolExecutor() as pool:
+        for (arch, kernel, rows, _, first, last), used in zip(jobs, pool.map(compile_job, jobs), strict=True):
+            phases = f"{first}" if first == last else f"{first}-{last}"
+            print(
+                f"| sm_{arch} | {kernel} | {rows} | {phases} | {used.registers} | {used.spills} | {used.shared / 1024:.0f} KB |"
+            )
+
+
+def compile_job(job: tuple) -> Compiled:
+    arch, kernel, _, bucket, first, last = job
+    return compile_kernel(kernel, arch, bucket, first, last)
+
+
+HEADER = """\
+# What the Triton kernels take
+
+Compiled ahead of time for bf16, R = 128, S = 64, dropout and all gradients but that of a gate. Rows: the bucket of the
+configuration; phases: those of one launch. Written by `python -m lilora_kernels.resources`.
+
+| architecture | kernel | rows | phases | registers | spilling instructions | shared memory |
+|---|---|--:|---|--:|--:|--:|"""
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .call import Call
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 LARGEST_RANK, LARGEST_SUB_RANK = 256, 128
 PLANE_BYTES = 1 << 28  # how much memory the partial sums of du may take before chunks of rows grow
@@ -59,33 +61,48 @@ def padded(size: int) -> int:
 
 
 @cache
-def table(device: torch.device) -> dict[str, list[dict[str, int]]]:
-    """configs/<device name>.json, else configs/sm_<capability>.json, else configs/default.json."""
-    names = ["default"]
-    if device.type == "cuda":
-        major, minor = capability(device)
-        names = [torch.cuda.get_device_name(device).replace(" ", "_"), f"sm_{major}{minor}", "default"]
-    path = next(path for name in names if (path := CONFIGS / f"{name}.json").is_file())
+def table(names: tuple[str, ...]) -> dict[str, dict[str, list[dict]]]:
+    """The first of configs/<name>.json that exists: {one_launch | by_phase: {forward | backward: buckets}}."""
+    path = next(path for name in (*names, "default") if (path := CONFIGS / f"{name}.json").is_file())
     return json.loads(path.read_text())
 
 
-def config(kernel: str, x: Tensor, block_r: int) -> dict[str, int]:
+@cache
+def table_names(device: torch.device) -> tuple[str, ...]:
+    """Tuned for this very GPU before made for its architecture."""
+    if device.type != "cuda":
+        return ()
+    return torch.cuda.get_device_name(device).replace(" ", "_"), "sm_{}{}".format(*capability(device))
+
+
+def config(kernel: str, one_launch: bool, x: Tensor, call: Call) -> dict:
     """The launch configuration of "forward" or "backward" for the number of rows of x: that of the nearest bucket."""
-    return fitted(nearest(table(x.device)[kernel], x.shape[0]), x.dtype, block_r)
+    buckets = table(table_names(x.device))["one_launch" if one_launch else "by_phase"][kernel]
+    widest = max(t.element_size() for t in (x, call.a, call.b0, call.u, call.v) if t is not None)
+    return fitted(nearest(buckets, x.shape[0]), widest, padded(call.a.shape[0]))
 
 
-def nearest(buckets: list[dict[str, int]], rows: int) -> dict[str, int]:
+def nearest(buckets: list[dict], rows: int) -> dict:
     """The bucket whose `rows` is nearest to the number of rows, on a logarithmic scale."""
     return min(buckets, key=lambda bucket: abs(math.log2(bucket["rows"]) - math.log2(max(rows, 1))))
 
 
-def fitted(bucket: dict[str, int], dtype: torch.dtype, block_r: int) -> dict[str, int]:
-    """A configuration made for 16-bit inputs and ranks up to 128, with smaller tiles for wider ones."""
-    sizes = {name: value for name, value in bucket.items() if name != "rows"}
-    for _ in range((dtype == torch.float32) + (block_r > 128)):
-        for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"):
-            sizes[name] = max(16, sizes[name] // 2)
-    return sizes
+def fitted(bucket: dict, element_size: int, block_r: int) -> dict:
+    """A configuration made for 2-byte elements and ranks up to 128, with smaller tiles for wider ones."""
+    narrower = (element_size > 2) + (block_r > 128)
+
+    def fit(sizes: dict) -> dict:
+        tiles = {name: max(16, size >> narrower) for name, size in sizes.items() if name.startswith("BLOCK_")}
+        return sizes | tiles
+
+    phases = {phase: fit(sizes) for phase, sizes in bucket.get("phases", {}).items()}
+    return {name: value for name, value in fit(bucket).items() if name != "rows"} | {"phases": phases}
+
+
+def phase_config(config: dict, first: int, last: int) -> dict[str, int]:
+    """The constants of one launch; a phase of its own may have some of its own."""
+    own = config["phases"].get(str(first), {}) if first == last else {}
+    return {name: value for name, value in config.items() if name != "phases"} | own
 
 
 # --- the barrier ---------------------------------------------------------------------------------------------------

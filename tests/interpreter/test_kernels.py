@@ -64,7 +64,7 @@ def plan(monkeypatch):
     """Pins the launch configuration, and for `linear` whether the phases share a launch."""
 
     def pin(sizes, one_launch=True):
-        monkeypatch.setattr(triton_runtime, "config", lambda kernel, x, block_r: dict(sizes[kernel]))
+        monkeypatch.setattr(triton_runtime, "config", lambda kernel, *_: {"phases": {}} | sizes[kernel])
         monkeypatch.setattr(triton_runtime, "ONE_LAUNCH_ROWS", 1 << 30 if one_launch else -1)
 
     return pin
@@ -119,22 +119,25 @@ def test_any_shape(rows, columns, outputs, rank, sub_rank, tasks, coefficients, 
     errors = Errors()
     i = make(rows, columns, outputs, rank, sub_rank, tasks, coefficients, mix, gate, torch.float32, seed % 1000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_runtime, "config", lambda kernel, x, block_r: dict(PLANS[name][kernel]))
+        patch.setattr(triton_runtime, "config", lambda kernel, *_: {"phases": {}} | PLANS[name][kernel])
         add_errors(errors, i, "delta", NAMES, p, torch.tensor([seed]))
     errors.check()
 
 
 def shipped():
     for path in sorted(triton_runtime.CONFIGS.glob("*.json")):
-        for kernel, buckets in json.loads(path.read_text()).items():
-            yield from (pytest.param(kernel, b, id=f"{path.stem}-{kernel}-{b['rows']}") for b in buckets)
+        for launches, kernels in json.loads(path.read_text()).items():
+            for kernel, buckets in kernels.items():
+                for bucket in buckets:
+                    name = f"{path.stem}-{launches}-{kernel}-{bucket['rows']}"
+                    yield pytest.param(launches == "one_launch", kernel, bucket, id=name)
 
 
-@pytest.mark.parametrize("kernel, bucket", list(shipped()))
-def test_every_shipped_configuration_is_right(kernel, bucket, plan):
-    plan(SPLIT | {kernel: triton_runtime.fitted(bucket, torch.float16, 32)})
+@pytest.mark.parametrize("one_launch, kernel, bucket", list(shipped()))
+def test_every_shipped_configuration_is_right(one_launch, kernel, bucket, plan):
+    plan(SPLIT | {kernel: triton_runtime.fitted(bucket, 2, 32)}, one_launch)
     errors = Errors()
-    add_errors(errors, make(150, 160, 100, 20, 17, 3, dtype=torch.float16, mix="sorted"), "delta")
+    add_errors(errors, make(150, 160, 100, 20, 17, 3, dtype=torch.float16, mix="sorted"), "linear")
     errors.check()
 
 

@@ -23,7 +23,7 @@ def run_forward(x: Tensor, bias: Tensor | None, call: Call, one_launch: bool) ->
     outputs, rank = call.b0.shape
     sizes, sub_rank, tasks = rank_sizes(call)
     x = x if x.stride(1) == 1 else x.contiguous()
-    config = runtime.config("forward", x, sizes["BLOCK_R"])
+    config = runtime.config("forward", one_launch, x, call)
     split = config["SPLIT_K"] = max(1, min(config["SPLIT_K"], columns // config["BLOCK_K"]))
     y, h = x.new_empty(rows, outputs), x.new_empty(rows, rank)
     z = None if call.u is None else x.new_empty(rows, sub_rank)
@@ -38,7 +38,7 @@ def run_forward(x: Tensor, bias: Tensor | None, call: Call, one_launch: bool) ->
             kernels.delta_forward, x.device, first, last,
             (x, a, b0, u, v, fusion, task, gate, gate_row, bias, call.seed if drop_below else None, h, z, planes, y),
             (rows, columns, outputs, tasks, x.stride(0), call.scaling, drop_below, keep_scale(call.p)),
-            {**sizes, **config},
+            {**sizes, **runtime.phase_config(config, first, last)},
         )  # fmt: skip
 
     if rows == 0:
@@ -61,7 +61,7 @@ def run_backward(
     sizes, sub_rank, tasks = rank_sizes(call)
     dy = dy.contiguous()
     x = x if x is None or x.stride(1) == 1 else x.contiguous()
-    config = runtime.config("backward", dy, sizes["BLOCK_R"])
+    config = runtime.config("backward", one_launch, dy, call)
     split = config["SPLIT_N"] = max(1, min(config["SPLIT_N"], outputs // config["BLOCK_N"]))
     while "u" in needs and config["CHUNK"] < rows and plane_bytes(rows, config["CHUNK"], call.u) > runtime.PLANE_BYTES:
         config["CHUNK"] *= 2
@@ -103,7 +103,7 @@ def run_backward(
                 rows, columns, outputs, tasks, gates, 0 if x is None else x.stride(0),
                 call.scaling, drop_below, keep_scale(call.p), low, high,
             ),
-            {**sizes, **config},
+            {**sizes, **runtime.phase_config(config, first, last)},
         )  # fmt: skip
 
     if one_launch:

@@ -33,10 +33,11 @@ def task_ids(task, u, row, m, count):
     """The task of each row; END behind the last row. Without task factors all ids from 0 on are one."""
     if task is None:
         return tl.where(m < count, 0, END)
-    ids = tl.load(task + row + m, mask=m < count, other=END)
-    if u is None:
-        ids = tl.where((ids >= 0) & (ids < END), 0, ids)
-    return ids
+    else:
+        ids = tl.load(task + row + m, mask=m < count, other=END)
+        if u is None:
+            ids = tl.where((ids >= 0) & (ids < END), 0, ids)
+        return ids
 
 
 @triton.jit
@@ -378,13 +379,14 @@ def next_run(task, u, row, count, t, T):
     """The smallest existing id above t among `count` rows from `row`, with its first and last row; END without one."""
     if task is None:
         return tl.where((t < 0) & (count > 0), 0, END).to(tl.int32), tl.full((), 0, tl.int32), count - 1
-    found, first, last = tl.full((), END, tl.int32), count, tl.full((), -1, tl.int32)
-    for at in range(0, count, ID_BLOCK):
-        ids = task_ids(task, u, row, at + tl.arange(0, ID_BLOCK), count)
-        found = tl.minimum(found, next_task(tl.where(ids < T, ids, END), t))
-    if found < END:
-        first, last = span(task, u, row, count, found)
-    return found, first, last
+    else:
+        found, first, last = tl.full((), END, tl.int32), count, tl.full((), -1, tl.int32)
+        for at in range(0, count, ID_BLOCK):
+            ids = task_ids(task, u, row, at + tl.arange(0, ID_BLOCK), count)
+            found = tl.minimum(found, next_task(tl.where(ids < T, ids, END), t))
+        if found < END:
+            first, last = span(task, u, row, count, found)
+        return found, first, last
 
 
 @triton.jit

@@ -55,9 +55,8 @@ def compile_kernel(
 ) -> Compiled:
     """Compile `delta_<name>` for sm_<arch> with 16-byte aligned tensors and sizes divisible by 16, as models have them."""
     kernel = getattr(kernels, f"delta_{name}")
-    config = runtime.phase_config(
-        runtime.fitted(config, max(dtype.itemsize, (masters or dtype).itemsize), runtime.padded(rank)), first, last
-    )
+    widest = max(dtype.itemsize, (masters or dtype).itemsize)
+    config = runtime.phase_config(runtime.fitted(config, widest, runtime.padded(rank)), first, last)
     options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
     constants = {
         "R": rank, "S": sub_rank, "BLOCK_R": runtime.padded(rank), "BLOCK_S": runtime.padded(sub_rank),

@@ -1,5 +1,7 @@
 """Launches the Triton kernels of `delta`: all phases in one launch, or one launch for each phase."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -19,129 +21,166 @@ def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: 
 
 def run_forward(x: Tensor, bias: Tensor | None, call: Call, one_launch: bool) -> tuple[Tensor, Tensor]:
     """y [M, N] = bias + delta, and h [M, R]."""
-    rows, columns = x.shape
-    outputs, rank = call.b0.shape
-    sizes, sub_rank, tasks = rank_sizes(call)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    config = runtime.config("forward", one_launch, x, call)
-    split = config["SPLIT_K"] = max(1, min(config["SPLIT_K"], columns // config["BLOCK_K"]))
-    y, h = x.new_empty(rows, outputs), x.new_empty(rows, rank)
-    z = None if call.u is None else x.new_empty(rows, sub_rank)
-    planes = None if split == 1 else x.new_empty(split, rows, rank, dtype=torch.float32)
-    a, b0, u, v, fusion, task, gate, gate_row, bias = map(
-        contiguous, (call.a, call.b0, call.u, call.v, call.fusion, call.task, call.gate, call.gate_row, bias)
-    )
-    drop_below = threshold(call.p)
-
-    def launch(first: int, last: int) -> None:
-        run(
-            kernels.delta_forward, x.device, first, last,
-            (x, a, b0, u, v, fusion, task, gate, gate_row, bias, call.seed if drop_below else None, h, z, planes, y),
-            (rows, columns, outputs, tasks, x.stride(0), call.scaling, drop_below, keep_scale(call.p)),
-            {**sizes, **runtime.phase_config(config, first, last)},
-        )  # fmt: skip
-
-    if rows == 0:
-        return y, h
-    phases = [0, 2] if split == 1 else [0, 1, 2]
-    if one_launch:
-        launch(0, 2)
-    else:
-        for phase in phases:
-            launch(phase, phase)
-    return y, h
+    work = Forward(x, bias, call, one_launch)
+    for first, last in [(0, 2)] if one_launch else work.phases:
+        work.launch(first, last)
+    return work.y, work.h
 
 
 def run_backward(
     dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str], one_launch: bool
 ) -> dict[str, Tensor]:
     """The gradients in `needs`; dx without the part through the base weight."""
-    rows, outputs = dy.shape
-    rank, columns = call.a.shape
-    sizes, sub_rank, tasks = rank_sizes(call)
-    dy = dy.contiguous()
-    x = x if x is None or x.stride(1) == 1 else x.contiguous()
-    config = runtime.config("backward", one_launch, dy, call)
-    split = config["SPLIT_N"] = max(1, min(config["SPLIT_N"], outputs // config["BLOCK_N"]))
-    while "u" in needs and config["CHUNK"] < rows and plane_bytes(rows, config["CHUNK"], call.u) > runtime.PLANE_BYTES:
-        config["CHUNK"] *= 2
-    chunks = -(-rows // config["CHUNK"])
-    inputs = {name: contiguous(getattr(call, name)) for name in ("a", "b0", "u", "v", "fusion", "gate")}
-    grads = {name: torch.empty_like(inputs[name]) for name in needs - {"x"}}
-    if "x" in needs:
-        grads["x"] = dy.new_empty(rows, columns)
+    work = Backward(dy, x, h, call, needs, one_launch)
+    for first, last in [(0, 3)] if one_launch else work.phases:
+        work.launch(first, last)
+    return work.grads
 
-    def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        return dy.new_empty(shape, dtype=dtype) if wanted else None
 
-    wants_dh = bool(needs & {"x", "a", "v", "fusion", "gate"})
-    workspaces = (
-        empty(wants_dh, rows, rank, dtype=dy.dtype),  # dh
-        empty("gate" in needs, rows, rank),  # dq * h
-        empty("v" in needs, rows, sub_rank, dtype=dy.dtype),  # s e Q
-        empty("fusion" in needs, rows),
-        empty(wants_dh and split > 1, split, rows, rank + sub_rank),
-        empty("a" in needs, chunks, rank, columns),
-        empty("b0" in needs, chunks, outputs, rank),
-        empty("u" in needs, chunks, tasks, outputs, sub_rank),
-        empty("v" in needs, chunks, tasks, sub_rank, rank),
-        empty(call.task is not None and bool(needs & {"u", "v"}), chunks, tasks, dtype=torch.int32),
-    )
-    drop_below = threshold(call.p)
-    gates = 0 if call.gate is None else call.gate.shape[0]
-    low, high = call.ranks or (0, rank)
+class Forward:
+    """One forward: the tensors that its launches share. Every phase reads what the phases before it wrote."""
 
-    def launch(first: int, last: int) -> None:
-        run(
-            kernels.delta_backward, dy.device, first, last,
-            (
-                dy, x, h, *(inputs[name] for name in ("a", "b0", "u", "v", "fusion")),
-                contiguous(call.task), inputs["gate"], contiguous(call.gate_row), call.seed if drop_below else None,
-                *(grads.get(name) for name in ("x", "a", "b0", "u", "v", "fusion", "gate")), *workspaces,
-            ),
-            (
-                rows, columns, outputs, tasks, gates, 0 if x is None else x.stride(0),
-                call.scaling, drop_below, keep_scale(call.p), low, high,
-            ),
-            {**sizes, **runtime.phase_config(config, first, last)},
+    def __init__(self, x: Tensor, bias: Tensor | None, call: Call, one_launch: bool) -> None:
+        self.x = x if x.stride(1) == 1 else x.contiguous()
+        self.bias = contiguous(bias)
+        self.call = call = contiguous_call(call)
+        self.sizes = Sizes.of(call)
+        rows, columns = x.shape
+        self.config = runtime.config("forward", one_launch, x, call)
+        split = self.config["SPLIT_K"] = max(1, min(self.config["SPLIT_K"], columns // self.config["BLOCK_K"]))
+        self.y, self.h = x.new_empty(rows, self.sizes.outputs), x.new_empty(rows, self.sizes.rank)
+        self.z = None if call.u is None else x.new_empty(rows, self.sizes.sub_rank)
+        self.planes = None if split == 1 else x.new_empty(split, rows, self.sizes.rank, dtype=torch.float32)
+        self.phases = [(phase, phase) for phase in ((0, 2) if split == 1 else (0, 1, 2))]
+
+    def launch(self, first: int, last: int, second: "Forward | None" = None) -> None:
+        """Run the phases first..last; phase 0 may compute the h of a second adapter of the same x too."""
+        call, sizes, drop_below = self.call, self.sizes, threshold(self.call.p)
+        other = (None,) * 6
+        if second is not None:
+            other = (second.call.a, second.call.fusion, second.call.v, second.h, second.z, second.planes)
+        tensors = (
+            self.x, call.a, call.b0, call.u, call.v, call.fusion, call.task, call.gate, call.gate_row, self.bias,
+            call.seed if drop_below else None, self.h, self.z, self.planes, self.y, *other,
         )  # fmt: skip
-
-    if one_launch:
-        launch(0, 3)
-    else:
-        for phase in backward_phases(needs, wants_dh and split > 1):
-            launch(phase, phase)
-    return grads
-
-
-def backward_phases(needs: frozenset[str], split: bool) -> list[int]:
-    phases = [0, 1] if split else [0]
-    phases += [2] if needs else []
-    return phases + ([3] if needs & {"a", "v"} else [])
+        rows, columns = self.x.shape
+        numbers = (
+            rows, columns, sizes.outputs, sizes.tasks, self.x.stride(0),
+            call.scaling, drop_below, keep_scale(call.p),
+        )  # fmt: skip
+        if rows > 0:
+            run(kernels.delta_forward, self.x.device, first, last, tensors, numbers, sizes.constants, self.config)
 
 
-def rank_sizes(call: Call) -> tuple[dict[str, int], int, int]:
-    """The kernels' constants for R and S, S itself (0 without task factors) and the number of tasks."""
-    rank = call.a.shape[0]
-    tasks, _, sub_rank = (1, 0, 0) if call.u is None else call.u.shape
-    return (
-        {"R": rank, "S": sub_rank, "BLOCK_R": runtime.padded(rank), "BLOCK_S": runtime.padded(max(sub_rank, 1))},
-        sub_rank,
-        tasks,
-    )
+class Backward:
+    """One backward: its gradients and the tensors that its launches share. `reads_x` leaves dx and da's partial sums
+    to another Backward of the same x (see `launch`)."""
+
+    def __init__(
+        self, dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str], one_launch: bool
+    ) -> None:
+        self.dy = dy = dy.contiguous()
+        self.x = x if x is None or x.stride(1) == 1 else x.contiguous()
+        self.h = h
+        self.call = call = contiguous_call(call)
+        self.sizes = sizes = Sizes.of(call)
+        rows, rank, sub_rank, outputs = dy.shape[0], sizes.rank, sizes.sub_rank, sizes.outputs
+        self.config = config = runtime.config("backward", one_launch, dy, call)
+        split = config["SPLIT_N"] = max(1, min(config["SPLIT_N"], outputs // config["BLOCK_N"]))
+        if "u" in needs:
+            while config["CHUNK"] < rows and -(-rows // config["CHUNK"]) * call.u.numel() * 4 > runtime.PLANE_BYTES:
+                config["CHUNK"] *= 2
+        chunks = -(-rows // config["CHUNK"])
+        self.grads = {name: torch.empty_like(getattr(call, name)) for name in needs - {"x"}}
+        if "x" in needs:
+            self.grads["x"] = dy.new_empty(rows, sizes.columns)
+        wants_dh = bool(needs & {"x", "a", "v", "fusion", "gate"})
+
+        def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+            return dy.new_empty(shape, dtype=dtype) if wanted else None
+
+        self.dh = empty(wants_dh, rows, rank, dtype=dy.dtype)
+        self.da_planes = empty("a" in needs, chunks, rank, sizes.columns)
+        self.before = (
+            self.dh,
+            empty("gate" in needs, rows, rank),  # dq * h
+            empty("v" in needs, rows, sub_rank, dtype=dy.dtype),  # s e Q
+            empty("fusion" in needs, rows),  # each row's share of dfusion
+            empty(wants_dh and split > 1, split, rows, rank + sub_rank),
+        )
+        self.after = (
+            empty("b0" in needs, chunks, outputs, rank),
+            empty("u" in needs, chunks, sizes.tasks, outputs, sub_rank),
+            empty("v" in needs, chunks, sizes.tasks, sub_rank, rank),
+            empty(call.task is not None and bool(needs & {"u", "v"}), chunks, sizes.tasks, dtype=torch.int32),
+        )
+        phases = [0, 1] if wants_dh and split > 1 else [0]
+        phases += [2] if needs else []
+        phases += [3] if needs & {"a", "v"} else []
+        self.phases = [(phase, phase) for phase in phases]
+
+    def launch(self, first: int, last: int, second: "Backward | None" = None, reads_x: bool = True) -> None:
+        """Run the phases first..last. Phase 2 may add the dx of a second adapter of the same x, and sum its da too;
+        the second then runs its own phase 2 with reads_x=False."""
+        call, sizes, drop_below = self.call, self.sizes, threshold(self.call.p)
+        grads, da_planes = dict(self.grads), self.da_planes
+        if not reads_x:
+            grads.pop("x", None)
+            da_planes = None
+        other = (None,) * 3 if second is None else (second.call.a, second.dh, second.da_planes)
+        tensors = (
+            self.dy, self.x, self.h, call.a, call.b0, call.u, call.v, call.fusion, call.task, call.gate, call.gate_row,
+            call.seed if drop_below else None,
+            *(grads.get(name) for name in ("x", "a", "b0", "u", "v", "fusion", "gate")),
+            *self.before, da_planes, *self.after, *other,
+        )  # fmt: skip
+        low, high = call.ranks or (0, sizes.rank)
+        numbers = (
+            self.dy.shape[0], sizes.columns, sizes.outputs, sizes.tasks, 0 if call.gate is None else call.gate.shape[0],
+            0 if self.x is None else self.x.stride(0), call.scaling, drop_below, keep_scale(call.p), low, high,
+        )  # fmt: skip
+        run(kernels.delta_backward, self.dy.device, first, last, tensors, numbers, sizes.constants, self.config)
 
 
-def plane_bytes(rows: int, chunk: int, u: Tensor) -> int:
-    return -(-rows // chunk) * u.numel() * 4
+@dataclass(frozen=True)
+class Sizes:
+    """K, N, R, S (0 without task factors) and T of a call."""
+
+    columns: int
+    outputs: int
+    rank: int
+    sub_rank: int
+    tasks: int
+
+    @classmethod
+    def of(cls, call: Call) -> "Sizes":
+        tasks, _, sub_rank = (1, 0, 0) if call.u is None else call.u.shape
+        return cls(call.a.shape[1], call.b0.shape[0], call.a.shape[0], sub_rank, tasks)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {
+            "R": self.rank,
+            "S": self.sub_rank,
+            "BLOCK_R": runtime.padded(self.rank),
+            "BLOCK_S": runtime.padded(max(self.sub_rank, 1)),
+        }
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def run(kernel, device: torch.device, first: int, last: int, tensors: tuple, numbers: tuple, constants: dict) -> None:
+def contiguous_call(call: Call) -> Call:
+    tensors = ("a", "b0", "u", "v", "fusion", "task", "gate", "gate_row")
+    return Call(**{**call.__dict__, **{name: contiguous(getattr(call, name)) for name in tensors}})
+
+
+def run(
+    kernel, device: torch.device, first: int, last: int, tensors: tuple, numbers: tuple, sizes: dict, config: dict
+) -> None:
     """One launch of the phases first..last. More than one phase needs all programs resident: one for each processor."""
-    constants = {**constants, "FIRST": first, "LAST": last}
+    constants = {**sizes, **runtime.phase_config(config, first, last), "FIRST": first, "LAST": last}
     state = runtime.barrier_state(device) if first < last else None
     if runtime.INTERPRETED:
         # Programs run one after another there: a barrier can wait for no more than one.

@@ -137,18 +137,33 @@ def finish_h(
 
 
 @triton.jit
+def store_h(
+    acc, row, m, count, split, M, T, keep_scale, task, gate, gate_row, fusion, v, h, z, planes,
+    R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """Store one tile of h, or its plane when the columns of x are split."""
+    r = tl.arange(0, BLOCK_R)
+    if SPLIT_K > 1:
+        at = planes + (split.to(tl.int64) * M + row) * R + m[:, None] * R + r[None, :]
+        tl.store(at, acc, mask=(m < count)[:, None] & (r < R)[None, :])
+    else:
+        finish_h(acc, row, m, count, T, keep_scale, task, gate, gate_row, fusion, v, h, z, R, S, BLOCK_R, BLOCK_S)
+
+
+@triton.jit
 def shrink(
-    item, x, a, task, gate, gate_row, fusion, v, seed, h, z, planes,
+    item, x, a, task, gate, gate_row, fusion, v, seed, h, z, planes, a_2, fusion_2, v_2, h_2, z_2, planes_2,
     M, K, T, x_stride, drop_below, keep_scale,
     R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
-    """h = D(x) A^T of one tile of rows, or its share over one of SPLIT_K ranges of columns."""
+    """h = D(x) A^T of one tile of rows, or its share over one of SPLIT_K ranges of columns; of two adapters at once."""
     row, split = (item // SPLIT_K).to(tl.int64) * BLOCK_M, item % SPLIT_K
     count = rows_from(row, M)
     share = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
     m, r, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    acc_2 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for first in range(split * share, tl.minimum(split * share + share, K), BLOCK_K):
         columns = first + k
         inside = (m < count)[:, None] & (columns < K)[None, :]
@@ -156,11 +171,18 @@ def shrink(
         if seed is not None:
             block = tl.where(kept(seed, row, m, first, drop_below, BLOCK_K), block, 0.0)
         acc = tl.dot(block, tile(a, r[None, :], columns[:, None], R, K, block.dtype), acc, input_precision="ieee")
-    if SPLIT_K > 1:
-        at = planes + (split.to(tl.int64) * M + row) * R + m[:, None] * R + r[None, :]
-        tl.store(at, acc, mask=(m < count)[:, None] & (r < R)[None, :])
-    else:
-        finish_h(acc, row, m, count, T, keep_scale, task, gate, gate_row, fusion, v, h, z, R, S, BLOCK_R, BLOCK_S)
+        if a_2 is not None:
+            right = tile(a_2, r[None, :], columns[:, None], R, K, block.dtype)
+            acc_2 = tl.dot(block, right, acc_2, input_precision="ieee")
+    store_h(
+        acc, row, m, count, split, M, T, keep_scale, task, gate, gate_row, fusion, v, h, z, planes,
+        R, S, BLOCK_R, BLOCK_S, SPLIT_K,
+    )  # fmt: skip
+    if a_2 is not None:
+        store_h(
+            acc_2, row, m, count, split, M, T, keep_scale, task, gate, gate_row, fusion_2, v_2, h_2, z_2, planes_2,
+            R, S, BLOCK_R, BLOCK_S, SPLIT_K,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -225,20 +247,20 @@ def expand(
 @triton.jit(do_not_specialize=["M", "T", "drop_below"])
 def delta_forward(
     x, a, b0, u, v, fusion, task, gate, gate_row, bias, seed,
-    h, z, planes, y, state,
+    h, z, planes, y, a_2, fusion_2, v_2, h_2, z_2, planes_2, state,
     M, K, N, T, x_stride, scaling, drop_below, keep_scale,
     R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr, TILES_N: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Phases: 0 shrink, 1 sum the planes of h (with SPLIT_K > 1), 2 expand."""
+    """Phases: 0 shrink, 1 sum the planes of h (with SPLIT_K > 1), 2 expand. Phase 0 may serve a second adapter as well."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     blocks = tl.cdiv(M, BLOCK_M)
     if FIRST == 0:
         for item in range(program, blocks * SPLIT_K, programs):
             shrink(
                 tl.to_tensor(item), x, a, task, gate, gate_row, fusion, v, seed, h, z, planes,
-                M, K, T, x_stride, drop_below, keep_scale,
+                a_2, fusion_2, v_2, h_2, z_2, planes_2, M, K, T, x_stride, drop_below, keep_scale,
                 R, S, BLOCK_R, BLOCK_S, BLOCK_M, BLOCK_K, SPLIT_K,
             )  # fmt: skip
     if FIRST <= 1 and LAST >= 1 and SPLIT_K > 1:
@@ -446,41 +468,67 @@ def up_gradients(
 
 
 @triton.jit
+def load_dh(dh, row, m, count, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    r = tl.arange(0, BLOCK_R)
+    at = dh + row * R + m[:, None] * R + r[None, :]
+    return tl.load(at, mask=(m < count)[:, None] & (r < R)[None, :], other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def store_da(da, planes, chunk, columns, K, low_rank, high_rank, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    r = tl.arange(0, BLOCK_R)
+    da = tl.where(((r >= low_rank) & (r < high_rank))[:, None], da, 0.0)
+    at = planes + chunk.to(tl.int64) * R * K + r[:, None] * K + columns[None, :]
+    tl.store(at, da, mask=(r < R)[:, None] & (columns < K)[None, :])
+
+
+@triton.jit
 def down_gradients(
-    chunk, block, x, a, seed, dh, dx, da_planes, M, K, x_stride, drop_below, keep_scale, low_rank, high_rank,
+    chunk, block, x, a, seed, dh, dx, da_planes, a_2, dh_2, da_planes_2,
+    M, K, x_stride, drop_below, keep_scale, low_rank, high_rank,
     R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """dx of one chunk of rows and one tile of columns, and its share of da; both use one draw of the mask."""
+    """dx of one chunk of rows and one tile of columns, and its share of da; of two adapters at once, with one mask."""
     r, m = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_M)
     columns = block * BLOCK_K + tl.arange(0, BLOCK_K)
     chunk_row = chunk.to(tl.int64) * CHUNK
     chunk_count = tl.minimum(rows_from(chunk_row, M), CHUNK)
     da = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    da_2 = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     if dx is not None:
         right = tile(a, r[:, None], columns[None, :], R, K, dh.dtype.element_ty)
+        if a_2 is not None:
+            right_2 = tile(a_2, r[:, None], columns[None, :], R, K, dh.dtype.element_ty)
     for first in range(0, chunk_count, BLOCK_M):
         row = chunk_row + first
         count = chunk_count - first
         inside = (m < count)[:, None] & (columns < K)[None, :]
-        left = dh + row * R + m[:, None] * R + r[None, :]
-        dht = tl.load(left, mask=(m < count)[:, None] & (r < R)[None, :], other=0.0, cache_modifier=".cg")
+        left = load_dh(dh, row, m, count, R, BLOCK_R)
+        if a_2 is not None:
+            left_2 = load_dh(dh_2, row, m, count, R, BLOCK_R)
         if seed is not None:
             keep = kept(seed, row, m, block * BLOCK_K, drop_below, BLOCK_K)
-        if da_planes is not None:
+        if da_planes is not None or da_planes_2 is not None:
             xt = tl.load(x + row * x_stride + m[:, None] * x_stride + columns[None, :], mask=inside, other=0.0)
             if seed is not None:
                 xt = tl.where(keep, xt, 0.0)
-            da = tl.dot(tl.trans(dht), xt, da, input_precision="ieee")
+            if da_planes is not None:
+                da = tl.dot(tl.trans(left), xt, da, input_precision="ieee")
+            if da_planes_2 is not None:
+                da_2 = tl.dot(tl.trans(left_2), xt, da_2, input_precision="ieee")
         if dx is not None:
-            dxt = tl.dot(dht, right, input_precision="ieee") * keep_scale
+            dxt = tl.dot(left, right, input_precision="ieee")
+            if a_2 is not None:
+                dxt = tl.dot(left_2, right_2, dxt, input_precision="ieee")
+            dxt *= keep_scale
             if seed is not None:
                 dxt = tl.where(keep, dxt, 0.0)
             at = dx + row * K + m[:, None] * K + columns[None, :]
             tl.store(at, dxt.to(dx.dtype.element_ty), mask=inside)
     if da_planes is not None:
-        at = da_planes + chunk.to(tl.int64) * R * K + r[:, None] * K + columns[None, :]
-        da = tl.where(((r >= low_rank) & (r < high_rank))[:, None], da * keep_scale, 0.0)
-        tl.store(at, da, mask=(r < R)[:, None] & (columns < K)[None, :])
+        store_da(da * keep_scale, da_planes, chunk, columns, K, low_rank, high_rank, R, BLOCK_R)
+    if da_planes_2 is not None:
+        store_da(da_2 * keep_scale, da_planes_2, chunk, columns, K, low_rank, high_rank, R, BLOCK_R)
 
 
 @triton.jit
@@ -554,7 +602,8 @@ def sum_planes(item, planes, present, out, chunks, T, size):
 def delta_backward(
     dy, x, h, a, b0, u, v, fusion, task, gate, gate_row, seed,
     dx, da, db0, du, dv, dfusion, dgate,
-    dh, dq_h, scaled_q_u, dfusion_rows, planes, da_planes, db0_planes, du_planes, dv_planes, present, state,
+    dh, dq_h, scaled_q_u, dfusion_rows, planes, da_planes, db0_planes, du_planes, dv_planes, present,
+    a_2, dh_2, da_planes_2, state,
     M, K, N, T, G, x_stride, scaling, drop_below, keep_scale, low_rank, high_rank,
     R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -564,7 +613,7 @@ def delta_backward(
     rows and over the planes of phase 0, 3 the sums over the planes of phase 2. A gradient that is None is not computed.
 
     Rows come in chunks of CHUNK; in phase 0 the items of a chunk follow each other, so that the second read of its dy
-    finds it in the L2 cache.
+    finds it in the L2 cache. Phase 2 may serve dx and da of a second adapter of the same x as well.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     chunks = tl.cdiv(M, CHUNK)
@@ -600,10 +649,11 @@ def delta_backward(
     if FIRST <= 2 and LAST >= 2:
         if FIRST < 2:
             meet(state, programs)
+        reads_x: tl.constexpr = dx is not None or da_planes is not None or da_planes_2 is not None
         vs = chunks if dv is not None else 0
         fusions = vs + (T if dfusion is not None else 0)
         gates = fusions + (G if dgate is not None else 0)
-        downs = gates + (chunks * tl.cdiv(K, BLOCK_K) if dx is not None or da is not None else 0)
+        downs = gates + (chunks * tl.cdiv(K, BLOCK_K) if reads_x else 0)
         b0s = downs + (tl.cdiv(N * R, SUM_BLOCK) if db0 is not None else 0)
         us = b0s + (T * tl.cdiv(N * S, SUM_BLOCK) if du is not None else 0)
         for work in range(program, us, programs):
@@ -621,11 +671,11 @@ def delta_backward(
                 if dgate is not None:
                     gate_gradient(item - fusions, gate_row, dq_h, dgate, M, R, BLOCK_R, BLOCK_M)
             elif item < downs:
-                if dx is not None or da is not None:
+                if reads_x:
                     blocks = tl.cdiv(K, BLOCK_K)
                     down_gradients(
                         (item - gates) // blocks, (item - gates) % blocks, x, a, seed, dh, dx, da_planes,
-                        M, K, x_stride, drop_below, keep_scale, low_rank, high_rank,
+                        a_2, dh_2, da_planes_2, M, K, x_stride, drop_below, keep_scale, low_rank, high_rank,
                         R, BLOCK_R, BLOCK_M, BLOCK_K, CHUNK,
                     )  # fmt: skip
             elif item < b0s:

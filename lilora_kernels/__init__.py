@@ -1,7 +1,7 @@
 """Kernels and layers for continual, multi-task LoRA: x A (B0 + U_i V_i) with a task index per sample."""
 
 from .backends import backend, explain
-from .functional import delta, draw_seed, linear
+from .functional import delta, delta_pair, draw_seed, linear
 from .linear import LiLoRALinear, check_task_name, set_task
 from .routing import Route, attach, route
 from .version import __version__
@@ -14,6 +14,7 @@ __all__ = [
     "backend",
     "check_task_name",
     "delta",
+    "delta_pair",
     "draw_seed",
     "explain",
     "linear",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .ops.delta.register import delta as _delta
+from .ops.delta_pair.register import delta_pair as _delta_pair
 from .ops.linear.register import linear as _linear
 
 
@@ -73,6 +74,33 @@ def linear(
     flat, lead = cast.reshape(-1, x.shape[-1]), x.shape[:-1]
     y, _ = _linear(flat, weight, bias, a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
     return y.view(*lead, y.shape[-1])
+
+
+def delta_pair(
+    x: Tensor,
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
+    *,
+    bases: Sequence[tuple[Tensor, Tensor | None]] | None = None,
+    task: Tensor | None = None,
+    seed: Tensor | None = None,
+    scaling: float = 1.0,
+    p: float = 0.0,
+    ranks: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Two adapters of one x with one dropout mask, as gate_proj and up_proj of an MLP -> ([..., N_1], [..., N_2]).
+
+    first and second: (a, b0, u, v, fusion) each, of equal r, sub_rank and tasks, the last three None as in `delta`.
+    bases: their frozen (weight, bias), added to the results as `linear` does; without them the adapters alone.
+    The kernels read x once in forward and once in backward. Other arguments, casts and errors as in `delta`.
+    """
+    (weight_1, bias_1), (weight_2, bias_2) = ((None, None),) * 2 if bases is None else bases
+    x = autocast(x)
+    flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+    y_1, y_2, _, _ = _delta_pair(
+        flat, weight_1, bias_1, *first, weight_2, bias_2, *second, task, seed, scaling, p, ranks
+    )
+    return y_1.view(*lead, y_1.shape[-1]), y_2.view(*lead, y_2.shape[-1])
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -164,7 +164,8 @@ def gradients(y, i, names, dy):
     names = [n for n in names if getattr(i, n) is not None]
     if not names:
         return {}
-    return dict(zip(names, torch.autograd.grad(y, [getattr(i, n) for n in names], dy), strict=True))
+    found = torch.autograd.grad(y, [getattr(i, n) for n in names], dy, retain_graph=True)
+    return dict(zip(names, found, strict=True))
 
 
 def pairwise(axes: dict, seed: int = 0) -> list[dict]:

@@ -26,7 +26,7 @@ def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: 
         if "x" in needs:
             grads["x"] = dx_part(dh, keep, call)
         if "a" in needs:
-            grads["a"] = da(dh, x, keep, call)
+            grads["a"] = da(dh, dropped(x, keep), call)
     return grads
 
 
@@ -48,11 +48,17 @@ def dropout_mask(rows: int, columns: int, dtype: torch.dtype, call: Call) -> Ten
 
 def shrink(x: Tensor, call: Call) -> Tensor:
     """h = D(x) A^T, [M, R] in x's dtype."""
-    a = call.a.to(x.dtype)
-    keep = dropout_mask(*x.shape, x.dtype, call)
-    if keep is None:
-        return x @ a.T
-    return (keep.mul_(x) @ a.T).mul_(keep_scale(call.p))  # the scale on [M, R], not on [M, K]
+    return scaled_h(dropped(x, dropout_mask(*x.shape, x.dtype, call)), call)
+
+
+def dropped(x: Tensor, keep: Tensor | None) -> Tensor:
+    """D(x) without its scale. Overwrites keep."""
+    return x if keep is None else keep.mul_(x)
+
+
+def scaled_h(dropped_x: Tensor, call: Call) -> Tensor:
+    h = dropped_x @ call.a.to(dropped_x.dtype).T
+    return h if threshold(call.p) == 0 else h.mul_(keep_scale(call.p))  # the scale on [M, R], not on [M, K]
 
 
 def gated(h: Tensor, call: Call) -> Tensor:
@@ -72,14 +78,13 @@ def dx_part(dh: Tensor, keep: Tensor | None, call: Call) -> Tensor:
     return dx if keep is None else dx.mul_(keep)
 
 
-def da(dh: Tensor, x: Tensor, keep: Tensor | None, call: Call) -> Tensor:
-    """dh^T D(x), [R, K] in a's dtype; dh carries the keep-scale. Overwrites keep."""
-    dropped = x if keep is None else keep.mul_(x)
+def da(dh: Tensor, dropped_x: Tensor, call: Call) -> Tensor:
+    """dh^T D(x), [R, K] in a's dtype; dh carries the keep-scale."""
     if call.ranks is None:
-        return (dh.T @ dropped).to(call.a.dtype)
+        return (dh.T @ dropped_x).to(call.a.dtype)
     lo, hi = call.ranks
     grad = torch.zeros_like(call.a)
-    grad[lo:hi] = dh[:, lo:hi].T @ dropped
+    grad[lo:hi] = dh[:, lo:hi].T @ dropped_x
     return grad
 
 

@@ -38,15 +38,20 @@ def run_backward(
 
 
 class Forward:
-    """One forward: the tensors that its launches share. Every phase reads what the phases before it wrote."""
+    """One forward: the tensors that its launches share. Every phase reads what the phases before it wrote.
 
-    def __init__(self, x: Tensor, bias: Tensor | None, call: Call, one_launch: bool) -> None:
+    `like` is another forward of the same x whose phase 0 will compute this one's h too: they share a configuration.
+    """
+
+    def __init__(
+        self, x: Tensor, bias: Tensor | None, call: Call, one_launch: bool, like: "Forward | None" = None
+    ) -> None:
         self.x = x if x.stride(1) == 1 else x.contiguous()
         self.bias = contiguous(bias)
         self.call = call = contiguous_call(call)
         self.sizes = Sizes.of(call)
         rows, columns = x.shape
-        self.config = runtime.config("forward", one_launch, x, call)
+        self.config = runtime.config("forward", one_launch, x, call) if like is None else like.config
         split = self.config["SPLIT_K"] = max(1, min(self.config["SPLIT_K"], columns // self.config["BLOCK_K"]))
         self.y, self.h = x.new_empty(rows, self.sizes.outputs), x.new_empty(rows, self.sizes.rank)
         self.z = None if call.u is None else x.new_empty(rows, self.sizes.sub_rank)
@@ -73,11 +78,20 @@ class Forward:
 
 
 class Backward:
-    """One backward: its gradients and the tensors that its launches share. `reads_x` leaves dx and da's partial sums
-    to another Backward of the same x (see `launch`)."""
+    """One backward: its gradients and the tensors that its launches share.
+
+    `like` is another backward of the same x whose phase 2 will add this one's dx to its own and read x for this da too.
+    """
 
     def __init__(
-        self, dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str], one_launch: bool
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        h: Tensor | None,
+        call: Call,
+        needs: frozenset[str],
+        one_launch: bool,
+        like: "Backward | None" = None,
     ) -> None:
         self.dy = dy = dy.contiguous()
         self.x = x if x is None or x.stride(1) == 1 else x.contiguous()
@@ -85,14 +99,15 @@ class Backward:
         self.call = call = contiguous_call(call)
         self.sizes = sizes = Sizes.of(call)
         rows, rank, sub_rank, outputs = dy.shape[0], sizes.rank, sizes.sub_rank, sizes.outputs
-        self.config = config = runtime.config("backward", one_launch, dy, call)
+        self.config = config = runtime.config("backward", one_launch, dy, call) if like is None else like.config
         split = config["SPLIT_N"] = max(1, min(config["SPLIT_N"], outputs // config["BLOCK_N"]))
-        if "u" in needs:
+        if "u" in needs and like is None:
             while config["CHUNK"] < rows and -(-rows // config["CHUNK"]) * call.u.numel() * 4 > runtime.PLANE_BYTES:
                 config["CHUNK"] *= 2
         chunks = -(-rows // config["CHUNK"])
         self.grads = {name: torch.empty_like(getattr(call, name)) for name in needs - {"x"}}
-        if "x" in needs:
+        self.reads_x = like is None
+        if "x" in needs and like is None:
             self.grads["x"] = dy.new_empty(rows, sizes.columns)
         wants_dh = bool(needs & {"x", "a", "v", "fusion", "gate"})
 
@@ -119,19 +134,15 @@ class Backward:
         phases += [3] if needs & {"a", "v"} else []
         self.phases = [(phase, phase) for phase in phases]
 
-    def launch(self, first: int, last: int, second: "Backward | None" = None, reads_x: bool = True) -> None:
-        """Run the phases first..last. Phase 2 may add the dx of a second adapter of the same x, and sum its da too;
-        the second then runs its own phase 2 with reads_x=False."""
+    def launch(self, first: int, last: int, second: "Backward | None" = None) -> None:
+        """Run the phases first..last; phase 2 may add the dx of a second adapter of the same x, and sum its da too."""
         call, sizes, drop_below = self.call, self.sizes, threshold(self.call.p)
-        grads, da_planes = dict(self.grads), self.da_planes
-        if not reads_x:
-            grads.pop("x", None)
-            da_planes = None
+        da_planes = self.da_planes if self.reads_x or first == 3 else None
         other = (None,) * 3 if second is None else (second.call.a, second.dh, second.da_planes)
         tensors = (
             self.dy, self.x, self.h, call.a, call.b0, call.u, call.v, call.fusion, call.task, call.gate, call.gate_row,
             call.seed if drop_below else None,
-            *(grads.get(name) for name in ("x", "a", "b0", "u", "v", "fusion", "gate")),
+            *(self.grads.get(name) for name in ("x", "a", "b0", "u", "v", "fusion", "gate")),
             *self.before, da_planes, *self.after, *other,
         )  # fmt: skip
         low, high = call.ranks or (0, sizes.rank)

@@ -1,0 +1,48 @@
+"""One pass over x for two adapters: their h in one launch, and in backward dx with both da in one."""
+
+from torch import Tensor
+
+from ..call import Call
+from ..delta.triton_backend import Backward, Forward
+
+
+def forward(
+    x: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], calls: tuple[Call, Call]
+) -> tuple[Tensor, ...]:
+    main = Forward(x, biases[0], calls[0], one_launch=False)
+    other = Forward(x, biases[1], calls[1], one_launch=False, like=main)
+    main.launch(0, 0, second=other)
+    for work, weight in zip((main, other), weights, strict=True):
+        for first, last in work.phases[1:]:
+            work.launch(first, last)
+        if weight is not None:
+            work.y.addmm_(x, weight.to(x.dtype).T)
+    return main.y, other.y, main.h, other.h
+
+
+def backward(
+    dys: tuple[Tensor, Tensor],
+    x: Tensor | None,
+    weights: tuple[Tensor | None, ...],
+    hs: tuple[Tensor | None, ...],
+    calls: tuple[Call, Call],
+    needs: tuple[frozenset[str], frozenset[str]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    reads_x = [bool(wanted & {"x", "a"}) for wanted in needs]
+    first = 0 if reads_x[0] else 1
+    second = 1 - first
+    main = Backward(dys[first], x, hs[first], calls[first], needs[first], one_launch=False)
+    other = Backward(dys[second], x, hs[second], calls[second], needs[second], one_launch=False, like=main)
+    for work in (main, other):
+        for phase, _ in work.phases:
+            if phase < 2:
+                work.launch(phase, phase)
+    for work in (main, other):
+        for phase, _ in work.phases:
+            if phase >= 2:
+                work.launch(phase, phase, second=other if work is main and phase == 2 and reads_x[second] else None)
+    if "x" in main.grads:
+        for dy, weight in zip(dys, weights, strict=True):
+            if weight is not None:
+                main.grads["x"].addmm_(dy, weight.to(dy.dtype))
+    return (main.grads, other.grads) if first == 0 else (other.grads, main.grads)

@@ -1,0 +1,45 @@
+"""`delta_pair` with the Triton kernels, in the interpreter."""
+
+import pytest
+import torch
+from cases import make
+from pair_cases import PAIR_CASES, adapters, check_pair, pair_id
+
+import lilora_kernels
+from lilora_kernels import functional
+from lilora_kernels.ops import triton_runtime
+from lilora_kernels.ops.delta import triton_backend
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("case", PAIR_CASES, ids=pair_id)
+def test_equals_two_calls(case, splits, monkeypatch):
+    tiles = {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_N": 16, "phases": {}}
+    plans = {
+        "forward": {**tiles, "SPLIT_K": splits, "TILES_N": 2},
+        "backward": {**tiles, "SPLIT_N": splits, "CHUNK": 32},
+    }
+    monkeypatch.setattr(triton_runtime, "config", lambda kernel, *_: dict(plans[kernel]))
+    with lilora_kernels.backend("triton"):
+        check_pair(**case)
+
+
+def test_x_is_read_by_one_launch_each_way(monkeypatch):
+    launches = []
+    run = triton_backend.run
+
+    def recording(kernel, device, first, last, tensors, *rest):
+        given = dict(zip(kernel.arg_names, tensors, strict=False))
+        if kernel is triton_backend.kernels.delta_forward and first == 0:
+            launches.append("forward")
+        read = ("dx", "da_planes", "da_planes_2")
+        if kernel is triton_backend.kernels.delta_backward and first == 2 and any(given[n] is not None for n in read):
+            launches.append("backward")
+        run(kernel, device, first, last, tensors, *rest)
+
+    monkeypatch.setattr(triton_backend, "run", recording)
+    one, two = (make(rows=40, outputs=n, dtype=torch.float32, seed=n).leaves() for n in (20, 28))
+    with lilora_kernels.backend("triton"):
+        ys = functional.delta_pair(one.x, adapters(one), adapters(two), task=one.task)
+        torch.cat(ys, 1).square().sum().backward()
+    assert launches == ["forward", "backward"]

@@ -23,8 +23,12 @@ SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one block may h
 INTEGERS = {"M", "K", "N", "T", "G", "x_stride", "drop_below", "low_rank", "high_rank"}
 FLOATS = {"scaling", "keep_scale"}
 IDS = {"task", "gate_row", "present", "state"}
-WIDE = {"planes", "da_planes", "db0_planes", "du_planes", "dv_planes", "dq_h", "dfusion_rows"}
+WIDE = {"planes", "da_planes", "db0_planes", "du_planes", "dv_planes", "planes_2", "da_planes_2"}
+WIDE |= {"dq_h", "dfusion_rows"}
 PARAMETERS = {"a", "b0", "u", "v", "fusion", "gate", "bias", "da", "db0", "du", "dv", "dfusion", "dgate"}
+PARAMETERS |= {"a_2", "v_2", "fusion_2"}
+GATE = frozenset({"gate", "gate_row", "bias", "dgate", "dq_h"})
+PAIR = frozenset({"a_2", "fusion_2", "v_2", "h_2", "z_2", "planes_2", "dh_2", "da_planes_2"})
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,23 @@ def compile_kernel(
     masters: torch.dtype | None = None,
     rank: int = 128,
     sub_rank: int = 64,
-    absent: frozenset[str] = frozenset({"gate", "gate_row", "bias", "dgate", "dq_h"}),
+    absent: frozenset[str] = GATE | PAIR,
 ) -> Compiled:
-    """Compile `delta_<name>` for sm_<arch> with 16-byte aligned tensors and sizes divisible by 16, as models have them."""
+    """Compile `delta_<name>` for sm_<arch> with 16-byte aligned tensors and sizes divisible by 16, as models have them.
+
+    `absent` names the arguments that are None.
+    """
     kernel = getattr(kernels, f"delta_{name}")
     widest = max(dtype.itemsize, (masters or dtype).itemsize)
-    config = runtime.phase_config(runtime.fitted(config, widest, runtime.padded(rank)), first, last)
+    pair = "a_2" not in absent
+    config = runtime.phase_config(runtime.fitted(config, widest, runtime.padded(rank)), first, last, pair)
     options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
     constants = {
         "R": rank, "S": sub_rank, "BLOCK_R": runtime.padded(rank), "BLOCK_S": runtime.padded(sub_rank),
         "FIRST": first, "LAST": last, **config,
     }  # fmt: skip
     split = constants.get("SPLIT_K", constants.get("SPLIT_N"))
-    absent = absent | ({"planes"} if split == 1 else set()) | ({"state"} if first == last else set())
+    absent = absent | ({"planes", "planes_2"} if split == 1 else set()) | ({"state"} if first == last else set())
     constants |= dict.fromkeys(absent & set(kernel.arg_names))
     signature, attributes = {}, {}
     for at, argument in enumerate(kernel.arg_names):

@@ -99,9 +99,11 @@ def fitted(bucket: dict, element_size: int, block_r: int) -> dict:
     return {name: value for name, value in fit(bucket).items() if name != "rows"} | {"phases": phases}
 
 
-def phase_config(config: dict, first: int, last: int) -> dict[str, int]:
-    """The constants of one launch; a phase of its own may have some of its own."""
-    own = config["phases"].get(str(first), {}) if first == last else {}
+def phase_config(config: dict, first: int, last: int, pair: bool = False) -> dict[str, int]:
+    """The constants of one launch. A phase that runs alone may have some of its own, and others when it serves a pair."""
+    own = {}
+    if first == last:
+        own = config["phases"].get(f"{first}-pair" if pair else str(first), {})
     return {name: value for name, value in config.items() if name != "phases"} | own
 
 

@@ -74,7 +74,8 @@ class Forward:
             call.scaling, drop_below, keep_scale(call.p),
         )  # fmt: skip
         if rows > 0:
-            run(kernels.delta_forward, self.x.device, first, last, tensors, numbers, sizes.constants, self.config)
+            constants = sizes.constants | runtime.phase_config(self.config, first, last, second is not None)
+            run(kernels.delta_forward, self.x.device, first, last, tensors, numbers, constants)
 
 
 class Backward:
@@ -150,7 +151,8 @@ class Backward:
             self.dy.shape[0], sizes.columns, sizes.outputs, sizes.tasks, 0 if call.gate is None else call.gate.shape[0],
             0 if self.x is None else self.x.stride(0), call.scaling, drop_below, keep_scale(call.p), low, high,
         )  # fmt: skip
-        run(kernels.delta_backward, self.dy.device, first, last, tensors, numbers, sizes.constants, self.config)
+        constants = sizes.constants | runtime.phase_config(self.config, first, last, second is not None)
+        run(kernels.delta_backward, self.dy.device, first, last, tensors, numbers, constants)
 
 
 @dataclass(frozen=True)
@@ -187,11 +189,9 @@ def contiguous_call(call: Call) -> Call:
     return Call(**{**call.__dict__, **{name: contiguous(getattr(call, name)) for name in tensors}})
 
 
-def run(
-    kernel, device: torch.device, first: int, last: int, tensors: tuple, numbers: tuple, sizes: dict, config: dict
-) -> None:
+def run(kernel, device: torch.device, first: int, last: int, tensors: tuple, numbers: tuple, constants: dict) -> None:
     """One launch of the phases first..last. More than one phase needs all programs resident: one for each processor."""
-    constants = {**sizes, **runtime.phase_config(config, first, last), "FIRST": first, "LAST": last}
+    constants = constants | {"FIRST": first, "LAST": last}
     state = runtime.barrier_state(device) if first < last else None
     if runtime.INTERPRETED:
         # Programs run one after another there: a barrier can wait for no more than one.

@@ -5,6 +5,7 @@ from .functional import delta, delta_pair, draw_seed, linear
 from .linear import LiLoRALinear, check_task_name, set_task
 from .routing import Route, attach, route
 from .version import __version__
+from .warmup import warmup
 
 __all__ = [
     "LiLoRALinear",
@@ -20,4 +21,5 @@ __all__ = [
     "linear",
     "route",
     "set_task",
+    "warmup",
 ]

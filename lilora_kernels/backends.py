@@ -21,11 +21,13 @@ class Implementation:
     """One backend of one operation.
 
     `refusal(x, rank, sub_rank)` says in a few words why it cannot run on x with factors of these ranks, or None.
+    `plan` says in a few words how it runs.
     """
 
     forward: Callable
     backward: Callable
     refusal: Callable[[Tensor, int, int], str | None]
+    plan: str
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -36,13 +38,13 @@ def register(op: str, backend: str, implementation: Implementation) -> None:
     _table.setdefault(op, {})[backend] = implementation
 
 
-def lazy(module: str, refusal: Callable[[Tensor, int, int], str | None]) -> Implementation:
+def lazy(module: str, refusal: Callable[[Tensor, int, int], str | None], plan: str) -> Implementation:
     """An implementation whose module (with its functions forward and backward) is imported by the first call."""
 
     def late(function: str) -> Callable:
         return lambda *args: getattr(importlib.import_module(module), function)(*args)
 
-    return Implementation(late("forward"), late("backward"), refusal)
+    return Implementation(late("forward"), late("backward"), refusal, plan)
 
 
 def requested() -> str | None:
@@ -103,7 +105,8 @@ def explain(model: torch.nn.Module) -> str:
         reasons = refusals(op, layer.example(), layer.rank, layer.sub_rank)
         wanted = requested()
         chosen = next((b for b, why in reasons.items() if why is None and wanted in (None, b)), None)
-        plan = "base and adapter in one operation" if reason is None else f"base_layer(x) + delta, because {reason}"
+        runs = f"{wanted} CANNOT RUN" if chosen is None else f"{chosen} ({_table[op][chosen].plan})"
+        fused = "base and adapter in one operation" if reason is None else f"base_layer(x) + delta, because {reason}"
         others = "; ".join(f"{b}: {why}" for b, why in reasons.items() if why is not None)
-        lines.append(f"{name or type(layer).__name__}: {chosen or f'{wanted} CANNOT RUN'}, {plan} [{others}]")
+        lines.append(f"{name or type(layer).__name__}: {runs}, {fused} [{others}]")
     return "\n".join(lines) or "no LiLoRALinear in this model"

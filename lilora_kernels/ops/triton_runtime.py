@@ -82,6 +82,12 @@ def config(kernel: str, one_launch: bool, x: Tensor, call: Call) -> dict:
     return fitted(nearest(buckets, x.shape[0]), widest, padded(call.a.shape[0]))
 
 
+def bucket_rows(device: torch.device) -> list[int]:
+    """The numbers of rows that have a configuration of their own."""
+    plans = table(table_names(device)).values()
+    return sorted({bucket["rows"] for kernels in plans for buckets in kernels.values() for bucket in buckets})
+
+
 def nearest(buckets: list[dict], rows: int) -> dict:
     """The bucket whose `rows` is nearest to the number of rows, on a logarithmic scale."""
     return min(buckets, key=lambda bucket: abs(math.log2(bucket["rows"]) - math.log2(max(rows, 1))))

@@ -160,11 +160,11 @@ def base(i, dtype=None, bias=True):
     return weight.to(dtype), None if b is None else b.to(dtype)
 
 
-def gradients(y, i, names, dy):
+def gradients(y, i, names, dy, retain_graph=False):
     names = [n for n in names if getattr(i, n) is not None]
     if not names:
         return {}
-    found = torch.autograd.grad(y, [getattr(i, n) for n in names], dy, retain_graph=True)
+    found = torch.autograd.grad(y, [getattr(i, n) for n in names], dy, retain_graph=retain_graph)
     return dict(zip(names, found, strict=True))
 
 

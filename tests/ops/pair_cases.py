@@ -53,6 +53,6 @@ def check_pair(rows, mix, p, wanted, bases, coefficients="fusion", columns=64):
         return
     for n in (0, 1):
         names = [name for name in wanted[n] if name != "x" or n == 0]
-        got = gradients(loss, ours[n], names, None)
-        for name, want in gradients(want_loss, single[n], names, None).items():
+        got = gradients(loss, ours[n], names, None, True)
+        for name, want in gradients(want_loss, single[n], names, None, True).items():
             torch.testing.assert_close(got[name], want, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"d{name}: {m}")

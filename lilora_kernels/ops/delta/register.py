@@ -11,8 +11,18 @@ from ..call import DIFFERENTIABLE, Call
 from ..checks import check_delta
 from . import eager
 
-backends.register("delta", "eager", backends.Implementation(eager.forward, eager.backward, lambda *_: None))
-backends.register("delta", "triton", backends.lazy("lilora_kernels.ops.delta.triton_backend", triton_runtime.refusal))
+backends.register(
+    "delta", "eager", backends.Implementation(eager.forward, eager.backward, lambda *_: None, "torch operations")
+)
+backends.register(
+    "delta",
+    "triton",
+    backends.lazy(
+        "lilora_kernels.ops.delta.triton_backend",
+        triton_runtime.refusal,
+        "one launch each way",
+    ),
+)
 
 
 @torch.library.custom_op("lilora::delta", mutates_args=())

@@ -22,8 +22,7 @@ def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: 
 def run_forward(x: Tensor, bias: Tensor | None, call: Call, one_launch: bool) -> tuple[Tensor, Tensor]:
     """y [M, N] = bias + delta, and h [M, R]."""
     work = Forward(x, bias, call, one_launch)
-    for first, last in [(0, 2)] if one_launch else work.phases:
-        work.launch(first, last)
+    run_phases(work, one_launch)
     return work.y, work.h
 
 
@@ -32,9 +31,21 @@ def run_backward(
 ) -> dict[str, Tensor]:
     """The gradients in `needs`; dx without the part through the base weight."""
     work = Backward(dy, x, h, call, needs, one_launch)
-    for first, last in [(0, 3)] if one_launch else work.phases:
-        work.launch(first, last)
+    run_phases(work, one_launch)
     return work.grads
+
+
+def run_phases(work: "Forward | Backward", one_launch: bool) -> None:
+    """All phases in one launch; each in its own when asked for, or when the device cannot hold a whole grid at once."""
+    if one_launch:
+        try:
+            return work.launch(0, work.LAST)
+        except RuntimeError as error:
+            # One program per processor always fits a whole GPU, but not a share of one (MPS, green contexts).
+            if "cooperative" not in str(error):
+                raise
+    for first, last in work.phases:
+        work.launch(first, last)
 
 
 class Forward:
@@ -42,6 +53,8 @@ class Forward:
 
     `like` is another forward of the same x whose phase 0 will compute this one's h too: they share a configuration.
     """
+
+    LAST = 2
 
     def __init__(
         self, x: Tensor, bias: Tensor | None, call: Call, one_launch: bool, like: "Forward | None" = None
@@ -83,6 +96,8 @@ class Backward:
 
     `like` is another backward of the same x whose phase 2 will add this one's dx to its own and read x for this da too.
     """
+
+    LAST = 3
 
     def __init__(
         self,

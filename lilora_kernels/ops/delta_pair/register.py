@@ -11,9 +11,17 @@ from ..call import Call
 from ..checks import check_delta, check_linear
 from . import eager
 
-backends.register("delta_pair", "eager", backends.Implementation(eager.forward, eager.backward, lambda *_: None))
 backends.register(
-    "delta_pair", "triton", backends.lazy("lilora_kernels.ops.delta_pair.triton_backend", triton_runtime.refusal)
+    "delta_pair", "eager", backends.Implementation(eager.forward, eager.backward, lambda *_: None, "torch operations")
+)
+backends.register(
+    "delta_pair",
+    "triton",
+    backends.lazy(
+        "lilora_kernels.ops.delta_pair.triton_backend",
+        triton_runtime.refusal,
+        "one launch per phase, x read once each way",
+    ),
 )
 
 NAME = "lilora::delta_pair"

@@ -12,8 +12,18 @@ from ..checks import check_delta, check_linear
 from ..delta.register import empty_gradients, save, wanted
 from . import eager
 
-backends.register("linear", "eager", backends.Implementation(eager.forward, eager.backward, lambda *_: None))
-backends.register("linear", "triton", backends.lazy("lilora_kernels.ops.linear.triton_backend", triton_runtime.refusal))
+backends.register(
+    "linear", "eager", backends.Implementation(eager.forward, eager.backward, lambda *_: None, "torch operations")
+)
+backends.register(
+    "linear",
+    "triton",
+    backends.lazy(
+        "lilora_kernels.ops.linear.triton_backend",
+        triton_runtime.refusal,
+        "cuBLAS and one launch each way up to 255 rows, one per phase beyond",
+    ),
+)
 
 
 @torch.library.custom_op("lilora::linear", mutates_args=())

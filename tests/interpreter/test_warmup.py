@@ -1,0 +1,57 @@
+"""`warmup` runs what will be run later, and leaves no trace."""
+
+import pytest
+import torch
+
+import lilora_kernels
+from lilora_kernels import LiLoRALinear
+from lilora_kernels.ops import triton_runtime
+from lilora_kernels.ops.delta import triton_backend
+
+
+def model():
+    layers = [LiLoRALinear(torch.nn.Linear(24, 20), r=8, sub_rank=4, dropout=0.1) for _ in range(2)]
+    for layer in layers:
+        layer.add_task("one")
+        layer.add_task("two")
+    return torch.nn.Sequential(*layers, torch.nn.Linear(20, 4))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_each_distinct_layer_runs_once_for_each_bucket(train, monkeypatch):
+    monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [2, 300])
+    launches, run = [], triton_backend.run
+    monkeypatch.setattr(triton_backend, "run", lambda *a: launches.append((a[0].__name__, a[2])) or run(*a))
+    layers = model()
+    for layer in layers[:2]:
+        layer.set_task("two", train=train)
+    before, state = {n: p.clone() for n, p in layers.named_parameters()}, torch.get_rng_state()
+    assert lilora_kernels.warmup(layers) == 4  # two buckets, with the active task and with ids
+    assert torch.equal(state, torch.get_rng_state())
+    for name, parameter in layers.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+    assert {name for name, _ in launches} == {"delta_forward", "delta_backward"} if train else {"delta_forward"}
+
+
+def test_nothing_to_do():
+    assert lilora_kernels.warmup(torch.nn.Linear(3, 3)) == 0
+    assert lilora_kernels.warmup(LiLoRALinear(torch.nn.Linear(3, 3), r=2, sub_rank=2)) == 0
+
+
+def test_a_device_that_cannot_hold_the_grid_runs_phase_by_phase(monkeypatch):
+    launches, run = [], triton_backend.run
+
+    def refusing(kernel, device, first, last, *rest):
+        launches.append((first, last))
+        if first < last:
+            raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+        run(kernel, device, first, last, *rest)
+
+    x, a, b0 = torch.randn(5, 24), torch.randn(4, 24), torch.randn(20, 4)
+    with lilora_kernels.backend("triton"):
+        want = lilora_kernels.delta(x, a, b0)
+        monkeypatch.setattr(triton_backend, "run", refusing)
+        assert torch.equal(lilora_kernels.delta(x, a, b0), want)
+    assert launches[0] == (0, 2)
+    assert len(launches) > 2

@@ -10,12 +10,13 @@ RUNS := $(foreach preset,$(PRESETS),lilora-$(preset)) lora dirlora
 DEMO := lilora-frozen-0 lora-0 dirlora-0
 EXPERIMENT := $(foreach seed,0 1 2,$(foreach run,$(RUNS),$(run)-$(seed)))
 
-.PHONY: help venv demo experiment test lint bench readme wheel clean
+.PHONY: help venv demo experiment test lint bench readme resources wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
 	@echo "make demo        learn six tasks with three methods on real images, about 8 minutes on 2 cores"
 	@echo "make test        all tests"
+	@echo "make resources   what the Triton kernels take, compiled ahead of time: lilora_kernels/ops/RESOURCES.md"
 	@echo "make lint        ruff: rules and formatting"
 	@echo "make bench       throughput comparisons on this machine, results under bench/results/"
 	@echo "make experiment  five methods, three seeds, 400 steps a task: about 50 minutes on 2 cores"
@@ -50,8 +51,10 @@ run-lora-%:
 run-dirlora-%:
 	$(TRAIN_DIGITS) --out $(OUT)/dirlora-$* --method dirlora --seed $*
 
+# Triton's interpreter and its compiler cannot share a process.
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/interpreter
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -62,6 +65,9 @@ bench: venv
 
 readme: .venv/ready
 	$(BIN)/python -m bench.readme
+
+resources: venv
+	$(BIN)/python -m lilora_kernels.resources > lilora_kernels/ops/RESOURCES.md
 
 wheel: .venv/ready
 	rm -rf build dist

@@ -10,5 +10,5 @@ VERSION = re.search(r'__version__ = "(.+)"', Path("lilora_kernels/version.py").r
 setup(
     version=VERSION,
     packages=find_packages(include=["lilora_kernels*"]) + find_packages("python"),
-    package_data={"lilora": ["**/*.html", "**/*.json"]},
+    package_data={"lilora_kernels": ["configs/*.json"], "lilora": ["**/*.html", "**/*.json"]},
 )

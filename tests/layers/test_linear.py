@@ -349,7 +349,9 @@ def test_explain_names_the_plan_of_every_layer():
     )
     plain, quantised, hooks = text.splitlines()
     assert plain.startswith("plain: eager (torch operations), base and adapter in one operation")
-    assert quantised.startswith("quantised: eager (torch operations), base_layer(x) + delta, because the base is a Quantised")
+    assert quantised.startswith(
+        "quantised: eager (torch operations), base_layer(x) + delta, because the base is a Quantised"
+    )
     assert "because the base has hooks" in hooks
     assert lilora_kernels.explain(nn.Linear(2, 2)) == "no LiLoRALinear in this model"
 

@@ -1,0 +1,99 @@
+"""Inputs on a GPU, and the errors of our operations there against the formula in fp64."""
+
+from dataclasses import fields
+
+import torch
+import torch.nn.functional as F
+from cases import NAMES, SCALING, Errors, Inputs, adapter, base, make
+
+from lilora_kernels import functional
+from lilora_kernels.ops.delta import reference
+from lilora_kernels.ops.philox import keep_mask, keep_scale
+
+# Rows that meet each of the buckets of the shipped configurations: 64, 1024 and 8192 rows.
+ROWS = {"few": (0, 1, 2, 17, 63, 64, 65, 127, 255), "some": (257, 300, 1000), "many": (2049, 3001)}
+IDS = ("same", "distinct", "runs", "sorted", "random")
+
+
+def make_on_gpu(*args, **kwargs) -> Inputs:
+    i = make(*args, **kwargs)
+    return Inputs(**{f.name: None if (t := getattr(i, f.name)) is None else t.cuda() for f in fields(i)})
+
+
+def make_pair(outputs, **shape) -> list[Inputs]:
+    """Two adapters of one x and one task index, `outputs` wide and half as wide again."""
+    one, two = make_on_gpu(outputs=outputs, **shape), make_on_gpu(outputs=outputs * 3 // 2, **shape)
+    two.x, two.task = one.x, one.task
+    return [one, two]
+
+
+def seed_tensor(value: int) -> torch.Tensor:
+    return torch.tensor([value], device="cuda")
+
+
+def base_on_gpu(i: Inputs) -> list[torch.Tensor]:
+    return [t.cuda() for t in base(i)]
+
+
+def ours(op, inputs, bases, p, seed):
+    one = inputs[0]
+    options = {"task": one.task, "scaling": SCALING, "p": p, "seed": seed}
+    if op == "pair":
+        return functional.delta_pair(one.x, adapter(one)[1:], adapter(inputs[1])[1:], bases=bases, **options)
+    options |= {"gate": one.gate, "gate_row": one.gate_row}
+    if op == "linear":
+        return (functional.linear(one.x, *bases[0], *adapter(one)[1:], **options),)
+    return (functional.delta(*adapter(one), **options),)
+
+
+def formula(op, inputs, bases, p, seed):
+    mask = (keep_mask(seed, *inputs[0].x.shape, p), keep_scale(p)) if p else ()
+    for i, base_ in zip(inputs, bases, strict=True):
+        gate_row = None if i.gate_row is None else i.gate_row.long()
+        y = reference.delta(*adapter(i), i.task, i.gate, gate_row, *mask, scaling=SCALING)
+        yield y if op == "delta" else y + F.linear(i.x, *(t.to(i.x.dtype) for t in base_))
+
+
+def leaves(inputs, names):
+    """Copies that require gradients, x one tensor of all of them; and the tensors to differentiate for, by name."""
+    copies = [i.leaves(names) for i in inputs]
+    for copy in copies[1:]:
+        copy.x = copies[0].x
+    wanted = {}
+    for at, copy in enumerate(copies):
+        wanted |= {f"d{n}{at or ''}": getattr(copy, n) for n in names if n != "x" or at == 0}
+    return copies, {name: t for name, t in wanted.items() if t is not None}
+
+
+def add_errors(errors: Errors, op: str, inputs: list[Inputs], p: float = 0.0, seed=None, names=NAMES, label="") -> None:
+    """One forward and backward of ours, of the formula in the same dtype, and of the formula in fp64.
+
+    op: delta, linear or pair (with bases). Each name's errors make one pool per label.
+    """
+    bases = [base_on_gpu(i) for i in inputs]
+    results, dys = [], None
+    for run, given in ((ours, inputs), (formula, inputs), (formula, [i.to(torch.float64) for i in inputs])):
+        copies, wanted = leaves(given, names)
+        ys = list(run(op, copies, bases, p, seed))
+        if dys is None:
+            dys = [torch.randn_like(y) for y in ys]
+        grads = torch.autograd.grad(ys, list(wanted.values()), [dy.to(y.dtype) for dy, y in zip(dys, ys, strict=True)])
+        results.append({f"y{at or ''}": y.detach() for at, y in enumerate(ys)} | dict(zip(wanted, grads, strict=True)))
+    got, plain, truth = results
+    for name, tensor in got.items():
+        assert tensor.dtype == plain[name].dtype
+        errors.add(f"{name}{label}", tensor, plain[name], truth[name])
+
+
+def run_all(op, i, p=0.0, seed=None):
+    """y and all gradients of one operation, for a dy that is the same in every call."""
+    copies, wanted = leaves([i], NAMES)
+    bases = [base_on_gpu(i)] if op == "linear" else None  # copies to the device, which a graph cannot capture
+    (y,) = ours(op, copies, bases, p, seed)
+    dy = torch.cos(torch.arange(y.numel(), device="cuda")).view_as(y).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, list(wanted.values()), dy)]
+
+
+def assert_equal(got, want):
+    for ours_, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours_, theirs)

@@ -4,7 +4,6 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from .ops.call import Call
 
 ORDER = ("cuda", "triton", "eager")
-_forced: ContextVar[str | None] = ContextVar("lilora_backend", default=None)
+_forced: str | None = None  # for all threads: autograd runs backward on a GPU in threads of its own
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def lazy(module: str, refusal: Callable[[Tensor, int, int], str | None], plan: s
 
 def requested() -> str | None:
     """The backend ordered by `backend(...)` or LILORA_BACKEND; None leaves the choice to us."""
-    name = _forced.get() or os.environ.get("LILORA_BACKEND") or None
+    name = _forced or os.environ.get("LILORA_BACKEND") or None
     if name is not None and name not in ORDER:
         raise ValueError(f"LILORA_BACKEND is {name!r}; it must be one of {list(ORDER)}")
     return name
@@ -57,14 +56,15 @@ def requested() -> str | None:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Order a backend for the calls inside; a call that it cannot run raises instead of falling back."""
+    """Order a backend for all calls, of every thread, until the end; one that it cannot run raises instead of falling back."""
     if name not in ORDER:
         raise ValueError(f"backend is {name!r}; it must be one of {list(ORDER)}")
-    token = _forced.set(name)
+    global _forced
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def refusals(op: str, x: Tensor, rank: int, sub_rank: int) -> dict[str, str | None]:

@@ -20,7 +20,7 @@ from .ops.delta import triton_kernels as kernels
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one block may have
-INTEGERS = {"M", "K", "N", "T", "G", "x_stride", "drop_below", "low_rank", "high_rank"}
+INTEGERS = {"M", "K", "N", "T", "G", "x_stride", "CHUNK", "drop_below", "low_rank", "high_rank"}
 FLOATS = {"scaling", "keep_scale"}
 IDS = {"task", "gate_row", "present", "state"}
 WIDE = {"planes", "da_planes", "db0_planes", "du_planes", "dv_planes", "planes_2", "da_planes_2"}
@@ -64,8 +64,11 @@ def compile_kernel(
     kernel = getattr(kernels, f"delta_{name}")
     widest = max(dtype.itemsize, (masters or dtype).itemsize)
     pair = "a_2" not in absent
-    config = runtime.phase_config(runtime.fitted(config, widest, runtime.padded(rank)), first, last, pair)
+    config = runtime.phase_config(
+        runtime.fitted(config, dtype.itemsize, widest, runtime.padded(rank)), first, last, pair
+    )
     options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+    config = {key: value for key, value in config.items() if key not in ("CHUNK", "PROGRAMS")}
     constants = {
         "R": rank, "S": sub_rank, "BLOCK_R": runtime.padded(rank), "BLOCK_S": runtime.padded(sub_rank),
         "FIRST": first, "LAST": last, **config,
@@ -107,17 +110,39 @@ def measure(compiled) -> Compiled:
     return Compiled(registers, len(re.findall(r"\b(?:LDL|STL)\b", sass)), compiled.metadata.shared, sass)
 
 
+# The constants that a phase reads, of those in a configuration; a launch of several phases reads all.
+READ = {
+    ("forward", 0): {"BLOCK_M", "BLOCK_K", "SPLIT_K"},
+    ("forward", 1): {"BLOCK_M", "SPLIT_K"},
+    ("forward", 2): {"BLOCK_M", "BLOCK_N", "TILES_N"},
+    ("backward", 0): {"BLOCK_M", "BLOCK_N", "SPLIT_N"},
+    ("backward", 1): {"BLOCK_M", "SPLIT_N"},
+    ("backward", 2): {"BLOCK_M", "BLOCK_K"},
+    ("backward", 3): set(),
+}
+
+
 def launches(arch: int) -> list[tuple[str, int, dict, int, int]]:
-    """(kernel, rows, configuration, first phase, last phase) of every launch that the shipped configurations make."""
-    found = []
+    """(kernel, rows, configuration, first phase, last phase) of every distinct launch of the shipped configurations."""
+    found, seen = [], set()
     for plan, kernel_buckets in runtime.table((f"sm_{arch}",)).items():
         for kernel, buckets in kernel_buckets.items():
             last = 2 if kernel == "forward" else 3
             for bucket in buckets:
                 split = bucket.get("SPLIT_K", bucket.get("SPLIT_N"))
                 phases = [phase for phase in range(last + 1) if phase != 1 or split > 1]
-                ranges = [(0, last)] if plan == "one_launch" else [(phase, phase) for phase in phases]
-                found += [(kernel, bucket["rows"], bucket, first, end) for first, end in ranges]
+                for first, end in [(0, last)] if plan == "one_launch" else [(phase, phase) for phase in phases]:
+                    constants = runtime.phase_config({"phases": {}} | bucket, first, end)
+                    read = set(constants) if first < end else READ[kernel, first] | {"num_warps", "num_stages"}
+                    key = (
+                        kernel,
+                        first,
+                        end,
+                        *sorted((k, n) for k, n in constants.items() if k in read - {"rows", "CHUNK"}),
+                    )
+                    if key not in seen:
+                        seen.add(key)
+                        found.append((kernel, bucket["rows"], bucket, first, end))
     return found
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from .call import Call
 CONFIGS = Path(__file__).parent.parent / "configs"
 LARGEST_RANK, LARGEST_SUB_RANK = 256, 128
 PLANE_BYTES = 1 << 28  # how much memory the partial sums of du may take before chunks of rows grow
-PROGRAMS_PER_SM = 4  # of launches without a barrier
 ONE_LAUNCH_ROWS = 255  # up to here `linear` runs all phases of its adapter in one launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,7 +26,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
     """Why the Triton kernels cannot run on x, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return "triton is not installed"
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     if INTERPRETED:
@@ -40,6 +40,11 @@ def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
     if rank > LARGEST_RANK or sub_rank > LARGEST_SUB_RANK:
         return f"it supports r up to {LARGEST_RANK} and sub_rank up to {LARGEST_SUB_RANK}"
     return None
+
+
+@cache
+def installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @cache
@@ -77,9 +82,18 @@ def table_names(device: torch.device) -> tuple[str, ...]:
 
 def config(kernel: str, one_launch: bool, x: Tensor, call: Call) -> dict:
     """The launch configuration of "forward" or "backward" for the number of rows of x: that of the nearest bucket."""
-    buckets = table(table_names(x.device))["one_launch" if one_launch else "by_phase"][kernel]
-    widest = max(t.element_size() for t in (x, call.a, call.b0, call.u, call.v) if t is not None)
-    return fitted(nearest(buckets, x.shape[0]), widest, padded(call.a.shape[0]))
+    plan = "one_launch" if one_launch else "by_phase"
+    buckets = table(table_names(x.device))[plan][kernel]
+    at = nearest(tuple(bucket["rows"] for bucket in buckets), x.shape[0])
+    masters = max(t.element_size() for t in (x, call.a, call.b0, call.u, call.v) if t is not None)
+    return dict(_fitted(table_names(x.device), plan, kernel, at, x.element_size(), masters, padded(call.a.shape[0])))
+
+
+@cache
+def _fitted(
+    names: tuple[str, ...], plan: str, kernel: str, at: int, activation: int, parameter: int, block_r: int
+) -> dict:
+    return fitted(table(names)[plan][kernel][at], activation, parameter, block_r)
 
 
 def bucket_rows(device: torch.device) -> list[int]:
@@ -88,18 +102,24 @@ def bucket_rows(device: torch.device) -> list[int]:
     return sorted({bucket["rows"] for kernels in plans for buckets in kernels.values() for bucket in buckets})
 
 
-def nearest(buckets: list[dict], rows: int) -> dict:
-    """The bucket whose `rows` is nearest to the number of rows, on a logarithmic scale."""
-    return min(buckets, key=lambda bucket: abs(math.log2(bucket["rows"]) - math.log2(max(rows, 1))))
+def nearest(buckets: tuple[int, ...], rows: int) -> int:
+    """Which of the numbers of rows is nearest, on a logarithmic scale."""
+    return min(range(len(buckets)), key=lambda at: abs(math.log2(buckets[at]) - math.log2(max(rows, 1))))
 
 
-def fitted(bucket: dict, element_size: int, block_r: int) -> dict:
-    """A configuration made for 2-byte elements and ranks up to 128, with smaller tiles for wider ones."""
-    narrower = (element_size > 2) + (block_r > 128)
+def fitted(bucket: dict, activation: int, parameter: int, block_r: int) -> dict:
+    """A configuration made for 2-byte elements and ranks up to 128, with smaller tiles for more.
+
+    activation and parameter: bytes of an element of x, and of the widest of x and the parameters.
+    """
+    narrower = (activation > 2) + (block_r > 128)
+    shallower = parameter > activation  # fp32 masters fill the stages of a pipeline
 
     def fit(sizes: dict) -> dict:
-        tiles = {name: max(16, size >> narrower) for name, size in sizes.items() if name.startswith("BLOCK_")}
-        return sizes | tiles
+        fits = {name: max(16, size >> narrower) for name, size in sizes.items() if name.startswith("BLOCK_")}
+        if shallower and "num_stages" in sizes:
+            fits["num_stages"] = max(1, sizes["num_stages"] - 1)
+        return sizes | fits
 
     phases = {phase: fit(sizes) for phase, sizes in bucket.get("phases", {}).items()}
     return {name: value for name, value in fit(bucket).items() if name != "rows"} | {"phases": phases}
@@ -115,19 +135,37 @@ def phase_config(config: dict, first: int, last: int, pair: bool = False) -> dic
 
 # --- the barrier ---------------------------------------------------------------------------------------------------
 
-_states: dict[tuple[torch.device, int], Tensor] = {}
+SLOTS = 64  # streams per table of barrier states
+
+_tables: dict[torch.device, list[Tensor]] = {}
+_slots: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def barrier_state(device: torch.device) -> Tensor:
     """Two int32 zeros for the barrier of one launch: kept per stream, as launches of a stream follow one another.
 
-    A captured graph gets its own: it may be replayed on any stream.
+    A graph under capture gets its own, zeroed in every replay: it may be replayed on any stream.
     """
     stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros(2, dtype=torch.int32, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream
-    if (device, stream) not in _states:
-        _states[device, stream] = torch.zeros(2, dtype=torch.int32, device=device)
-    return _states[device, stream]
+    if (device, stream) not in _slots:
+        tables = _tables.setdefault(device, [])
+        used = sum(key[0] == device for key in _slots)
+        if used == SLOTS * len(tables):
+            # Allocated by another thread: torch.compile's CUDA graphs send this thread's allocations to a pool of
+            # their own and refuse any that outlives the run.
+            thread = threading.Thread(target=lambda: tables.append(_zeros(device)))
+            thread.start()
+            thread.join()
+        _slots[device, stream] = tables[used // SLOTS][used % SLOTS]
+    return _slots[device, stream]
+
+
+def _zeros(device: torch.device) -> Tensor:
+    table = torch.zeros(SLOTS, 2, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # other streams may be the first to read it
+    return table

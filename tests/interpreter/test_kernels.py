@@ -135,7 +135,7 @@ def shipped():
 
 @pytest.mark.parametrize("one_launch, kernel, bucket", list(shipped()))
 def test_every_shipped_configuration_is_right(one_launch, kernel, bucket, plan):
-    plan(SPLIT | {kernel: triton_runtime.fitted(bucket, 2, 32)}, one_launch)
+    plan(SPLIT | {kernel: triton_runtime.fitted(bucket, 2, 2, 32)}, one_launch)
     errors = Errors()
     add_errors(errors, make(150, 160, 100, 20, 17, 3, dtype=torch.float16, mix="sorted"), "linear")
     errors.check()
@@ -275,14 +275,14 @@ def test_bytes_moved_are_those_of_the_plan(name, direction, tasks, plan, monkeyp
     counter = Counter(monkeypatch)
     run, seen = triton_backend.run, {}
 
-    def counted(kernel, device, first, last, tensors, *rest):
+    def counted(kernel, device, first, last, items, tensors, *rest):
         counter.lanes = {}
         counter.ranges = {
             argument: (t.data_ptr(), t.data_ptr() + t.nbytes, t.element_size())
             for argument, t in zip(kernel.arg_names, tensors, strict=False)
             if t is not None
         }
-        run(kernel, device, first, last, tensors, *rest)
+        run(kernel, device, first, last, items, tensors, *rest)
         seen.update({(first, argument): counter.bytes(argument) for argument in counter.lanes})
 
     monkeypatch.setattr(triton_backend, "run", counted)
@@ -393,7 +393,7 @@ def test_ids_that_do_not_exist_give_nan_and_touch_nothing(plan):
     plan(SPLIT)
     i = make(rows=40, tasks=3, dtype=torch.float32)
     good = functional.delta(*adapter(i), **options(i))
-    i.task[7], i.task[20] = 3, 2**30
+    i.task[7], i.task[20] = 3, 2**31 - 1
     i = i.leaves()
     y = functional.delta(*adapter(i), **options(i))
     wrong = torch.zeros(40, dtype=torch.bool)
@@ -403,6 +403,18 @@ def test_ids_that_do_not_exist_give_nan_and_touch_nothing(plan):
     grads = gradients(y, i, ("x", "u", "v", "fusion"), torch.ones_like(y))
     assert grads.pop("x")[~wrong].isfinite().all()
     assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def test_gates_that_do_not_exist_give_nan(plan):
+    plan(SPLIT)
+    i = make(rows=40, tasks=3, gate=True, dtype=torch.float32)
+    good = functional.delta(*adapter(i), **options(i))
+    i.task[7] = i.task[20] = 1
+    i.gate_row[7], i.gate_row[20] = 4, -1
+    y = functional.delta(*adapter(i), **options(i))
+    assert y[[7, 20]].isnan().all()
+    others = [row for row in range(40) if row not in (7, 20)]
+    assert torch.equal(y[others], good[others])
 
 
 def test_strided_inputs(plan):
@@ -484,6 +496,6 @@ def test_what_the_kernels_refuse():
 
 
 def test_nearest_bucket():
-    buckets = [{"rows": rows} for rows in (16, 128, 1024)]
+    buckets = (16, 128, 1024)
     for rows, want in ((0, 16), (1, 16), (45, 16), (46, 128), (362, 128), (363, 1024), (10**6, 1024)):
-        assert triton_runtime.nearest(buckets, rows)["rows"] == want
+        assert buckets[triton_runtime.nearest(buckets, rows)] == want

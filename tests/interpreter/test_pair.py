@@ -28,14 +28,14 @@ def test_x_is_read_by_one_launch_each_way(monkeypatch):
     launches = []
     run = triton_backend.run
 
-    def recording(kernel, device, first, last, tensors, *rest):
+    def recording(kernel, device, first, last, items, tensors, *rest):
         given = dict(zip(kernel.arg_names, tensors, strict=False))
         if kernel is triton_backend.kernels.delta_forward and first == 0:
             launches.append("forward")
         read = ("dx", "da_planes", "da_planes_2")
         if kernel is triton_backend.kernels.delta_backward and first == 2 and any(given[n] is not None for n in read):
             launches.append("backward")
-        run(kernel, device, first, last, tensors, *rest)
+        run(kernel, device, first, last, items, tensors, *rest)
 
     monkeypatch.setattr(triton_backend, "run", recording)
     one, two = (make(rows=40, outputs=n, dtype=torch.float32, seed=n).leaves() for n in (20, 28))

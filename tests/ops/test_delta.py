@@ -1,6 +1,7 @@
 """`delta` and `linear` with the eager backend against an independent fp64 oracle, per output and per gradient."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lilora_kernels
-from lilora_kernels import functional
+from lilora_kernels import backends, functional
 from lilora_kernels.ops.call import Call
 from lilora_kernels.ops.delta import eager, reference
 from lilora_kernels.ops.philox import keep_scale
@@ -398,6 +399,16 @@ def test_an_ordered_backend_that_cannot_run_raises(monkeypatch):
         functional.delta(*adapter(i), **options(i))
     monkeypatch.delenv("LILORA_BACKEND")
     assert torch.equal(functional.delta(*adapter(i), **options(i)), want)
+
+
+def test_an_order_holds_in_every_thread():
+    """On a GPU autograd calls backward from threads of its own."""
+    with ThreadPoolExecutor(1) as pool, lilora_kernels.backend("eager"):
+        assert pool.submit(backends.requested).result() == "eager"
+        with lilora_kernels.backend("triton"):
+            assert pool.submit(backends.requested).result() == "triton"
+        assert backends.requested() == "eager"
+    assert backends.requested() is None
 
 
 @pytest.mark.parametrize("coefficients", AXES["coefficients"])

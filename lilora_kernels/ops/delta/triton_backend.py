@@ -10,6 +10,8 @@ from ..call import Call
 from ..philox import keep_scale, threshold
 from . import triton_kernels as kernels
 
+SUM_BLOCK = kernels.SUM_BLOCK.value
+
 
 def forward(x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     return run_forward(x, None, call, one_launch=True)
@@ -83,12 +85,15 @@ class Forward:
         )  # fmt: skip
         rows, columns = self.x.shape
         numbers = (
-            rows, columns, sizes.outputs, sizes.tasks, self.x.stride(0),
+            rows, columns, sizes.outputs, sizes.tasks, sizes.gates, self.x.stride(0),
             call.scaling, drop_below, keep_scale(call.p),
         )  # fmt: skip
         if rows > 0:
             constants = sizes.constants | runtime.phase_config(self.config, first, last, second is not None)
-            run(kernels.delta_forward, self.x.device, first, last, tensors, numbers, constants)
+            blocks = ceil(rows, constants["BLOCK_M"])
+            groups = ceil(sizes.outputs, constants["BLOCK_N"] * constants["TILES_N"])
+            items = blocks * (constants["SPLIT_K"], 1, groups)[first]
+            run(kernels.delta_forward, self.x.device, first, last, items, tensors, numbers, constants)
 
 
 class Backward:
@@ -117,10 +122,11 @@ class Backward:
         rows, rank, sub_rank, outputs = dy.shape[0], sizes.rank, sizes.sub_rank, sizes.outputs
         self.config = config = runtime.config("backward", one_launch, dy, call) if like is None else like.config
         split = config["SPLIT_N"] = max(1, min(config["SPLIT_N"], outputs // config["BLOCK_N"]))
+        self.chunk = config.pop("CHUNK") if like is None else like.chunk
         if "u" in needs and like is None:
-            while config["CHUNK"] < rows and -(-rows // config["CHUNK"]) * call.u.numel() * 4 > runtime.PLANE_BYTES:
-                config["CHUNK"] *= 2
-        chunks = -(-rows // config["CHUNK"])
+            while self.chunk < rows and ceil(rows, self.chunk) * call.u.numel() * 4 > runtime.PLANE_BYTES:
+                self.chunk *= 2
+        chunks = ceil(rows, self.chunk)
         self.grads = {name: torch.empty_like(getattr(call, name)) for name in needs - {"x"}}
         self.reads_x = like is None
         if "x" in needs and like is None:
@@ -146,8 +152,8 @@ class Backward:
             empty(call.task is not None and bool(needs & {"u", "v"}), chunks, sizes.tasks, dtype=torch.int32),
         )
         phases = [0, 1] if wants_dh and split > 1 else [0]
-        phases += [2] if needs else []
-        phases += [3] if needs & {"a", "v"} else []
+        phases += [2] if needs & {"x", "a", "v", "fusion", "gate"} else []
+        phases += [3] if needs & {"a", "b0", "u", "v"} else []
         self.phases = [(phase, phase) for phase in phases]
 
     def launch(self, first: int, last: int, second: "Backward | None" = None) -> None:
@@ -163,27 +169,43 @@ class Backward:
         )  # fmt: skip
         low, high = call.ranks or (0, sizes.rank)
         numbers = (
-            self.dy.shape[0], sizes.columns, sizes.outputs, sizes.tasks, 0 if call.gate is None else call.gate.shape[0],
-            0 if self.x is None else self.x.stride(0), call.scaling, drop_below, keep_scale(call.p), low, high,
+            self.dy.shape[0], sizes.columns, sizes.outputs, sizes.tasks, sizes.gates,
+            0 if self.x is None else self.x.stride(0), self.chunk, call.scaling, drop_below, keep_scale(call.p), low, high,
         )  # fmt: skip
         constants = sizes.constants | runtime.phase_config(self.config, first, last, second is not None)
-        run(kernels.delta_backward, self.dy.device, first, last, tensors, numbers, constants)
+        rows, chunks = self.dy.shape[0], ceil(self.dy.shape[0], self.chunk)
+        items = (
+            chunks
+            * (
+                self.chunk // constants["BLOCK_M"] * constants["SPLIT_N"]
+                + ceil(sizes.outputs, constants["BLOCK_N"])
+                + 1
+            ),
+            ceil(rows, constants["BLOCK_M"]),
+            (chunks + 1) * sizes.tasks + sizes.gates + chunks * ceil(sizes.columns, constants["BLOCK_K"]),
+            ceil(
+                sizes.rank * (sizes.columns + sizes.outputs + sizes.tasks * (sizes.outputs + sizes.sub_rank)), SUM_BLOCK
+            ),
+        )[first]  # at least as many as there are
+        run(kernels.delta_backward, self.dy.device, first, last, items, tensors, numbers, constants)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """K, N, R, S (0 without task factors) and T of a call."""
+    """K, N, R, S (0 without task factors), T and G of a call."""
 
     columns: int
     outputs: int
     rank: int
     sub_rank: int
     tasks: int
+    gates: int
 
     @classmethod
     def of(cls, call: Call) -> "Sizes":
         tasks, _, sub_rank = (1, 0, 0) if call.u is None else call.u.shape
-        return cls(call.a.shape[1], call.b0.shape[0], call.a.shape[0], sub_rank, tasks)
+        gates = 0 if call.gate is None else call.gate.shape[0]
+        return cls(call.a.shape[1], call.b0.shape[0], call.a.shape[0], sub_rank, tasks, gates)
 
     @property
     def constants(self) -> dict[str, int]:
@@ -195,6 +217,10 @@ class Sizes:
         }
 
 
+def ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -204,14 +230,18 @@ def contiguous_call(call: Call) -> Call:
     return Call(**{**call.__dict__, **{name: contiguous(getattr(call, name)) for name in tensors}})
 
 
-def run(kernel, device: torch.device, first: int, last: int, tensors: tuple, numbers: tuple, constants: dict) -> None:
-    """One launch of the phases first..last. More than one phase needs all programs resident: one for each processor."""
+def run(
+    kernel, device: torch.device, first: int, last: int, items: int, tensors: tuple, numbers: tuple, constants: dict
+) -> None:
+    """One launch of the phases first..last. A single phase has a program for each item; more need all resident at once."""
     constants = constants | {"FIRST": first, "LAST": last}
-    state = runtime.barrier_state(device) if first < last else None
+    per_processor = constants.pop("PROGRAMS", 1)
     if runtime.INTERPRETED:
         # Programs run one after another there: a barrier can wait for no more than one.
+        state = runtime.barrier_state(device) if first < last else None
         kernel[(1 if first < last else 3,)](*tensors, state, *numbers, **constants)
         return
     with torch.cuda.device(device):
-        programs = runtime.processors(device) * (1 if first < last else runtime.PROGRAMS_PER_SM)
+        state = runtime.barrier_state(device) if first < last else None
+        programs = runtime.processors(device) * per_processor if first < last else max(items, 1)
         kernel[(programs,)](*tensors, state, *numbers, **constants, launch_cooperative_grid=first < last)

@@ -34,10 +34,10 @@ def task_ids(task, u, row, m, count):
     if task is None:
         return tl.where(m < count, 0, END)
     else:
-        ids = tl.load(task + row + m, mask=m < count, other=END)
+        ids = tl.minimum(tl.load(task + row + m, mask=m < count, other=0), END - 1)
         if u is None:
-            ids = tl.where((ids >= 0) & (ids < END), 0, ids)
-        return ids
+            ids = tl.where(ids >= 0, 0, ids)
+        return tl.where(m < count, ids, END)
 
 
 @triton.jit
@@ -57,22 +57,24 @@ def coefficients(fusion, t):
 
 
 @triton.jit
-def row_gates(gate, gate_row, row, m, mine, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """g of each row [m, BLOCK_R] in fp32."""
+def row_gates(gate, gate_row, G, row, m, mine, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """g of each row [m, BLOCK_R] in fp32; NaN for rows of gate that do not exist."""
     r = tl.arange(0, BLOCK_R)
     at = tl.zeros_like(m)
     if gate_row is not None:
         at = tl.load(gate_row + row + m, mask=mine, other=0)
-    return tl.load(gate + at[:, None] * R + r[None, :], mask=mine[:, None] & (r < R)[None, :], other=0.0).to(tl.float32)
+    exists = (at >= 0) & (at < G)
+    g = tl.load(gate + at[:, None] * R + r[None, :], mask=(mine & exists)[:, None] & (r < R)[None, :], other=0.0)
+    return tl.where((mine & (exists == 0))[:, None], float("nan"), g.to(tl.float32))
 
 
 @triton.jit
-def gated_rows(h, gate, gate_row, row, m, mine, R: tl.constexpr, BLOCK_R: tl.constexpr):
+def gated_rows(h, gate, gate_row, G, row, m, mine, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """q = h * g [m, BLOCK_R] in h's dtype; zero where not mine."""
     r = tl.arange(0, BLOCK_R)
     q = tl.load(h + row * R + m[:, None] * R + r[None, :], mask=mine[:, None] & (r < R)[None, :], other=0.0)
     if gate is not None:
-        q = (q.to(tl.float32) * row_gates(gate, gate_row, row, m, mine, R, BLOCK_R)).to(q.dtype)
+        q = (q.to(tl.float32) * row_gates(gate, gate_row, G, row, m, mine, R, BLOCK_R)).to(q.dtype)
     return q
 
 
@@ -115,7 +117,7 @@ def meet(state, programs):
 
 @triton.jit
 def finish_h(
-    acc, row, m, count, T, keep_scale, task, gate, gate_row, fusion, v, h, z,
+    acc, row, m, count, T, keep_scale, task, gate, gate_row, G, fusion, v, h, z,
     R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Store h, and z = e q V_t^T for every task of the tile."""
@@ -124,7 +126,7 @@ def finish_h(
     tl.store(h + row * R + m[:, None] * R + r[None, :], q, mask=(m < count)[:, None] & (r < R)[None, :])
     if v is not None:
         if gate is not None:
-            q = (q.to(tl.float32) * row_gates(gate, gate_row, row, m, m < count, R, BLOCK_R)).to(q.dtype)
+            q = (q.to(tl.float32) * row_gates(gate, gate_row, G, row, m, m < count, R, BLOCK_R)).to(q.dtype)
         ids = task_ids(task, v, row, m, count)
         t = next_task(ids, -1)
         while t < T:
@@ -138,7 +140,7 @@ def finish_h(
 
 @triton.jit
 def store_h(
-    acc, row, m, count, split, M, T, keep_scale, task, gate, gate_row, fusion, v, h, z, planes,
+    acc, row, m, count, split, M, T, keep_scale, task, gate, gate_row, G, fusion, v, h, z, planes,
     R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """Store one tile of h, or its plane when the columns of x are split."""
@@ -147,12 +149,12 @@ def store_h(
         at = planes + (split.to(tl.int64) * M + row) * R + m[:, None] * R + r[None, :]
         tl.store(at, acc, mask=(m < count)[:, None] & (r < R)[None, :])
     else:
-        finish_h(acc, row, m, count, T, keep_scale, task, gate, gate_row, fusion, v, h, z, R, S, BLOCK_R, BLOCK_S)
+        finish_h(acc, row, m, count, T, keep_scale, task, gate, gate_row, G, fusion, v, h, z, R, S, BLOCK_R, BLOCK_S)
 
 
 @triton.jit
 def shrink(
-    item, x, a, task, gate, gate_row, fusion, v, seed, h, z, planes, a_2, fusion_2, v_2, h_2, z_2, planes_2,
+    item, x, a, task, gate, gate_row, G, fusion, v, seed, h, z, planes, a_2, fusion_2, v_2, h_2, z_2, planes_2,
     M, K, T, x_stride, drop_below, keep_scale,
     R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
@@ -175,19 +177,19 @@ def shrink(
             right = tile(a_2, r[None, :], columns[:, None], R, K, block.dtype)
             acc_2 = tl.dot(block, right, acc_2, input_precision="ieee")
     store_h(
-        acc, row, m, count, split, M, T, keep_scale, task, gate, gate_row, fusion, v, h, z, planes,
+        acc, row, m, count, split, M, T, keep_scale, task, gate, gate_row, G, fusion, v, h, z, planes,
         R, S, BLOCK_R, BLOCK_S, SPLIT_K,
     )  # fmt: skip
     if a_2 is not None:
         store_h(
-            acc_2, row, m, count, split, M, T, keep_scale, task, gate, gate_row, fusion_2, v_2, h_2, z_2, planes_2,
+            acc_2, row, m, count, split, M, T, keep_scale, task, gate, gate_row, G, fusion_2, v_2, h_2, z_2, planes_2,
             R, S, BLOCK_R, BLOCK_S, SPLIT_K,
         )  # fmt: skip
 
 
 @triton.jit
 def sum_h(
-    item, task, gate, gate_row, fusion, v, h, z, planes, M, T, keep_scale,
+    item, task, gate, gate_row, G, fusion, v, h, z, planes, M, T, keep_scale,
     R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
@@ -196,15 +198,15 @@ def sum_h(
     count = rows_from(row, M)
     m, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for split in range(SPLIT_K):
+    for split in tl.static_range(SPLIT_K):
         at = planes + (split * M.to(tl.int64) + row) * R + m[:, None] * R + r[None, :]
         acc += tl.load(at, mask=(m < count)[:, None] & (r < R)[None, :], other=0.0, cache_modifier=".cg")
-    finish_h(acc, row, m, count, T, keep_scale, task, gate, gate_row, fusion, v, h, z, R, S, BLOCK_R, BLOCK_S)
+    finish_h(acc, row, m, count, T, keep_scale, task, gate, gate_row, G, fusion, v, h, z, R, S, BLOCK_R, BLOCK_S)
 
 
 @triton.jit
 def expand(
-    item, b0, u, fusion, task, gate, gate_row, bias, h, z, y, M, N, T, scaling,
+    item, b0, u, fusion, task, gate, gate_row, G, bias, h, z, y, M, N, T, scaling,
     R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_N: tl.constexpr,
 ):  # fmt: skip
@@ -213,7 +215,7 @@ def expand(
     row, start = (item // groups).to(tl.int64) * BLOCK_M, item % groups * (BLOCK_N * TILES_N)
     count = rows_from(row, M)
     m, r, s, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_N)
-    q = gated_rows(h, gate, gate_row, row, m, m < count, R, BLOCK_R)
+    q = gated_rows(h, gate, gate_row, G, row, m, m < count, R, BLOCK_R)
     if TILES_N == 1:  # the shared product once, however many tasks the tile has
         shared = tl.dot(q, tile(b0, (start + n)[None, :], r[:, None], N, R, q.dtype), input_precision="ieee")
     ids = task_ids(task, u, row, m, count)
@@ -244,11 +246,11 @@ def expand(
         t = next_task(ids, t)
 
 
-@triton.jit(do_not_specialize=["M", "T", "drop_below"])
+@triton.jit(do_not_specialize=["M", "T", "G", "drop_below"])
 def delta_forward(
     x, a, b0, u, v, fusion, task, gate, gate_row, bias, seed,
     h, z, planes, y, a_2, fusion_2, v_2, h_2, z_2, planes_2, state,
-    M, K, N, T, x_stride, scaling, drop_below, keep_scale,
+    M, K, N, T, G, x_stride, scaling, drop_below, keep_scale,
     R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr, TILES_N: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
@@ -259,7 +261,7 @@ def delta_forward(
     if FIRST == 0:
         for item in range(program, blocks * SPLIT_K, programs):
             shrink(
-                tl.to_tensor(item), x, a, task, gate, gate_row, fusion, v, seed, h, z, planes,
+                tl.cast(item, tl.int32), x, a, task, gate, gate_row, G, fusion, v, seed, h, z, planes,
                 a_2, fusion_2, v_2, h_2, z_2, planes_2, M, K, T, x_stride, drop_below, keep_scale,
                 R, S, BLOCK_R, BLOCK_S, BLOCK_M, BLOCK_K, SPLIT_K,
             )  # fmt: skip
@@ -268,7 +270,7 @@ def delta_forward(
             meet(state, programs)
         for item in range(program, blocks, programs):
             sum_h(
-                tl.to_tensor(item), task, gate, gate_row, fusion, v, h, z, planes, M, T, keep_scale,
+                tl.cast(item, tl.int32), task, gate, gate_row, G, fusion, v, h, z, planes, M, T, keep_scale,
                 R, S, BLOCK_R, BLOCK_S, BLOCK_M, SPLIT_K,
             )  # fmt: skip
     if LAST == 2:
@@ -276,7 +278,7 @@ def delta_forward(
             meet(state, programs)
         for item in range(program, blocks * tl.cdiv(N, BLOCK_N * TILES_N), programs):
             expand(
-                tl.to_tensor(item), b0, u, fusion, task, gate, gate_row, bias, h, z, y, M, N, T, scaling,
+                tl.cast(item, tl.int32), b0, u, fusion, task, gate, gate_row, G, bias, h, z, y, M, N, T, scaling,
                 R, S, BLOCK_R, BLOCK_S, BLOCK_M, BLOCK_N, TILES_N,
             )  # fmt: skip
 
@@ -286,7 +288,7 @@ def delta_forward(
 
 @triton.jit
 def finish_dh(
-    p, q_u, t, mine, row, m, T, scaling, gate, gate_row, fusion, v, h, dh, dq_h, scaled_q_u, dfusion_rows,
+    p, q_u, t, mine, row, m, T, scaling, gate, gate_row, G, fusion, v, h, dh, dq_h, scaled_q_u, dfusion_rows,
     R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """From P = dy B0 and Q = dy U_t of the rows of task t: dh, and what the gradients of v, fusion and gate sum up."""
@@ -305,19 +307,19 @@ def finish_dh(
             left = scaled_q_u + row * S + m[:, None] * S + s[None, :]
             tl.store(left, (scaling * e * q_u).to(dh.dtype.element_ty), mask=mine[:, None] & (s < S)[None, :])
         if dfusion_rows is not None:
-            q = gated_rows(h, gate, gate_row, row, m, mine, R, BLOCK_R).to(tl.float32)
+            q = gated_rows(h, gate, gate_row, G, row, m, mine, R, BLOCK_R).to(tl.float32)
             tl.store(dfusion_rows + row + m, scaling * f * e * tl.sum((p - qv) * q, axis=1), mask=mine)
     dq = tl.where(exists, dq * scaling, tl.where(t < 0, 0.0, float("nan")))
     if gate is not None:
         if dq_h is not None:
             tl.store(dq_h + at, dq * tl.load(h + at, mask=stored, other=0.0).to(tl.float32), mask=stored)
-        dq *= row_gates(gate, gate_row, row, m, mine, R, BLOCK_R)
+        dq *= row_gates(gate, gate_row, G, row, m, mine, R, BLOCK_R)
     tl.store(dh + at, dq.to(dh.dtype.element_ty), mask=stored)
 
 
 @triton.jit
 def shrink_dy(
-    item, dy, b0, u, v, fusion, task, gate, gate_row, h, dh, dq_h, scaled_q_u, dfusion_rows, planes,
+    item, dy, b0, u, v, fusion, task, gate, gate_row, G, h, dh, dq_h, scaled_q_u, dfusion_rows, planes,
     M, N, T, scaling,
     R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_N: tl.constexpr,
@@ -350,7 +352,7 @@ def shrink_dy(
                 tl.store(at + R + s[None, :], q_u, mask=mine[:, None] & (s < S)[None, :])
         else:
             finish_dh(
-                p, q_u, t, mine, row, m, T, scaling, gate, gate_row, fusion, v, h, dh, dq_h, scaled_q_u, dfusion_rows,
+                p, q_u, t, mine, row, m, T, scaling, gate, gate_row, G, fusion, v, h, dh, dq_h, scaled_q_u, dfusion_rows,
                 R, S, BLOCK_R, BLOCK_S,
             )  # fmt: skip
         t = next_task(ids, t)
@@ -358,7 +360,7 @@ def shrink_dy(
 
 @triton.jit
 def sum_dh(
-    item, u, v, fusion, task, gate, gate_row, h, dh, dq_h, scaled_q_u, dfusion_rows, planes, M, T, scaling,
+    item, u, v, fusion, task, gate, gate_row, G, h, dh, dq_h, scaled_q_u, dfusion_rows, planes, M, T, scaling,
     R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, SPLIT_N: tl.constexpr,
 ):  # fmt: skip
@@ -368,7 +370,7 @@ def sum_dh(
     m, r, s = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
     p = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     q_u = tl.zeros((BLOCK_M, BLOCK_S), tl.float32)
-    for split in range(SPLIT_N):
+    for split in tl.static_range(SPLIT_N):
         at = planes + (split * M.to(tl.int64) + row) * (R + S) + m[:, None] * (R + S)
         p += tl.load(at + r[None, :], mask=(m < count)[:, None] & (r < R)[None, :], other=0.0, cache_modifier=".cg")
         if u is not None:
@@ -378,7 +380,7 @@ def sum_dh(
     t = tl.min(ids, axis=0)
     while t < END:
         finish_dh(
-            p, q_u, t, ids == t, row, m, T, scaling, gate, gate_row, fusion, v, h, dh, dq_h, scaled_q_u, dfusion_rows,
+            p, q_u, t, ids == t, row, m, T, scaling, gate, gate_row, G, fusion, v, h, dh, dq_h, scaled_q_u, dfusion_rows,
             R, S, BLOCK_R, BLOCK_S,
         )  # fmt: skip
         t = next_task(ids, t)
@@ -412,7 +414,7 @@ def next_run(task, u, row, count, t, T):
 
 
 @triton.jit
-def mark_tasks(chunk, task, u, present, M, T, CHUNK: tl.constexpr):
+def mark_tasks(chunk, task, u, present, M, T, CHUNK):
     """present[chunk, t] = whether task t has rows in the chunk."""
     row = chunk.to(tl.int64) * CHUNK
     count = tl.minimum(rows_from(row, M), CHUNK)
@@ -430,10 +432,10 @@ def mark_tasks(chunk, task, u, present, M, T, CHUNK: tl.constexpr):
 
 @triton.jit
 def up_gradients(
-    chunk, block, dy, v, u, fusion, task, gate, gate_row, h, db0_planes, du_planes,
-    M, N, T, scaling, low_rank, high_rank,
+    chunk, block, dy, v, u, fusion, task, gate, gate_row, G, h, db0_planes, du_planes,
+    M, N, T, CHUNK, scaling, low_rank, high_rank,
     R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The share of db0 and du of one chunk of rows and one tile of outputs, through dM_t = dy^T q."""
     r, s, m = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_M)
@@ -450,7 +452,7 @@ def up_gradients(
             mine = task_ids(task, u, row, m, chunk_count - first) == t
             inside = mine[None, :] & (columns < N)[:, None]
             dyt = tl.load(dy + row * N + m[None, :] * N + columns[:, None], mask=inside, other=0.0)
-            q = gated_rows(h, gate, gate_row, row, m, mine, R, BLOCK_R)
+            q = gated_rows(h, gate, gate_row, G, row, m, mine, R, BLOCK_R)
             dm = tl.dot(dyt, q, dm, input_precision="ieee")
         if db0_planes is not None:
             total += f * dm
@@ -485,8 +487,8 @@ def store_da(da, planes, chunk, columns, K, low_rank, high_rank, R: tl.constexpr
 @triton.jit
 def down_gradients(
     chunk, block, x, a, seed, dh, dx, da_planes, a_2, dh_2, da_planes_2,
-    M, K, x_stride, drop_below, keep_scale, low_rank, high_rank,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+    M, K, x_stride, CHUNK, drop_below, keep_scale, low_rank, high_rank,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx of one chunk of rows and one tile of columns, and its share of da; of two adapters at once, with one mask."""
     r, m = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_M)
@@ -533,26 +535,25 @@ def down_gradients(
 
 @triton.jit
 def v_gradient(
-    chunk, u, task, gate, gate_row, h, scaled_q_u, dv_planes, M, T,
-    R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+    chunk, t, u, task, gate, gate_row, G, h, scaled_q_u, dv_planes, M, T, CHUNK,
+    R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The share of one chunk of rows in dv, for every task in it."""
+    """The share of one chunk of rows in dv of one task, if it has any."""
     r, s, m = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_M)
     chunk_row = chunk.to(tl.int64) * CHUNK
     chunk_count = tl.minimum(rows_from(chunk_row, M), CHUNK)
-    t, low, high = next_run(task, u, chunk_row, chunk_count, tl.full((), -1, tl.int32), T)
-    while t < END:
+    low, high = span(task, u, chunk_row, chunk_count, t)
+    if low <= high:
         dv = tl.zeros((BLOCK_S, BLOCK_R), tl.float32)
         for first in range(low, high + 1, BLOCK_M):
             row = chunk_row + first
             mine = task_ids(task, u, row, m, chunk_count - first) == t
             left = scaled_q_u + row * S + m[None, :] * S + s[:, None]
             qt = tl.load(left, mask=mine[None, :] & (s < S)[:, None], other=0.0, cache_modifier=".cg")
-            dv = tl.dot(qt, gated_rows(h, gate, gate_row, row, m, mine, R, BLOCK_R), dv, input_precision="ieee")
+            q = gated_rows(h, gate, gate_row, G, row, m, mine, R, BLOCK_R)
+            dv = tl.dot(qt, q, dv, input_precision="ieee")
         at = dv_planes + (chunk.to(tl.int64) * T + t) * S * R + s[:, None] * R + r[None, :]
         tl.store(at, dv, mask=(s < S)[:, None] & (r < R)[None, :])
-        t, low, high = next_run(task, u, chunk_row, chunk_count, t, T)
 
 
 @triton.jit
@@ -575,7 +576,7 @@ def gate_gradient(i, gate_row, dq_h, dgate, M, R: tl.constexpr, BLOCK_R: tl.cons
     if gate_row is not None:
         low, high = span(gate_row, gate_row, 0, M, i)
     for first in range(low, high + 1, BLOCK_M):
-        row = tl.to_tensor(first).to(tl.int64)
+        row = tl.cast(first, tl.int64)
         inside = (task_ids(gate_row, gate_row, row, m, M - first) == i)[:, None] & (r < R)[None, :]
         total += tl.load(dq_h + row * R + m[:, None] * R + r[None, :], mask=inside, other=0.0, cache_modifier=".cg")
     tl.store(dgate + i * R + r, tl.sum(total, 0).to(dgate.dtype.element_ty), mask=r < R)
@@ -598,19 +599,19 @@ def sum_planes(item, planes, present, out, chunks, T, size):
     tl.store(out + t * size + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
-@triton.jit(do_not_specialize=["M", "T", "G", "drop_below", "low_rank", "high_rank"])
+@triton.jit(do_not_specialize=["M", "T", "G", "CHUNK", "drop_below", "low_rank", "high_rank"])
 def delta_backward(
     dy, x, h, a, b0, u, v, fusion, task, gate, gate_row, seed,
     dx, da, db0, du, dv, dfusion, dgate,
     dh, dq_h, scaled_q_u, dfusion_rows, planes, da_planes, db0_planes, du_planes, dv_planes, present,
     a_2, dh_2, da_planes_2, state,
-    M, K, N, T, G, x_stride, scaling, drop_below, keep_scale, low_rank, high_rank,
+    M, K, N, T, G, x_stride, CHUNK, scaling, drop_below, keep_scale, low_rank, high_rank,
     R: tl.constexpr, S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT_N: tl.constexpr, CHUNK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    SPLIT_N: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Phases: 0 all that reads dy, 1 sum the planes of dh (with SPLIT_N > 1), 2 all that reads x, and the sums over
-    rows and over the planes of phase 0, 3 the sums over the planes of phase 2. A gradient that is None is not computed.
+    rows, 3 the sums over the planes of gradients. A gradient that is None is not computed.
 
     Rows come in chunks of CHUNK; in phase 0 the items of a chunk follow each other, so that the second read of its dy
     finds it in the L2 cache. Phase 2 may serve dx and da of a second adapter of the same x as well.
@@ -622,18 +623,18 @@ def delta_backward(
         ups = tl.cdiv(N, BLOCK_N) if db0 is not None or du is not None else 0
         each = shrinks + ups + (1 if present is not None else 0)
         for work in range(program, chunks * each, programs):
-            chunk, item = tl.to_tensor(work) // each, tl.to_tensor(work) % each
+            chunk, item = tl.cast(work, tl.int32) // each, tl.cast(work, tl.int32) % each
             if item < shrinks:
                 if dh is not None:
                     shrink_dy(
-                        chunk * shrinks + item, dy, b0, u, v, fusion, task, gate, gate_row, h, dh, dq_h, scaled_q_u,
+                        chunk * shrinks + item, dy, b0, u, v, fusion, task, gate, gate_row, G, h, dh, dq_h, scaled_q_u,
                         dfusion_rows, planes, M, N, T, scaling, R, S, BLOCK_R, BLOCK_S, BLOCK_M, BLOCK_N, SPLIT_N,
                     )  # fmt: skip
             elif item < shrinks + ups:
                 if db0 is not None or du is not None:
                     up_gradients(
-                        chunk, item - shrinks, dy, v, u, fusion, task, gate, gate_row, h, db0_planes, du_planes,
-                        M, N, T, scaling, low_rank, high_rank, R, S, BLOCK_R, BLOCK_S, BLOCK_M, BLOCK_N, CHUNK,
+                        chunk, item - shrinks, dy, v, u, fusion, task, gate, gate_row, G, h, db0_planes, du_planes,
+                        M, N, T, CHUNK, scaling, low_rank, high_rank, R, S, BLOCK_R, BLOCK_S, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
             else:
                 if present is not None:
@@ -643,26 +644,24 @@ def delta_backward(
             meet(state, programs)
         for work in range(program, tl.cdiv(M, BLOCK_M), programs):
             sum_dh(
-                tl.to_tensor(work), u, v, fusion, task, gate, gate_row, h, dh, dq_h, scaled_q_u, dfusion_rows, planes,
+                tl.cast(work, tl.int32), u, v, fusion, task, gate, gate_row, G, h, dh, dq_h, scaled_q_u, dfusion_rows, planes,
                 M, T, scaling, R, S, BLOCK_R, BLOCK_S, BLOCK_M, SPLIT_N,
             )  # fmt: skip
     if FIRST <= 2 and LAST >= 2:
         if FIRST < 2:
             meet(state, programs)
         reads_x: tl.constexpr = dx is not None or da_planes is not None or da_planes_2 is not None
-        vs = chunks if dv is not None else 0
+        vs = chunks * T if dv is not None else 0
         fusions = vs + (T if dfusion is not None else 0)
         gates = fusions + (G if dgate is not None else 0)
         downs = gates + (chunks * tl.cdiv(K, BLOCK_K) if reads_x else 0)
-        b0s = downs + (tl.cdiv(N * R, SUM_BLOCK) if db0 is not None else 0)
-        us = b0s + (T * tl.cdiv(N * S, SUM_BLOCK) if du is not None else 0)
-        for work in range(program, us, programs):
-            item = tl.to_tensor(work)
+        for work in range(program, downs, programs):
+            item = tl.cast(work, tl.int32)
             if item < vs:
                 if dv is not None:
                     v_gradient(
-                        item, u, task, gate, gate_row, h, scaled_q_u, dv_planes, M, T,
-                        R, S, BLOCK_R, BLOCK_S, BLOCK_M, CHUNK,
+                        item // T, item % T, u, task, gate, gate_row, G, h, scaled_q_u, dv_planes, M, T, CHUNK,
+                        R, S, BLOCK_R, BLOCK_S, BLOCK_M,
                     )  # fmt: skip
             elif item < fusions:
                 if dfusion is not None:
@@ -670,30 +669,32 @@ def delta_backward(
             elif item < gates:
                 if dgate is not None:
                     gate_gradient(item - fusions, gate_row, dq_h, dgate, M, R, BLOCK_R, BLOCK_M)
-            elif item < downs:
+            else:
                 if reads_x:
                     blocks = tl.cdiv(K, BLOCK_K)
                     down_gradients(
                         (item - gates) // blocks, (item - gates) % blocks, x, a, seed, dh, dx, da_planes,
-                        a_2, dh_2, da_planes_2, M, K, x_stride, drop_below, keep_scale, low_rank, high_rank,
-                        R, BLOCK_R, BLOCK_M, BLOCK_K, CHUNK,
+                        a_2, dh_2, da_planes_2, M, K, x_stride, CHUNK, drop_below, keep_scale, low_rank, high_rank,
+                        R, BLOCK_R, BLOCK_M, BLOCK_K,
                     )  # fmt: skip
-            elif item < b0s:
-                if db0 is not None:
-                    sum_planes(item - downs, db0_planes, None, db0, chunks, 1, N * R)
-            else:
-                if du is not None:
-                    sum_planes(item - b0s, du_planes, present, du, chunks, T, N * S)
-    if LAST == 3 and (da is not None or dv is not None):
+    if LAST == 3:
         if FIRST < 3:
             meet(state, programs)
-        shared = tl.cdiv(R * K, SUM_BLOCK) if da is not None else 0
-        vs = shared + (T * tl.cdiv(S * R, SUM_BLOCK) if dv is not None else 0)
+        a_s = tl.cdiv(R * K, SUM_BLOCK) if da is not None else 0
+        b0s = a_s + (tl.cdiv(N * R, SUM_BLOCK) if db0 is not None else 0)
+        us = b0s + (T * tl.cdiv(N * S, SUM_BLOCK) if du is not None else 0)
+        vs = us + (T * tl.cdiv(S * R, SUM_BLOCK) if dv is not None else 0)
         for work in range(program, vs, programs):
-            item = tl.to_tensor(work)
-            if item < shared:
+            item = tl.cast(work, tl.int32)
+            if item < a_s:
                 if da is not None:
                     sum_planes(item, da_planes, None, da, chunks, 1, R * K)
+            elif item < b0s:
+                if db0 is not None:
+                    sum_planes(item - a_s, db0_planes, None, db0, chunks, 1, N * R)
+            elif item < us:
+                if du is not None:
+                    sum_planes(item - b0s, du_planes, present, du, chunks, T, N * S)
             else:
                 if dv is not None:
-                    sum_planes(item - shared, dv_planes, present, dv, chunks, T, S * R)
+                    sum_planes(item - us, dv_planes, present, dv, chunks, T, S * R)

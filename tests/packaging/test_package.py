@@ -1,0 +1,84 @@
+"""What gets installed, and what importing it costs."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("flags", [[], ["-O"]])
+def test_importing_the_kernels_imports_torch_only(flags, tmp_path):
+    heavy = ("transformers", "peft", "triton", "accelerate", "matplotlib")
+    code = f"import sys, lilora_kernels; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, *flags, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def imported(path):
+    """Modules that a file imports anywhere, absolute."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module
+
+
+def test_kernels_never_depend_on_the_learners_side():
+    for path in (ROOT / "lilora_kernels").rglob("*.py"):
+        for module in imported(path):
+            assert module.split(".")[0] not in ("lilora", "transformers", "peft", "accelerate"), path
+
+
+def test_the_wheel_holds_code_and_data_of_both_packages_and_nothing_else(tmp_path):
+    # Built from a copy: setuptools leaves its build folder beside the sources.
+    files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
+    source = tmp_path / "source"
+    for name in files:
+        if name.startswith(("lilora_kernels/", "python/")) or "/" not in name:
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    result = python("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source))
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    want = {n for n in files if n.startswith("lilora_kernels/") and n.endswith((".py", ".json"))}
+    want |= {
+        n.removeprefix("python/")
+        for n in files
+        if n.startswith("python/") and Path(n).suffix in (".py", ".html", ".json")
+    }
+    assert want <= names
+    assert {name.split("/")[0] for name in names} <= {
+        "lilora",
+        "lilora_kernels",
+        wheel.name.rsplit("-", 3)[0] + ".dist-info",
+    }
+
+
+def test_readme_shows_the_committed_results():
+    sys.path.insert(0, str(ROOT))
+    try:
+        from bench.readme import updated
+    finally:
+        sys.path.remove(str(ROOT))
+    text = (ROOT / "README.md").read_text()
+    assert updated(text) == text
+
+
+def test_every_file_that_readme_names_exists():
+    text = (ROOT / "README.md").read_text()
+    for name in ("examples/cvit.yaml", "examples/digits/tasks.yaml", "CONTRIBUTING.md", "constraints.txt"):
+        assert name in text
+        assert (ROOT / name).exists()

@@ -100,7 +100,7 @@ def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case, plan):
     errors.check()
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     rows=st.integers(0, 150),
     columns=st.integers(1, 70),
@@ -320,7 +320,7 @@ def run_all(i, p=0.0, op="delta"):
 @pytest.mark.parametrize("name", list(PLANS))
 def test_two_runs_are_equal_bit_for_bit_whatever_the_number_of_programs(name, plan):
     """linear runs three programs a phase, delta one for all: the order of the sums must not depend on it."""
-    i = make(rows=200, columns=128, outputs=96, rank=16, gate=True, dtype=torch.float32).leaves()
+    i = make(rows=100, columns=96, outputs=64, rank=16, gate=True, dtype=torch.float32).leaves()
     results = []
     for one_launch in (True, True, False):
         plan(PLANS[name], one_launch)
@@ -366,7 +366,7 @@ def test_uninitialised_memory_is_never_read(name, plan, monkeypatch):
 
     for owner, attribute in empties:
         monkeypatch.setattr(owner, attribute, poisoned(getattr(owner, attribute)))
-    for rows, mix, coefficients in itertools.product((0, 3, 90), AXES["mix"], AXES["coefficients"]):
+    for rows, mix, coefficients in itertools.product((3, 70), ("one", "runs", "random"), AXES["coefficients"]):
         i = make(rows=rows, mix=mix, coefficients=coefficients, gate=True, dtype=torch.float32).leaves()
         for result in run_all(i, p=0.2, op="linear"):
             assert result.isfinite().all()

@@ -8,12 +8,12 @@ from lilora_kernels import functional
 FACTORS = ("a", "b0", "u", "v", "fusion")
 ALL = ("x", *FACTORS)
 PAIR_CASES = [
-    {"rows": 70, "mix": "random", "p": 0.3, "wanted": (ALL, ALL), "bases": True},
+    {"rows": 40, "mix": "random", "p": 0.3, "wanted": (ALL, ALL), "bases": True},
     {"rows": 40, "mix": "one", "p": 0.0, "wanted": (ALL, ALL), "bases": False},
     {"rows": 33, "mix": "runs", "p": 0.5, "wanted": (("x",), ()), "bases": True},
     {"rows": 33, "mix": "sorted", "p": 0.3, "wanted": ((), ("a", "u")), "bases": True},
     {"rows": 33, "mix": "random", "p": 0.3, "wanted": (("a",), ("b0", "fusion")), "bases": False},
-    {"rows": 65, "mix": "same", "p": 0.1, "wanted": (("x", "v"), ("a", "v")), "bases": True, "coefficients": "plain"},
+    {"rows": 35, "mix": "same", "p": 0.1, "wanted": (("x", "v"), ("a", "v")), "bases": True, "coefficients": "plain"},
     {"rows": 17, "mix": "random", "p": 0.1, "wanted": (ALL, ALL), "bases": True, "coefficients": "lora"},
     {"rows": 0, "mix": "one", "p": 0.1, "wanted": (ALL, ALL), "bases": True},
 ]

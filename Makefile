@@ -5,17 +5,18 @@ STEPS := 400
 DIGITS_OPTIONS = --r 64 --sub-rank 26 --alpha 128 --lr 3e-3 --max-steps $(STEPS) --batch-size 16 --gradient-accumulation 1
 TRAIN_DIGITS = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/tasks.yaml $(DIGITS_OPTIONS) --quiet
 PRESETS := frozen paper released
-OUT = $(DIGITS)/$(STEPS)-steps
+RUNS_OUT = $(DIGITS)/$(STEPS)-steps
 RUNS := $(foreach preset,$(PRESETS),lilora-$(preset)) lora dirlora
 DEMO := lilora-frozen-0 lora-0 dirlora-0
 EXPERIMENT := $(foreach seed,0 1 2,$(foreach run,$(RUNS),$(run)-$(seed)))
 
-.PHONY: help venv demo experiment test lint bench readme resources wheel clean
+.PHONY: help venv demo experiment test lint bench readme resources gpu-evidence wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
 	@echo "make demo        learn six tasks with three methods on real images, about 8 minutes on 2 cores"
 	@echo "make test        all tests"
+	@echo "make gpu-evidence  on a GPU: its tests, then the measurements; results.json and log.txt under OUT=folder"
 	@echo "make resources   what the Triton kernels take, compiled ahead of time: lilora_kernels/ops/RESOURCES.md"
 	@echo "make lint        ruff: rules and formatting"
 	@echo "make bench       throughput comparisons on this machine, results under bench/results/"
@@ -41,15 +42,15 @@ demo: venv
 experiment: venv
 	$(BIN)/python examples/digits/build.py --out $(DIGITS)
 	$(MAKE) --no-print-directory -j2 $(addprefix run-,$(EXPERIMENT))
-	$(BIN)/lilora report $(addprefix $(OUT)/,$(EXPERIMENT)) --out bench/results/digits --title "Six tasks on handwritten digits, three seeds"
+	$(BIN)/lilora report $(addprefix $(RUNS_OUT)/,$(EXPERIMENT)) --out bench/results/digits --title "Six tasks on handwritten digits, three seeds"
 
 # One run of the digits suite: run-<method>[-<preset>]-<seed>. One thread each: small models gain little from a second.
 run-lilora-%:
-	$(TRAIN_DIGITS) --out $(OUT)/lilora-$* --preset $(word 1,$(subst -, ,$*)) --seed $(word 2,$(subst -, ,$*))
+	$(TRAIN_DIGITS) --out $(RUNS_OUT)/lilora-$* --preset $(word 1,$(subst -, ,$*)) --seed $(word 2,$(subst -, ,$*))
 run-lora-%:
-	$(TRAIN_DIGITS) --out $(OUT)/lora-$* --method lora --seed $*
+	$(TRAIN_DIGITS) --out $(RUNS_OUT)/lora-$* --method lora --seed $*
 run-dirlora-%:
-	$(TRAIN_DIGITS) --out $(OUT)/dirlora-$* --method dirlora --seed $*
+	$(TRAIN_DIGITS) --out $(RUNS_OUT)/dirlora-$* --method dirlora --seed $*
 
 # Triton's interpreter and its compiler cannot share a process.
 test: venv
@@ -68,6 +69,11 @@ readme: .venv/ready
 
 resources: venv
 	$(BIN)/python -m lilora_kernels.resources > lilora_kernels/ops/RESOURCES.md
+
+# On a machine with a GPU: straight from the sources, with the Python that is there. OUT=folder COMMIT=hash DRY_RUN=1
+STAGES := 0,1,2,3,4,5
+gpu-evidence:
+	$(PY) -m bench.gpu_evidence --out $(or $(OUT),evidence) --stages $(STAGES) $(if $(COMMIT),--commit $(COMMIT)) $(if $(DRY_RUN),--dry-run)
 
 wheel: .venv/ready
 	rm -rf build dist

@@ -1,11 +1,10 @@
-"""The stages of `bench.gpu_evidence`, one process each: python -m bench.gpu_stages STAGE --into FILE
+"""The stages of `bench.gpu_evidence`, one process each: python -m bench.gpu_stages STAGE [--into FILE]
 
 Each result is one line of JSON, written when it is there. STAGE is a number, or `warm`, which compiles what the timed
 stages will launch, or `tiny`, one small call each way for a memory checker.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
@@ -38,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 SCALING = 2.0
 GRADIENTS = ("x", "a", "b0", "u", "v", "fusion")
 GATE_UP, DOWN, ATTENTION = (4096, 11008), (11008, 4096), (4096, 4096)  # K, N of LLaVA-1.5-7B
-TINY = (64, 48)
+TINY = (32, 48)
 CHECKED_ROWS = 32
 
 
@@ -295,16 +294,17 @@ def time_addmm(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterato
 
 
 def bucket(kernel: str, rows: int, one_launch: bool) -> int:
-    names = triton_runtime.table_names(torch.device("cuda")) if torch.cuda.is_available() else ()
-    table = triton_runtime.table(names)["one_launch" if one_launch else "by_phase"]
-    return triton_runtime.nearest(table[kernel], rows)["rows"]
+    """The bucket of rows whose launch configuration a call of so many rows takes."""
+    table = triton_runtime.table(triton_runtime.table_names(torch.device("cuda")))
+    buckets = tuple(bucket["rows"] for bucket in table["one_launch" if one_launch else "by_phase"][kernel])
+    return buckets[triton_runtime.nearest(buckets, rows)]
 
 
 def stage_3(dry_run: bool) -> Iterator[Case]:
     """`linear`: forward, backward and both; and each launch alone."""
     if dry_run:
-        yield Case("linear", partial(time_linear, Problem(300, *TINY, 2, 0.05, 16, 8)), ())
-        yield Case("launches", partial(time_launches, Problem(300, *TINY, 2, 0.05, 16, 8)))
+        yield Case("linear", partial(time_linear, Problem(20, *TINY, 2, 0.05, 16, 8)), ())
+        yield Case("launches", partial(time_launches, Problem(20, *TINY, 2, 0.05, 16, 8)))
         return
     order = [(8192, GATE_UP), (8192, DOWN), (8192, ATTENTION), (2048, GATE_UP), (2048, DOWN), (2048, ATTENTION)]
     order += [(4096, GATE_UP), (4096, DOWN), (4096, ATTENTION)]
@@ -320,11 +320,6 @@ def stage_3(dry_run: bool) -> Iterator[Case]:
 def time_linear(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterator[dict]:
     sets = operand_sets(problem, machine)
     check_ours(sets[0], None)
-    check_ours(sets[0], "eager")
-    layers = None
-    if importlib.util.find_spec("peft") is not None:
-        layers = [peft_layer(s) for s in sets]
-        check_peft(sets[0], layers[0])
 
     def candidate(forward: Callable[[int], tuple[Tensor, list[Tensor]]], backend: str | None = None):
         def run(turn: int, mark: Callable[[], None]) -> None:
@@ -339,11 +334,24 @@ def time_linear(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterat
     runs = {
         "base": candidate(lambda at: (base(sets[at]), [sets[at].x])),
         "ours": candidate(lambda at: (ours(sets[at]), sets[at].gradients())),
-        "eager": candidate(lambda at: (ours(sets[at]), sets[at].gradients()), "eager"),
     }
-    if layers is not None:
+
+    def eager() -> Callable:
+        if machine.on_gpu:  # on a CPU eager draws another mask
+            check_ours(sets[0], "eager")
+        return candidate(lambda at: (ours(sets[at]), sets[at].gradients()), "eager")
+
+    def peft() -> Callable:
+        layers = [peft_layer(s) for s in sets]
+        check_peft(sets[0], layers[0])
         adapters = [[layer.lora_A["default"].weight, layer.lora_B["default"].weight] for layer in layers]
-        runs["peft"] = candidate(lambda at: (layers[at](sets[at].x), [sets[at].x, *adapters[at]]))
+        return candidate(lambda at: (layers[at](sets[at].x), [sets[at].x, *adapters[at]]))
+
+    for peer in (eager, peft):
+        try:
+            runs[peer.__name__] = peer()
+        except Exception as error:  # says why in its place; the others are still compared
+            yield {**problem.describe(machine), "implementation": peer.__name__, "error": f"{error}"[:500]}
     times = measure(machine, runs, ["forward", "backward"])
     s = sets[0]
     x, y, weight = s.x.nbytes, s.dy.nbytes, s.weight.nbytes
@@ -416,6 +424,8 @@ def time_launches(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iter
         finish = 1 if 1 in phases else 0
         for phase in phases:
             sizes = triton_runtime.phase_config(work.config, phase, phase)
+            if direction == "backward":
+                sizes["CHUNK"] = work.chunk  # may have grown for many tasks
             moved = [found for found in getattr(traffic, direction)(shape, sizes) if found.phase == phase]
             result = figures(times[str(phase)])
             flops = phase_flops(direction, phase, problem, finish)
@@ -434,12 +444,12 @@ def time_launches(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iter
 def stage_4(dry_run: bool) -> Iterator[Case]:
     """`delta` in one launch each way against a launch for each phase."""
     if dry_run:
-        yield Case("delta", partial(time_delta, Problem(40, *TINY, 2, 0.05, 16, 8)), ())
+        yield Case("delta", partial(time_delta, Problem(20, *TINY, 2, 0.05, 16, 8)), ())
         return
     for tasks in (8, 1):
         for m in (8192, 64, 256, 1024, 2048, 16, 1):
             for shape in (GATE_UP, DOWN):
-                buckets = [bucket(kernel, m, True) for kernel in ("forward", "backward")]
+                buckets = [bucket(kernel, m, one) for kernel in ("forward", "backward") for one in (True, False)]
                 if tasks <= m:
                     variant = ("delta", *buckets, tasks > 1)
                     yield Case("delta", partial(time_delta, Problem(m, *shape, tasks, 0.05)), variant)
@@ -505,13 +515,6 @@ def time_decode(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterat
     for backend in (None, "eager"):
         check_ours(sets[0], backend)
     functions = {"base": (base, None), "ours": (ours, None), "eager": (ours, "eager")}
-    layers = {}
-    if importlib.util.find_spec("peft") is not None:
-        layers = {id(s): peft_layer(s).eval() for s in sets}
-        check_peft(sets[0], layers[id(sets[0])])
-        functions["peft"] = (lambda s: layers[id(s)](s.x), None)
-        for layer in layers.values():
-            layer.eval()
 
     def graph_of(function: Callable[[Operands], Tensor], backend: str | None) -> Callable[[], None]:
         def run() -> list[Tensor]:
@@ -609,10 +612,11 @@ def tiny(dry_run: bool) -> None:
     from lilora_kernels.ops.delta.triton_backend import run_backward, run_forward
 
     machine = Machine.here(dry_run, 2)
-    problem = Problem(70, 64, 80, 3, 0.1, 16, 8)
+    problem = Problem(40, 32, 48, 3, 0.1, 16, 8)
     s = Operands(problem, replace(machine, device=torch.device("cpu"), dtype=torch.float32), 0)
-    moved = {f: t.detach().to(machine.device) for f, t in vars(s).items() if isinstance(t, Tensor)}
-    moved = {f: t.to(machine.dtype) if t.is_floating_point() else t for f, t in moved.items()}
+    given = {name: t.detach() for name, t in vars(s).items() if isinstance(t, Tensor)}
+    cast = {name: t.to(machine.dtype) if t.is_floating_point() else t for name, t in given.items()}
+    moved = {name: t.to(machine.device) for name, t in cast.items()}
     adapter = (moved[name] for name in DIFFERENTIABLE[1:6])
     call = Call(*adapter, moved["task"], None, None, moved["seed"], SCALING, problem.p, None)
     for one_launch in (True, False):
@@ -630,9 +634,10 @@ def stage_0(dry_run: bool, seconds: float, write: Callable[[dict], None]) -> int
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         jobs = {}
-        files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-        for file in files[:1] if dry_run else files:
-            report = Path(folder) / f"{file.stem}.xml"
+        tests = ROOT / "tests" / "gpu"
+        # A file named on the command line is collected in any case, a folder's only where there is a GPU.
+        for target in [tests] if dry_run else sorted(tests.glob("test_*.py")):
+            report = Path(folder) / f"{target.stem}.xml"
             pytest = [
                 sys.executable,
                 "-m",
@@ -644,7 +649,7 @@ def stage_0(dry_run: bool, seconds: float, write: Callable[[dict], None]) -> int
                 "-p",
                 "no:cacheprovider",
             ]
-            jobs[file.name] = [*pytest, f"--junitxml={report}", str(file)]
+            jobs[target.name] = [*pytest, f"--junitxml={report}", str(target)]
         if checker is not None:
             for tool in ("memcheck", "racecheck"):
                 jobs[tool] = [checker, "--tool", tool, "--error-exitcode", "9", *tiny_command]
@@ -653,44 +658,37 @@ def stage_0(dry_run: bool, seconds: float, write: Callable[[dict], None]) -> int
             write({"case": "memcheck and racecheck", "error": "compute-sanitizer is not on this machine"})
         # Without the caching allocator every tensor is an allocation of its own, with ends that memcheck knows.
         plain = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        started = time.monotonic()
         running = {}
         for name, command in jobs.items():
-            log = (Path(folder) / f"{name}.log").open("wb")
-            environment = plain if name in ("memcheck", "racecheck") else None
-            running[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        started = time.monotonic()
-        waiting = dict(running)
-        while waiting:
-            for name, process in list(waiting.items()):
-                if process.poll() is None and time.monotonic() < deadline:
+            with (Path(folder) / f"{name}.log").open("wb") as log:
+                environment = plain if name in ("memcheck", "racecheck") else None
+                running[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        while running:
+            time.sleep(0.1)
+            late = time.monotonic() > deadline
+            if late:  # pytest, interrupted, writes what it knows
+                for process in running.values():
+                    process.send_signal(signal.SIGINT)
+                time.sleep(8)
+            for name, process in list(running.items()):
+                code = process.poll()
+                if code is None and not late:
                     continue
-                del waiting[name]
-                stopped = process.poll() is None
-                code = stop(process)
+                del running[name]
                 result = {"case": name, "seconds": round(time.monotonic() - started, 1), "exit_code": code}
-                if stopped:
-                    result["error"] = "stopped at the time limit"
+                if late:
+                    process.kill()
+                    result["error"] = f"stopped after {seconds:.0f} s"
                 result |= outcomes(Path(folder) / f"{Path(name).stem}.xml")
                 # 5: pytest found no tests, as on a machine without a GPU.
                 failed += code not in ((0, 5) if dry_run else (0,))
                 write(result)
                 text = (Path(folder) / f"{name}.log").read_text(errors="replace")
                 print(
-                    f"--- {name}: {json.dumps({k: v for k, v in result.items() if k != 'failures'})}\n{text[-100_000:]}"
+                    f"{text[-100_000:]}\n--- {name}: {json.dumps({k: v for k, v in result.items() if k != 'failures'})}"
                 )
-            time.sleep(0.1)
     return failed
-
-
-def stop(process: subprocess.Popen) -> int:
-    """The exit code; a process that still runs is interrupted, so that pytest writes what it knows, then killed."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(8)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    return process.wait()
 
 
 def outcomes(report: Path) -> dict:

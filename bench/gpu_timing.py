@@ -102,7 +102,7 @@ def measure(
     rounds = rounds or machine.rounds
     times = {name: {segment: [] for segment in (*segments, "host")} for name in candidates}
     hold_us = dict.fromkeys(candidates, 0.0)
-    warmup = 3 if machine.on_gpu else 1
+    warmup = 3 if machine.on_gpu else 0
     for turn in range(-warmup, rounds):
         for name in sorted(candidates, reverse=bool(turn % 2)):
             if machine.on_gpu:

@@ -10,7 +10,7 @@ from lilora_kernels import functional
 from lilora_kernels.ops.delta import reference
 from lilora_kernels.ops.philox import keep_mask, keep_scale
 
-# Rows that meet each of the buckets of the shipped configurations: 64, 1024 and 8192 rows.
+# Numbers of rows that meet every bucket of the shipped configurations.
 ROWS = {"few": (0, 1, 2, 17, 63, 64, 65, 127, 255), "some": (257, 300, 1000), "many": (2049, 3001)}
 IDS = ("same", "distinct", "runs", "sorted", "random")
 
@@ -82,7 +82,11 @@ def add_errors(errors: Errors, op: str, inputs: list[Inputs], p: float = 0.0, se
     got, plain, truth = results
     for name, tensor in got.items():
         assert tensor.dtype == plain[name].dtype
-        errors.add(f"{name}{label}", tensor, plain[name], truth[name])
+        if not name.startswith("dfusion"):
+            errors.add(f"{name}{label}", tensor, plain[name], truth[name])
+        elif len(inputs[0].x) > 60 and tensor.numel() > 1:
+            # One number for each task, which may all but cancel: judged over many rows and tasks, and all calls together.
+            errors.add(name, tensor, plain[name], truth[name])
 
 
 def run_all(op, i, p=0.0, seed=None):
@@ -97,3 +101,17 @@ def run_all(op, i, p=0.0, seed=None):
 def assert_equal(got, want):
     for ours_, theirs in zip(got, want, strict=True):
         assert torch.equal(ours_, theirs)
+
+
+def capture(function):
+    """A CUDA graph of one call, and what it writes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result

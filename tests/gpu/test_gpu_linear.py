@@ -3,15 +3,12 @@
 import pytest
 import torch
 from cases import Errors, pairwise
-from gpu_cases import add_errors, make_on_gpu, make_pair, seed_tensor
-from test_gpu_delta import AXES, check_variant, kind_id
+from gpu_cases import add_errors, make_pair, seed_tensor
+from test_gpu_delta import AXES, check_shape, check_variant, kind_id
 
 
 def test_a_layer_of_a_large_model():
-    errors = Errors()
-    i = make_on_gpu(8192, 4096, 4096, 128, 64, 8, mix="sorted", dtype=torch.bfloat16)
-    add_errors(errors, "linear", [i], 0.05, seed_tensor(-3))
-    errors.check()
+    check_shape("linear", 8192, 4096, 4096, 128, 64, 8, mix="sorted", dtype=torch.bfloat16, seeds=2)
 
 
 def test_a_pair_of_layers_of_a_large_model():
@@ -30,9 +27,7 @@ def test_outputs_and_gradients_by_phase(case, plan):
 @pytest.mark.parametrize("rows", [1, 64, 200, 1000])
 def test_outputs_and_gradients_of_one_launch(rows, plan):
     plan(one_launch=True)
-    errors = Errors()
-    add_errors(errors, "linear", [make_on_gpu(rows, 256, 384, 128, 64, 8, dtype=torch.bfloat16)], 0.05, seed_tensor(1))
-    errors.check()
+    check_shape("linear", rows, 256, 384, 128, 64, 8, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -40,8 +35,8 @@ def test_outputs_and_gradients_of_one_launch(rows, plan):
 @pytest.mark.parametrize("coefficients", ["fusion", "lora"])
 def test_outputs_and_gradients_of_a_pair(coefficients, rows, dtype):
     errors = Errors()
-    for mix in ("one", "random"):
-        shape = {"rows": rows, "columns": 136, "rank": 16, "sub_rank": 8, "coefficients": coefficients, "mix": mix}
-        pair = make_pair(96, **shape, dtype=dtype)
+    for seed, mix in enumerate(("one", "random") * 4):
+        shape = {"rows": rows, "columns": 136, "rank": 16, "sub_rank": 8, "tasks": 8, "coefficients": coefficients}
+        pair = make_pair(96, **shape, mix=mix, dtype=dtype, seed=seed)
         add_errors(errors, "pair", pair, 0.3, seed_tensor(9), ("x", "a", "b0", "u", "v", "fusion"))
     errors.check()

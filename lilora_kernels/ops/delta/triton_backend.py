@@ -10,8 +10,6 @@ from ..call import Call
 from ..philox import keep_scale, threshold
 from . import triton_kernels as kernels
 
-SUM_BLOCK = kernels.SUM_BLOCK.value
-
 
 def forward(x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     return run_forward(x, None, call, one_launch=True)
@@ -117,6 +115,7 @@ class Backward:
         self.dy = dy = dy.contiguous()
         self.x = x if x is None or x.stride(1) == 1 else x.contiguous()
         self.h = h
+        self.needs = needs
         self.call = call = contiguous_call(call)
         self.sizes = sizes = Sizes.of(call)
         rows, rank, sub_rank, outputs = dy.shape[0], sizes.rank, sizes.sub_rank, sizes.outputs
@@ -173,21 +172,23 @@ class Backward:
             0 if self.x is None else self.x.stride(0), self.chunk, call.scaling, drop_below, keep_scale(call.p), low, high,
         )  # fmt: skip
         constants = sizes.constants | runtime.phase_config(self.config, first, last, second is not None)
-        rows, chunks = self.dy.shape[0], ceil(self.dy.shape[0], self.chunk)
-        items = (
-            chunks
-            * (
-                self.chunk // constants["BLOCK_M"] * constants["SPLIT_N"]
-                + ceil(sizes.outputs, constants["BLOCK_N"])
-                + 1
-            ),
-            ceil(rows, constants["BLOCK_M"]),
-            (chunks + 1) * sizes.tasks + sizes.gates + chunks * ceil(sizes.columns, constants["BLOCK_K"]),
-            ceil(
-                sizes.rank * (sizes.columns + sizes.outputs + sizes.tasks * (sizes.outputs + sizes.sub_rank)), SUM_BLOCK
-            ),
-        )[first]  # at least as many as there are
+        items = self.items(first, constants) if first == last else 0
         run(kernels.delta_backward, self.dy.device, first, last, items, tensors, numbers, constants)
+
+    def items(self, phase: int, constants: dict[str, int]) -> int:
+        """How many work items a phase has. A wrong number costs time only: programs take items until none is left."""
+        needs, sizes, rows, chunks = self.needs, self.sizes, self.dy.shape[0], ceil(self.dy.shape[0], self.chunk)
+        if phase == 0:
+            shrinks = self.chunk // constants["BLOCK_M"] * constants["SPLIT_N"] if self.dh is not None else 0
+            ups = ceil(sizes.outputs, constants["BLOCK_N"]) if needs & {"b0", "u"} else 0
+            return chunks * (shrinks + ups + 1)
+        if phase == 1:
+            return ceil(rows, constants["BLOCK_M"])
+        if phase == 2:
+            downs = chunks * ceil(sizes.columns, constants["BLOCK_K"])
+            return chunks * sizes.tasks * ("v" in needs) + sizes.tasks + sizes.gates + downs
+        names = needs & {"a", "b0", "u", "v"}
+        return sum(ceil(self.grads[name].numel(), kernels.SUM_BLOCK.value) for name in names) + 2 * sizes.tasks
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops.call import Call
-
 ORDER = ("cuda", "triton", "eager")
 _forced: str | None = None  # for all threads: autograd runs backward on a GPU in threads of its own
 
@@ -76,15 +74,14 @@ def refusals(op: str, x: Tensor, rank: int, sub_rank: int) -> dict[str, str | No
     }
 
 
-def choose(op: str, x: Tensor, call: Call) -> Implementation:
+def choose(op: str, x: Tensor, rank: int, sub_rank: int) -> Implementation:
     """The first backend that can run `op` on x, or the one that was ordered."""
     wanted = requested()
     table = _table[op]
-    ranks = call.a.shape[0], 0 if call.u is None else call.u.shape[2]
     for name in ORDER if wanted is None else (wanted,):
-        if name in table and table[name].refusal(x, *ranks) is None:
+        if name in table and table[name].refusal(x, rank, sub_rank) is None:
             return table[name]
-    reasons = refusals(op, x, *ranks)
+    reasons = refusals(op, x, rank, sub_rank)
     usable = [name for name, reason in reasons.items() if reason is None]
     raise RuntimeError(f"{op}: the backend {wanted!r} cannot run on {x.device}: {reasons[wanted]}; available: {usable}")
 

@@ -69,8 +69,7 @@ def linear(
     Arguments as in `delta`. Without autocast x and weight must have the same dtype, as in torch.nn.functional.linear.
     """
     cast = autocast(x)
-    if cast.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"linear: x is {x.dtype} and weight is {weight.dtype}; cast one of them or use torch.autocast")
+    check_dtypes("linear", x, cast, weight)
     flat, lead = cast.reshape(-1, x.shape[-1]), x.shape[:-1]
     y, _ = _linear(flat, weight, bias, a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
     return y.view(*lead, y.shape[-1])
@@ -92,15 +91,29 @@ def delta_pair(
 
     first and second: (a, b0, u, v, fusion) each, of equal r, sub_rank and tasks, the last three None as in `delta`.
     bases: their frozen (weight, bias), added to the results as `linear` does; without them the adapters alone.
-    The kernels read x once in forward and once in backward. Other arguments, casts and errors as in `delta`.
+    The adapters' kernels read x once in forward and once in backward. Other arguments, casts and errors as in `delta`.
     """
-    (weight_1, bias_1), (weight_2, bias_2) = ((None, None),) * 2 if bases is None else bases
-    x = autocast(x)
+    for name, factors in (("first", first), ("second", second)):
+        if len(factors) != 5:
+            raise ValueError(f"delta_pair: {name} has {len(factors)} entries; it must be (a, b0, u, v, fusion)")
+    bases = ((None, None),) * 2 if bases is None else bases
+    if len(bases) != 2 or any(not isinstance(base, tuple | list) or len(base) != 2 for base in bases):
+        raise ValueError("delta_pair: bases must be two pairs (weight, bias), the bias possibly None")
+    (weight_1, bias_1), (weight_2, bias_2) = bases
+    cast = autocast(x)
+    for weight in (weight_1, weight_2):
+        check_dtypes("delta_pair", x, cast, weight)
+    x = cast
     flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     y_1, y_2, _, _ = _delta_pair(
         flat, weight_1, bias_1, *first, weight_2, bias_2, *second, task, seed, scaling, p, ranks
     )
     return y_1.view(*lead, y_1.shape[-1]), y_2.view(*lead, y_2.shape[-1])
+
+
+def check_dtypes(op: str, x: Tensor, cast: Tensor, weight: Tensor | None) -> None:
+    if weight is not None and cast.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{op}: x is {x.dtype} and weight is {weight.dtype}; cast one of them or use torch.autocast")
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class Routes:
             wanted = "one id per sample" if samples is None else f"[{samples}], one id per sample of the batch"
             raise ValueError(f"task_ids has the shape {list(task_ids.shape)}; it must be {wanted}")
         if task_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            # On an accelerator the values would have to be waited for: its kernels treat a foreign id as no adapter.
+            # On an accelerator the values would have to be waited for; a row with a foreign id gives NaN there.
             for t in set(task_ids.tolist()):
                 if t != -1 and not (0 <= t < len(self.tasks) and self.tasks[t] is not None):
                     known = {i: name for i, name in enumerate(self.tasks) if name is not None}

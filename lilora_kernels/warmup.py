@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from . import backends
 from .linear import LiLoRALinear
 from .ops import triton_runtime
 
@@ -11,35 +12,38 @@ def warmup(model: nn.Module) -> int:
     """Run every distinct adapted layer of `model` once for each bucket of rows that has a launch configuration.
 
     Compiles the Triton kernels for its shapes: forward with the active task and with task ids, and backward where
-    parameters learn. Inputs are random; parameters, gradients and random state stay as they are. Call it after the
-    tasks are added or loaded, in the mode (train or eval) in which the model will run. Returns the number of runs.
-    Where Triton cannot run, it does nothing and returns 0.
+    parameters learn. Inputs are random; parameters, gradients, routes and random state stay as they are. Call it after
+    the tasks are added or loaded, in the mode (train or eval) in which the model will run; it needs the memory of one
+    forward and backward of 8192 rows through the largest layer. Returns the number of runs: 0 where Triton cannot run
+    or another backend is ordered. Merged layers are left out.
     """
+    if backends.requested() not in (None, "triton"):
+        return 0
     runs, seen = 0, set()
     for layer in model.modules():
-        if not isinstance(layer, LiLoRALinear) or not layer.tasks:
+        if not isinstance(layer, LiLoRALinear) or not layer.tasks or layer.merged_task is not None:
             continue
         x = layer.example()
         if triton_runtime.refusal(x, layer.rank, layer.sub_rank) is not None:
             continue
-        parameters = [p for p in layer.parameters() if p.requires_grad]
-        key = (
-            layer.in_features, layer.out_features, layer.rank, layer.sub_rank, layer.fusion, layer.training, x.dtype,
-            layer.unfused_reason(), getattr(layer.base_layer, "bias", None) is None, len(parameters), layer.active,
-        )  # fmt: skip
+        own = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+        key = x.device, x.dtype, layer.training and layer.dropout > 0, layer.unfused_reason(), layer.active, own
         if key in seen:
             continue
         seen.add(key)
-        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        before = layer.routes.seen, layer.routes.routed
+        with torch.random.fork_rng([x.device] if x.is_cuda else []), layer.routes.use(None):
             for rows in triton_runtime.bucket_rows(x.device):
-                runs += _run(layer, torch.randn(rows, 1, layer.in_features, device=x.device).to(x.dtype), parameters)
+                runs += _run(layer, torch.randn(rows, 1, layer.in_features, device=x.device).to(x.dtype))
+        layer.routes.seen, layer.routes.routed = before
     return runs
 
 
-def _run(layer: LiLoRALinear, x: torch.Tensor, parameters: list[nn.Parameter]) -> int:
+def _run(layer: LiLoRALinear, x: torch.Tensor) -> int:
+    parameters = [p for p in layer.parameters() if p.requires_grad]
     ids = torch.full((x.shape[0],), layer.routes.tasks.index(layer.tasks[0]), dtype=torch.int32, device=x.device)
     x.requires_grad_(bool(parameters))
-    ways = [ids] if len(layer.active) > 1 or layer.merged_task is not None else [None, ids]
+    ways = [None, ids] if len(layer.active) == 1 else [ids]
     for task in ways:
         y = layer(x, task=task)
         if y.requires_grad:

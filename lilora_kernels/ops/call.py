@@ -25,3 +25,8 @@ class Call:
     scaling: float
     p: float
     ranks: Sequence[int] | None
+
+    @property
+    def rank_sizes(self) -> tuple[int, int]:
+        """R, and S or 0 without task factors."""
+        return self.a.shape[0], 0 if self.u is None else self.u.shape[2]

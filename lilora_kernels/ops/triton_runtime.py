@@ -121,6 +121,8 @@ def fitted(bucket: dict, activation: int, parameter: int, block_r: int) -> dict:
             fits["num_stages"] = max(1, sizes["num_stages"] - 1)
         return sizes | fits
 
+    if narrower or shallower:
+        bucket = {name: value for name, value in bucket.items() if name != "PROGRAMS"}
     phases = {phase: fit(sizes) for phase, sizes in bucket.get("phases", {}).items()}
     return {name: value for name, value in fit(bucket).items() if name != "rows"} | {"phases": phases}
 
@@ -135,10 +137,11 @@ def phase_config(config: dict, first: int, last: int, pair: bool = False) -> dic
 
 # --- the barrier ---------------------------------------------------------------------------------------------------
 
-SLOTS = 64  # streams per table of barrier states
+SLOTS = 64  # streams per allocation
 
-_tables: dict[torch.device, list[Tensor]] = {}
-_slots: dict[tuple[torch.device, int], Tensor] = {}
+_lock = threading.Lock()
+_barrier_blocks: dict[torch.device, list[Tensor]] = {}
+_barriers: dict[tuple[torch.device, int], Tensor] = {}  # by device and stream
 
 
 def barrier_state(device: torch.device) -> Tensor:
@@ -151,21 +154,22 @@ def barrier_state(device: torch.device) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros(2, dtype=torch.int32, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream
-    if (device, stream) not in _slots:
-        tables = _tables.setdefault(device, [])
-        used = sum(key[0] == device for key in _slots)
-        if used == SLOTS * len(tables):
-            # Allocated by another thread: torch.compile's CUDA graphs send this thread's allocations to a pool of
-            # their own and refuse any that outlives the run.
-            thread = threading.Thread(target=lambda: tables.append(_zeros(device)))
-            thread.start()
-            thread.join()
-        _slots[device, stream] = tables[used // SLOTS][used % SLOTS]
-    return _slots[device, stream]
+    with _lock:  # autograd runs backward in threads of its own
+        if (device, stream) not in _barriers:
+            blocks = _barrier_blocks.setdefault(device, [])
+            used = sum(key[0] == device for key in _barriers)
+            if used == SLOTS * len(blocks):
+                # Allocated by another thread: torch.compile's CUDA graphs send this thread's allocations to a pool of
+                # their own and refuse any that outlives the run.
+                thread = threading.Thread(target=lambda: blocks.append(_zeros(device)))
+                thread.start()
+                thread.join()
+            _barriers[device, stream] = blocks[used // SLOTS][used % SLOTS]
+        return _barriers[device, stream]
 
 
 def _zeros(device: torch.device) -> Tensor:
-    table = torch.zeros(SLOTS, 2, dtype=torch.int32, device=device)
+    block = torch.zeros(SLOTS, 2, dtype=torch.int32, device=device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # other streams may be the first to read it
-    return table
+    return block

@@ -31,7 +31,18 @@ def test_each_distinct_layer_runs_once_for_each_bucket(train, monkeypatch):
     for name, parameter in layers.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
-    assert {name for name, _ in launches} == {"delta_forward", "delta_backward"} if train else {"delta_forward"}
+    assert {name for name, _ in launches} == ({"delta_forward", "delta_backward"} if train else {"delta_forward"})
+
+
+def test_merged_layers_routes_and_other_backends(monkeypatch):
+    monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [2])
+    layers = model()
+    layers[0].merge("one")
+    with lilora_kernels.route(layers, torch.tensor([0, 1, 0])):
+        assert lilora_kernels.warmup(layers) == 2  # the other layer
+    layers[0].unmerge()
+    with lilora_kernels.backend("eager"):
+        assert lilora_kernels.warmup(layers) == 0
 
 
 def test_nothing_to_do():

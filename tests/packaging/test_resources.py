@@ -1,5 +1,7 @@
 """Every launch of the shipped Triton configurations compiles ahead of time, without a GPU, and fits its architecture."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from cases import make
@@ -98,3 +100,23 @@ def test_variants_do_not_multiply_with_the_number_of_rows(monkeypatch):
         _, h = triton_backend.forward(i.x, call)
         triton_backend.backward(torch.randn(rows, 96).half(), i.x, h, call, frozenset(DIFFERENTIABLE) - {"gate"})
     assert len(variants) == 2
+
+
+def test_the_committed_table_has_every_launch():
+    text = (Path(resources.__file__).parent / "ops" / "RESOURCES.md").read_text()
+    rows = [tuple(cell.strip() for cell in line.split("|")[1:5]) for line in text.splitlines() if "| sm_" in line]
+    phases = {True: "{}", False: "{}-{}"}
+    want = [
+        (f"sm_{arch}", kernel, str(rows), phases[first == last].format(first, last))
+        for arch, kernel, rows, _, first, last in LAUNCHES
+    ]
+    assert rows == want
+
+
+@pytest.mark.parametrize("variant", ["masters", "ranks-256"])
+def test_the_programs_of_a_launch_fit_for_wider_elements_too(variant):
+    more = {**{"dtype": torch.bfloat16}, **OTHERS[variant]}
+    for kernel, last in (("forward", 2), ("backward", 3)):
+        for bucket in triton_runtime.table(("sm_90",))["one_launch"][kernel]:
+            used = resources.compile_kernel(kernel, 90, bucket, 0, last, **more)
+            assert fits(used, bucket, 90) >= 1

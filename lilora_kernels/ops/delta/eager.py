@@ -83,7 +83,7 @@ def da(dh: Tensor, dropped_x: Tensor, call: Call) -> Tensor:
     if call.ranks is None:
         return (dh.T @ dropped_x).to(call.a.dtype)
     lo, hi = call.ranks
-    grad = torch.zeros_like(call.a)
+    grad = call.a.new_zeros(call.a.shape)
     grad[lo:hi] = dh[:, lo:hi].T @ dropped_x
     return grad
 
@@ -241,7 +241,8 @@ def gradient_buffers(call: Call, dtype: torch.dtype, needs: frozenset[str]) -> d
     """Zeros for every parameter asked for: a task without rows keeps them. Sums over tasks run in fp32 at least."""
     wide = torch.promote_types(dtype, torch.float32)
     dtypes = {"b0": wide, "u": dtype, "v": dtype, "fusion": wide}
-    return {name: torch.zeros_like(getattr(call, name), dtype=d) for name, d in dtypes.items() if name in needs}
+    shapes = {name: getattr(call, name) for name in dtypes if name in needs}
+    return {name: t.new_zeros(t.shape, dtype=dtypes[name]) for name, t in shapes.items()}
 
 
 def composed_backward(

@@ -44,7 +44,7 @@ def delta(
     """(y [M, N], h [M, R]) in x's dtype; h = D(x) A^T is saved for backward and not differentiable."""
     check_delta("lilora::delta", x, a, b0, u, v, fusion, task, gate, gate_row, seed, p, ranks)
     call = Call(a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
-    return backends.choose("delta", x, call).forward(x, call)
+    return backends.choose("delta", x, *call.rank_sizes).forward(x, call)
 
 
 @delta.register_fake
@@ -75,7 +75,7 @@ def delta_backward(
     """The gradients asked for by `needs` (order: call.DIFFERENTIABLE); x is read for da, h for all but dx and da."""
     call = Call(a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
     names = wanted(needs)
-    grads = backends.choose("delta", dy, call).backward(dy, x, h, call, frozenset(names))
+    grads = backends.choose("delta", dy, *call.rank_sizes).backward(dy, x, h, call, frozenset(names))
     return [grads[name] for name in names]
 
 
@@ -89,7 +89,7 @@ def wanted(needs: Sequence[bool]) -> list[str]:
 
 
 def empty_gradients(dy: Tensor, a: Tensor, parameters: dict[str, Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
-    shapes = {"x": lambda: dy.new_empty(dy.shape[0], a.shape[1]), "a": lambda: torch.empty_like(a)}
+    shapes = {"x": lambda: dy.new_empty(dy.shape[0], a.shape[1]), "a": lambda: a.new_empty(a.shape)}
     return [
         shapes[name]() if name in shapes else parameters[name].new_empty(parameters[name].shape)
         for name in wanted(needs)

@@ -41,7 +41,7 @@ def run_phases(work: "Forward | Backward", one_launch: bool) -> None:
         try:
             return work.launch(0, work.LAST)
         except RuntimeError as error:
-            # One program per processor always fits a whole GPU, but not a share of one (MPS, green contexts).
+            # The configured programs fit a whole GPU, but not a share of one (MPS, green contexts).
             if "cooperative" not in str(error):
                 raise
     for first, last in work.phases:
@@ -64,7 +64,7 @@ class Forward:
         self.call = call = contiguous_call(call)
         self.sizes = Sizes.of(call)
         rows, columns = x.shape
-        self.config = runtime.config("forward", one_launch, x, call) if like is None else like.config
+        self.config = runtime.config("forward", one_launch, x, call) if like is None else dict(like.config)
         split = self.config["SPLIT_K"] = max(1, min(self.config["SPLIT_K"], columns // self.config["BLOCK_K"]))
         self.y, self.h = x.new_empty(rows, self.sizes.outputs), x.new_empty(rows, self.sizes.rank)
         self.z = None if call.u is None else x.new_empty(rows, self.sizes.sub_rank)
@@ -119,10 +119,10 @@ class Backward:
         self.call = call = contiguous_call(call)
         self.sizes = sizes = Sizes.of(call)
         rows, rank, sub_rank, outputs = dy.shape[0], sizes.rank, sizes.sub_rank, sizes.outputs
-        self.config = config = runtime.config("backward", one_launch, dy, call) if like is None else like.config
+        self.config = config = runtime.config("backward", one_launch, dy, call) if like is None else dict(like.config)
         split = config["SPLIT_N"] = max(1, min(config["SPLIT_N"], outputs // config["BLOCK_N"]))
         self.chunk = config.pop("CHUNK") if like is None else like.chunk
-        if "u" in needs and like is None:
+        if call.u is not None and like is None:
             while self.chunk < rows and ceil(rows, self.chunk) * call.u.numel() * 4 > runtime.PLANE_BYTES:
                 self.chunk *= 2
         chunks = ceil(rows, self.chunk)
@@ -151,7 +151,7 @@ class Backward:
             empty(call.task is not None and bool(needs & {"u", "v"}), chunks, sizes.tasks, dtype=torch.int32),
         )
         phases = [0, 1] if wants_dh and split > 1 else [0]
-        phases += [2] if needs & {"x", "a", "v", "fusion", "gate"} else []
+        phases += [2] if needs & ({"x", "a", "v", "fusion", "gate"} if like is None else {"v", "fusion"}) else []
         phases += [3] if needs & {"a", "b0", "u", "v"} else []
         self.phases = [(phase, phase) for phase in phases]
 
@@ -185,7 +185,7 @@ class Backward:
         if phase == 1:
             return ceil(rows, constants["BLOCK_M"])
         if phase == 2:
-            downs = chunks * ceil(sizes.columns, constants["BLOCK_K"])
+            downs = chunks * ceil(sizes.columns, constants["BLOCK_K"]) if self.reads_x else 0
             return chunks * sizes.tasks * ("v" in needs) + sizes.tasks + sizes.gates + downs
         names = needs & {"a", "b0", "u", "v"}
         return sum(ceil(self.grads[name].numel(), kernels.SUM_BLOCK.value) for name in names) + 2 * sizes.tasks

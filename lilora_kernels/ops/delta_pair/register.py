@@ -35,13 +35,13 @@ def check(x, base_1, adapter_1, base_2, adapter_2, task, seed, p, ranks) -> None
         if weight is not None:
             check_linear(NAME, x, weight, bias, factors[1])
         elif bias is not None:
-            raise ValueError(f"{NAME}: bias is given without its weight; give both or neither")
+            raise ValueError(f"{NAME}: a bias is given without its weight; give the weight too")
     for name, first, second in zip(FACTORS, adapter_1, adapter_2, strict=True):
         got = [None if t is None else list(t.shape) for t in (first, second)]
         kept = [None if t is None else [size for i, size in enumerate(t) if (name, i) not in OUTPUTS] for t in got]
         if kept[0] != kept[1]:
             raise ValueError(
-                f"{NAME}: {name}_1 is {got[0]} and {name}_2 is {got[1]}; r, sub_rank and tasks must be equal"
+                f"{NAME}: {name}_1 is {got[0]} and {name}_2 is {got[1]}; r, sub_rank and tasks must be equal, and u, v, fusion given to both or neither"
             )
 
 
@@ -77,7 +77,9 @@ def delta_pair(
     one, two = (a_1, b0_1, u_1, v_1, fusion_1), (a_2, b0_2, u_2, v_2, fusion_2)
     check(x, (weight_1, bias_1), one, (weight_2, bias_2), two, task, seed, p, ranks)
     pair = calls(one, two, task, seed, scaling, p, ranks)
-    return backends.choose("delta_pair", x, pair[0]).forward(x, (weight_1, weight_2), (bias_1, bias_2), pair)
+    return backends.choose("delta_pair", x, *pair[0].rank_sizes).forward(
+        x, (weight_1, weight_2), (bias_1, bias_2), pair
+    )
 
 
 @delta_pair.register_fake
@@ -123,9 +125,9 @@ def delta_pair_backward(
         frozenset(name for name, need in zip(("x", *FACTORS), (needs[0], *own), strict=True) if need)
         for own in (needs[1:6], needs[6:])
     )
-    implementation = backends.choose("delta_pair", dy_1, pair[0])
+    implementation = backends.choose("delta_pair", dy_1, *pair[0].rank_sizes)
     grads = implementation.backward((dy_1, dy_2), x, (weight_1, weight_2), (h_1, h_2), pair, wanted)
-    dx = [(grads[0].get("x", grads[1].get("x")))] if needs[0] else []
+    dx = [grads[0]["x"]] if needs[0] else []
     return dx + [grad[name] for grad, own in zip(grads, wanted, strict=True) for name in FACTORS if name in own]
 
 
@@ -136,7 +138,7 @@ def _(
 ):  # fmt: skip
     factors = (a_1, b0_1, u_1, v_1, fusion_1, a_2, b0_2, u_2, v_2, fusion_2)
     dx = [dy_1.new_empty(dy_1.shape[0], a_1.shape[1])] if needs[0] else []
-    return dx + [torch.empty_like(t) for t, need in zip(factors, needs[1:], strict=True) if need]
+    return dx + [t.new_empty(t.shape) for t, need in zip(factors, needs[1:], strict=True) if need]
 
 
 def _setup_context(ctx, inputs, output):
@@ -146,7 +148,8 @@ def _setup_context(ctx, inputs, output):
     asked = ctx.needs_input_grad
     if any(asked[i] for i in (1, 2, 8, 9)):
         raise ValueError(
-            f"{NAME}: a weight or bias requires a gradient, but the bases are frozen here; pass them as None"
+            f"{NAME}: a weight or bias requires a gradient, but the bases are frozen here; "
+            "leave them out and add F.linear(x, weight, bias) to train it"
         )
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2], output[3])

@@ -48,7 +48,7 @@ def linear(
     check_delta("lilora::linear", x, a, b0, u, v, fusion, task, gate, gate_row, seed, p, ranks)
     check_linear("lilora::linear", x, weight, bias, b0)
     call = Call(a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
-    return backends.choose("linear", x, call).forward(x, weight, bias, call)
+    return backends.choose("linear", x, *call.rank_sizes).forward(x, weight, bias, call)
 
 
 @linear.register_fake
@@ -81,7 +81,7 @@ def linear_backward(
     """As `delta_backward`, with dx through weight added; weight is read for dx only."""
     call = Call(a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
     names = wanted(needs)
-    grads = backends.choose("linear", dy, call).backward(dy, x, weight, h, call, frozenset(names))
+    grads = backends.choose("linear", dy, *call.rank_sizes).backward(dy, x, weight, h, call, frozenset(names))
     return [grads[name] for name in names]
 
 

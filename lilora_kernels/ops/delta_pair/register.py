@@ -41,7 +41,8 @@ def check(x, base_1, adapter_1, base_2, adapter_2, task, seed, p, ranks) -> None
         kept = [None if t is None else [size for i, size in enumerate(t) if (name, i) not in OUTPUTS] for t in got]
         if kept[0] != kept[1]:
             raise ValueError(
-                f"{NAME}: {name}_1 is {got[0]} and {name}_2 is {got[1]}; r, sub_rank and tasks must be equal, and u, v, fusion given to both or neither"
+                f"{NAME}: {name}_1 is {got[0]} and {name}_2 is {got[1]}; r, sub_rank and tasks must be equal, "
+                "and u, v, fusion given to both or neither"
             )
 
 

@@ -10,7 +10,8 @@ from lilora_kernels.ops.delta import triton_backend
 
 
 def model():
-    layers = [LiLoRALinear(torch.nn.Linear(24, 20), r=8, sub_rank=4, dropout=0.1) for _ in range(2)]
+    bases = [torch.nn.Linear(24, 20).requires_grad_(False) for _ in range(2)]
+    layers = [LiLoRALinear(base, r=8, sub_rank=4, dropout=0.1) for base in bases]
     for layer in layers:
         layer.add_task("one")
         layer.add_task("two")
@@ -37,6 +38,7 @@ def test_each_distinct_layer_runs_once_for_each_bucket(train, monkeypatch):
 def test_merged_layers_routes_and_other_backends(monkeypatch):
     monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [2])
     layers = model()
+    lilora_kernels.attach(layers)
     layers[0].merge("one")
     with lilora_kernels.route(layers, torch.tensor([0, 1, 0])):
         assert lilora_kernels.warmup(layers) == 2  # the other layer

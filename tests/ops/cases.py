@@ -184,7 +184,7 @@ def pairwise(axes: dict, seed: int = 0) -> list[dict]:
             rows.append(best)
             missing -= covered
         else:
-            (a, x), (b, y) = next(iter(missing))
+            (a, x), (b, y) = min(missing, key=repr)  # the order of a set differs between processes
             row = {n: rng.choice(axes[n]) for n in names} | {a: x, b: y}
             rows.append(row)
             missing -= set(itertools.combinations(row.items(), 2))

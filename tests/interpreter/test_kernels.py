@@ -124,6 +124,14 @@ def test_any_shape(rows, columns, outputs, rank, sub_rank, tasks, coefficients, 
     errors.check()
 
 
+@pytest.mark.parametrize("name", list(PLANS))
+def test_sixty_four_rows_of_as_many_tasks(name, plan):
+    plan(PLANS[name])
+    errors = Errors()
+    add_errors(errors, make(64, 64, 48, 16, 8, 64, mix="distinct", dtype=torch.float32), "linear")
+    errors.check()
+
+
 def shipped():
     for path in sorted(triton_runtime.CONFIGS.glob("*.json")):
         for launches, kernels in json.loads(path.read_text()).items():

@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lilora_kernels import functional
+from lilora_kernels import backend, functional
 from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.call import DIFFERENTIABLE, Call
 from lilora_kernels.ops.delta import reference, traffic
@@ -109,18 +109,8 @@ def operand_sets(problem: Problem, machine: Machine) -> list[Operands]:
     return [first] + [Operands(problem, machine, i) for i in range(1, machine.copies(first.nbytes()))]
 
 
-@contextmanager
-def ordered(backend: str | None) -> Iterator[None]:
-    """The environment variable also holds in autograd's thread."""
-    before = os.environ.pop("LILORA_BACKEND", None)
-    if backend is not None:
-        os.environ["LILORA_BACKEND"] = backend
-    try:
-        yield
-    finally:
-        os.environ.pop("LILORA_BACKEND", None)
-        if before is not None:
-            os.environ["LILORA_BACKEND"] = before
+def ordered(name: str | None) -> AbstractContextManager:
+    return nullcontext() if name is None else backend(name)
 
 
 # --- the competitors ------------------------------------------------------------------------------------------------
@@ -178,13 +168,13 @@ def check(name: str, got: Tensor, want: Tensor) -> None:
         raise AssertionError(f"{name} is wrong by {error:.1e} of its largest value; no figure is taken")
 
 
-def check_ours(s: Operands, backend: str | None) -> None:
+def check_ours(s: Operands, name: str | None) -> None:
     pick, y_truth, dx_truth = truth(s)
-    with ordered(backend):
+    with ordered(name):
         y = ours(s, s.seed)
         (dx,) = torch.autograd.grad(y, s.x, s.dy)
-    check(f"y of {backend or 'ours'}", y.detach()[pick], y_truth)
-    check(f"dx of {backend or 'ours'}", dx[pick], dx_truth)
+    check(f"y of {name or 'ours'}", y.detach()[pick], y_truth)
+    check(f"dx of {name or 'ours'}", dx[pick], dx_truth)
 
 
 def check_peft(s: Operands, layer: nn.Module) -> None:
@@ -321,9 +311,9 @@ def time_linear(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterat
     sets = operand_sets(problem, machine)
     check_ours(sets[0], None)
 
-    def candidate(forward: Callable[[int], tuple[Tensor, list[Tensor]]], backend: str | None = None):
+    def candidate(forward: Callable[[int], tuple[Tensor, list[Tensor]]], name: str | None = None):
         def run(turn: int, mark: Callable[[], None]) -> None:
-            with ordered(backend):
+            with ordered(name):
                 y, inputs = forward(turn % len(sets))
                 mark()
                 torch.autograd.grad(y, inputs, sets[turn % len(sets)].dy)
@@ -512,13 +502,13 @@ def stage_5(dry_run: bool) -> Iterator[Case]:
 
 def time_decode(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterator[dict]:
     sets = operand_sets(problem, machine)
-    for backend in (None, "eager"):
-        check_ours(sets[0], backend)
+    for name in (None, "eager"):
+        check_ours(sets[0], name)
     functions = {"base": (base, None), "ours": (ours, None), "eager": (ours, "eager")}
 
-    def graph_of(function: Callable[[Operands], Tensor], backend: str | None) -> Callable[[], None]:
+    def graph_of(function: Callable[[Operands], Tensor], name: str | None) -> Callable[[], None]:
         def run() -> list[Tensor]:
-            with ordered(backend), torch.no_grad():
+            with ordered(name), torch.no_grad():
                 return [function(s) for s in sets]
 
         want = run()

@@ -239,7 +239,7 @@ def info(as_json: Json = False) -> None:
 
     facts: dict[str, Any] = {**environment(), "backends": {}}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for op in ("delta", "linear"):
+    for op in ("delta", "linear", "delta_pair"):
         facts["backends"][op] = {
             name: "available" if why is None else why
             for name, why in refusals(op, torch.empty(1, 1, device=device), 128, 64).items()

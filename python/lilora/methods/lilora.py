@@ -22,9 +22,8 @@ class LiLoRA(Method):
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
-        config = LiLoRAConfig(
-            **settings
-        )  # wrong settings, and a backend ordered that cannot run, are known before training
+        config = LiLoRAConfig(**settings)
+        # Wrong settings, and a backend ordered that cannot run, are known before training.
         try:
             choose("linear", next(base.parameters()).new_empty(1, 1), config.r, config.sub_rank)
         except (RuntimeError, ValueError) as error:

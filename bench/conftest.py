@@ -1,50 +1,124 @@
-"""`pytest bench/` prints what it measured; LILORA_BENCH_OUT=FOLDER also writes it there, one JSON file per module."""
+"""`pytest bench/`: every comparison of this folder. --out FOLDER also keeps the results in FOLDER/results.json.
+
+A case is measured once, all its peers in alternation; each peer then has a test of its own that hands its times to
+pytest-benchmark, so that its tables, JSON files and comparisons hold paired figures.
+"""
 
 import json
-import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from .pairs import environment
+from .environment import environment
+from .timing import Ceilings, Machine, ceilings
 
-RESULTS = pytest.StashKey[dict[str, dict]]()
+ROWS = pytest.StashKey[list[dict]]()
+THREADS = 2  # on a CPU
+
+
+def pytest_addoption(parser):
+    parser.addoption("--out", type=Path, help="folder for results.json")
+    parser.addoption("--tiny", action="store_true", help="the smallest shapes: tries every case, times nothing real")
+    parser.addoption("--seconds", type=float, default=4.0, help="for the rounds of one case, after its warm-up")
 
 
 def pytest_configure(config):
-    config.stash[RESULTS] = {}
+    config.stash[ROWS] = []
+
+
+@pytest.fixture(scope="session")
+def machine(request) -> Iterator[Machine]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    yield Machine.here(21, request.config.getoption("tiny"))
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def ceiling(machine) -> Callable[[torch.dtype], Ceilings]:
+    """ceiling(dtype): measured once for each."""
+    known: dict[torch.dtype, Ceilings] = {}
+    return lambda dtype: known.setdefault(dtype, ceilings(machine, dtype)) if dtype not in known else known[dtype]
+
+
+@pytest.fixture(scope="session")
+def seconds(request) -> float:
+    return request.config.getoption("seconds")
+
+
+@pytest.fixture(scope="session")
+def measured(request) -> Callable[[object, Callable[[], Iterator[dict]]], list[dict]]:
+    """measured(key, run): the rows of a case, measured when they are first asked for; all rows are kept for --out."""
+    known: dict[object, list[dict]] = {}
+
+    def rows(key: object, run: Callable[[], Iterator[dict]]) -> list[dict]:
+        if key not in known:
+            known[key] = list(run())
+            request.config.stash[ROWS].extend(known[key])
+        return known[key]
+
+    return rows
+
+
+class Replay:
+    """A clock that a benchmark advances by times that were measured before."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+clock = Replay()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=clock))
 
 
 @pytest.fixture
-def record(request):
-    """record(case, figures) keeps the figures of one case."""
-    module = request.module.__name__.rpartition(".")[2].removeprefix("test_")
-    return request.config.stash[RESULTS].setdefault(module, {}).__setitem__
+def report(benchmark) -> Callable[[list[dict], str, str], None]:
+    """report(rows, implementation, direction): the times of one of them as this test's benchmark.
 
+    Skips, saying why, what cannot run here; fails what was wrong.
+    """
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+    def of(rows: list[dict], implementation: str, direction: str) -> None:
+        found = [row for row in rows if row["implementation"] == implementation]
+        for row in found:
+            if "unavailable" in row:
+                pytest.skip(row["unavailable"])
+            assert "error" not in row, row["error"]
+        row = next(row for row in found if row["direction"] == direction)
+        times = iter(row["times_us"])
+
+        def advance() -> None:
+            clock.seconds += 1e-6 * next(times)
+
+        benchmark.extra_info.update({k: v for k, v in row.items() if k != "times_us"})
+        benchmark.pedantic(advance, rounds=len(row["times_us"]), iterations=1, warmup_rounds=0)
+
+    return of
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
     """Write nothing unless every case passed: a file never mixes figures of two runs or hides a failed case."""
-    folder = os.environ.get("LILORA_BENCH_OUT")
-    if folder and exitstatus == pytest.ExitCode.OK:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for module, cases in session.config.stash[RESULTS].items():
-            text = json.dumps({"environment": environment(), "cases": cases}, indent=2)
-            (Path(folder) / f"{module}.json").write_text(text + "\n")
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    for cases in config.stash[RESULTS].values():
-        for case, figures in cases.items():
-            terminalreporter.section(case)
-            terminalreporter.line(json.dumps(figures, indent=2))
+    folder = session.config.getoption("out")
+    if folder is None or exitstatus != pytest.ExitCode.OK:
+        return
+    torch.set_num_threads(THREADS)
+    command = shlex.join(["pytest", *sys.argv[1:]])
+    rows = [{k: v for k, v in row.items() if k != "times_us"} for row in session.config.stash[ROWS]]
+    content = {"environment": environment(command, torch.cuda.is_available()), "results": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "results.json.part"
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(folder / "results.json")

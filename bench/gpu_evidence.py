@@ -1,14 +1,14 @@
 """What a GPU shows of the kernels, in one command: python -m bench.gpu_evidence --out FOLDER
 
 Runs from the source tree with the packages that are there; needs no network. Each stage is a process of its own with a
-time limit; OUT/results.json and OUT/log.txt are written after each, so that a later failure takes nothing away. The
-command fails when a stage did. --dry-run does every stage on a CPU with tiny shapes, the kernels interpreted.
+time limit; OUT/results.json and OUT/log.txt are written after each, so that a later failure takes nothing away. Stage 6
+leaves OUT/configs.json where it finds better launch configurations. The command fails when a stage did. --dry-run does
+every stage on a CPU with tiny shapes, the kernels interpreted.
 """
 
 import argparse
 import json
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -17,10 +17,9 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .pairs import commit, cpu_model
+from .environment import clocks, environment
 
 ROOT = Path(__file__).parent.parent
 LOG_BYTES = 2 << 20  # of one stage: its end
@@ -34,8 +33,11 @@ TITLES = {
     3: "linear: forward, backward and both; every launch alone",
     4: "delta in one launch and by phase",
     5: "decoding in a CUDA graph",
+    6: "search of launch configurations",
+    7: "a LLaVA: layers, training step, generation",
+    8: "Nsight Compute on every launch",
 }
-LIMITS = {0: 210, 1: 60, 2: 45, 3: 150, 4: 80, 5: 80}  # seconds
+LIMITS = {0: 210, 1: 60, 2: 45, 3: 160, 4: 80, 5: 90, 6: 290, 7: 240, 8: 120}  # seconds
 
 
 @dataclass(frozen=True)
@@ -46,56 +48,24 @@ class Stage:
     limit: float
 
 
-def plan(numbers: list[int], dry_run: bool, minutes: float) -> list[Stage]:
+def plan(numbers: list[int], dry_run: bool, minutes: float, out: Path) -> list[Stage]:
     def command(number: int) -> list[str]:
-        found = [sys.executable, "-m", "bench.gpu_stages", str(number)] + ["--dry-run"] * dry_run
-        return [*found, "--seconds", str(min(LIMITS[0], 60 * minutes - RESERVE) - 12)] if number == 0 else found
+        flags = ["--dry-run"] * dry_run
+        if number == 0:
+            seconds = min(LIMITS[0], 60 * minutes - RESERVE) - 12
+            return [sys.executable, "-m", "bench.gpu_correctness", *flags, "--seconds", str(seconds)]
+        if number == 6:
+            flags += ["--configs", str((out / "configs.json").resolve())]
+        return [sys.executable, "-m", "bench.gpu_stages", str(number), *flags]
 
     return [Stage(n, TITLES[n], command(n), LIMITS[n]) for n in numbers]
 
 
-def environment(dry_run: bool) -> dict[str, str]:
+def variables(dry_run: bool) -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     found["TORCH_CUDA_ARCH_LIST"] = "9.0a"
     return found | ({"TRITON_INTERPRET": "1"} if dry_run else {})
-
-
-def header(given_commit: str | None, dry_run: bool) -> dict:
-    """Machine, versions, commit and command."""
-    versions = {}
-    for package in ("torch", "triton", "peft", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    fields = gpu_query("name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit")
-    return {
-        "dry_run": dry_run,
-        "device": "cpu" if dry_run else fields[0] if fields else "no GPU",
-        "driver": fields[1] if len(fields) > 1 else None,
-        "memory, max clocks of SM and memory, power limit": fields[2:],
-        "cpu": cpu_model(),
-        "python": platform.python_version(),
-        **versions,
-        "commit": given_commit or commit(),
-        "command": shlex.join(["python3", "-m", "bench.gpu_evidence", *sys.argv[1:]]),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def gpu_query(fields: str) -> list[str]:
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [field.strip() for field in found.strip().split(",")]
-
-
-def clocks() -> dict[str, str]:
-    fields = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-    return dict(zip(fields, gpu_query(",".join(fields)), strict=False))
 
 
 class Evidence:
@@ -201,12 +171,14 @@ def main() -> int:
     if not set(numbers) <= set(TITLES):
         parser.error(f"--stages is {options.stages!r}; give numbers of {sorted(TITLES)}, separated by commas")
     deadline = time.monotonic() + 60 * options.minutes - RESERVE
-    env = environment(options.dry_run)
-    evidence = Evidence(options.out, header(options.commit, options.dry_run))
+    env = variables(options.dry_run)
+    command = shlex.join(["python3", "-m", "bench.gpu_evidence", *sys.argv[1:]])
+    head = {"dry_run": options.dry_run, **environment(command, not options.dry_run, options.commit)}
+    evidence = Evidence(options.out, head)
     warming = start_warming(options.dry_run, env) if {3, 4, 5} & set(numbers) else []
     failed = []
     try:
-        for stage in plan(numbers, options.dry_run, options.minutes):
+        for stage in plan(numbers, options.dry_run, options.minutes, options.out):
             if stage.number > 0 and warming:
                 codes = finish_warming(warming, min(deadline, time.monotonic() + 90))
                 evidence.content["warming"] = {"exit_codes": codes}

@@ -452,6 +452,8 @@ def test_materialising_from_the_meta_device_keeps_the_shared_factors_one():
     with torch.device("meta"):
         made = layer()
     made.to_empty(device="cpu")
+    nn.init.normal_(made.base_layer.weight)
+    nn.init.normal_(made.base_layer.bias)
     randomise(made)
     assert len({id(p) for p in made.lilora_A.values()}) == 1
     close(made(torch.ones(2, K)), expected(made, torch.ones(2, K), "cats"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+STAGES = list("012345678")
 ROOT = Path(__file__).parents[2]
 SPREAD = {"median", "p20", "p80"}
 SHAPE = {"M", "K", "N", "dtype"}
@@ -18,10 +19,11 @@ def dry_run(tmp_path_factory):
     """Results of one dry run of all stages, and its log."""
     out = tmp_path_factory.mktemp("evidence")
     command = [sys.executable, "-m", "bench.gpu_evidence", "--out", str(out), "--dry-run", "--commit", "abc"]
+    command += ["--stages", ",".join(STAGES)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     log = (out / "log.txt").read_text()
     assert result.returncode == 0, result.stdout + log[-5000:]
-    assert {path.name for path in out.iterdir()} == {"results.json", "log.txt"}
+    assert {path.name for path in out.iterdir()} <= {"results.json", "log.txt", "configs.json"}
     return json.loads((out / "results.json").read_text()), log
 
 
@@ -35,7 +37,7 @@ def test_the_header_names_machine_versions_commit_and_command(dry_run):
 
 def test_every_stage_runs_on_a_cpu(dry_run):
     content, log = dry_run
-    assert list(content["stages"]) == ["0", "1", "2", "3", "4", "5"]
+    assert list(content["stages"]) == STAGES
     for number, stage in content["stages"].items():
         assert stage["status"] == "ok", (number, stage)
         assert {"clocks_before", "clocks_after", "seconds", "title"} <= set(stage)
@@ -46,7 +48,11 @@ def test_every_stage_runs_on_a_cpu(dry_run):
 def test_every_figure_says_of_what_it_is(dry_run):
     stages = dry_run[0]["stages"]
     assert {"copy_gb_per_s", "matmul_tflop_per_s"} <= set(stages["1"]["results"][0])
-    timed = [(number, r) for number in "12345" for r in stages[number]["results"] if r["case"] != "ceilings"]
+    results = [(number, r) for number in "12345" for r in stages[number]["results"] if r["case"] != "ceilings"]
+    assert all("error" not in result for _, result in results)
+    reasons = {result["implementation"]: result["unavailable"] for _, result in results if "unavailable" in result}
+    assert {"ours_eager", "peft_default", "vllm", "sglang", "lorafusion", "nemo_automodel"} == set(reasons)
+    timed = [(number, result) for number, result in results if "unavailable" not in result]
     for number, result in timed:
         assert (CALL if number in "345" else SHAPE) <= set(result)
         assert set(result["us"]) == SPREAD
@@ -58,7 +64,7 @@ def test_every_figure_says_of_what_it_is(dry_run):
         if "ratio_to_base" in result or "ratio_to_by_phase" in result
     }
     for direction in ("forward", "backward", "both"):
-        for implementation in ("base", "ours", "eager", "peft"):
+        for implementation in ("base", "ours", "ours_operation", "formula", "peft", "grouped_mm"):
             assert ("3", "linear", implementation, direction) in compared
     for direction in ("forward", "backward"):
         for beta in (0, 1):
@@ -69,6 +75,20 @@ def test_every_figure_says_of_what_it_is(dry_run):
     launches = [r for _, r in timed if r["case"] == "launches"]
     assert {(r["direction"], r["phase"]) for r in launches} >= {("forward", 0), ("forward", 2), ("backward", 0)}
     assert all(r["bytes"] <= r["bytes_issued"] and r["flops"] >= 0 for r in launches)
+
+
+def test_the_whole_model_and_the_search_leave_figures(dry_run):
+    stages = dry_run[0]["stages"]
+    rows = {(r["case"], r["direction"], r["implementation"], r["T"]): r for r in stages["7"]["results"]}
+    for part in ("MLP", "decoder layer"):
+        assert {"saved_bytes", "peak_bytes"} <= set(rows[part, "both", "ours", 1])
+        assert (part, "forward", "peft_names", 2) in rows
+    for name in ("ours", "peft_split"):
+        assert rows["training step", "step", name, 2]["peak_bytes"] > 0
+    assert rows["generate", "generate", "ours", 2]["tokens_per_s"] > 0
+    (decision,) = stages["6"]["results"]
+    assert {"improved", "reason"} <= set(decision)
+    assert all("unavailable" in r for r in stages["8"]["results"])
 
 
 @pytest.fixture
@@ -107,5 +127,5 @@ def test_an_unknown_stage_is_refused_before_anything_runs(tmp_path):
     command = [sys.executable, "-m", "bench.gpu_evidence", "--out", str(tmp_path / "out"), "--stages", "1,x"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "--stages is '1,x'; give numbers of [0, 1, 2, 3, 4, 5]" in result.stderr
+    assert "--stages is '1,x'; give numbers of [0, 1, 2, 3, 4, 5, 6, 7, 8]" in result.stderr
     assert not (tmp_path / "out").exists()

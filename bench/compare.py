@@ -1,0 +1,250 @@
+"""One problem, every peer: the gate, then times in alternation, memory, and a row for each peer and direction."""
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .external import EXTERNAL
+from .peers import PEERS, Built, Unavailable
+from .problems import Operands, Problem, operand_sets
+from .timing import Candidate, Ceilings, Machine, Times, figures, measure, spread
+
+REGISTRY = PEERS | EXTERNAL
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of the largest value
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+class Wrong(AssertionError):
+    """A peer's result is wrong: it gets no figure."""
+
+
+def gate(name: str, built: Built, sets: list[Operands], training: bool) -> float:
+    """Compare y and every gradient of set 0 with fp64; returns the largest error as a share of the largest value.
+
+    With dropout the mask is read from the peer's own result: with a base weight of zero, exactly the dropped elements of
+    x have a gradient of zero.
+    """
+    s = sets[0]
+    problem = s.problem
+    if not training:
+        with torch.no_grad():
+            y = built.forward(0)
+            exact = base_product(s, s.x.double()) + built.adapter(
+                s.x.double(), [p.double() for p in built.leaves[0][1:]]
+            )
+        return error(f"y of {name}", y, exact)
+    found = []
+    if problem.p:
+        weight = s.weight.clone()
+        s.weight.zero_()
+        try:
+            found.append(gate_training(name, built, s, masked=True))
+        finally:
+            s.weight.copy_(weight)
+    else:
+        found.append(gate_training(name, built, s, masked=False))
+    return max(found)
+
+
+def base_product(s: Operands, x: Tensor) -> Tensor:
+    return x @ s.weight.double().T
+
+
+def gate_training(name: str, built: Built, s: Operands, masked: bool) -> float:
+    leaves = built.leaves[0]
+    y = built.forward(0)
+    # dy = y, as from |y|^2 / 2: with a random dy the gradient of fusion, one sum over everything, all but cancels.
+    dy = y.detach()
+    got = torch.autograd.grad(y, leaves, dy)
+    x, *parameters = (leaf.detach().double().requires_grad_() for leaf in leaves)
+    dropped = x
+    if masked and name != "base":
+        keep = got[0] != 0
+        check_share(name, keep, s.problem.p)
+        dropped = x * keep / (1 - s.problem.p)
+    exact = base_product(s, x) + built.adapter(dropped, parameters)
+    want = torch.autograd.grad(exact, [x, *parameters], dy.double(), materialize_grads=True)
+    errors = [error(f"y of {name}", y, exact)]
+    errors += [error(f"gradient {i} of {name}", g, w) for i, (g, w) in enumerate(zip(got, want, strict=True))]
+    return max(errors)
+
+
+def check_share(name: str, keep: Tensor, p: float) -> None:
+    deviation = (p * (1 - p) / keep.numel()) ** 0.5
+    share = 1 - keep.double().mean().item()
+    if not abs(share - p) <= 6 * deviation + 2**-16:  # ours draws 16 bits
+        raise Wrong(f"{name} drops {share:.4f} of x instead of {p}; no figure is taken")
+
+
+def error(what: str, got: Tensor, want: Tensor) -> float:
+    largest = want.detach().abs().max().item()
+    found = (got.detach().double() - want.detach()).abs().max().item() / largest if largest else got.abs().max().item()
+    if not found <= TOLERANCE[got.dtype]:
+        raise Wrong(f"{what} is wrong by {found:.1e} of its largest value; no figure is taken")
+    return found
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
+    """Memory that autograd holds between forward and backward, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    storages = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = forward()  # alive until the sum is taken, so that no two storages share an address
+    return sum(storages.values()) if y.requires_grad else 0
+
+
+def peak_bytes(machine: Machine, function: Callable[[], object]) -> int:
+    """The most memory that a call takes beyond what was there before it."""
+    if machine.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        result = function()
+    del result
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Field:
+    """The peers of one problem that can run and were right, and a row for each that could not or was not."""
+
+    about: dict
+    sets: list[Operands]
+    training: bool
+    built: dict[str, Built]
+    errors: dict[str, float]
+    absent: list[dict]
+
+    def mode(self) -> AbstractContextManager:
+        return nullcontext() if self.training else torch.no_grad()
+
+
+def gated(case: str, problem: Problem, peers: Iterable[str], machine: Machine, training: bool) -> Field:
+    """Build every peer and hold it against fp64."""
+    about = {"case": case, **problem.describe(), "training": training}
+    field = Field(about, operand_sets(problem, machine), training, {}, {}, [])
+    for name in peers:
+        try:
+            with field.mode():
+                built = REGISTRY[name].build(field.sets, training)
+            field.errors[name] = gate(name, built, field.sets, training)
+            field.built[name] = built
+        except Unavailable as reason:
+            field.absent.append({**about, "implementation": name, "unavailable": str(reason)})
+        except Exception as failure:  # a wrong or broken peer takes nothing from the others
+            traceback.print_exc()
+            message = f"{type(failure).__name__}: {failure}"[:500]
+            field.absent.append({**about, "implementation": name, "error": message})
+    return field
+
+
+def compare(
+    case: str,
+    problem: Problem,
+    peers: Iterable[str],
+    machine: Machine,
+    ceiling: Ceilings,
+    training: bool,
+    seconds: float | None = None,
+) -> Iterator[dict]:
+    """A row for every peer and direction, or one that says why there is no figure."""
+    field = gated(case, problem, peers, machine, training)
+    yield from field.absent
+    segments = ["forward", "backward"] if training else ["forward"]
+    runs = {name: candidate(built, field.sets, training) for name, built in field.built.items()}
+    with field.mode():
+        times = measure(machine, runs, segments, seconds=seconds)
+    if training:
+        for found in times.values():
+            found["both"] = [sum(pair) for pair in zip(found["forward"], found["backward"], strict=True)]
+    for name, built in field.built.items():
+        memory = training_memory(machine, built) if training else {}
+        for direction in [*segments, "both"] if training else segments:
+            yield row(field, problem, times, name, direction, ceiling) | (memory if direction == "both" else {})
+
+
+def row(field: Field, problem: Problem, times: Times, name: str, direction: str, ceiling: Ceilings) -> dict:
+    """All figures of one peer in one direction."""
+    found = figures(times[name][direction], times["base"][direction])
+    bytes_, flops = problem.least(direction, adapted=name not in ("base", "merged"))
+    return {
+        **field.about,
+        "implementation": name,
+        "direction": direction,
+        **found,
+        **removed(times, name, direction),
+        **ceiling.rates(found["us"]["median"], bytes_, flops),
+        "host_us": spread(times[name]["host"], 1)["median"],
+        "rounds": len(times[name]["host"]),
+        "times_us": times[name][direction],
+        "largest_error": float(f"{field.errors[name]:.2e}"),
+    }
+
+
+def candidate(built: Built, sets: list[Operands], training: bool) -> Candidate:
+    def run(turn: int, mark: Callable[[], None]) -> None:
+        at = turn % len(sets)
+        y = built.forward(at)
+        mark()
+        if training:
+            torch.autograd.grad(y, built.leaves[at], sets[at].dy)
+            mark()
+
+    return run
+
+
+def removed(times: dict, name: str, direction: str) -> dict:
+    """Ratio to PEFT, and the share of PEFT's overhead over the base that is gone: (PEFT - ours) / (PEFT - base).
+
+    Against adapter_names where it could run, else against one adapter for all rows. The share is of medians: round by
+    round its denominator may all but vanish.
+    """
+    peer = next((peer for peer in ("peft_names", "peft") if peer in times), None)
+    if peer is None or name in ("base", peer):
+        return {}
+    base, theirs, mine = (spread(times[n][direction], 3)["median"] for n in ("base", peer, name))
+    ratios = [a / b for a, b in zip(times[name][direction], times[peer][direction], strict=True)]
+    return {
+        "against": peer,
+        "ratio_to_peft": spread(ratios, 4),
+        "overhead_removed": round((theirs - mine) / (theirs - base), 3) if theirs > base else None,
+    }
+
+
+def training_memory(machine: Machine, built: Built) -> dict[str, int]:
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad((y := built.forward(0)), built.leaves[0], torch.ones_like(y))
+
+    return {
+        "saved_bytes": saved_bytes(lambda: built.forward(0), built.leaves[0][1:]),
+        "peak_bytes": peak_bytes(machine, step),
+    }

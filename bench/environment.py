@@ -1,0 +1,67 @@
+"""Machine, versions, commit and command: what is needed to judge a figure and to repeat it."""
+
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "numpy", "lilora-kernels")
+
+
+def environment(command: str, on_gpu: bool, given_commit: str | None = None) -> dict:
+    """What a results file says of its origin; `given_commit` is for a tree that git does not know."""
+    gpu = gpu_query("name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit") if on_gpu else []
+    return {
+        "device": (gpu[0] if gpu else "no GPU") if on_gpu else f"{cpu_model()}, {torch.get_num_threads()} threads",
+        "driver": gpu[1] if len(gpu) > 1 else None,
+        "memory, max clocks of SM and memory, power limit": gpu[2:],
+        "cpu": cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **{package: installed(package) for package in PACKAGES},
+        "commit": given_commit or commit(),
+        "command": command,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def gpu_query(fields: str) -> list[str]:
+    """Fields of the first GPU; none where nvidia-smi is missing or fails."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [field.strip() for field in found.strip().split(",")]
+
+
+def clocks() -> dict[str, str]:
+    fields = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+    return dict(zip(fields, gpu_query(",".join(fields)), strict=False))
+
+
+def commit() -> str:
+    """The checked-out commit, with "-dirty" when the tree differs from it; "unknown" outside a checkout."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -7,6 +7,7 @@ from ..call import Call
 from ..philox import keep_mask, keep_scale, threshold
 
 Group = tuple[int, slice, Tensor | None]
+FEW_ROWS = 64  # up to here tasks of unequal length are padded to one batched product
 LONG_RUN = 32  # mean rows per run of equal ids from which a product per run is cheaper than permuting [M, N]
 
 
@@ -181,12 +182,52 @@ def expand(q: Tensor, call: Call, bias: Tensor | None, y: Tensor) -> None:
             product(rows, q[rows], m.T)
     else:
         product(slice(None), base_share(q, call, f), call.b0.to(q.dtype).T)
-        for t, rows, mask in groups:
+        together = batched(groups, q.shape[0])
+        if together is not None:
+            add_batched(out, q, call, e, *together)
+        for t, rows, mask in groups if together is None else ():
             if t >= 0:
                 z = scaled(q[rows] @ call.v[t].to(q.dtype).T, e, t, mask)
                 out[rows].addmm_(z, call.u[t].to(q.dtype).T, alpha=call.scaling)
     if order is not None:
         y.index_copy_(0, order, out)
+
+
+def batched(groups: list[Group], rows: int) -> tuple[list[int], slice | Tensor, Tensor | None] | None:
+    """Several tasks as one batch: the tasks, their rows, and which of these count; None where a loop is better.
+
+    Rows are a slice, the same number of each task, or [tasks, longest] with rows of others in the places that do not count.
+    """
+    groups = [group for group in groups if group[0] >= 0]
+    tasks = [t for t, _, _ in groups]
+    if len(set(tasks)) < 2 or len(tasks) > len(set(tasks)) or groups[0][2] is not None:
+        return None
+    starts = torch.tensor([at.start for _, at, _ in groups])
+    counts = torch.tensor([at.stop - at.start for _, at, _ in groups])
+    longest = int(counts.max())
+    first, last = groups[0][1].start, groups[-1][1].stop
+    if longest == int(counts.min()) and last - first == longest * len(tasks):
+        return tasks, slice(first, last), None
+    if rows > FEW_ROWS or longest * len(tasks) > 2 * rows:
+        return None
+    places = torch.arange(longest)
+    return tasks, (starts.unsqueeze(1) + places).clamp(max=rows - 1), places < counts.unsqueeze(1)
+
+
+def add_batched(
+    out: Tensor, q: Tensor, call: Call, e: Tensor | None, tasks: list[int], rows: slice | Tensor, counted: Tensor | None
+) -> None:
+    """Add s e_t (q V_t^T) U_t^T to the rows of every task."""
+    adjacent = tasks == list(range(tasks[0], tasks[0] + len(tasks)))
+    which = slice(tasks[0], tasks[0] + len(tasks)) if adjacent else tasks  # a slice copies nothing
+    u, v = call.u[which].to(q.dtype), call.v[which].to(q.dtype)
+    z = torch.bmm(q[rows].view(len(tasks), -1, q.shape[1]), v.transpose(1, 2))
+    if e is not None:
+        z = z * e[which].to(z.dtype).view(-1, 1, 1)
+    if counted is None:
+        out[rows].view(len(tasks), -1, out.shape[1]).baddbmm_(z, u.transpose(1, 2), alpha=call.scaling)
+    else:
+        out.index_add_(0, rows[counted], torch.bmm(z, u.transpose(1, 2))[counted], alpha=call.scaling)
 
 
 def scaled(rows: Tensor, e: Tensor | None, t: int, mask: Tensor | None) -> Tensor:

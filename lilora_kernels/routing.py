@@ -99,6 +99,7 @@ class Routes:
         self.seen: tuple = ()  # `setting` at the last forward without a route
         self.routed = False  # whether any forward that can be recomputed had a route
         self.restored = False  # whether a recomputation runs under the route of its forward
+        self.generating = False  # whether generate() runs: the banks were brought up to date when it began
 
     def id_of(self, name: str) -> int:
         if name not in self.tasks:
@@ -137,6 +138,17 @@ class Routes:
             yield
         finally:
             self.current = before
+
+    @contextmanager
+    def generation(self, layers: list) -> Iterator[None]:
+        """Bring every layer's bank up to date once, not once for every token."""
+        for layer in layers:
+            layer.publish()
+        before, self.generating = self.generating, True
+        try:
+            yield
+        finally:
+            self.generating = before
 
     def unchanged(self) -> Callable[[Tensor], None]:
         """A hook on an output: torch would drop the gradients of a task that stopped training before the backward."""
@@ -280,7 +292,10 @@ def _with_task_ids(model: nn.Module) -> Callable:
     def routed_forward(self, *args, task_ids=None, **kwargs):
         if task_ids is None:
             return forward(self, *args, **kwargs)
-        with self.lilora_routes.use(route_of_batch(self, task_ids, args, kwargs)):
+        routes = self.lilora_routes
+        batch = route_of_batch(self, task_ids, args, kwargs)
+        batch.published = routes.generating
+        with routes.use(batch):
             return forward(self, *args, **kwargs)
 
     signature = inspect.signature(type(model).forward)
@@ -326,7 +341,7 @@ def _generate(self, *args, task_ids=None, **kwargs):
     batch = route_of_batch(self, task_ids, prompt, kwargs)
     # The images are encoded once, under this route; the ids travel with the model's inputs to its forwards, so that beams
     # and returned sequences repeat them.
-    with routes.use(batch):
+    with routes.use(batch), routes.generation(self.lilora_layers):
         return type(self).generate(self, *args, task_ids=batch.task, **kwargs)
 
 

@@ -158,6 +158,28 @@ def test_generation_follows_the_tasks(model, images, options):
         assert torch.equal(model.generate(**inputs, **options), got)
 
 
+def test_generation_gathers_the_bank_once_and_sees_weights_that_changed_before_it(monkeypatch):
+    model, inputs = tiny_llava(), batch([1, 1])
+    calls = []
+    publish = LiLoRALinear.publish
+    monkeypatch.setattr(LiLoRALinear, "publish", lambda layer: (calls.append(layer), publish(layer)))
+    options = {"task_ids": ["where", "read"], "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    first = model.generate(**inputs, **options)
+    assert len(calls) == len(layers_of(model))  # not once for each of five tokens
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.lilora_U["where"].mul_(-3)
+    changed = model.generate(**inputs, **options)
+    assert not torch.equal(changed[0], first[0])
+    assert torch.equal(changed[1], first[1])
+    logits_now = logits(model, inputs, task_ids=["where", "read"])[0, -1]
+    assert changed[0, inputs["input_ids"].shape[1]] == logits_now.argmax()
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.lilora_U["where"].mul_(-3)
+    assert not torch.equal(logits(model, inputs, task_ids=["where", "read"])[0, -1], logits_now)
+
+
 def test_sampled_sequences_repeat_the_task_of_their_sample(model):
     inputs = batch([1, 1])
     options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 3, "top_k": 1}

@@ -10,7 +10,7 @@ RUNS := $(foreach preset,$(PRESETS),lilora-$(preset)) lora dirlora
 DEMO := lilora-frozen-0 lora-0 dirlora-0
 EXPERIMENT := $(foreach seed,0 1 2,$(foreach run,$(RUNS),$(run)-$(seed)))
 
-.PHONY: help venv demo experiment test lint bench readme resources gpu-evidence wheel clean
+.PHONY: help venv demo experiment test lint cpu-evidence readme resources gpu-evidence wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
@@ -19,9 +19,9 @@ help:
 	@echo "make gpu-evidence  on a GPU: its tests, then the measurements; results.json and log.txt under OUT=folder"
 	@echo "make resources   what the Triton kernels take, compiled ahead of time: lilora_kernels/ops/RESOURCES.md"
 	@echo "make lint        ruff: rules and formatting"
-	@echo "make bench       throughput comparisons on this machine, results under bench/results/"
+	@echo "make cpu-evidence  throughput comparisons on this CPU, bench/results/cpu, and README's tables from them"
 	@echo "make experiment  five methods, three seeds, 400 steps a task: about 50 minutes on 2 cores"
-	@echo "make readme      README's tables from the committed results"
+	@echo "make readme      README's tables and all plots from the committed results"
 	@echo "make wheel       the distribution, under dist/"
 
 .venv/ready: pyproject.toml constraints.txt
@@ -61,10 +61,13 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: venv
-	LILORA_BENCH_OUT=bench/results/cpu $(BIN)/pytest bench/
+cpu-evidence: venv
+	OMP_NUM_THREADS=2 $(BIN)/pytest bench/ -q --out bench/results/cpu
+	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.readme
 
 readme: .venv/ready
+	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.readme
 
 resources: venv

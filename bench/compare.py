@@ -201,7 +201,7 @@ def row(field: Field, problem: Problem, times: Times, name: str, direction: str,
         "implementation": name,
         "direction": direction,
         **found,
-        **removed(times, name, direction),
+        **removed(times, name, direction, problem.tasks),
         **ceiling.rates(found["us"]["median"], bytes_, flops),
         "host_us": spread(times[name]["host"], 1)["median"],
         "rounds": len(times[name]["host"]),
@@ -222,13 +222,13 @@ def candidate(built: Built, sets: list[Operands], training: bool) -> Candidate:
     return run
 
 
-def removed(times: dict, name: str, direction: str) -> dict:
+def removed(times: Times, name: str, direction: str, tasks: int) -> dict:
     """Ratio to PEFT, and the share of PEFT's overhead over the base that is gone: (PEFT - ours) / (PEFT - base).
 
-    Against adapter_names where it could run, else against one adapter for all rows. The share is of medians: round by
-    round its denominator may all but vanish.
+    For several tasks against adapter_names where it could run, else against one adapter for all rows. The share is of
+    medians: round by round its denominator may all but vanish.
     """
-    peer = next((peer for peer in ("peft_names", "peft") if peer in times), None)
+    peer = next((peer for peer in ("peft_names", "peft")[tasks == 1 :] if peer in times), None)
     if peer is None or name in ("base", peer):
         return {}
     base, theirs, mine = (spread(times[n][direction], 3)["median"] for n in ("base", peer, name))

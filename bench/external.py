@@ -269,11 +269,17 @@ def nemo_automodel(sets: list[Operands], training: bool) -> Built:
 # --- inference, a LoRA per task ---------------------------------------------------------------------------------------
 
 
-def per_task(sets: list[Operands], run: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Built:
-    """run(x, y of the base, A of every task [T, R, K], B of every task [T, N, R]) -> y."""
-    tasks = sets[0].problem.tasks
-    formula = lora_adapter(sets[0].problem, tasks)
-    stacks = [[own(torch.stack(factors), False) for factors in lora_factors(s, tasks)] for s in sets]
+Stacks = list[list[Tensor]]
+"""A [T, R, K] and B [T, N, R] of every task, for every set."""
+
+
+def stacked(sets: list[Operands]) -> Stacks:
+    return [[own(torch.stack(factors), False) for factors in lora_factors(s, s.problem.tasks)] for s in sets]
+
+
+def per_task(sets: list[Operands], stacks: Stacks, run: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Built:
+    """run(x, y of the base, A, B) -> y."""
+    formula = lora_adapter(sets[0].problem, sets[0].problem.tasks)
 
     def forward(at: int) -> Tensor:
         x = sets[at].x
@@ -336,7 +342,7 @@ def vllm(sets: list[Operands], training: bool) -> Built:
         expand.lora_expand(h, [up], y, *arguments, 0, True)
         return y
 
-    return per_task(sets, run)
+    return per_task(sets, stacked(sets), run)
 
 
 def row_tasks(s: Operands) -> Tensor:
@@ -366,6 +372,7 @@ def sglang(sets: list[Operands], training: bool) -> Built:
     problem = sets[0].problem
     check(sets[0], training)
     _, shrink, expand = SGLANG.load()
+    stacks = stacked(sets)
     slices = torch.tensor([0, problem.outputs], dtype=torch.int32, device=sets[0].x.device)
 
     def in_chunks(size: int) -> Built:
@@ -375,7 +382,7 @@ def sglang(sets: list[Operands], training: bool) -> Built:
             h = shrink.chunked_sgmv_lora_shrink_forward(x, down, batch, 1)
             return expand.chunked_sgmv_lora_expand_forward(h, up, batch, slices, problem.outputs, y)
 
-        return per_task(sets, run)
+        return per_task(sets, stacks, run)
 
     return fastest([in_chunks(size) for size in CHUNKS], lambda built: built.forward(0), sets[0].x.is_cuda)
 

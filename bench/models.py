@@ -266,7 +266,7 @@ def rows(
                 "implementation": name,
                 "direction": segment,
                 **figures(times[name][segment], times["base"][segment]),
-                **removed(times, name, segment),
+                **removed(times, name, segment, size.tasks),
                 "host_us": spread(times[name]["host"], 1)["median"],
                 "rounds": len(times[name]["host"]),
                 "times_us": times[name][segment],

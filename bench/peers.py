@@ -285,8 +285,6 @@ def peft_names(sets: list[Operands], training: bool) -> Built:
     problem = sets[0].problem
     if training:
         raise Unavailable("PEFT refuses adapter_names in training")
-    if problem.tasks == 1:
-        raise Unavailable("one task needs no adapter_names")
     layers = peft_layers(sets, training, problem.tasks, wide=False)
     names = [f"task{t}" for t, rows in samples(problem) for _ in range(rows.stop - rows.start)]
     leaves = [[s.x, *parameters] for s, (_, parameters) in zip(sets, layers, strict=True)]

@@ -5,8 +5,9 @@ import re
 import sys
 from pathlib import Path
 
+from .report import RESULTS, SHAPE, folders, kind, load, only, percent, shape
+
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
 
 
 def digits() -> str:
@@ -38,29 +39,78 @@ def digits() -> str:
     return "\n".join(lines)
 
 
-def linear() -> str:
-    """Ratios of the adapted linear to PEFT's, and bytes saved for backward."""
-    content = json.loads((RESULTS / "cpu" / "linear.json").read_text())
-    lines = [
-        "| case | ours / PEFT | p20 .. p80 | ours / base | saved for backward, MiB: ours, PEFT |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for name, case in content["cases"].items():
-        ratio = case["ratio_to_peft"]
-        over_base = case["ms"]["ours"]["median"] / case["ms"]["base"]["median"]
-        saved = case.get("saved_bytes")
-        mib = "" if saved is None else f"{saved['ours'] / 2**20:.2f}, {saved['peft'] / 2**20:.2f}"
-        ours = ratio["ours"]
-        lines.append(
-            f"| {name} | {ours['median']:.3f} | {ours['p20']:.3f} .. {ours['p80']:.3f} | {over_base:.3f} | {mib} |"
-        )
-    env = content["environment"]
+def cpu() -> str:
+    """The CPU's comparisons with PEFT, and how costs grow."""
+    folder = RESULTS / "cpu"
+    environment, rows = load(folder)
+    lines = HEADER + [line_of(row, rows) for row in headlines(rows)]
+    first, last = (only(rows, case="mixed batch over tasks", T=t) for t in (1, 64))
+    grown = {
+        name: only(last, implementation=name)[0]["us"]["median"] / only(first, implementation=name)[0]["us"]["median"]
+        for name in ("ours", "peft_names")
+    }
+    bank = {name: only(rows, case="bank over tasks", T=64, implementation=name)[0] for name in ("ours", "peft")}
     lines += [
         "",
-        f"2048 -> 5504, r 128, sub-rank 64, 8 samples of 64 tokens, fp32; {env['cpu']}, {env['threads']} threads, torch "
-        f"{env['torch']}, peft {env['peft']}; medians of alternating pairs. From `bench/results/cpu/linear.json`, written by "
-        "`make bench`.",
+        "PEFT: `adapter_names` where a batch is mixed in inference, one adapter for all rows in training, for it trains no "
+        "mixed batch. Saved: memory held between forward and backward. 64 rows of 64 tasks take "
+        f"{grown['ours']:.2f} times as long as 64 rows of one task, with PEFT {grown['peft_names']:.2f} times. A bank of 64 "
+        f"tasks: {bank['ours']['bytes_on_disk'] / bank['peft']['bytes_on_disk']:.0%} of the size of 64 LoRAs, loaded in "
+        f"{bank['ours']['us']['median'] / bank['peft']['us']['median']:.0%} of the time.",
+        "",
+        "![growth](bench/results/cpu/growth.png)",
+        "",
+        f"{environment['device']}, torch {environment['torch']}, peft {environment['peft']}; every result was held against fp64 "
+        "before it was timed. Every peer and figure: [RESULTS.md](bench/results/cpu/RESULTS.md), written by `make cpu-evidence`.",
     ]
+    return "\n".join(lines)
+
+
+HEADER = [
+    "| case | ours / base | PEFT / base | ours / PEFT, p20 .. p80 | PEFT's overhead removed | saved: ours, PEFT |",
+    "|---|--:|--:|--:|--:|--:|",
+]
+
+
+def headlines(rows: list[dict]) -> list[dict]:
+    """Inference by its forward, training by forward and backward together."""
+    ours = [row for row in rows if row.get("implementation") == "ours" and "against" in row]
+    return [
+        row for row in ours if row["direction"] in (("both", "step") if row["training"] else ("forward", "generate"))
+    ]
+
+
+def line_of(ours: dict, rows: list[dict]) -> str:
+    """Ours against what it is measured against, of one case."""
+    same = {key: ours.get(key) for key in (*SHAPE, "direction")}
+    close = [row for row in only(rows, implementation=ours["against"], **same) if "us" in row]
+    theirs = next((row for row in close if row["T"] == ours["T"]), close[0])
+    ratio = ours["ratio_to_peft"]
+    saved = [f"{row['saved_bytes'] / 2**20:.1f}" for row in (ours, theirs) if "saved_bytes" in row]
+    mixed = f", {ours['T']} tasks" if ours["T"] > 1 else ""
+    name = f"{kind(ours)}{mixed}: {shape(ours)}"
+    return (
+        f"| {name} | {ours['ratio_to_base']['median']:.2f} | {theirs['ratio_to_base']['median']:.2f} | "
+        f"{ratio['median']:.2f}, {ratio['p20']:.2f} .. {ratio['p80']:.2f} | {percent(ours['overhead_removed'])} | "
+        f"{', '.join(saved) + ' MiB' if len(saved) == 2 else ''} |"
+    )
+
+
+def gpu() -> str:
+    """Whatever GPUs have left results."""
+    found = [folder for folder in folders() if load(folder)[0]["driver"] is not None]
+    if not found:
+        return (
+            "No GPU result is claimed here: none has been measured yet; the tests run the kernels in Triton's interpreter. On a "
+            "machine with a GPU (torch, triton, pytest and peft installed), `make gpu-evidence` runs `tests/gpu` and the "
+            "measurements, and leaves `evidence/results.json`; laid into `bench/results/<device>/`, `make readme` shows it."
+        )
+    lines = []
+    for folder in found:
+        environment, rows = load(folder)
+        lines += [f"{environment['device']}, commit {environment['commit']}:", ""]
+        lines += HEADER + [line_of(row, rows) for row in headlines(rows)]
+        lines += ["", f"Every figure: [RESULTS.md](bench/results/{folder.name}/RESULTS.md).", ""]
     return "\n".join(lines)
 
 
@@ -84,7 +134,7 @@ def params() -> str:
 
 def updated(text: str) -> str:
     """README with every marked table written anew; a table without results yet stays empty."""
-    for table in (digits, linear, params):
+    for table in (digits, params, cpu, gpu):
         mark = table.__name__
         try:
             body = f"\n{table()}\n"

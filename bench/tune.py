@@ -355,7 +355,7 @@ class Search:
             times = self.running.times({"present": present, "best": best, **steps}, phase, self.rounds, self.left())
             ratios = {name: ratio(found, times["present"])["median"] for name, found in times.items()}
             step = min(steps, key=ratios.__getitem__)
-            if ratios[step] >= ratios["best"] * 2:
+            if ratios[step] >= STEP * ratios["best"]:
                 break
             best = steps[step]
             print(f"{self.entry}: {step}: {ratios[step]:.3f} of the time", flush=True)
@@ -451,12 +451,15 @@ class Tuner:
             return {**problem.describe(), "ratio": ratio(times["found"], times["present"])}
 
         searched, held_out = problems(entry, self.machine.tiny)
-        decision["searched"] = compare(searched)
-        for problem in held_out:
+        for problem in (searched, *held_out):
             if self.now() >= until:
                 return "no time left to validate what was found"
-            decision["held_out"].append(result := compare(problem))
-            print(f"{entry}: held out: {json.dumps(result)}", flush=True)
+            result = compare(problem)
+            print(f"{entry}: {'searched' if problem is searched else 'held out'}: {json.dumps(result)}", flush=True)
+            if problem is searched:
+                decision["searched"] = result
+            else:
+                decision["held_out"].append(result)
         ratios = [result["ratio"] for result in decision["held_out"]]
         why_not = refusal(ratios)
         decision["improved"] = why_not is None

@@ -4,6 +4,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -180,7 +181,8 @@ def compare(
     field = gated(case, problem, peers, machine, training)
     yield from field.absent
     segments = ["forward", "backward"] if training else ["forward"]
-    runs = {name: candidate(built, field.sets, training) for name, built in field.built.items()}
+    turns = cycle(range(len(field.sets)))  # for all peers together: none finds the inputs that another has just read
+    runs = {name: candidate(built, field.sets, turns, training) for name, built in field.built.items()}
     with field.mode():
         times = measure(machine, runs, segments, seconds=seconds)
     if training:
@@ -210,9 +212,9 @@ def row(field: Field, problem: Problem, times: Times, name: str, direction: str,
     }
 
 
-def candidate(built: Built, sets: list[Operands], training: bool) -> Candidate:
-    def run(turn: int, mark: Callable[[], None]) -> None:
-        at = turn % len(sets)
+def candidate(built: Built, sets: list[Operands], turns: Iterator[int], training: bool) -> Candidate:
+    def run(_: int, mark: Callable[[], None]) -> None:
+        at = next(turns)
         y = built.forward(at)
         mark()
         if training:

@@ -344,22 +344,18 @@ def graph_of(name: str, built: Built, sets: int, machine: Machine) -> Callable[[
     return graph.replay
 
 
-def stage_6(dry_run: bool, configs: Path | None = None) -> Iterator[Case]:
+def stage_6(dry_run: bool, machine: Machine, configs: Path | None, write: Callable[[dict], None]) -> None:
     """Launch configurations: searched, validated on other problems, and kept where they are better."""
-    yield Case("tune", partial(search, dry_run, configs))
-
-
-def search(dry_run: bool, configs: Path | None, machine: Machine, _: Ceilings) -> Iterator[dict]:
     from . import tune
 
-    machine = replace(machine, rounds=tune.ROUNDS) if machine.on_gpu else machine
+    machine = machine if dry_run else replace(machine, rounds=tune.ROUNDS)
     rows = [8192] if dry_run else [8192, 1024, 64, 256]
     plans = ["by_phase"] if dry_run else ["by_phase", "one_launch"]
     kernels = ["forward"] if dry_run else ["forward", "backward"]
-    table, decisions = tune.tune(machine, plans, kernels, rows, minutes=0.2 if dry_run else 4.5)
+    minutes = 0.2 if dry_run else 4.2
+    table, _ = tune.tune(machine, plans, kernels, rows, minutes, lambda decision: write({"case": "tune", **decision}))
     if table is not None and configs is not None:
         tune.save(table, configs)
-    yield from decisions
 
 
 def stage_7(dry_run: bool) -> Iterator[Case]:
@@ -425,7 +421,6 @@ STAGES = {
     3: stage_3,
     4: stage_4,
     5: stage_5,
-    6: stage_6,
     7: stage_7,
     8: stage_8,
 }
@@ -509,9 +504,11 @@ def main() -> int:
         return 0
     if options.stage == "warm":
         return int(warm(options.dry_run, *options.part) > 0)
-    number = int(options.stage)
-    cases = stage_6(options.dry_run, options.configs) if number == 6 else STAGES[number](options.dry_run)
-    return int(run_cases(cases, Machine.here(options.rounds, options.dry_run), write) > 0)
+    machine = Machine.here(options.rounds, options.dry_run)
+    if options.stage == "6":
+        stage_6(options.dry_run, machine, options.configs, write)
+        return 0
+    return int(run_cases(STAGES[int(options.stage)](options.dry_run), machine, write) > 0)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ TRITON_INTERPRET=1 python -m bench.tune --out . --tiny        every step on tiny
 
 From the configuration in use, each step tries all that differ from it in one constant by one place in VALUES, and takes
 the fastest. Phases with launches of their own are tuned one by one, each for its own time. What was found is compared
-with the configuration in use on held-out problems, in fresh rounds, and written only if it is better on them.
+with the configuration in use on held-out problems, in fresh rounds, and written only if it is better on them and the
+kernel's other variants (fp32 parameters, larger ranks, a gate) fit the GPU with it too.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -55,7 +56,7 @@ SHARED = {"forward": ("SPLIT_K",), "backward": ("SPLIT_N", "CHUNK")}  # that all
 STEP = 0.99  # the share of the time that a step has to stay below
 BETTER = 0.97  # what the geometric mean of the held-out ratios has to stay below
 SLOWER = 1.02  # what no held-out ratio's 20th percentile may exceed
-SEARCH_SHARE = 0.6  # of an entry's time; the rest is for validation
+SEARCH_SHARE = 0.5  # of an entry's time; the rest is for validation
 ROUNDS = 15
 SHORT_ROWS, SHORT_CALLS = 512, 8  # calls on so few rows are timed together
 COMPILERS = 8  # processes
@@ -165,19 +166,16 @@ class Compiler:
         if self.pool is not None:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def compile(
-        self, entry: Entry, problem: Problem, configurations: list[Configuration], seconds: float
-    ) -> list[str | None]:
-        """Why each of them cannot be launched, or None."""
+    def failures(self, jobs: list[list[tuple]], seconds: float) -> list[str | None]:
+        """The first failure of each job, or None. A job is parts (function, *arguments) that return why they fail, or None."""
         if not self.machine.on_gpu:
-            return [None] * len(configurations)
+            return [None] * len(jobs)
         if self.pool is None:
             processes = min(COMPILERS, os.cpu_count() or 1)
             self.pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
         until = time.monotonic() + seconds
-        launches_each = 1 if entry.one_launch else len(entry.phases)
 
-        def failure(part) -> str | None:
+        def failure(part: Future) -> str | None:
             try:
                 return part.result(max(until - time.monotonic(), 0))
             except TimeoutError:
@@ -185,14 +183,11 @@ class Compiler:
                 return "TimeoutError: not compiled in the time that there was"
 
         try:
-            parts = [
-                [self.pool.submit(launch_once, self.machine, entry, problem, each, at) for at in range(launches_each)]
-                for each in configurations
-            ]
-            return [next(filter(None, [failure(part) for part in of_each]), None) for of_each in parts]
+            pending = [[self.pool.submit(*part) for part in job] for job in jobs]
+            return [next(filter(None, [failure(part) for part in job]), None) for job in pending]
         except BrokenProcessPool as broken:  # a compiler that aborts takes its process along
             self.pool = None
-            return [described(broken)] * len(configurations)
+            return [described(broken)] * len(jobs)
 
 
 def launch_once(machine: Machine, entry: Entry, problem: Problem, configuration: Configuration, at: int) -> str | None:
@@ -208,6 +203,21 @@ def launch_once(machine: Machine, entry: Entry, problem: Problem, configuration:
     return None
 
 
+def variant_once(
+    arch: int, shared: int, entry: Entry, configuration: Configuration, launch: tuple[int, int], variant: dict
+) -> str | None:
+    """Compile one launch of another variant for sm_<arch>; why it does not fit `shared` bytes of shared memory, or None."""
+    from lilora_kernels.resources import compile_kernel
+
+    try:
+        needed = compile_kernel(entry.kernel, arch, configuration, *launch, **variant).shared
+    except Exception as failure:
+        return described(failure)
+    if needed > shared:
+        return f"OutOfResources: phases {launch} need {needed} bytes of shared memory with {variant}, of {shared}"
+    return None
+
+
 @lru_cache(maxsize=1)
 def few_rows(problem: Problem, device: torch.device) -> Operands:
     return Operands(replace(problem, rows=COMPILED_ROWS), device, 0)
@@ -215,6 +225,22 @@ def few_rows(problem: Problem, device: torch.device) -> Operands:
 
 def described(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
+
+
+def changed_launches(entry: Entry, present: Configuration, found: Configuration) -> list[tuple[int, int]]:
+    if entry.one_launch:
+        return [(0, entry.phases[-1])]
+    old, new = ({"phases": {}} | configuration for configuration in (present, found))
+    config = triton_runtime.phase_config
+    return [(phase, phase) for phase in entry.phases if config(old, phase, phase) != config(new, phase, phase)]
+
+
+def variants() -> list[dict]:
+    """Of the kernels, as arguments of compile_kernel: each needs more than what is timed."""
+    from lilora_kernels.resources import PAIR
+
+    masters, ranks = {"masters": torch.float32}, {"rank": 256, "sub_rank": 128}
+    return [masters, {"dtype": torch.float32}, {"absent": PAIR}, ranks, masters | ranks]
 
 
 class Launches:
@@ -234,7 +260,26 @@ class Launches:
 
     def compile(self, configurations: list[Configuration], seconds: float) -> list[str | None]:
         """Why each of them cannot be launched, or None."""
-        return self.compiler.compile(self.entry, self.problem, configurations, seconds)
+        count = 1 if self.entry.one_launch else len(self.entry.phases)
+        jobs = [
+            [(launch_once, self.machine, self.entry, self.problem, each, at) for at in range(count)]
+            for each in configurations
+        ]
+        return self.compiler.failures(jobs, seconds)
+
+    def unfit_variant(self, present: Configuration, found: Configuration, seconds: float) -> str | None:
+        """Why a variant of the kernel that is not timed here could not be launched with what was found, or None."""
+        if not self.machine.on_gpu:
+            return None
+        major, minor = triton_runtime.capability(self.machine.device)
+        shared = torch.cuda.get_device_properties(self.machine.device).shared_memory_per_block_optin
+        where = 10 * major + minor, shared, self.entry, found
+        jobs = [
+            [(variant_once, *where, launch, variant)]
+            for launch in changed_launches(self.entry, present, found)
+            for variant in variants()
+        ]
+        return next(filter(None, self.compiler.failures(jobs, seconds)), None)
 
     def check(self, configuration: Configuration) -> None:
         """Raises if the kernel does not run or its results are wrong."""
@@ -441,8 +486,7 @@ class Tuner:
     def validate(self, entry: Entry, present: Configuration, found: Configuration, until: float, decision: dict) -> str:
         """Puts the ratios of `found` into the decision, and whether it is better; returns why."""
 
-        def compare(problem: Problem) -> dict:
-            running = self.running(entry, problem)
+        def compare(running: Launches, problem: Problem) -> dict:
             running.compile([present, found], until - self.now())
             running.check(found)
             times = running.times(
@@ -454,14 +498,15 @@ class Tuner:
         for problem in (searched, *held_out):
             if self.now() >= until:
                 return "no time left to validate what was found"
-            result = compare(problem)
+            running = self.running(entry, problem)
+            result = compare(running, problem)
             print(f"{entry}: {'searched' if problem is searched else 'held out'}: {json.dumps(result)}", flush=True)
             if problem is searched:
                 decision["searched"] = result
             else:
                 decision["held_out"].append(result)
         ratios = [result["ratio"] for result in decision["held_out"]]
-        why_not = refusal(ratios)
+        why_not = refusal(ratios) or running.unfit_variant(present, found, until - self.now())
         decision["improved"] = why_not is None
         return why_not or f"held-out problems take {geometric_mean(ratios):.3f} of the time"
 

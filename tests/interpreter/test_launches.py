@@ -1,0 +1,280 @@
+"""What a call of the Triton kernels costs, counted instead of timed: launches, memory, bytes, waits of the host.
+
+Every figure is a ceiling or exact. Lower it when a change does better; raise it only with a reason.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from cases import NAMES, SCALING, adapter, base, make, options
+from pair_cases import adapters
+from test_kernels import Counter as Bytes
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import GridExecutor
+
+import lilora_kernels
+from lilora_kernels import LiLoRALinear, functional
+from lilora_kernels.ops import triton_runtime
+from lilora_kernels.ops.call import Call
+from lilora_kernels.ops.delta import triton_backend
+from lilora_kernels.ops.linear import triton_backend as linear_backend
+
+TILES = {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_N": 32, "phases": {}}
+PLANS = {
+    "split": {"forward": {**TILES, "SPLIT_K": 2, "TILES_N": 1}, "backward": {**TILES, "SPLIT_N": 2, "CHUNK": 64}},
+    "whole": {"forward": {**TILES, "SPLIT_K": 1, "TILES_N": 1}, "backward": {**TILES, "SPLIT_N": 1, "CHUNK": 64}},
+}
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with lilora_kernels.backend("triton"):
+        yield
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """Pins the launch configuration: "split" has a phase more each way, which sums planes of h or dh."""
+    return lambda name: monkeypatch.setattr(triton_runtime, "config", lambda kernel, *_: dict(PLANS[name][kernel]))
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """work(): a Work; from here on kernels are counted and not run."""
+
+    def record(kernel, *args, **kwargs):
+        Work.current.seen[kernel.fn.__name__] += 1
+
+    monkeypatch.setattr(GridExecutor, "__call__", record)
+    return Work
+
+
+class Work(TorchDispatchMode):
+    """What a GPU would run, or the host would wait for: kernels, and torch operations but views; and bytes allocated."""
+
+    NEW = ("empty", "empty_like", "new_empty")
+    CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    current: "Work"
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.bytes = Counter(), 0
+        Work.current = self
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, operation.overloadpacket.__name__
+        if operation.namespace == "lilora":
+            with self:
+                return operation.redispatch(self.CPU, *args, **kwargs)
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = operation(*args, **kwargs)
+        made = {t.untyped_storage()._cdata for t in tree_leaves(result) if isinstance(t, Tensor)}
+        view = made and made <= given and not operation._schema.is_mutable
+        if name in self.NEW:
+            self.bytes += result.nbytes
+        elif not view:
+            self.seen[name] += 1
+        return result
+
+
+# --- launches of the operations ---------------------------------------------------------------------------------------
+
+
+def both(work, call, *inputs):
+    """What a forward runs, and a backward to all inputs."""
+    leaves = {t for i in inputs for t in vars(i).values() if t is not None and t.requires_grad}
+    with work() as forward:
+        y = call()
+    y = y if isinstance(y, tuple) else (y,)
+    dy = [torch.randn_like(t) for t in y]
+    with work() as backward:
+        torch.autograd.grad(y, list(leaves), dy)
+    return forward.seen, backward.seen
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("gate, p", [(False, 0.0), (True, 0.1)])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_delta_is_one_launch_each_way(tasks, gate, p, rows, work):
+    """And nothing beside it: no copy, no cast, nothing that makes the host wait for the device."""
+    i = make(rows, tasks=tasks, mix="one" if tasks == 1 else "random", gate=gate, dtype=torch.float16).leaves()
+    more = options(i, p=p, seed=torch.tensor([1]) if p else None)
+    forward, backward = both(work, lambda: functional.delta(*adapter(i), **more), i)
+    assert forward == {"delta_forward": 1}
+    assert backward == {"delta_backward": 1}
+
+
+@pytest.mark.parametrize(
+    "rows, name, launches",
+    [
+        (255, "split", (1, 1)),
+        (255, "whole", (1, 1)),
+        (256, "split", (3, 4)),  # one for each phase
+        (256, "whole", (2, 3)),  # without that which sums planes
+    ],
+)
+def test_launches_of_linear(rows, name, launches, plan, work):
+    plan(name)
+    i = make(rows, columns=128, outputs=96, rank=16, sub_rank=8, gate=True, dtype=torch.float16).leaves()
+    more = options(i, p=0.1, seed=torch.tensor([1]))
+    frozen = base(i)
+    forward, backward = both(work, lambda: functional.linear(i.x, *frozen, *adapter(i)[1:], **more), i)
+    assert forward == {"delta_forward": launches[0], "addmm_": 1}  # the base on top of the adapter
+    assert backward == {"delta_backward": launches[1], "addmm_": 1}
+
+
+@pytest.mark.parametrize(
+    "name, launches",
+    [
+        ("split", (1 + 2 * 2, 2 * 4)),  # in forward phase 0 serves both
+        ("whole", (1 + 2 * 1, 2 * 3)),
+    ],
+)
+def test_launches_of_delta_pair(name, launches, plan, work):
+    plan(name)
+    one, two = (make(70, 128, outputs, 16, 8, dtype=torch.float16).leaves() for outputs in (80, 96))
+    two.x, bases = one.x, (base(one), base(two))
+    more = {"bases": bases, "task": one.task, "p": 0.1, "seed": torch.tensor([1])}
+    pair = adapters(one), adapters(two)
+    forward, backward = both(work, lambda: functional.delta_pair(one.x, *pair, **more), one, two)
+    assert forward == {"delta_forward": launches[0], "addmm_": 2}
+    assert backward == {"delta_backward": launches[1], "addmm_": 2}
+
+
+# --- launches of a layer ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tasks, dropout, train, forward, backward",
+    [
+        (1, 0.0, False, {}, {}),
+        (1, 0.05, True, {"randint": 1}, {}),  # the seed
+        (3, 0.0, False, {"clone": 1}, {}),  # ids of samples to ids of rows
+        (3, 0.05, True, {"clone": 1, "randint": 1, "stack": 3}, {}),  # U, V and fusion of all tasks
+    ],
+)
+def test_launches_of_a_layer(tasks, dropout, train, forward, backward, work):
+    """The adapter's, the base's, and what is listed."""
+    layer = LiLoRALinear(nn.Linear(64, 48).requires_grad_(False), r=16, sub_rank=8, dropout=dropout).train(train)
+    for i in range(tasks):
+        layer.add_task(f"task{i}")
+    layer.set_task(*layer.tasks, train=train)
+    x = torch.randn(3, 5, 64, requires_grad=train)
+    task = None if tasks == 1 else torch.tensor([2, -1, 0], dtype=torch.int32)
+    layer(x, task=task)  # gathers the bank
+    with work() as up:
+        y = layer(x, task=task)
+    assert up.seen == {"delta_forward": 1, "addmm_": 1} | forward
+    if train:
+        dy = torch.randn_like(y)
+        with work() as down:
+            y.backward(dy)
+        assert down.seen == {"delta_backward": 1, "addmm_": 1} | backward
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+HIDDEN, INNER, RANK, SUB_RANK = 4096, 11008, 128, 64  # gate_proj of LLaVA-1.5-7B
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    "rows, tasks, forward, backward",
+    [
+        (8, 8, 0.1, 29.3),  # 16 planes of h; sums in fp32: da 2, db0 5.4, du 21.5
+        (
+            8192,
+            1,
+            1,
+            55.5,
+        ),  # z; dh 2, Q 1, planes of both 12, and for each of four chunks of rows da 2, db0 5.4, du 2.7
+        (8192, 8, 1, 131.6),  # du of eight tasks: 21.5 a chunk
+        (8192, 64, 1, 196.5),  # du of 64 tasks, 172, leaves room for one chunk
+    ],
+)
+def test_memory_beyond_the_results(rows, tasks, forward, backward, work):
+    """In MiB, for bf16 and the configurations for any GPU; y has 172 at 8192 rows."""
+    like = torch.empty(0, dtype=torch.bfloat16, device="meta")
+    a, b0 = like.new_empty(RANK, HIDDEN), like.new_empty(INNER, RANK)
+    u, v = like.new_empty(tasks, INNER, SUB_RANK), like.new_empty(tasks, SUB_RANK, RANK)
+    task = like.new_empty(rows, dtype=torch.int32)
+    call = Call(a, b0, u, v, like.new_empty(tasks), task, None, None, None, 2.0, 0.0, None)
+    x, weight, dy = like.new_empty(rows, HIDDEN), like.new_empty(INNER, HIDDEN), like.new_empty(rows, INNER)
+    with work() as up:
+        y, h = linear_backend.forward(x, weight, None, call)
+    with work() as down:
+        grads = linear_backend.backward(dy, x, weight, h, call, frozenset(NAMES) - {"gate"})
+    for found, results, limit in ((up, (y, h), forward), (down, grads.values(), backward)):
+        assert found.bytes - sum(result.nbytes for result in results) <= limit * MIB
+        assert set(found.seen) <= {"delta_forward", "delta_backward", "addmm_"}  # nothing that allocates unseen
+
+
+# --- bytes of each phase ----------------------------------------------------------------------------------------------
+
+
+# For each phase: bytes that it asks for, distinct bytes, and passes over the rows' ids (or another number a row), given the
+# number of tiles of rows and the bytes of each tensor, of u and v those of one task. Rows lie task by task and no tile has
+# two tasks: of a forward only the distinct bytes grow with the tasks, by their parameters.
+
+
+def forward_phases(tiles, tasks, x, y, h, z, a, b0, u, v):
+    yield x + tiles * a + 2 * h, x + a + 2 * h, 0  # x once, a for each tile; two planes of h
+    yield 2 * h + tiles * v + h + z, 2 * h + tasks * v + h + z, 1  # the planes again; h and z
+    yield 2 * (h + z) + tiles * (b0 + u) + y, h + z + b0 + tasks * u + y, 2  # h and z for each of two tiles of outputs
+
+
+def backward_phases(tiles, tasks, x, y, h, z, a, b0, u, v):
+    chunks = tiles // 2
+    runs = max(chunks, tasks)  # pairs of a chunk and a task that has rows in it: each has sums of its own
+    planes = 2 * (h + z)
+    ups, downs = chunks * b0 + runs * u, chunks * a + runs * v
+    yield (  # dy for dh, and again for the sums of db0 and du, which read h and v for each of two tiles of outputs
+        2 * y + tiles * (b0 + u) + planes + 2 * (h + runs * v) + ups,
+        y + b0 + tasks * u + planes + h + tasks * v + ups,
+        7 + 6 * runs // chunks,
+    )
+    yield planes + tiles * v + 2 * h + z, planes + tasks * v + 2 * h + z, 2  # the planes again; h, dh and Q
+    yield (  # x and dx once, dh for each of three tiles of columns, a for each chunk; Q and h for the sums of dv
+        2 * x + 3 * h + chunks * a + z + h + downs,
+        2 * x + h + a + z + h + downs,
+        2 + 2 * tasks,
+    )
+    yield (ups + downs + a + b0 + tasks * (u + v),) * 2 + (0,)  # the sums again; the gradients
+
+
+PHASES = {"forward": forward_phases, "backward": backward_phases}
+
+
+@pytest.mark.parametrize(
+    "direction, tiles, tasks", [("forward", 8, 1), ("forward", 8, 8), ("backward", 4, 1), ("backward", 4, 4)]
+)
+def test_bytes_of_each_phase(direction, tiles, tasks, plan, monkeypatch):
+    plan("split")
+    rows = 32 * tiles
+    i = make(rows, columns=96, outputs=64, rank=32, sub_rank=16, tasks=tasks, dtype=torch.float32)
+    task = (torch.arange(rows) * tasks // rows).to(torch.int32)
+    call = Call(i.a, i.b0, i.u, i.v, i.fusion, task, None, None, None, SCALING, 0.0, None)
+    dy, h = torch.randn(rows, 64), torch.randn(rows, 32)
+    counter, run, found = Bytes(monkeypatch), triton_backend.run, []
+
+    def counted(kernel, device, first, last, items, tensors, *rest):
+        given = {name: t for name, t in zip(kernel.arg_names, tensors, strict=False) if t is not None}
+        counter.lanes = {}
+        counter.ranges = {name: (t.data_ptr(), t.data_ptr() + t.nbytes, t.element_size()) for name, t in given.items()}
+        run(kernel, device, first, last, items, tensors, *rest)
+        small = {"task", "dfusion_rows", "fusion", "dfusion", "present"} & set(counter.lanes)
+        issued, unique = zip(*(counter.bytes(name) for name in set(counter.lanes) - small), strict=True)
+        found.append((sum(issued), sum(unique), sum(counter.bytes(name)[0] for name in small) // task.nbytes))
+
+    monkeypatch.setattr(triton_backend, "run", counted)
+    if direction == "forward":
+        triton_backend.run_forward(i.x, None, call, one_launch=False)
+    else:
+        triton_backend.run_backward(dy, i.x, h, call, frozenset(NAMES) - {"gate"}, one_launch=False)
+    tensors = (i.x, dy, h, h[:, :16], i.a, i.b0, i.u[0], i.v[0])
+    limits = PHASES[direction](tiles, tasks, *(t.numel() * t.element_size() for t in tensors))
+    for phase, (got, most) in enumerate(zip(found, limits, strict=True)):
+        assert all(g <= m for g, m in zip(got, most, strict=True)), f"phase {phase}: {got}, at most {most}"

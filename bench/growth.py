@@ -34,8 +34,10 @@ from .problems import SCALING, Problem
 from .timing import Ceilings, Machine, figures, measure
 
 PEERS = ("base", "ours", "peft_names", "grouped_mm")
-EVALUATED = Size(512, 1376, 8, 2, 1024, (128, 1, 4, 28, 14), 32, 16, 64, 32, 16, 8, torch.float32)
+EVALUATED = Size(256, 688, 4, 1, 512, (64, 1, 2, 28, 14), 32, 16, 64, 32, 16, 8, torch.float32)
+STORED = Size(512, 1376, 4, 1, 512, (64, 1, 2, 28, 14), 32, 16, 64, 1, 16, 1, torch.float32)
 SAMPLES_PER_TASK = 4
+ROUNDS = 3  # of what takes seconds
 
 
 def mixed_batch(
@@ -56,7 +58,7 @@ def evaluated_size(machine: Machine, tasks: int) -> Size:
     return replace(size, tasks=tasks, samples=min(size.samples, SAMPLES_PER_TASK * tasks))
 
 
-def evaluation(tasks: int, machine: Machine, seconds: float) -> Iterator[dict]:
+def evaluation(tasks: int, machine: Machine) -> Iterator[dict]:
     """Greedy answers to four samples of every task: mixed batches of up to 32 for ours, for PEFT a task at a time."""
     size = evaluated_size(machine, tasks)
     base = frozen("generate", size, machine.device).eval()
@@ -86,7 +88,7 @@ def evaluation(tasks: int, machine: Machine, seconds: float) -> Iterator[dict]:
                 variants["peft"].model.generate(**first(min(size.samples, SAMPLES_PER_TASK - start)), **length)
         mark()
 
-    times = measure(machine, {"ours": ours, "peft": peft}, ["evaluation"], seconds=seconds)
+    times = measure(machine, {"ours": ours, "peft": peft}, ["evaluation"], ROUNDS)
     for name in times:
         found = figures(times[name]["evaluation"])
         yield {
@@ -95,11 +97,11 @@ def evaluation(tasks: int, machine: Machine, seconds: float) -> Iterator[dict]:
         }  # fmt: skip
 
 
-def bank(tasks: int, machine: Machine, seconds: float) -> Iterator[dict]:
+def bank(tasks: int, machine: Machine) -> Iterator[dict]:
     """Size on disk of so many tasks, and the time to load them all: our bank, and PEFT's folder of a LoRA for each."""
     import peft
 
-    size = replace(TINY if machine.tiny else EVALUATED, tasks=tasks)
+    size = replace(TINY if machine.tiny else STORED, tasks=tasks)
     base = frozen("generate", size, torch.device("cpu")).eval()
     settings = {
         "r": size.rank, "sub_rank": size.sub_rank, "alpha": SCALING * size.rank, "target_modules": LLAVA_LINEARS
@@ -130,7 +132,7 @@ def bank(tasks: int, machine: Machine, seconds: float) -> Iterator[dict]:
 
         loads = {"ours": ours, "peft": theirs}
         candidates = {name: partial(timed_load, load) for name, load in loads.items()}
-        times = measure(machine, candidates, ["load"], seconds=seconds)
+        times = measure(machine, candidates, ["load"], ROUNDS)
         for name, path in stores.items():
             bytes_ = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
             yield {

@@ -29,8 +29,8 @@ def test_over_tasks(what, tasks, name, machine, ceiling, seconds, measured, repo
     benchmark.group = f"{what}, {tasks} tasks"
     runs = {
         "mixed": lambda: growth.mixed_batch(tasks, machine, ceiling, seconds),
-        "evaluation": lambda: growth.evaluation(tasks, machine, seconds),
-        "bank": lambda: growth.bank(tasks, machine, seconds),
+        "evaluation": lambda: growth.evaluation(tasks, machine),
+        "bank": lambda: growth.bank(tasks, machine),
     }
     rows = measured((what, tasks), runs[what])
     report(rows, name, {"mixed": "forward", "evaluation": "evaluation", "bank": "load"}[what])

@@ -46,26 +46,27 @@ def on_gpu() -> list[Comparison]:
 
 
 def on_cpu() -> list[Comparison]:
-    """Half of LLaVA's edges with its ranks in fp32; a quarter with half its ranks in bf16, which most CPUs only emulate."""
-    found = []
+    """Half of LLaVA's edges with its ranks in fp32; less in bf16, which most CPUs only emulate."""
     half = {"gate_up": (2048, 5504), "down": (5504, 2048), "attention": (2048, 2048)}
-    wide, bf16 = {"dtype": torch.float32}, {"dtype": torch.bfloat16, "rank": 64, "sub_rank": 32}
-    for name, shape in half.items():
-        found.append(Comparison(name, Problem(8, *shape, 8, **wide), False, INFERENCE))
-    for m in (1, 2, 32, 128, 512):
-        found.append(Comparison("gate_up", Problem(m, *half["gate_up"], min(m, 8), **wide), False, INFERENCE))
+    fp32, quarter, eighth = (
+        {"rank": r, "sub_rank": r // 2, "dtype": dtype}
+        for r, dtype in ((128, torch.float32), (64, torch.bfloat16), (32, torch.bfloat16))
+    )
+    mixed = ("base", "ours", "formula", "peft_names", "grouped_mm")
+    found = [Comparison("gate_up", Problem(8, *half["gate_up"], 8, **fp32), False, INFERENCE)]
+    for name in ("down", "attention"):
+        found.append(Comparison(name, Problem(8, *half[name], 8, **fp32), False, mixed))
+    for m in (1, 32, 128, 512):
+        found.append(Comparison("gate_up", Problem(m, *half["gate_up"], min(m, 8), **fp32), False, mixed))
     for m in (8, 512):
-        found.append(Comparison("gate_up", Problem(m, 1024, 2752, 8, **bf16), False, INFERENCE))
-    for tasks, p in ((1, 0.0), (1, 0.05), (8, 0.05)):
-        found.append(Comparison("gate_up", Problem(512, *half["gate_up"], tasks, p, **wide), True, TRAINING))
+        found.append(Comparison("gate_up", Problem(m, 1024, 2752, 8, **quarter), False, mixed))
+    for m, tasks, p in ((512, 1, 0.0), (512, 1, 0.05), (512, 8, 0.05), (128, 1, 0.05), (32, 1, 0.05)):
+        found.append(Comparison("gate_up", Problem(m, *half["gate_up"], tasks, p, **fp32), True, TRAINING))
     for p in (0.0, 0.05):
-        peers = (*TRAINING, "peft_default")
-        found.append(Comparison("gate_up", Problem(512, 1024, 2752, 1, p, **bf16), True, peers))
-    for m in (32, 128):
-        found.append(Comparison("gate_up", Problem(m, *half["gate_up"], 1, 0.05, **wide), True, TRAINING))
-    small = {"rank": 64, "sub_rank": 32, **wide}
+        found.append(Comparison("gate_up", Problem(128, 512, 1376, 1, p, **eighth), True, (*TRAINING, "peft_default")))
+    small = quarter | {"dtype": torch.float32}
     found.append(Comparison("gate_up", Problem(512, 1024, 2752, 1, 0.05, **small), True, (*TRAINING, *COMPILED)))
-    found.append(Comparison("gate_up", Problem(8, 1024, 2752, 8, **small), False, (*INFERENCE, *COMPILED)))
+    found.append(Comparison("gate_up", Problem(8, 1024, 2752, 8, **small), False, (*mixed, *COMPILED)))
     return found
 
 

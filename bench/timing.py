@@ -88,7 +88,7 @@ def ceilings(machine: Machine, dtype: torch.dtype, rounds: int = 5) -> Ceilings:
     source = torch.empty(elements, dtype=dtype, device=machine.device).normal_()
     target = torch.empty_like(source)
     left, right = (torch.randn(edge, edge, dtype=dtype, device=machine.device) for _ in range(2))
-    candidates = {"copy": marked(lambda _: target.copy_(source)), "product": marked(lambda _: left @ right)}
+    candidates = {"copy": marked(lambda _: target.copy_(source)), "product": marked(lambda _: left @ right.T)}
     times = measure(machine, candidates, ["all"], rounds)
     seconds = {name: 1e-6 * statistics.median(found["all"]) for name, found in times.items()}
     return Ceilings(2 * source.nbytes / seconds["copy"], 2 * edge**3 / seconds["product"])
@@ -115,14 +115,13 @@ def measure(
     """Microseconds of every candidate, by segment, in every round; of one of the `calls` that a run makes.
 
     A round runs every candidate once, every other round in reverse order: whatever else the machine does hits all alike,
-    so the ratio within a round means more than the times themselves. After `seconds`, rounds beyond the fewest are left
-    out. A GPU is kept busy until the host has enqueued the whole run, so the host's own time, "host", is not part of the
+    so the ratio within a round means more than the times themselves. After `seconds`, rounds beyond the fifth are left out. A GPU is kept busy until the host has enqueued the whole run, so the host's own time, "host", is not part of the
     others.
     """
     rounds = rounds or machine.rounds
     times: Times = {name: {segment: [] for segment in (*segments, "host")} for name in candidates}
     hold_us = dict.fromkeys(candidates, 0.0)
-    warmup = 3 if machine.on_gpu else 0 if machine.tiny else 2
+    warmup = 3 if machine.on_gpu else 0 if machine.tiny else 1
     start_of_all = time.perf_counter()
     for turn in range(-warmup, rounds):
         if seconds is not None and turn >= FEWEST_ROUNDS and time.perf_counter() - start_of_all > seconds:

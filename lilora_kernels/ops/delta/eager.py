@@ -1,5 +1,8 @@
 """The fast torch path: dense h over all rows whatever the mix of tasks, and a second factor per group of rows."""
 
+from collections.abc import Callable
+from functools import cache, wraps
+
 import torch
 from torch import Tensor
 
@@ -11,24 +14,59 @@ FEW_ROWS = 64  # up to here tasks of unequal length are padded to one batched pr
 LONG_RUN = 32  # mean rows per run of equal ids from which a product per run is cheaper than permuting [M, N]
 
 
-def forward(x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    h = shrink(x, call)
-    y = x.new_empty(x.shape[0], call.b0.shape[0])
-    expand(gated(h, call), call, None, y)
-    return y, h
+def in_given_dtypes(function: Callable) -> Callable:
+    """Autocast has cast the activations before; inside, it would round what is kept in fp32 on purpose."""
+
+    @wraps(function)
+    def run(*args):
+        x = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        if not torch.is_autocast_enabled(x.device.type):
+            return function(*args)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(*args)
+
+    return run
 
 
+@in_given_dtypes
+def forward(x: Tensor, call: Call, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y = bias + delta, and h."""
+    wide = x.to(working_dtype(x))
+    h = shrink(wide, call)
+    y = wide.new_empty(x.shape[0], call.b0.shape[0])
+    expand(gated(h, call), call, bias, y)
+    return y.to(x.dtype), h.to(x.dtype)
+
+
+@in_given_dtypes
 def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str]) -> dict[str, Tensor]:
+    dtype = dy.dtype
+    dy, x, h = (t if t is None else t.to(working_dtype(t)) for t in (dy, x, h))
     grads, dh = backward_up(dy, h, call, needs)
     if "x" in needs or "a" in needs:
         keep = dropout_mask(dy.shape[0], call.a.shape[1], dy.dtype, call)
         if keep is not None:
             dh = dh * keep_scale(call.p)
         if "x" in needs:
-            grads["x"] = dx_part(dh, keep, call)
+            grads["x"] = dx_part(dh, keep, call).to(dtype)
         if "a" in needs:
             grads["a"] = da(dh, dropped(x, keep), call)
     return grads
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """x's dtype; fp32 on a CPU whose 16-bit products take several times as long as fp32's and a copy together."""
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not has_fast_products(x.dtype):
+        return torch.float32
+    return x.dtype
+
+
+@cache
+def has_fast_products(dtype: torch.dtype) -> bool:
+    """Whether torch hands 16-bit products of this CPU to oneDNN; without, it has only a plain loop."""
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    supported = getattr(torch.ops.mkldnn, name, None)
+    return supported is None or supported()
 
 
 # --- the shared first factor ---------------------------------------------------------------------------------------
@@ -121,16 +159,16 @@ def runs(task: Tensor) -> list[Group]:
 
 
 def mixing(call: Call) -> tuple[Tensor | None, Tensor | None]:
-    """f [T] and e [T]; (None, None) stands for 1 and 1."""
+    """f [T] and e [T], in fp32 at least; (None, None) stands for 1 and 1."""
     if call.fusion is None:
         return None, None
-    f = torch.sigmoid(call.fusion)
+    f = torch.sigmoid(call.fusion.to(torch.promote_types(call.fusion.dtype, torch.float32)))
     return f, 1 - f
 
 
 def compose(call: Call, t: int, f: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """M_t and, with fusion, U_t V_t; both [N, R] in the parameters' dtype."""
-    dtype = torch.promote_types(call.b0.dtype, torch.promote_types(call.u.dtype, call.v.dtype))
+    """M_t and, with fusion, U_t V_t; both [N, R] in fp32 at least."""
+    dtype = torch.promote_types(call.b0.dtype, torch.float32)
     b0, u, v = call.b0.to(dtype), call.u[t].to(dtype), call.v[t].to(dtype)
     if f is None:
         return torch.addmm(b0, u, v), None

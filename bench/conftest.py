@@ -23,7 +23,7 @@ THREADS = 2  # on a CPU
 def pytest_addoption(parser):
     parser.addoption("--out", type=Path, help="folder for results.json")
     parser.addoption("--tiny", action="store_true", help="the smallest shapes: tries every case, times nothing real")
-    parser.addoption("--seconds", type=float, default=4.0, help="for the rounds of one case, after its warm-up")
+    parser.addoption("--seconds", type=float, default=2.5, help="for the rounds of one case, after its warm-up")
 
 
 def pytest_configure(config):

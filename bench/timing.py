@@ -115,7 +115,8 @@ def measure(
     """Microseconds of every candidate, by segment, in every round; of one of the `calls` that a run makes.
 
     A round runs every candidate once, every other round in reverse order: whatever else the machine does hits all alike,
-    so the ratio within a round means more than the times themselves. After `seconds`, rounds beyond the fifth are left out. A GPU is kept busy until the host has enqueued the whole run, so the host's own time, "host", is not part of the
+    so the ratio within a round means more than the times themselves. After `seconds`, rounds beyond the fifth are left
+    out. A GPU is kept busy until the host has enqueued the whole run, so the host's own time, "host", is not part of the
     others.
     """
     rounds = rounds or machine.rounds

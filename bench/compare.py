@@ -189,7 +189,7 @@ def compare(
         for found in times.values():
             found["both"] = [sum(pair) for pair in zip(found["forward"], found["backward"], strict=True)]
     for name, built in field.built.items():
-        memory = training_memory(machine, built) if training else {}
+        memory = training_memory(machine, built, field.sets[0].weight) if training else {}
         for direction in [*segments, "both"] if training else segments:
             yield row(field, problem, times, name, direction, ceiling) | (memory if direction == "both" else {})
 
@@ -242,11 +242,11 @@ def removed(times: Times, name: str, direction: str, tasks: int) -> dict:
     }
 
 
-def training_memory(machine: Machine, built: Built) -> dict[str, int]:
+def training_memory(machine: Machine, built: Built, weight: Tensor) -> dict[str, int]:
     def step() -> tuple[Tensor, ...]:
         return torch.autograd.grad((y := built.forward(0)), built.leaves[0], torch.ones_like(y))
 
     return {
-        "saved_bytes": saved_bytes(lambda: built.forward(0), built.leaves[0][1:]),
+        "saved_bytes": saved_bytes(lambda: built.forward(0), [weight, *built.leaves[0][1:]]),
         "peak_bytes": peak_bytes(machine, step),
     }

@@ -72,12 +72,21 @@ HEADER = [
 ]
 
 
+SHOWN_ROWS = {"float32": (8, 512), "bfloat16": (8, 128, 512, 8192)}
+
+
 def headlines(rows: list[dict]) -> list[dict]:
-    """Inference by its forward, training by forward and backward together."""
-    ours = [row for row in rows if row.get("implementation") == "ours" and "against" in row]
-    return [
-        row for row in ours if row["direction"] in (("both", "step") if row["training"] else ("forward", "generate"))
-    ]
+    """Inference by its forward, training by forward and backward together, of gate and up projections and whole models."""
+    found = []
+    for row in rows:
+        directions = ("both", "step") if row.get("training") else ("forward", "generate")
+        if row.get("implementation") != "ours" or "against" not in row or row["direction"] not in directions:
+            continue
+        if row["case"] in ("linear", "linear, gate_up", "decode") and row["M"] not in SHOWN_ROWS[row["dtype"]]:
+            continue
+        if row["case"] not in ("linear, down", "linear, attention", "mixed batch over tasks"):
+            found.append(row)
+    return found
 
 
 def line_of(ours: dict, rows: list[dict]) -> str:

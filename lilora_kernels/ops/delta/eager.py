@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, wraps
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -154,8 +155,8 @@ def row_groups(call: Call) -> tuple[Tensor | None, list[Group]]:
 def runs(task: Tensor) -> list[Group]:
     """Stretches of rows with equal ids, in the order of the rows."""
     ids, counts = torch.unique_consecutive(task, return_counts=True)
-    ends = counts.cumsum(0).tolist()
-    return [(t, slice(end - n, end), None) for t, n, end in zip(ids.tolist(), counts.tolist(), ends, strict=True)]
+    ends = accumulate(lengths := counts.tolist())
+    return [(t, slice(end - n, end), None) for t, n, end in zip(ids.tolist(), lengths, ends, strict=True)]
 
 
 def mixing(call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -188,7 +189,8 @@ def base_share(q: Tensor, call: Call, f: Tensor | None) -> Tensor:
         return q if f is None else q * f.to(q.dtype)
     if f is None:
         return q * (call.task >= 0).unsqueeze(1)
-    return q * torch.where(call.task >= 0, f[call.task.clamp(min=0)], 0).to(q.dtype).unsqueeze(1)
+    shares = torch.cat([f.to(q.dtype), q.new_zeros(1)])  # -1 is the last
+    return q * shares[call.task].unsqueeze(1)
 
 
 def expand(q: Tensor, call: Call, bias: Tensor | None, y: Tensor) -> None:
@@ -240,16 +242,16 @@ def batched(groups: list[Group], rows: int) -> tuple[list[int], slice | Tensor, 
     tasks = [t for t, _, _ in groups]
     if len(set(tasks)) < 2 or len(tasks) > len(set(tasks)) or groups[0][2] is not None:
         return None
-    starts = torch.tensor([at.start for _, at, _ in groups])
-    counts = torch.tensor([at.stop - at.start for _, at, _ in groups])
-    longest = int(counts.max())
+    counts = [at.stop - at.start for _, at, _ in groups]
+    longest = max(counts)
     first, last = groups[0][1].start, groups[-1][1].stop
-    if longest == int(counts.min()) and last - first == longest * len(tasks):
+    if longest == min(counts) and last - first == longest * len(tasks):
         return tasks, slice(first, last), None
     if rows > FEW_ROWS or longest * len(tasks) > 2 * rows:
         return None
     places = torch.arange(longest)
-    return tasks, (starts.unsqueeze(1) + places).clamp(max=rows - 1), places < counts.unsqueeze(1)
+    starts = torch.tensor([[at.start] for _, at, _ in groups])
+    return tasks, (starts + places).clamp(max=rows - 1), places < torch.tensor(counts).unsqueeze(1)
 
 
 def add_batched(

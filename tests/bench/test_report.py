@@ -1,0 +1,94 @@
+"""`pytest bench/` leaves results; RESULTS.md, plots and README's tables come from results alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import readme, report
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The folder of a tiny run of everything in bench/."""
+    folder = tmp_path_factory.mktemp("bench") / "results"
+    command = [sys.executable, "-m", "pytest", "bench/", "--tiny", "-q", "-p", "no:cacheprovider", "--out", str(folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "test_linear[training-tiny-M20-T2-p0.05-float32-both-ours]" in result.stdout
+    return folder
+
+
+def test_results_name_their_origin_and_hold_every_case(results):
+    environment, rows = report.load(results)
+    assert {"device", "torch", "peft", "commit", "command", "started"} <= set(environment)
+    cases = {row["case"] for row in rows}
+    assert cases >= {"linear, tiny", "MLP", "decoder layer", "training step", "generate", "bank over tasks"}
+    assert not [row for row in rows if "error" in row]
+    timed = [row for row in rows if "us" in row]
+    assert all(row["us"]["p20"] <= row["us"]["median"] <= row["us"]["p80"] for row in timed)
+    linear = [row for row in timed if row["case"] == "linear, tiny"]
+    assert all({"floor_us", "percent_of_floor", "largest_error", "ratio_to_base"} <= set(row) for row in linear)
+
+
+def test_the_document_has_every_figure_and_every_reason(results):
+    report.write(results)
+    text = (results / "RESULTS.md").read_text()
+    environment, rows = report.load(results)
+    assert environment["commit"] in text
+    for row in rows:
+        if "unavailable" in row:
+            assert row["unavailable"] in text
+    assert "| LiLoRALinear | 3 | forward |" in text
+    assert {path.name for path in results.iterdir()} == {
+        "results.json", "RESULTS.md", "bars.png", "rows.png", "growth.png", "roofline.png"
+    }  # fmt: skip
+
+
+def test_a_failed_case_leaves_no_results(tmp_path):
+    (tmp_path / "test_broken.py").write_text("def test_broken(record_property):\n    assert False\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "memory or broken"]
+    command += ["bench/test_growth.py", str(tmp_path / "test_broken.py"), "--tiny", "--out", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stdout
+    assert "3 passed" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tables_of_the_readme_are_those_of_the_committed_results():
+    text = (ROOT / "README.md").read_text()
+    assert readme.updated(text) == text
+
+
+def test_a_line_holds_ours_against_its_peer():
+    shared = {
+        "case": "linear, gate_up",
+        "M": 8,
+        "K": 4,
+        "N": 6,
+        "R": 2,
+        "S": 1,
+        "p": 0.0,
+        "dtype": "float32",
+        "training": False,
+    }
+    middle = {"median": 1.25, "p20": 1.2, "p80": 1.3}
+    ours = shared | {
+        "T": 8, "implementation": "ours", "direction": "forward", "us": middle, "ratio_to_base": middle,
+        "against": "peft_names", "ratio_to_peft": middle, "overhead_removed": 0.5, "saved_bytes": 2**20,
+    }  # fmt: skip
+    theirs = shared | {
+        "T": 8, "implementation": "peft_names", "direction": "forward", "us": middle,
+        "ratio_to_base": middle | {"median": 1.5}, "saved_bytes": 2**21,
+    }  # fmt: skip
+    other = theirs | {"K": 5, "ratio_to_base": middle | {"median": 9.0}}
+    rows = json.loads(json.dumps([other, ours, theirs]))
+    assert readme.headlines(rows) == [rows[1]]
+    line = readme.line_of(rows[1], rows)
+    assert line == (
+        "| linear, gate_up, inference, 8 tasks: M8 4->6 r2 float32 | 1.25 | 1.50 | 1.25, 1.20 .. 1.30 | 50 % | 1.0, 2.0 MiB |"
+    )

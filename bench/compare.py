@@ -12,7 +12,7 @@ from torch import Tensor
 from .external import EXTERNAL
 from .peers import PEERS, Built, Unavailable
 from .problems import Operands, Problem, operand_sets
-from .timing import Candidate, Ceilings, Machine, Times, figures, measure, spread
+from .timing import Candidate, Ceilings, Machine, Times, figures, measure, ratio, spread
 
 REGISTRY = PEERS | EXTERNAL
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of the largest value
@@ -227,18 +227,19 @@ def candidate(built: Built, sets: list[Operands], turns: Iterator[int], training
 def removed(times: Times, name: str, direction: str, tasks: int) -> dict:
     """Ratio to PEFT, and the share of PEFT's overhead over the base that is gone: (PEFT - ours) / (PEFT - base).
 
-    For several tasks against adapter_names where it could run, else against one adapter for all rows. The share is of
-    medians: round by round its denominator may all but vanish.
+    For several tasks against adapter_names where it could run, else against one adapter for all rows. The share is taken
+    of the median ratios to the base, and only where PEFT has an overhead to speak of.
     """
     peer = next((peer for peer in ("peft_names", "peft")[tasks == 1 :] if peer in times), None)
     if peer is None or name in ("base", peer):
         return {}
-    base, theirs, mine = (spread(times[n][direction], 3)["median"] for n in ("base", peer, name))
-    ratios = [a / b for a, b in zip(times[name][direction], times[peer][direction], strict=True)]
+    base, theirs, mine = (times[n][direction] for n in ("base", peer, name))
+    overhead = ratio(theirs, base)["median"] - 1
+    gone = ratio(theirs, base)["median"] - ratio(mine, base)["median"]
     return {
         "against": peer,
-        "ratio_to_peft": spread(ratios, 4),
-        "overhead_removed": round((theirs - mine) / (theirs - base), 3) if theirs > base else None,
+        "ratio_to_peft": ratio(mine, theirs),
+        "overhead_removed": round(gone / overhead, 3) if overhead > 0.05 else None,
     }
 
 

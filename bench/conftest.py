@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,7 @@ def machine(request) -> Iterator[Machine]:
 @pytest.fixture(scope="session")
 def ceiling(machine) -> Callable[[torch.dtype], Ceilings]:
     """ceiling(dtype): measured once for each."""
-    known: dict[torch.dtype, Ceilings] = {}
-    return lambda dtype: known.setdefault(dtype, ceilings(machine, dtype)) if dtype not in known else known[dtype]
+    return cache(partial(ceilings, machine))
 
 
 @pytest.fixture(scope="session")

@@ -136,8 +136,8 @@ def bucket(kernel: str, rows: int, one_launch: bool) -> int:
 
 
 TRAINING = ("base", "ours", "ours_operation", "ours_eager", "peft", "formula", "grouped_mm")
-ONE_TASK = ("peft_default", "nemo_automodel", "lorafusion")  # as well, where one task suffices them
 COMPILED = ("base", "ours", "peft", "peft_compiled", "formula_compiled")
+OUTSIDE = ("base", "ours", "peft", "lorafusion", "nemo_automodel")
 
 
 def stage_3(dry_run: bool) -> Iterator[Case]:
@@ -150,7 +150,7 @@ def stage_3(dry_run: bool) -> Iterator[Case]:
         mixed = problem(True, 20, TINY, 2, 0.05)
         yield case(mixed, TRAINING, ())
         yield Case("launches", partial(time_launches, mixed))
-        yield case(problem(True, 20, TINY), ("base", "peft", *ONE_TASK), None)
+        yield case(problem(True, 20, TINY), ("base", "peft", "peft_default", *OUTSIDE[3:]), None)
         return
     order = [(8192, GATE_UP), (8192, DOWN), (8192, ATTENTION), (2048, GATE_UP), (2048, DOWN), (2048, ATTENTION)]
     order += [(4096, GATE_UP), (4096, DOWN), (4096, ATTENTION)]
@@ -158,11 +158,11 @@ def stage_3(dry_run: bool) -> Iterator[Case]:
         for tasks, p in ((8, 0.05), (1, 0.05), (1, 0.0), (64, 0.05), (8, 0.0), (64, 0.0)):
             given = problem(False, m, shape, tasks, p)
             variant = ("linear", bucket("forward", m, False), bucket("backward", m, False), tasks > 1, p > 0)
-            yield case(given, (*TRAINING, *ONE_TASK) if tasks == 1 and m == 8192 else TRAINING, variant)
+            yield case(given, (*TRAINING, "peft_default") if tasks == 1 and m == 8192 else TRAINING, variant)
             if p and (m == 8192 or shape is GATE_UP):
                 yield Case("launches", partial(time_launches, given))
-        if m == 8192:  # minutes of compiling: what they show at one number of rows has to do
-            yield case(problem(False, m, shape, 1, 0.05), COMPILED, None)
+    for peers in (COMPILED, OUTSIDE):  # minutes of compiling: last, and at one shape
+        yield case(problem(False, 8192, GATE_UP, 1, 0.05), peers, None)
 
 
 def time_linear(problem: Problem, machine: Machine, ceiling: Ceilings, peers: tuple[str, ...]) -> Iterator[dict]:

@@ -72,7 +72,7 @@ HEADER = [
 ]
 
 
-SHOWN_ROWS = {"float32": (8, 512), "bfloat16": (8, 128, 512, 8192)}
+SHOWN_ROWS = {"float32": (8, 512), "bfloat16": (8, 64, 512, 8192)}
 
 
 def headlines(rows: list[dict]) -> list[dict]:

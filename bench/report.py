@@ -17,7 +17,20 @@ RESULTS = Path(__file__).parent / "results"
 TITLES = {name: peer.title for name, peer in REGISTRY.items()} | {
     "peft_split": "PEFT LoRA, a micro-batch per task",
 }
-COLOURS = {"base": "#888888", "ours": "#c8102e", "peft": "#1f77b4", "peft_names": "#1f77b4", "grouped_mm": "#2ca02c"}
+COLOURS = {
+    "base": "#888888",
+    "ours": "#c8102e",
+    "ours_operation": "#e88a97",
+    "ours_eager": "#f4c2c8",
+    "formula": "#9467bd",
+    "formula_compiled": "#c5b0d5",
+    "peft": "#1f77b4",
+    "peft_names": "#17becf",
+    "peft_default": "#aec7e8",
+    "peft_compiled": "#6baed6",
+    "grouped_mm": "#2ca02c",
+    "merged": "#ff7f0e",
+}
 SHAPE = ("case", "M", "K", "N", "hidden", "layers", "tokens", "R", "S", "p", "dtype", "training")
 
 

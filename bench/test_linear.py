@@ -63,9 +63,13 @@ def on_cpu() -> list[Comparison]:
     for m, tasks, p in ((512, 1, 0.0), (512, 1, 0.05), (512, 8, 0.05), (128, 1, 0.05), (32, 1, 0.05)):
         found.append(Comparison("gate_up", Problem(m, *half["gate_up"], tasks, p, **fp32), True, TRAINING))
     for p in (0.0, 0.05):
-        found.append(Comparison("gate_up", Problem(128, 512, 1376, 1, p, **eighth), True, (*TRAINING, "peft_default")))
+        found.append(Comparison("gate_up", Problem(64, 512, 1376, 1, p, **eighth), True, (*TRAINING, "peft_default")))
     small = quarter | {"dtype": torch.float32}
-    found.append(Comparison("gate_up", Problem(512, 1024, 2752, 1, 0.05, **small), True, (*TRAINING, *COMPILED)))
+    found.append(
+        Comparison(
+            "gate_up", Problem(512, 1024, 2752, 1, 0.05, **small), True, ("base", "ours", "formula", "peft", *COMPILED)
+        )
+    )
     found.append(Comparison("gate_up", Problem(8, 1024, 2752, 8, **small), False, (*mixed, *COMPILED)))
     return found
 

@@ -29,7 +29,7 @@ def gate(name: str, built: Built, sets: list[Operands], training: bool) -> float
     """Compare y and every gradient of set 0 with fp64; returns the largest error as a share of the largest value.
 
     With dropout the mask is read from the peer's own result: with a base weight of zero, exactly the dropped elements of
-    x have a gradient of zero.
+    x have a gradient of zero. The same random state gives the same mask again.
     """
     s = sets[0]
     problem = s.problem
@@ -40,35 +40,32 @@ def gate(name: str, built: Built, sets: list[Operands], training: bool) -> float
                 s.x.double(), [p.double() for p in built.leaves[0][1:]]
             )
         return error(f"y of {name}", y, exact)
-    found = []
-    if problem.p:
-        weight = s.weight.clone()
-        s.weight.zero_()
-        try:
-            found.append(gate_training(name, built, s, masked=True))
-        finally:
-            s.weight.copy_(weight)
-    else:
-        found.append(gate_training(name, built, s, masked=False))
-    return max(found)
+    if not problem.p or name == "base":
+        return gate_training(name, built, s, None)
+    weight = s.weight.clone()
+    s.weight.zero_()
+    try:
+        torch.manual_seed(1)
+        keep = torch.autograd.grad(built.forward(0), s.x, s.dy)[0] != 0
+    finally:
+        s.weight.copy_(weight)
+    check_share(name, keep, problem.p)
+    torch.manual_seed(1)  # the same mask again, with the base's weight
+    return gate_training(name, built, s, keep)
 
 
 def base_product(s: Operands, x: Tensor) -> Tensor:
     return x @ s.weight.double().T
 
 
-def gate_training(name: str, built: Built, s: Operands, masked: bool) -> float:
+def gate_training(name: str, built: Built, s: Operands, keep: Tensor | None) -> float:
     leaves = built.leaves[0]
     y = built.forward(0)
     # dy = y, as from |y|^2 / 2: with a random dy the gradient of fusion, one sum over everything, all but cancels.
     dy = y.detach()
     got = torch.autograd.grad(y, leaves, dy)
     x, *parameters = (leaf.detach().double().requires_grad_() for leaf in leaves)
-    dropped = x
-    if masked and name != "base":
-        keep = got[0] != 0
-        check_share(name, keep, s.problem.p)
-        dropped = x * keep / (1 - s.problem.p)
+    dropped = x if keep is None else x * keep / (1 - s.problem.p)
     exact = base_product(s, x) + built.adapter(dropped, parameters)
     want = torch.autograd.grad(exact, [x, *parameters], dy.double(), materialize_grads=True)
     errors = [error(f"y of {name}", y, exact)]
@@ -184,14 +181,19 @@ def compare(
     turns = cycle(range(len(field.sets)))  # for all peers together: none finds the inputs that another has just read
     runs = {name: candidate(built, field.sets, turns, training) for name, built in field.built.items()}
     with field.mode():
+        for built in field.built.values():  # banks are gathered and caches filled before the first round
+            for at in range(len(field.sets)):
+                built.forward(at)
         times = measure(machine, runs, segments, seconds=seconds)
     if training:
         for found in times.values():
             found["both"] = [sum(pair) for pair in zip(found["forward"], found["backward"], strict=True)]
     for name, built in field.built.items():
-        memory = training_memory(machine, built, field.sets[0].weight) if training else {}
+        with field.mode():
+            memory = memory_of(machine, built, field.sets[0].weight, training)
         for direction in [*segments, "both"] if training else segments:
-            yield row(field, problem, times, name, direction, ceiling) | (memory if direction == "both" else {})
+            whole = direction == "both" or not training
+            yield row(field, problem, times, name, direction, ceiling) | (memory if whole else {})
 
 
 def row(field: Field, problem: Problem, times: Times, name: str, direction: str, ceiling: Ceilings) -> dict:
@@ -243,7 +245,10 @@ def removed(times: Times, name: str, direction: str, tasks: int) -> dict:
     }
 
 
-def training_memory(machine: Machine, built: Built, weight: Tensor) -> dict[str, int]:
+def memory_of(machine: Machine, built: Built, weight: Tensor, training: bool) -> dict[str, int]:
+    if not training:
+        return {"peak_bytes": peak_bytes(machine, lambda: built.forward(0))}
+
     def step() -> tuple[Tensor, ...]:
         return torch.autograd.grad((y := built.forward(0)), built.leaves[0], torch.ones_like(y))
 

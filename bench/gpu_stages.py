@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lilora_kernels import backend
 from lilora_kernels.ops import triton_runtime
+from lilora_kernels.ops.call import Call
 from lilora_kernels.ops.delta import traffic
 from lilora_kernels.ops.philox import keep_mask, keep_scale
 
@@ -150,7 +151,6 @@ def stage_3(dry_run: bool) -> Iterator[Case]:
         mixed = problem(True, 20, TINY, 2, 0.05)
         yield case(mixed, TRAINING, ())
         yield Case("launches", partial(time_launches, mixed))
-        yield case(problem(True, 20, TINY), ("base", "peft", "peft_default", *OUTSIDE[3:]), None)
         return
     order = [(8192, GATE_UP), (8192, DOWN), (8192, ATTENTION), (2048, GATE_UP), (2048, DOWN), (2048, ATTENTION)]
     order += [(4096, GATE_UP), (4096, DOWN), (4096, ATTENTION)]
@@ -161,12 +161,17 @@ def stage_3(dry_run: bool) -> Iterator[Case]:
             yield case(given, (*TRAINING, "peft_default") if tasks == 1 and m == 8192 else TRAINING, variant)
             if p and (m == 8192 or shape is GATE_UP):
                 yield Case("launches", partial(time_launches, given))
-    for peers in (COMPILED, OUTSIDE):  # minutes of compiling: last, and at one shape
-        yield case(problem(False, 8192, GATE_UP, 1, 0.05), peers, None)
 
 
 def time_linear(problem: Problem, machine: Machine, ceiling: Ceilings, peers: tuple[str, ...]) -> Iterator[dict]:
-    yield from compare("linear", problem, peers, machine, ceiling, training=True)
+    yield from compare("linear", problem, peers, machine, ceiling, training=True, seconds=None if machine.tiny else 1.0)
+
+
+def stage_9(dry_run: bool) -> Iterator[Case]:
+    """Peers that take minutes to compile: torch.compile's, and the kernels that LILORA_PEERS names."""
+    given = problem(True, 20, TINY) if dry_run else problem(False, 8192, GATE_UP, 1, 0.05)
+    for peers in (OUTSIDE, COMPILED):
+        yield Case("linear", partial(time_linear, given, peers=peers))
 
 
 def phase_flops(direction: str, phase: int, problem: Problem, finish: int) -> int:
@@ -187,6 +192,7 @@ def time_launches(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iter
     calls = [s.call() for s in sets]
     inputs = [s.x.detach() for s in sets]
     needs = frozenset(GRADIENTS)
+    check_delta(sets[0], calls[0], one_launch=False)
     makers = {
         "forward": lambda at: Forward(inputs[at], None, calls[at], one_launch=False),
         "backward": lambda at: Backward(sets[at].dy, inputs[at], sets[at].h, calls[at], needs, one_launch=False),
@@ -240,12 +246,21 @@ def stage_4(dry_run: bool) -> Iterator[Case]:
                     yield Case("delta", partial(time_delta, problem(False, m, shape, tasks, 0.05)), variant)
 
 
-def exact_delta(s: Operands) -> Tensor:
-    """The adapter's output in fp64, dropout as the kernels draw it."""
-    x = s.x.detach().double()
+def check_delta(s: Operands, call: Call, one_launch: bool) -> None:
+    """y and all gradients against fp64, dropout as the kernels draw it."""
+    from lilora_kernels.ops.delta.triton_backend import run_backward, run_forward
+
+    x, *factors = (t.detach().double().requires_grad_() for t in s.gradients())
+    dropped = x
     if s.problem.p:
-        x = x * keep_mask(s.seed, *s.x.shape, s.problem.p) * keep_scale(s.problem.p)
-    return lilora_adapter(s.problem)(x, [t.detach().double() for t in s.factors()])
+        dropped = x * keep_mask(s.seed, *x.shape, s.problem.p) * keep_scale(s.problem.p)
+    want = lilora_adapter(s.problem)(dropped, factors)
+    y, h = run_forward(s.x.detach(), None, call, one_launch)
+    error("y of delta", y, want)
+    exact = torch.autograd.grad(want, [x, *factors], y.double())
+    grads = run_backward(y, s.x.detach(), h, call, frozenset(GRADIENTS), one_launch)
+    for name, gradient in zip(GRADIENTS, exact, strict=True):
+        error(f"gradient of {name} of delta", grads[name], gradient)
 
 
 def time_delta(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterator[dict]:
@@ -255,7 +270,6 @@ def time_delta(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterato
     calls = [s.call() for s in sets]
     inputs = [s.x.detach() for s in sets]
     needs = frozenset(GRADIENTS)
-    want = exact_delta(sets[0])
 
     def candidate(one_launch: bool):
         def run(turn: int, mark: Callable[[], None]) -> None:
@@ -268,7 +282,7 @@ def time_delta(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterato
         return run
 
     for one_launch in (True, False):
-        error("delta", run_forward(inputs[0], None, calls[0], one_launch)[0], want)
+        check_delta(sets[0], calls[0], one_launch)
     runs = {"one launch": candidate(True), "by phase": candidate(False)}
     times = measure(machine, runs, ["forward", "backward"])
     base = Problem(problem.rows, problem.columns, problem.outputs, dtype=problem.dtype)
@@ -290,7 +304,9 @@ def time_delta(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterato
             }
 
 
-DECODING = ("base", "ours", "ours_operation", "ours_eager", "formula", "grouped_mm", "merged", "vllm", "sglang")
+DECODING = (
+    "base", "ours", "ours_operation", "ours_eager", "formula", "peft", "peft_names", "grouped_mm", "merged", "vllm", "sglang",
+)  # fmt: skip
 
 
 def stage_5(dry_run: bool) -> Iterator[Case]:
@@ -423,6 +439,7 @@ STAGES = {
     5: stage_5,
     7: stage_7,
     8: stage_8,
+    9: stage_9,
 }
 
 

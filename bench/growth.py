@@ -59,12 +59,13 @@ def evaluated_size(machine: Machine, tasks: int) -> Size:
 
 
 def evaluation(tasks: int, machine: Machine) -> Iterator[dict]:
-    """Greedy answers to four samples of every task: mixed batches of up to 32 for ours, for PEFT a task at a time."""
+    """Greedy answers to four samples of every task: in mixed batches of up to 32, or with PEFT a task after the other."""
     size = evaluated_size(machine, tasks)
     base = frozen("generate", size, machine.device).eval()
     variants = {
         "ours": variant(base, "ours", "generate", size, 0.0, mixed=True),
         "peft": variant(base, "peft", "generate", size, 0.0, mixed=False),
+        "peft_names": variant(base, "peft", "generate", size, 0.0, mixed=True),
     }
     inputs = batch(size, machine)
     model_gate(base, variants, last_logits(inputs), size)
@@ -74,11 +75,11 @@ def evaluation(tasks: int, machine: Machine) -> Iterator[dict]:
     def first(count: int) -> dict:
         return {key: value[:count] for key, value in inputs.items()}
 
-    def ours(_: int, mark: Callable[[], None]) -> None:
+    def together(name: str, argument: str, mark: Callable[[], None]) -> None:
         for start in range(0, total, size.samples):
             count = min(size.samples, total - start)
             ids = [names[i % tasks] for i in range(start, start + count)]
-            variants["ours"].model.generate(**first(count), **length, task_ids=ids)
+            variants[name].model.generate(**first(count), **length, **{argument: ids})
         mark()
 
     def peft(_: int, mark: Callable[[], None]) -> None:
@@ -88,7 +89,12 @@ def evaluation(tasks: int, machine: Machine) -> Iterator[dict]:
                 variants["peft"].model.generate(**first(min(size.samples, SAMPLES_PER_TASK - start)), **length)
         mark()
 
-    times = measure(machine, {"ours": ours, "peft": peft}, ["evaluation"], ROUNDS)
+    candidates = {
+        "ours": lambda _, mark: together("ours", "task_ids", mark),
+        "peft_names": lambda _, mark: together("peft_names", "adapter_names", mark),
+        "peft": peft,
+    }
+    times = measure(machine, candidates, ["evaluation"], ROUNDS)
     for name in times:
         found = figures(times[name]["evaluation"])
         yield {
@@ -125,9 +131,11 @@ def bank(tasks: int, machine: Machine) -> Iterator[dict]:
 
         def theirs() -> nn.Module:
             first, *others = task_names(size)
-            model = peft.PeftModel.from_pretrained(plain_copy(base), stores["peft"] / first, adapter_name=first)
+            empty = {"low_cpu_mem_usage": True}  # without random values first
+            store = stores["peft"]
+            model = peft.PeftModel.from_pretrained(plain_copy(base), store / first, adapter_name=first, **empty)
             for name in others:
-                model.load_adapter(stores["peft"] / name, adapter_name=name)
+                model.load_adapter(store / name, adapter_name=name, **empty)
             return model
 
         loads = {"ours": ours, "peft": theirs}

@@ -156,7 +156,8 @@ def adapted(base: nn.Module, kind: str, part: str, size: Size, p: float) -> nn.M
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lilora_" in name or "lora_" in name:
-                parameter.normal_(std=0.25 * parameter.shape[-1] ** -0.5)
+                task_factor = "lilora_U" in name or "lilora_V" in name  # of a size that shows whose it is
+                parameter.normal_(std=(1 if task_factor else 0.25) * parameter.shape[-1] ** -0.5)
     return model
 
 
@@ -359,6 +360,7 @@ def last_logits(inputs: dict[str, Tensor]) -> Callable:
 def time_steps(base: nn.Module, size: Size, machine: Machine, seconds: float | None) -> Iterator[dict]:
     """Forward, backward and AdamW; PEFT trains one adapter on all samples, or (split) an adapter after another."""
     part = "training step"
+    base.enable_input_require_grads()  # before the copies: all go back to the embeddings
     variants = {"ours": variant(base, "ours", part, size, DROPOUT, mixed=True)}
     variants |= {kind: variant(base, kind, part, size, DROPOUT, mixed=False) for kind in kinds(size)[1:]}
     inputs = batch(size, machine)
@@ -366,7 +368,6 @@ def time_steps(base: nn.Module, size: Size, machine: Machine, seconds: float | N
     set_task(variants["ours"].model, *task_names(size))
     models = {"base": base} | {name: v.model.train() for name, v in variants.items()}
     models["peft_split"] = models["peft"]
-    base.enable_input_require_grads()
     tasks = {"peft_split": list(range(size.tasks))}
     optimizers = {}
     for name, model in models.items():

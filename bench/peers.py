@@ -171,7 +171,7 @@ def ours_operation(sets: list[Operands], training: bool) -> Built:
 
 
 def formula(sets: list[Operands], training: bool, compiled: bool = False) -> Built:
-    """The formula as one writes it in PyTorch. A task with fewer rows than ranks keeps M_t factored."""
+    """The formula in PyTorch, for equal samples that lie task by task. With fewer rows than ranks M_t stays factored."""
     problem = sets[0].problem
     if problem.rows % problem.tasks:
         raise Unavailable("it needs samples of equal length")
@@ -181,18 +181,17 @@ def formula(sets: list[Operands], training: bool, compiled: bool = False) -> Bui
     def run(x, weight, a, b0, u, v, fusion):
         h = F.linear(F.dropout(x, p) if p else x, a)
         f = torch.sigmoid(fusion)
+        y = F.linear(x, weight)
         if problem.tasks == 1 and per_task >= problem.rank:
-            m = f * b0 + (1 - f) * (u[0] @ v[0])
-            return F.linear(x, weight) + SCALING * F.linear(h, m)
-        split = h.view(problem.tasks, per_task, problem.rank)
+            return torch.addmm(y, h, (f * b0 + (1 - f) * (u[0] @ v[0])).T, alpha=SCALING)
+        split, y_split = h.view(problem.tasks, per_task, -1), y.view(problem.tasks, per_task, -1)
         f = f.view(-1, 1, 1)
         if per_task >= problem.rank:
             m = f * b0 + (1 - f) * (u @ v)
-            d = torch.bmm(split, m.transpose(1, 2))
-        else:
-            z = torch.bmm(split, v.transpose(1, 2))
-            d = f * (split @ b0.T) + (1 - f) * torch.bmm(z, u.transpose(1, 2))
-        return F.linear(x, weight) + SCALING * d.view(problem.rows, problem.outputs)
+            return torch.baddbmm(y_split, split, m.transpose(1, 2), alpha=SCALING).view(y.shape)
+        z = torch.bmm((1 - f) * split, v.transpose(1, 2))
+        y = torch.addmm(y, (f * split).view(h.shape), b0.T, alpha=SCALING)
+        return torch.baddbmm(y.view(y_split.shape), z, u.transpose(1, 2), alpha=SCALING).view(y.shape)
 
     run = torch.compile(run, dynamic=False) if compiled else run
     return Built(
@@ -281,16 +280,21 @@ def peft_compiled(sets: list[Operands], training: bool) -> Built:
 
 
 def peft_names(sets: list[Operands], training: bool) -> Built:
-    """adapter_names: one adapter per row."""
+    """adapter_names: one adapter per sample."""
     problem = sets[0].problem
     if training:
         raise Unavailable("PEFT refuses adapter_names in training")
     layers = peft_layers(sets, training, problem.tasks, wide=False)
-    names = [f"task{t}" for t, rows in samples(problem) for _ in range(rows.stop - rows.start)]
+    if problem.rows % problem.tasks:
+        raise Unavailable("it needs samples of equal length")
+    names = [f"task{t}" for t in range(problem.tasks)]
     leaves = [[s.x, *parameters] for s, (_, parameters) in zip(sets, layers, strict=True)]
-    return Built(
-        lambda at: layers[at][0](sets[at].x, adapter_names=names), leaves, lora_adapter(problem, problem.tasks)
-    )
+
+    def forward(at: int) -> Tensor:
+        x = sets[at].x.view(problem.tasks, -1, problem.columns)
+        return layers[at][0](x, adapter_names=names).view(problem.rows, problem.outputs)
+
+    return Built(forward, leaves, lora_adapter(problem, problem.tasks))
 
 
 def grouped_mm(sets: list[Operands], training: bool) -> Built:

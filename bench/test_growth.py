@@ -6,7 +6,7 @@ from . import growth
 
 OVER_TASKS = {
     "mixed": growth.PEERS,
-    "evaluation": ("ours", "peft"),
+    "evaluation": ("ours", "peft", "peft_names"),
     "bank": ("ours", "peft"),
 }
 

@@ -34,11 +34,11 @@ def on_gpu() -> list[Comparison]:
     inference, training = (*INFERENCE, *GPU_ONLY), (*TRAINING, "peft_default", *GPU_ONLY)
     for name, shape in shapes.items():
         for m in (1, 8, 64, 512, 4096):
-            for tasks in (1, 8, 64):
+            for tasks in (1, 2, 8, 64):
                 if tasks <= m:
                     found.append(Comparison(name, Problem(m, *shape, tasks), False, inference))
         for m in (512, 2048, 8192, 16384):
-            for tasks in (1, 8, 64):
+            for tasks in (1, 2, 8, 64):
                 for p in (0.0, 0.05):
                     found.append(Comparison(name, Problem(m, *shape, tasks, p), True, training))
     found.append(Comparison("gate_up", Problem(8192, *GATE_UP, 1, 0.05), True, (*training, *COMPILED)))

@@ -117,7 +117,7 @@ def measure(
     A round runs every candidate once, every other round in reverse order: whatever else the machine does hits all alike,
     so the ratio within a round means more than the times themselves. After `seconds`, rounds beyond the fifth are left
     out. A GPU is kept busy until the host has enqueued the whole run, so the host's own time, "host", is not part of the
-    others.
+    others; where a run waits for the GPU itself, as generation does for every token, it is.
     """
     rounds = rounds or machine.rounds
     times: Times = {name: {segment: [] for segment in (*segments, "host")} for name in candidates}

@@ -285,7 +285,7 @@ class LiLoRALinear(nn.Module):
         if self._learns() or (torch.compiler.is_compiling() and not self.routes.published()):
             stacked = self._stack()
         else:
-            if not torch.compiler.is_compiling() and not self.routes.generating:
+            if not torch.compiler.is_compiling() and (self._bank is None or not self.routes.generating):
                 self.publish()
             stacked = self._bank[1]
         if len(self.lilora_U) != len(self.routes.tasks):
@@ -319,6 +319,8 @@ class LiLoRALinear(nn.Module):
         """Gather all tasks into the stacked bank that mixed inference reads, unless it is current."""
         if not self.lilora_U:
             return
+        if self._untied():
+            self.retie()
         source = tuple((id(own), own.data_ptr(), _version(own)) for own in self._all_own())
         if self._bank is None or self._bank[0] != source:
             # Tensors made in inference mode could not be saved for a later backward.

@@ -141,10 +141,14 @@ class Routes:
 
     @contextmanager
     def generation(self, layers: list) -> Iterator[None]:
-        """Bring every layer's bank up to date once, not once for every token."""
-        for layer in layers:
+        """Bring every layer's bank up to date once, not once for every token.
+
+        Not where parameters are there only while their layer runs, as with offloading or sharding.
+        """
+        resident = all(not own.is_meta and own.numel() > 0 for layer in layers for own in layer._all_own())
+        for layer in layers if resident else ():
             layer.publish()
-        before, self.generating = self.generating, True
+        before, self.generating = self.generating, resident
         try:
             yield
         finally:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import compare, peers
+from bench import compare, models, peers
 from bench.problems import Problem, samples
 from bench.timing import Ceilings, Machine, measure
 
@@ -148,6 +148,21 @@ def test_samples_are_the_rows_of_their_tasks():
         ids = torch.arange(rows_) * tasks // rows_
         found = torch.cat([torch.full((at.stop - at.start,), t) for t, at in samples(Problem(rows_, 4, 4, tasks))])
         assert torch.equal(found, ids)
+
+
+def test_a_model_that_mixes_up_tasks_gets_no_figure():
+    size = models.TINY
+    base = models.frozen("MLP", size, torch.device("cpu"))
+    ours = models.variant(base, "ours", "MLP", size, 0.0, mixed=True)
+    x = torch.randn(size.samples, 3, size.hidden)
+
+    def output(model, more):
+        return model(x.to(models.dtype_of(model)), **more)
+
+    assert models.gate(base, {"ours": ours}, output, size)["ours"] < 1e-5
+    swapped = replace(ours, more={"task_ids": ours.more["task_ids"].flip(0)})
+    with pytest.raises(compare.Wrong, match="ours is off by"):
+        models.gate(base, {"ours": swapped}, output, size)
 
 
 def test_saved_and_peak_bytes_of_a_product():

@@ -180,6 +180,38 @@ def test_generation_gathers_the_bank_once_and_sees_weights_that_changed_before_i
     assert not torch.equal(logits(model, inputs, task_ids=["where", "read"])[0, -1], logits_now)
 
 
+def test_generation_sees_shared_factors_that_a_loader_replaced():
+    model, inputs = tiny_llava(), batch([1, 1])
+    options = {"task_ids": ["where", "read"], "max_new_tokens": 3, "do_sample": False}
+    before = logits(model, inputs, task_ids=["where", "read"])
+    for layer in layers_of(model):
+        newest = layer.tasks[-1]
+        layer.lilora_A[newest] = nn.Parameter(torch.randn_like(layer.lilora_A[newest]), requires_grad=False)
+    got = model.generate(**inputs, **options)
+    now = logits(model, inputs, task_ids=["where", "read"])
+    assert not torch.equal(now, before)
+    assert torch.equal(got[:, inputs["input_ids"].shape[1]], now[:, -1].argmax(-1))
+
+
+def test_generation_with_offloaded_factors_gathers_them_in_every_forward(monkeypatch):
+    model, inputs = tiny_llava(), batch([0, 0])
+    layers = [layer for layer in layers_of(model) if not layer.vision]
+    kept = [{name: p.data for name, p in layer.lilora_U.items()} for layer in layers]
+    options = {"task_ids": ["where", "read"], "max_new_tokens": 3, "do_sample": False}
+    wanted = model.generate(**inputs, **options)
+
+    def move(layer, values):
+        for name in layer.lilora_U:
+            layer.lilora_U[name] = nn.Parameter(values[name], requires_grad=False)
+
+    for layer, values in zip(layers, kept, strict=True):
+        away = {name: value.to("meta") for name, value in values.items()}
+        layer.register_forward_pre_hook(lambda layer, _, values=values: move(layer, values))
+        layer.register_forward_hook(lambda layer, *_, away=away: move(layer, away))
+        move(layer, away)
+    assert torch.equal(model.generate(**inputs, **options), wanted)
+
+
 def test_sampled_sequences_repeat_the_task_of_their_sample(model):
     inputs = batch([1, 1])
     options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 3, "top_k": 1}

@@ -429,3 +429,14 @@ def test_the_path_for_other_devices_gives_the_same(coefficients, monkeypatch):
     torch.testing.assert_close(got, want)
     for name, grad in gradients(got, all_rows, NAMES, dy).items():
         torch.testing.assert_close(grad, wanted[name])
+
+
+@pytest.mark.parametrize("ids", [[0, -1, 2, -1, 1], [2, 0, 1, -1, -1], [1, -1, 0, 2, -1], [-1, 2, 1, 0, -1]], ids=str)
+def test_equal_samples_between_rows_without_an_adapter(ids):
+    task = torch.tensor(ids, dtype=torch.int32).repeat_interleave(32)
+    x = torch.randn(len(task), 6, dtype=torch.float64)
+    a, b0 = torch.randn(128, 6).double(), torch.randn(5, 128).double()
+    u, v, fusion = torch.randn(3, 5, 2).double(), torch.randn(3, 2, 128).double(), torch.randn(3).double()
+    got = functional.delta(x, a, b0, u, v, fusion, task=task)
+    wanted = reference.delta(x, a, b0, u, v, fusion, task=task)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)

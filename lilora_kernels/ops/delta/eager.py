@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, wraps
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -189,8 +189,8 @@ def base_share(q: Tensor, call: Call, f: Tensor | None) -> Tensor:
         return q if f is None else q * f.to(q.dtype)
     if f is None:
         return q * (call.task >= 0).unsqueeze(1)
-    shares = torch.cat([f.to(q.dtype), q.new_zeros(1)])  # -1 is the last
-    return q * shares[call.task].unsqueeze(1)
+    shares = torch.cat([f.to(q.dtype), q.new_tensor([torch.nan, 0])])  # an id of no task gets NaN, -1 the last
+    return q * shares[call.task.clamp(-2, len(f))].unsqueeze(1)
 
 
 def expand(q: Tensor, call: Call, bias: Tensor | None, y: Tensor) -> None:
@@ -244,9 +244,9 @@ def batched(groups: list[Group], rows: int) -> tuple[list[int], slice | Tensor, 
         return None
     counts = [at.stop - at.start for _, at, _ in groups]
     longest = max(counts)
-    first, last = groups[0][1].start, groups[-1][1].stop
-    if longest == min(counts) and last - first == longest * len(tasks):
-        return tasks, slice(first, last), None
+    adjacent = all(before.stop == after.start for (_, before, _), (_, after, _) in pairwise(groups))
+    if longest == min(counts) and adjacent:
+        return tasks, slice(groups[0][1].start, groups[-1][1].stop), None
     if rows > FEW_ROWS or longest * len(tasks) > 2 * rows:
         return None
     places = torch.arange(longest)

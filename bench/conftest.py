@@ -87,7 +87,7 @@ def pytest_collection_modifyitems(items):
 def report(benchmark) -> Callable[[list[dict], str, str], None]:
     """report(rows, implementation, direction): the times of one of them as this test's benchmark.
 
-    Skips, saying why, what cannot run here; fails what was wrong.
+    Skips, saying why, a peer that cannot run here or was wrong; fails where it is ours that was wrong.
     """
 
     def of(rows: list[dict], implementation: str, direction: str) -> None:
@@ -95,7 +95,8 @@ def report(benchmark) -> Callable[[list[dict], str, str], None]:
         for row in found:
             if "unavailable" in row:
                 pytest.skip(row["unavailable"])
-            assert "error" not in row, row["error"]
+            if "error" in row:
+                (pytest.fail if implementation in ("base", "ours") else pytest.skip)(row["error"])
         row = next(row for row in found if row["direction"] == direction)
         times = iter(row["times_us"])
 
@@ -110,7 +111,7 @@ def report(benchmark) -> Callable[[list[dict], str, str], None]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
-    """Write nothing unless every case passed: a file never mixes figures of two runs or hides a failed case."""
+    """Write nothing unless every case ran and ours was right: a file never mixes two runs or hides a failed case."""
     folder = session.config.getoption("out")
     if folder is None or exitstatus != pytest.ExitCode.OK:
         return

@@ -1,5 +1,6 @@
 """One problem, every peer: the gate, then times in alternation, memory, and a row for each peer and direction."""
 
+import random
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -45,13 +46,19 @@ def gate(name: str, built: Built, sets: list[Operands], training: bool) -> float
     weight = s.weight.clone()
     s.weight.zero_()
     try:
-        torch.manual_seed(1)
+        seed()
         keep = torch.autograd.grad(built.forward(0), s.x, s.dy)[0] != 0
     finally:
         s.weight.copy_(weight)
     check_share(name, keep, problem.p)
-    torch.manual_seed(1)  # the same mask again, with the base's weight
+    seed()  # the same mask again, with the base's weight
     return gate_training(name, built, s, keep)
+
+
+def seed() -> None:
+    """Torch's random state and Python's: some peers draw their seeds there."""
+    torch.manual_seed(1)
+    random.seed(1)
 
 
 def base_product(s: Operands, x: Tensor) -> Tensor:

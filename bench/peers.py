@@ -180,17 +180,18 @@ def formula(sets: list[Operands], training: bool, compiled: bool = False) -> Bui
 
     def run(x, weight, a, b0, u, v, fusion):
         h = F.linear(F.dropout(x, p) if p else x, a)
-        f = torch.sigmoid(fusion)
+        f = torch.sigmoid(fusion.float())
         y = F.linear(x, weight)
         if problem.tasks == 1 and per_task >= problem.rank:
-            return torch.addmm(y, h, (f * b0 + (1 - f) * (u[0] @ v[0])).T, alpha=SCALING)
+            m = f * b0 + (1 - f) * (u[0] @ v[0])
+            return torch.addmm(y, h, m.to(h.dtype).T, alpha=SCALING)
         split, y_split = h.view(problem.tasks, per_task, -1), y.view(problem.tasks, per_task, -1)
         f = f.view(-1, 1, 1)
         if per_task >= problem.rank:
             m = f * b0 + (1 - f) * (u @ v)
-            return torch.baddbmm(y_split, split, m.transpose(1, 2), alpha=SCALING).view(y.shape)
-        z = torch.bmm((1 - f) * split, v.transpose(1, 2))
-        y = torch.addmm(y, (f * split).view(h.shape), b0.T, alpha=SCALING)
+            return torch.baddbmm(y_split, split, m.to(h.dtype).transpose(1, 2), alpha=SCALING).view(y.shape)
+        z = torch.bmm(((1 - f) * split).to(h.dtype), v.transpose(1, 2))
+        y = torch.addmm(y, (f * split).to(h.dtype).view(h.shape), b0.T, alpha=SCALING)
         return torch.baddbmm(y.view(y_split.shape), z, u.transpose(1, 2), alpha=SCALING).view(y.shape)
 
     run = torch.compile(run, dynamic=False) if compiled else run

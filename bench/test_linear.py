@@ -9,9 +9,15 @@ from .compare import compare
 from .problems import ATTENTION, DOWN, GATE_UP, TINY, Problem
 
 ON_GPU = torch.cuda.is_available()
-INFERENCE = ("base", "ours", "formula", "merged", "peft", "peft_names", "grouped_mm")
-TRAINING = ("base", "ours", "formula", "peft", "grouped_mm")
-GPU_ONLY = ("ours_operation", "ours_eager", "lorafusion", "nemo_automodel", "vllm", "sglang")
+# Of one task, and of several.
+INFERENCE = ("base", "ours", "formula", "merged", "peft", "peft_names")
+MIXED_INFERENCE = (*INFERENCE, "grouped_mm")
+TRAINING = ("base", "ours", "formula", "peft")
+MIXED_TRAINING = (*TRAINING, "grouped_mm")
+# Where there is a GPU.
+OURS = ("ours_operation", "ours_eager")
+SERVING = ("vllm", "sglang")
+LORA_TRAINING = ("lorafusion", "nemo_automodel")
 COMPILED = ("formula_compiled", "peft_compiled")
 
 
@@ -31,17 +37,19 @@ class Comparison:
 def on_gpu() -> list[Comparison]:
     found = []
     shapes = {"gate_up": GATE_UP, "down": DOWN, "attention": ATTENTION}
-    inference, training = (*INFERENCE, *GPU_ONLY), (*TRAINING, "peft_default", *GPU_ONLY)
     for name, shape in shapes.items():
         for m in (1, 8, 64, 512, 4096):
             for tasks in (1, 2, 8, 64):
+                peers = (*(INFERENCE if tasks == 1 else MIXED_INFERENCE), *OURS, *SERVING)
                 if tasks <= m:
-                    found.append(Comparison(name, Problem(m, *shape, tasks), False, inference))
+                    found.append(Comparison(name, Problem(m, *shape, tasks), False, peers))
         for m in (512, 2048, 8192, 16384):
             for tasks in (1, 2, 8, 64):
+                peers = (*TRAINING, *LORA_TRAINING) if tasks == 1 else MIXED_TRAINING
                 for p in (0.0, 0.05):
-                    found.append(Comparison(name, Problem(m, *shape, tasks, p), True, training))
-    found.append(Comparison("gate_up", Problem(8192, *GATE_UP, 1, 0.05), True, (*training, *COMPILED)))
+                    given = Problem(m, *shape, tasks, p)
+                    found.append(Comparison(name, given, True, (*peers, "peft_default", *OURS)))
+    found.append(Comparison("gate_up", Problem(8192, *GATE_UP, 1, 0.05), True, (*TRAINING, *COMPILED)))
     return found
 
 
@@ -52,24 +60,23 @@ def on_cpu() -> list[Comparison]:
         {"rank": r, "sub_rank": r // 2, "dtype": dtype}
         for r, dtype in ((128, torch.float32), (64, torch.bfloat16), (32, torch.bfloat16))
     )
-    mixed = ("base", "ours", "formula", "peft_names", "grouped_mm")
-    found = [Comparison("gate_up", Problem(8, *half["gate_up"], 8, **fp32), False, INFERENCE)]
+    alone = ("base", "ours", "formula", "peft_names")
+    mixed = (*alone, "grouped_mm")
+    found = [Comparison("gate_up", Problem(8, *half["gate_up"], 8, **fp32), False, MIXED_INFERENCE)]
     for name in ("down", "attention"):
         found.append(Comparison(name, Problem(8, *half[name], 8, **fp32), False, mixed))
     for m in (1, 32, 128, 512):
-        found.append(Comparison("gate_up", Problem(m, *half["gate_up"], min(m, 8), **fp32), False, mixed))
+        peers = alone if m == 1 else mixed
+        found.append(Comparison("gate_up", Problem(m, *half["gate_up"], min(m, 8), **fp32), False, peers))
     for m in (8, 512):
         found.append(Comparison("gate_up", Problem(m, 1024, 2752, 8, **quarter), False, mixed))
     for m, tasks, p in ((512, 1, 0.0), (512, 1, 0.05), (512, 8, 0.05), (128, 1, 0.05), (32, 1, 0.05)):
-        found.append(Comparison("gate_up", Problem(m, *half["gate_up"], tasks, p, **fp32), True, TRAINING))
+        peers = TRAINING if tasks == 1 else MIXED_TRAINING
+        found.append(Comparison("gate_up", Problem(m, *half["gate_up"], tasks, p, **fp32), True, peers))
     for p in (0.0, 0.05):
         found.append(Comparison("gate_up", Problem(64, 512, 1376, 1, p, **eighth), True, (*TRAINING, "peft_default")))
     small = quarter | {"dtype": torch.float32}
-    found.append(
-        Comparison(
-            "gate_up", Problem(512, 1024, 2752, 1, 0.05, **small), True, ("base", "ours", "formula", "peft", *COMPILED)
-        )
-    )
+    found.append(Comparison("gate_up", Problem(512, 1024, 2752, 1, 0.05, **small), True, (*TRAINING, *COMPILED)))
     found.append(Comparison("gate_up", Problem(8, 1024, 2752, 8, **small), False, (*mixed, *COMPILED)))
     return found
 
@@ -77,8 +84,9 @@ def on_cpu() -> list[Comparison]:
 def tiny() -> list[Comparison]:
     ranks = {"rank": 16, "sub_rank": 8, "dtype": torch.float32}
     return [
-        Comparison("tiny", Problem(6, *TINY, 3, **ranks), False, (*INFERENCE, *GPU_ONLY)),
-        Comparison("tiny", Problem(20, *TINY, 2, 0.05, **ranks), True, (*TRAINING, "peft_default", *GPU_ONLY)),
+        Comparison("tiny", Problem(6, *TINY, 3, **ranks), False, (*MIXED_INFERENCE, "ours_operation", *SERVING)),
+        Comparison("tiny", Problem(20, *TINY, 2, 0.05, **ranks), True, (*MIXED_TRAINING, "ours_operation")),
+        Comparison("tiny", Problem(20, *TINY, **ranks), True, (*TRAINING, *LORA_TRAINING)),
         Comparison("tiny", Problem(40, *TINY, dtype=torch.bfloat16), True, ("base", "ours", "peft", "peft_default")),
     ]
 

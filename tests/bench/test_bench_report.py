@@ -52,14 +52,59 @@ def test_the_document_has_every_figure_and_every_reason(results):
     }  # fmt: skip
 
 
-def test_a_failed_case_leaves_no_results(tmp_path):
-    (tmp_path / "test_broken.py").write_text("def test_broken(record_property):\n    assert False\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "memory or broken"]
-    command += ["bench/test_growth.py", str(tmp_path / "test_broken.py"), "--tiny", "--out", str(tmp_path / "out")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+# Plugins for a run: what may go wrong in one, and whether results.json may then be written.
+BROKEN_OFF = """
+import bench.growth
+
+def step_memory(*arguments):
+    raise RuntimeError("broken off")
+
+bench.growth.step_memory = step_memory
+"""
+WRONG = """
+import dataclasses
+import bench.peers
+
+RIGHT = bench.peers.PEERS["{peer}"]
+
+def built(sets, training):
+    right = RIGHT.build(sets, training)
+    return dataclasses.replace(right, forward=lambda at: right.forward(at) + 1)
+
+bench.peers.PEERS["{peer}"] = dataclasses.replace(RIGHT, build=built)
+"""
+
+
+def faulty(tmp_path, plugin: str, case: str) -> tuple[subprocess.CompletedProcess, Path]:
+    (tmp_path / "fault.py").write_text(plugin)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "fault", "bench/", "-k", case]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    result = subprocess.run(
+        [*command, "--tiny", "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 1, result.stdout
-    assert "3 passed" in result.stdout
-    assert not (tmp_path / "out").exists()
+    return result, out
+
+
+def test_a_case_that_breaks_off_leaves_no_results(tmp_path):
+    result, out = faulty(tmp_path, BROKEN_OFF, "memory")
+    assert "broken off" in result.stdout
+    assert not out.exists()
+
+
+def test_a_wrong_peer_fails_and_its_error_is_in_the_results(tmp_path):
+    result, out = faulty(tmp_path, WRONG.format(peer="formula"), "tiny and M6")
+    assert "1 failed" in result.stdout
+    _, rows = report.load(out)
+    wrong = [row for row in rows if "error" in row]
+    assert {row["implementation"] for row in wrong} == {"formula"}
+    assert not any("us" in row for row in wrong)
+
+
+def test_our_own_wrong_figures_leave_no_results(tmp_path):
+    _, out = faulty(tmp_path, WRONG.format(peer="ours"), "tiny and M6")
+    assert not out.exists()
 
 
 def test_the_tables_of_the_readme_are_those_of_the_committed_results():

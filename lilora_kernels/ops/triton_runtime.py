@@ -1,4 +1,4 @@
-"""What the Triton backends share: when they can run, launch configurations, and the state of the grid barrier.
+"""What the Triton backends share: when they can run, and launch configurations.
 
 Imports Triton nowhere: `import lilora_kernels` must not.
 """
@@ -7,7 +7,6 @@ import importlib.util
 import json
 import math
 import os
-import threading
 from functools import cache
 from pathlib import Path
 
@@ -133,43 +132,3 @@ def phase_config(config: dict, first: int, last: int, pair: bool = False) -> dic
     if first == last:
         own = config["phases"].get(f"{first}-pair" if pair else str(first), {})
     return {name: value for name, value in config.items() if name != "phases"} | own
-
-
-# --- the barrier ---------------------------------------------------------------------------------------------------
-
-SLOTS = 64  # streams per allocation
-
-_lock = threading.Lock()
-_barrier_blocks: dict[torch.device, list[Tensor]] = {}
-_barriers: dict[tuple[torch.device, int], Tensor] = {}  # by device and stream
-
-
-def barrier_state(device: torch.device) -> Tensor:
-    """Two int32 zeros for the barrier of one launch: kept per stream, as launches of a stream follow one another.
-
-    A graph under capture gets its own, zeroed in every replay: it may be replayed on any stream.
-    """
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(2, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    with _lock:  # autograd runs backward in threads of its own
-        if (device, stream) not in _barriers:
-            blocks = _barrier_blocks.setdefault(device, [])
-            used = sum(key[0] == device for key in _barriers)
-            if used == SLOTS * len(blocks):
-                # Allocated by another thread: torch.compile's CUDA graphs send this thread's allocations to a pool of
-                # their own and refuse any that outlives the run.
-                thread = threading.Thread(target=lambda: blocks.append(_zeros(device)))
-                thread.start()
-                thread.join()
-            _barriers[device, stream] = blocks[used // SLOTS][used % SLOTS]
-        return _barriers[device, stream]
-
-
-def _zeros(device: torch.device) -> Tensor:
-    block = torch.zeros(SLOTS, 2, dtype=torch.int32, device=device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # other streams may be the first to read it
-    return block

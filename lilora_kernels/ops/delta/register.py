@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from .. import triton_runtime
+from .. import cuda_runtime, triton_runtime
 from ..call import DIFFERENTIABLE, Call
 from ..checks import check_delta
 from . import eager
 
 backends.register(
     "delta", "eager", backends.Implementation(eager.forward, eager.backward, lambda *_: None, "torch operations")
+)
+backends.register(
+    "delta",
+    "cuda",
+    backends.lazy("lilora_kernels.ops.delta.cuda_backend", cuda_runtime.refusal, "one launch each way"),
 )
 backends.register(
     "delta",

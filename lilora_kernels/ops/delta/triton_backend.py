@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_runtime as runtime
+from ..barrier import barrier_state
 from ..call import Call
 from ..philox import keep_scale, threshold
 from . import triton_kernels as kernels
@@ -239,10 +240,10 @@ def run(
     per_processor = constants.pop("PROGRAMS", 1)
     if runtime.INTERPRETED:
         # Programs run one after another there: a barrier can wait for no more than one.
-        state = runtime.barrier_state(device) if first < last else None
+        state = barrier_state(device) if first < last else None
         kernel[(1 if first < last else 3,)](*tensors, state, *numbers, **constants)
         return
     with torch.cuda.device(device):
-        state = runtime.barrier_state(device) if first < last else None
+        state = barrier_state(device) if first < last else None
         programs = runtime.processors(device) * per_processor if first < last else max(items, 1)
         kernel[(programs,)](*tensors, state, *numbers, **constants, launch_cooperative_grid=first < last)

@@ -6,13 +6,20 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from .. import triton_runtime
+from .. import cuda_runtime, triton_runtime
 from ..call import Call
 from ..checks import check_delta, check_linear
 from . import eager
 
 backends.register(
     "delta_pair", "eager", backends.Implementation(eager.forward, eager.backward, lambda *_: None, "torch operations")
+)
+backends.register(
+    "delta_pair",
+    "cuda",
+    backends.lazy(
+        "lilora_kernels.ops.delta_pair.cuda_backend", cuda_runtime.refusal, "one launch per phase of each adapter"
+    ),
 )
 backends.register(
     "delta_pair",

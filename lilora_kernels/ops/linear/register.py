@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from .. import triton_runtime
+from .. import cuda_runtime, triton_runtime
 from ..call import DIFFERENTIABLE, Call
 from ..checks import check_delta, check_linear
 from ..delta.register import empty_gradients, save, wanted
@@ -14,6 +14,15 @@ from . import eager
 
 backends.register(
     "linear", "eager", backends.Implementation(eager.forward, eager.backward, lambda *_: None, "torch operations")
+)
+backends.register(
+    "linear",
+    "cuda",
+    backends.lazy(
+        "lilora_kernels.ops.linear.cuda_backend",
+        cuda_runtime.refusal,
+        "base included up to 64 rows, then cuBLAS and one launch each way, one per phase beyond 255 rows",
+    ),
 )
 backends.register(
     "linear",

@@ -1,0 +1,112 @@
+// The one-launch kernels of `delta`: what a launch is given. lilora_kernels/ops/README.md has the formula and the phases.
+#pragma once
+
+#include "tile.h"
+
+namespace lilora {
+
+enum class Type { kFloat, kHalf, kBFloat16 };
+
+// The adapter's side of a call; data is null where an argument is not given.
+struct Adapter {
+  Matrix a;              // [R, K]
+  Matrix b0;             // [N, R]
+  Matrix u, v;           // [T * N, S] and [T * S, R]
+  Matrix fusion;         // [1, T]
+  Matrix gate;           // [G, R]
+  const int* task;       // [M]
+  const int* gate_row;   // [M]
+  const int64_t* seed;   // null without dropout
+  uint32_t threshold;    // draws below it are dropped
+  float keep_scale, scaling;
+  int64_t rows;          // M
+  int columns, outputs, rank, sub_rank, tasks, gates;  // K, N, R, S (0 without task factors), T, G
+
+  // Columns of [q | z], each part padded to whole chunks.
+  HOST_DEVICE int q_width() const { return padded(rank); }
+  HOST_DEVICE int width() const { return padded(rank) + padded(sub_rank); }
+};
+
+// Which phases a launch runs, and what its blocks share.
+struct Launch {
+  int first, last;
+  int* state;  // of the barrier between two phases
+  int tile_rows;
+  int shared;  // bytes of shared memory of a block
+  int blocks;  // that the device holds at once
+};
+
+struct Forward {
+  Adapter adapter;
+  Matrix x;       // [M, K]
+  Matrix weight;  // [N, K], only where the base is computed too
+  Matrix bias;    // [1, N]
+  void* y;        // [M, N]
+  void* h;        // [M, R]
+  void* qz;       // [M, width]: q, then e q V_t^T
+  float* planes;       // [splits, M, q_width]: shares of h
+  float* base_planes;  // [base_splits, M, N]: shares of x W^T
+  int splits, base_splits;
+  int groups;     // an item of phase 2 has one of so many ranges of tiles of outputs
+  int row_tiles, rank_tiles, output_tiles;
+  Launch launch;
+};
+
+// How many work items the phases of the backward have. Those of a phase follow each other in the order of the fields.
+struct Items {
+  int row_tiles, chunks;
+  int prepares, spans;                  // phase 0
+  int shrinks, ups;                     // phase 1, of each chunk
+  int finishes;                         // phase 2
+  int dxs, das, dvs, fusions, gates;    // phase 3
+  int a_sums, b0_sums, u_sums, v_sums;  // phase 4
+  // Tiles of: width, width in products over rows, outputs, ranks, columns, ranks of dV, ranks of dgate.
+  int wide_tiles, outer_width_tiles, output_tiles, rank_tiles, column_tiles, v_rank_tiles, gate_tiles;
+
+  HOST_DEVICE int of(int phase) const {
+    if (phase == 0) return prepares + spans;
+    if (phase == 1) return chunks * (shrinks + ups);
+    if (phase == 2) return finishes;
+    if (phase == 3) return dxs + das + dvs + fusions + gates;
+    return a_sums + b0_sums + u_sums + v_sums;
+  }
+};
+
+struct Backward {
+  Adapter adapter;
+  Matrix dy;  // [M, N]
+  Matrix x;   // [M, K]
+  Matrix h;   // [M, R]
+  // Gradients in the types of what they belong to; null where nobody asked. `wide`: which of them are fp32 masters.
+  void *dx, *da, *db0, *du, *dv, *dfusion, *dgate;
+  bool wide_a, wide_b0, wide_u, wide_v, wide_fusion, wide_gate;
+  void* fqz;           // [M, width]: f q, then e q V_t^T
+  void* q;             // [M, q_width]
+  void* dh;            // [M, q_width]
+  void* seq;           // [M, padded(S)]: s e Q
+  float* dq_h;         // [M, R]: dq * h
+  float* dfusion_rows; // [M]
+  float* planes;       // [splits, M, width]: shares of [P | Q]
+  float* da_planes;    // [chunks, R, K]
+  float* db0_planes;   // [chunks, N, R]
+  float* du_planes;    // [chunks, T, N, S]
+  float* dv_planes;    // [chunks, T, S, R]
+  int* spans;          // [chunks, T, 2]: first and last row of a task within a chunk; last < first without one
+  int splits, groups, chunk;  // chunk: rows of one share of the gradients of parameters
+  int low_rank, high_rank;    // da and db0 outside are zero
+  Items items;
+  Launch launch;
+};
+
+// Whether this binary has code for the current device.
+bool built_for_current_device();
+
+// Decides how the work is split, before the caller makes what depends on it: splits, groups and the launch.
+void plan(Forward& forward, Type type);
+void plan(Backward& backward, Type type);
+
+// Runs all phases: in one launch, or in one for each where asked for or where the device cannot hold the grid at once.
+void run(const Forward& forward, Type type, bool one_launch, Stream stream);
+void run(Backward& backward, Type type, bool one_launch, Stream stream);
+
+}  // namespace lilora

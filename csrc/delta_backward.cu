@@ -1,0 +1,562 @@
+// The backward of `delta`, from dy, x and h.
+//
+// Phase 0  f q and z of tiles of rows again, and where the tasks of each chunk of rows lie
+// Phase 1  all that reads dy: shares of P = dy B0 and Q = dy U_t; shares of dB0 and dU_t
+// Phase 2  dh of tiles of rows, and each row's part of the other gradients
+// Phase 3  dx, and all that reads x: shares of dA; shares of dV_t; dfusion and dgate
+// Phase 4  the sums of the shares of dA, dB0, dU_t and dV_t, in order
+#include "plan.h"
+#include "prepare.h"
+
+namespace lilora {
+
+constexpr int kOuterM = 128;                   // rows of a tile of a product that sums over rows
+constexpr int kDxN = 128;                      // columns of a tile of dx
+constexpr int kGateColumns = 32;               // of an item of dgate
+constexpr int kSumElements = 8 * kThreads;     // of an item of phase 4
+
+// Columns of a tile of a product that sums over rows, and of [P | Q]. fp32 takes more registers for the same tile.
+HOST_DEVICE constexpr int outer_columns(int element_size) { return element_size == 2 ? 192 : 128; }
+HOST_DEVICE constexpr int wide_columns(int element_size, int tile_rows) {
+  return element_size == 4 ? 128 : tile_rows == kManyRows ? 192 : 256;
+}
+template <typename T>
+constexpr int kOuterN = outer_columns(sizeof(T));
+template <typename T, int kM>
+constexpr int kWide = wide_columns(sizeof(T), kM);
+
+template <typename T>
+DEVICE void store_gradient(void* to, bool wide, int64_t at, float value) {
+  if (wide) {
+    static_cast<float*>(to)[at] = value;
+  } else {
+    static_cast<T*>(to)[at] = rounded<T>(value);
+  }
+}
+
+DEVICE Range chunk_rows(const Backward& p, int chunk) { return tile_range(chunk, p.chunk, p.adapter.rows); }
+
+// spans[chunk, task]: the first and the last row of a task in a chunk.
+PART void find_spans(const Backward& p, int chunk) {
+  const Adapter& adapter = p.adapter;
+  const Range rows = chunk_rows(p, chunk);
+  int* spans = p.spans + static_cast<int64_t>(chunk) * adapter.tasks * 2;
+  for (int t = threadIdx.x; t < adapter.tasks; t += kThreads) {
+    spans[2 * t] = rows.count;
+    spans[2 * t + 1] = -1;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < rows.count; i += kThreads) {
+    const int id = task_of(adapter, rows.first + i);
+    if (id < 0 || id >= adapter.tasks) continue;
+    // Rows of a task mostly follow each other: only the ends of a run can be the first or the last.
+    if (i == 0 || task_of(adapter, rows.first + i - 1) != id) atomicMin(spans + 2 * id, i);
+    if (i == rows.count - 1 || task_of(adapter, rows.first + i + 1) != id) atomicMax(spans + 2 * id + 1, i);
+  }
+}
+
+// A share of P = dy B0 and Q = dy U_t of a tile of rows, over some of the outputs.
+template <typename T, int kM>
+PART void shrink_dy(const Backward& p, int row_tile, int column_tile, int split) {
+  using Tiles = Product<T, kM, kWide<T, kM>, false, true>;
+  const Adapter& adapter = p.adapter;
+  const Range rows = tile_range(row_tile, kM, adapter.rows);
+  if (rows.count <= 0) return;
+  TaskList<kM>& list = Workspace<kM>::list();
+  list.fill(adapter, rows);
+  const Range columns = tile_range(column_tile, kWide<T, kM>, adapter.width());
+  const Range depth = share_range(split, p.splits, kDepth<T>, adapter.outputs);
+  Chunk* stage_memory = Workspace<kM>::panel();
+  const int stages = Workspace<kM>::stages(p.launch.shared, 0, Tiles::kChunksA + Tiles::kChunksB);
+  auto left_at = [&](int stage) { return typename Tiles::A{stage_memory + stage * (Tiles::kChunksA + Tiles::kChunksB)}; };
+  auto right_at = [&](int stage) { return typename Tiles::B{left_at(stage).data + Tiles::kChunksA}; };
+  for (int at = 0; at < list.count; ++at) {
+    const int id = list.tasks[at];
+    Tiles product;
+    product.clear();
+    pipeline(
+        (depth.count + kDepth<T> - 1) / kDepth<T>, stages,
+        [&](int step, int stage) {
+          const int64_t n = depth.first + step * kDepth<T>;
+          const int left = depth.count - step * kDepth<T>;
+          load_tile<kM>(left_at(stage), p.dy, rows.first, rows.count, n, left);
+          for_each_chunk<kDepth<T>>(right_at(stage), [&](Chunk* to, int i, int j) {
+            const int64_t r = columns.first + j, s = r - adapter.q_width();
+            if (s < 0) {
+              load_chunk<T>(to, adapter.b0, n + i, r, i < left ? adapter.rank - static_cast<int>(r) : 0);
+            } else {
+              load_chunk<T>(to, adapter.u, int64_t{id} * adapter.outputs + n + i, s,
+                            i < left ? adapter.sub_rank - static_cast<int>(s) : 0);
+            }
+          });
+        },
+        [&](int, int stage) { product.step(left_at(stage), right_at(stage), columns.count); });
+    product.for_each([&](int i, int j, float left, float right) {
+      if (list.ids[i] == id && j < columns.count) {  // the width is even
+        store_pair(p.planes + (split * adapter.rows + rows.first + i) * adapter.width() + columns.first + j, left, right,
+                   true);
+      }
+    });
+  }
+}
+
+// Products that sum over the rows of a chunk, left^T right: which gradients they are shares of.
+enum class Outer { kUp, kDown, kV };  // dy^T [f q | e z] -> dB0 and dU_t; dh^T D(x) -> dA; (s e Q)^T q -> dV_t
+
+template <typename T, int kM>
+PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile, int right_tile) {
+  using Tiles = Product<T, kOuterM, kOuterN<T>, true, true>;
+  const Adapter& adapter = p.adapter;
+  const bool up = kind == Outer::kUp, down = kind == Outer::kDown;
+  const int width = up ? adapter.width() : adapter.q_width(), z_width = padded(adapter.sub_rank);
+  const Matrix left = up ? p.dy : Matrix{down ? p.dh : p.seq, down ? width : z_width, false, true};
+  const Matrix right = down ? p.x : Matrix{up ? p.fqz : p.q, width, false, true};
+  // The rows of C are outputs, ranks or ranks of V; for dV_t, left_tile is the task.
+  const Range lefts = tile_range(kind == Outer::kV ? 0 : left_tile, kOuterM,
+                                 up ? adapter.outputs : down ? adapter.rank : adapter.sub_rank);
+  const Range rights = tile_range(right_tile, kOuterN<T>, up ? width : down ? adapter.columns : adapter.rank);
+  const Range rows = chunk_rows(p, chunk);
+  const int* spans = p.spans + static_cast<int64_t>(chunk) * adapter.tasks * 2;
+  const int first_task = kind == Outer::kV ? left_tile : 0, last_task = up ? adapter.tasks - 1 : first_task;
+
+  Chunk* stage_memory = Workspace<kM>::panel();
+  const int stages = Workspace<kM>::stages(p.launch.shared, 0, Tiles::kChunksA + Tiles::kChunksB);
+  auto left_at = [&](int stage) { return typename Tiles::A{stage_memory + stage * (Tiles::kChunksA + Tiles::kChunksB)}; };
+  auto right_at = [&](int stage) { return typename Tiles::B{left_at(stage).data + Tiles::kChunksA}; };
+  Tiles product;
+  product.clear();
+  NO_UNROLL
+  for (int task = first_task; task <= last_task; ++task) {
+    const int low = down ? 0 : spans[2 * task], count = down ? rows.count : spans[2 * task + 1] - low + 1;
+    if (count <= 0) continue;
+    pipeline(
+        (count + kDepth<T> - 1) / kDepth<T>, stages,
+        [&](int step, int stage) {
+          const int64_t row = rows.first + low + step * kDepth<T>;
+          const int in = count - step * kDepth<T>;
+          auto mine = [&](int i) { return down || task_of(adapter, row + i) == task; };
+          load_rows<kDepth<T>>(left_at(stage), left, row, in, lefts.first, lefts.count, mine);
+          load_rows<kDepth<T>>(right_at(stage), right, row, in, rights.first, rights.count, mine);
+        },
+        [&](int step, int stage) {
+          if (down && adapter.seed != nullptr) {
+            drop<kDepth<T>>(right_at(stage), adapter, rows.first + step * kDepth<T>, static_cast<int>(rights.first));
+            __syncthreads();
+          }
+          product.step(left_at(stage), right_at(stage), rights.count);
+        });
+    if (!up || p.du_planes == nullptr) continue;
+    product.for_each([&](int i, int j, float& value, float& next) {
+      const int64_t s = rights.first + j - adapter.q_width();
+      if (s < 0) return;
+      if (i < lefts.count && s < adapter.sub_rank) {
+        const int64_t row = (int64_t{chunk} * adapter.tasks + task) * adapter.outputs + lefts.first + i;
+        store_pair(p.du_planes + row * adapter.sub_rank + s, adapter.scaling * value, adapter.scaling * next,
+                   s + 1 < adapter.sub_rank);
+      }
+      value = next = 0;
+    });
+  }
+
+  float* const to = up ? p.db0_planes : down ? p.da_planes : p.dv_planes;
+  if (to == nullptr || (kind == Outer::kV && spans[2 * first_task + 1] < spans[2 * first_task])) return;
+  const int columns = down ? adapter.columns : adapter.rank;
+  const int64_t rows_of_c = up ? adapter.outputs : down ? adapter.rank : adapter.sub_rank;
+  const int64_t plane = kind == Outer::kV ? int64_t{chunk} * adapter.tasks + first_task : chunk;
+  const float scale = up ? adapter.scaling : down ? adapter.keep_scale : 1.0f;
+  product.for_each([&](int i, int j, float value, float next) {
+    const int row = static_cast<int>(lefts.first) + i, column = static_cast<int>(rights.first) + j;
+    if (i >= lefts.count || column >= columns) return;
+    // Ranks outside of the wanted ones get zeros, whatever the product is.
+    auto within = [&](int rank) { return kind == Outer::kV || (rank >= p.low_rank && rank < p.high_rank); };
+    store_pair(to + (plane * rows_of_c + row) * columns + column, within(down ? row : column) ? scale * value : 0.0f,
+               within(down ? row : column + 1) ? scale * next : 0.0f, column + 1 < columns);
+  });
+}
+
+// From the shares of P and Q: dh of a tile of rows, and what the gradients of v, fusion and gate sum up.
+template <typename T, int kM>
+PART void finish_dh(const Backward& p, int row_tile) {
+  using Tiles = Product<T, kM, 128, false, true>;
+  const Adapter& adapter = p.adapter;
+  const Range rows = tile_range(row_tile, kM, adapter.rows);
+  const int width = adapter.width(), q_width = adapter.q_width(), z_width = padded(adapter.sub_rank);
+  const int64_t plane = adapter.rows * width;
+  TaskList<kM>& list = Workspace<kM>::list();
+  list.fill(adapter, rows);
+  const int steps = static_cast<int>(ceil_div(z_width, kDepth<T>));
+  const int panel = Workspace<kM>::panel_chunks(steps);
+  Chunk* stage_memory = Workspace<kM>::panel() + panel;
+  float* row_sums = reinterpret_cast<float*>(stage_memory);  // [kM, kWarpsN], between products
+  const int stages = Workspace<kM>::stages(p.launch.shared, panel, Tiles::kChunksB);
+  auto panel_at = [&](int k) { return typename Tiles::A{Workspace<kM>::panel() + Workspace<kM>::panel_chunks(k)}; };
+  auto right_at = [&](int stage) { return typename Tiles::B{stage_memory + stage * Tiles::kChunksB}; };
+  auto sum = [&](int i, int column) {
+    float total = 0;
+    NO_UNROLL
+    for (int split = 0; split < p.splits; ++split) {
+      total += p.planes[split * plane + (rows.first + i) * width + column];
+    }
+    return total;
+  };
+
+  // Q in the type of activations, and s e Q for dV.
+  for (int at = threadIdx.x; at < kM * steps * kDepth<T>; at += kThreads) {
+    const int i = at / (steps * kDepth<T>), s = at % (steps * kDepth<T>);
+    const bool exists = i < rows.count && s < z_width && list.exists(adapter, i);
+    const float q_u = exists ? sum(i, q_width + s) : 0.0f;
+    panel_at(s / kDepth<T>).at(i, s % kDepth<T>) = rounded<T>(q_u);
+    if (p.seq != nullptr && i < rows.count && s < z_width) {
+      const float e = exists ? share_of_uv<T>(adapter, list.ids[i]) : 0.0f;
+      static_cast<T*>(p.seq)[(rows.first + i) * z_width + s] = rounded<T>(adapter.scaling * e * q_u);
+    }
+  }
+  // Rows without a task that exists.
+  for (int at = threadIdx.x; at < rows.count * q_width; at += kThreads) {
+    const int i = at / q_width, r = at % q_width;
+    if (list.exists(adapter, i)) continue;
+    const float missing = list.missing(i);
+    static_cast<T*>(p.dh)[(rows.first + i) * q_width + r] = rounded<T>(r < adapter.rank ? missing : 0.0f);
+    if (p.dq_h != nullptr && r < adapter.rank) p.dq_h[(rows.first + i) * adapter.rank + r] = missing;
+  }
+  __syncthreads();
+
+  for (int task = 0; task < list.count; ++task) {
+    const int id = list.tasks[task];
+    const float f = share_of_b0<T>(adapter, id), e = share_of_uv<T>(adapter, id);
+    float dfusion[Tiles::kTilesM][2] = {};
+    for (int first = 0; first < q_width; first += 128) {
+      Tiles product;
+      product.clear();
+      pipeline(
+          steps, stages,
+          [&](int step, int stage) {
+            const int s = step * kDepth<T>;
+            load_tile<kDepth<T>>(right_at(stage), adapter.v, int64_t{id} * adapter.sub_rank + s, adapter.sub_rank - s,
+                                 first, adapter.rank - first);
+          },
+          [&](int step, int stage) { product.step(panel_at(step), right_at(stage), adapter.rank - first); });
+      UNROLL
+      for (int m = 0; m < Tiles::kTilesM; ++m) {
+        UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int i = Tiles::row(m, half);
+          if (list.ids[i] != id) continue;
+          const int64_t row = rows.first + i;
+          UNROLL
+          for (int j = 0; j < Tiles::kTilesN; ++j) {
+            const int r = first + Tiles::column(j);
+            if (r >= q_width) continue;  // the width is even
+            float dh[2];
+            UNROLL
+            for (int next = 0; next < 2; ++next) {
+              const int at = r + next;
+              const float b0_part = sum(i, at), uv_part = product.c[m][j][2 * half + next];
+              const float dq = adapter.scaling * (f * b0_part + e * uv_part);
+              dh[next] = 0;
+              if (at < adapter.rank) {
+                if (p.dfusion_rows != nullptr) {
+                  dfusion[m][half] += (b0_part - uv_part) * to_float(static_cast<const T*>(p.q)[row * q_width + at]);
+                }
+                if (p.dq_h != nullptr) {
+                  p.dq_h[row * adapter.rank + at] = dq * element<T>(p.h, row * p.h.stride + at);
+                }
+                dh[next] = dq * gate_of<T>(adapter, row, at);
+              }
+            }
+            store_pair(static_cast<T*>(p.dh) + row * q_width + r, dh[0], dh[1], true);
+          }
+        }
+      }
+    }
+    if (p.dfusion_rows == nullptr) continue;
+    UNROLL
+    for (int m = 0; m < Tiles::kTilesM; ++m) {
+      UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float of_warp = sum_of_four(dfusion[m][half]);
+        row_sums[Tiles::row(m, half) * Tiles::kWarpsN + threadIdx.x / 32 % Tiles::kWarpsN] = of_warp;
+      }
+    }
+    __syncthreads();
+    if (const int i = threadIdx.x; i < kM && list.ids[i] == id) {
+      float total = 0;
+      for (int warp = 0; warp < Tiles::kWarpsN; ++warp) total += row_sums[i * Tiles::kWarpsN + warp];
+      p.dfusion_rows[rows.first + i] = adapter.scaling * f * e * total;
+    }
+    __syncthreads();
+  }
+}
+
+// dx = D'(dh A) of a tile of rows and some tiles of columns.
+template <typename T, int kM>
+PART void input_gradient(const Backward& p, int row_tile, int group) {
+  using Tiles = Product<T, kM, kDxN, false, true>;
+  const Adapter& adapter = p.adapter;
+  const Range rows = tile_range(row_tile, kM, adapter.rows);
+  const Range tiles = share_range(group, p.groups, 1, static_cast<int>(ceil_div(adapter.columns, kDxN)));
+  if (tiles.count <= 0) return;
+  const int steps = static_cast<int>(ceil_div(adapter.q_width(), kDepth<T>));
+  const int panel = Workspace<kM>::panel_chunks(steps);
+  Chunk* stage_memory = Workspace<kM>::panel() + panel;
+  const int stages = Workspace<kM>::stages(p.launch.shared, panel, Tiles::kChunksB);
+  auto panel_at = [&](int k) { return typename Tiles::A{Workspace<kM>::panel() + Workspace<kM>::panel_chunks(k)}; };
+  auto right_at = [&](int stage) { return typename Tiles::B{stage_memory + stage * Tiles::kChunksB}; };
+  const Matrix dh = {p.dh, adapter.q_width(), false, true};
+  for (int k = 0; k < steps; ++k) {
+    load_tile<kM>(panel_at(k), dh, rows.first, rows.count, k * kDepth<T>, adapter.q_width() - k * kDepth<T>);
+  }
+  commit_copies();
+  Tiles product;
+  pipeline(
+      tiles.count * steps, stages,
+      [&](int step, int stage) {
+        const Range columns = tile_range(static_cast<int>(tiles.first) + step / steps, kDxN, adapter.columns);
+        const int r = step % steps * kDepth<T>;
+        load_tile<kDepth<T>>(right_at(stage), adapter.a, r, adapter.rank - r, columns.first, columns.count);
+      },
+      [&](int step, int stage) {
+        const Range columns = tile_range(static_cast<int>(tiles.first) + step / steps, kDxN, adapter.columns);
+        if (step % steps == 0) product.clear();
+        product.step(panel_at(step % steps), right_at(stage), columns.count);
+        if (step % steps != steps - 1) return;
+        const int64_t seed = adapter.seed == nullptr ? 0 : *adapter.seed;
+        UNROLL
+        for (int m = 0; m < Tiles::kTilesM; ++m) {
+          UNROLL
+          for (int half = 0; half < 2; ++half) {
+            const int i = Tiles::row(m, half);
+            const int64_t row = rows.first + i;
+            UNROLL
+            for (int j = 0; j < Tiles::kTilesN; j += 4) {
+              // Eight columns share one draw, and four lanes hold them: each lane draws for one of four tiles.
+              uint32_t drawn = 0xFF;
+              const int own = j + Tiles::lane() % 4;
+              if (adapter.seed != nullptr && own < Tiles::kTilesN) {
+                const int64_t block = (columns.first + Tiles::warp_column()) / 8 + own;
+                drawn = keep_bits(seed, row, static_cast<uint32_t>(block), adapter.threshold);
+              }
+              UNROLL
+              for (int next = j; next < j + 4 && next < Tiles::kTilesN; ++next) {
+                const uint32_t keep = adapter.seed == nullptr ? 0xFF : shuffle(drawn, Tiles::lane() / 4 * 4 + next - j);
+                const int column = Tiles::column(next), bit = Tiles::lane() % 4 * 2;
+                if (i >= rows.count || column >= columns.count) continue;
+                const float* values = product.c[m][next] + 2 * half;
+                store_pair(static_cast<T*>(p.dx) + row * adapter.columns + columns.first + column,
+                           keep >> bit & 1 ? values[0] * adapter.keep_scale : 0.0f,
+                           keep >> bit & 2 ? values[1] * adapter.keep_scale : 0.0f, column + 1 < columns.count);
+              }
+            }
+          }
+        }
+      });
+}
+
+// The sum of one number of each thread, by halves; thread 0 gets it.
+DEVICE float block_sum(float value) {
+  float* values = reinterpret_cast<float*>(shared_memory());
+  __syncthreads();
+  values[threadIdx.x] = value;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if (static_cast<int>(threadIdx.x) < half) values[threadIdx.x] += values[threadIdx.x + half];
+    __syncthreads();
+  }
+  return values[0];
+}
+
+template <typename T>
+PART void fusion_gradient(const Backward& p, int task) {
+  float sum = 0;
+  for (int64_t row = threadIdx.x; row < p.adapter.rows; row += kThreads) {
+    if (task_of(p.adapter, row) == task) sum += p.dfusion_rows[row];
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) store_gradient<T>(p.dfusion, p.wide_fusion, task, sum);
+}
+
+template <typename T>
+PART void gate_gradient(const Backward& p, int gate, int column_tile) {
+  const Adapter& adapter = p.adapter;
+  constexpr int kLines = kThreads / kGateColumns;
+  const int line = threadIdx.x / kGateColumns, column = threadIdx.x % kGateColumns;
+  const int r = column_tile * kGateColumns + column;
+  float sum = 0;
+  if (r < adapter.rank) {
+    for (int64_t row = line; row < adapter.rows; row += kLines) {
+      if (adapter.gate_row == nullptr || adapter.gate_row[row] == gate) sum += p.dq_h[row * adapter.rank + r];
+    }
+  }
+  float* values = reinterpret_cast<float*>(shared_memory());
+  __syncthreads();
+  values[threadIdx.x] = sum;
+  __syncthreads();
+  if (line == 0 && r < adapter.rank) {
+    for (int other = 1; other < kLines; ++other) sum += values[other * kGateColumns + column];
+    store_gradient<T>(p.dgate, p.wide_gate, int64_t{gate} * adapter.rank + r, sum);
+  }
+  __syncthreads();
+}
+
+// out [T, size] = the sum over the chunks of planes [chunks, T, size]; those of tasks without rows were never written.
+template <typename T>
+PART void sum_planes(const Backward& p, int item, const float* planes, bool by_task, void* out, bool wide,
+                       int64_t size) {
+  const int tasks = by_task ? p.adapter.tasks : 1;
+  const int chunks = static_cast<int>(ceil_div(p.adapter.rows, p.chunk));
+  const int64_t per_task = ceil_div(size, kSumElements), task = item / per_task;
+  for (int64_t at = item % per_task * kSumElements + threadIdx.x; at < size && at < (item % per_task + 1) * kSumElements;
+       at += kThreads) {
+    float sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int* span = p.spans + (chunk * tasks + task) * 2;
+      if (by_task && span[1] < span[0]) continue;
+      sum += planes[(chunk * tasks + task) * size + at];
+    }
+    store_gradient<T>(out, wide, task * size + at, sum);
+  }
+}
+
+template <typename T, int kM>
+DEVICE void run_item(const Backward& p, int phase, int item) {
+  const Adapter& adapter = p.adapter;
+  const Items& items = p.items;
+  if (phase == 0) {
+    if (item < items.prepares) {
+      T* fqz = static_cast<T*>(p.fqz);
+      T* h = static_cast<T*>(const_cast<void*>(p.h.data));
+      prepare<T, kM>({&adapter, nullptr, 0, h, fqz, static_cast<T*>(p.q), adapter.q_width(), fqz + adapter.q_width(),
+                      adapter.width(), p.launch.shared},
+                     item);
+    } else {
+      find_spans(p, item - items.prepares);
+    }
+  } else if (phase == 1) {
+    // The items of a chunk follow each other: the second read of its dy finds it in the L2 cache.
+    const int chunk = item / (items.shrinks + items.ups);
+    item %= items.shrinks + items.ups;
+    if (item < items.shrinks) {
+      const Coordinates at = coordinates(item, items.wide_tiles, p.splits);
+      shrink_dy<T, kM>(p, chunk * (p.chunk / kM) + at.first, at.second, at.third);
+    } else {
+      const Coordinates at = coordinates(item - items.shrinks, 1, items.outer_width_tiles);
+      outer_product<T, kM>(p, Outer::kUp, chunk, at.first, at.third);
+    }
+  } else if (phase == 2) {
+    finish_dh<T, kM>(p, item);
+  } else if (phase == 3) {
+    if (item < items.dxs) {
+      const Coordinates at = coordinates(item, 1, p.groups);
+      input_gradient<T, kM>(p, at.first, at.third);
+    } else if ((item -= items.dxs) < items.das + items.dvs) {
+      const bool down = item < items.das;
+      const Coordinates at = down ? coordinates(item, items.rank_tiles, items.column_tiles)
+                                  : coordinates(item - items.das, adapter.tasks, items.v_rank_tiles);
+      outer_product<T, kM>(p, down ? Outer::kDown : Outer::kV, at.first, at.second, at.third);
+    } else if ((item -= items.das + items.dvs) < items.fusions) {
+      fusion_gradient<T>(p, item);
+    } else {
+      const Coordinates at = coordinates(item - items.fusions, 1, items.gate_tiles);
+      gate_gradient<T>(p, at.first, at.third);
+    }
+  } else {
+    const int64_t k = adapter.columns, n = adapter.outputs, r = adapter.rank, s = adapter.sub_rank;
+    if (item < items.a_sums) {
+      sum_planes<T>(p, item, p.da_planes, false, p.da, p.wide_a, r * k);
+    } else if ((item -= items.a_sums) < items.b0_sums) {
+      sum_planes<T>(p, item, p.db0_planes, false, p.db0, p.wide_b0, n * r);
+    } else if ((item -= items.b0_sums) < items.u_sums) {
+      sum_planes<T>(p, item, p.du_planes, true, p.du, p.wide_u, n * s);
+    } else {
+      sum_planes<T>(p, item - items.u_sums, p.dv_planes, true, p.dv, p.wide_v, s * r);
+    }
+  }
+}
+
+template <typename T, int kM>
+KERNEL(kThreads)
+delta_backward(const KERNEL_PARAMETER Backward p) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  for (int phase = p.launch.first; phase <= p.launch.last; ++phase) {
+    if (phase > p.launch.first) meet(p.launch.state);
+    for (int item = blockIdx.x; item < p.items.of(phase); item += gridDim.x) run_item<T, kM>(p, phase, item);
+  }
+}
+
+template <typename T, int kM>
+auto kernel_of(T, std::integral_constant<int, kM>) {
+  return &delta_backward<T, kM>;
+}
+
+constexpr int64_t kPlaneBytes = int64_t{1} << 28;  // the shares of du may take this much before chunks grow
+
+void plan(Backward& p, Type type) {
+  const Adapter& adapter = p.adapter;
+  auto needs = [&](int tile_rows, Need(&found)[4]) {
+    const int wide = wide_columns(element_size(type), tile_rows), outer = outer_columns(element_size(type));
+    found[0] = {0, (tile_rows + 128) * 8};
+    found[1] = {0, larger((tile_rows + wide) * 8, (kOuterM + outer) * 8)};
+    found[2] = {panel_steps(0, adapter.sub_rank, type), 128 * 8};
+    found[3] = {panel_steps(adapter.rank, 0, type), kDxN * 8};
+  };
+  Need found[4];
+  needs(kManyRows, found);
+  p.launch.tile_rows = adapter.rows > kFewRowsUpTo && fits(kManyRows, found) ? kManyRows : kFewRows;
+  needs(p.launch.tile_rows, found);
+  p.launch.shared = shared_for(p.launch.tile_rows, found);
+  p.launch.first = 0;
+  p.launch.last = 4;
+  p.launch.blocks = instantiation(type, p.launch.tile_rows, [&](auto t, auto rows) {
+    return resident_blocks(kernel_of(t, rows), kThreads, p.launch.shared);
+  });
+  const int64_t row_tiles = ceil_div(adapter.rows, p.launch.tile_rows);
+  const int depth = type == Type::kFloat ? kDepth<float> : kDepth<Half>;
+  const int wide = wide_columns(element_size(type), p.launch.tile_rows);
+  p.splits = shares_for(row_tiles * ceil_div(adapter.width(), wide), p.launch.blocks, 2 * depth, adapter.outputs, 32);
+  p.groups = shares_for(row_tiles, 2 * p.launch.blocks, 1, static_cast<int>(ceil_div(adapter.columns, kDxN)), 1 << 20);
+  p.chunk = adapter.rows <= 2048 ? 512 : 2048;
+  const int64_t share = int64_t{4} * adapter.tasks * adapter.outputs * adapter.sub_rank;
+  while (p.chunk < adapter.rows && ceil_div(adapter.rows, p.chunk) * share > kPlaneBytes) p.chunk *= 2;
+}
+
+Items items_of(const Backward& p, int element_size) {
+  const Adapter& adapter = p.adapter;
+  Items items;
+  const int64_t rank = adapter.rank, columns = adapter.columns, outputs = adapter.outputs;
+  const bool ups_wanted = p.db0_planes != nullptr || p.du_planes != nullptr;
+  auto tiles = [](int64_t total, int size) { return static_cast<int>(ceil_div(total, size)); };
+  items.row_tiles = tiles(adapter.rows, p.launch.tile_rows);
+  items.chunks = tiles(adapter.rows, p.chunk);
+  items.wide_tiles = tiles(adapter.width(), wide_columns(element_size, p.launch.tile_rows));
+  items.outer_width_tiles = tiles(adapter.width(), outer_columns(element_size));
+  items.output_tiles = tiles(outputs, kOuterM);
+  items.rank_tiles = tiles(rank, kOuterM);
+  items.column_tiles = tiles(columns, outer_columns(element_size));
+  items.v_rank_tiles = tiles(rank, outer_columns(element_size));
+  items.gate_tiles = tiles(rank, kGateColumns);
+  items.prepares = p.q != nullptr ? items.row_tiles : 0;
+  items.spans = p.spans != nullptr ? items.chunks : 0;
+  items.shrinks = p.dh != nullptr ? p.chunk / p.launch.tile_rows * items.wide_tiles * p.splits : 0;
+  items.ups = ups_wanted ? items.output_tiles * items.outer_width_tiles : 0;
+  items.finishes = p.dh != nullptr ? items.row_tiles : 0;
+  items.dxs = p.dx != nullptr ? items.row_tiles * p.groups : 0;
+  items.das = p.da_planes != nullptr ? items.chunks * items.rank_tiles * items.column_tiles : 0;
+  items.dvs = p.dv_planes != nullptr ? items.chunks * adapter.tasks * items.v_rank_tiles : 0;
+  items.fusions = p.dfusion != nullptr ? adapter.tasks : 0;
+  items.gates = p.dgate != nullptr ? adapter.gates * items.gate_tiles : 0;
+  items.a_sums = p.da_planes != nullptr ? tiles(rank * columns, kSumElements) : 0;
+  items.b0_sums = p.db0_planes != nullptr ? tiles(outputs * rank, kSumElements) : 0;
+  items.u_sums = p.du_planes != nullptr ? adapter.tasks * tiles(outputs * adapter.sub_rank, kSumElements) : 0;
+  items.v_sums = p.dv_planes != nullptr ? adapter.tasks * tiles(rank * adapter.sub_rank, kSumElements) : 0;
+  return items;
+}
+
+void run(Backward& p, Type type, bool one_launch, Stream stream) {
+  p.items = items_of(p, element_size(type));
+  instantiation(type, p.launch.tile_rows, [&](auto t, auto rows) {
+    run_phases(kernel_of(t, rows), p, one_launch, stream, [&](int phase) { return p.items.of(phase); });
+  });
+}
+
+}  // namespace lilora

@@ -1,0 +1,234 @@
+// The forward of `delta`: y = bias + s (f q B0^T + z U_t^T), h = D(x) A^T, q = h * g, z = e q V_t^T; and for few rows
+// the base product x W^T as well.
+//
+// Phase 0  shares of h, and of x W^T
+// Phase 1  h, q and z of tiles of rows
+// Phase 2  y by tiles of rows and of outputs
+#include "plan.h"
+#include "prepare.h"
+
+namespace lilora {
+
+constexpr int kTileN = 128;
+
+// A share of the columns of x: of h = D(x) A^T, or of the base product x W^T.
+template <typename T, int kM>
+PART void product_share(const Forward& p, bool base, Coordinates at) {
+  using Tiles = Product<T, kM, kTileN, false, false>;
+  const Adapter& adapter = p.adapter;
+  const Matrix& right = base ? p.weight : adapter.a;
+  const int rights = base ? adapter.outputs : adapter.rank, share = at.third;
+  const int stride = base ? adapter.outputs : adapter.q_width();
+  float* planes = base ? p.base_planes : p.planes;
+  const bool dropped = !base && adapter.seed != nullptr;
+  const Range rows = tile_range(at.first, kM, adapter.rows), columns = tile_range(at.second, kTileN, rights);
+  const Range depth = share_range(share, base ? p.base_splits : p.splits, kDepth<T>, adapter.columns);
+  Chunk* stage_memory = Workspace<kM>::panel();
+  const int stages = Workspace<kM>::stages(p.launch.shared, 0, Tiles::kChunksA + Tiles::kChunksB);
+  auto left_at = [&](int stage) { return typename Tiles::A{stage_memory + stage * (Tiles::kChunksA + Tiles::kChunksB)}; };
+  auto right_at = [&](int stage) { return typename Tiles::B{left_at(stage).data + Tiles::kChunksA}; };
+  Tiles product;
+  product.clear();
+  pipeline(
+      (depth.count + kDepth<T> - 1) / kDepth<T>, stages,
+      [&](int step, int stage) {
+        const int64_t k = depth.first + step * kDepth<T>;
+        const int left = depth.count - step * kDepth<T>;
+        load_tile<kM>(left_at(stage), p.x, rows.first, rows.count, k, left);
+        load_tile<kTileN>(right_at(stage), right, columns.first, columns.count, k, left);
+      },
+      [&](int step, int stage) {
+        if (dropped) {
+          drop<kM>(left_at(stage), adapter, rows.first, static_cast<int>(depth.first) + step * kDepth<T>);
+          __syncthreads();
+        }
+        product.step(left_at(stage), right_at(stage), columns.count);
+      });
+  product.for_each([&](int i, int j, float left, float right_value) {
+    const int64_t column = columns.first + j;
+    if (i < rows.count && column < stride) {
+      store_pair(planes + (share * adapter.rows + rows.first + i) * stride + column, left, right_value,
+                 column + 1 < stride);
+    }
+  });
+}
+
+template <typename T, int kM>
+PART void expand(const Forward& p, int row_tile, int group) {
+  using Tiles = Product<T, kM, kTileN, false, false>;
+  const Adapter& adapter = p.adapter;
+  const Range rows = tile_range(row_tile, kM, adapter.rows);
+  const Range tiles = share_range(group, p.groups, 1, static_cast<int>(ceil_div(adapter.outputs, kTileN)));
+  if (tiles.count <= 0) return;
+  TaskList<kM>& list = Workspace<kM>::list();
+  list.fill(adapter, rows);
+
+  const int q_steps = static_cast<int>(ceil_div(adapter.q_width(), kDepth<T>));
+  const int z_steps = static_cast<int>(ceil_div(padded(adapter.sub_rank), kDepth<T>));
+  const int panel = Workspace<kM>::panel_chunks(q_steps + z_steps);
+  Chunk* stage_memory = Workspace<kM>::panel() + panel;
+  const int stages = Workspace<kM>::stages(p.launch.shared, panel, Tiles::kChunksB);
+  auto panel_at = [&](int k) { return typename Tiles::A{Workspace<kM>::panel() + Workspace<kM>::panel_chunks(k)}; };
+  auto right_at = [&](int stage) { return typename Tiles::B{stage_memory + stage * Tiles::kChunksB}; };
+
+  // The rows of [q | z] stay; the tiles of parameters pass by.
+  const Matrix qz = {p.qz, adapter.width(), false, true};
+  for (int k = 0; k < q_steps; ++k) {
+    load_tile<kM>(panel_at(k), qz, rows.first, rows.count, k * kDepth<T>, adapter.q_width() - k * kDepth<T>);
+  }
+  for (int k = 0; k < z_steps; ++k) {
+    load_tile<kM>(panel_at(q_steps + k), qz, rows.first, rows.count, adapter.q_width() + k * kDepth<T>,
+                  padded(adapter.sub_rank) - k * kDepth<T>);
+  }
+  commit_copies();
+
+  // Where a tile of rows has several tasks each takes a pass of its own, whose result only its rows keep: so a row gets
+  // the same sum in any company, and what is not finite in one task's factors stays there. Small tiles may have as many
+  // tasks as rows: they keep the product with B0 between the passes.
+  constexpr bool kKeep = kM == kFewRows;
+  const int passes = larger(list.count, 1);
+  const int again = kKeep ? z_steps : q_steps + z_steps;  // steps of each pass but the first
+  const int steps = q_steps + z_steps + (passes - 1) * again;  // of one tile of outputs
+  struct Position {
+    Range columns;
+    int pass, k;
+  };
+  auto position = [&](int step) -> Position {
+    const Range columns = tile_range(static_cast<int>(tiles.first) + step / steps, kTileN, adapter.outputs);
+    const int first = step % steps, later = first - q_steps - z_steps;
+    if (later < 0) return {columns, 0, first};
+    return {columns, 1 + later / again, (kKeep ? q_steps : 0) + later % again};
+  };
+  Tiles product, kept;
+  pipeline(
+      tiles.count * steps, stages,
+      [&](int step, int stage) {
+        const Position at = position(step);
+        if (at.k < q_steps) {
+          load_tile<kTileN>(right_at(stage), adapter.b0, at.columns.first, at.columns.count, at.k * kDepth<T>,
+                            adapter.rank - at.k * kDepth<T>);
+        } else {
+          // Without a task in the tile its rows take nothing of this.
+          const int64_t task = list.count > 0 ? list.tasks[at.pass] : 0;
+          const int s = (at.k - q_steps) * kDepth<T>;
+          load_tile<kTileN>(right_at(stage), adapter.u, task * adapter.outputs + at.columns.first, at.columns.count, s,
+                            adapter.sub_rank - s);
+        }
+      },
+      [&](int step, int stage) {
+        const Position at = position(step);
+        if (at.k == 0) product.clear();
+        if (kKeep && at.pass > 0 && at.k == q_steps) product = kept;
+        product.step(panel_at(at.k), right_at(stage), at.columns.count);
+        if (at.k == q_steps - 1 && adapter.fusion.data != nullptr) {
+          UNROLL
+          for (int i = 0; i < Tiles::kTilesM; ++i) {
+            UNROLL
+            for (int half = 0; half < 2; ++half) {
+              const int row = Tiles::row(i, half);
+              const float f = list.exists(adapter, row) ? share_of_b0<T>(adapter, list.ids[row]) : 1.0f;
+              UNROLL
+              for (int j = 0; j < Tiles::kTilesN; ++j) {
+                product.c[i][j][2 * half] *= f;
+                product.c[i][j][2 * half + 1] *= f;
+              }
+            }
+          }
+        }
+        if (kKeep && at.k == q_steps - 1) kept = product;
+        if (at.k != q_steps + z_steps - 1) return;
+        product.for_each([&](int i, int j, float left, float right) {
+          const bool exists = list.exists(adapter, i);
+          if (i >= rows.count || j >= at.columns.count || (exists ? list.ids[i] != list.tasks[at.pass] : at.pass > 0)) return;
+          const int64_t row = rows.first + i, column = at.columns.first + j;
+          const bool both = j + 1 < at.columns.count;
+          float values[2] = {left * adapter.scaling, right * adapter.scaling};
+          UNROLL
+          for (int e = 0; e < 2; ++e) {
+            if (!exists) values[e] = list.missing(i);
+            if (e == 1 && !both) continue;
+            for (int share = 0; share < p.base_splits; ++share) {
+              values[e] += p.base_planes[(share * adapter.rows + row) * adapter.outputs + column + e];
+            }
+            if (p.bias.data != nullptr) values[e] += element<T>(p.bias, column + e);
+          }
+          store_pair(static_cast<T*>(p.y) + row * adapter.outputs + column, values[0], values[1], both);
+        });
+      });
+}
+
+template <typename T, int kM>
+KERNEL(kThreads)
+delta_forward(const KERNEL_PARAMETER Forward p) {
+  const Adapter& adapter = p.adapter;
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  for (int phase = p.launch.first; phase <= p.launch.last; ++phase) {
+    if (phase > p.launch.first) meet(p.launch.state);
+    if (phase == 0) {
+      const int shrinks = p.row_tiles * p.rank_tiles * p.splits;
+      const int items = shrinks + p.row_tiles * p.output_tiles * p.base_splits;
+      for (int item = blockIdx.x; item < items; item += gridDim.x) {
+        const bool base = item >= shrinks;
+        const Coordinates at = base ? coordinates(item - shrinks, p.output_tiles, p.base_splits)
+                                    : coordinates(item, p.rank_tiles, p.splits);
+        product_share<T, kM>(p, base, at);
+      }
+    } else if (phase == 1) {
+      const Prepare<T> work = {&adapter, p.planes, p.splits, static_cast<T*>(p.h), nullptr, static_cast<T*>(p.qz),
+                               adapter.width(), static_cast<T*>(p.qz) + adapter.q_width(), adapter.width(), p.launch.shared};
+      for (int item = blockIdx.x; item < p.row_tiles; item += gridDim.x) prepare<T, kM>(work, item);
+    } else {
+      for (int item = blockIdx.x; item < p.row_tiles * p.groups; item += gridDim.x) {
+        const Coordinates at = coordinates(item, 1, p.groups);
+        expand<T, kM>(p, at.first, at.third);
+      }
+    }
+  }
+}
+
+template <typename T, int kM>
+auto kernel_of(T, std::integral_constant<int, kM>) {
+  return &delta_forward<T, kM>;
+}
+
+bool built_for_current_device() { return has_code(&delta_forward<float, kFewRows>); }
+
+void plan(Forward& p, Type type) {
+  const Adapter& adapter = p.adapter;
+  const int steps = panel_steps(adapter.rank, adapter.sub_rank, type);
+  auto needs = [&](int tile_rows, Need(&found)[2]) {
+    found[0] = {0, (tile_rows + kTileN) * 8};
+    found[1] = {steps, kTileN * 8};
+  };
+  Need found[2];
+  needs(kManyRows, found);
+  p.launch.tile_rows = adapter.rows > kFewRowsUpTo && fits(kManyRows, found) ? kManyRows : kFewRows;
+  needs(p.launch.tile_rows, found);
+  p.launch.shared = shared_for(p.launch.tile_rows, found);
+  p.launch.first = 0;
+  p.launch.last = 2;
+  p.launch.blocks = instantiation(type, p.launch.tile_rows, [&](auto t, auto rows) {
+    return resident_blocks(kernel_of(t, rows), kThreads, p.launch.shared);
+  });
+  p.row_tiles = static_cast<int>(ceil_div(adapter.rows, p.launch.tile_rows));
+  p.rank_tiles = static_cast<int>(ceil_div(adapter.rank, kTileN));
+  p.output_tiles = static_cast<int>(ceil_div(adapter.outputs, kTileN));
+  const int depth = type == Type::kFloat ? kDepth<float> : kDepth<Half>;
+  p.splits = shares_for(p.row_tiles * p.rank_tiles, p.launch.blocks, 2 * depth, adapter.columns, 32);
+  p.base_splits =
+      p.weight.data == nullptr
+          ? 0
+          : shares_for(p.row_tiles * p.output_tiles, 2 * p.launch.blocks, 8 * depth, adapter.columns, 8);
+  p.groups = shares_for(p.row_tiles, 2 * p.launch.blocks, 1, p.output_tiles, p.output_tiles);
+}
+
+void run(const Forward& p, Type type, bool one_launch, Stream stream) {
+  const int items[] = {p.row_tiles * (p.rank_tiles * p.splits + p.output_tiles * p.base_splits), p.row_tiles,
+                       p.row_tiles * p.groups};
+  instantiation(type, p.launch.tile_rows, [&](auto t, auto rows) {
+    run_phases(kernel_of(t, rows), p, one_launch, stream, [&](int phase) { return items[phase]; });
+  });
+}
+
+}  // namespace lilora

@@ -1,0 +1,273 @@
+// What the kernels need of the device, in one place: element types, asynchronous copies, tensor-core products, launches.
+//
+// A compiler other than nvcc gets the same names from tests/emulation/emulation.h, which runs the threads of a grid on a CPU,
+// so that the tests execute the very kernels that a GPU would.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#define DEVICE __device__ __forceinline__
+#define PART __device__ __noinline__  // a part of a kernel with registers of its own
+#define KERNEL_PARAMETER __grid_constant__
+#define KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
+#else
+#include "emulation.h"
+#endif
+
+namespace lilora {
+
+// The bits of a 16-bit number.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Sixteen bytes: what one thread moves at once.
+struct alignas(16) Chunk {
+  uint32_t words[4];
+};
+
+template <typename T>
+constexpr int kPerChunk = 16 / sizeof(T);
+
+#ifdef __CUDACC__
+
+using Stream = cudaStream_t;
+
+DEVICE float to_float(float x) { return x; }
+DEVICE float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+DEVICE float to_float(BFloat16 x) { return __bfloat162float(__ushort_as_bfloat16(x.bits)); }
+
+template <typename T>
+DEVICE T rounded(float x);
+template <>
+DEVICE float rounded<float>(float x) {
+  return x;
+}
+template <>
+DEVICE Half rounded<Half>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+template <>
+DEVICE BFloat16 rounded<BFloat16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+
+DEVICE uint8_t* shared_memory() {
+  extern __shared__ __align__(128) uint8_t bytes[];
+  return bytes;
+}
+
+DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Copies `bytes` (0..16) to shared memory and fills the rest of the sixteen with zeros. Bypasses the L1 cache.
+DEVICE void copy_async(Chunk* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+               : "memory");
+}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `pending` (0..2) of the groups committed last are under way.
+DEVICE void wait_copies(int pending) {
+  if (pending == 0) {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+  } else if (pending == 1) {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 2;" ::: "memory");
+  }
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane i names row i mod 8 of matrix i / 8.
+template <bool kTransposed>
+DEVICE void load_matrices(uint32_t (&r)[4], const Chunk* row) {
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+
+// c [16, 8] += a [16, 16] b [16, 8] by one warp, in the layout of mma.m16n8k16.
+template <typename T>
+DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+DEVICE void multiply<Half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+DEVICE void multiply<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The sum over the four lanes that hold one row of a product; every one of them gets it.
+DEVICE float sum_of_four(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+DEVICE uint32_t shuffle(uint32_t x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+
+DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
+
+// All blocks of the launch arrive before any goes on. state [2]: arrivals and generation, zeros at first.
+//
+// The last one to arrive clears the arrivals before it opens the next generation, so the state serves launches of any
+// number of blocks one after another.
+DEVICE void meet(int* state) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int generation, now;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(generation) : "l"(state + 1) : "memory");
+    __threadfence();
+    if (atomicAdd(state, 1) == static_cast<int>(gridDim.x) - 1) {
+      atomicExch(state, 0);
+      __threadfence();
+      atomicAdd(state + 1, 1);
+    } else {
+      do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(state + 1) : "memory");
+      } while (now == generation);
+    }
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+// Programmatic dependent launch (sm_90 and later; nothing before): wait for what the kernel before us wrote, and let
+// the one after us start.
+DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("lilora_cuda: ") + what + " failed: " + cudaGetErrorString(error));
+  }
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device, value;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+inline int processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int largest_shared_memory() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
+// Whether the binary has `kernel` for the current device.
+template <typename Params>
+bool has_code(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes;
+  const bool has = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess;
+  cudaGetLastError();
+  return has;
+}
+
+// How many blocks of `kernel` the device holds at once.
+template <typename Params>
+int resident_blocks(void (*kernel)(Params), int threads, int shared) {
+  int device, blocks;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(reinterpret_cast<const void*>(kernel), shared, device);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  check(cudaFuncSetAttribute(std::get<0>(key), cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+        "cudaFuncSetAttribute");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "an occupancy query");
+  return known[key] = blocks * processors();
+}
+
+enum class Together { kNo, kCooperative, kDependent };  // kDependent: may start while the kernel before it ends
+
+// Launches `kernel`, which resident_blocks() has seen; false when a cooperative grid of so many blocks cannot be resident at once.
+template <typename Params>
+bool launch(void (*kernel)(Params), const Params& params, int blocks, int threads, int shared, Together together,
+            Stream stream) {
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  if (together == Together::kCooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    config.numAttrs = 1;
+  } else if (together == Together::kDependent && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.numAttrs = 1;
+  }
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, params);
+  if (error == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();
+    return false;
+  }
+  check(error, "a kernel launch");
+  return true;
+}
+
+#else
+
+inline float to_float(Half x) { return emulation::half_to_float(x.bits); }
+inline float to_float(BFloat16 x) { return emulation::bfloat16_to_float(x.bits); }
+template <>
+inline float rounded<float>(float x) {
+  return x;
+}
+template <>
+inline Half rounded<Half>(float x) {
+  return {emulation::float_to_half(x)};
+}
+template <>
+inline BFloat16 rounded<BFloat16>(float x) {
+  return {emulation::float_to_bfloat16(x)};
+}
+
+#endif
+
+}  // namespace lilora

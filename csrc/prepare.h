@@ -1,0 +1,79 @@
+// q = h * g and z = e q V_t^T of a tile of rows: a phase of both directions.
+#pragma once
+
+#include "adapter.h"
+
+namespace lilora {
+
+template <typename T>
+struct Prepare {
+  const Adapter* adapter;
+  const float* planes;  // [splits, M, q_width] shares of h; null where h is given
+  int splits;
+  T* h;       // [M, R]: written where there are planes, read otherwise
+  T* fq;      // f q in rows of `stride`, or null
+  T* q;       // q in rows of q_stride
+  int q_stride;
+  T* z;       // e q V_t^T in rows of `stride`
+  int stride;
+  int shared;
+};
+
+template <typename T, int kM>
+PART void prepare(const Prepare<T>& p, int row_tile) {
+  using Tiles = Product<T, kM, 128, false, false>;
+  const Adapter& adapter = *p.adapter;
+  const Range rows = tile_range(row_tile, kM, adapter.rows);
+  const int width = adapter.q_width();
+  TaskList<kM>& list = Workspace<kM>::list();
+  list.fill(adapter, rows);
+  for (int at = threadIdx.x; at < rows.count * width; at += kThreads) {
+    const int i = at / width, r = at % width;
+    const int64_t row = rows.first + i;
+    T q = rounded<T>(0.0f);
+    if (r < adapter.rank) {
+      T* h = p.h + row * adapter.rank + r;
+      if (p.planes != nullptr) {
+        float sum = 0;
+        for (int split = 0; split < p.splits; ++split) sum += p.planes[(split * adapter.rows + row) * width + r];
+        *h = rounded<T>(sum * adapter.keep_scale);
+      }
+      q = adapter.gate.data == nullptr ? *h : rounded<T>(to_float(*h) * gate_of<T>(adapter, row, r));
+    }
+    p.q[row * p.q_stride + r] = q;
+    if (p.fq != nullptr) {
+      const float f = list.exists(adapter, i) ? share_of_b0<T>(adapter, list.ids[i]) : 0.0f;
+      p.fq[row * p.stride + r] = rounded<T>(f * to_float(q));
+    }
+  }
+  if (adapter.sub_rank == 0) return;
+  __syncthreads();
+
+  Chunk* stage_memory = Workspace<kM>::panel();
+  const int stages = Workspace<kM>::stages(p.shared, 0, Tiles::kChunksA + Tiles::kChunksB);
+  auto left_at = [&](int stage) { return typename Tiles::A{stage_memory + stage * (Tiles::kChunksA + Tiles::kChunksB)}; };
+  auto right_at = [&](int stage) { return typename Tiles::B{left_at(stage).data + Tiles::kChunksA}; };
+  const Matrix left = {p.q, p.q_stride, false, true};
+  for (int task = 0; task < list.count; ++task) {
+    const int id = list.tasks[task];
+    Tiles product;
+    product.clear();
+    pipeline(
+        (width + kDepth<T> - 1) / kDepth<T>, stages,
+        [&](int step, int stage) {
+          const int r = step * kDepth<T>;
+          load_tile<kM>(left_at(stage), left, rows.first, rows.count, r, width - r);
+          load_tile<128>(right_at(stage), adapter.v, int64_t{id} * adapter.sub_rank, adapter.sub_rank, r,
+                         adapter.rank - r);
+        },
+        [&](int, int stage) { product.step(left_at(stage), right_at(stage), adapter.sub_rank); });
+    const float e = share_of_uv<T>(adapter, id);
+    product.for_each([&](int i, int s, float first, float second) {
+      if (i < rows.count && list.ids[i] == id && s < padded(adapter.sub_rank)) {
+        store_pair(p.z + (rows.first + i) * p.stride + s, e * first, e * second, true);
+      }
+    });
+  }
+}
+
+}  // namespace lilora

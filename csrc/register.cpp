@@ -1,0 +1,248 @@
+// The operations lilora_cuda::*, which the Python operations lilora::* call. Registered through torch's stable ABI: one
+// binary serves every torch from 2.10 on.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "delta.h"
+
+namespace lilora {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Type::kFloat;
+    case ScalarType::Half:
+      return Type::kHalf;
+    case ScalarType::BFloat16:
+      return Type::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "lilora_cuda: x must be float32, float16 or bfloat16");
+  }
+}
+
+// A tensor of one to three dimensions as rows of its last one; `like` is the activation whose type the kernel works in.
+Matrix matrix(const Tensor& t, const Tensor& like) {
+  const bool same = t.scalar_type() == like.scalar_type();
+  STD_TORCH_CHECK(same || t.scalar_type() == ScalarType::Float,
+                  "lilora_cuda: a parameter must have the type of the activations or float32");
+  const int64_t dims = t.dim();
+  STD_TORCH_CHECK(dims < 1 || t.stride(dims - 1) == 1 || t.size(dims - 1) <= 1,
+                  "lilora_cuda: the last dimension of a tensor must be contiguous");
+  const int64_t stride = dims < 2 ? t.numel() : t.stride(dims - 2);
+  STD_TORCH_CHECK(dims < 3 || t.is_contiguous(), "lilora_cuda: u and v must be contiguous");
+  const int64_t bytes = static_cast<int64_t>(t.element_size());
+  const void* data = t.data_ptr();
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0;
+  return {data, stride, !same, aligned};
+}
+Matrix matrix(const Optional& t, const Tensor& like) { return t ? matrix(*t, like) : Matrix{nullptr, 0, false, false}; }
+
+template <typename T>
+const T* data(const Optional& t) {
+  return t ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+
+struct Parameters {
+  const Tensor &a, &b0;
+  const Optional &u, &v, &fusion, &task, &gate, &gate_row, &seed;
+  double scaling, keep_scale;
+  int64_t threshold;
+};
+
+Adapter adapter_of(const Parameters& p, const Tensor& like, int64_t rows) {
+  Adapter adapter = {};
+  adapter.a = matrix(p.a, like);
+  adapter.b0 = matrix(p.b0, like);
+  adapter.u = matrix(p.u, like);
+  adapter.v = matrix(p.v, like);
+  adapter.fusion = matrix(p.fusion, like);
+  adapter.gate = matrix(p.gate, like);
+  adapter.task = data<int>(p.task);
+  adapter.gate_row = data<int>(p.gate_row);
+  adapter.seed = p.threshold > 0 ? data<int64_t>(p.seed) : nullptr;
+  adapter.threshold = static_cast<uint32_t>(p.threshold);
+  adapter.keep_scale = static_cast<float>(p.keep_scale);
+  adapter.scaling = static_cast<float>(p.scaling);
+  adapter.rows = rows;
+  adapter.columns = static_cast<int>(p.a.size(1));
+  adapter.outputs = static_cast<int>(p.b0.size(0));
+  adapter.rank = static_cast<int>(p.a.size(0));
+  adapter.sub_rank = p.u ? static_cast<int>(p.u->size(2)) : 0;
+  adapter.tasks = p.u ? static_cast<int>(p.u->size(0)) : 1;
+  adapter.gates = p.gate ? static_cast<int>(p.gate->size(0)) : 0;
+  return adapter;
+}
+
+#ifdef __CUDACC__
+Stream current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<Stream>(stream);
+}
+using Guard = torch::stable::accelerator::DeviceGuard;
+#else
+Stream current_stream(const Tensor&) { return nullptr; }
+struct Guard {
+  explicit Guard(int) {}
+};
+#endif
+
+// New tensors of the device of `like`.
+struct Allocate {
+  const Tensor& like;
+  std::vector<Tensor> kept;  // until the launch is queued
+
+  Tensor tensor(std::vector<int64_t> shape, ScalarType type) const { return torch::stable::new_empty(like, shape, type); }
+  void* activation(bool wanted, std::vector<int64_t> shape) { return keep(wanted, shape, like.scalar_type()); }
+  float* floats(bool wanted, std::vector<int64_t> shape) {
+    return static_cast<float*>(keep(wanted, shape, ScalarType::Float));
+  }
+  int* integers(bool wanted, std::vector<int64_t> shape) {
+    return static_cast<int*>(keep(wanted, shape, ScalarType::Int));
+  }
+
+ private:
+  void* keep(bool wanted, const std::vector<int64_t>& shape, ScalarType type) {
+    if (!wanted) return nullptr;
+    kept.push_back(tensor(shape, type));
+    return kept.back().data_ptr();
+  }
+};
+
+// y [M, N] = bias + delta, and h [M, R]; with weight the base product is added too.
+std::tuple<Tensor, Tensor> delta_forward(Tensor x, Optional weight, Optional bias, Tensor a, Tensor b0, Optional u,
+                                         Optional v, Optional fusion, Optional task, Optional gate, Optional gate_row,
+                                         Optional seed, Tensor state, double scaling, int64_t threshold,
+                                         double keep_scale, bool one_launch) {
+  const Guard guard(x.get_device_index());
+  const Type type = type_of(x);
+  const int64_t rows = x.size(0);
+  Forward p = {};
+  p.adapter = adapter_of({a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, keep_scale, threshold}, x, rows);
+  p.x = matrix(x, x);
+  p.weight = matrix(weight, x);
+  p.bias = matrix(bias, x);
+  p.launch.state = static_cast<int*>(state.data_ptr());
+  Allocate make{x, {}};
+  Tensor y = make.tensor({rows, p.adapter.outputs}, x.scalar_type());
+  Tensor h = make.tensor({rows, p.adapter.rank}, x.scalar_type());
+  if (rows == 0 || p.adapter.outputs == 0) return {y, h};
+  plan(p, type);
+  p.y = y.data_ptr();
+  p.h = h.data_ptr();
+  p.qz = make.activation(true, {rows, p.adapter.width()});
+  p.planes = make.floats(true, {p.splits, rows, p.adapter.q_width()});
+  p.base_planes = make.floats(p.base_splits > 0, {p.base_splits, rows, p.adapter.outputs});
+  run(p, type, one_launch, current_stream(x));
+  return {y, h};
+}
+
+constexpr int kGradients = 7;  // of x, a, b0, u, v, fusion, gate
+
+// The gradients whose bit is set in `needs`, in order; dx without the part through the base.
+std::vector<Tensor> delta_backward(Tensor dy, Optional x, Optional h, Tensor a, Tensor b0, Optional u, Optional v,
+                                   Optional fusion, Optional task, Optional gate, Optional gate_row, Optional seed,
+                                   Tensor state, double scaling, int64_t threshold, double keep_scale, int64_t low_rank,
+                                   int64_t high_rank, int64_t needs, bool one_launch) {
+  const Guard guard(dy.get_device_index());
+  const Type type = type_of(dy);
+  const int64_t rows = dy.size(0);
+  Backward p = {};
+  p.adapter = adapter_of({a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, keep_scale, threshold}, dy, rows);
+  const Adapter& adapter = p.adapter;
+  p.dy = matrix(dy, dy);
+  p.x = matrix(x, dy);
+  p.h = matrix(h, dy);
+  p.launch.state = static_cast<int*>(state.data_ptr());
+  p.low_rank = static_cast<int>(low_rank);
+  p.high_rank = static_cast<int>(high_rank);
+
+  Allocate make{dy, {}};
+  std::vector<Tensor> gradients;
+  const Optional inputs[kGradients] = {std::nullopt, a, b0, u, v, fusion, gate};
+  void** const to[kGradients] = {&p.dx, &p.da, &p.db0, &p.du, &p.dv, &p.dfusion, &p.dgate};
+  bool* const wide[kGradients] = {nullptr, &p.wide_a, &p.wide_b0, &p.wide_u, &p.wide_v, &p.wide_fusion, &p.wide_gate};
+  for (int i = 0; i < kGradients; ++i) {
+    if ((needs >> i & 1) == 0) continue;
+    if (i == 0) {
+      gradients.push_back(make.tensor({rows, adapter.columns}, dy.scalar_type()));
+    } else {
+      std::vector<int64_t> shape;
+      for (int64_t d = 0; d < inputs[i]->dim(); ++d) shape.push_back(inputs[i]->size(d));
+      gradients.push_back(make.tensor(shape, inputs[i]->scalar_type()));
+      *wide[i] = inputs[i]->scalar_type() != dy.scalar_type();
+    }
+    *to[i] = gradients.back().data_ptr();
+  }
+  if (rows == 0) {
+    for (Tensor& gradient : gradients) torch::stable::zero_(gradient);
+    return gradients;
+  }
+  const int64_t rank = adapter.rank, sub_rank = adapter.sub_rank, tasks = adapter.tasks, outputs = adapter.outputs;
+  const bool da = p.da != nullptr, db0 = p.db0 != nullptr, du = p.du != nullptr, dv = p.dv != nullptr;
+  const bool dfusion = p.dfusion != nullptr, dgate = p.dgate != nullptr;
+  const bool dh = p.dx != nullptr || da || dv || dfusion || dgate;
+  plan(p, type);
+  const int64_t chunks = ceil_div(rows, p.chunk);
+  p.fqz = make.activation(db0 || du || dv || dfusion, {rows, adapter.width()});
+  p.q = make.activation(p.fqz != nullptr, {rows, adapter.q_width()});
+  p.spans = make.integers(db0 || du || dv, {chunks, tasks, 2});
+  p.dh = make.activation(dh, {rows, adapter.q_width()});
+  p.planes = make.floats(dh, {p.splits, rows, adapter.width()});
+  p.seq = make.activation(dv, {rows, padded(adapter.sub_rank)});
+  p.dq_h = make.floats(dgate, {rows, rank});
+  p.dfusion_rows = make.floats(dfusion, {rows});
+  p.da_planes = make.floats(da, {chunks, rank, adapter.columns});
+  p.db0_planes = make.floats(db0, {chunks, outputs, rank});
+  p.du_planes = make.floats(du, {chunks, tasks, outputs, sub_rank});
+  p.dv_planes = make.floats(dv, {chunks, tasks, sub_rank, rank});
+  run(p, type, one_launch, current_stream(dy));
+  return gradients;
+}
+
+bool has_code_for(int64_t device) {
+  const Guard guard(static_cast<int>(device));
+  return built_for_current_device();
+}
+
+}  // namespace
+}  // namespace lilora
+
+#ifdef __CUDACC__
+#define LILORA_DEVICE CUDA
+#else
+#define LILORA_DEVICE CPU
+#endif
+
+STABLE_TORCH_LIBRARY(lilora_cuda, m) {
+  m.def(
+      "delta_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor a, Tensor b0, Tensor? u, Tensor? v, Tensor? fusion, "
+      "Tensor? task, Tensor? gate, Tensor? gate_row, Tensor? seed, Tensor state, float scaling, int threshold, "
+      "float keep_scale, bool one_launch) -> (Tensor, Tensor)");
+  m.def(
+      "delta_backward(Tensor dy, Tensor? x, Tensor? h, Tensor a, Tensor b0, Tensor? u, Tensor? v, Tensor? fusion, "
+      "Tensor? task, Tensor? gate, Tensor? gate_row, Tensor? seed, Tensor state, float scaling, int threshold, "
+      "float keep_scale, int low_rank, int high_rank, int needs, bool one_launch) -> Tensor[]");
+  m.def("built_for(int device) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lilora_cuda, LILORA_DEVICE, m) {
+  m.impl("delta_forward", TORCH_BOX(&lilora::delta_forward));
+  m.impl("delta_backward", TORCH_BOX(&lilora::delta_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lilora_cuda, CompositeExplicitAutograd, m) {
+  m.impl("built_for", TORCH_BOX(&lilora::has_code_for));
+}

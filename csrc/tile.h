@@ -1,0 +1,224 @@
+// Tiles in shared memory, their loads, and products of tiles by one block of threads.
+#pragma once
+
+#include "work.h"
+
+namespace lilora {
+
+constexpr int kThreads = 256;
+constexpr int kMostStages = 4;
+
+// How many elements of the summed dimension one step takes: 128 bytes of a row.
+template <typename T>
+constexpr int kDepth = 128 / sizeof(T);
+
+// A row-major matrix in global memory. `wide`: fp32 where the kernel computes in 16 bits. `aligned`: its rows begin at
+// multiples of sixteen bytes.
+struct Matrix {
+  const void* data;
+  int64_t stride;  // in elements
+  bool wide, aligned;
+};
+
+template <typename T>
+DEVICE float element(const Matrix& m, int64_t at) {
+  return m.wide ? static_cast<const float*>(m.data)[at] : to_float(static_cast<const T*>(m.data)[at]);
+}
+
+// Rows of kColumns elements. Chunks of a row are permuted so that a column of eight rows lies in different banks.
+template <typename T, int kColumns>
+struct Tile {
+  static constexpr int kChunks = kColumns / kPerChunk<T>;
+  static_assert(kChunks % 8 == 0);
+  Chunk* data;
+
+  DEVICE Chunk* chunk(int row, int i) const { return data + row * kChunks + (i ^ (row & 7)); }
+  DEVICE T& at(int row, int column) const {
+    return reinterpret_cast<T*>(chunk(row, column / kPerChunk<T>))[column % kPerChunk<T>];
+  }
+};
+
+// Copies up to kPerChunk elements from m[row, column] on, the rest of the chunk becomes zero. Complete after
+// wait_copies() and a barrier.
+template <typename T>
+DEVICE void load_chunk(Chunk* to, const Matrix& m, int64_t row, int64_t column, int count) {
+  const int64_t at = row * m.stride + column;
+  if (count > kPerChunk<T>) count = kPerChunk<T>;
+  if (count <= 0) {
+    *to = Chunk{{0, 0, 0, 0}};
+  } else if (m.aligned && !m.wide) {
+    copy_async(to, static_cast<const T*>(m.data) + at, count * static_cast<int>(sizeof(T)));
+  } else {
+    T* elements = reinterpret_cast<T*>(to);
+    NO_UNROLL
+    for (int i = 0; i < kPerChunk<T>; i += 4) {
+      struct alignas(16) {
+        float values[4];
+      } four = {{0, 0, 0, 0}};
+      float(&values)[4] = four.values;
+      if (m.wide && m.aligned && i + 4 <= count) {
+        four = *reinterpret_cast<const decltype(four)*>(static_cast<const float*>(m.data) + at + i);
+      } else {
+        UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if (i + j < count) values[j] = element<T>(m, at + i + j);
+        }
+      }
+      UNROLL
+      for (int j = 0; j < 4; ++j) elements[i + j] = rounded<T>(values[j]);
+    }
+  }
+}
+
+// Loads kRows rows of a tile: `load(to, row, column)` is called for each of its chunks.
+template <int kRows, typename T, int kColumns, typename Load>
+DEVICE void for_each_chunk(Tile<T, kColumns> tile, Load load) {
+  NO_UNROLL
+  for (int i = threadIdx.x; i < kRows * tile.kChunks; i += kThreads) {
+    const int row = i / tile.kChunks, c = i % tile.kChunks;
+    load(tile.chunk(row, c), row, c * kPerChunk<T>);
+  }
+}
+
+// m[row + i, column + j] for i < rows and j < columns, zeros elsewhere.
+template <int kRows, typename T, int kColumns>
+DEVICE void load_tile(Tile<T, kColumns> tile, const Matrix& m, int64_t row, int rows, int64_t column, int columns) {
+  for_each_chunk<kRows>(tile, [&](Chunk* to, int i, int j) {
+    load_chunk<T>(to, m, row + i, column + j, i < rows ? columns - j : 0);
+  });
+}
+
+// The same for rows of one task alone; the others become zero. `mine(i)`: whether row i is one of them.
+template <int kRows, typename T, int kColumns, typename Mine>
+DEVICE void load_rows(Tile<T, kColumns> tile, const Matrix& m, int64_t row, int rows, int64_t column, int columns,
+                      Mine mine) {
+  for_each_chunk<kRows>(tile, [&](Chunk* to, int i, int j) {
+    load_chunk<T>(to, m, row + i, column + j, i < rows && mine(i) ? columns - j : 0);
+  });
+}
+
+// Runs use(step, stage) for each step while the loads of later steps are under way: load(step, stage) fills a stage.
+template <typename Load, typename Use>
+DEVICE void pipeline(int steps, int stages, Load load, Use use) {
+  int loaded = 0, used = 0;  // stages that come next
+  NO_UNROLL
+  for (int step = 1 - stages; step < steps; ++step) {
+    if (step >= 0) {
+      wait_copies(stages - 2);
+      __syncthreads();
+    }
+    if (step + stages - 1 < steps) load(step + stages - 1, loaded);
+    commit_copies();
+    loaded = loaded + 1 == stages ? 0 : loaded + 1;
+    if (step < 0) continue;
+    use(step, used);
+    used = used + 1 == stages ? 0 : used + 1;
+  }
+  __syncthreads();
+}
+
+// C [kM, kN] += A [kM, depth] B [depth, kN] by a block of eight warps, accumulators in registers.
+//
+// kATransposed: the tile of A is stored [depth, kM]; kBTransposed: that of B is stored [depth, kN] instead of [kN, depth].
+template <typename T, int kM, int kN, bool kATransposed, bool kBTransposed>
+struct Product {
+  static constexpr int kWarpsM = kM == 16 ? 1 : 2, kWarpsN = kThreads / 32 / kWarpsM;
+  static constexpr int kTilesM = kM / kWarpsM / 16, kTilesN = kN / kWarpsN / 8;
+  static_assert(kTilesM >= 1 && kTilesN % 2 == 0);
+  static constexpr int kRowsA = kATransposed ? kDepth<T> : kM, kRowsB = kBTransposed ? kDepth<T> : kN;
+  using A = Tile<T, kATransposed ? kM : kDepth<T>>;
+  using B = Tile<T, kBTransposed ? kN : kDepth<T>>;
+  static constexpr int kChunksA = kRowsA * A::kChunks, kChunksB = kRowsB * B::kChunks;
+
+  float c[kTilesM][kTilesN][4];
+
+  DEVICE static int lane() { return threadIdx.x % 32; }
+  DEVICE static int warp_row() { return threadIdx.x / 32 / kWarpsN * (kM / kWarpsM); }
+  DEVICE static int warp_column() { return threadIdx.x / 32 % kWarpsN * (kN / kWarpsN); }
+
+  // This thread's elements: rows row(i, half) and columns column(j) and column(j) + 1, for c[i][j][2 * half].
+  DEVICE static int row(int i, int half) { return warp_row() + 16 * i + lane() / 4 + 8 * half; }
+  DEVICE static int column(int j) { return warp_column() + 8 * j + lane() % 4 * 2; }
+
+  DEVICE void clear() {
+    UNROLL
+    for (int i = 0; i < kTilesM; ++i) {
+      UNROLL
+      for (int j = 0; j < kTilesN; ++j) {
+        UNROLL
+        for (int e = 0; e < 4; ++e) c[i][j][e] = 0;
+      }
+    }
+  }
+
+  // f(row, column, value of the column, value of the next column) for each pair of this thread.
+  template <typename F>
+  DEVICE void for_each(F f) {
+    UNROLL
+    for (int i = 0; i < kTilesM; ++i) {
+      UNROLL
+      for (int half = 0; half < 2; ++half) {
+        UNROLL
+        for (int j = 0; j < kTilesN; ++j) f(row(i, half), column(j), c[i][j][2 * half], c[i][j][2 * half + 1]);
+      }
+    }
+  }
+
+  // One step. Columns from `columns` on are not wanted.
+  DEVICE void step(A a, B b, int columns) {
+    if (warp_column() >= columns) return;
+    if constexpr (sizeof(T) == 2) {
+      UNROLL
+      for (int k = 0; k < kDepth<T>; k += 16) {
+        uint32_t left[kTilesM][4], right[kTilesN / 2][4];
+        const int which = lane() / 8, in = lane() % 8;
+        UNROLL
+        for (int i = 0; i < kTilesM; ++i) {
+          const int m = warp_row() + 16 * i + which % 2 * 8, depth = k + which / 2 * 8;
+          load_matrices<kATransposed>(left[i], kATransposed ? a.chunk(depth + in, m / 8) : a.chunk(m + in, depth / 8));
+        }
+        UNROLL
+        for (int j = 0; j < kTilesN / 2; ++j) {
+          const int n = warp_column() + 16 * j + which / 2 * 8, depth = k + which % 2 * 8;
+          load_matrices<kBTransposed>(right[j], kBTransposed ? b.chunk(depth + in, n / 8) : b.chunk(n + in, depth / 8));
+        }
+        UNROLL
+        for (int i = 0; i < kTilesM; ++i) {
+          UNROLL
+          for (int j = 0; j < kTilesN; ++j) {
+            multiply<T>(c[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
+          }
+        }
+      }
+    } else {  // fp32 products are exact: ordinary arithmetic
+      NO_UNROLL
+      for (int k = 0; k < kDepth<T>; ++k) {
+        float left[kTilesM][2], right[kTilesN][2];
+        UNROLL
+        for (int i = 0; i < kTilesM; ++i) {
+          UNROLL
+          for (int half = 0; half < 2; ++half) {
+            left[i][half] = kATransposed ? a.at(k, row(i, half)) : a.at(row(i, half), k);
+          }
+        }
+        UNROLL
+        for (int j = 0; j < kTilesN; ++j) {
+          UNROLL
+          for (int next = 0; next < 2; ++next) {
+            right[j][next] = kBTransposed ? b.at(k, column(j) + next) : b.at(column(j) + next, k);
+          }
+        }
+        UNROLL
+        for (int i = 0; i < kTilesM; ++i) {
+          UNROLL
+          for (int j = 0; j < kTilesN; ++j) {
+            UNROLL
+            for (int e = 0; e < 4; ++e) c[i][j][e] += left[i][e / 2] * right[j][e % 2];
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace lilora

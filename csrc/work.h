@@ -1,0 +1,50 @@
+// Index arithmetic of the kernels: which work items a phase has, and which rows, columns and tasks an item stands for.
+// Plain C++, the same in kernels, launchers and tests.
+#pragma once
+
+#include "platform.h"
+
+namespace lilora {
+
+HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+HOST_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
+HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+// Ranks are padded to whole chunks in the tensors that the kernels make for themselves.
+HOST_DEVICE constexpr int padded(int rank) { return (rank + 7) / 8 * 8; }
+
+// `count` elements from `first` on: a tile at the edge of a matrix has fewer than others.
+struct Range {
+  int64_t first;
+  int count;
+};
+
+// Tile number `index` of `size` elements each, of `total`.
+HOST_DEVICE Range tile_range(int index, int size, int64_t total) {
+  const int64_t first = int64_t{index} * size, left = total - first;
+  return {first, static_cast<int>(left < size ? left : size)};
+}
+
+// Share number `index` of `shares` of a dimension of `total`, in whole steps of `step`. The last shares may be empty.
+HOST_DEVICE Range share_range(int index, int shares, int step, int total) {
+  const int size = ((total + step - 1) / step + shares - 1) / shares * step;
+  const int first = smaller(index * size, total);
+  return {first, smaller(size, total - first)};
+}
+
+// How many shares of at least `step` a dimension is split into so that `tiles` give each of `blocks` something to do.
+inline int shares_for(int64_t tiles, int blocks, int step, int total, int most) {
+  const int64_t wanted = ceil_div(blocks, tiles < 1 ? 1 : tiles);
+  const int64_t possible = ceil_div(total, step);
+  return static_cast<int>(larger(1, smaller(most, static_cast<int>(wanted < possible ? wanted : possible))));
+}
+
+// An item as the coordinates of a grid of `second` by `third` under its first coordinate.
+struct Coordinates {
+  int first, second, third;
+};
+HOST_DEVICE Coordinates coordinates(int item, int second, int third) {
+  return {item / third / second, item / third % second, item % third};
+}
+
+}  // namespace lilora

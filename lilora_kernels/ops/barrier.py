@@ -1,0 +1,43 @@
+"""The state of the grid barrier in which the programs of a one-launch kernel meet."""
+
+import threading
+
+import torch
+from torch import Tensor
+
+SLOTS = 64  # streams per allocation
+
+_lock = threading.Lock()
+_blocks: dict[torch.device, list[Tensor]] = {}
+_states: dict[tuple[torch.device, int], Tensor] = {}  # by device and stream
+
+
+def barrier_state(device: torch.device) -> Tensor:
+    """Two int32 zeros for the barrier of one launch: kept per stream, as launches of a stream follow one another.
+
+    A graph under capture gets its own, zeroed in every replay: it may be replayed on any stream.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(2, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    with _lock:  # autograd runs backward in threads of its own
+        if (device, stream) not in _states:
+            blocks = _blocks.setdefault(device, [])
+            used = sum(key[0] == device for key in _states)
+            if used == SLOTS * len(blocks):
+                # Allocated by another thread: torch.compile's CUDA graphs send this thread's allocations to a pool of
+                # their own and refuse any that outlives the run.
+                thread = threading.Thread(target=lambda: blocks.append(_zeros(device)))
+                thread.start()
+                thread.join()
+            _states[device, stream] = blocks[used // SLOTS][used % SLOTS]
+        return _states[device, stream]
+
+
+def _zeros(device: torch.device) -> Tensor:
+    block = torch.zeros(SLOTS, 2, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # other streams may be the first to read it
+    return block

@@ -1,0 +1,43 @@
+"""Tests that run the CUDA kernels of csrc/ on a CPU: every thread of a grid is a fiber, tensor-core instructions are emulated.
+
+LILORA_EMULATION=1 pytest tests/emulation: in a process of its own, for there the backend `cuda` takes CPU tensors. Needs g++.
+"""
+
+import os
+
+import pytest
+
+if os.environ.get("LILORA_EMULATION") != "1":
+    collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_configure(config):
+    if os.environ.get("LILORA_EMULATION") != "1":
+        return
+    import emulator
+
+    from lilora_kernels import cuda_library
+
+    if not hasattr(config, "workerinput"):
+        emulator.build()
+    assert cuda_library.load(emulator.LIBRARY) is None
+    cuda_library.load_error = lambda: None
+
+
+@pytest.fixture
+def device():
+    """The emulated device: call it to change its settings; fresh for every test."""
+    import emulator
+
+    found = emulator.Device()
+    found()
+    yield found
+    found()
+
+
+@pytest.fixture(autouse=True)
+def _cuda():
+    import lilora_kernels
+
+    with lilora_kernels.backend("cuda"):
+        yield

@@ -1,0 +1,43 @@
+// What the tests call besides the operations: the settings of the emulated device, and index arithmetic on its own.
+#include <cstdint>
+
+#include "philox.h"
+#include "work.h"
+
+using namespace lilora;
+
+extern "C" {
+
+// processors: blocks that are resident at once; shared: the largest shared memory of a block; order: 0, or a seed for the
+// order in which threads take their turns.
+void emulation_set(int processors, int shared, unsigned order) {
+  emulation::processors = processors;
+  emulation::largest_shared = shared;
+  emulation::random_state = order;
+}
+int emulation_launches() { return emulation::launches; }
+
+void index_tile_range(int index, int size, int64_t total, int64_t* out) {
+  const Range range = tile_range(index, size, total);
+  out[0] = range.first;
+  out[1] = range.count;
+}
+void index_share_range(int index, int shares, int step, int total, int64_t* out) {
+  const Range range = share_range(index, shares, step, total);
+  out[0] = range.first;
+  out[1] = range.count;
+}
+void index_coordinates(int item, int second, int third, int64_t* out) {
+  const Coordinates at = coordinates(item, second, third);
+  out[0] = at.first;
+  out[1] = at.second;
+  out[2] = at.third;
+}
+int index_shares_for(int64_t tiles, int blocks, int step, int total, int most) {
+  return shares_for(tiles, blocks, step, total, most);
+}
+unsigned philox_keep_bits(int64_t seed, int64_t row, unsigned block, unsigned threshold) {
+  return keep_bits(seed, row, block, threshold);
+}
+
+}  // extern "C"

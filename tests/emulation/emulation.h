@@ -1,0 +1,353 @@
+// Runs CUDA kernels on a CPU, for tests: every thread of every block of a grid is a fiber of its own, and all blocks are
+// resident at once. Threads switch only where they wait for each other. Fresh shared memory is poisoned.
+//
+// Offers the names that csrc/platform.h offers under nvcc; the tensor-core instructions follow the layouts of the PTX ISA.
+#pragma once
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define HOST_DEVICE inline
+#define DEVICE inline
+#define PART inline
+#define KERNEL_PARAMETER
+#define KERNEL(threads) void
+#define UNROLL
+#define NO_UNROLL
+#define __syncthreads() ::lilora::emulation::sync_block()
+
+struct Index {
+  unsigned x;
+};
+inline Index threadIdx, blockIdx, gridDim;
+
+namespace lilora {
+
+struct Half;
+struct BFloat16;
+struct Chunk;
+using Stream = void*;
+
+namespace emulation {
+
+constexpr int kLanes = 32;
+constexpr size_t kStack = 256 << 10;
+
+// Lanes that wait for each other, and what they brought.
+struct Meeting {
+  int arrived = 0;
+  uint64_t generation = 0;
+  void* brought[kLanes][3];
+};
+
+struct Block {
+  std::vector<uint8_t> shared;
+  Meeting all;
+  std::vector<Meeting> warps;
+};
+
+struct Fiber {
+  jmp_buf state;
+  ucontext_t start;
+  void* stack;
+  unsigned block, thread;
+  bool started = false, done = false;
+};
+
+struct Grid {
+  std::vector<Block> blocks;
+  std::vector<Fiber> fibers;
+  std::vector<int> order;  // in which fibers take their turns
+  size_t turn = 0;
+  int alive = 0;
+  int threads = 0;
+  std::function<void()> body;
+  jmp_buf finished;
+  ucontext_t caller;
+};
+inline Grid* grid = nullptr;
+
+inline Fiber& self() { return grid->fibers[grid->order[grid->turn]]; }
+inline Block& block() { return grid->blocks[blockIdx.x]; }
+
+inline void run_fiber() {
+  grid->body();
+  self().done = true;
+  --grid->alive;
+  for (;;) {
+    if (grid->alive == 0) _longjmp(grid->finished, 1);
+    Fiber& me = self();
+    size_t next = grid->turn;
+    do {
+      next = (next + 1) % grid->fibers.size();
+    } while (grid->fibers[grid->order[next]].done);
+    (void)me;
+    grid->turn = next;
+    Fiber& fiber = self();
+    threadIdx.x = fiber.thread;
+    blockIdx.x = fiber.block;
+    if (fiber.started) _longjmp(fiber.state, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
+  }
+}
+
+// Lets all others run until the turn comes back.
+inline void yield() {
+  Fiber& me = self();
+  size_t next = grid->turn;
+  do {
+    next = (next + 1) % grid->fibers.size();
+  } while (grid->fibers[grid->order[next]].done);
+  if (next == grid->turn) throw std::logic_error("the last thread waits for others that have ended");
+  if (_setjmp(me.state) != 0) return;
+  grid->turn = next;
+  Fiber& fiber = self();
+  threadIdx.x = fiber.thread;
+  blockIdx.x = fiber.block;
+  if (fiber.started) _longjmp(fiber.state, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+
+// The last of `count` to arrive runs `act`, then all go on.
+template <typename Act>
+void meet(Meeting& meeting, int count, Act act) {
+  const uint64_t generation = meeting.generation;
+  if (++meeting.arrived == count) {
+    act();
+    meeting.arrived = 0;
+    ++meeting.generation;
+    return;
+  }
+  while (meeting.generation == generation) yield();
+}
+
+inline void sync_block() {
+  meet(block().all, grid->threads, [] {});
+}
+
+inline int lane() { return static_cast<int>(threadIdx.x % kLanes); }
+
+// Collective of a warp: act(brought), where brought[lane] are the pointers that the lanes gave.
+template <typename Act>
+void warp(void* a, void* b, void* c, Act act) {
+  Meeting& meeting = block().warps[threadIdx.x / kLanes];
+  void** mine = meeting.brought[lane()];
+  mine[0] = a;
+  mine[1] = b;
+  mine[2] = c;
+  meet(meeting, kLanes, [&] { act(meeting.brought); });
+}
+
+inline float half_to_float(uint16_t bits) {
+  _Float16 x;
+  std::memcpy(&x, &bits, 2);
+  return static_cast<float>(x);
+}
+inline float bfloat16_to_float(uint16_t bits) {
+  const uint32_t wide = uint32_t{bits} << 16;
+  float x;
+  std::memcpy(&x, &wide, 4);
+  return x;
+}
+inline uint16_t float_to_half(float x) {
+  const _Float16 narrow = static_cast<_Float16>(x);
+  uint16_t bits;
+  std::memcpy(&bits, &narrow, 2);
+  return bits;
+}
+inline uint16_t float_to_bfloat16(float x) {
+  uint32_t wide;
+  std::memcpy(&wide, &x, 4);
+  if (std::isnan(x)) return 0x7FFF;
+  return static_cast<uint16_t>((wide + 0x7FFF + (wide >> 16 & 1)) >> 16);
+}
+
+inline unsigned random_state = 0;  // 0: threads take turns in order
+inline int processors = 3;
+inline int largest_shared = 227 << 10;
+inline int launches = 0;
+
+}  // namespace emulation
+
+inline float to_float(float x) { return x; }
+inline float to_float(Half x);
+inline float to_float(BFloat16 x);
+template <typename T>
+T rounded(float x);
+
+inline uint8_t* shared_memory() {
+  auto& bytes = emulation::block().shared;
+  return bytes.data() + (128 - reinterpret_cast<uintptr_t>(bytes.data()) % 128) % 128;
+}
+
+inline void copy_async(Chunk* to, const void* from, int bytes) {
+  std::memset(static_cast<void*>(to), 0, 16);
+  if (bytes > 0) std::memcpy(static_cast<void*>(to), from, bytes);
+}
+inline void commit_copies() {}
+inline void wait_copies(int) {}
+
+template <bool kTransposed>
+void load_matrices(uint32_t (&r)[4], const Chunk* row) {
+  emulation::warp(r, const_cast<Chunk*>(row), nullptr, [](void* (*brought)[3]) {
+    uint16_t rows[emulation::kLanes][8];
+    for (int i = 0; i < emulation::kLanes; ++i) std::memcpy(rows[i], brought[i][1], 16);
+    for (int i = 0; i < emulation::kLanes; ++i) {
+      uint16_t* out = static_cast<uint16_t*>(brought[i][0]);
+      for (int m = 0; m < 4; ++m) {
+        for (int j = 0; j < 2; ++j) {
+          const int across = i % 4 * 2 + j, down = i / 4;
+          out[2 * m + j] = kTransposed ? rows[8 * m + across][down] : rows[8 * m + down][across];
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  uint32_t b[2] = {b0, b1};
+  emulation::warp(c, const_cast<uint32_t*>(a), b, [](void* (*brought)[3]) {
+    float left[16][16], right[16][8];
+    for (int i = 0; i < emulation::kLanes; ++i) {
+      T x[8], y[4];
+      std::memcpy(x, brought[i][1], 16);
+      std::memcpy(y, brought[i][2], 8);
+      const int group = i / 4, pair = i % 4 * 2;
+      for (int j = 0; j < 8; ++j) left[group + j / 2 % 2 * 8][pair + j % 2 + j / 4 * 8] = to_float(x[j]);
+      for (int j = 0; j < 4; ++j) right[pair + j % 2 + j / 2 * 8][group] = to_float(y[j]);
+    }
+    for (int i = 0; i < emulation::kLanes; ++i) {
+      float* out = static_cast<float*>(brought[i][0]);
+      for (int j = 0; j < 4; ++j) {
+        const int row = i / 4 + j / 2 * 8, column = i % 4 * 2 + j % 2;
+        float sum = out[j];
+        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
+        out[j] = sum;
+      }
+    }
+  });
+}
+
+inline float sum_of_four(float x) {
+  float result = 0;
+  emulation::warp(&x, &result, nullptr, [](void* (*brought)[3]) {
+    for (int i = 0; i < emulation::kLanes; ++i) {
+      const int first = i / 4 * 4;
+      auto given = [&](int j) { return *static_cast<float*>(brought[first + j][0]); };
+      const int j = i % 4;
+      *static_cast<float*>(brought[i][1]) = (given(j) + given(j ^ 1)) + (given(j ^ 2) + given(j ^ 3));
+    }
+  });
+  return result;
+}
+
+inline uint32_t shuffle(uint32_t x, int lane) {
+  uint32_t result = 0;
+  emulation::warp(&x, &result, &lane, [](void* (*brought)[3]) {
+    for (int i = 0; i < emulation::kLanes; ++i) {
+      const int from = *static_cast<int*>(brought[i][2]);
+      *static_cast<uint32_t*>(brought[i][1]) = *static_cast<uint32_t*>(brought[from][0]);
+    }
+  });
+  return result;
+}
+
+inline void atomicMin(int* p, int x) { *p = x < *p ? x : *p; }
+inline void atomicMax(int* p, int x) { *p = x > *p ? x : *p; }
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+inline float not_a_number() { return NAN; }
+
+inline void meet(int* state) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int generation = state[1];
+    if (state[0]++ == static_cast<int>(gridDim.x) - 1) {
+      state[0] = 0;
+      ++state[1];
+    } else {
+      while (state[1] == generation) emulation::yield();
+    }
+  }
+  __syncthreads();
+}
+
+inline void wait_for_previous_kernel() {}
+inline void allow_next_kernel() {}
+inline int largest_shared_memory() { return emulation::largest_shared; }
+
+template <typename Params>
+bool has_code(void (*)(Params)) {
+  return true;
+}
+
+template <typename Params>
+int resident_blocks(void (*)(Params), int, int shared) {
+  if (shared > emulation::largest_shared) throw std::runtime_error("a kernel wants too much shared memory");
+  return emulation::processors;
+}
+
+enum class Together { kNo, kCooperative, kDependent };
+
+template <typename Params>
+bool launch(void (*kernel)(Params), const Params& params, int blocks, int threads, int shared, Together, Stream) {
+  using namespace emulation;
+  ++launches;
+  Grid all;
+  grid = &all;
+  all.threads = threads;
+  all.alive = blocks * threads;
+  all.body = [&] { kernel(params); };
+  all.blocks.resize(blocks);
+  for (Block& b : all.blocks) {
+    b.shared.assign(shared + 128, 0xFF);  // NaN in every type
+    b.warps.resize(threads / kLanes);
+  }
+  all.fibers.resize(blocks * threads);
+  uint8_t* stacks = static_cast<uint8_t*>(mmap(nullptr, all.fibers.size() * kStack, PROT_READ | PROT_WRITE,
+                                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  if (stacks == MAP_FAILED) throw std::runtime_error("no memory for the threads of a grid");
+  for (size_t i = 0; i < all.fibers.size(); ++i) {
+    Fiber& fiber = all.fibers[i];
+    fiber.block = static_cast<unsigned>(i / threads);
+    fiber.thread = static_cast<unsigned>(i % threads);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = stacks + i * kStack;
+    fiber.start.uc_stack.ss_size = kStack;
+    makecontext(&fiber.start, run_fiber, 0);
+    all.order.push_back(static_cast<int>(i));
+  }
+  if (random_state != 0) {
+    for (size_t i = all.order.size() - 1; i > 0; --i) {
+      random_state = random_state * 1664525u + 1013904223u;
+      std::swap(all.order[i], all.order[(random_state >> 8) % (i + 1)]);
+    }
+  }
+  gridDim.x = static_cast<unsigned>(blocks);
+  if (_setjmp(all.finished) == 0) {
+    Fiber& first = self();
+    threadIdx.x = first.thread;
+    blockIdx.x = first.block;
+    first.started = true;
+    setcontext(&first.start);
+  }
+  munmap(stacks, all.fibers.size() * kStack);
+  grid = nullptr;
+  return true;
+}
+
+}  // namespace lilora

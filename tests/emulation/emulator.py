@@ -1,0 +1,50 @@
+"""Builds the CUDA kernels of csrc/ for a CPU, and is the device that they run on."""
+
+import ctypes
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = ROOT / "build/emulation/liblilora_cuda_emulated.so"
+HERE = Path(__file__).parent
+SOURCES = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc/register.cpp", HERE / "emulated.cpp"]
+TORCH = Path(torch.__file__).parent
+FLAGS = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-clobbered"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+FLAGS += ["-isystem", str(TORCH / "include"), "-isystem", str(TORCH / "include/torch/csrc/api/include")]
+
+
+def build() -> None:
+    """Compile the kernels for the CPU, unless that is up to date."""
+    LIBRARY.parent.mkdir(parents=True, exist_ok=True)
+    inputs = [*SOURCES, *(ROOT / "csrc").glob("*.h"), HERE / "emulation.h", Path(__file__)]
+    if LIBRARY.exists() and LIBRARY.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
+        return
+
+    def compiled(source: Path) -> str:
+        target = LIBRARY.with_name(source.name + ".o")
+        subprocess.run(["g++", *FLAGS, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compiled, SOURCES))
+    torch_library = [f"-L{TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch"]
+    subprocess.run(["g++", "-shared", *objects, *torch_library, "-o", str(LIBRARY)], check=True)
+
+
+class Device:
+    """Call it to change its settings: blocks at once, largest shared memory, and a seed for the order of threads or 0."""
+
+    def __init__(self) -> None:
+        self.library = ctypes.CDLL(str(LIBRARY))
+
+    def __call__(self, processors: int = 3, shared: int = 227 << 10, order: int = 0) -> None:
+        self.library.emulation_set(processors, shared, ctypes.c_uint(order))
+
+    @property
+    def launches(self) -> int:
+        return self.library.emulation_launches()

@@ -1,0 +1,385 @@
+"""The CUDA kernels on an emulated device: every output and gradient against the fp64 oracle, and the laws of the operations."""
+
+import pytest
+import torch
+from cases import (
+    NAMES,
+    SCALING,
+    Errors,
+    adapter,
+    add_errors,
+    base,
+    case_id,
+    gradients,
+    make,
+    options,
+    oracle,
+    pairwise,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lilora_kernels import LiLoRALinear, functional
+from lilora_kernels.ops.call import Call
+from lilora_kernels.ops.delta import cuda_backend
+from lilora_kernels.ops.linear import cuda_backend as cuda_linear
+from lilora_kernels.ops.philox import keep_mask, keep_scale
+
+SUBSETS = {
+    "all": NAMES,
+    "x": ("x",),
+    "task": ("x", "u", "v", "fusion"),
+    "u": ("u",),
+    "v": ("v", "gate"),
+    "shared": ("a", "b0"),
+    "b0": ("b0", "fusion"),
+}
+DEVICES = {
+    "one-block": {"processors": 1},
+    "small-memory": {"processors": 3, "shared": 99 << 10},
+    "shuffled": {"processors": 5, "order": 1234},
+}
+AXES = {
+    "rows": [0, 1, 2, 17, 63, 64, 65, 127, 300],
+    "columns": [24, 33, 128, 200],
+    "outputs": [20, 47, 96, 264],
+    "rank": [1, 4, 16, 100, 128, 256],
+    "sub_rank": [1, 8, 64, 128],
+    "tasks": [1, 3, 8],
+    "coefficients": ["fusion", "plain", "lora"],
+    "mix": ["one", "same", "distinct", "runs", "sorted", "random"],
+    "gate": [False, True],
+    "dtype": [torch.float32, torch.float16, torch.bfloat16],
+    "op": ["delta", "linear"],
+    "device": list(DEVICES),
+    "p": [0.0, 0.05, 0.5],
+    "wanted": list(SUBSETS),
+}
+OTHERS = ("op", "device", "p", "wanted")
+
+
+@pytest.mark.parametrize("case", pairwise(AXES), ids=case_id)
+def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case, device):
+    device(**DEVICES[case["device"]])
+    shape = {name: value for name, value in case.items() if name not in OTHERS}
+    errors = Errors()
+    for seed in range(2):
+        i, stream = make(**shape, seed=seed), torch.tensor([0x1234_5678_9ABC_DEF + seed])
+        add_errors(errors, i, case["op"], SUBSETS[case["wanted"]], case["p"], stream)
+    errors.check()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(0, 150),
+    columns=st.integers(1, 70),
+    outputs=st.integers(1, 70),
+    rank=st.integers(1, 20),
+    sub_rank=st.integers(1, 20),
+    tasks=st.integers(1, 5),
+    coefficients=st.sampled_from(AXES["coefficients"]),
+    mix=st.sampled_from(AXES["mix"]),
+    gate=st.booleans(),
+    op=st.sampled_from(AXES["op"]),
+    p=st.sampled_from((0.0, 0.3)),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+def test_any_shape(rows, columns, outputs, rank, sub_rank, tasks, coefficients, mix, gate, op, p, seed):
+    errors = Errors()
+    i = make(rows, columns, outputs, rank, sub_rank, tasks, coefficients, mix, gate, torch.float32, seed % 1000)
+    add_errors(errors, i, op, NAMES, p, torch.tensor([seed]))
+    errors.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", ["delta", "linear"])
+def test_sixty_four_rows_of_as_many_tasks(op, dtype):
+    errors = Errors()
+    for seed in range(2):
+        add_errors(errors, make(64, 64, 48, 16, 8, 64, mix="distinct", dtype=dtype, seed=seed), op)
+    errors.check()
+
+
+@pytest.mark.parametrize("rows", [40, 2100])
+def test_several_chunks_of_rows_and_tiles_of_ranks(rows):
+    """More rows than one share of the gradients of parameters has, and ranks beyond a tile."""
+    errors = Errors()
+    for mix in ("sorted", "random"):
+        i = make(rows, 40, 24, 200, 72, 4, mix=mix, gate=True, dtype=torch.float16)
+        add_errors(errors, i, "delta", p=0.1, seed=torch.tensor([5]))
+    errors.check()
+
+
+@pytest.mark.parametrize("rows", [7, 150])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp32_masters_under_16_bit_activations(dtype, rows):
+    """Ranks that are and are not multiples of four: by vectors and one by one."""
+    errors = Errors()
+    for rank, sub_rank in ((16, 8), (13, 5)):
+        i = make(rows, 40, 24, rank, sub_rank, gate=True, dtype=torch.float32)
+        i.x = i.x.to(dtype)
+        dy = torch.randn(rows, 24).to(dtype)
+        results = []
+        for given_, run in ((i, True), (i.to(dtype), False), (i.to(torch.float64), False)):
+            copy = given_.leaves()
+            y = functional.delta(*adapter(copy), **options(copy)) if run else oracle(copy, SCALING)
+            results.append({"y": y.detach(), **gradients(y, copy, NAMES, dy.to(y.dtype))})
+        for name, got in results[0].items():
+            assert got.dtype == (dtype if name in ("y", "x") else torch.float32)
+            errors.add(name, got, results[1][name], results[2][name])
+    errors.check()
+
+
+def test_parameters_of_yet_another_type():
+    i = make(30, 40, 24, 16, 8, dtype=torch.float32)
+    i.x, i.u, i.fusion = i.x.bfloat16(), i.u.half(), i.fusion.double()
+    copy = i.leaves()
+    y = functional.delta(*adapter(copy), **options(copy))
+    grads = gradients(y, copy, NAMES, torch.randn(30, 24).bfloat16())
+    assert (grads["u"].dtype, grads["fusion"].dtype, grads["x"].dtype) == (torch.float16, torch.float64, torch.bfloat16)
+    truth = oracle(i.to(torch.float64), SCALING)
+    assert (y - truth).abs().max() <= 0.02 * truth.abs().max()
+
+
+@pytest.mark.parametrize("rows", [30, 130])
+def test_strided_and_misaligned_inputs(rows):
+    """A slice of rows of a wider tensor, and parameters that do not begin at a multiple of sixteen bytes."""
+    i = make(rows, 40, 24, 16, 8, dtype=torch.float16)
+    want = functional.delta(*adapter(i), **options(i))
+
+    def shifted(t):
+        flat = torch.empty(t.numel() + 1, dtype=t.dtype)[1:]
+        return flat.copy_(t.flatten()).view(t.shape)
+
+    wide = torch.full((rows, 53), float("nan"), dtype=torch.float16)
+    wide[:, 5:45] = i.x
+    got = functional.delta(wide[:, 5:45], *(shifted(t) for t in adapter(i)[1:]), **options(i))
+    assert torch.equal(got, want)
+    columns_first = i.x.T.contiguous().T
+    assert torch.equal(functional.delta(columns_first, *adapter(i)[1:], **options(i)), want)
+
+
+# --- dropout -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**40 + 7, -(2**63)])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
+@pytest.mark.parametrize("rows", [50, 140])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_and_backward_draw_the_mask_of_the_reference(seed, p, rows, dtype):
+    """Bit for bit, and so the mask of the Triton kernels, which draw that of the reference too."""
+    columns = 44
+    seed = torch.tensor([seed])
+    eye = torch.eye(columns, dtype=dtype)
+    x = torch.ones(rows, columns, dtype=dtype, requires_grad=True)
+    a = eye.clone().requires_grad_()
+    keep = keep_mask(seed, rows, columns, p)
+    y = functional.delta(x, a, eye, p=p, seed=seed)
+    assert torch.equal(y, (keep * keep_scale(p)).to(dtype))
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+    assert torch.equal(dx, (keep * keep_scale(p)).to(dtype))
+    (da,) = torch.autograd.grad(y, a, torch.eye(rows, columns, dtype=dtype))
+    assert torch.equal(da != 0, keep[:columns])
+
+
+# --- what a launch does --------------------------------------------------------------------------------------------
+
+
+def call_of(i, p=0.0):
+    seed = torch.tensor([3]) if p else None
+    return Call(i.a, i.b0, i.u, i.v, i.fusion, i.task, i.gate, i.gate_row, seed, SCALING, p, None)
+
+
+@pytest.mark.parametrize("rows", [40, 300])
+def test_delta_is_one_launch_forward_and_one_launch_backward(rows, device):
+    i = make(rows, 64, 48, 16, 8, gate=True, dtype=torch.float16)
+    before = device.launches
+    _, h = cuda_backend.forward(i.x, call_of(i))
+    assert device.launches == before + 1
+    cuda_backend.backward(torch.randn(rows, 48).half(), i.x, h, call_of(i), frozenset(NAMES))
+    assert device.launches == before + 2
+
+
+@pytest.mark.parametrize("needs, phases", [(("x",), 3), (("u",), 3), (("a",), 4), (("x", "u", "v", "fusion"), 5)])
+def test_phases_without_work_are_not_launched(needs, phases, device):
+    i = make(100, 64, 48, 16, 8, dtype=torch.float16)
+    _, h = cuda_backend.forward(i.x, call_of(i))
+    before = device.launches
+    cuda_backend.run_backward(torch.randn(100, 48).half(), i.x, h, call_of(i), frozenset(needs), one_launch=False)
+    assert device.launches == before + phases
+
+
+def run_all(i, p=0.0, op="delta"):
+    weight, bias = base(i)
+    copy = i.leaves()
+    more = options(copy, p=p, seed=torch.tensor([3]) if p else None)
+    if op == "delta":
+        y = functional.delta(*adapter(copy), **more)
+    else:
+        y = functional.linear(copy.x, weight, bias, *adapter(copy)[1:], **more)
+    dy = torch.cos(torch.arange(y.numel())).view_as(y).to(y.dtype)
+    return [y.detach(), *gradients(y, copy, NAMES, dy).values()]
+
+
+def assert_equal(got, want):
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("op, rows", [("delta", 50), ("delta", 300), ("linear", 50), ("linear", 300)])
+def test_results_do_not_depend_on_the_order_in_which_threads_run(op, rows, device):
+    i = make(rows, 136, 200, 24, 8, gate=True, dtype=torch.bfloat16)
+    want = run_all(i, 0.1, op)
+    for order in (1, 2, 3):
+        device(order=order)
+        assert_equal(run_all(i, 0.1, op), want)
+
+
+@pytest.mark.parametrize("rows", [50, 300])
+def test_one_launch_equals_a_launch_for_each_phase(rows):
+    i = make(rows, 136, 200, 24, 8, gate=True, dtype=torch.bfloat16)
+    call, dy = call_of(i, 0.1), torch.randn(rows, 200).bfloat16()
+    results = []
+    for one_launch in (True, False):
+        y, h = cuda_backend.run_forward(i.x, None, None, call, one_launch)
+        results.append([y, h, *cuda_backend.run_backward(dy, i.x, h, call, frozenset(NAMES), one_launch).values()])
+    assert_equal(*results)
+
+
+def test_the_barrier_serves_grids_of_changing_sizes(device):
+    """One state, launches of 1 to 7 blocks one after another."""
+    i = make(70, 64, 48, 16, 8, dtype=torch.float32)
+    want = oracle(i.to(torch.float64), SCALING)
+    for processors in (7, 1, 3, 2, 7):
+        device(processors=processors, order=processors)
+        got = functional.delta(*adapter(i), **options(i))
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("rows", [60, 300])
+def test_a_row_is_the_same_alone_and_in_any_batch(rows, monkeypatch, device):
+    """With one block nothing is split by the number of rows."""
+    device(processors=1)
+    i = make(rows, 136, 264, 24, 8, dtype=torch.bfloat16)
+
+    def run(at):
+        call = Call(*adapter(i)[1:], i.task[at], None, None, None, SCALING, 0.0, None)
+        return cuda_backend.forward(i.x[at], call)[0]
+
+    together = run(torch.arange(rows))
+    order = torch.randperm(rows)
+    assert torch.equal(run(order), together[order])
+    part = torch.arange(3, rows // 2) if rows < 64 else torch.arange(100, 200)
+    assert torch.equal(run(part), together[part])
+
+
+# --- what must not spread ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [60, 300])
+@pytest.mark.parametrize("op", ["delta", "linear"])
+def test_not_a_number_stays_with_its_task(op, rows):
+    i = make(rows, 64, 48, 16, 8, 3, dtype=torch.float16)
+    want = run_all(i, op=op)
+    i.u[1] = float("nan")
+    got = run_all(i, op=op)
+    others = i.task != 1
+    assert got[0][~others].isnan().all()
+    assert torch.equal(got[0][others], want[0][others])
+    assert torch.equal(got[1][others], want[1][others])
+    for at in (0, 2):
+        assert torch.equal(got[4][at], want[4][at])
+        assert torch.equal(got[5][at], want[5][at])
+
+
+def test_ids_that_do_not_exist():
+    """Below 0: no adapter. From T on: NaN in that row, for the host cannot look."""
+    i = make(40, 64, 48, 16, 8, 3, dtype=torch.float32)
+    want = functional.delta(*adapter(i), **options(i))
+    i.task[5], i.task[6] = -7, 3
+    y = functional.delta(*adapter(i), **options(i))
+    assert (y[5] == 0).all()
+    assert y[6].isnan().all()
+    rest = [row for row in range(40) if row not in (5, 6)]
+    assert torch.equal(y[rest], want[rest])
+
+
+def test_tasks_without_rows_get_zeros():
+    i = make(40, 64, 48, 16, 8, 5, dtype=torch.float32)
+    i.task.fill_(3)
+    _, _, _, _, du, dv, dfusion = run_all(i)
+    for t in (0, 1, 2, 4):
+        assert not any(grad[t].any() for grad in (du, dv, dfusion))
+    assert (du[3] != 0).any()
+
+
+@pytest.mark.parametrize("rows", [3, 90, 700])
+def test_uninitialised_memory_is_never_read(rows):
+    """Shared memory is poisoned by the emulator; here what the operations allocate is, too."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        for mix in ("same", "distinct", "runs", "random"):
+            for op in ("delta", "linear"):
+                for result in run_all(make(rows, 72, 40, 13, 5, 3, mix=mix, gate=True, dtype=torch.bfloat16), 0.2, op):
+                    assert result.isfinite().all(), (mix, op)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# --- plans, layers --------------------------------------------------------------------------------------------------
+
+
+def test_linear_takes_its_plan_by_the_number_of_rows(device, monkeypatch):
+    """Up to 64 rows a launch for each of three phases with the base product in them; then cuBLAS's beside one or three."""
+    for rows, launches, products in ((64, 3, 0), (65, 1, 1), (255, 1, 1), (256, 3, 1)):
+        i = make(rows, 40, 24, 16, 8, dtype=torch.float32)
+        weight, bias = base(i)
+        seen = []
+        monkeypatch.setattr(torch.Tensor, "addmm_", lambda y, *_, seen=seen: seen.append(1) or y)
+        before = device.launches
+        cuda_linear.forward(i.x, weight, bias, call_of(i))
+        assert (device.launches - before, len(seen)) == (launches, products)
+        monkeypatch.undo()
+
+
+def test_a_layer_equals_the_eager_backend(monkeypatch):
+    layer = LiLoRALinear(torch.nn.Linear(40, 24).requires_grad_(False), r=16, sub_rank=8, alpha=32.0, dropout=0.0)
+    for name in ("one", "two"):
+        layer.add_task(name)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, ids = torch.randn(3, 5, 40), torch.tensor([0, 1, -1], dtype=torch.int32)
+    results = {}
+    import lilora_kernels
+
+    for name in ("eager", "cuda"):
+        with lilora_kernels.backend(name):
+            found = results[name] = []
+            for active, more in ((("one",), {}), (("one", "two"), {"task": ids})):
+                layer.set_task(*active)
+                layer.zero_grad()
+                y = layer(x, **more)
+                y.square().mean().backward()
+                found += [y.detach(), *(p.grad.clone() for p in layer.parameters() if p.requires_grad)]
+    for got, want in zip(results["cuda"], results["eager"], strict=True):
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert "cuda (" in lilora_kernels.explain(layer)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("rows", [50, 140])
+def test_a_pair_equals_two_linears(rows, p):
+    one, two = make(rows, 40, 24, 16, 8, dtype=torch.float32), make(rows, 40, 32, 16, 8, dtype=torch.float32, seed=1)
+    two.x, two.task, seed = one.x, one.task, torch.tensor([9])
+    one, two = one.leaves(), two.leaves()
+    bases = [base(one), base(two)]
+    more = {"task": one.task, "scaling": SCALING, "p": p, "seed": seed}
+    ys = functional.delta_pair(one.x, adapter(one)[1:], adapter(two)[1:], bases=bases, **more)
+    wants = [functional.linear(one.x, *b, *adapter(i)[1:], **more) for i, b in zip((one, two), bases, strict=True)]
+    dys = [torch.randn_like(y) for y in ys]
+    leaves = [one.x, one.a, one.b0, one.u, two.a, two.v, two.fusion]
+    got = [*ys, *torch.autograd.grad(ys, leaves, dys)]
+    want = [*wants, *torch.autograd.grad(wants, leaves, dys)]
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()

@@ -161,7 +161,8 @@ def gated(case: str, problem: Problem, peers: Iterable[str], machine: Machine, t
         try:
             with field.mode():
                 built = REGISTRY[name].build(field.sets, training)
-            field.errors[name] = gate(name, built, field.sets, training)
+            with built.ordered():
+                field.errors[name] = gate(name, built, field.sets, training)
             field.built[name] = built
         except Unavailable as reason:
             field.absent.append({**about, "implementation": name, "unavailable": str(reason)})
@@ -189,14 +190,15 @@ def compare(
     runs = {name: candidate(built, field.sets, turns, training) for name, built in field.built.items()}
     with field.mode():
         for built in field.built.values():  # banks are gathered and caches filled before the first round
-            for at in range(len(field.sets)):
-                built.forward(at)
+            with built.ordered():
+                for at in range(len(field.sets)):
+                    built.forward(at)
         times = measure(machine, runs, segments, seconds=seconds)
     if training:
         for found in times.values():
             found["both"] = [sum(pair) for pair in zip(found["forward"], found["backward"], strict=True)]
     for name, built in field.built.items():
-        with field.mode():
+        with field.mode(), built.ordered():
             memory = memory_of(machine, built, field.sets[0].weight, training)
         for direction in [*segments, "both"] if training else segments:
             whole = direction == "both" or not training
@@ -224,11 +226,12 @@ def row(field: Field, problem: Problem, times: Times, name: str, direction: str,
 def candidate(built: Built, sets: list[Operands], turns: Iterator[int], training: bool) -> Candidate:
     def run(_: int, mark: Callable[[], None]) -> None:
         at = next(turns)
-        y = built.forward(at)
-        mark()
-        if training:
-            torch.autograd.grad(y, built.leaves[at], sets[at].dy)
+        with built.ordered():
+            y = built.forward(at)
             mark()
+            if training:
+                torch.autograd.grad(y, built.leaves[at], sets[at].dy)
+                mark()
 
     return run
 

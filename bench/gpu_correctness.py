@@ -21,27 +21,29 @@ from torch import Tensor
 
 from lilora_kernels.ops.call import DIFFERENTIABLE, Call
 
+from .gpu_stages import kernels_of
 from .problems import GRADIENTS, SCALING, TINY, Operands, Problem
 
 ROOT = Path(__file__).parent.parent
 
 
 def tiny(dry_run: bool) -> None:
-    """One call each way, in one launch and by phase, small enough for a memory checker."""
-    from lilora_kernels.ops.delta.triton_backend import run_backward, run_forward
-
+    """One call each way, in one launch and by phase, by every backend with kernels, small enough for a memory checker."""
     problem = Problem(40, *TINY, 3, 0.1, 16, 8, torch.float32 if dry_run else torch.bfloat16)
     s = Operands(problem, torch.device("cpu"), 0)  # random numbers from a GPU would be watched too
     device = "cpu" if dry_run else "cuda"
     moved = {name: t.detach().to(device) for name, t in vars(s).items() if isinstance(t, Tensor)}
     adapter = (moved[name] for name in DIFFERENTIABLE[1:6])
     call = Call(*adapter, moved["task"], None, None, moved["seed"], SCALING, problem.p, None)
-    for one_launch in (True, False):
-        run_forward(moved["x"], None, call, one_launch)
-        run_backward(moved["dy"], moved["x"], moved["h"], call, frozenset(GRADIENTS), one_launch)
-    if not dry_run:
-        torch.cuda.synchronize()
-    print("tiny: done")
+    for name, kernels in kernels_of(problem, moved["x"]).items():
+        for one_launch in (True, False):
+            kernels.run_forward(moved["x"], None, call, one_launch)
+            kernels.run_backward(moved["dy"], moved["x"], moved["h"], call, frozenset(GRADIENTS), one_launch)
+        if name == "cuda":  # decoding, with the base's weight
+            kernels.run_forward(moved["x"], None, call, False, moved["weight"])
+        if not dry_run:
+            torch.cuda.synchronize()
+        print(f"tiny: {name} done")
 
 
 def check(dry_run: bool, seconds: float, write: Callable[[dict], None]) -> int:
@@ -69,18 +71,18 @@ def check(dry_run: bool, seconds: float, write: Callable[[dict], None]) -> int:
             ]
             jobs[target.name] = [*pytest, f"--junitxml={report}", str(target)]
         if checker is not None:
-            for tool in ("memcheck", "racecheck"):
+            for tool in ("memcheck", "racecheck", "synccheck"):
                 jobs[tool] = [checker, "--tool", tool, "--error-exitcode", "9", *tiny_command]
         else:
             jobs["tiny"] = tiny_command
-            write({"case": "memcheck and racecheck", "error": "compute-sanitizer is not on this machine"})
+            write({"case": "memcheck, racecheck and synccheck", "error": "compute-sanitizer is not on this machine"})
         # Without the caching allocator every tensor is an allocation of its own, with ends that memcheck knows.
         plain = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         started = time.monotonic()
         running = {}
         for name, command in jobs.items():
             with (Path(folder) / f"{name}.log").open("wb") as log:
-                environment = plain if name in ("memcheck", "racecheck") else None
+                environment = plain if name in ("memcheck", "racecheck", "synccheck") else None
                 running[name] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         while running:
             time.sleep(0.1)

@@ -15,14 +15,17 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from shutil import which
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lilora_kernels import backend
+from lilora_kernels.backends import refusals
 from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.call import Call
 from lilora_kernels.ops.delta import traffic
@@ -136,7 +139,7 @@ def bucket(kernel: str, rows: int, one_launch: bool) -> int:
     return buckets[triton_runtime.nearest(buckets, rows)]
 
 
-TRAINING = ("base", "ours", "ours_operation", "ours_eager", "peft", "formula", "grouped_mm")
+TRAINING = ("base", "ours", "ours_operation", "ours_triton", "ours_eager", "peft", "formula", "grouped_mm")
 COMPILED = ("base", "ours", "peft", "peft_compiled", "formula_compiled")
 OUTSIDE = ("base", "ours", "peft", "lorafusion", "nemo_automodel")
 
@@ -185,14 +188,15 @@ def phase_flops(direction: str, phase: int, problem: Problem, finish: int) -> in
 
 
 def time_launches(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterator[dict]:
-    """Every launch between marks of its own, after the launches before it."""
+    """Every launch of the Triton kernels between marks of its own, after the launches before it."""
+    from lilora_kernels.ops.delta import triton_backend
     from lilora_kernels.ops.delta.triton_backend import Backward, Forward
 
     sets = operand_sets(problem, machine)
     calls = [s.call() for s in sets]
     inputs = [s.x.detach() for s in sets]
     needs = frozenset(GRADIENTS)
-    check_delta(sets[0], calls[0], one_launch=False)
+    check_delta(sets[0], calls[0], triton_backend, one_launch=False)
     makers = {
         "forward": lambda at: Forward(inputs[at], None, calls[at], one_launch=False),
         "backward": lambda at: Backward(sets[at].dy, inputs[at], sets[at].h, calls[at], needs, one_launch=False),
@@ -233,7 +237,7 @@ def time_launches(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iter
 
 
 def stage_4(dry_run: bool) -> Iterator[Case]:
-    """`delta` in one launch each way against a launch for each phase."""
+    """`delta` in one launch each way against a launch for each phase, by every backend with kernels."""
     if dry_run:
         yield Case("delta", partial(time_delta, problem(True, 20, TINY, 2, 0.05)), ())
         return
@@ -246,49 +250,55 @@ def stage_4(dry_run: bool) -> Iterator[Case]:
                     yield Case("delta", partial(time_delta, problem(False, m, shape, tasks, 0.05)), variant)
 
 
-def check_delta(s: Operands, call: Call, one_launch: bool) -> None:
-    """y and all gradients against fp64, dropout as the kernels draw it."""
-    from lilora_kernels.ops.delta.triton_backend import run_backward, run_forward
+def kernels_of(problem: Problem, x: Tensor) -> dict[str, ModuleType]:
+    """The backends with kernels of their own that can run here."""
+    reasons = refusals("delta", x, problem.rank, problem.sub_rank)
+    module = "lilora_kernels.ops.delta.{}_backend"
+    return {name: import_module(module.format(name)) for name in ("triton", "cuda") if reasons[name] is None}
 
+
+def check_delta(s: Operands, call: Call, kernels: ModuleType, one_launch: bool) -> None:
+    """y and all gradients against fp64, dropout as the kernels draw it."""
     x, *factors = (t.detach().double().requires_grad_() for t in s.gradients())
     dropped = x
     if s.problem.p:
         dropped = x * keep_mask(s.seed, *x.shape, s.problem.p) * keep_scale(s.problem.p)
     want = lilora_adapter(s.problem)(dropped, factors)
-    y, h = run_forward(s.x.detach(), None, call, one_launch)
+    y, h = kernels.run_forward(s.x.detach(), None, call, one_launch)
     error("y of delta", y, want)
     exact = torch.autograd.grad(want, [x, *factors], y.double())
-    grads = run_backward(y, s.x.detach(), h, call, frozenset(GRADIENTS), one_launch)
+    grads = kernels.run_backward(y, s.x.detach(), h, call, frozenset(GRADIENTS), one_launch)
     for name, gradient in zip(GRADIENTS, exact, strict=True):
         error(f"gradient of {name} of delta", grads[name], gradient)
 
 
 def time_delta(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterator[dict]:
-    from lilora_kernels.ops.delta.triton_backend import run_backward, run_forward
-
     sets = operand_sets(problem, machine)
     calls = [s.call() for s in sets]
     inputs = [s.x.detach() for s in sets]
     needs = frozenset(GRADIENTS)
 
-    def candidate(one_launch: bool):
+    def candidate(kernels: ModuleType, one_launch: bool):
         def run(turn: int, mark: Callable[[], None]) -> None:
             at = turn % len(sets)
-            _, h = run_forward(inputs[at], None, calls[at], one_launch)
+            _, h = kernels.run_forward(inputs[at], None, calls[at], one_launch)
             mark()
-            run_backward(sets[at].dy, inputs[at], h, calls[at], needs, one_launch)
+            kernels.run_backward(sets[at].dy, inputs[at], h, calls[at], needs, one_launch)
             mark()
 
         return run
 
-    for one_launch in (True, False):
-        check_delta(sets[0], calls[0], one_launch)
-    runs = {"one launch": candidate(True), "by phase": candidate(False)}
+    runs = {}
+    for name, kernels in kernels_of(problem, inputs[0]).items():
+        for plan, one_launch in (("one launch", True), ("by phase", False)):
+            check_delta(sets[0], calls[0], kernels, one_launch)
+            runs[f"{name}, {plan}"] = candidate(kernels, one_launch)
     times = measure(machine, runs, ["forward", "backward"])
     base = Problem(problem.rows, problem.columns, problem.outputs, dtype=problem.dtype)
     for name in runs:
+        by_phase = name.split(",")[0] + ", by phase"
         for direction in ("forward", "backward"):
-            result = figures(times[name][direction], times["by phase"][direction])
+            result = figures(times[name][direction], times[by_phase][direction])
             result["ratio_to_by_phase"] = result.pop("ratio_to_base")
             # Of the adapter alone: what base and adapter need, less the base's weight and operations.
             bytes_, flops = problem.least(direction, adapted=True)
@@ -305,7 +315,8 @@ def time_delta(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterato
 
 
 DECODING = (
-    "base", "ours", "ours_operation", "ours_eager", "formula", "peft", "peft_names", "grouped_mm", "merged", "vllm", "sglang",
+    "base", "ours", "ours_operation", "ours_triton", "ours_eager", "formula", "peft", "peft_names", "grouped_mm", "merged",
+    "vllm", "sglang",
 )  # fmt: skip
 
 
@@ -341,7 +352,8 @@ def graph_of(name: str, built: Built, sets: int, machine: Machine) -> Callable[[
 
     @torch.no_grad()
     def run() -> list[Tensor]:
-        return [built.forward(at) for at in range(sets)]
+        with built.ordered():
+            return [built.forward(at) for at in range(sets)]
 
     want = run()
     if not machine.on_gpu:

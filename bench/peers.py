@@ -5,13 +5,14 @@ gate compares with that before anything is timed. A peer that cannot do a proble
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lilora_kernels import LiLoRALinear, backend, functional
+from lilora_kernels import LiLoRALinear, backend, backends, functional
 from lilora_kernels.ops.delta import reference
 
 from .problems import SCALING, Operands, Problem, samples
@@ -34,6 +35,10 @@ class Built:
     forward: Callable[[int], Tensor]
     leaves: list[list[Tensor]]
     adapter: Adapter
+    backend: str | None = None  # ordered for forward and backward
+
+    def ordered(self) -> AbstractContextManager:
+        return nullcontext() if self.backend is None else backend(self.backend)
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def lilora_layer(s: Operands, training: bool) -> tuple[LiLoRALinear, list[Tensor
     return layer, [layer.lilora_A[names[0]], layer.lilora_B[names[0]], *(p for group in per_task for p in group)]
 
 
-def ours(sets: list[Operands], training: bool, order: str | None = None) -> Built:
+def ours(sets: list[Operands], training: bool, by: str | None = None) -> Built:
     """LiLoRALinear, the row's task given for a mixed batch."""
     problem = sets[0].problem
     tasks = problem.tasks
@@ -140,21 +145,22 @@ def ours(sets: list[Operands], training: bool, order: str | None = None) -> Buil
         return layers[at][0](sets[at].x, task=sets[at].task)
 
     leaves = [[s.x, *parameters] for s, (_, parameters) in zip(sets, layers, strict=True)]
-    return Built(ordered(forward, order), leaves, adapter)
+    return Built(forward, leaves, adapter, by)
 
 
-def ordered(forward: Callable[[int], Tensor], name: str | None) -> Callable[[int], Tensor]:
-    def run(at: int) -> Tensor:
-        with backend(name):
-            return forward(at)
+def ours_by(name: str) -> Callable[[list[Operands], bool], Built]:
+    """The layer under a backend that is not the first one here."""
 
-    return forward if name is None else run
+    def build(sets: list[Operands], training: bool) -> Built:
+        problem = sets[0].problem
+        reasons = backends.refusals("linear", sets[0].x, problem.rank, problem.sub_rank)
+        if reasons[name] is not None:
+            raise Unavailable(reasons[name])
+        if next(other for other, reason in reasons.items() if reason is None) == name:
+            raise Unavailable("it is what `ours` runs here")
+        return ours(sets, training, name)
 
-
-def ours_eager(sets: list[Operands], training: bool) -> Built:
-    if sets[0].x.device.type == "cpu":
-        raise Unavailable("it is what `ours` runs on a CPU")
-    return ours(sets, training, "eager")
+    return build
 
 
 def ours_operation(sets: list[Operands], training: bool) -> Built:
@@ -326,7 +332,8 @@ def grouped_mm(sets: list[Operands], training: bool) -> Built:
 PEERS = {
     "base": Peer("frozen base, F.linear", base),
     "ours": Peer("LiLoRALinear", ours),
-    "ours_eager": Peer("LiLoRALinear, eager backend", ours_eager),
+    "ours_triton": Peer("LiLoRALinear, Triton backend", ours_by("triton")),
+    "ours_eager": Peer("LiLoRALinear, eager backend", ours_by("eager")),
     "ours_operation": Peer("lilora::linear on stacked factors", ours_operation),
     "formula": Peer("LiLoRA's formula in PyTorch", formula),
     "formula_compiled": Peer("the formula under torch.compile", formula_compiled),

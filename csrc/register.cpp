@@ -88,7 +88,7 @@ Adapter adapter_of(const Parameters& p, const Tensor& like, int64_t rows) {
 #ifdef __CUDACC__
 Stream current_stream(const Tensor& x) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   return static_cast<Stream>(stream);
 }
 using Guard = torch::stable::accelerator::DeviceGuard;

@@ -237,7 +237,7 @@ def info(as_json: Json = False) -> None:
 
     from lilora_kernels.backends import refusals
 
-    facts: dict[str, Any] = {**environment(), "backends": {}}
+    facts: dict[str, Any] = {**environment(), **cuda_build(), "backends": {}}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for op in ("delta", "linear", "delta_pair"):
         facts["backends"][op] = {
@@ -249,7 +249,7 @@ def info(as_json: Json = False) -> None:
         return
     table = Table(show_header=False)
     for key, value in facts.items():
-        if key != "backends":
+        if key not in ("backends", "build_info"):
             table.add_row(key, str(value))
     for op, backends in facts["backends"].items():
         for name, state in backends.items():
@@ -384,6 +384,16 @@ def environment() -> dict[str, str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores"
     packages = ("lilora-kernels", "torch", "triton", "transformers", "peft", "accelerate")
     return {"python": platform.python_version(), **{name: installed(name) for name in packages}, "device": device}
+
+
+def cuda_build() -> dict[str, Any]:
+    """What the CUDA kernels were built with and whether they load, in words and as data."""
+    from lilora_kernels.cuda_library import build_info, load_error
+
+    built, error = build_info(), load_error()
+    made = f"CUDA {built['cuda']}, torch {built['torch']}, for {', '.join(built['architectures'])}; "
+    state = "loaded" if error is None else error
+    return {"cuda build": (made if built["cuda"] else "") + state, "build_info": built}
 
 
 def main() -> None:

@@ -241,7 +241,7 @@ def test_one_launch_equals_a_launch_for_each_phase(rows):
     call, dy = call_of(i, 0.1), torch.randn(rows, 200).bfloat16()
     results = []
     for one_launch in (True, False):
-        y, h = cuda_backend.run_forward(i.x, None, None, call, one_launch)
+        y, h = cuda_backend.run_forward(i.x, None, call, one_launch)
         results.append([y, h, *cuda_backend.run_backward(dy, i.x, h, call, frozenset(NAMES), one_launch).values()])
     assert_equal(*results)
 

@@ -1,21 +1,39 @@
-"""Tests of the Triton kernels on an NVIDIA GPU, collected only where there is one: pytest tests/gpu"""
+"""Tests of the Triton and CUDA kernels on an NVIDIA GPU, collected only where there is one: pytest tests/gpu"""
+
+import importlib
+import os
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
+# Poisoned memory comes with deterministic algorithms, and those with a workspace for cuBLAS.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-@pytest.fixture(autouse=True)
-def _triton(monkeypatch):
+@pytest.fixture(autouse=True, params=["triton", "cuda"])
+def kernels(request, monkeypatch):
+    """Every test runs with both backends; this is the one's module."""
+    from lilora_kernels import cuda_library
+
+    if request.param == "cuda" and (reason := cuda_library.load_error()) is not None:
+        pytest.skip(reason)
     # The environment variable also holds in the thread in which autograd runs backward for a GPU.
-    monkeypatch.setenv("LILORA_BACKEND", "triton")
+    monkeypatch.setenv("LILORA_BACKEND", request.param)
+    return importlib.import_module(f"lilora_kernels.ops.delta.{request.param}_backend")
 
 
 @pytest.fixture
 def plan(monkeypatch):
     """plan(one_launch) says whether the phases of `linear` share a launch; the configurations are those shipped."""
     from lilora_kernels.ops import triton_runtime
+    from lilora_kernels.ops.linear import cuda_backend
 
-    return lambda one_launch: monkeypatch.setattr(triton_runtime, "ONE_LAUNCH_ROWS", 1 << 30 if one_launch else -1)
+    def choose(one_launch):
+        rows = 1 << 30 if one_launch else -1
+        monkeypatch.setattr(triton_runtime, "ONE_LAUNCH_ROWS", rows)
+        monkeypatch.setattr(cuda_backend, "ONE_LAUNCH_ROWS", rows)
+        monkeypatch.setattr(cuda_backend, "DECODE_ROWS", -1)
+
+    return choose

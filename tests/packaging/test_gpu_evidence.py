@@ -51,7 +51,7 @@ def test_every_figure_says_of_what_it_is(dry_run):
     results = [(number, r) for number in "123459" for r in stages[number]["results"] if r["case"] != "ceilings"]
     assert all("error" not in result for _, result in results)
     reasons = {result["implementation"]: result["unavailable"] for _, result in results if "unavailable" in result}
-    assert {"ours_eager", "vllm", "sglang", "lorafusion", "nemo_automodel"} == set(reasons)
+    assert {"ours_triton", "vllm", "sglang", "lorafusion", "nemo_automodel"} == set(reasons)
     timed = [(number, result) for number, result in results if "unavailable" not in result]
     for number, result in timed:
         assert (CALL if number in "3459" else SHAPE) <= set(result)
@@ -69,7 +69,7 @@ def test_every_figure_says_of_what_it_is(dry_run):
     for direction in ("forward", "backward"):
         for beta in (0, 1):
             assert ("2", "addmm_", f"beta {beta}", direction) in compared
-        for plan in ("one launch", "by phase"):
+        for plan in ("triton, one launch", "triton, by phase"):
             assert ("4", "delta", plan, direction) in compared
     assert ("5", "decode", "ours", "forward") in compared
     launches = [r for _, r in timed if r["case"] == "launches"]

@@ -9,7 +9,7 @@ from ..philox import keep_scale, threshold
 
 
 def forward(x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    return run_forward(x, None, None, call, one_launch=True)
+    return run_forward(x, None, call, one_launch=True)
 
 
 def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str]) -> dict[str, Tensor]:
@@ -17,7 +17,7 @@ def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: 
 
 
 def run_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Call, one_launch: bool
+    x: Tensor, bias: Tensor | None, call: Call, one_launch: bool, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] = bias + delta, and h [M, R]; with weight [N, K] the base product is added too."""
     return torch.ops.lilora_cuda.delta_forward(

@@ -10,7 +10,7 @@ def forward(
     x: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], calls: tuple[Call, Call]
 ) -> tuple[Tensor, ...]:
     ys, hs = zip(
-        *(delta.run_forward(x, None, bias, call, False) for bias, call in zip(biases, calls, strict=True)), strict=True
+        *(delta.run_forward(x, bias, call, False) for bias, call in zip(biases, calls, strict=True)), strict=True
     )
     for y, weight in zip(ys, weights, strict=True):
         if weight is not None:

@@ -12,8 +12,8 @@ ONE_LAUNCH_ROWS = 255  # up to here, and in backward, all phases of the adapter 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
     weight = weight.to(x.dtype)
     if x.shape[0] <= DECODE_ROWS:
-        return delta.run_forward(x, weight, bias, call, one_launch=False)
-    y, h = delta.run_forward(x, None, bias, call, one_launch(x))
+        return delta.run_forward(x, bias, call, False, weight)
+    y, h = delta.run_forward(x, bias, call, one_launch(x))
     return y.addmm_(x, weight.T), h
 
 

@@ -1,0 +1,216 @@
+"""The GPU build from an sdist, as pip makes it: what it links, holds and says. Needs nvcc and no GPU.
+
+LILORA_CUDA_REPORT names the file that takes compile times and sizes as JSON; default: one in pytest's temporary folder.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import cuda_build
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SDIST = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+CUDA_SHIM = "aoti_torch_get_current_cuda_stream"  # what a torch without CUDA lacks
+
+
+def run(*command, cwd=None, **environment):
+    full = {name: value for name, value in os.environ.items() if not name.startswith("LILORA_")} | environment
+    result = subprocess.run(command, cwd=cwd, env=full, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def make_wheel(source, folder):
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
+    return run(*command, cwd=source, LILORA_CUDA="1", TORCH_CUDA_ARCH_LIST=os.environ["LILORA_CUDA_CHECK"])
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The sources as the sdist has them, the wheel built there, and the folder where it is installed."""
+    folder = tmp_path_factory.mktemp("gpu build")
+    clean = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for name in ("csrc", "lilora_kernels", "python"):
+        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=clean)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "tree")
+    run(sys.executable, "-c", SDIST, str(folder), cwd=folder / "tree")
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (source,) = (folder / "unpacked").iterdir()
+
+    start = time.perf_counter()
+    make_wheel(source, folder)
+    seconds = time.perf_counter() - start
+    (wheel,) = folder.glob("*.whl")
+    site = folder / "site"
+    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel))
+    library = site / "lilora_kernels/lib/liblilora_cuda.so"
+    return SimpleNamespace(source=source, wheel=wheel, site=site, library=library, seconds=seconds, folder=folder)
+
+
+def python(built, code):
+    """What code prints as JSON, with the built package installed."""
+    return json.loads(run(sys.executable, "-c", code, cwd=built.folder, PYTHONPATH=str(built.site)))
+
+
+def chosen():
+    return cuda_build.architectures(os.environ["LILORA_CUDA_CHECK"], cuda_build.find_nvcc())
+
+
+def test_the_wheel_is_tagged_for_this_python_and_platform(built):
+    version = "cp{}{}".format(*sys.version_info)
+    assert re.fullmatch(rf"lilora_kernels-[\d.]+-{version}-{version}-linux_\w+\.whl", built.wheel.name)
+
+
+def test_the_library_needs_only_the_c_functions_of_torch_and_the_system_libraries(built):
+    dynamic = run("readelf", "--dynamic", "--wide", str(built.library))
+    needed = set(re.findall(r"NEEDED.*\[(.+)\]", dynamic))
+    system = {
+        "libstdc++.so.6",
+        "libgcc_s.so.1",
+        "libm.so.6",
+        "libc.so.6",
+        "libdl.so.2",
+        "libpthread.so.0",
+        "librt.so.1",
+    }
+    assert "libtorch.so" in needed
+    assert {name for name in needed if not name.startswith("ld-linux")} <= system | {"libtorch.so"}
+    for line in run("nm", "-D", "--undefined-only", str(built.library)).splitlines():
+        kind, name = line.split()
+        of_system = re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$", name)
+        assert of_system or kind == "w" or re.match(r"(aoti_)?torch_", name), name
+
+
+def test_no_path_of_the_build_is_in_the_binaries(built):
+    for path in built.site.rglob("*.so"):
+        content = path.read_bytes()
+        for folder in (built.folder, Path(torch.__file__).parent, Path(sys.prefix)):
+            assert bytes(folder) not in content, (path, folder)
+
+
+LOAD = """
+import ctypes, json, sys
+stub = {stub!r}
+if stub:
+    ctypes.CDLL(stub, mode=ctypes.RTLD_GLOBAL)
+import torch, lilora_kernels
+from lilora_kernels import cuda_library
+error = cuda_library.load_error()
+x, a, b0 = torch.randn(7, 24), torch.randn(4, 24), torch.randn(16, 4)
+with lilora_kernels.backend("eager"):
+    y = lilora_kernels.delta(x, a, b0, scaling=0.5)
+operations = [name for name in {names} if hasattr(torch.ops.lilora_cuda, name)]
+print(json.dumps([error, torch.allclose(y, 0.5 * (x @ a.T) @ b0.T, atol=1e-5), operations]))
+"""
+
+
+def called_operations():
+    texts = (path.read_text() for path in (ROOT / "lilora_kernels").rglob("*.py"))
+    return sorted({name for text in texts for name in re.findall(r"\blilora_cuda\.(\w+)", text)})
+
+
+def test_it_loads_or_keeps_the_cause_and_eager_runs_either_way(built):
+    names = called_operations()
+    error, eager_is_right, operations = python(built, LOAD.format(stub=None, names=names))
+    assert eager_is_right
+    if torch.version.cuda:
+        assert error is None
+        assert operations == names
+    else:
+        assert error.startswith(f"torch {torch.__version__} is built without CUDA (")
+        assert f"{built.library}: undefined symbol: {CUDA_SHIM}" in error
+        assert operations == []
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA's part of the C functions")
+def test_every_operation_that_python_calls_is_registered(built):
+    """The function that a torch without CUDA lacks is put in its place."""
+    source, stub = built.folder / "stub.cpp", built.folder / "stub.so"
+    source.write_text(f'extern "C" int {CUDA_SHIM}(int, void**) {{ return 1; }}\n')
+    run(cuda_build.find_nvcc().path, "-shared", "-cudart=none", "-Xcompiler=-fPIC", str(source), "-o", str(stub))
+    names = called_operations()
+    assert names
+    error, _, operations = python(built, LOAD.format(stub=str(stub), names=names))
+    assert error is None
+    assert operations == names
+
+
+def test_build_info_is_what_was_built(built):
+    facts = python(
+        built, "import json; from lilora_kernels.cuda_library import build_info; print(json.dumps(build_info()))"
+    )
+    hopper = any(arch.number == "9.0a" for arch in chosen()) and any((ROOT / "csrc/hopper").rglob("*.cu"))
+    assert facts["cuda"] == cuda_build.find_nvcc().version
+    assert facts["torch"] == torch.__version__
+    assert facts["architectures"] == [arch.name for arch in chosen()]
+    assert facts["flags"] == cuda_build.FLAGS
+    assert facts["hopper"] == hopper
+    assert facts["reason"] is None
+    devices = {arch.gencode()[0].rpartition("=")[2] for arch in chosen()}
+    assert {row["architecture"] for row in facts["kernels"]} == devices
+    for row in facts["kernels"]:
+        assert (
+            not row["kernel"].startswith("_Z") or "cutlass" in row["kernel"]
+        )  # no demangler reads all of CUTLASS's names
+        assert 0 < row["registers"] <= 255
+        assert row["shared_bytes"] <= 48 * 1024
+    assert all(row["architecture"] == "sm_90a" for row in facts["kernels"] if "hopper" in row["kernel"])
+
+
+def test_lilora_info_shows_the_build(built):
+    pytest.importorskip("typer")
+    code = "import sys; from lilora.cli import main; sys.argv = ['lilora', 'info', '--json']; main()"
+    facts = python(built, code)
+    assert facts["cuda build"].startswith(f"CUDA {cuda_build.find_nvcc().version}, torch {torch.__version__}, for ")
+    assert facts["build_info"]["cuda"] == cuda_build.find_nvcc().version
+
+
+def test_a_second_build_recompiles_nothing_and_a_changed_header_what_includes_it(built):
+    times = lambda: {path: path.stat().st_mtime_ns for path in built.source.glob("build/cuda/**/*.[os]*")}  # noqa: E731
+    before = times()
+    shutil.rmtree(built.folder / "again", ignore_errors=True)
+    assert "no work to do" in make_wheel(built.source, built.folder / "again")
+    assert times() == before
+    os.utime(built.source / "csrc/build_info.cpp")
+    command = [*cuda_build.find_ninja(), "-n", "-f", "build/cuda/build.ninja"]
+    assert "nvcc csrc/build_info.cpp" in run(*command, cwd=built.source)
+    assert ".cu" not in run(*command, cwd=built.source)
+    os.utime(built.source / "csrc/delta.h")
+    again = run(*command, cwd=built.source)
+    assert "nvcc csrc/register.cpp" in again
+    assert "link build/cuda/liblilora_cuda.so" in again
+
+
+def test_report(built, capsys):
+    """No bound is held here: times and sizes for the reader."""
+    lines = (built.source / "build/cuda/.ninja_log").read_text().splitlines()[1:]
+    spans = {target: (int(end) - int(start)) / 1000 for start, end, _, target, _ in map(str.split, lines)}
+    report = {
+        "architectures": [arch.name for arch in chosen()],
+        "jobs": cuda_build.max_jobs(),
+        "seconds": round(built.seconds, 1),
+        "seconds_by_source": {
+            str(Path(target).relative_to("build/cuda").with_suffix("")): round(seconds, 1)
+            for target, seconds in spans.items()
+            if target.endswith(".o")
+        },
+        "library_bytes": built.library.stat().st_size,
+        "wheel_bytes": built.wheel.stat().st_size,
+    }
+    path = Path(os.environ.get("LILORA_CUDA_REPORT") or built.folder / "gpu_build.json")
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    with capsys.disabled():
+        print(f"\n{json.dumps(report, indent=1)}\nwritten to {path}")

@@ -10,12 +10,13 @@ RUNS := $(foreach preset,$(PRESETS),lilora-$(preset)) lora dirlora
 DEMO := lilora-frozen-0 lora-0 dirlora-0
 EXPERIMENT := $(foreach seed,0 1 2,$(foreach run,$(RUNS),$(run)-$(seed)))
 
-.PHONY: help venv demo experiment test lint cpu-evidence readme resources gpu-evidence wheel clean
+.PHONY: help venv demo experiment test cuda-check cuda-check-all lint cpu-evidence readme resources gpu-evidence wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
 	@echo "make demo        learn six tasks with three methods on real images, about 8 minutes on 2 cores"
 	@echo "make test        all tests"
+	@echo "make cuda-check  the GPU build for one architecture, compiled and taken apart; -all: for every one"
 	@echo "make gpu-evidence  on a GPU: its tests, then the measurements; results.json and log.txt under OUT=folder"
 	@echo "make resources   what the Triton kernels take, compiled ahead of time: lilora_kernels/ops/RESOURCES.md"
 	@echo "make lint        ruff: rules and formatting"
@@ -52,10 +53,26 @@ run-lora-%:
 run-dirlora-%:
 	$(TRAIN_DIGITS) --out $(RUNS_OUT)/dirlora-$* --method dirlora --seed $*
 
-# Triton's interpreter and its compiler cannot share a process.
+# Triton's interpreter and its compiler cannot share a process; neither can the emulated CUDA kernels and the other tests.
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/interpreter
+	OMP_NUM_THREADS=1 LILORA_EMULATION=1 $(BIN)/pytest -n 2 tests/emulation
+
+# What can be shown of the GPU build without a GPU. Names of architectures as in TORCH_CUDA_ARCH_LIST.
+CUDA_ARCHITECTURES := 9.0a
+NVCC := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+cuda-check: venv
+ifeq ($(NVCC),)
+	@echo "cuda-check is skipped: nvcc is neither in CUDA_HOME nor in PATH nor in /usr/local/cuda"
+else
+	$(BIN)/pip install -q -c constraints.txt ninja pybind11
+	$(BIN)/pip install -q -c constraints.txt --no-deps nvidia-cutlass
+	LILORA_CUDA_CHECK="$(CUDA_ARCHITECTURES)" $(BIN)/pytest tests/cuda
+endif
+
+cuda-check-all:
+	$(MAKE) --no-print-directory cuda-check CUDA_ARCHITECTURES="8.0;8.9;9.0a;10.0+PTX"
 
 lint: .venv/ready
 	$(BIN)/ruff check .

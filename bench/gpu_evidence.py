@@ -2,7 +2,8 @@
 
 Runs from the source tree with the packages that are there; needs no network. Each stage is a process of its own with a
 time limit; OUT/results.json and OUT/log.txt are written after each, so that a later failure takes nothing away. Stage 6
-leaves OUT/configs.json where it finds better launch configurations. The command fails when a stage did. --dry-run does
+leaves OUT/configs.json where it finds better launch configurations. The CUDA kernels are built first where they are not
+there yet (LILORA_CUDA=1 python setup.py build_ext --inplace). The command fails when a stage did. --dry-run does
 every stage on a CPU with tiny shapes, the kernels interpreted.
 """
 
@@ -17,7 +18,9 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 from .environment import clocks, environment
 
@@ -38,6 +41,7 @@ TITLES = {
     8: "Nsight Compute on every launch",
     9: "linear: compiled peers, and kernels from outside the tree",
 }
+BUILD_LIMIT = 200
 LIMITS = {0: 210, 1: 60, 2: 45, 3: 160, 4: 80, 5: 90, 6: 300, 7: 240, 8: 120, 9: 300}  # seconds
 
 
@@ -133,6 +137,30 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def build_kernels(dry_run: bool, env: dict[str, str], seconds: float) -> dict:
+    """The CUDA kernels in this tree, unless they are there or cannot be built: for this machine's GPU alone."""
+    if (ROOT / "lilora_kernels/lib/liblilora_cuda.so").exists():
+        return {"status": "found"}
+    if dry_run or which("nvcc") is None:
+        return {"status": "left out", "reason": "a dry run" if dry_run else "nvcc is not in PATH"}
+    # Without CUTLASS's headers no fused product: the build for 9.0 leaves it out.
+    architecture = "9.0a" if find_spec("cutlass_library") else "9.0"
+    start = time.monotonic()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env | {"LILORA_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    try:
+        text, _ = process.communicate(timeout=max(seconds, 1))
+        status = "ok" if process.returncode == 0 else f"failed with exit code {process.returncode}"
+    except subprocess.TimeoutExpired:
+        end(process)
+        text, status = process.communicate()[0], f"stopped after {seconds:.0f} s"
+    took = round(time.monotonic() - start, 1)
+    return {"status": status, "architecture": architecture, "seconds": took, "output": text[-2000:]}
+
+
 def start_warming(dry_run: bool, env: dict[str, str]) -> list[subprocess.Popen]:
     """Compile the kernels of the timed stages beside stage 0, on other cores. A dry run does one part of it."""
     count = 3 if dry_run else WARM_PROCESSES
@@ -176,6 +204,8 @@ def main() -> int:
     command = shlex.join(["python3", "-m", "bench.gpu_evidence", *sys.argv[1:]])
     head = {"dry_run": options.dry_run, **environment(command, not options.dry_run, options.commit)}
     evidence = Evidence(options.out, head)
+    evidence.content["cuda_build"] = build_kernels(options.dry_run, env, min(BUILD_LIMIT, deadline - time.monotonic()))
+    print(f"CUDA kernels: {evidence.content['cuda_build']}", flush=True)
     warming = start_warming(options.dry_run, env) if {3, 4, 5} & set(numbers) else []
     failed = []
     try:

@@ -139,7 +139,17 @@ def bucket(kernel: str, rows: int, one_launch: bool) -> int:
     return buckets[triton_runtime.nearest(buckets, rows)]
 
 
-TRAINING = ("base", "ours", "ours_operation", "ours_triton", "ours_eager", "peft", "formula", "grouped_mm")
+TRAINING = (
+    "base",
+    "ours",
+    "ours_operation",
+    "ours_fused",
+    "ours_triton",
+    "ours_eager",
+    "peft",
+    "formula",
+    "grouped_mm",
+)
 COMPILED = ("base", "ours", "peft", "peft_compiled", "formula_compiled")
 OUTSIDE = ("base", "ours", "peft", "lorafusion", "nemo_automodel")
 

@@ -4,9 +4,10 @@ A peer builds itself on the same operands for every other peer, and says its own
 gate compares with that before anything is timed. A peer that cannot do a problem raises Unavailable with the reason.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lilora_kernels import LiLoRALinear, backend, backends, functional
 from lilora_kernels.ops.delta import reference
+from lilora_kernels.ops.linear import cuda_backend as cuda_linear
 
 from .problems import SCALING, Operands, Problem, samples
 
@@ -29,16 +31,13 @@ class Built:
     """A peer on its operands, by set: `forward(at)` -> y; `leaves[at]` is x and the parameters that learn.
 
     adapter(dropped x, parameters): the formula of its adapter, for the gate, in the dtype of what it gets. The parameters
-    are those that learn, or in inference those of set 0.
+    are those that learn, or in inference those of set 0. ordered(): what orders a backend or plan.
     """
 
     forward: Callable[[int], Tensor]
     leaves: list[list[Tensor]]
     adapter: Adapter
-    backend: str | None = None  # ordered for forward and backward
-
-    def ordered(self) -> AbstractContextManager:
-        return nullcontext() if self.backend is None else backend(self.backend)
+    ordered: Callable[[], AbstractContextManager] = nullcontext  # around forward and backward
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def lilora_layer(s: Operands, training: bool) -> tuple[LiLoRALinear, list[Tensor
     return layer, [layer.lilora_A[names[0]], layer.lilora_B[names[0]], *(p for group in per_task for p in group)]
 
 
-def ours(sets: list[Operands], training: bool, by: str | None = None) -> Built:
+def ours(sets: list[Operands], training: bool) -> Built:
     """LiLoRALinear, the row's task given for a mixed batch."""
     problem = sets[0].problem
     tasks = problem.tasks
@@ -145,7 +144,7 @@ def ours(sets: list[Operands], training: bool, by: str | None = None) -> Built:
         return layers[at][0](sets[at].x, task=sets[at].task)
 
     leaves = [[s.x, *parameters] for s, (_, parameters) in zip(sets, layers, strict=True)]
-    return Built(forward, leaves, adapter, by)
+    return Built(forward, leaves, adapter)
 
 
 def ours_by(name: str) -> Callable[[list[Operands], bool], Built]:
@@ -158,7 +157,7 @@ def ours_by(name: str) -> Callable[[list[Operands], bool], Built]:
             raise Unavailable(reasons[name])
         if next(other for other, reason in reasons.items() if reason is None) == name:
             raise Unavailable("it is what `ours` runs here")
-        return ours(sets, training, name)
+        return replace(ours(sets, training), ordered=partial(backend, name))
 
     return build
 
@@ -174,6 +173,21 @@ def ours_operation(sets: list[Operands], training: bool) -> Built:
         return functional.linear(s.x, s.weight, None, *s.factors(), task=s.task, seed=seed, scaling=SCALING, p=p)
 
     return Built(forward, [s.gradients() for s in sets], lilora_adapter(problem))
+
+
+def ours_fused(sets: list[Operands], training: bool) -> Built:
+    """`ours_operation` by the fused product of sm_90a."""
+    s = sets[0]
+    reason = backends.refusals("linear", s.x, s.problem.rank, s.problem.sub_rank)["cuda"]
+    if (reason := reason or cuda_linear.unfit(s.x, s.weight, s.call())) is not None:
+        raise Unavailable(reason)
+
+    @contextmanager
+    def ordered() -> Iterator[None]:
+        with backend("cuda"), cuda_linear.fused(True):
+            yield
+
+    return replace(ours_operation(sets, training), ordered=ordered)
 
 
 def formula(sets: list[Operands], training: bool, compiled: bool = False) -> Built:
@@ -332,6 +346,7 @@ def grouped_mm(sets: list[Operands], training: bool) -> Built:
 PEERS = {
     "base": Peer("frozen base, F.linear", base),
     "ours": Peer("LiLoRALinear", ours),
+    "ours_fused": Peer("lilora::linear by the fused product of sm_90a", ours_fused),
     "ours_triton": Peer("LiLoRALinear, Triton backend", ours_by("triton")),
     "ours_eager": Peer("LiLoRALinear, eager backend", ours_by("eager")),
     "ours_operation": Peer("lilora::linear on stacked factors", ours_operation),

@@ -21,6 +21,7 @@ COLOURS = {
     "base": "#888888",
     "ours": "#c8102e",
     "ours_operation": "#e88a97",
+    "ours_fused": "#e88c97",
     "ours_triton": "#f0a5ae",
     "ours_eager": "#f4c2c8",
     "formula": "#9467bd",

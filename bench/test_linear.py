@@ -15,7 +15,7 @@ MIXED_INFERENCE = (*INFERENCE, "grouped_mm")
 TRAINING = ("base", "ours", "formula", "peft")
 MIXED_TRAINING = (*TRAINING, "grouped_mm")
 # Where there is a GPU.
-OURS = ("ours_operation", "ours_triton", "ours_eager")
+OURS = ("ours_operation", "ours_fused", "ours_triton", "ours_eager")
 SERVING = ("vllm", "sglang")
 LORA_TRAINING = ("lorafusion", "nemo_automodel")
 COMPILED = ("formula_compiled", "peft_compiled")

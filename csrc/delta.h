@@ -43,7 +43,8 @@ struct Forward {
   Matrix bias;    // [1, N]
   void* y;        // [M, N]
   void* h;        // [M, R]
-  void* qz;       // [M, width]: q, then e q V_t^T
+  void* qz;           // [M, width]: q, then e q V_t^T; for the fused product s f q, then s e q V_t^T
+  void* q;            // [M, q_width]: q, only for the fused product, which takes the place of phase 2
   float* planes;       // [splits, M, q_width]: shares of h
   float* base_planes;  // [base_splits, M, N]: shares of x W^T
   int splits, base_splits;

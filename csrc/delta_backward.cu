@@ -426,7 +426,7 @@ DEVICE void run_item(const Backward& p, int phase, int item) {
       T* fqz = static_cast<T*>(p.fqz);
       T* h = static_cast<T*>(const_cast<void*>(p.h.data));
       prepare<T, kM>({&adapter, nullptr, 0, h, fqz, static_cast<T*>(p.q), adapter.q_width(), fqz + adapter.q_width(),
-                      adapter.width(), p.launch.shared},
+                      adapter.width(), 1.0f, p.launch.shared},
                      item);
     } else {
       find_spans(p, item - items.prepares);

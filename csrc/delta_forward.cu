@@ -175,8 +175,12 @@ delta_forward(const KERNEL_PARAMETER Forward p) {
         product_share<T, kM>(p, base, at);
       }
     } else if (phase == 1) {
-      const Prepare<T> work = {&adapter, p.planes, p.splits, static_cast<T*>(p.h), nullptr, static_cast<T*>(p.qz),
-                               adapter.width(), static_cast<T*>(p.qz) + adapter.q_width(), adapter.width(), p.launch.shared};
+      T* qz = static_cast<T*>(p.qz);
+      T* q = static_cast<T*>(p.q);
+      const bool fused = q != nullptr;
+      const Prepare<T> work = {&adapter, p.planes, p.splits, static_cast<T*>(p.h), fused ? qz : nullptr,
+                               fused ? q : qz, fused ? adapter.q_width() : adapter.width(), qz + adapter.q_width(),
+                               adapter.width(), fused ? adapter.scaling : 1.0f, p.launch.shared};
       for (int item = blockIdx.x; item < p.row_tiles; item += gridDim.x) prepare<T, kM>(work, item);
     } else {
       for (int item = blockIdx.x; item < p.row_tiles * p.groups; item += gridDim.x) {

@@ -1,4 +1,4 @@
-// q = h * g and z = e q V_t^T of a tile of rows: a phase of both directions.
+// q = h * g, f q and z = e q V_t^T of a tile of rows: a phase of both directions.
 #pragma once
 
 #include "adapter.h"
@@ -11,11 +11,12 @@ struct Prepare {
   const float* planes;  // [splits, M, q_width] shares of h; null where h is given
   int splits;
   T* h;       // [M, R]: written where there are planes, read otherwise
-  T* fq;      // f q in rows of `stride`, or null
+  T* fq;      // scale f q in rows of `stride`, or null
   T* q;       // q in rows of q_stride
   int q_stride;
-  T* z;       // e q V_t^T in rows of `stride`
+  T* z;       // scale e q V_t^T in rows of `stride`
   int stride;
+  float scale;
   int shared;
 };
 
@@ -43,7 +44,7 @@ PART void prepare(const Prepare<T>& p, int row_tile) {
     p.q[row * p.q_stride + r] = q;
     if (p.fq != nullptr) {
       const float f = list.exists(adapter, i) ? share_of_b0<T>(adapter, list.ids[i]) : 0.0f;
-      p.fq[row * p.stride + r] = rounded<T>(f * to_float(q));
+      p.fq[row * p.stride + r] = rounded<T>(p.scale * f * to_float(q));
     }
   }
   if (adapter.sub_rank == 0) return;
@@ -67,7 +68,7 @@ PART void prepare(const Prepare<T>& p, int row_tile) {
                          adapter.rank - r);
         },
         [&](int, int stage) { product.step(left_at(stage), right_at(stage), adapter.sub_rank); });
-    const float e = share_of_uv<T>(adapter, id);
+    const float e = p.scale * share_of_uv<T>(adapter, id);
     product.for_each([&](int i, int s, float first, float second) {
       if (i < rows.count && list.ids[i] == id && s < padded(adapter.sub_rank)) {
         store_pair(p.z + (rows.first + i) * p.stride + s, e * first, e * second, true);

@@ -11,6 +11,9 @@
 #include <vector>
 
 #include "delta.h"
+#ifdef LILORA_HOPPER
+#include "hopper/fused_linear.h"
+#endif
 
 namespace lilora {
 namespace {
@@ -31,6 +34,12 @@ Type type_of(const Tensor& x) {
       STD_TORCH_CHECK(false, "lilora_cuda: x must be float32, float16 or bfloat16");
   }
 }
+
+#ifdef LILORA_HOPPER
+hopper::ElementType element_type(Type type) {
+  return type == Type::kHalf ? hopper::ElementType::kFloat16 : hopper::ElementType::kBFloat16;
+}
+#endif
 
 // A tensor of one to three dimensions as rows of its last one; `like` is the activation whose type the kernel works in.
 Matrix matrix(const Tensor& t, const Tensor& like) {
@@ -121,6 +130,26 @@ struct Allocate {
   }
 };
 
+// What both forwards give to the kernels, and their results.
+struct ForwardCall {
+  Forward p = {};
+  Tensor y, h;
+};
+ForwardCall forward_call(const Tensor& x, const Optional& bias, const Parameters& parameters, const Tensor& state,
+                         const Allocate& make) {
+  ForwardCall call;
+  Forward& p = call.p;
+  p.adapter = adapter_of(parameters, x, x.size(0));
+  p.x = matrix(x, x);
+  p.bias = matrix(bias, x);
+  p.launch.state = static_cast<int*>(state.data_ptr());
+  call.y = make.tensor({x.size(0), p.adapter.outputs}, x.scalar_type());
+  call.h = make.tensor({x.size(0), p.adapter.rank}, x.scalar_type());
+  p.y = call.y.data_ptr();
+  p.h = call.h.data_ptr();
+  return call;
+}
+
 // y [M, N] = bias + delta, and h [M, R]; with weight the base product is added too.
 std::tuple<Tensor, Tensor> delta_forward(Tensor x, Optional weight, Optional bias, Tensor a, Tensor b0, Optional u,
                                          Optional v, Optional fusion, Optional task, Optional gate, Optional gate_row,
@@ -129,30 +158,25 @@ std::tuple<Tensor, Tensor> delta_forward(Tensor x, Optional weight, Optional bia
   const Guard guard(x.get_device_index());
   const Type type = type_of(x);
   const int64_t rows = x.size(0);
-  Forward p = {};
-  p.adapter = adapter_of({a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, keep_scale, threshold}, x, rows);
-  p.x = matrix(x, x);
-  p.weight = matrix(weight, x);
-  p.bias = matrix(bias, x);
-  p.launch.state = static_cast<int*>(state.data_ptr());
   Allocate make{x, {}};
-  Tensor y = make.tensor({rows, p.adapter.outputs}, x.scalar_type());
-  Tensor h = make.tensor({rows, p.adapter.rank}, x.scalar_type());
-  if (rows == 0 || p.adapter.outputs == 0) return {y, h};
+  const Parameters parameters = {a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, keep_scale, threshold};
+  ForwardCall call = forward_call(x, bias, parameters, state, make);
+  Forward& p = call.p;
+  if (rows == 0 || p.adapter.outputs == 0) return {call.y, call.h};
+  p.weight = matrix(weight, x);
   plan(p, type);
-  p.y = y.data_ptr();
-  p.h = h.data_ptr();
   p.qz = make.activation(true, {rows, p.adapter.width()});
   p.planes = make.floats(true, {p.splits, rows, p.adapter.q_width()});
   p.base_planes = make.floats(p.base_splits > 0, {p.base_splits, rows, p.adapter.outputs});
   run(p, type, one_launch, current_stream(x));
-  return {y, h};
+  return {call.y, call.h};
 }
 
 constexpr int kGradients = 7;  // of x, a, b0, u, v, fusion, gate
 
-// The gradients whose bit is set in `needs`, in order; dx without the part through the base.
-std::vector<Tensor> delta_backward(Tensor dy, Optional x, Optional h, Tensor a, Tensor b0, Optional u, Optional v,
+// The gradients whose bit is set in `needs`, in order. With weight, dx is that of base and adapter, by the fused product;
+// else without the part through the base.
+std::vector<Tensor> delta_backward(Tensor dy, Optional weight, Optional x, Optional h, Tensor a, Tensor b0, Optional u, Optional v,
                                    Optional fusion, Optional task, Optional gate, Optional gate_row, Optional seed,
                                    Tensor state, double scaling, int64_t threshold, double keep_scale, int64_t low_rank,
                                    int64_t high_rank, int64_t needs, bool one_launch) {
@@ -208,9 +232,69 @@ std::vector<Tensor> delta_backward(Tensor dy, Optional x, Optional h, Tensor a, 
   p.db0_planes = make.floats(db0, {chunks, outputs, rank});
   p.du_planes = make.floats(du, {chunks, tasks, outputs, sub_rank});
   p.dv_planes = make.floats(dv, {chunks, tasks, sub_rank, rank});
+  void* const dx = p.dx;
+  if (weight && dx != nullptr) p.dx = nullptr;
   run(p, type, one_launch, current_stream(dy));
+  if (weight && dx != nullptr) {
+#ifdef LILORA_HOPPER
+    const Matrix w = matrix(*weight, dy);
+    hopper::linear_input_gradient({element_type(type), rows, adapter.outputs, adapter.columns, adapter.rank, p.dy.data,
+                                   w.data, p.dh, adapter.a.data, adapter.seed, adapter.threshold, dx, p.dy.stride,
+                                   w.stride, adapter.q_width(), adapter.columns},
+                                  current_stream(dy));
+#else
+    STD_TORCH_CHECK(false, "lilora_cuda: this build has no code for 9.0a, which the fused product needs");
+#endif
+  }
   return gradients;
 }
+
+#ifdef LILORA_HOPPER
+// y [M, N] = x W^T + bias + delta in one product after the one that makes h [M, R].
+std::tuple<Tensor, Tensor> fused_linear_forward(Tensor x, Tensor weight, Optional bias, Tensor a, Tensor b0, Optional u,
+                                                Optional v, Optional fusion, Optional task, Optional gate,
+                                                Optional gate_row, Optional seed, Tensor state, double scaling,
+                                                int64_t threshold, double keep_scale) {
+  const Guard guard(x.get_device_index());
+  const Type type = type_of(x);
+  const int64_t rows = x.size(0);
+  const Stream stream = current_stream(x);
+  Allocate make{x, {}};
+  const Parameters parameters = {a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, keep_scale, threshold};
+  ForwardCall call = forward_call(x, bias, parameters, state, make);
+  Forward& p = call.p;
+  const Adapter& adapter = p.adapter;
+  if (rows == 0 || adapter.outputs == 0) return {call.y, call.h};
+  plan(p, type);
+  p.launch.last = 1;
+  p.qz = make.activation(true, {rows, adapter.width()});
+  p.q = make.activation(true, {rows, adapter.q_width()});
+  p.planes = make.floats(true, {p.splits, rows, adapter.q_width()});
+  run(p, type, true, stream);
+
+  const int64_t sub_rank = adapter.sub_rank, tasks = u ? adapter.tasks : 0;
+  hopper::Slots slots = {};
+  if (u) {
+    const int64_t capacity = hopper::slot_capacity(rows, tasks);
+    slots.z = make.activation(true, {capacity, hopper::slot_rows(), sub_rank});
+    slots.task = make.integers(true, {capacity});
+    slots.count = make.integers(true, {hopper::slot_groups(rows)});
+    const void* z = static_cast<uint16_t*>(p.qz) + adapter.q_width();
+    hopper::fill_slots({rows, sub_rank, tasks, adapter.task, z, adapter.width(), slots}, stream);
+  }
+  const Matrix w = matrix(weight, x);
+  hopper::linear_forward({element_type(type), rows, adapter.outputs, adapter.columns, adapter.rank, sub_rank, tasks,
+                          p.x.data, w.data, p.bias.data, p.qz, adapter.b0.data, adapter.u.data, slots, p.y, p.x.stride,
+                          w.stride, adapter.width(), adapter.outputs},
+                         stream);
+  return {call.y, call.h};
+}
+
+// Slots for all tasks that may occur: bytes.
+int64_t slot_bytes(int64_t rows, int64_t tasks, int64_t sub_rank) {
+  return hopper::slot_capacity(rows, tasks) * hopper::slot_rows() * sub_rank * 2;
+}
+#endif
 
 bool has_code_for(int64_t device) {
   const Guard guard(static_cast<int>(device));
@@ -232,17 +316,30 @@ STABLE_TORCH_LIBRARY(lilora_cuda, m) {
       "Tensor? task, Tensor? gate, Tensor? gate_row, Tensor? seed, Tensor state, float scaling, int threshold, "
       "float keep_scale, bool one_launch) -> (Tensor, Tensor)");
   m.def(
-      "delta_backward(Tensor dy, Tensor? x, Tensor? h, Tensor a, Tensor b0, Tensor? u, Tensor? v, Tensor? fusion, "
+      "delta_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor? h, Tensor a, Tensor b0, Tensor? u, Tensor? v, Tensor? fusion, "
       "Tensor? task, Tensor? gate, Tensor? gate_row, Tensor? seed, Tensor state, float scaling, int threshold, "
       "float keep_scale, int low_rank, int high_rank, int needs, bool one_launch) -> Tensor[]");
   m.def("built_for(int device) -> bool");
+#ifdef LILORA_HOPPER
+  m.def(
+      "fused_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b0, Tensor? u, Tensor? v, "
+      "Tensor? fusion, Tensor? task, Tensor? gate, Tensor? gate_row, Tensor? seed, Tensor state, float scaling, "
+      "int threshold, float keep_scale) -> (Tensor, Tensor)");
+  m.def("slot_bytes(int rows, int tasks, int sub_rank) -> int");
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lilora_cuda, LILORA_DEVICE, m) {
   m.impl("delta_forward", TORCH_BOX(&lilora::delta_forward));
   m.impl("delta_backward", TORCH_BOX(&lilora::delta_backward));
+#ifdef LILORA_HOPPER
+  m.impl("fused_linear_forward", TORCH_BOX(&lilora::fused_linear_forward));
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lilora_cuda, CompositeExplicitAutograd, m) {
   m.impl("built_for", TORCH_BOX(&lilora::has_code_for));
+#ifdef LILORA_HOPPER
+  m.impl("slot_bytes", TORCH_BOX(&lilora::slot_bytes));
+#endif
 }

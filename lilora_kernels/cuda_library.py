@@ -56,6 +56,12 @@ def built_for(device: int) -> bool:
     return torch.ops.lilora_cuda.built_for(device)
 
 
+@functools.cache
+def has_hopper() -> bool:
+    """Whether the loaded library has the fused product of sm_90a."""
+    return load_error() is None and hasattr(torch.ops.lilora_cuda, "fused_linear_forward")
+
+
 def build_info() -> dict[str, Any]:
     """What the CUDA build was made with, whether or not the library loads.
 

@@ -383,3 +383,36 @@ def test_a_pair_equals_two_linears(rows, p):
     want = [*wants, *torch.autograd.grad(wants, leaves, dys)]
     for ours, theirs in zip(got, want, strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+# --- the fused product ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mix", ["one", "sorted", "distinct", "random"])
+@pytest.mark.parametrize("coefficients", ["fusion", "plain", "lora"])
+@pytest.mark.parametrize("gate, p", [(False, 0.2), (True, 0.0)])
+def test_what_the_fused_product_is_given(coefficients, mix, gate, p):
+    """Slots, scaling and coefficients folded into q and z, dh for dx; its own inner product is the plain one here."""
+    errors = Errors()
+    with cuda_linear.fused(True):
+        for seed in range(2):
+            i = make(300, 64, 48, 16, 8, 3, coefficients, mix, gate, torch.bfloat16, seed)
+            add_errors(errors, i, "linear", p=p, seed=torch.tensor([seed]))
+            assert cuda_linear.takes_fused(i.x, base(i)[0], call_of(i))
+    errors.check()
+
+
+def test_the_fused_product_leaves_what_it_cannot_do_to_the_other_plans(monkeypatch):
+    i = make(30, 64, 48, 16, 8, dtype=torch.bfloat16)
+    weight, _ = base(i)
+    reasons = {
+        "one 16-bit type": (i.to(torch.float32), weight.float()),
+        "multiples of 8": (make(30, 60, 48, 16, 8, dtype=torch.bfloat16), torch.zeros(48, 60).bfloat16()),
+        "multiples of 16 bytes": (i, torch.zeros(48, 65).bfloat16()[:, :64]),
+    }
+    assert cuda_linear.unfit(i.x, weight, call_of(i)) is None
+    for reason, (inputs, w) in reasons.items():
+        assert reason in cuda_linear.unfit(inputs.x, w, call_of(inputs))
+    monkeypatch.setattr(cuda_linear, "SLOT_BYTES", 1000)
+    assert "memory" in cuda_linear.unfit(i.x, weight, call_of(i))
+    assert not cuda_linear.takes_fused(i.x, weight, call_of(i))

@@ -43,6 +43,7 @@ def test_every_stage_runs_on_a_cpu(dry_run):
         assert {"clocks_before", "clocks_after", "seconds", "title"} <= set(stage)
         assert f"===== stage {number}" in log
     assert content["warming"]["exit_codes"] == [0]
+    assert content["cuda_build"]["status"] in ("left out", "found")
 
 
 def test_every_figure_says_of_what_it_is(dry_run):
@@ -51,7 +52,7 @@ def test_every_figure_says_of_what_it_is(dry_run):
     results = [(number, r) for number in "123459" for r in stages[number]["results"] if r["case"] != "ceilings"]
     assert all("error" not in result for _, result in results)
     reasons = {result["implementation"]: result["unavailable"] for _, result in results if "unavailable" in result}
-    assert {"ours_triton", "vllm", "sglang", "lorafusion", "nemo_automodel"} == set(reasons)
+    assert {"ours_fused", "ours_triton", "vllm", "sglang", "lorafusion", "nemo_automodel"} == set(reasons)
     timed = [(number, result) for number, result in results if "unavailable" not in result]
     for number, result in timed:
         assert (CALL if number in "3459" else SHAPE) <= set(result)

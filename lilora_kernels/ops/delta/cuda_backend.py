@@ -27,18 +27,32 @@ def run_forward(
 
 
 def run_backward(
-    dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str], one_launch: bool
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    call: Call,
+    needs: frozenset[str],
+    one_launch: bool,
+    weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The gradients in `needs`; dx without the part through the base weight."""
+    """The gradients in `needs`; dx without the part through the base weight, unless weight [N, K] is given (on sm_90a)."""
     low, high = call.ranks or (0, call.a.shape[0])
     wanted = [name for name in DIFFERENTIABLE if name in needs]
     bits = sum(1 << DIFFERENTIABLE.index(name) for name in wanted)
     gradients = torch.ops.lilora_cuda.delta_backward(
-        rows_of(dy), rows_of(x), h, *operands(call, dy), barrier_state(dy.device),
+        rows_of(dy), fitting(weight, dy), rows_of(x), h, *operands(call, dy), barrier_state(dy.device),
         call.scaling, threshold(call.p), keep_scale(call.p), low, high, bits, one_launch,
     )  # fmt: skip
     found = dict(zip(wanted, gradients, strict=True))
     return {name: g if name == "x" else g.to(getattr(call, name).dtype) for name, g in found.items()}
+
+
+def run_fused_forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    """y [M, N] = x W^T + bias + delta in one product on sm_90a, after the launch that makes h [M, R]."""
+    return torch.ops.lilora_cuda.fused_linear_forward(
+        rows_of(x), weight, fitting(bias, x), *operands(call, x), barrier_state(x.device),
+        call.scaling, threshold(call.p), keep_scale(call.p),
+    )  # fmt: skip
 
 
 def rows_of(x: Tensor | None) -> Tensor | None:

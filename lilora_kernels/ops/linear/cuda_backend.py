@@ -1,15 +1,43 @@
-"""For few rows the kernels stream the base weight too; for more they write the adapter's part and cuBLAS adds the base's."""
+"""Three plans, by the number of rows and where the fused product has been measured to be the faster one.
 
+decode: the kernels stream the base weight too. expand first: they write the adapter's part and cuBLAS adds the base's
+(beta = 1). fused (sm_90a): one product whose inner dimension has the adapter's steps too, forward and for dx.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor
 
+from ... import cuda_library
+from .. import triton_runtime
 from ..call import Call
 from ..delta import cuda_backend as delta
 
 DECODE_ROWS = 64  # up to here a launch for each phase, base included, each starting while the one before it ends
 ONE_LAUNCH_ROWS = 255  # up to here, and in backward, all phases of the adapter in one launch
+SLOT_BYTES = 1 << 28  # how much memory the slots of the fused product may take
+# (device, K, N) -> the number of rows from which the fused product was faster in a paired benchmark. None is measured yet.
+FUSED_FROM: dict[tuple[str, int, int], int] = {}
+
+_ordered: bool | None = None
+
+
+@contextmanager
+def fused(wanted: bool) -> Iterator[None]:
+    """Order the fused product, where it can run, or the other plans: for benchmarks and tests. For all threads."""
+    global _ordered
+    before, _ordered = _ordered, wanted
+    try:
+        yield
+    finally:
+        _ordered = before
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
+    if takes_fused(x, weight, call):
+        return delta.run_fused_forward(x, weight, bias, call)
     weight = weight.to(x.dtype)
     if x.shape[0] <= DECODE_ROWS:
         return delta.run_forward(x, bias, call, False, weight)
@@ -20,6 +48,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple
 def backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str]
 ) -> dict[str, Tensor]:
+    if "x" in needs and takes_fused(dy, weight, call):
+        return delta.run_backward(dy, x, h, call, needs, one_launch(dy), weight)
     grads = delta.run_backward(dy, x, h, call, needs, one_launch(dy))
     if "x" in needs:
         grads["x"].addmm_(dy, weight.to(dy.dtype))
@@ -29,3 +59,31 @@ def backward(
 def one_launch(rows: Tensor) -> bool:
     """Few rows leave a processor nothing to do but to wait for launches."""
     return rows.shape[0] <= ONE_LAUNCH_ROWS
+
+
+def takes_fused(rows: Tensor, weight: Tensor, call: Call) -> bool:
+    """Whether the fused product is ordered, or measured faster, for these rows and can run on them."""
+    wanted = _ordered
+    if wanted is None:
+        device = triton_runtime.table_names(rows.device)
+        wanted = bool(device) and rows.shape[0] >= FUSED_FROM.get((device[0], *weight.shape[::-1]), 1 << 62)
+    return wanted and unfit(rows, weight, call) is None
+
+
+def unfit(rows: Tensor, weight: Tensor, call: Call) -> str | None:
+    """Why the fused product cannot run on x or dy [M, ...], or None."""
+    if not cuda_library.has_hopper() or (rows.is_cuda and triton_runtime.capability(rows.device) != (9, 0)):
+        return "it needs a GPU of compute capability 9.0 and a build for 9.0a"
+    factors = [t for t in (weight, call.a, call.b0, call.u) if t is not None]
+    if rows.dtype not in (torch.float16, torch.bfloat16) or any(t.dtype != rows.dtype for t in factors):
+        return "it takes x, weight, a, b0 and u in one 16-bit type"
+    rank, sub_rank = call.rank_sizes
+    if rows.shape[0] == 0 or any(size % 8 for size in (*weight.shape, rank, sub_rank)):
+        return "its K, N, r and sub_rank must be multiples of 8, and there must be rows"
+    tensors = [rows, *factors]
+    if any(t.data_ptr() % 16 or (t.dim() == 2 and (t.stride(1) != 1 or t.stride(0) % 8)) for t in tensors):
+        return "its tensors must be rows that begin at multiples of 16 bytes"
+    tasks = 0 if call.u is None else call.u.shape[0]
+    if tasks and torch.ops.lilora_cuda.slot_bytes(rows.shape[0], tasks, sub_rank) > SLOT_BYTES:
+        return "its slots would take too much memory"
+    return None

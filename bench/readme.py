@@ -114,8 +114,9 @@ def gpu() -> str:
     if not found:
         return (
             "No GPU result is claimed here: none has been measured yet; the tests run the Triton kernels in Triton's interpreter "
-            "and the CUDA kernels on an emulated device. On a machine with a GPU (torch, triton, pytest and peft installed), `make gpu-evidence` runs `tests/gpu` and the "
-            "measurements, and leaves `evidence/results.json`; laid into `bench/results/<device>/`, `make readme` shows it."
+            "and the CUDA kernels on an emulated device. On a machine with a GPU (torch, triton, pytest and peft installed), "
+            "`make gpu-evidence` runs `tests/gpu` and the measurements, and leaves `evidence/results.json`; laid into "
+            "`bench/results/<device>/`, `make readme` shows it."
         )
     lines = []
     for folder in found:

@@ -11,17 +11,18 @@ import torch
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "build/emulation/liblilora_cuda_emulated.so"
 HERE = Path(__file__).parent
-SOURCES = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc/register.cpp", HERE / "emulated.cpp"]
+SOURCES = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc/register.cpp", ROOT / "csrc/hopper/slots.cu"]
+SOURCES += [HERE / "emulated.cpp", HERE / "fused_linear.cpp"]
 TORCH = Path(torch.__file__).parent
 FLAGS = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-clobbered"]
-FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DLILORA_HOPPER", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
 FLAGS += ["-isystem", str(TORCH / "include"), "-isystem", str(TORCH / "include/torch/csrc/api/include")]
 
 
 def build() -> None:
     """Compile the kernels for the CPU, unless that is up to date."""
     LIBRARY.parent.mkdir(parents=True, exist_ok=True)
-    inputs = [*SOURCES, *(ROOT / "csrc").glob("*.h"), HERE / "emulation.h", Path(__file__)]
+    inputs = [*SOURCES, *(ROOT / "csrc").rglob("*.h"), HERE / "emulation.h", Path(__file__)]
     if LIBRARY.exists() and LIBRARY.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
         return
 

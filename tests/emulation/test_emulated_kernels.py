@@ -18,6 +18,7 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import ANY_DROPOUT, ANY_SHAPE, AXES, SUBSETS
 
 from lilora_kernels import LiLoRALinear, functional
 from lilora_kernels.ops.call import Call
@@ -25,40 +26,24 @@ from lilora_kernels.ops.delta import cuda_backend
 from lilora_kernels.ops.linear import cuda_backend as cuda_linear
 from lilora_kernels.ops.philox import keep_mask, keep_scale
 
-SUBSETS = {
-    "all": NAMES,
-    "x": ("x",),
-    "task": ("x", "u", "v", "fusion"),
-    "u": ("u",),
-    "v": ("v", "gate"),
-    "shared": ("a", "b0"),
-    "b0": ("b0", "fusion"),
-}
 DEVICES = {
     "one-block": {"processors": 1},
     "small-memory": {"processors": 3, "shared": 99 << 10},
     "shuffled": {"processors": 5, "order": 1234},
 }
-AXES = {
-    "rows": [0, 1, 2, 17, 63, 64, 65, 127, 300],
-    "columns": [24, 33, 128, 200],
-    "outputs": [20, 47, 96, 264],
-    "rank": [1, 4, 16, 100, 128, 256],
-    "sub_rank": [1, 8, 64, 128],
-    "tasks": [1, 3, 8],
-    "coefficients": ["fusion", "plain", "lora"],
-    "mix": ["one", "same", "distinct", "runs", "sorted", "random"],
-    "gate": [False, True],
+CASES = AXES | {
+    "columns": [*AXES["columns"], 200],
+    "outputs": [*AXES["outputs"], 264],
+    "rank": [*AXES["rank"], 256],
+    "sub_rank": [*AXES["sub_rank"], 128],
     "dtype": [torch.float32, torch.float16, torch.bfloat16],
     "op": ["delta", "linear"],
     "device": list(DEVICES),
-    "p": [0.0, 0.05, 0.5],
-    "wanted": list(SUBSETS),
 }
 OTHERS = ("op", "device", "p", "wanted")
 
 
-@pytest.mark.parametrize("case", pairwise(AXES), ids=case_id)
+@pytest.mark.parametrize("case", pairwise(CASES), ids=case_id)
 def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case, device):
     device(**DEVICES[case["device"]])
     shape = {name: value for name, value in case.items() if name not in OTHERS}
@@ -70,23 +55,10 @@ def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case, device):
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    rows=st.integers(0, 150),
-    columns=st.integers(1, 70),
-    outputs=st.integers(1, 70),
-    rank=st.integers(1, 20),
-    sub_rank=st.integers(1, 20),
-    tasks=st.integers(1, 5),
-    coefficients=st.sampled_from(AXES["coefficients"]),
-    mix=st.sampled_from(AXES["mix"]),
-    gate=st.booleans(),
-    op=st.sampled_from(AXES["op"]),
-    p=st.sampled_from((0.0, 0.3)),
-    seed=st.integers(-(2**63), 2**63 - 1),
-)
-def test_any_shape(rows, columns, outputs, rank, sub_rank, tasks, coefficients, mix, gate, op, p, seed):
+@given(shape=st.fixed_dictionaries(ANY_SHAPE), op=st.sampled_from(CASES["op"]), **ANY_DROPOUT)
+def test_any_shape(shape, op, p, seed):
     errors = Errors()
-    i = make(rows, columns, outputs, rank, sub_rank, tasks, coefficients, mix, gate, torch.float32, seed % 1000)
+    i = make(**shape, dtype=torch.float32, seed=seed % 1000)
     add_errors(errors, i, op, NAMES, p, torch.tensor([seed]))
     errors.check()
 

@@ -24,6 +24,7 @@ from cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import ANY_DROPOUT, ANY_SHAPE, AXES, SUBSETS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lilora_kernels
@@ -42,15 +43,6 @@ WHOLE = {
     "backward": {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_N": 32, "SPLIT_N": 1, "CHUNK": 256},
 }
 PLANS = {"split": SPLIT, "whole": WHOLE}
-SUBSETS = {
-    "all": NAMES,
-    "x": ("x",),
-    "task": ("x", "u", "v", "fusion"),
-    "u": ("u",),
-    "v": ("v", "gate"),
-    "shared": ("a", "b0"),
-    "b0": ("b0", "fusion"),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -70,26 +62,15 @@ def plan(monkeypatch):
     return pin
 
 
-AXES = {
-    "rows": [0, 1, 2, 17, 63, 64, 65, 127, 300],
-    "columns": [24, 33, 128],
-    "outputs": [20, 47, 96],
-    "rank": [1, 4, 16, 100, 128],
-    "sub_rank": [1, 8, 64],
-    "tasks": [1, 3, 8],
-    "coefficients": ["fusion", "plain", "lora"],
-    "mix": ["one", "same", "distinct", "runs", "sorted", "random"],
-    "gate": [False, True],
+CASES = AXES | {
     "dtype": [torch.float32, torch.float16],
     "op": ["delta", "linear-one", "linear-many"],
     "plan": list(PLANS),
-    "p": [0.0, 0.05, 0.5],
-    "wanted": list(SUBSETS),
 }
 OTHERS = ("op", "plan", "p", "wanted")
 
 
-@pytest.mark.parametrize("case", pairwise(AXES), ids=case_id)
+@pytest.mark.parametrize("case", pairwise(CASES), ids=case_id)
 def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case, plan):
     plan(PLANS[case["plan"]], one_launch=case["op"] != "linear-many")
     shape = {name: value for name, value in case.items() if name not in OTHERS}
@@ -101,23 +82,10 @@ def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case, plan):
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(
-    rows=st.integers(0, 150),
-    columns=st.integers(1, 70),
-    outputs=st.integers(1, 70),
-    rank=st.integers(1, 20),
-    sub_rank=st.integers(1, 20),
-    tasks=st.integers(1, 5),
-    coefficients=st.sampled_from(AXES["coefficients"]),
-    mix=st.sampled_from(AXES["mix"]),
-    gate=st.booleans(),
-    p=st.sampled_from((0.0, 0.3)),
-    seed=st.integers(-(2**63), 2**63 - 1),
-    name=st.sampled_from(list(PLANS)),
-)
-def test_any_shape(rows, columns, outputs, rank, sub_rank, tasks, coefficients, mix, gate, p, seed, name):
+@given(shape=st.fixed_dictionaries(ANY_SHAPE), name=st.sampled_from(list(PLANS)), **ANY_DROPOUT)
+def test_any_shape(shape, name, p, seed):
     errors = Errors()
-    i = make(rows, columns, outputs, rank, sub_rank, tasks, coefficients, mix, gate, torch.float32, seed % 1000)
+    i = make(**shape, dtype=torch.float32, seed=seed % 1000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_runtime, "config", lambda kernel, *_: {"phases": {}} | PLANS[name][kernel])
         add_errors(errors, i, "delta", NAMES, p, torch.tensor([seed]))

@@ -3,16 +3,13 @@
 Every figure is a ceiling or exact. Lower it when a change does better; raise it only with a reason.
 """
 
-from collections import Counter
-
 import pytest
 import torch
 from cases import NAMES, SCALING, adapter, base, make, options
+from counting import Operations
 from pair_cases import adapters
 from test_kernels import Counter as Bytes
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from triton.runtime.interpreter import GridExecutor
 
 import lilora_kernels
@@ -43,41 +40,18 @@ def plan(monkeypatch):
 
 @pytest.fixture
 def work(monkeypatch):
-    """work(): a Work; from here on kernels are counted and not run."""
+    """work(): Operations that count kernels too; from here on these are not run."""
+    current = []
 
     def record(kernel, *args, **kwargs):
-        Work.current.seen[kernel.fn.__name__] += 1
+        current[-1].seen[kernel.fn.__name__] += 1
+
+    def start():
+        current.append(Operations())
+        return current[-1]
 
     monkeypatch.setattr(GridExecutor, "__call__", record)
-    return Work
-
-
-class Work(TorchDispatchMode):
-    """What a GPU would run, or the host would wait for: kernels, and torch operations but views; and bytes allocated."""
-
-    NEW = ("empty", "empty_like", "new_empty")
-    CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-    current: "Work"
-
-    def __init__(self):
-        super().__init__()
-        self.seen, self.bytes = Counter(), 0
-        Work.current = self
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, operation.overloadpacket.__name__
-        if operation.namespace == "lilora":
-            with self:
-                return operation.redispatch(self.CPU, *args, **kwargs)
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = operation(*args, **kwargs)
-        made = {t.untyped_storage()._cdata for t in tree_leaves(result) if isinstance(t, Tensor)}
-        view = made and made <= given and not operation._schema.is_mutable
-        if name in self.NEW:
-            self.bytes += result.nbytes
-        elif not view:
-            self.seen[name] += 1
-        return result
+    return start
 
 
 # --- launches of the operations ---------------------------------------------------------------------------------------

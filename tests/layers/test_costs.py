@@ -3,17 +3,14 @@
 Every figure is a ceiling. Lower it when a change does better; raise it only with a reason.
 """
 
-from collections import Counter
-
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import Operations
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_llava import IMAGE, TASKS, batch, randomise, tiny_llava
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lilora_kernels import LiLoRALinear, attach, route
 from lilora_kernels.linear import set_task
@@ -39,31 +36,6 @@ def interleaved(rows, tasks):
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
-
-
-class Operations(TorchDispatchMode):
-    """The torch operations that compute or copy, those inside of ours included, and the calls of ours."""
-
-    FREE = ("empty", "empty_like", "new_empty", "detach_", "promote_types")
-    CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-
-    def __init__(self):
-        super().__init__()
-        self.seen, self.ours = Counter(), Counter()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, operation.overloadpacket.__name__
-        if operation.namespace == "lilora":
-            self.ours[name] += 1
-            with self:
-                return operation.redispatch(self.CPU, *args, **kwargs)
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = operation(*args, **kwargs)
-        made = {t.untyped_storage()._cdata for t in tree_leaves(result) if isinstance(t, Tensor)}
-        view = made and made <= given and not operation._schema.is_mutable
-        if not view and name not in self.FREE:
-            self.seen[name] += 1
-        return result
 
 
 def operations(layer, rows):

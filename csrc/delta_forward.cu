@@ -111,8 +111,8 @@ PART void expand(const Forward& p, int row_tile, int group) {
           // Without a task in the tile its rows take nothing of this.
           const int64_t task = list.count > 0 ? list.tasks[at.pass] : 0;
           const int s = (at.k - q_steps) * kDepth<T>;
-          load_tile<kTileN>(right_at(stage), adapter.u, task * adapter.outputs + at.columns.first, at.columns.count, s,
-                            adapter.sub_rank - s);
+          load_tile<kTileN>(right_at(stage), adapter.u, task * adapter.outputs + at.columns.first,
+                            list.count > 0 ? at.columns.count : 0, s, adapter.sub_rank - s);
         }
       },
       [&](int step, int stage) {

@@ -181,6 +181,7 @@ DEVICE void allow_next_kernel() {
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // so that a later call is not blamed for it
     throw std::runtime_error(std::string("lilora_cuda: ") + what + " failed: " + cudaGetErrorString(error));
   }
 }
@@ -198,9 +199,23 @@ inline int largest_shared_memory() { return device_attribute(cudaDevAttrMaxShare
 template <typename Params>
 bool has_code(void (*kernel)(Params)) {
   cudaFuncAttributes attributes;
-  const bool has = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess;
-  cudaGetLastError();
-  return has;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+      error == cudaErrorUnsupportedPtxVersion) {
+    cudaGetLastError();
+    return false;
+  }
+  check(error, "cudaFuncGetAttributes");
+  return true;
+}
+
+// Whether the code of `kernel` that runs here knows programmatic dependent launch: PTX of an older architecture does not,
+// whatever the device.
+template <typename Params>
+bool waits_for_previous_kernel(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
+  return attributes.ptxVersion >= 90 && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
 }
 
 // How many blocks of `kernel` the device holds at once.
@@ -214,7 +229,8 @@ int resident_blocks(void (*kernel)(Params), int threads, int shared) {
   const auto key = std::make_tuple(reinterpret_cast<const void*>(kernel), shared, device);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
-  check(cudaFuncSetAttribute(std::get<0>(key), cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+  // The attribute is the kernel's, not the launch's: the last value set holds for all.
+  check(cudaFuncSetAttribute(std::get<0>(key), cudaFuncAttributeMaxDynamicSharedMemorySize, largest_shared_memory()),
         "cudaFuncSetAttribute");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "an occupancy query");
   return known[key] = blocks * processors();
@@ -237,7 +253,7 @@ bool launch(void (*kernel)(Params), const Params& params, int blocks, int thread
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
     config.numAttrs = 1;
-  } else if (together == Together::kDependent && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+  } else if (together == Together::kDependent && waits_for_previous_kernel(kernel)) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.numAttrs = 1;

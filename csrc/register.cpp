@@ -49,7 +49,8 @@ Matrix matrix(const Tensor& t, const Tensor& like) {
   const int64_t dims = t.dim();
   STD_TORCH_CHECK(dims < 1 || t.stride(dims - 1) == 1 || t.size(dims - 1) <= 1,
                   "lilora_cuda: the last dimension of a tensor must be contiguous");
-  const int64_t stride = dims < 2 ? t.numel() : t.stride(dims - 2);
+  // A dimension of one element may have any stride.
+  const int64_t stride = dims < 2 ? t.numel() : dims == 2 ? t.stride(0) : t.size(2);
   STD_TORCH_CHECK(dims < 3 || t.is_contiguous(), "lilora_cuda: u and v must be contiguous");
   const int64_t bytes = static_cast<int64_t>(t.element_size());
   const void* data = t.data_ptr();
@@ -135,14 +136,14 @@ struct ForwardCall {
   Forward p = {};
   Tensor y, h;
 };
-ForwardCall forward_call(const Tensor& x, const Optional& bias, const Parameters& parameters, const Tensor& state,
+ForwardCall forward_call(const Tensor& x, const Optional& bias, const Parameters& parameters, const Optional& state,
                          const Allocate& make) {
   ForwardCall call;
   Forward& p = call.p;
   p.adapter = adapter_of(parameters, x, x.size(0));
   p.x = matrix(x, x);
   p.bias = matrix(bias, x);
-  p.launch.state = static_cast<int*>(state.data_ptr());
+  p.launch.state = const_cast<int*>(data<int>(state));
   call.y = make.tensor({x.size(0), p.adapter.outputs}, x.scalar_type());
   call.h = make.tensor({x.size(0), p.adapter.rank}, x.scalar_type());
   p.y = call.y.data_ptr();
@@ -153,7 +154,7 @@ ForwardCall forward_call(const Tensor& x, const Optional& bias, const Parameters
 // y [M, N] = bias + delta, and h [M, R]; with weight the base product is added too.
 std::tuple<Tensor, Tensor> delta_forward(Tensor x, Optional weight, Optional bias, Tensor a, Tensor b0, Optional u,
                                          Optional v, Optional fusion, Optional task, Optional gate, Optional gate_row,
-                                         Optional seed, Tensor state, double scaling, int64_t threshold,
+                                         Optional seed, Optional state, double scaling, int64_t threshold,
                                          double keep_scale, bool one_launch) {
   const Guard guard(x.get_device_index());
   const Type type = type_of(x);
@@ -162,7 +163,7 @@ std::tuple<Tensor, Tensor> delta_forward(Tensor x, Optional weight, Optional bia
   const Parameters parameters = {a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, keep_scale, threshold};
   ForwardCall call = forward_call(x, bias, parameters, state, make);
   Forward& p = call.p;
-  if (rows == 0 || p.adapter.outputs == 0) return {call.y, call.h};
+  if (rows == 0 || p.adapter.outputs == 0) return {call.y, torch::stable::zero_(call.h)};
   p.weight = matrix(weight, x);
   plan(p, type);
   p.qz = make.activation(true, {rows, p.adapter.width()});
@@ -178,7 +179,7 @@ constexpr int kGradients = 7;  // of x, a, b0, u, v, fusion, gate
 // else without the part through the base.
 std::vector<Tensor> delta_backward(Tensor dy, Optional weight, Optional x, Optional h, Tensor a, Tensor b0, Optional u, Optional v,
                                    Optional fusion, Optional task, Optional gate, Optional gate_row, Optional seed,
-                                   Tensor state, double scaling, int64_t threshold, double keep_scale, int64_t low_rank,
+                                   Optional state, double scaling, int64_t threshold, double keep_scale, int64_t low_rank,
                                    int64_t high_rank, int64_t needs, bool one_launch) {
   const Guard guard(dy.get_device_index());
   const Type type = type_of(dy);
@@ -189,7 +190,7 @@ std::vector<Tensor> delta_backward(Tensor dy, Optional weight, Optional x, Optio
   p.dy = matrix(dy, dy);
   p.x = matrix(x, dy);
   p.h = matrix(h, dy);
-  p.launch.state = static_cast<int*>(state.data_ptr());
+  p.launch.state = const_cast<int*>(data<int>(state));
   p.low_rank = static_cast<int>(low_rank);
   p.high_rank = static_cast<int>(high_rank);
 
@@ -264,7 +265,8 @@ std::tuple<Tensor, Tensor> fused_linear_forward(Tensor x, Tensor weight, Optiona
   ForwardCall call = forward_call(x, bias, parameters, state, make);
   Forward& p = call.p;
   const Adapter& adapter = p.adapter;
-  if (rows == 0 || adapter.outputs == 0) return {call.y, call.h};
+  if (rows == 0 || adapter.outputs == 0) return {call.y, torch::stable::zero_(call.h)};
+  STD_TORCH_CHECK(!p.bias.wide, "lilora_cuda: the fused product takes a bias of x's type");
   plan(p, type);
   p.launch.last = 1;
   p.qz = make.activation(true, {rows, adapter.width()});
@@ -313,11 +315,11 @@ bool has_code_for(int64_t device) {
 STABLE_TORCH_LIBRARY(lilora_cuda, m) {
   m.def(
       "delta_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor a, Tensor b0, Tensor? u, Tensor? v, Tensor? fusion, "
-      "Tensor? task, Tensor? gate, Tensor? gate_row, Tensor? seed, Tensor state, float scaling, int threshold, "
+      "Tensor? task, Tensor? gate, Tensor? gate_row, Tensor? seed, Tensor? state, float scaling, int threshold, "
       "float keep_scale, bool one_launch) -> (Tensor, Tensor)");
   m.def(
       "delta_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor? h, Tensor a, Tensor b0, Tensor? u, Tensor? v, Tensor? fusion, "
-      "Tensor? task, Tensor? gate, Tensor? gate_row, Tensor? seed, Tensor state, float scaling, int threshold, "
+      "Tensor? task, Tensor? gate, Tensor? gate_row, Tensor? seed, Tensor? state, float scaling, int threshold, "
       "float keep_scale, int low_rank, int high_rank, int needs, bool one_launch) -> Tensor[]");
   m.def("built_for(int device) -> bool");
 #ifdef LILORA_HOPPER

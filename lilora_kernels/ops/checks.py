@@ -32,6 +32,8 @@ def check_delta(
     if a.dim() != 2 or a.shape[1] != columns:
         raise wrong("a", list(a.shape), f"it must be [R, K] with K = {columns}, the columns of x")
     rank = a.shape[0]
+    if rank < 1:
+        raise wrong("a", list(a.shape), "R, its rows, must be at least 1")
     if b0.dim() != 2 or b0.shape[1] != rank:
         raise wrong("b0", list(b0.shape), f"it must be [N, R] with R = {rank}, the rows of a")
     if (u is None) != (v is None):
@@ -39,6 +41,10 @@ def check_delta(
     if u is not None and v is not None:
         if u.dim() != 3 or u.shape[1] != b0.shape[0]:
             raise wrong("u", list(u.shape), f"it must be [T, N, S] with N = {b0.shape[0]}, the rows of b0")
+        if u.shape[2] < 1:
+            raise wrong(
+                "u", list(u.shape), "S, its last dimension, must be at least 1; leave u and v out for plain LoRA"
+            )
         if v.dim() != 3 or v.shape[0] != u.shape[0] or v.shape[1] != u.shape[2] or v.shape[2] != rank:
             raise wrong("v", list(v.shape), f"it must be [T, S, R] = {[u.shape[0], u.shape[2], rank]}")
         if task is None and u.shape[0] != 1:

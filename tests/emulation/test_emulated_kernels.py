@@ -276,6 +276,25 @@ def test_ids_that_do_not_exist():
     assert torch.equal(y[rest], want[rest])
 
 
+def test_a_bank_without_tasks():
+    i = make(20, 40, 24, 16, 8, dtype=torch.float32)
+    i.u, i.v, i.fusion = i.u[:0], i.v[:0], i.fusion[:0]
+    i.task.fill_(-1)
+    y, dx, *_ = run_all(i)
+    assert not y.any()
+    assert not dx.any()
+
+
+def test_one_output_and_one_rank_with_strides_of_their_own():
+    """A dimension of one element may have any stride in a contiguous tensor."""
+    for outputs, sub_rank in ((1, 8), (24, 1)):
+        i = make(20, 40, outputs, 16, sub_rank, dtype=torch.float32)
+        want = functional.delta(*adapter(i), **options(i))
+        i.u = i.u.transpose(0, 1).contiguous().transpose(0, 1)
+        i.v = i.v.transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(functional.delta(*adapter(i), **options(i)), want)
+
+
 def test_tasks_without_rows_get_zeros():
     i = make(40, 64, 48, 16, 8, 5, dtype=torch.float32)
     i.task.fill_(3)
@@ -382,6 +401,7 @@ def test_the_fused_product_leaves_what_it_cannot_do_to_the_other_plans(monkeypat
         "multiples of 8": (make(30, 60, 48, 16, 8, dtype=torch.bfloat16), torch.zeros(48, 60).bfloat16()),
         "multiples of 16 bytes": (i, torch.zeros(48, 65).bfloat16()[:, :64]),
     }
+    assert "one 16-bit type" in cuda_linear.unfit(i.x, weight, call_of(i), torch.zeros(48))
     assert cuda_linear.unfit(i.x, weight, call_of(i)) is None
     for reason, (inputs, w) in reasons.items():
         assert reason in cuda_linear.unfit(inputs.x, w, call_of(inputs))

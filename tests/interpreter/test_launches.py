@@ -44,7 +44,8 @@ def work(monkeypatch):
     current = []
 
     def record(kernel, *args, **kwargs):
-        current[-1].seen[kernel.fn.__name__] += 1
+        if current:
+            current[-1].seen[kernel.fn.__name__] += 1
 
     def start():
         current.append(Operations())

@@ -341,6 +341,8 @@ WRONG = {
     "x": ({"x": torch.randn(2, 3, 4)}, ValueError, "lilora::delta: a is"),
     "a": ({"a": torch.randn(8, 25)}, ValueError, r"a is \[8, 25\]; it must be \[R, K\] with K = 24"),
     "b0": ({"b0": torch.randn(20, 9)}, ValueError, "b0 is"),
+    "no ranks": ({"a": torch.randn(0, 24), "b0": torch.randn(20, 0)}, ValueError, "must be at least 1"),
+    "no sub-ranks": ({"u": torch.randn(3, 20, 0), "v": torch.randn(3, 0, 8)}, ValueError, "must be at least 1"),
     "u": ({"u": torch.randn(3, 21, 4)}, ValueError, "u is"),
     "v": ({"v": torch.randn(3, 5, 8)}, ValueError, "v is"),
     "u alone": ({"v": None}, ValueError, "u and v"),

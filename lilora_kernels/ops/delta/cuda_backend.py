@@ -21,8 +21,8 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] = bias + delta, and h [M, R]; with weight [N, K] the base product is added too."""
     return torch.ops.lilora_cuda.delta_forward(
-        rows_of(x), fitting(weight, x), fitting(bias, x), *operands(call, x), barrier_state(x.device),
-        call.scaling, threshold(call.p), keep_scale(call.p), one_launch,
+        rows_of(x), fitting(weight, x), fitting(bias, x), *operands(call, x),
+        barrier_state(x.device) if one_launch else None, call.scaling, threshold(call.p), keep_scale(call.p), one_launch,
     )  # fmt: skip
 
 
@@ -40,7 +40,8 @@ def run_backward(
     wanted = [name for name in DIFFERENTIABLE if name in needs]
     bits = sum(1 << DIFFERENTIABLE.index(name) for name in wanted)
     gradients = torch.ops.lilora_cuda.delta_backward(
-        rows_of(dy), fitting(weight, dy), rows_of(x), h, *operands(call, dy), barrier_state(dy.device),
+        rows_of(dy), fitting(weight, dy), rows_of(x), None if h is None else h.to(dy.dtype).contiguous(),
+        *operands(call, dy), barrier_state(dy.device) if one_launch else None,
         call.scaling, threshold(call.p), keep_scale(call.p), low, high, bits, one_launch,
     )  # fmt: skip
     found = dict(zip(wanted, gradients, strict=True))

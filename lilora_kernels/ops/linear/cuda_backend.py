@@ -36,7 +36,7 @@ def fused(wanted: bool) -> Iterator[None]:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-    if takes_fused(x, weight, call):
+    if takes_fused(x, weight, call, bias):
         return delta.run_fused_forward(x, weight, bias, call)
     weight = weight.to(x.dtype)
     if x.shape[0] <= DECODE_ROWS:
@@ -61,28 +61,33 @@ def one_launch(rows: Tensor) -> bool:
     return rows.shape[0] <= ONE_LAUNCH_ROWS
 
 
-def takes_fused(rows: Tensor, weight: Tensor, call: Call) -> bool:
+def takes_fused(rows: Tensor, weight: Tensor, call: Call, bias: Tensor | None = None) -> bool:
     """Whether the fused product is ordered, or measured faster, for these rows and can run on them."""
     wanted = _ordered
     if wanted is None:
         device = triton_runtime.table_names(rows.device)
         wanted = bool(device) and rows.shape[0] >= FUSED_FROM.get((device[0], *weight.shape[::-1]), 1 << 62)
-    return wanted and unfit(rows, weight, call) is None
+    return wanted and unfit(rows, weight, call, bias) is None
 
 
-def unfit(rows: Tensor, weight: Tensor, call: Call) -> str | None:
+def unfit(rows: Tensor, weight: Tensor, call: Call, bias: Tensor | None = None) -> str | None:
     """Why the fused product cannot run on x or dy [M, ...], or None."""
     if not cuda_library.has_hopper() or (rows.is_cuda and triton_runtime.capability(rows.device) != (9, 0)):
         return "it needs a GPU of compute capability 9.0 and a build for 9.0a"
-    factors = [t for t in (weight, call.a, call.b0, call.u) if t is not None]
+    factors = [t for t in (weight, bias, call.a, call.b0, call.u) if t is not None]
     if rows.dtype not in (torch.float16, torch.bfloat16) or any(t.dtype != rows.dtype for t in factors):
-        return "it takes x, weight, a, b0 and u in one 16-bit type"
+        return "it takes x, weight, bias, a, b0 and u in one 16-bit type"
     rank, sub_rank = call.rank_sizes
-    if rows.shape[0] == 0 or any(size % 8 for size in (*weight.shape, rank, sub_rank)):
+    if 0 in (*rows.shape, *weight.shape) or any(size % 8 for size in (*weight.shape, rank, sub_rank)):
         return "its K, N, r and sub_rank must be multiples of 8, and there must be rows"
     tensors = [rows, *factors]
-    if any(t.data_ptr() % 16 or (t.dim() == 2 and (t.stride(1) != 1 or t.stride(0) % 8)) for t in tensors):
+    if any(
+        t.data_ptr() % 16 or (t.dim() == 2 and (t.stride(1) != 1 or t.stride(0) % 8 or t.stride(0) == 0))
+        for t in tensors
+    ):
         return "its tensors must be rows that begin at multiples of 16 bytes"
+    if call.u is not None and call.u.shape[0] == 0:
+        return "its factors must have a task"
     tasks = 0 if call.u is None else call.u.shape[0]
     if tasks and torch.ops.lilora_cuda.slot_bytes(rows.shape[0], tasks, sub_rank) > SLOT_BYTES:
         return "its slots would take too much memory"

@@ -70,7 +70,7 @@ struct TaskList {
 
 // Dropout, in place, on a tile of x whose first element is (row, column); column is a multiple of 8.
 template <int kRows, typename T, int kColumns>
-DEVICE void drop(Tile<T, kColumns> tile, const Adapter& adapter, int64_t row, int column) {
+DEVICE void drop(Tile<T, kRows, kColumns> tile, const Adapter& adapter, int64_t row, int column) {
   const int64_t seed = *adapter.seed;
   for (int i = threadIdx.x; i < kRows * kColumns / 8; i += kThreads) {
     const int m = i / (kColumns / 8), block = i % (kColumns / 8);
@@ -96,6 +96,7 @@ DEVICE void drop(Tile<T, kColumns> tile, const Adapter& adapter, int64_t row, in
       *chunk = value.chunk;
     }
   }
+  publish_shared();
 }
 
 // Stores two neighbours of a row; the second only if it exists.
@@ -115,7 +116,7 @@ DEVICE void store_pair(T* to, float left, float right, bool both) {
 // Shared memory of a block: a list of tasks, then a panel of whole rows, then the stages of a pipeline.
 template <int kRows>
 struct Workspace {
-  static constexpr int kListBytes = (sizeof(TaskList<kRows>) + 127) / 128 * 128;
+  static constexpr int kListBytes = (sizeof(TaskList<kRows>) + 1023) / 1024 * 1024;  // tiles of wgmma are aligned to 1024
 
   DEVICE static TaskList<kRows>& list() { return *reinterpret_cast<TaskList<kRows>*>(shared_memory()); }
   DEVICE static Chunk* panel() { return reinterpret_cast<Chunk*>(shared_memory() + kListBytes); }

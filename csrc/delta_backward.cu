@@ -148,13 +148,13 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
     if (!up || p.du_planes == nullptr) continue;
     product.for_each([&](int i, int j, float& value, float& next) {
       const int64_t s = rights.first + j - adapter.q_width();
-      if (s < 0) return;
-      if (i < lefts.count && s < adapter.sub_rank) {
+      if (s >= 0 && i < lefts.count && s < adapter.sub_rank) {
         const int64_t row = (int64_t{chunk} * adapter.tasks + task) * adapter.outputs + lefts.first + i;
         store_pair(p.du_planes + row * adapter.sub_rank + s, adapter.scaling * value, adapter.scaling * next,
                    s + 1 < adapter.sub_rank);
       }
-      value = next = 0;
+      value = s < 0 ? value : 0;
+      next = s < 0 ? next : 0;
     });
   }
 
@@ -308,6 +308,7 @@ PART void input_gradient(const Backward& p, int row_tile, int group) {
   }
   commit_copies();
   Tiles product;
+  product.clear();
   pipeline(
       tiles.count * steps, stages,
       [&](int step, int stage) {

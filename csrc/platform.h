@@ -17,10 +17,15 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define DEVICE __device__ __forceinline__
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define PART DEVICE  // a function of its own would make ptxas wait for each wgmma before the next
+#else
 #define PART __device__ __noinline__  // a part of a kernel with registers of its own
+#endif
 #define KERNEL_PARAMETER __grid_constant__
 #define KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define UNROLL _Pragma("unroll")
@@ -47,6 +52,13 @@ struct alignas(16) Chunk {
 template <typename T>
 constexpr int kPerChunk = 16 / sizeof(T);
 
+// Whether there are products of a warpgroup, wgmma: in code for 9.0a.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LILORA_EMULATE_WGMMA)
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;
+#endif
+
 #ifdef __CUDACC__
 
 using Stream = cudaStream_t;
@@ -71,8 +83,14 @@ DEVICE BFloat16 rounded<BFloat16>(float x) {
 }
 
 DEVICE uint8_t* shared_memory() {
-  extern __shared__ __align__(128) uint8_t bytes[];
+  extern __shared__ __align__(1024) uint8_t bytes[];
   return bytes;
+}
+
+// x, of which the compiler knows nothing more: what follows from it is not kept in registers through loops around.
+DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -93,6 +111,11 @@ DEVICE void wait_copies(int pending) {
   } else {
     asm volatile("cp.async.wait_group 2;" ::: "memory");
   }
+}
+
+// After its writes to shared memory are complete, each thread calls this; behind the next barrier wgmma reads them.
+DEVICE void publish_shared() {
+  if constexpr (kHasWgmma) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // Four 8 x 8 matrices of 16-bit elements; lane i names row i mod 8 of matrix i / 8.
@@ -130,6 +153,68 @@ DEVICE void multiply<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// Products c [64, 8 * kTilesN] of a warpgroup: the tile c[j] of warp w is rows 16 w on and columns 8 j on, in the layout of
+// mma.m16n8k16. Between begin_products and end_products nothing but multiply_warpgroup may touch c.
+template <int kTilesN>
+DEVICE void hold_registers(float (&c)[kTilesN][4]) {  // the compiler moves no use of c across this
+  UNROLL
+  for (int j = 0; j < kTilesN; ++j) {
+    UNROLL
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c[j][e])::"memory");
+  }
+}
+template <int kTilesN>
+DEVICE void begin_products(float (&c)[kTilesN][4]) {
+  hold_registers(c);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+template <int kTilesN>
+DEVICE void end_products(float (&c)[kTilesN][4]) {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  hold_registers(c);
+}
+
+// c += a [64, 16] b [16, 8 * kTilesN], both in shared memory: descriptors (Tile::descriptor) of matrices that are stored
+// [64, 16] and [8 * kTilesN, 16], or transposed.
+#define TEN(i) "%" #i "0, %" #i "1, %" #i "2, %" #i "3, %" #i "4, %" #i "5, %" #i "6, %" #i "7, %" #i "8, %" #i "9, "
+#define SIXTY TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5)
+#define TILE(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#define TILES(j) TILE(j), TILE(j + 1), TILE(j + 2), TILE(j + 3), TILE(j + 4), TILE(j + 5), TILE(j + 6), TILE(j + 7)
+#define WGMMA(n, type, operands, ...)                                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " operands ";"    \
+               : __VA_ARGS__                                                                       \
+               : "l"(a), "l"(b), "n"(kATransposed), "n"(kBTransposed)                              \
+               : "memory")
+#define WGMMA_128(type) \
+  WGMMA(128, type, "{" SIXTY "%60, %61, %62, %63}, %64, %65, 1, 1, 1, %66, %67", TILES(0), TILES(8))
+#define WGMMA_192(type)                                                                                             \
+  WGMMA(192, type, "{" SIXTY TEN(6) TEN(7) TEN(8) "%90, %91, %92, %93, %94, %95}, %96, %97, 1, 1, 1, %98, %99",     \
+        TILES(0), TILES(8), TILES(16))
+template <typename T, bool kATransposed, bool kBTransposed, int kTilesN>
+DEVICE void multiply_warpgroup(float (&c)[kTilesN][4], uint64_t a, uint64_t b) {
+  static_assert(kTilesN == 16 || kTilesN == 24);
+  constexpr bool kHalf = std::is_same_v<T, Half>;
+  if constexpr (kTilesN == 16) {
+    if constexpr (kHalf) {
+      WGMMA_128("f16");
+    } else {
+      WGMMA_128("bf16");
+    }
+  } else if constexpr (kHalf) {
+    WGMMA_192("f16");
+  } else {
+    WGMMA_192("bf16");
+  }
+}
+#undef TEN
+#undef SIXTY
+#undef TILE
+#undef TILES
+#undef WGMMA
+#undef WGMMA_128
+#undef WGMMA_192
 
 // The sum over the four lanes that hold one row of a product; every one of them gets it.
 DEVICE float sum_of_four(float x) {

@@ -25,16 +25,27 @@ DEVICE float element(const Matrix& m, int64_t at) {
   return m.wide ? static_cast<const float*>(m.data)[at] : to_float(static_cast<const T*>(m.data)[at]);
 }
 
-// Rows of kColumns elements. Chunks of a row are permuted so that a column of eight rows lies in different banks.
-template <typename T, int kColumns>
+// kRows rows of kColumns elements, as panels of eight chunks of each row. Within a panel the chunks of a row are permuted,
+// so that a column of eight rows lies in different banks: the 128-byte swizzle of wgmma.
+template <typename T, int kRows, int kColumns>
 struct Tile {
-  static constexpr int kChunks = kColumns / kPerChunk<T>;
-  static_assert(kChunks % 8 == 0);
+  static constexpr int kChunks = kColumns / kPerChunk<T>;  // of a row
+  static_assert(kRows % 8 == 0 && kChunks % 8 == 0);
   Chunk* data;
 
-  DEVICE Chunk* chunk(int row, int i) const { return data + row * kChunks + (i ^ (row & 7)); }
+  DEVICE Chunk* chunk(int row, int i) const {
+    const int panel = kChunks == 8 ? 0 : i / 8;
+    return data + (panel * kRows + row) * 8 + ((i ^ row) & 7);
+  }
   DEVICE T& at(int row, int column) const {
     return reinterpret_cast<T*>(chunk(row, column / kPerChunk<T>))[column % kPerChunk<T>];
+  }
+
+  // What wgmma is told of the tile from (row, chunk i) on, multiples of eight. Sizes are in chunks: of a panel (one alone
+  // counts as 1), of eight rows.
+  DEVICE uint64_t descriptor(int row, int i) const {
+    constexpr uint64_t kPanel = kChunks == 8 ? 1 : kRows * 8, kEightRows = 64, kSwizzle128 = 1;
+    return kSwizzle128 << 62 | kEightRows << 32 | kPanel << 16 | shared_address(chunk(row, i)) / sizeof(Chunk);
   }
 };
 
@@ -72,7 +83,7 @@ DEVICE void load_chunk(Chunk* to, const Matrix& m, int64_t row, int64_t column, 
 
 // Loads kRows rows of a tile: `load(to, row, column)` is called for each of its chunks.
 template <int kRows, typename T, int kColumns, typename Load>
-DEVICE void for_each_chunk(Tile<T, kColumns> tile, Load load) {
+DEVICE void for_each_chunk(Tile<T, kRows, kColumns> tile, Load load) {
   NO_UNROLL
   for (int i = threadIdx.x; i < kRows * tile.kChunks; i += kThreads) {
     const int row = i / tile.kChunks, c = i % tile.kChunks;
@@ -82,7 +93,7 @@ DEVICE void for_each_chunk(Tile<T, kColumns> tile, Load load) {
 
 // m[row + i, column + j] for i < rows and j < columns, zeros elsewhere.
 template <int kRows, typename T, int kColumns>
-DEVICE void load_tile(Tile<T, kColumns> tile, const Matrix& m, int64_t row, int rows, int64_t column, int columns) {
+DEVICE void load_tile(Tile<T, kRows, kColumns> tile, const Matrix& m, int64_t row, int rows, int64_t column, int columns) {
   for_each_chunk<kRows>(tile, [&](Chunk* to, int i, int j) {
     load_chunk<T>(to, m, row + i, column + j, i < rows ? columns - j : 0);
   });
@@ -90,7 +101,7 @@ DEVICE void load_tile(Tile<T, kColumns> tile, const Matrix& m, int64_t row, int 
 
 // The same for rows of one task alone; the others become zero. `mine(i)`: whether row i is one of them.
 template <int kRows, typename T, int kColumns, typename Mine>
-DEVICE void load_rows(Tile<T, kColumns> tile, const Matrix& m, int64_t row, int rows, int64_t column, int columns,
+DEVICE void load_rows(Tile<T, kRows, kColumns> tile, const Matrix& m, int64_t row, int rows, int64_t column, int columns,
                       Mine mine) {
   for_each_chunk<kRows>(tile, [&](Chunk* to, int i, int j) {
     load_chunk<T>(to, m, row + i, column + j, i < rows && mine(i) ? columns - j : 0);
@@ -105,6 +116,7 @@ DEVICE void pipeline(int steps, int stages, Load load, Use use) {
   for (int step = 1 - stages; step < steps; ++step) {
     if (step >= 0) {
       wait_copies(stages - 2);
+      publish_shared();
       __syncthreads();
     }
     if (step + stages - 1 < steps) load(step + stages - 1, loaded);
@@ -122,13 +134,16 @@ DEVICE void pipeline(int steps, int stages, Load load, Use use) {
 // kATransposed: the tile of A is stored [depth, kM]; kBTransposed: that of B is stored [depth, kN] instead of [kN, depth].
 template <typename T, int kM, int kN, bool kATransposed, bool kBTransposed>
 struct Product {
-  static constexpr int kWarpsM = kM == 16 ? 1 : 2, kWarpsN = kThreads / 32 / kWarpsM;
+  static constexpr bool kWarpgroups = kHasWgmma && sizeof(T) == 2 && kM == 128;  // two, of 64 rows each
+  static constexpr int kWarpsM = kWarpgroups ? 8 : kM == 16 ? 1 : 2, kWarpsN = kThreads / 32 / kWarpsM;
   static constexpr int kTilesM = kM / kWarpsM / 16, kTilesN = kN / kWarpsN / 8;
   static_assert(kTilesM >= 1 && kTilesN % 2 == 0);
   static constexpr int kRowsA = kATransposed ? kDepth<T> : kM, kRowsB = kBTransposed ? kDepth<T> : kN;
-  using A = Tile<T, kATransposed ? kM : kDepth<T>>;
-  using B = Tile<T, kBTransposed ? kN : kDepth<T>>;
+  using A = Tile<T, kRowsA, kATransposed ? kM : kDepth<T>>;
+  using B = Tile<T, kRowsB, kBTransposed ? kN : kDepth<T>>;
   static constexpr int kChunksA = kRowsA * A::kChunks, kChunksB = kRowsB * B::kChunks;
+  // Chunks from an element to that sixteen deeper.
+  static constexpr int kSixteenA = kATransposed ? 16 * 8 : 2, kSixteenB = kBTransposed ? 16 * 8 : 2;
 
   float c[kTilesM][kTilesN][4];
 
@@ -167,7 +182,16 @@ struct Product {
   // One step. Columns from `columns` on are not wanted.
   DEVICE void step(A a, B b, int columns) {
     if (warp_column() >= columns) return;
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (kWarpgroups) {
+      const int m = threadIdx.x / 128 * 64;
+      const uint64_t left = kATransposed ? a.descriptor(0, m / 8) : a.descriptor(m, 0), right = b.descriptor(0, 0);
+      begin_products(c[0]);
+      UNROLL
+      for (int step = 0; step < 4; ++step) {
+        multiply_warpgroup<T, kATransposed, kBTransposed>(c[0], left + step * kSixteenA, right + step * kSixteenB);
+      }
+      end_products(c[0]);
+    } else if constexpr (sizeof(T) == 2) {
       UNROLL
       for (int k = 0; k < kDepth<T>; k += 16) {
         uint32_t left[kTilesM][4], right[kTilesN / 2][4];
@@ -191,6 +215,7 @@ struct Product {
         }
       }
     } else {  // fp32 products are exact: ordinary arithmetic
+      const int first_row = opaque(row(0, 0)), first_column = opaque(column(0));
       NO_UNROLL
       for (int k = 0; k < kDepth<T>; ++k) {
         float left[kTilesM][2], right[kTilesN][2];
@@ -198,14 +223,14 @@ struct Product {
         for (int i = 0; i < kTilesM; ++i) {
           UNROLL
           for (int half = 0; half < 2; ++half) {
-            left[i][half] = kATransposed ? a.at(k, row(i, half)) : a.at(row(i, half), k);
+            left[i][half] = kATransposed ? a.at(k, first_row + 16 * i + 8 * half) : a.at(first_row + 16 * i + 8 * half, k);
           }
         }
         UNROLL
         for (int j = 0; j < kTilesN; ++j) {
           UNROLL
           for (int next = 0; next < 2; ++next) {
-            right[j][next] = kBTransposed ? b.at(k, column(j) + next) : b.at(column(j) + next, k);
+            right[j][next] = kBTransposed ? b.at(k, first_column + 8 * j + next) : b.at(first_column + 8 * j + next, k);
           }
         }
         UNROLL

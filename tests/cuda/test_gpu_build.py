@@ -195,11 +195,13 @@ def code(built):
 
 
 def test_products_are_made_by_tensor_cores(code):
-    """mma in every 16-bit kernel; in the fused product of 9.0a wgmma, and loads by TMA."""
+    """mma in every 16-bit kernel; on 9.0a wgmma in those with tiles of 128 rows and in the fused product, which loads by TMA."""
     delta = {key: text for key, text in code.items() if re.search("delta_(for|back)ward", key[1])}
     assert len(delta) == 12 * len(chosen())  # two directions, three types, two sizes of tiles
-    for (_, name), text in delta.items():
+    for (architecture, name), text in delta.items():
         assert ("MMA" in text) == ("IfLi" not in name), name  # fp32 products are exact: ordinary arithmetic
+        wide = architecture == "sm_90a" and "IfLi" not in name and "Li128" in name
+        assert ("HGMMA" in text) == wide, (architecture, name)
     fused = {key: text for key, text in code.items() if "cutlass" in key[1]}
     assert len(fused) == 4 * any(arch.number == "9.0a" for arch in chosen())  # two directions, two types
     for key, text in fused.items():

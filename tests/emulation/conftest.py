@@ -1,18 +1,19 @@
 """Tests that run the CUDA kernels of csrc/ on a CPU: every thread of a grid is a fiber, tensor-core instructions are emulated.
 
-LILORA_EMULATION=1 pytest tests/emulation: in a process of its own, for there the backend `cuda` takes CPU tensors. Needs g++.
+LILORA_EMULATION=sm_80 (or sm_90a) pytest tests/emulation: in a process of its own, for there the backend `cuda` takes CPU
+tensors. Needs g++.
 """
 
 import os
 
 import pytest
 
-if os.environ.get("LILORA_EMULATION") != "1":
+if not os.environ.get("LILORA_EMULATION"):
     collect_ignore_glob = ["test_*.py"]
 
 
 def pytest_configure(config):
-    if os.environ.get("LILORA_EMULATION") != "1":
+    if not os.environ.get("LILORA_EMULATION"):
         return
     import emulator
 

@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -41,20 +42,23 @@ using Stream = void*;
 
 namespace emulation {
 
-constexpr int kLanes = 32;
+constexpr int kLanes = 32, kGroupLanes = 128;  // of a warp, of a warpgroup
 constexpr size_t kStack = 256 << 10;
 
 // Lanes that wait for each other, and what they brought.
 struct Meeting {
   int arrived = 0;
   uint64_t generation = 0;
-  void* brought[kLanes][3];
+  void* brought[kGroupLanes][3];
 };
 
 struct Block {
   std::vector<uint8_t> shared;
+  std::vector<uint8_t> published;  // as all threads had left it when the last one called publish_shared
+  int publishers = 0;
   Meeting all;
-  std::vector<Meeting> warps;
+  std::vector<Meeting> warps, groups;
+  std::vector<std::array<float, 96>> products;  // of each thread, between begin_products and end_products
 };
 
 struct Fiber {
@@ -138,17 +142,23 @@ inline void sync_block() {
   meet(block().all, grid->threads, [] {});
 }
 
-inline int lane() { return static_cast<int>(threadIdx.x % kLanes); }
-
-// Collective of a warp: act(brought), where brought[lane] are the pointers that the lanes gave.
+// Collective of a warp or warpgroup: act(brought), where brought[lane] are the pointers that the lanes gave.
 template <typename Act>
-void warp(void* a, void* b, void* c, Act act) {
-  Meeting& meeting = block().warps[threadIdx.x / kLanes];
-  void** mine = meeting.brought[lane()];
+void together(std::vector<Meeting>& meetings, int lanes, void* a, void* b, void* c, Act act) {
+  Meeting& meeting = meetings[threadIdx.x / lanes];
+  void** mine = meeting.brought[threadIdx.x % lanes];
   mine[0] = a;
   mine[1] = b;
   mine[2] = c;
-  meet(meeting, kLanes, [&] { act(meeting.brought); });
+  meet(meeting, lanes, [&] { act(meeting.brought); });
+}
+template <typename Act>
+void warp(void* a, void* b, void* c, Act act) {
+  together(block().warps, kLanes, a, b, c, act);
+}
+template <typename Act>
+void warpgroup(void* a, void* b, void* c, Act act) {
+  together(block().groups, kGroupLanes, a, b, c, act);
 }
 
 inline float half_to_float(uint16_t bits) {
@@ -188,10 +198,11 @@ inline float to_float(BFloat16 x);
 template <typename T>
 T rounded(float x);
 
-inline uint8_t* shared_memory() {
-  auto& bytes = emulation::block().shared;
-  return bytes.data() + (128 - reinterpret_cast<uintptr_t>(bytes.data()) % 128) % 128;
+inline uint8_t* shared_memory() { return emulation::block().shared.data(); }
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - shared_memory());
 }
+inline int opaque(int x) { return x; }
 
 inline void copy_async(Chunk* to, const void* from, int bytes) {
   std::memset(static_cast<void*>(to), 0, 16);
@@ -199,6 +210,12 @@ inline void copy_async(Chunk* to, const void* from, int bytes) {
 }
 inline void commit_copies() {}
 inline void wait_copies(int) {}
+inline void publish_shared() {
+  emulation::Block& block = emulation::block();
+  if (++block.publishers < emulation::grid->threads) return;
+  block.publishers = 0;
+  block.published = block.shared;
+}
 
 template <bool kTransposed>
 void load_matrices(uint32_t (&r)[4], const Chunk* row) {
@@ -237,6 +254,63 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         float sum = out[j];
         for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
         out[j] = sum;
+      }
+    }
+  });
+}
+
+template <int kTilesN>
+void begin_products(float (&c)[kTilesN][4]) {
+  std::memcpy(emulation::block().products[threadIdx.x].data(), c, sizeof(c));
+}
+template <int kTilesN>
+void end_products(float (&c)[kTilesN][4]) {
+  std::memcpy(c, emulation::block().products[threadIdx.x].data(), sizeof(c));
+}
+
+namespace emulation {
+
+// What wgmma reads: [rows, 16], from the bits of a descriptor of 128-byte swizzle. Of what was written to shared memory it
+// sees what was published.
+template <typename T>
+std::vector<float> operand(uint64_t descriptor, bool transposed, int rows) {
+  auto bytes = [&](int first_bit) { return static_cast<uint32_t>(descriptor >> first_bit & 0x3FFF) * 16; };
+  const uint32_t start = bytes(0), leading = bytes(16), stride = bytes(32);
+  if ((descriptor & ~uint64_t{0x3FFF3FFF3FFF}) != uint64_t{1} << 62) {
+    throw std::logic_error("a descriptor is not one of 128-byte swizzle");
+  }
+  std::vector<float> values(rows * 16);
+  for (int row = 0; row < rows; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      uint32_t at = start + (transposed ? row / 64 * leading + row % 64 * 2 + k / 8 * stride + k % 8 * 128
+                                        : row / 8 * stride + row % 8 * 128 + k * 2);
+      at ^= (at >> 7 & 7) << 4;
+      T value;
+      if (at + sizeof(T) > block().published.size()) throw std::logic_error("a descriptor leaves shared memory");
+      std::memcpy(&value, block().published.data() + at, sizeof(T));
+      values[row * 16 + k] = to_float(value);
+    }
+  }
+  return values;
+}
+
+}  // namespace emulation
+
+template <typename T, bool kATransposed, bool kBTransposed, int kTilesN>
+void multiply_warpgroup(float (&)[kTilesN][4], uint64_t a, uint64_t b) {
+  emulation::warpgroup(&a, &b, nullptr, [](void* (*brought)[3]) {
+    const uint64_t a = *static_cast<uint64_t*>(brought[0][0]), b = *static_cast<uint64_t*>(brought[0][1]);
+    const std::vector<float> left = emulation::operand<T>(a, kATransposed, 64);
+    const std::vector<float> right = emulation::operand<T>(b, kBTransposed, 8 * kTilesN);
+    auto* products = &emulation::block().products[threadIdx.x / emulation::kGroupLanes * emulation::kGroupLanes];
+    for (int i = 0; i < emulation::kGroupLanes; ++i) {
+      if (*static_cast<uint64_t*>(brought[i][0]) != a || *static_cast<uint64_t*>(brought[i][1]) != b) {
+        throw std::logic_error("the threads of a warpgroup gave different descriptors");
+      }
+      for (int j = 0; j < 4 * kTilesN; ++j) {
+        const float* row = &left[(i / 32 * 16 + i / 4 % 8 + j / 2 % 2 * 8) * 16];
+        const float* column = &right[(j / 4 * 8 + i % 4 * 2 + j % 2) * 16];
+        for (int k = 0; k < 16; ++k) products[i][j] += row[k] * column[k];
       }
     }
   });
@@ -314,8 +388,11 @@ bool launch(void (*kernel)(Params), const Params& params, int blocks, int thread
   all.body = [&] { kernel(params); };
   all.blocks.resize(blocks);
   for (Block& b : all.blocks) {
-    b.shared.assign(shared + 128, 0xFF);  // NaN in every type
+    b.shared.assign(shared, 0xFF);  // NaN in every type
+    b.published = b.shared;
     b.warps.resize(threads / kLanes);
+    b.groups.resize(threads / kGroupLanes);
+    b.products.resize(threads);
   }
   all.fibers.resize(blocks * threads);
   uint8_t* stacks = static_cast<uint8_t*>(mmap(nullptr, all.fibers.size() * kStack, PROT_READ | PROT_WRITE,

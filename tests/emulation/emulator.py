@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
-LIBRARY = ROOT / "build/emulation/liblilora_cuda_emulated.so"
+DEVICES = {"sm_80": [], "sm_90a": ["-DLILORA_EMULATE_WGMMA"]}  # the flags of each
+NAME = os.environ.get("LILORA_EMULATION", "")
+LIBRARY = ROOT / f"build/emulation/{NAME}/liblilora_cuda_emulated.so"
 HERE = Path(__file__).parent
 SOURCES = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc/register.cpp", ROOT / "csrc/hopper/slots.cu"]
 SOURCES += [HERE / "emulated.cpp", HERE / "fused_linear.cpp"]
@@ -21,6 +23,8 @@ FLAGS += ["-isystem", str(TORCH / "include"), "-isystem", str(TORCH / "include/t
 
 def build() -> None:
     """Compile the kernels for the CPU, unless that is up to date."""
+    if NAME not in DEVICES:
+        raise ValueError(f"LILORA_EMULATION is {NAME!r}; name the device to emulate: {' or '.join(DEVICES)}")
     LIBRARY.parent.mkdir(parents=True, exist_ok=True)
     inputs = [*SOURCES, *(ROOT / "csrc").rglob("*.h"), HERE / "emulation.h", Path(__file__)]
     if LIBRARY.exists() and LIBRARY.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
@@ -28,7 +32,7 @@ def build() -> None:
 
     def compiled(source: Path) -> str:
         target = LIBRARY.with_name(source.name + ".o")
-        subprocess.run(["g++", *FLAGS, "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
+        subprocess.run(["g++", *FLAGS, *DEVICES[NAME], "-x", "c++", "-c", str(source), "-o", str(target)], check=True)
         return str(target)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

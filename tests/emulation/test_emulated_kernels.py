@@ -72,7 +72,7 @@ def test_sixty_four_rows_of_as_many_tasks(op, dtype):
     errors.check()
 
 
-@pytest.mark.parametrize("rows", [40, 2100])
+@pytest.mark.parametrize("rows", [40, 600])
 def test_several_chunks_of_rows_and_tiles_of_ranks(rows):
     """More rows than one share of the gradients of parameters has, and ranks beyond a tile."""
     errors = Errors()

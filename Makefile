@@ -32,7 +32,7 @@ help:
 	touch $@
 
 venv: .venv/ready
-	rm -rf build
+	rm -rf build/lib build/bdist*
 	$(BIN)/pip install -q --no-deps --no-build-isolation --force-reinstall .
 
 demo: venv

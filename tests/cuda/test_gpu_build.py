@@ -185,8 +185,10 @@ def test_no_kernel_spills_registers(built):
 @pytest.fixture(scope="session")
 def code(built):
     """The instructions of every kernel, by architecture and mangled name."""
-    toolkit = Path(cuda_build.find_nvcc().path).resolve().parent
-    text = run(str(toolkit / "cuobjdump"), "-sass", str(built.library))
+    folders = [Path(cuda_build.find_nvcc().path).resolve().parent, cuda_build.TOOLKIT / "bin"]
+    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))
+    assert cuobjdump, f"cuobjdump is neither in PATH nor in {' nor '.join(map(str, folders))}"
+    text = run(cuobjdump, "-sass", str(built.library))
     found = {}
     for binary in text.split("arch = ")[1:]:
         for part in binary.split("Function : ")[1:]:

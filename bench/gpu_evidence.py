@@ -206,8 +206,8 @@ def main() -> int:
     evidence = Evidence(options.out, head)
     evidence.content["cuda_build"] = build_kernels(options.dry_run, env, min(BUILD_LIMIT, deadline - time.monotonic()))
     print(f"CUDA kernels: {evidence.content['cuda_build']}", flush=True)
+    failed = [] if evidence.content["cuda_build"]["status"] in ("ok", "found", "left out") else ["CUDA kernels"]
     warming = start_warming(options.dry_run, env) if {3, 4, 5} & set(numbers) else []
-    failed = []
     try:
         for stage in plan(numbers, options.dry_run, options.minutes, options.out):
             if stage.number > 0 and warming:

@@ -116,7 +116,7 @@ DEVICE void store_pair(T* to, float left, float right, bool both) {
 // Shared memory of a block: a list of tasks, then a panel of whole rows, then the stages of a pipeline.
 template <int kRows>
 struct Workspace {
-  static constexpr int kListBytes = (sizeof(TaskList<kRows>) + 1023) / 1024 * 1024;  // tiles of wgmma are aligned to 1024
+  static constexpr int kListBytes = (sizeof(TaskList<kRows>) + 1023) / 1024 * 1024;  // as tiles are aligned
 
   DEVICE static TaskList<kRows>& list() { return *reinterpret_cast<TaskList<kRows>*>(shared_memory()); }
   DEVICE static Chunk* panel() { return reinterpret_cast<Chunk*>(shared_memory() + kListBytes); }

@@ -308,7 +308,7 @@ PART void input_gradient(const Backward& p, int row_tile, int group) {
   }
   commit_copies();
   Tiles product;
-  product.clear();
+  product.clear();  // without a value it would take its registers in the whole kernel
   pipeline(
       tiles.count * steps, stages,
       [&](int step, int stage) {

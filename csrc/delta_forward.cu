@@ -100,7 +100,7 @@ PART void expand(const Forward& p, int row_tile, int group) {
     return {columns, 1 + later / again, (kKeep ? q_steps : 0) + later % again};
   };
   Tiles product, kept;
-  product.clear();
+  product.clear();  // without a value it would take its registers in the whole kernel
   pipeline(
       tiles.count * steps, stages,
       [&](int step, int stage) {

@@ -22,7 +22,7 @@
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define DEVICE __device__ __forceinline__
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define PART DEVICE  // a function of its own would make ptxas wait for each wgmma before the next
+#define PART DEVICE  // in a function of its own ptxas has each wgmma wait for the one before
 #else
 #define PART __device__ __noinline__  // a part of a kernel with registers of its own
 #endif
@@ -52,7 +52,7 @@ struct alignas(16) Chunk {
 template <typename T>
 constexpr int kPerChunk = 16 / sizeof(T);
 
-// Whether there are products of a warpgroup, wgmma: in code for 9.0a.
+// Whether the code is for 9.0a, the only one with products by a warpgroup (wgmma).
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LILORA_EMULATE_WGMMA)
 constexpr bool kHasWgmma = true;
 #else
@@ -87,7 +87,7 @@ DEVICE uint8_t* shared_memory() {
   return bytes;
 }
 
-// x, of which the compiler knows nothing more: what follows from it is not kept in registers through loops around.
+// x, of which the compiler knows nothing more: it computes what follows anew instead of keeping it in registers.
 DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -113,7 +113,7 @@ DEVICE void wait_copies(int pending) {
   }
 }
 
-// After its writes to shared memory are complete, each thread calls this; behind the next barrier wgmma reads them.
+// Each thread calls this when its writes to shared memory are complete; wgmma may read them behind the next barrier.
 DEVICE void publish_shared() {
   if constexpr (kHasWgmma) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -154,16 +154,18 @@ DEVICE void multiply<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Products c [64, 8 * kTilesN] of a warpgroup: the tile c[j] of warp w is rows 16 w on and columns 8 j on, in the layout of
-// mma.m16n8k16. Between begin_products and end_products nothing but multiply_warpgroup may touch c.
+// The compiler moves no use of c across this.
 template <int kTilesN>
-DEVICE void hold_registers(float (&c)[kTilesN][4]) {  // the compiler moves no use of c across this
+DEVICE void hold_registers(float (&c)[kTilesN][4]) {
   UNROLL
   for (int j = 0; j < kTilesN; ++j) {
     UNROLL
     for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c[j][e])::"memory");
   }
 }
+
+// Products c [64, 8 * kTilesN] of a warpgroup: c[j] of warp w are rows 16 w on and columns 8 j on, in the layout of
+// mma.m16n8k16. From begin_products to end_products nothing but multiply_warpgroup may touch c.
 template <int kTilesN>
 DEVICE void begin_products(float (&c)[kTilesN][4]) {
   hold_registers(c);
@@ -176,21 +178,21 @@ DEVICE void end_products(float (&c)[kTilesN][4]) {
   hold_registers(c);
 }
 
-// c += a [64, 16] b [16, 8 * kTilesN], both in shared memory: descriptors (Tile::descriptor) of matrices that are stored
-// [64, 16] and [8 * kTilesN, 16], or transposed.
+// c += a [64, 16] b [16, 8 * kTilesN], given as descriptors (Tile::descriptor) of matrices in shared memory that are
+// stored [64, 16] and [8 * kTilesN, 16], or transposed. The operands 1, 1, 1: add to c, negate neither factor.
 #define TEN(i) "%" #i "0, %" #i "1, %" #i "2, %" #i "3, %" #i "4, %" #i "5, %" #i "6, %" #i "7, %" #i "8, %" #i "9, "
 #define SIXTY TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5)
 #define TILE(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define TILES(j) TILE(j), TILE(j + 1), TILE(j + 2), TILE(j + 3), TILE(j + 4), TILE(j + 5), TILE(j + 6), TILE(j + 7)
-#define WGMMA(n, type, operands, ...)                                                              \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " operands ";"    \
-               : __VA_ARGS__                                                                       \
-               : "l"(a), "l"(b), "n"(kATransposed), "n"(kBTransposed)                              \
+#define WGMMA(n, type, operands, ...)                                                           \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " " operands ";" \
+               : __VA_ARGS__                                                                    \
+               : "l"(a), "l"(b), "n"(kATransposed), "n"(kBTransposed)                           \
                : "memory")
 #define WGMMA_128(type) \
   WGMMA(128, type, "{" SIXTY "%60, %61, %62, %63}, %64, %65, 1, 1, 1, %66, %67", TILES(0), TILES(8))
-#define WGMMA_192(type)                                                                                             \
-  WGMMA(192, type, "{" SIXTY TEN(6) TEN(7) TEN(8) "%90, %91, %92, %93, %94, %95}, %96, %97, 1, 1, 1, %98, %99",     \
+#define WGMMA_192(type)                                                                                         \
+  WGMMA(192, type, "{" SIXTY TEN(6) TEN(7) TEN(8) "%90, %91, %92, %93, %94, %95}, %96, %97, 1, 1, 1, %98, %99", \
         TILES(0), TILES(8), TILES(16))
 template <typename T, bool kATransposed, bool kBTransposed, int kTilesN>
 DEVICE void multiply_warpgroup(float (&c)[kTilesN][4], uint64_t a, uint64_t b) {

@@ -25,8 +25,8 @@ DEVICE float element(const Matrix& m, int64_t at) {
   return m.wide ? static_cast<const float*>(m.data)[at] : to_float(static_cast<const T*>(m.data)[at]);
 }
 
-// kRows rows of kColumns elements, as panels of eight chunks of each row. Within a panel the chunks of a row are permuted,
-// so that a column of eight rows lies in different banks: the 128-byte swizzle of wgmma.
+// kRows rows of kColumns elements, aligned to 1024 bytes: panels of eight chunks of each row, permuted so that a column
+// of eight rows lies in different banks. This is the 128-byte swizzle of wgmma.
 template <typename T, int kRows, int kColumns>
 struct Tile {
   static constexpr int kChunks = kColumns / kPerChunk<T>;  // of a row
@@ -41,11 +41,10 @@ struct Tile {
     return reinterpret_cast<T*>(chunk(row, column / kPerChunk<T>))[column % kPerChunk<T>];
   }
 
-  // What wgmma is told of the tile from (row, chunk i) on, multiples of eight. Sizes are in chunks: of a panel (one alone
-  // counts as 1), of eight rows.
+  // What wgmma is told of the tile from (row, chunk i) on, both multiples of eight. It counts bytes by sixteens.
   DEVICE uint64_t descriptor(int row, int i) const {
-    constexpr uint64_t kPanel = kChunks == 8 ? 1 : kRows * 8, kEightRows = 64, kSwizzle128 = 1;
-    return kSwizzle128 << 62 | kEightRows << 32 | kPanel << 16 | shared_address(chunk(row, i)) / sizeof(Chunk);
+    constexpr uint64_t kPanel = kChunks == 8 ? 1 : kRows * 8, kEightRows = 8 * 8, kSwizzle128 = 1;
+    return kSwizzle128 << 62 | kEightRows << 32 | kPanel << 16 | shared_address(chunk(row, i)) / 16;
   }
 };
 
@@ -93,7 +92,8 @@ DEVICE void for_each_chunk(Tile<T, kRows, kColumns> tile, Load load) {
 
 // m[row + i, column + j] for i < rows and j < columns, zeros elsewhere.
 template <int kRows, typename T, int kColumns>
-DEVICE void load_tile(Tile<T, kRows, kColumns> tile, const Matrix& m, int64_t row, int rows, int64_t column, int columns) {
+DEVICE void load_tile(Tile<T, kRows, kColumns> tile, const Matrix& m, int64_t row, int rows, int64_t column,
+                      int columns) {
   for_each_chunk<kRows>(tile, [&](Chunk* to, int i, int j) {
     load_chunk<T>(to, m, row + i, column + j, i < rows ? columns - j : 0);
   });
@@ -101,8 +101,8 @@ DEVICE void load_tile(Tile<T, kRows, kColumns> tile, const Matrix& m, int64_t ro
 
 // The same for rows of one task alone; the others become zero. `mine(i)`: whether row i is one of them.
 template <int kRows, typename T, int kColumns, typename Mine>
-DEVICE void load_rows(Tile<T, kRows, kColumns> tile, const Matrix& m, int64_t row, int rows, int64_t column, int columns,
-                      Mine mine) {
+DEVICE void load_rows(Tile<T, kRows, kColumns> tile, const Matrix& m, int64_t row, int rows, int64_t column,
+                      int columns, Mine mine) {
   for_each_chunk<kRows>(tile, [&](Chunk* to, int i, int j) {
     load_chunk<T>(to, m, row + i, column + j, i < rows && mine(i) ? columns - j : 0);
   });
@@ -142,7 +142,7 @@ struct Product {
   using A = Tile<T, kRowsA, kATransposed ? kM : kDepth<T>>;
   using B = Tile<T, kRowsB, kBTransposed ? kN : kDepth<T>>;
   static constexpr int kChunksA = kRowsA * A::kChunks, kChunksB = kRowsB * B::kChunks;
-  // Chunks from an element to that sixteen deeper.
+  // Chunks between an element and the one sixteen deeper.
   static constexpr int kSixteenA = kATransposed ? 16 * 8 : 2, kSixteenB = kBTransposed ? 16 * 8 : 2;
 
   float c[kTilesM][kTilesN][4];
@@ -187,8 +187,8 @@ struct Product {
       const uint64_t left = kATransposed ? a.descriptor(0, m / 8) : a.descriptor(m, 0), right = b.descriptor(0, 0);
       begin_products(c[0]);
       UNROLL
-      for (int step = 0; step < 4; ++step) {
-        multiply_warpgroup<T, kATransposed, kBTransposed>(c[0], left + step * kSixteenA, right + step * kSixteenB);
+      for (int k = 0; k < kDepth<T> / 16; ++k) {
+        multiply_warpgroup<T, kATransposed, kBTransposed>(c[0], left + k * kSixteenA, right + k * kSixteenB);
       }
       end_products(c[0]);
     } else if constexpr (sizeof(T) == 2) {
@@ -223,14 +223,16 @@ struct Product {
         for (int i = 0; i < kTilesM; ++i) {
           UNROLL
           for (int half = 0; half < 2; ++half) {
-            left[i][half] = kATransposed ? a.at(k, first_row + 16 * i + 8 * half) : a.at(first_row + 16 * i + 8 * half, k);
+            const int m = first_row + 16 * i + 8 * half;
+            left[i][half] = kATransposed ? a.at(k, m) : a.at(m, k);
           }
         }
         UNROLL
         for (int j = 0; j < kTilesN; ++j) {
           UNROLL
           for (int next = 0; next < 2; ++next) {
-            right[j][next] = kBTransposed ? b.at(k, first_column + 8 * j + next) : b.at(first_column + 8 * j + next, k);
+            const int n = first_column + 8 * j + next;
+            right[j][next] = kBTransposed ? b.at(k, n) : b.at(n, k);
           }
         }
         UNROLL

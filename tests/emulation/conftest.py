@@ -1,6 +1,6 @@
 """Tests that run the CUDA kernels of csrc/ on a CPU: every thread of a grid is a fiber, tensor-core instructions are emulated.
 
-LILORA_EMULATION=sm_80 (or sm_90a) pytest tests/emulation: in a process of its own, for there the backend `cuda` takes CPU
+LILORA_EMULATION=sm_80 pytest tests/emulation, or sm_90a: in a process of its own, for there the backend `cuda` takes CPU
 tensors. Needs g++.
 """
 

@@ -78,51 +78,44 @@ struct Grid {
   int threads = 0;
   std::function<void()> body;
   jmp_buf finished;
-  ucontext_t caller;
 };
 inline Grid* grid = nullptr;
 
 inline Fiber& self() { return grid->fibers[grid->order[grid->turn]]; }
 inline Block& block() { return grid->blocks[blockIdx.x]; }
 
-inline void run_fiber() {
-  grid->body();
-  self().done = true;
-  --grid->alive;
-  for (;;) {
-    if (grid->alive == 0) _longjmp(grid->finished, 1);
-    Fiber& me = self();
-    size_t next = grid->turn;
-    do {
-      next = (next + 1) % grid->fibers.size();
-    } while (grid->fibers[grid->order[next]].done);
-    (void)me;
-    grid->turn = next;
-    Fiber& fiber = self();
-    threadIdx.x = fiber.thread;
-    blockIdx.x = fiber.block;
-    if (fiber.started) _longjmp(fiber.state, 1);
-    fiber.started = true;
-    setcontext(&fiber.start);
-  }
-}
-
-// Lets all others run until the turn comes back.
-inline void yield() {
-  Fiber& me = self();
+// Whose turn is next: the one after this in order that has not ended.
+inline size_t next_turn() {
   size_t next = grid->turn;
   do {
     next = (next + 1) % grid->fibers.size();
   } while (grid->fibers[grid->order[next]].done);
-  if (next == grid->turn) throw std::logic_error("the last thread waits for others that have ended");
-  if (_setjmp(me.state) != 0) return;
-  grid->turn = next;
+  return next;
+}
+
+[[noreturn]] inline void resume(size_t turn) {
+  grid->turn = turn;
   Fiber& fiber = self();
   threadIdx.x = fiber.thread;
   blockIdx.x = fiber.block;
   if (fiber.started) _longjmp(fiber.state, 1);
   fiber.started = true;
   setcontext(&fiber.start);
+  std::abort();
+}
+
+inline void run_fiber() {
+  grid->body();
+  self().done = true;
+  if (--grid->alive == 0) _longjmp(grid->finished, 1);
+  resume(next_turn());
+}
+
+// Lets all others run until the turn comes back.
+inline void yield() {
+  const size_t next = next_turn();
+  if (next == grid->turn) throw std::logic_error("the last thread waits for others that have ended");
+  if (_setjmp(self().state) == 0) resume(next);
 }
 
 // The last of `count` to arrive runs `act`, then all go on.
@@ -415,13 +408,7 @@ bool launch(void (*kernel)(Params), const Params& params, int blocks, int thread
     }
   }
   gridDim.x = static_cast<unsigned>(blocks);
-  if (_setjmp(all.finished) == 0) {
-    Fiber& first = self();
-    threadIdx.x = first.thread;
-    blockIdx.x = first.block;
-    first.started = true;
-    setcontext(&first.start);
-  }
+  if (_setjmp(all.finished) == 0) resume(0);
   munmap(stacks, all.fibers.size() * kStack);
   grid = nullptr;
   return true;

@@ -6,6 +6,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ FLAGS += ["-isystem", str(TORCH / "include"), "-isystem", str(TORCH / "include/t
 def build() -> None:
     """Compile the kernels for the CPU, unless that is up to date."""
     if NAME not in DEVICES:
-        raise ValueError(f"LILORA_EMULATION is {NAME!r}; name the device to emulate: {' or '.join(DEVICES)}")
+        raise pytest.UsageError(f"LILORA_EMULATION is {NAME!r}; name the device to emulate: {' or '.join(DEVICES)}")
     LIBRARY.parent.mkdir(parents=True, exist_ok=True)
     inputs = [*SOURCES, *(ROOT / "csrc").rglob("*.h"), HERE / "emulation.h", Path(__file__)]
     if LIBRARY.exists() and LIBRARY.stat().st_mtime > max(path.stat().st_mtime for path in inputs):

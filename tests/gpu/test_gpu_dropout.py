@@ -11,7 +11,7 @@ from lilora_kernels.ops.philox import keep_mask
 @pytest.mark.parametrize("rows", [70, 300, 3000])
 @pytest.mark.parametrize("op", ["delta", "linear"])
 def test_forward_and_backward_draw_the_mask_of_the_reference(op, rows, plan):
-    """Bit for bit: with ones or identities as factors, what is not zero is the mask."""
+    """Bit for bit, hence both backends the same: with ones or identities as factors, what is not zero is the mask."""
     plan(one_launch=op == "delta")
     rank, columns = 64, 200
     ones = lambda *shape: torch.ones(*shape, dtype=torch.bfloat16, device="cuda")  # noqa: E731
@@ -33,21 +33,3 @@ def test_forward_and_backward_draw_the_mask_of_the_reference(op, rows, plan):
             assert torch.equal(dx != 0, keep)
             (da,) = torch.autograd.grad(run(x, a, p, seed), a, eye(rows, rank))
             assert torch.equal(da != 0, keep[:rank])
-
-
-def test_both_backends_draw_the_same_mask(monkeypatch):
-    from lilora_kernels import cuda_library
-
-    if (reason := cuda_library.load_error()) is not None:
-        pytest.skip(reason)
-    rows, columns = 3000, 520
-    x = torch.ones(rows, columns, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-    eye = torch.eye(columns, dtype=torch.bfloat16, device="cuda")
-    found = {}
-    for backend in ("triton", "cuda"):
-        monkeypatch.setenv("LILORA_BACKEND", backend)
-        y = functional.delta(x, eye[:64], eye[:64, :64], p=0.3, seed=seed_tensor(2**40))
-        (dx,) = torch.autograd.grad(y.sum(), x)
-        found[backend] = (y != 0), (dx != 0)
-    for one, other in zip(found["triton"], found["cuda"], strict=True):
-        assert torch.equal(one, other)

@@ -6,10 +6,6 @@ from cases import Errors, pairwise
 from gpu_cases import add_errors, make_pair, seed_tensor
 from test_gpu_delta import AXES, check_shape, check_variant, kind_id
 
-from lilora_kernels import cuda_library
-from lilora_kernels.ops.delta import cuda_backend as delta_cuda
-from lilora_kernels.ops.linear import cuda_backend as cuda_linear
-
 
 def test_a_layer_of_a_large_model():
     check_shape("linear", 8192, 4096, 4096, 128, 64, 8, mix="sorted", dtype=torch.bfloat16, seeds=2)
@@ -44,12 +40,3 @@ def test_outputs_and_gradients_of_a_pair(coefficients, rows, dtype):
         pair = make_pair(96, **shape, mix=mix, dtype=dtype, seed=seed)
         add_errors(errors, "pair", pair, 0.3, seed_tensor(9), ("x", "a", "b0", "u", "v", "fusion"))
     errors.check()
-
-
-@pytest.mark.parametrize("mix", ["one", "sorted", "random"])
-@pytest.mark.parametrize("rows", [200, 1000, 3001])
-def test_outputs_and_gradients_of_the_fused_product(rows, mix, kernels):
-    if kernels is not delta_cuda or not cuda_library.has_hopper() or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the fused product needs the CUDA kernels, built for 9.0a, and a GPU of that kind")
-    with cuda_linear.fused(True):
-        check_shape("linear", rows, 256, 384, 128, 64, 8, mix=mix, dtype=torch.bfloat16)

@@ -295,6 +295,7 @@ struct Gemm {
   using Mainloop = MainloopOf<Collective>;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue, TileSchedulerTag>;
   using Device = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+  static_assert(Kernel::SharedStorageSize <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes);
 
   using StrideB = typename Collective::StrideB;
   static StrideB stride_b(int64_t row, int64_t batch) {

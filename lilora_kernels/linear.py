@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from .routing import Routes
+from .adapted import AdaptedLinear, version
 
 POLICIES = ("always", "first", "never")
 
@@ -29,7 +28,7 @@ def check_task_name(name: str) -> None:
         )
 
 
-class LiLoRALinear(nn.Module):
+class LiLoRALinear(AdaptedLinear):
     """y = base_layer(x) + scaling * D(x) A^T M_t^T with M_t = f_t B0 + (1 - f_t) U_t V_t, f_t = sigmoid(fusion_t).
 
     Replaces a linear layer [N, K] in one line; `base_layer` may be any module that maps [..., K] to [..., N] and has
@@ -54,27 +53,17 @@ class LiLoRALinear(nn.Module):
         train_a: str = "first",
         train_b0: str = "first",
     ) -> None:
-        super().__init__()
         for name, size in (("r", r), ("sub_rank", sub_rank)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} is {size!r}; it must be an integer of at least 1")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}; it must be in [0, 1)")
         for name, policy in (("train_a", train_a), ("train_b0", train_b0)):
             if policy not in POLICIES:
                 raise ValueError(f"{name} is {policy!r}; it must be one of {list(POLICIES)}")
-        if not (hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features")):
-            raise TypeError(
-                f"base_layer is a {type(base_layer).__name__}; it must be a linear layer with in_features and out_features"
-            )
-        self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.rank, self.sub_rank, self.alpha, self.dropout, self.fusion = r, sub_rank, alpha, dropout, fusion
+        super().__init__(base_layer, dropout)
+        self.rank, self.sub_rank, self.alpha, self.fusion = r, sub_rank, alpha, fusion
         self.train_a, self.train_b0 = train_a, train_b0
         self.lilora_A, self.lilora_B = nn.ParameterDict(), nn.ParameterDict()
         self.lilora_U, self.lilora_V, self.lilora_fusion = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
-        self.routes = Routes()
-        self.vision = False  # whether the rows are packed images; set by attach()
         self.merged_task: str | None = None
         self.active: tuple[str, ...] = ()
         self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
@@ -103,12 +92,9 @@ class LiLoRALinear(nn.Module):
         check_task_name(name)
         if name in self.lilora_U:
             raise ValueError(f"task {name!r} exists already; delete it first or choose another name")
-        like = getattr(self.base_layer, "weight", None)
-        dtype = like.dtype if like is not None and like.is_floating_point() else torch.get_default_dtype()
-        device = None if like is None else like.device
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+            return nn.Parameter(self.empty(*shape))
 
         if not self.lilora_A:
             self.lilora_A[name], self.lilora_B[name] = (
@@ -247,20 +233,7 @@ class LiLoRALinear(nn.Module):
         else:
             a, b0, u, v, fusion = self._current_slot()
             u, v, rows = u.unsqueeze(0), v.unsqueeze(0), None
-        p = self.dropout if self.training else 0.0
-        adapter = {
-            "task": rows,
-            "scaling": self.lilora_scaling,
-            "p": p,
-            "seed": functional.draw_seed(x.device) if p else None,
-        }
-        if self.unfused_reason() is None and not args and not kwargs:
-            base = self.base_layer
-            y = functional.linear(x, base.weight, base.bias, a, b0, u, v, fusion, **adapter)
-        else:
-            y = self.base_layer(x, *args, **kwargs)
-            d = functional.delta(x if x.is_floating_point() else x.to(a.dtype), a, b0, u, v, fusion, **adapter)
-            y = y + d.to(y.dtype)
+        y = self._adapted(x, (a, b0, u, v, fusion), self.lilora_scaling, args, kwargs, task=rows)
         if not torch.compiler.is_compiling() and y.requires_grad and self._learns():
             y.register_hook(self.routes.unchanged())
         return y
@@ -321,28 +294,11 @@ class LiLoRALinear(nn.Module):
             return
         if self._untied():
             self.retie()
-        source = tuple((id(own), own.data_ptr(), _version(own)) for own in self._all_own())
+        source = tuple((id(own), own.data_ptr(), version(own)) for own in self._all_own())
         if self._bank is None or self._bank[0] != source:
             # Tensors made in inference mode could not be saved for a later backward.
             with torch.inference_mode(False), torch.no_grad():
                 self._bank = (source, self._stack())
-
-    def unfused_reason(self) -> str | None:
-        """Why the base product cannot be part of our operation; None if it can."""
-        base = self.base_layer
-        if type(base) is not nn.Linear:
-            return f"the base is a {type(base).__name__}"
-        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-            return "the base is being trained"
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
-            return "the base has hooks"
-        return None
-
-    def example(self) -> Tensor:
-        """An uninitialised input [1, K] of the dtype and on the device that the base expects: for `explain`."""
-        weight = getattr(self.base_layer, "weight", None)
-        dtype = weight.dtype if weight is not None and weight.is_floating_point() else torch.get_default_dtype()
-        return torch.empty(1, self.in_features, dtype=dtype, device=None if weight is None else weight.device)
 
     # --- merging ----------------------------------------------------------------------------------------------------
 
@@ -380,11 +336,6 @@ class LiLoRALinear(nn.Module):
             f"r={self.rank}, sub_rank={self.sub_rank}, alpha={self.alpha}, dropout={self.dropout}, "
             f"train_a={self.train_a!r}, train_b0={self.train_b0!r}, tasks={self.tasks}, active={list(self.active)}"
         )
-
-
-def _version(parameter: Tensor) -> object:
-    # Tensors made in inference mode count no versions: a bank gathered from them is never current.
-    return object() if parameter.is_inference() else parameter._version
 
 
 def _retie(layer: LiLoRALinear, _) -> None:

@@ -267,8 +267,8 @@ def attach(model: nn.Module) -> Routes:
         if hasattr(model, "generate"):
             model.generate = MethodType(_generate, model)
         if hasattr(model, "gradient_checkpointing_enable"):
-            model.gradient_checkpointing_enable = MethodType(_gradient_checkpointing_enable, model)
-            _restore_routes(model)
+            model.gradient_checkpointing_enable = MethodType(gradient_checkpointing_enable, model)
+            restore_routes(model)
     return routes
 
 
@@ -349,12 +349,12 @@ def _generate(self, *args, task_ids=None, **kwargs):
         return type(self).generate(self, *args, task_ids=batch.task, **kwargs)
 
 
-def _gradient_checkpointing_enable(self, *args, **kwargs):
+def gradient_checkpointing_enable(self, *args, **kwargs):
     type(self).gradient_checkpointing_enable(self, *args, **kwargs)
-    _restore_routes(self)
+    restore_routes(self)
 
 
-def _restore_routes(model: nn.Module) -> None:
+def restore_routes(model: nn.Module) -> None:
     """Wrap each module's checkpoint function so that a recomputation sees the route of its forward."""
     routes = model.lilora_routes
     for module in model.modules():

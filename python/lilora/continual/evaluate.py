@@ -66,7 +66,7 @@ def generate(
     """Greedy answers, each cut at its task's own limit of new tokens."""
     inputs = {key: value.to(method.model.device) for key, value in collator(batch).items()}
     task_ids = inputs.pop("task_ids")
-    if method.mixed_batches:
+    if method.mixed_batches and method.needs_task:
         names = list(limits)
         inputs["task_ids"] = [names[i] for i in task_ids.tolist()]
     dtype = method.model.dtype

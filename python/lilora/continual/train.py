@@ -3,8 +3,9 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
     AutoProcessor,
     PrinterCallback,
     Trainer,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -26,7 +28,7 @@ from ..config import PRESETS
 from ..errors import UserError
 from ..io.atomic import write_atomically
 from ..io.bank import Bank, BaseModelId
-from ..methods import Method, make_method
+from ..methods import Method, Stage, make_method
 from .evaluate import evaluate
 from .report import Run
 from .scores import ScoreMatrix
@@ -172,35 +174,53 @@ class ContinualRun:
 
     def _learn(self, index: int, spec: TaskSpec, save_steps: int, workers: int, bars: bool) -> None:
         started = time.monotonic()
-        seed = 1000 * self.settings.seed + index  # of this task alone: a resumed run draws the same numbers
-        set_seed(seed)
-        self.method.add(spec.name)
-        self.method.activate(spec.name, train=True)
-        folder = self.folder / "checkpoints" / spec.name
-        trainer = TaskTrainer(
-            self.method, self._arguments(folder, seed, save_steps, workers, bars), self.processor, spec
-        )
-        trainer.train(resume_from_checkpoint=latest_checkpoint(folder))
+        for number, stage in enumerate(self.method.stages(spec.name)):
+            seed = 1000 * self.settings.seed + index + 500 * number  # of this stage alone: a resumed run draws the same
+            set_seed(seed)
+            trainer = self._train_stage(spec, stage, seed, save_steps, workers, bars)
         own, shared = self.method.tensors(spec.name)
         if not all(torch.isfinite(tensor).all() for tensor in (*own.values(), *shared.values())):
             raise UserError(
                 f"task {spec.name!r} diverged: its parameters are not finite; start again with a lower --lr"
             )
         seconds = self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
-        loss = trainer.state.log_history[-1].get("train_loss")
+        loss = next((log["train_loss"] for log in reversed(trainer.state.log_history) if "train_loss" in log), None)
         info = {"steps": trainer.state.global_step, "loss": loss, "seconds": seconds}
-        self.bank.add_task(spec.name, own, shared, info=info)
+        info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
+        self.bank.add_task(spec.name, own, shared, info=info, replaces=self.method.one_state)
 
-    def _arguments(self, folder: Path, seed: int, save_steps: int, workers: int, bars: bool) -> TrainingArguments:
+    def _train_stage(
+        self, learned: TaskSpec, stage: Stage, seed: int, save_steps: int, workers: int, bars: bool
+    ) -> "TaskTrainer":
+        spec = next(task for task in self.manifest.tasks if task.name == stage.task)
+        folder = self.folder / "checkpoints" / learned.name / stage.name
+        data = StageData(spec, self.processor, self.settings.batch_size)
+
+        def batches(samples: int) -> Iterator[dict[str, torch.Tensor]]:
+            return data.batches(samples, self.method.base)
+
+        self.method.begin(stage, batches)
+        trainer = TaskTrainer(self.method, self._arguments(stage, folder, seed, save_steps, workers, bars), data)
+        checkpoint = latest_checkpoint(folder)
+        if checkpoint is not None and trainer.finished(checkpoint):
+            trainer.load(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        self.method.end(stage, batches)
+        return trainer
+
+    def _arguments(
+        self, stage: Stage, folder: Path, seed: int, save_steps: int, workers: int, bars: bool
+    ) -> TrainingArguments:
         s = self.settings
         arguments = TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=s.batch_size,
             gradient_accumulation_steps=s.gradient_accumulation,
-            learning_rate=s.learning_rate,
+            learning_rate=stage.learning_rate * s.learning_rate,
             weight_decay=s.weight_decay,
-            num_train_epochs=s.epochs,
-            max_steps=s.max_steps,
+            num_train_epochs=stage.epochs * s.epochs,
+            max_steps=max(1, round(stage.epochs * s.max_steps)) if s.max_steps > 0 else -1,
             lr_scheduler_type="cosine",
             warmup_steps=s.warmup,
             **({"gradient_checkpointing": True} if s.gradient_checkpointing else {}),
@@ -272,11 +292,12 @@ class ContinualRun:
                     self.matrix.copy(after, task, source)
 
 
-class TaskSamples(Dataset):
-    """One task's training samples as the collator takes them."""
+class StageData(Dataset):
+    """The training samples of a task, and the batches that a model takes."""
 
-    def __init__(self, spec: TaskSpec) -> None:
-        self.name, self.samples = spec.name, InstructionDataset(spec, "train")
+    def __init__(self, spec: TaskSpec, processor, batch_size: int) -> None:
+        self.name, self.samples, self.batch_size = spec.name, InstructionDataset(spec, "train"), batch_size
+        self.collator = Collator(processor, {spec.name: 0}, train=True)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -284,44 +305,68 @@ class TaskSamples(Dataset):
     def __getitem__(self, index: int) -> tuple[str, Sample]:
         return self.name, self.samples[index]
 
+    def collate(self, batch: list[tuple[str, Sample]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        inputs = self.collator(batch)
+        inputs.pop("task_ids")  # all of one task
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+    def batches(self, samples: int, model: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+        """At most `samples` of them, spread over the whole set, on the model's device."""
+        chosen = torch.linspace(0, len(self) - 1, min(samples, len(self))).long().tolist()
+        for start in range(0, len(chosen), self.batch_size):
+            batch = [self[index] for index in chosen[start : start + self.batch_size]]
+            inputs = self.collate(batch, model.dtype)
+            yield {key: value.to(model.device) for key, value in inputs.items()}
+
 
 class TaskTrainer(Trainer):
-    """The HuggingFace Trainer for one task: adds the method's loss, and checkpoints what is being trained only."""
+    """The HuggingFace Trainer for one stage: takes the method's loss, and checkpoints what is being trained only."""
 
     FILE = "trainable.safetensors"
 
-    def __init__(self, method: Method, arguments: TrainingArguments, processor, spec: TaskSpec) -> None:
+    def __init__(self, method: Method, arguments: TrainingArguments, data: StageData) -> None:
         self.method = method
-        collator = Collator(processor, {spec.name: 0}, train=True)
-        dtype = method.model.dtype
-
-        def collate(batch: list) -> dict[str, torch.Tensor]:
-            inputs = collator(batch)
-            inputs.pop("task_ids")  # all of the active task
-            return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
-
-        super().__init__(model=method.model, args=arguments, train_dataset=TaskSamples(spec), data_collator=collate)
+        collate = partial(data.collate, dtype=method.model.dtype)
+        super().__init__(model=method.model, args=arguments, train_dataset=data, data_collator=collate)
         self.remove_callback(PrinterCallback)  # it would print among the command's own output
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        term = self.method.regulariser()
-        if term is not None:
-            loss = loss + term / self.current_gradient_accumulation_steps
+        outputs = None
+
+        def cross_entropy():
+            nonlocal outputs
+            loss, outputs = super(TaskTrainer, self).compute_loss(model, inputs, return_outputs=True, **kwargs)
+            return loss, outputs
+
+        loss = self.method.loss(inputs, cross_entropy, 1 / self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
+
+    def learned(self) -> dict[str, torch.Tensor]:
+        """The tensors that a checkpoint holds, themselves."""
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return parameters | {f"progress.{name}": tensor for name, tensor in self.method.progress().items()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        learned = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
-        save_file(learned, folder / self.FILE)
+        save_file({name: t.detach().clone().contiguous() for name, t in self.learned().items()}, folder / self.FILE)
 
     @torch.no_grad()
+    def load(self, checkpoint: str) -> None:
+        """The tensors and the Trainer's state of a checkpoint."""
+        with safe_open(Path(checkpoint) / self.FILE, framework="pt") as stored:
+            for name, tensor in self.learned().items():
+                tensor.copy_(stored.get_tensor(name))
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        with safe_open(Path(resume_from_checkpoint) / self.FILE, framework="pt") as stored:
-            for name, parameter in parameters.items():
-                parameter.copy_(stored.get_tensor(name))
+        self.load(resume_from_checkpoint)
+
+    @staticmethod
+    def finished(checkpoint: str) -> bool:
+        """Whether the checkpoint was made by the last step of its stage."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        return state.global_step >= state.max_steps
 
 
 def latest_checkpoint(folder: Path) -> str | None:

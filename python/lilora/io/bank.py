@@ -223,14 +223,22 @@ class Bank:
         return self._task(name).shared
 
     def add_task(
-        self, name: str, task: dict[str, Tensor], shared: dict[str, Tensor], *, info: dict | None = None
+        self,
+        name: str,
+        task: dict[str, Tensor],
+        shared: dict[str, Tensor],
+        *,
+        info: dict | None = None,
+        replaces: bool = False,
     ) -> None:
         """Add a learned task at the end of the training order.
 
         task: for every adapted linear at module path p, `p.U` [N, S], `p.V` [S, R] and `p.fusion` [1]; layers without
             fusion leave the last out everywhere, and a plain LoRA, which is its A and B0 alone, has no tensors here.
         shared: `p.A` [R, K] and `p.B0` [N, R] of the same linears; a set the bank already has is not stored again.
+            Tensors named `state.*` are a method's own, of any shape.
         Tensors are bfloat16, float16 or float32, on any device; they are stored as they are. info: any JSON object.
+        replaces: from now on `shared` serves the earlier tasks too, and the sets that they were added with go.
 
         Raises:
             UserError: a bad or taken name, a missing or unknown tensor, a wrong shape or dtype, or a refused write;
@@ -253,12 +261,11 @@ class Bank:
         if not _intact(self._shared_file(record.shared), shared_records):
             write_atomically(self._shared_file(record.shared), safetensors.torch.save(shared))
         write_atomically(self._task_file(name), safetensors.torch.save(task))
-        self._commit(
-            index,
-            next_id=index.next_id + 1,
-            tasks=[*index.tasks, record],
-            shared={**index.shared, record.shared: shared_records},
-        )
+        tasks, sets = [*index.tasks, record], {**index.shared, record.shared: shared_records}
+        if replaces:
+            tasks = [task.model_copy(update={"shared": record.shared}) for task in tasks]
+            sets = {record.shared: shared_records}
+        self._commit(index, next_id=index.next_id + 1, tasks=tasks, shared=sets)
 
     def load_task(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The task's tensors and the shared tensors it was added with, as given to `add_task`, on the CPU.
@@ -440,6 +447,14 @@ def _check_name(name: str, taken: Iterable[str]) -> None:
 
 
 def _check_tensors(task_name: str, task: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
+    for argument, tensors in (("task", task), ("shared", shared)):
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPES:
+                raise UserError(
+                    f"{argument} of task {task_name!r}: tensor {name} is {tensor.dtype}; cast it to one of "
+                    f"{', '.join(str(dtype) for dtype in DTYPES)}"
+                )
+    shared = {name: tensor for name, tensor in shared.items() if not name.startswith("state.")}
     modules = {name.rpartition(".")[0] for name in shared}
     if not modules:
         raise UserError(f"task {task_name!r} has no shared tensors; pass `<module path>.A` and `.B0` of every linear")
@@ -453,11 +468,6 @@ def _check_tensors(task_name: str, task: dict[str, Tensor], shared: dict[str, Te
                 f"{argument} of task {task_name!r} {problem} {name}; pass exactly {', '.join(kinds)} for every linear"
             )
         for name, tensor in tensors.items():
-            if tensor.dtype not in DTYPES:
-                raise UserError(
-                    f"{argument} of task {task_name!r}: tensor {name} is {tensor.dtype}; cast it to one of "
-                    f"{', '.join(str(dtype) for dtype in DTYPES)}"
-                )
             ndim = 1 if name.endswith(".fusion") else 2
             if tensor.ndim != ndim:
                 raise UserError(

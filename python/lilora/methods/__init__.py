@@ -6,9 +6,11 @@ from torch import nn
 
 from lilora.errors import UserError
 
-from .base import Method
+from .base import Method, Stage
 from .lilora import LiLoRA
 from .lora import DirLoRA, SequentialLoRA
+
+__all__ = ["METHODS", "Method", "Stage", "make_method"]
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (LiLoRA, SequentialLoRA, DirLoRA)}
 

@@ -3,13 +3,26 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
+Inputs = dict[str, Tensor]  # one batch, as the model takes it
+Batches = Callable[[int], Iterator[Inputs]]  # batches(n): training batches of the stage's task, of n samples at most
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training on the samples of `task`; `learning_rate` and `epochs` are shares of the run's."""
+
+    name: str
+    task: str
+    learning_rate: float = 1.0
+    epochs: float = 1.0
 
 
 class Method(ABC):
@@ -20,11 +33,14 @@ class Method(ABC):
 
     name: str
     mixed_batches = False  # whether one batch may hold samples of several tasks
+    needs_task = True  # whether inference must be told the task
+    one_state = False  # whether the newest tensors serve all tasks, so that a bank need not keep the older ones
+    defaults: dict[str, float] = {}  # noqa: RUF012 - settings and options of `lilora train` that are not the command's
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         self.base = base
         self.settings = settings
-        self.model: PeftModel | None = None
+        self.model: nn.Module | None = None
         self.tasks: list[str] = []
 
     @abstractmethod
@@ -39,13 +55,49 @@ class Method(ABC):
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
         """(the task's own tensors, the shared ones), named as the bank names them: the model's own memory."""
 
+    @abstractmethod
+    def ranks(self) -> int:
+        """Ranks that the tasks so far keep for each linear."""
+
+    def parameters(self) -> int:
+        """Parameters stored for the tasks so far."""
+        stored = {}
+        for task in self.tasks:
+            for tensors in self.tensors(task):
+                stored |= {tensor.data_ptr(): tensor.numel() for tensor in tensors.values()}
+        return sum(stored.values())
+
     def parameters_per_task(self) -> int:
         """Parameters that one more task adds to storage."""
         return sum(tensor.numel() for tensor in self.tensors(self.tasks[-1])[0].values())
 
-    def regulariser(self) -> Tensor | None:
-        """A term of the active task's loss beside the cross-entropy."""
-        return None
+    # --- learning ---------------------------------------------------------------------------------------------------
+
+    def stages(self, task: str) -> list[Stage]:
+        """What is trained, in order, to learn a new task."""
+        return [Stage("learn", task)]
+
+    def begin(self, stage: Stage, batches: Batches) -> None:
+        """Make the model ready for a stage; nothing random but from torch's generator."""
+        self.add(stage.task)
+        self.activate(stage.task, train=True)
+
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+        """The loss of one batch of the stage.
+
+        cross_entropy() runs the model: (its loss, normalised over the batches of a step, and its outputs). A term that is
+        a mean over this batch alone counts `share`, 1 / batches per step.
+        """
+        return cross_entropy()[0]
+
+    def end(self, stage: Stage, batches: Batches) -> None:  # noqa: B027 - most methods have nothing to do
+        """After a stage's last step."""
+
+    def progress(self) -> Tensors:
+        """What changes while a stage is trained besides the parameters that learn: the very tensors, for checkpoints."""
+        return {}
+
+    # --- the bank ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def restore(self, tasks: dict[str, tuple[Tensors, Tensors]]) -> None:

@@ -1,5 +1,6 @@
 """LoRA in LoRA: every task is an adapter on a shared basis."""
 
+from collections.abc import Callable
 from typing import Any
 
 from peft import get_peft_model
@@ -10,7 +11,7 @@ from lilora_kernels.backends import choose
 from ..config import LiLoRAConfig
 from ..errors import UserError
 from ..model import adapted_layers
-from .base import Method, Tensors
+from .base import Inputs, Method, Tensors
 from .stability import StabilityLoss
 
 
@@ -43,8 +44,13 @@ class LiLoRA(Method):
         weight = self.settings.get("stability", 0.0)
         self._stability = StabilityLoss(adapted_layers(self.model), task, weight) if train and weight else None
 
-    def regulariser(self) -> Tensor | None:
-        return None if self._stability is None else self._stability()
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+        loss = cross_entropy()[0]
+        return loss if self._stability is None else loss + share * self._stability()
+
+    def ranks(self) -> int:
+        config = LiLoRAConfig(**self.settings)
+        return config.r + config.sub_rank * len(self.tasks)
 
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
         own, shared = {}, {}

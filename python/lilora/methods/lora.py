@@ -36,6 +36,9 @@ class DirLoRA(Method):
                 weights[f"{path}.B0"] = layer.lora_B[self.adapter(task)].weight
         return {}, weights
 
+    def ranks(self) -> int:
+        return self.settings["r"] * len(self.tasks)
+
     def parameters_per_task(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors(self.tasks[-1])[1].values())
 
@@ -50,6 +53,9 @@ class SequentialLoRA(DirLoRA):
 
     def adapter(self, task: str) -> str:
         return "default"
+
+    def ranks(self) -> int:
+        return self.settings["r"]
 
     def parameters_per_task(self) -> int:
         return 0

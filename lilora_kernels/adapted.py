@@ -1,0 +1,68 @@
+"""What the adapted linear layers have in common: a frozen base layer and one operation that adds the adapter to it."""
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .routing import Routes
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer [N, K] with an adapter on top.
+
+    base_layer: any module that maps [..., K] to [..., N] and has in_features and out_features; a plain nn.Linear is
+    computed together with the adapter. dropout acts on the adapter's input in training. Raises TypeError or ValueError.
+    """
+
+    rank: int
+    sub_rank: int
+
+    def __init__(self, base_layer: nn.Module, dropout: float) -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; it must be in [0, 1)")
+        if not (hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features")):
+            raise TypeError(
+                f"base_layer is a {type(base_layer).__name__}; it must be a linear layer with in_features and out_features"
+            )
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.dropout = dropout
+        self.routes = Routes()
+        self.vision = False  # whether the rows are packed images; set by attach()
+
+    def empty(self, *shape: int) -> Tensor:
+        """An uninitialised tensor of the dtype and on the device of the base weight."""
+        like = getattr(self.base_layer, "weight", None)
+        dtype = like.dtype if like is not None and like.is_floating_point() else torch.get_default_dtype()
+        return torch.empty(*shape, dtype=dtype, device=None if like is None else like.device)
+
+    def example(self) -> Tensor:
+        """An uninitialised input [1, K] of the dtype and on the device that the base expects: for `explain`."""
+        return self.empty(1, self.in_features)
+
+    def unfused_reason(self) -> str | None:
+        """Why the base product cannot be part of our operation; None if it can."""
+        base = self.base_layer
+        if type(base) is not nn.Linear:
+            return f"the base is a {type(base).__name__}"
+        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+            return "the base is being trained"
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
+            return "the base has hooks"
+        return None
+
+    def _adapted(self, x: Tensor, factors: tuple, scaling: float, args: tuple, kwargs: dict, **adapter) -> Tensor:
+        """base_layer(x) + the adapter of `factors` (a, b0, u, v, fusion), in one operation where the base allows it."""
+        p = self.dropout if self.training else 0.0
+        adapter |= {"scaling": scaling, "p": p, "seed": functional.draw_seed(x.device) if p else None}
+        if self.unfused_reason() is None and not args and not kwargs:
+            return functional.linear(x, self.base_layer.weight, self.base_layer.bias, *factors, **adapter)
+        y = self.base_layer(x, *args, **kwargs)
+        d = functional.delta(x if x.is_floating_point() else x.to(factors[0].dtype), *factors, **adapter)
+        return y + d.to(y.dtype)
+
+
+def version(parameter: Tensor) -> object:
+    # Tensors made in inference mode count no versions: a copy gathered from them is never current.
+    return object() if parameter.is_inference() else parameter._version

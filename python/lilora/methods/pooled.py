@@ -1,0 +1,80 @@
+"""What the methods with rank pools share: putting RankPoolLinear layers into a model, and their tensors' names."""
+
+import math
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lilora.errors import UserError
+from lilora_kernels.rank_pool import Chooser, RankPoolLinear
+
+from .base import Tensors
+
+
+def put_pools(
+    model: nn.Module, pattern: str, chooser: Callable[[str, nn.Linear], Chooser], scaling: float, dropout: float
+) -> dict[str, RankPoolLinear]:
+    """Replace the linears whose names the pattern fully matches; `chooser(path, linear)` makes each one's chooser.
+
+    UserError when none matches; the model is as before then.
+    """
+    matched = {
+        path: module
+        for path, module in model.named_modules()
+        if re.fullmatch(pattern, path) and isinstance(module, nn.Linear)
+    }
+    if not matched:
+        raise UserError(f"target_modules {pattern!r} matches no linear layer of this model; give another pattern")
+    layers = {}
+    for path, linear in matched.items():
+        parent, _, leaf = path.rpartition(".")
+        layers[path] = RankPoolLinear(linear, chooser(path, linear), scaling, dropout)
+        setattr(model.get_submodule(parent), leaf, layers[path])
+    return layers
+
+
+def fresh(layer: RankPoolLinear, ranks: int) -> tuple[Tensor, Tensor]:
+    """A [ranks, K] Kaiming-uniform and B [N, ranks] = 0, as LoRA starts."""
+    a, b = layer.empty(ranks, layer.in_features), layer.empty(layer.out_features, ranks)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a, nn.init.zeros_(b)
+
+
+def pool_tensors(layers: dict[str, RankPoolLinear]) -> Tensors:
+    """Every part's A and B0 as a bank names them: `<path>.<part>.A`, `<path>.<part>.B0`."""
+    tensors = {}
+    for path, layer in layers.items():
+        for part in layer.lora_A:
+            tensors[f"{path}.{part}.A"], tensors[f"{path}.{part}.B0"] = layer.part(part)
+    return tensors
+
+
+def put_stored(layers: dict[str, RankPoolLinear], tensors: Tensors) -> None:
+    """Give the layers exactly the parts that a bank holds, frozen."""
+    for path, layer in layers.items():
+        for part in list(layer.lora_A):
+            layer.put(part, layer.empty(0, layer.in_features), layer.empty(layer.out_features, 0), False)
+        prefix = f"{path}."
+        for name in tensors:
+            if name.startswith(prefix) and name.endswith(".A") and name.count(".") == prefix.count(".") + 1:
+                part = name[len(prefix) : -2]
+                layer.put(part, tensors[name], tensors[f"{path}.{part}.B0"], train=False)
+
+
+def learn_only(model: nn.Module, *tensors: Tensor) -> None:
+    """Let exactly these parameters of the model require gradients."""
+    learning = {id(tensor) for tensor in tensors}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in learning)
+
+
+@torch.no_grad()
+def add_to_base(layer: RankPoolLinear, a: Tensor, b: Tensor, scale: float | Tensor) -> None:
+    """W += scale * b a for a [n, K] and b [N, n], in fp32 at least; the base must be a plain nn.Linear."""
+    base = layer.base_layer
+    if type(base) is not nn.Linear:
+        raise UserError(f"merging wants a plain nn.Linear base, not a {type(base).__name__}; load the model unquantised")
+    wide = torch.promote_types(base.weight.dtype, torch.float32)
+    base.weight += (scale * b.to(wide) @ a.to(wide)).to(base.weight.dtype)

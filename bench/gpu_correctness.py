@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
+from lilora_kernels import backend, rank_gate
 from lilora_kernels.ops.call import DIFFERENTIABLE, Call
 
 from .gpu_stages import kernels_of
@@ -41,6 +42,9 @@ def tiny(dry_run: bool) -> None:
             kernels.run_backward(moved["dy"], moved["x"], moved["h"], call, frozenset(GRADIENTS), one_launch)
         if name == "cuda":  # decoding, with the base's weight
             kernels.run_forward(moved["x"], None, call, False, moved["weight"])
+        if name == "triton":
+            with backend(name):
+                rank_gate(moved["x"], 5)
         if not dry_run:
             torch.cuda.synchronize()
         print(f"tiny: {name} done")

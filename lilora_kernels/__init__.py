@@ -1,7 +1,7 @@
 """Kernels and layers for continual, multi-task LoRA: x A (B0 + U_i V_i) with a task index per sample."""
 
 from .backends import backend, explain
-from .functional import delta, delta_pair, draw_seed, linear
+from .functional import delta, delta_pair, draw_seed, linear, rank_gate
 from .linear import LiLoRALinear, check_task_name, set_task
 from .routing import Route, attach, route
 from .version import __version__
@@ -19,6 +19,7 @@ __all__ = [
     "draw_seed",
     "explain",
     "linear",
+    "rank_gate",
     "route",
     "set_task",
     "warmup",

@@ -17,12 +17,13 @@ _forced: str | None = None  # for all threads: autograd runs backward on a GPU i
 class Implementation:
     """One backend of one operation.
 
+    `forward` is None where it never runs, `backward` also where the gradient takes no kernel.
     `refusal(x, rank, sub_rank)` says in a few words why it cannot run on x with factors of these ranks, or None.
     `plan` says in a few words how it runs.
     """
 
-    forward: Callable
-    backward: Callable
+    forward: Callable | None
+    backward: Callable | None
     refusal: Callable[[Tensor, int, int], str | None]
     plan: str
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .ops.delta.register import delta as _delta
 from .ops.delta_pair.register import delta_pair as _delta_pair
 from .ops.linear.register import linear as _linear
+from .ops.rank_gate.register import rank_gate as _rank_gate
 
 
 def delta(
@@ -109,6 +110,17 @@ def delta_pair(
         flat, weight_1, bias_1, *first, weight_2, bias_2, *second, task, seed, scaling, p, ranks
     )
     return y_1.view(*lead, y_1.shape[-1]), y_2.view(*lead, y_2.shape[-1])
+
+
+def rank_gate(scores: Tensor, r: int, *, straight_through: bool = False) -> tuple[Tensor, Tensor]:
+    """The r ranks of highest score in each row -> (gate [G, n], 1 at these and 0 elsewhere; chosen [G, r] int64).
+
+    scores [G, n] of any floating dtype, which gate has too; 1 <= r <= n. chosen lists the best rank first; of equal scores the
+    lowest index comes first, and NaN counts as -inf. gate has no gradient; with straight_through that of scores is that of
+    gate at the chosen ranks, zero elsewhere. Autocast leaves scores alone: rounding would make ties.
+    Raises ValueError for shapes and ranges, TypeError for dtypes.
+    """
+    return _rank_gate(scores if straight_through else scores.detach(), r)
 
 
 def check_dtypes(op: str, x: Tensor, cast: Tensor, weight: Tensor | None) -> None:

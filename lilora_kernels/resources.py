@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from .ops import triton_runtime as runtime
 from .ops.delta import triton_kernels as kernels
+from .ops.rank_gate import triton_backend as rank_gate
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one block may have
@@ -98,6 +99,18 @@ def compile_kernel(
     return measure(compiled)
 
 
+def compile_rank_gate(arch: int, dtype: torch.dtype = torch.bfloat16) -> Compiled:
+    """Compile `rank_gate` for sm_<arch> and scores of this dtype, of any layout: it has no other variants."""
+    options = dict(rank_gate.CONSTANTS)
+    constants = {"BLOCK": options.pop("BLOCK")}
+    kernel, element = rank_gate.kernels.rank_gate, "*" + TYPES[dtype]
+    types = {"scores": element, "gate": element, "chosen": "*i64", "BLOCK": "constexpr"}
+    signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in ("gate", "chosen")}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return measure(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options))
+
+
 def measure(compiled) -> Compiled:
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -151,10 +164,14 @@ def main() -> None:
     print(HEADER, flush=True)
     with ProcessPoolExecutor() as pool:
         for (arch, kernel, rows, _, first, last), used in zip(jobs, pool.map(compile_job, jobs), strict=True):
-            phases = f"{first}" if first == last else f"{first}-{last}"
-            print(
-                f"| sm_{arch} | {kernel} | {rows} | {phases} | {used.registers} | {used.spills} | {used.shared / 1024:.0f} KB |"
-            )
+            print(table_row(arch, kernel, rows, f"{first}" if first == last else f"{first}-{last}", used))
+        for arch, used in zip(SHARED_MEMORY, pool.map(compile_rank_gate, SHARED_MEMORY), strict=True):
+            print(table_row(arch, "rank_gate", "any", "-", used))
+
+
+def table_row(arch: int, kernel: str, rows: int | str, phases: str, used: Compiled) -> str:
+    cells = (f"sm_{arch}", kernel, rows, phases, used.registers, used.spills, f"{used.shared / 1024:.0f} KB")
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def compile_job(job: tuple) -> Compiled:

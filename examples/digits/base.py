@@ -1,12 +1,13 @@
 """The small LLaVA that the tasks start from: a standard Hugging Face folder, trained on the generic mix alone."""
 
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from scenes import CELL, CELLS, GENERIC, GRID, INKS, SIZE, TASKS, WORDS, Digit, Example, Pool, Rng, draw
+from scenes import CELL, CELLS, GENERIC, GRID, INKS, SIZE, WORDS, Digit, Example, Pool, Rng, Task, draw
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import trange
@@ -30,10 +31,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_processor(pool: Pool) -> LlavaProcessor:
-    """A LLaVA processor whose vocabulary is every word that questions and answers use."""
+def make_processor(pool: Pool, tasks: Iterable[Task]) -> LlavaProcessor:
+    """A LLaVA processor whose vocabulary is every word that questions and answers of the tasks and the mix use."""
     rng = np.random.default_rng(0)
-    examples = [make(pool, rng) for make in (*TASKS.values(), *GENERIC) for _ in range(20)]
+    examples = [make(pool, rng) for make in (*tasks, *GENERIC) for _ in range(200)]
     text = " ".join(f"{question} {answer}" for _, question, answer in examples)
     text += f" user assistant : {' '.join([*WORDS, *INKS, *CELLS, *map(str, range(SIZE + 1))])}"
     words = sorted(set(re.findall(r"\w+|[^\w\s]", text.lower())))
@@ -174,13 +175,13 @@ def train_language(model: LlavaForConditionalGeneration, processor: LlavaProcess
     descend([p for p in model.parameters() if p.requires_grad], steps, "language model", loss_of_batch)
 
 
-def build_base(folder: Path, pool: Pool, seed: int, steps: int) -> None:
-    """Train the base model on digits of `pool` and save it with its processor to `folder`."""
+def build_base(folder: Path, pool: Pool, tasks: Iterable[Task], seed: int, steps: int) -> None:
+    """Train the base model on digits of `pool` and save it with its processor, which knows the tasks' words."""
     # For so small a model a second thread gains little; one gives the same weights whatever the number of cores.
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
-    processor = make_processor(pool)
+    processor = make_processor(pool, tasks)
     model = make_model(processor.tokenizer)
     train_tower(model.model.vision_tower, pool, rng, steps=max(1, steps // 7))
     train_language(model, processor, pool, rng, steps)

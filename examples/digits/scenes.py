@@ -1,4 +1,4 @@
-"""Pictures of handwritten digits, and questions about them: the six tasks, and the generic mix of the base model.
+"""Pictures of handwritten digits, and questions about them: the tasks, and the generic mix of the base model.
 
 A picture is a black canvas of 32 x 32 pixels, four rows of four cells; a cell is empty or holds one of scikit-learn's
 8 x 8 handwritten digits in one of four inks.
@@ -15,6 +15,7 @@ SIZE = CELL * GRID
 CELLS = [f"{row}{column}" for row in "abcd" for column in "1234"]
 INKS = {"red": (255, 64, 64), "green": (64, 255, 64), "blue": (96, 96, 255), "white": (255, 255, 255)}
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+ORDINALS = ["first", "second", "third", "fourth"]
 
 Rng = np.random.Generator
 
@@ -84,6 +85,13 @@ def _values(rng: Rng, n: int, distinct: bool = False) -> list[int]:
 
 
 Example = tuple[list[Digit], str, str]  # scene, question, answer
+Task = Callable[[Pool, Rng], Example]
+
+
+def _two(pool: Pool, rng: Rng) -> list[Digit]:
+    """Two digits that differ in value and in ink."""
+    inks = rng.choice(list(INKS), 2, replace=False).tolist()
+    return pool.scene(rng, _values(rng, 2, distinct=True), inks)
 
 
 def name(pool: Pool, rng: Rng) -> Example:
@@ -102,8 +110,7 @@ def parity(pool: Pool, rng: Rng) -> Example:
 
 
 def compare(pool: Pool, rng: Rng) -> Example:
-    inks = rng.choice(list(INKS), 2, replace=False).tolist()
-    scene = pool.scene(rng, _values(rng, 2, distinct=True), inks)
+    scene = _two(pool, rng)
     return scene, "Which colour has the greater number?", max(scene, key=lambda d: d.value).ink
 
 
@@ -117,9 +124,46 @@ def caption(pool: Pool, rng: Rng) -> Example:
     return scene, "Describe the picture.", " and ".join(f"a {d.ink} {d.word}" for d in scene)
 
 
-TASKS: dict[str, Callable[[Pool, Rng], Example]] = {
-    f.__name__: f for f in (name, count, parity, compare, locate, caption)
-}
+TASKS: dict[str, Task] = {f.__name__: f for f in (name, count, parity, compare, locate, caption)}
+
+
+# Six more for the long suite. Most take pictures like those of an earlier task and its very answers, but for another
+# question: what was learned for the one is wrong for the other.
+
+
+def successor(pool: Pool, rng: Rng) -> Example:
+    scene = pool.scene(rng, [int(rng.integers(9))])
+    return scene, "What comes next when counting up?", WORDS[scene[0].value + 1]
+
+
+def tally(pool: Pool, rng: Rng) -> Example:
+    red, other = int(rng.integers(5)), int(rng.integers(1, 3))
+    inks = ["red"] * red + rng.choice([ink for ink in INKS if ink != "red"], other).tolist()
+    scene = pool.scene(rng, _values(rng, len(inks)), rng.permutation(inks).tolist())
+    return scene, "Tally only red digits.", WORDS[red]
+
+
+def large(pool: Pool, rng: Rng) -> Example:
+    scene = pool.scene(rng, _values(rng, 1))
+    return scene, "Does it exceed four?", "yes" if scene[0].value > 4 else "no"
+
+
+def smaller(pool: Pool, rng: Rng) -> Example:
+    scene = _two(pool, rng)
+    return scene, "Name the ink of the lesser digit.", min(scene, key=lambda d: d.value).ink
+
+
+def row(pool: Pool, rng: Rng) -> Example:
+    scene = pool.scene(rng, _values(rng, 1))
+    return scene, "On what line from the top does it stand?", ORDINALS[scene[0].row]
+
+
+def greatest(pool: Pool, rng: Rng) -> Example:
+    scene = pool.scene(rng, _values(rng, 2, distinct=True))
+    return scene, "State the highest value shown.", str(max(d.value for d in scene))
+
+
+LONG_TASKS = TASKS | {f.__name__: f for f in (successor, tally, large, smaller, row, greatest)}
 
 
 def _scene(pool: Pool, rng: Rng) -> list[Digit]:
@@ -163,7 +207,7 @@ def corners(pool: Pool, rng: Rng) -> Example:
 
 
 # What the base model is taught, and how often.
-GENERIC: dict[Callable[[Pool, Rng], Example], float] = {
+GENERIC: dict[Task, float] = {
     list_digits: 2,
     list_inks: 1,
     list_cells: 1,

@@ -29,6 +29,11 @@ SubRank = Annotated[int, typer.Option(min=1, help="Rank of a task's own factors 
 Projector = Annotated[bool, typer.Option(help="Adapt the projector's linear layers too, as the paper does.")]
 Attention = Annotated[bool, typer.Option(help="Adapt the attention's linear layers too.")]
 
+# Options of `lilora train` that a method may want otherwise; these are those of the LiLoRA paper.
+REFERENCE = {"r": 128, "alpha": 256.0, "dropout": 0.05, "learning_rate": 2e-5, "weight_decay": 0.01}
+DEFAULT = "Default: that of the method's paper."
+PEFT_LORA = ("lora", "dirlora", "ewc", "lwf")  # their settings have the names of peft.LoraConfig
+
 
 @app.command()
 def train(
@@ -43,21 +48,29 @@ def train(
         str | None, typer.Option(help="Base model: a folder or a hub id; default: the manifest's.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="lilora, lora (one LoRA for all tasks) or dirlora (a LoRA per task).")
+        str, typer.Option(help="lilora, pclr, dac, lora (one LoRA for all tasks) or dirlora (a LoRA per task).")
     ] = "lilora",
     preset: Annotated[
-        str, typer.Option(help="lilora only: frozen (old tasks stay bit for bit), paper or released.")
-    ] = "frozen",
-    r: Rank = 128,
+        str | None,
+        typer.Option(
+            help="lilora: frozen (default: old tasks stay bit for bit), paper, released; pclr and dac: paper (default), released."
+        ),
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", min=1, help=f"Rank of the adapters. {DEFAULT}")] = None,
     sub_rank: SubRank = 64,
-    alpha: Annotated[float, typer.Option(help="The adapter's output is scaled by alpha / r.")] = 256.0,
-    dropout: Annotated[float, typer.Option(min=0.0, max=0.99, help="Dropout on the adapter's input.")] = 0.05,
+    alpha: Annotated[float | None, typer.Option(help=f"The adapter's output is scaled by alpha / r. {DEFAULT}")] = None,
+    dropout: Annotated[
+        float | None, typer.Option(min=0.0, max=0.99, help=f"Dropout on the adapter's input. {DEFAULT}")
+    ] = None,
+    more: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value: any other setting of the method; may be given again.")
+    ] = None,
     projector: Projector = True,
     attention: Attention = False,
     learning_rate: Annotated[
-        float, typer.Option("--lr", min=0.0, help="Peak learning rate of the cosine schedule.")
-    ] = 2e-5,
-    weight_decay: Annotated[float, typer.Option(min=0.0)] = 0.01,
+        float | None, typer.Option("--lr", min=0.0, help=f"Peak learning rate of the cosine schedule. {DEFAULT}")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0.0, help=DEFAULT)] = None,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over each task's training samples.")] = 1.0,
     max_steps: Annotated[int, typer.Option(min=-1, help="Optimizer steps per task; -1: as many as epochs need.")] = -1,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
@@ -74,6 +87,7 @@ def train(
     data: Data = None,
     seed: Annotated[int, typer.Option(min=0, max=4_000_000)] = 0,
     device: Device = "auto",
+    label: Annotated[str | None, typer.Option(help="What reports call this run; default: method and preset.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -89,12 +103,13 @@ def train(
     model = model or manifest.model
     if model is None:
         raise UserError(f"{tasks} names no base model; pass --model with a folder or a hub id")
-    pattern = target_pattern(model, projector, attention)
-    settings = method_settings(method, preset, pattern, r, sub_rank, alpha, dropout)
-    label = f"lilora-{preset}" if method == "lilora" else method
-    out = out or Path("runs") / f"{manifest.name}-{label}-{seed}"
+    from .continual.train import ContinualRun, TrainSettings, method_label
 
-    from .continual.train import ContinualRun, TrainSettings
+    pattern = target_pattern(model, projector, attention)
+    given = {"r": r, "alpha": alpha, "dropout": dropout, "learning_rate": learning_rate, "weight_decay": weight_decay}
+    options = REFERENCE | METHODS[method].defaults | {name: value for name, value in given.items() if value is not None}
+    settings = method_settings(method, preset, pattern, sub_rank, options, more or [])
+    out = out or Path("runs") / f"{manifest.name}-{label or method_label(method, settings)}-{seed}"
 
     run = ContinualRun.open(
         out,
@@ -103,8 +118,8 @@ def train(
         method,
         settings,
         TrainSettings(
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
+            learning_rate=options["learning_rate"],
+            weight_decay=options["weight_decay"],
             epochs=epochs,
             max_steps=max_steps,
             batch_size=batch_size,
@@ -115,6 +130,7 @@ def train(
             seed=seed,
         ),
         device,
+        label,
     )
     bars = not (quiet or as_json)
     run.train(eval_batch_size, save_steps, workers, bars, (lambda line: None) if as_json else console_line)
@@ -137,16 +153,22 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score all tasks of a bank with the task given: one model load, mixed batches."""
+    """Score all tasks of a bank with the task given: one model load, mixed batches.
+
+    Of image classification all tasks of the manifest, learned or not.
+    """
     from rich.progress import Progress
 
-    from .continual.evaluate import evaluate as run
+    from .continual.kinds import KINDS, kind_of
     from .continual.tasks import load_manifest
 
     opened, method, processor = load_bank(bank, model, device)
-    manifest = load_manifest(tasks, opened.tasks, data)
+    kind = kind_of(opened.config)
+    manifest = load_manifest(tasks, None if kind.unseen else opened.tasks, data)
+    if KINDS[manifest.kind] is not kind:
+        raise UserError(f"--tasks {tasks} is of kind {manifest.kind!r} and {bank} is not; give the manifest of its tasks")
     with Progress(disable=as_json) as progress:
-        results = run(method, processor, manifest.tasks, batch_size, progress)
+        results = kind.evaluate(method, processor, manifest.tasks, batch_size, progress)
     if as_json:
         print(json.dumps({r.task: {"score": r.score, "format_share": r.format_share} for r in results}))
         return
@@ -176,6 +198,36 @@ def report(
     else:
         print_tables(runs, console)
         console_line(f"report: {page}")
+
+
+@app.command()
+def analyze(
+    bank: BankPath,
+    threshold: Annotated[
+        float, typer.Option(help="A rank is redundant if the other task's leave less of its squared norm unexplained.")
+    ] = 0.5,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the plots and metrics.json; default: analysis in the run folder.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare the tasks of a bank without its model: similar factors, redundant ranks, drift of the shared basis."""
+    from rich.progress import Progress
+
+    from .continual.analyze import analyze as run
+    from .continual.analyze import print_analysis, write_analysis
+    from .io.bank import Bank
+
+    folder = bank_folder(bank)
+    with Progress(disable=as_json, transient=True) as progress:
+        analysis = run(Bank.open(folder), threshold, progress.track)
+    out = out or folder.parent / "analysis"
+    write_analysis(out, analysis)
+    if as_json:
+        print(json.dumps(analysis.to_dict()))
+    else:
+        print_analysis(analysis, console)
+        console_line(f"plots: {out}")
 
 
 @app.command()
@@ -239,7 +291,7 @@ def info(as_json: Json = False) -> None:
 
     facts: dict[str, Any] = {**environment(), **cuda_build(), "backends": {}}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for op in ("delta", "linear", "delta_pair"):
+    for op in ("delta", "linear", "delta_pair", "rank_gate"):
         facts["backends"][op] = {
             name: "available" if why is None else why
             for name, why in refusals(op, torch.empty(1, 1, device=device), 128, 64).items()
@@ -293,16 +345,34 @@ def choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def method_settings(
-    method: str, preset: str, pattern: str, r: int, sub_rank: int, alpha: float, dropout: float
+    method: str, preset: str | None, pattern: str, sub_rank: int, options: dict[str, Any], more: list[str]
 ) -> dict[str, Any]:
     """The settings that `make_method` takes, from the options of `lilora train`."""
-    if method != "lilora":
-        return {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "target_modules": pattern}
-    from .config import PRESETS
+    from .methods import METHODS
 
-    choice("--preset", preset, tuple(PRESETS))
-    sizes = {"r": r, "sub_rank": sub_rank, "alpha": alpha, "dropout": dropout}
-    return {**sizes, "target_modules": pattern, **PRESETS[preset]}
+    presets = METHODS[method].presets
+    if preset is not None:
+        if not presets:
+            raise UserError(f"--preset {preset}: {method} has no presets; leave it out")
+        choice("--preset", preset, tuple(presets))
+    preset_settings = presets[preset or next(iter(presets))] if presets else {}
+    sizes: dict[str, Any] = {"r": options["r"], "alpha": options["alpha"], "dropout": options["dropout"]}
+    if method == "lilora":
+        sizes["sub_rank"] = sub_rank
+    if method in PEFT_LORA:
+        sizes = {"r": options["r"], "lora_alpha": options["alpha"], "lora_dropout": options["dropout"]}
+    return {**sizes, "target_modules": pattern, **preset_settings, **dict(map(setting, more))}
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """A `key=value` of --set; the value is JSON, or else a string."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise UserError(f"--set {text} is not key=value; for example --set cap=256")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def target_pattern(model: str, projector: bool, attention: bool) -> str:
@@ -326,6 +396,7 @@ def bank_folder(path: Path) -> Path:
 
 def load_bank(path: Path, model: str | None, device: str, wanted: str | None = None) -> tuple:
     """(bank, method with its tasks in place, processor)."""
+    from .continual.kinds import kind_of
     from .continual.train import load_base
     from .io.bank import Bank, BaseModelId
     from .methods import make_method
@@ -333,10 +404,12 @@ def load_bank(path: Path, model: str | None, device: str, wanted: str | None = N
     bank = Bank.open(bank_folder(path))
     if not bank.tasks:
         raise UserError(f"{path} holds no learned task yet; train first")
+    if wanted is not None and kind_of(bank.config).unseen:
+        raise UserError(f"{path} has learned to classify images and writes no text; use lilora eval")
     if wanted is not None and wanted not in bank.tasks:
         raise UserError(f"task {wanted!r} is unknown; {path} has {', '.join(bank.tasks)}")
     model = model or bank.base_model.id
-    base, processor = load_base(model, bank.config["train"]["dtype"], device)
+    base, processor = load_base(model, bank.config["train"]["dtype"], device, kind_of(bank.config))
     bank.check_base_model(BaseModelId.of(base, model))
     method = make_method(bank.config["method"], base, bank.config["settings"])
     method.restore({task: bank.load_task(task) for task in bank.tasks})
@@ -358,7 +431,7 @@ def stored_run(path: Path):
     sizes = {shared["fingerprint"]: shared["parameters"] for shared in content["shared"]}
     per_task = {"lilora": last["parameters"], "dirlora": sizes[last["shared"]]}.get(config["method"], 0)
     return Run(
-        method_label(config["method"], config["settings"]),
+        config.get("label") or method_label(config["method"], config["settings"]),
         config["train"]["seed"],
         ScoreMatrix.from_dict(bank.scores["matrix"]),
         per_task,

@@ -12,9 +12,9 @@ from .peft_type import LILORA
 # What learns after the first task. `paper`: the basis may move, held by the stability loss. `released`: as the published
 # code does, A moves and old tasks drift. `frozen`: nothing shared moves, so old tasks stay bit for bit.
 PRESETS: dict[str, dict[str, str | float]] = {
+    "frozen": {"train_a": "first", "train_b0": "first", "stability": 0.0},
     "paper": {"train_a": "always", "train_b0": "always", "stability": 1.0},
     "released": {"train_a": "always", "train_b0": "first", "stability": 0.0},
-    "frozen": {"train_a": "first", "train_b0": "first", "stability": 0.0},
 }
 
 

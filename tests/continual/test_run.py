@@ -25,23 +25,6 @@ METHODS = {
 }
 
 
-@pytest.fixture
-def lilora(monkeypatch, capsys):
-    """Run the command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lilora", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def finished(suite, tmp_path_factory, train_options):
     """A finished run of lilora-frozen, for commands that only read."""
@@ -202,7 +185,7 @@ def test_stopped_in_an_evaluation_the_same_command_goes_on(suite, tmp_path, lilo
         raise SystemExit(9)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lilora.continual.train.evaluate", stop)
+        patch.setattr("lilora.continual.train.ContinualRun._evaluate", stop)
         assert lilora(*command)[0] == 9
     assert Bank.open(tmp_path / "run" / "bank").tasks == ["colour"]
     code, _, err = lilora(*command)

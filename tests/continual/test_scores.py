@@ -188,5 +188,7 @@ def test_a_damaged_file_is_one_sentence(change, words):
 
 
 def test_every_metric_is_defined_in_one_line():
-    assert list(METRICS) == ["AP", "MAP", "BWT", "Forgetting", "Forgetting_max", "New", "MIF"]
+    seen = ["AP", "MAP", "BWT", "Forgetting", "Forgetting_max", "New", "MIF"]
+    assert list(ScoreMatrix(["a"]).metrics()) == seen
+    assert list(ScoreMatrix(["a"], unseen=True).metrics()) == ["Transfer", "Avg", "Last", *seen[2:-1]]
     assert all(metric.definition and "\n" not in metric.definition for metric in METRICS.values())

@@ -86,7 +86,7 @@ def test_presets_hit_exactly_the_wanted_linears(model_type):
 
 
 def test_unknown_family_lists_the_known_ones():
-    known = "internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl"
+    known = "clip, internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl"
     with pytest.raises(UserError, match=f"'gemma3' has no adapter preset; known are {known}; .* pass target_modules"):
         target_modules("gemma3")
 

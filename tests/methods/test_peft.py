@@ -724,7 +724,7 @@ def test_wrong_settings_are_one_sentence(changes, words):
 
 
 def test_unknown_preset():
-    with pytest.raises(UserError, match=r"preset is 'best'; it must be one of \['paper', 'released', 'frozen'\]"):
+    with pytest.raises(UserError, match=r"preset is 'best'; it must be one of \['frozen', 'paper', 'released'\]"):
         LiLoRAConfig.preset("best")
 
 

@@ -7,10 +7,13 @@ import torch
 from cases import make
 
 pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+
 from lilora_kernels import resources
 from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.call import DIFFERENTIABLE
 from lilora_kernels.ops.delta import triton_backend
+from lilora_kernels.ops.rank_gate import triton_backend as rank_gate
 
 LAUNCHES = [(arch, *launch) for arch in resources.SHARED_MEMORY for launch in resources.launches(arch)]
 
@@ -102,6 +105,31 @@ def test_variants_do_not_multiply_with_the_number_of_rows(monkeypatch):
     assert len(variants) == 2
 
 
+@pytest.mark.parametrize("arch", resources.SHARED_MEMORY)
+@pytest.mark.parametrize("dtype", resources.TYPES, ids=str)
+def test_the_kernel_of_rank_gate_does_not_spill(dtype, arch):
+    used = resources.compile_rank_gate(arch, dtype)
+    assert used.spills == 0
+    assert used.registers <= 64  # 32 warps a multiprocessor
+    assert used.shared <= 1024
+
+
+def test_the_kernel_of_rank_gate_is_compiled_once_for_each_dtype():
+    """Scores of any shape, layout and alignment: Triton's own key of what it compiles for, without a GPU."""
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel = rank_gate.kernels.rank_gate
+    bind = create_function_from_signature(kernel.signature, kernel.params, CUDABackend(GPUTarget("cuda", 90, 32)))
+    keys = set()
+    for rows, n, r in ((1, 1, 1), (1, 12, 8), (5, 256, 64), (7, 4097, 100)):
+        for scores in (torch.randn(rows, n), torch.randn(n, rows).T, torch.randn(rows, n + 1)[:, 1:]):
+            gate, chosen = scores.new_empty(rows, n), scores.new_empty(rows, r, dtype=torch.int64)
+            _, key, _ = bind(scores, gate, chosen, n, r, *scores.stride(), **rank_gate.CONSTANTS)
+            keys.add(tuple(key))
+    assert len(keys) == 1
+
+
 def test_the_committed_table_has_every_launch():
     text = (Path(__file__).parents[2] / "lilora_kernels/ops/RESOURCES.md").read_text()
     rows = [tuple(cell.strip() for cell in line.split("|")[1:5]) for line in text.splitlines() if "| sm_" in line]
@@ -109,7 +137,7 @@ def test_the_committed_table_has_every_launch():
     want = [
         (f"sm_{arch}", kernel, str(rows), phases[first == last].format(first, last))
         for arch, kernel, rows, _, first, last in LAUNCHES
-    ]
+    ] + [(f"sm_{arch}", "rank_gate", "any", "-") for arch in resources.SHARED_MEMORY]
     assert rows == want
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import jinja2
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
@@ -21,10 +22,10 @@ from lilora.continual.scores import METRICS, ScoreMatrix, cell_text, none_if_nan
 from lilora.errors import UserError
 from lilora.io.atomic import write_atomically
 
-_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#4D4D4D", "#F0E442"]  # Okabe-Ito
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#4D4D4D", "#F0E442"]  # Okabe-Ito
 _MARKERS = "osD^vPX*"
 _CARRIED = "* carried over: the task's function is proved unchanged, so the cell was not run again"
-_PLOT_STYLE = {
+PLOT_STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -82,13 +83,13 @@ class _Method:
 
     def __init__(self, name: str, runs: list[Run], index: int):
         self.name, self.runs = name, runs
-        self.colour, self.marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        self.colour, self.marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
         self.tasks = runs[0].matrix.tasks
         scores = np.stack([run.matrix.scores() for run in runs])  # [seed, stage, task]
         self.scores = scores.mean(axis=0)
         self.deviation = scores.std(axis=0, ddof=1) if len(runs) > 1 else np.full_like(self.scores, np.nan)
         metrics = [run.matrix.metrics() for run in runs]
-        self.metrics = {name: Spread.of([values[name] for values in metrics]) for name in METRICS}
+        self.metrics = {name: Spread.of([values[name] for values in metrics]) for name in metrics[0]}
         params = [run.params_per_task for run in runs]
         self.params_per_task = None if None in params else round(np.mean(params))
         seconds = [run.seconds for run in runs]
@@ -100,14 +101,12 @@ class _Method:
 
     def rows(self) -> list[list[tuple[str, str, str]]]:
         """(text, background, text colour) of each cell of the mean matrix, a row per stage."""
-        size = len(self.tasks)
-        return [
-            [
-                (cell_text(self.scores[j, i], self.carried(j, i)), *_cell_colours(self.scores[j, i]))
-                for i in range(j + 1)
-            ]
-            for j in range(size)
-        ]
+        matrix = self.runs[0].matrix
+
+        def cell(j: int, i: int) -> tuple[str, str, str]:
+            return cell_text(self.scores[j, i], self.carried(j, i)), *cell_colours(self.scores[j, i])
+
+        return [[cell(j, i) for i in range(len(matrix.scored(j)))] for j in range(len(self.tasks))]
 
     def any_carried(self) -> bool:
         return any(text.endswith("*") for row in self.rows() for text, *_ in row)
@@ -131,7 +130,7 @@ def write_report(
     numbers = {
         "title": title,
         "tasks": runs[0].matrix.tasks,
-        "definitions": {name: metric.definition for name, metric in METRICS.items()},
+        "definitions": {name: METRICS[name].definition for name in methods[0].metrics},
         "methods": {
             method.name: {name: _without_nan(spread._asdict()) for name, spread in method.metrics.items()}
             for method in methods
@@ -141,10 +140,10 @@ def write_report(
         "environment": environment or {},
     }
     metrics_file = json.dumps(numbers, indent=1, allow_nan=False).encode()
-    with matplotlib.rc_context(_PLOT_STYLE):
+    with matplotlib.rc_context(PLOT_STYLE):
         figures = {"summary.png": _summary(methods), "curves.png": _curves(methods)}
         figures |= {method.heatmap_file: _heatmap(method) for method in methods}
-        pictures = {name: _png(figure) for name, figure in figures.items()}
+        pictures = {name: png(figure) for name, figure in figures.items()}
     template = jinja2.Template(
         Path(__file__).with_name("report.html").read_text(encoding="utf-8"),
         autoescape=True,
@@ -154,7 +153,8 @@ def write_report(
     page = template.render(
         title=title,
         methods=methods,
-        metrics=METRICS,
+        metrics=runs[0].matrix.definitions,
+        unseen=runs[0].matrix.unseen,
         best=_best(methods),
         tasks=runs[0].matrix.tasks,
         runs=runs,
@@ -182,7 +182,7 @@ def print_tables(runs: list[Run], console: Console | None = None) -> None:
     table.add_column("metric", no_wrap=True)
     for method in methods:
         table.add_column(method.name, justify="right", overflow="fold", min_width=9)
-    for name in METRICS:
+    for name in methods[0].metrics:
         table.add_row(_heading(name), *(str(method.metrics[name]).replace(" ", "") for method in methods))
     console.print(table)
     for method in methods:
@@ -210,6 +210,11 @@ def _by_method(runs: list[Run]) -> list[_Method]:
                 f"report: {run.method} learned {', '.join(run.matrix.tasks)} but {runs[0].method} learned "
                 f"{', '.join(runs[0].matrix.tasks)}; report runs of one task order together"
             )
+        if run.matrix.unseen != runs[0].matrix.unseen:
+            raise UserError(
+                f"report: of {run.method} and {runs[0].method}, one was scored on tasks before it learned them and one was "
+                "not; report runs of one kind of manifest together"
+            )
         seeds = groups.setdefault(run.method, {})
         if run.seed in seeds:
             raise UserError(f"report: {run.method} has two runs with seed {run.seed}; pass each run once")
@@ -234,10 +239,10 @@ def _notes(runs: list[Run]) -> list[str]:
 def _best(methods: list[_Method]) -> dict[str, float]:
     """The best mean of each metric that tells methods apart."""
     best = {}
-    for name, metric in METRICS.items():
+    for name in methods[0].metrics:
         means = [method.metrics[name].mean for method in methods if not math.isnan(method.metrics[name].mean)]
         if len(set(means)) > 1:
-            best[name] = max(means) if metric.higher_is_better else min(means)
+            best[name] = max(means) if METRICS[name].higher_is_better else min(means)
     return best
 
 
@@ -257,7 +262,7 @@ def _without_nan(numbers: dict[str, float]) -> dict[str, float | None]:
     return {name: none_if_nan(value) for name, value in numbers.items()}
 
 
-def _cell_colours(score: float) -> tuple[str, str]:
+def cell_colours(score: float) -> tuple[str, str]:
     """Background and text colour of a matrix cell; a missing one is grey."""
     if math.isnan(score):
         return "#d9d9d9", "#000000"
@@ -266,10 +271,26 @@ def _cell_colours(score: float) -> tuple[str, str]:
     return matplotlib.colors.to_hex(colour), "#000000" if luminance > 0.18 else "#ffffff"
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     data = io.BytesIO()
     figure.savefig(data, format="png")
     return data.getvalue()
+
+
+def draw_matrix(axes: Axes, tasks: list[str], rows: list[list[tuple[str, str, str]]]) -> None:
+    """Cells given as (text, background, text colour), a row and a column per task."""
+    size = len(tasks)
+    axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
+    for j, row in enumerate(rows):
+        for i, (text, background, colour) in enumerate(row):
+            axes.add_patch(
+                matplotlib.patches.Rectangle((i - 0.5, j - 0.5), 1, 1, facecolor=background, edgecolor="white")
+            )
+            axes.text(i, j, text, ha="center", va="center", color=colour, in_layout=False)
+    axes.set_xticks(range(size), tasks, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(size), tasks)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 def _heatmap(method: _Method) -> Figure:
@@ -277,17 +298,8 @@ def _heatmap(method: _Method) -> Figure:
     size = len(method.tasks)
     figure = Figure(figsize=(2.4 + 0.75 * size, 1.9 + 0.5 * size), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel="score on task", ylabel="after learning")
-    for j, row in enumerate(method.rows()):
-        for i, (text, background, colour) in enumerate(row):
-            axes.add_patch(
-                matplotlib.patches.Rectangle((i - 0.5, j - 0.5), 1, 1, facecolor=background, edgecolor="white")
-            )
-            axes.text(i, j, text, ha="center", va="center", color=colour, in_layout=False)
-    axes.set_xticks(range(size), method.tasks, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(size), method.tasks)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    draw_matrix(axes, method.tasks, method.rows())
+    axes.set(xlabel="score on task", ylabel="after learning")
     seeds = f", mean of {len(method.runs)} seeds" if len(method.runs) > 1 else ""
     axes.set_title(f"{method.name}: score in points{seeds}", fontsize=11)
     scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 100), "viridis")
@@ -298,16 +310,20 @@ def _heatmap(method: _Method) -> Figure:
 
 
 def _curves(methods: list[_Method]) -> Figure:
-    """One panel per task: its score at every stage since it was learned, a line per method."""
+    """One panel per task: its score at every stage that has one, a line per method; dotted: where it was learned."""
     tasks = methods[0].tasks
     size, columns = len(tasks), min(3, len(tasks))
     rows = math.ceil(size / columns)
     figure = Figure(figsize=(max(3.1 * columns, 4.5), 2.3 * rows + 0.8), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    unseen = methods[0].runs[0].matrix.unseen
     for i, (task, axes) in enumerate(zip(tasks, panels, strict=False)):
-        stages = np.arange(i + 1, size + 1)
+        first = 0 if unseen else i
+        stages = np.arange(first + 1, size + 1)
+        if unseen:
+            axes.axvline(i + 1, color="0.6", linestyle=":", linewidth=1)
         for method in methods:
-            mean, deviation = method.scores[i:, i], method.deviation[i:, i]
+            mean, deviation = method.scores[first:, i], method.deviation[first:, i]
             style = {"color": method.colour, "marker": method.marker, "markersize": 5, "linewidth": 1.8}
             axes.plot(stages, mean, label=method.name, clip_on=False, zorder=3, **style)
             axes.fill_between(stages, mean - deviation, mean + deviation, color=method.colour, alpha=0.18, linewidth=0)
@@ -328,9 +344,9 @@ def _summary(methods: list[_Method]) -> Figure:
     """One panel per metric, a bar per method with its spread over seeds."""
     shown = [
         name
-        for name in ("AP", "MAP", "New", "Forgetting", "MIF")
-        if any(not math.isnan(method.metrics[name].mean) for method in methods)
-    ] or ["AP"]
+        for name in ("Transfer", "Avg", "Last", "AP", "MAP", "New", "Forgetting", "MIF")
+        if any(name in method.metrics and not math.isnan(method.metrics[name].mean) for method in methods)
+    ] or ["New"]
     figure = Figure(figsize=(1.6 + 1.75 * len(shown), 0.9 + 0.36 * len(methods)), layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False).flatten()
     places = range(len(methods))

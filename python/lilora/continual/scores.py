@@ -15,16 +15,30 @@ from lilora.errors import UserError
 class Metric:
     definition: str  # a[j][i] is the score on task i after learning task j, T the last task
     higher_is_better: bool
-    value: Callable[[np.ndarray], float]  # reads a [T, T], NaN above the diagonal and where a cell is missing
+    value: Callable[[np.ndarray], float]  # reads a [T, T], NaN where a cell is missing
     least_tasks: int = 1
+    unseen: bool | None = None  # only of matrices that hold tasks before they are learned (True), or do not (False)
 
 
 METRICS = {
-    "AP": Metric("mean over tasks i of a[T][i]: the score after the last task", True, lambda a: a[-1].mean()),
+    # As ZSCL (arXiv 2303.06628) has them.
+    "Transfer": Metric(
+        "mean over tasks i > 1 of the mean over stages j < i of a[j][i]: before the task is learned",
+        True,
+        lambda a: np.mean([a[:i, i].mean() for i in range(1, len(a))]),
+        2,
+        unseen=True,
+    ),
+    "Avg": Metric("mean over all stages j and tasks i of a[j][i]", True, lambda a: a.mean(), unseen=True),
+    "Last": Metric("mean over tasks i of a[T][i]", True, lambda a: a[-1].mean(), unseen=True),
+    "AP": Metric(
+        "mean over tasks i of a[T][i]: the score after the last task", True, lambda a: a[-1].mean(), unseen=False
+    ),
     "MAP": Metric(
         "mean over stages j of the mean of a[j][i] over the tasks i learned by then",
         True,
         lambda a: np.mean([a[j, : j + 1].mean() for j in range(len(a))]),
+        unseen=False,
     ),
     "BWT": Metric("mean over i < T of a[T][i] - a[i][i]", True, lambda a: (a[-1] - a.diagonal())[:-1].mean(), 2),
     "Forgetting": Metric(
@@ -41,6 +55,7 @@ METRICS = {
         "percentage of answers in the instructed format after the last task, mean over the tasks that instruct one",
         True,
         lambda formats: formats[-1].mean(),
+        unseen=False,
     ),
 }
 
@@ -48,15 +63,16 @@ METRICS = {
 class ScoreMatrix:
     """Scores a[j][i], in points from 0 to 100, on task i after learning task j, for i no later than j.
 
-    `tasks` is the training order. A cell that was never set is missing: it reads NaN, and so does every metric that
+    `tasks` is the training order; with `unseen`, stages score the tasks that come later too. A cell that was never set is missing: it reads NaN, and so does every metric that
     needs it. Besides its score a cell may hold the share (0 to 1) of answers in the instructed format; leave it out
     for a task that instructs none.
     """
 
-    def __init__(self, tasks: list[str]):
+    def __init__(self, tasks: list[str], unseen: bool = False):
         if not tasks or len(set(tasks)) != len(tasks):
             raise UserError(f"score matrix: tasks is {tasks!r}; give at least one task name and each name once")
-        self.tasks = list(tasks)
+        self.tasks, self.unseen = list(tasks), unseen
+        self.definitions = {name: metric for name, metric in METRICS.items() if metric.unseen in (None, unseen)}
         self._scores = np.full((len(tasks), len(tasks)), np.nan)
         self._formats = np.full_like(self._scores, np.nan)
         self._carried: dict[tuple[int, int], int] = {}  # (stage, task) -> the stage at which the cell was run
@@ -97,16 +113,20 @@ class ScoreMatrix:
         return None if stage is None else self.tasks[stage]
 
     def scores(self) -> np.ndarray:
-        """A copy of the matrix: [stage, task] float64, NaN where missing and above the diagonal."""
+        """A copy of the matrix: [stage, task] float64, NaN where missing and where stages score no unseen task."""
         return self._scores.copy()
+
+    def scored(self, stage: int) -> list[str]:
+        """The tasks that are scored after the stage of this number, from 0."""
+        return self.tasks if self.unseen else self.tasks[: stage + 1]
 
     def missing(self) -> list[tuple[str, str]]:
         """The (after, task) cells that were never set."""
         return [(self.tasks[j], self.tasks[i]) for j, i in self._missing()]
 
     def metrics(self) -> dict[str, float]:
-        """Every metric of METRICS, in points; NaN where it is undefined (`undefined` says why)."""
-        return {name: self._value(name) for name in METRICS}
+        """Every metric of `definitions`, in points; NaN where it is undefined (`undefined` says why)."""
+        return {name: self._value(name) for name in self.definitions}
 
     def undefined(self) -> dict[str, str]:
         """For every metric that is NaN: one sentence with the cause, naming the missing cells."""
@@ -114,9 +134,10 @@ class ScoreMatrix:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form: per kind of value one list per stage, None where missing."""
-        cells = [[(after, task) for task in self.tasks[: j + 1]] for j, after in enumerate(self.tasks)]
+        cells = [[(after, task) for task in self.scored(j)] for j, after in enumerate(self.tasks)]
         return {
             "tasks": self.tasks,
+            "unseen": self.unseen,
             "scores": [[none_if_nan(self._scores[self._cell(*cell)]) for cell in row] for row in cells],
             "format_shares": [[none_if_nan(self._formats[self._cell(*cell)]) for cell in row] for row in cells],
             "carried_from": [[self.carried_from(*cell) for cell in row] for row in cells],
@@ -131,14 +152,14 @@ class ScoreMatrix:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the top level"
             raise UserError(f"score matrix: {first['msg']} at {place}; give what ScoreMatrix.to_dict wrote") from error
-        matrix = cls(saved.tasks)
-        triangle = list(range(1, len(saved.tasks) + 1))
+        matrix = cls(saved.tasks, saved.unseen)
+        wanted = [len(matrix.scored(j)) for j in range(len(saved.tasks))]
         for name in ("scores", "format_shares", "carried_from"):
             lengths = [len(row) for row in getattr(saved, name)]
-            if lengths != triangle:
-                raise UserError(f"score matrix: {name} has rows of length {lengths}; the tasks want {triangle}")
+            if lengths != wanted:
+                raise UserError(f"score matrix: {name} has rows of length {lengths}; the tasks want {wanted}")
         for j, after in enumerate(saved.tasks):
-            for i, task in enumerate(saved.tasks[: j + 1]):
+            for i, task in enumerate(matrix.scored(j)):
                 if saved.scores[j][i] is None:
                     continue
                 matrix.set(after, task, saved.scores[j][i], saved.format_shares[j][i])
@@ -150,8 +171,8 @@ class ScoreMatrix:
         """The matrix as a Markdown table: a row per stage, `n/a` where missing, `*` where carried over."""
         lines = ["| after | " + " | ".join(self.tasks) + " |", "|---" + "|---:" * len(self.tasks) + "|"]
         for j, after in enumerate(self.tasks):
-            texts = [cell_text(self._scores[j, i], (j, i) in self._carried) for i in range(j + 1)]
-            lines.append(f"| {after} | " + " | ".join(texts + [""] * (len(self.tasks) - j - 1)) + " |")
+            texts = [cell_text(self._scores[j, i], (j, i) in self._carried) for i in range(len(self.scored(j)))]
+            lines.append(f"| {after} | " + " | ".join(texts + [""] * (len(self.tasks) - len(texts))) + " |")
         return "\n".join(lines)
 
     def _cell(self, after: str, task: str) -> tuple[int, int]:
@@ -159,12 +180,13 @@ class ScoreMatrix:
             if name not in self.tasks:
                 raise UserError(f"score matrix: unknown task {name!r}; the tasks are {', '.join(self.tasks)}")
         j, i = self.tasks.index(after), self.tasks.index(task)
-        if i > j:
+        if i > j and not self.unseen:
             raise UserError(f"score matrix: {task} is learned after {after}; a stage scores the tasks learned by then")
         return j, i
 
     def _missing(self) -> list[tuple[int, int]]:
-        return [(j, i) for j, i in zip(*np.tril_indices(len(self.tasks)), strict=True) if np.isnan(self._scores[j, i])]
+        stages = range(len(self.tasks))
+        return [(j, i) for j in stages for i in range(len(self.scored(j))) if np.isnan(self._scores[j, i])]
 
     def _instructed(self) -> np.ndarray:
         """[task] bool: tasks that instruct a format, and those with no cell at all, of which nothing is known."""
@@ -199,6 +221,7 @@ class ScoreMatrix:
 class _Saved(BaseModel):
     model_config = ConfigDict(extra="forbid")
     tasks: list[str]
+    unseen: bool = False
     scores: list[list[float | None]]
     format_shares: list[list[float | None]]
     carried_from: list[list[str | None]]

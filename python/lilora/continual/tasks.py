@@ -2,9 +2,10 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self, get_args
 
 import torch
 import yaml
@@ -52,24 +53,45 @@ class TaskSpec(BaseModel):
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return pattern
 
+    def located(self, folder: Path) -> Self:
+        """With the paths under `folder`."""
+        return self.model_copy(update={key: folder / getattr(self, key) for key in ("train", "test", "images")})
 
-class TaskManifest(BaseModel):
-    """A named sequence of tasks; `data` is the folder of their files, `model` the base model if none is given."""
+    def check(self) -> None:
+        """Raise UserError for an unknown scorer, a missing or broken file, a split without samples, a missing image."""
+        try:
+            scorer(self.scorer)
+        except UserError as error:
+            raise UserError(f"task {self.name!r}: {error}") from error
+        for split in ("train", "test"):
+            InstructionDataset(self, split).check_images()
+
+
+class Manifest(BaseModel):
+    """A named sequence of tasks of one kind; `data` is the folder of their files, `model` the base if none is given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
+    kind: str
     data: Path = Path()
     model: str | None = None
+
+
+class TaskManifest(Manifest):
+    """Tasks of instruction and answer, for multimodal language models."""
+
+    kind: Literal["instruction"] = "instruction"
     tasks: list[TaskSpec] = Field(min_length=1)
 
 
-def load_manifest(path: str | Path, order: list[str] | None = None, data: str | Path | None = None) -> TaskManifest:
+def load_manifest(path: str | Path, order: list[str] | None = None, data: str | Path | None = None) -> Manifest:
     """Read a manifest and check everything it names.
 
-    The returned manifest holds absolute paths: `data` and `model` (when it starts with `.` or `/`; otherwise it is a
-    model id) are relative to the manifest's folder, the tasks' files to `data`. An argument `data` replaces the
-    manifest's folder of data. `order` names the tasks to run, in that order.
+    A key `kind` of the manifest says what its tasks are: `instruction`, a TaskManifest, where it is left out, or
+    `classification`, a ClassificationManifest. The returned manifest holds absolute paths: `data` and `model` (when it
+    starts with `.` or `/`; otherwise it is a model id) are relative to the manifest's folder, the tasks' files to `data`.
+    An argument `data` replaces the manifest's folder of data. `order` names the tasks to run, in that order.
 
     Raises UserError for a key or name that is not allowed, an unknown scorer, a missing or broken file, a task without
     samples, and an image that is missing or cannot be opened.
@@ -80,42 +102,47 @@ def load_manifest(path: str | Path, order: list[str] | None = None, data: str | 
     tasks = manifest.tasks if order is None else _ordered(manifest, order)
     root = path.resolve().parent
     folder = Path(data).resolve() if data is not None else (root / manifest.data).resolve()
-    tasks = [
-        task.model_copy(update={key: folder / getattr(task, key) for key in ("train", "test", "images")})
-        for task in tasks
-    ]
+    tasks = [task.located(folder) for task in tasks]
     for task in tasks:
-        for split in ("train", "test"):
-            InstructionDataset(task, split).check_images()
+        task.check()
     model = manifest.model
     if model is not None and model.startswith((".", "/")):
         model = str((root / model).resolve())
     return manifest.model_copy(update={"tasks": tasks, "data": folder, "model": model})
 
 
-def _parse(path: Path) -> TaskManifest:
+def _parse(path: Path) -> Manifest:
+    from .classification import ClassificationManifest
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a task manifest.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())}); correct it.") from error
+    kinds = {manifest.model_fields["kind"].default: manifest for manifest in (TaskManifest, ClassificationManifest)}
+    kind = str(content.get("kind", "instruction")) if isinstance(content, dict) else "instruction"
+    if kind not in kinds:
+        raise UserError(f"{path}: kind {kind!r} is unknown; choose one of {', '.join(kinds)}.")
     try:
-        return TaskManifest.model_validate(content)
+        return kinds[kind].model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first_problem(error)}") from error
+        raise UserError(f"{path}: {_first_problem(error, kinds[kind])}") from error
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, manifest: type[Manifest]) -> str:
     """The first problem of a manifest as one sentence without its file; a misspelt key before the key it should be."""
     problem = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-    location = problem["loc"]  # (), (key,), ("tasks", index) or ("tasks", index, key)
-    place = f" of task number {location[1] + 1}" if len(location) > 1 else ""
-    if len(location) in (0, 2):
+    location = problem["loc"]  # (), (key, ...), ("tasks", index) or ("tasks", index, key, ...)
+    in_task = len(location) > 1 and location[0] == "tasks"
+    place = f" of task number {location[1] + 1}" if in_task else ""
+    within = location[2:] if in_task else location
+    if not within:
         return f"the manifest{place} is wrong: it must be a mapping of keys to values; correct it."
-    parents, key = location[:-1], location[-1]
+    key = within[0]
     if problem["type"] == "extra_forbidden":
-        known = list((TaskSpec if parents else TaskManifest).model_fields)
+        (task,) = get_args(manifest.model_fields["tasks"].annotation)
+        known = list((task if in_task else manifest).model_fields)
         near = difflib.get_close_matches(str(key), known, n=1)
         advice = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}."
         return f"key {key!r}{place} is unknown; {advice}"
@@ -125,7 +152,7 @@ def _first_problem(error: ValidationError) -> str:
     return f"key {key!r}{place} is wrong: {message[0].lower() + message[1:]}; correct it."
 
 
-def _check_names(path: Path, manifest: TaskManifest) -> None:
+def _check_names(path: Path, manifest: Manifest) -> None:
     from lilora_kernels.linear import check_task_name
 
     seen = set()
@@ -135,12 +162,11 @@ def _check_names(path: Path, manifest: TaskManifest) -> None:
         seen.add(task.name.casefold())
         try:
             check_task_name(task.name)
-            scorer(task.scorer)
         except ValueError as error:
             raise UserError(f"{path}: task {task.name!r}: {error}") from error
 
 
-def _ordered(manifest: TaskManifest, order: list[str]) -> list[TaskSpec]:
+def _ordered(manifest: Manifest, order: list[str]) -> list:
     by_name = {task.name: task for task in manifest.tasks}
     for name in order:
         if name not in by_name:
@@ -191,17 +217,7 @@ class InstructionDataset(Dataset):
         self.split = split
         path = getattr(spec, split)
         self._where = f"task {spec.name!r}: {path}"
-        try:
-            records = _RECORDS.validate_json(path.read_bytes())
-        except OSError as error:
-            raise UserError(
-                f"{self._where} cannot be read ({error.strerror}); put the data there or pass its folder with --data."
-            ) from error
-        except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            place = ".".join(map(str, problem["loc"]))
-            detail = f"{place}: {problem['msg']}" if place else problem["msg"]
-            raise UserError(f"{self._where} is not a list of LLaVA instruction records ({detail}); mend it.") from error
+        records = read_json(path, _RECORDS, self._where, "a list of LLaVA instruction records")
         if not records:
             raise UserError(f"{self._where} has no samples; add some or take the task out of the manifest.")
         self.samples = [self._sample(record) for record in records]
@@ -230,19 +246,39 @@ class InstructionDataset(Dataset):
 
     def check_images(self) -> None:
         """Raise UserError at the first image that is missing or, in all but very large splits, cannot be opened."""
-        images = dict.fromkeys(image for sample in self.samples for image in sample.images)
-        for image in images:
-            if not image.is_file():
-                raise UserError(f"{self._where}: image {image} is missing; add it or pass its folder with --data.")
-        if len(images) <= _OPENED_UP_FRONT:
-            for image in images:
-                open_image(image)
+        check_images([image for sample in self.samples for image in sample.images], self._where)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]
+
+
+def read_json(path: Path, wanted: TypeAdapter, where: str, what: str) -> Any:
+    """The content of a JSON file; UserError when it cannot be read or is not `what` is wanted."""
+    try:
+        return wanted.validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"{where} cannot be read ({error.strerror}); put the data there or pass its folder with --data."
+        ) from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(map(str, problem["loc"]))
+        detail = f"{place}: {problem['msg']}" if place else problem["msg"]
+        raise UserError(f"{where} is not {what} ({detail}); mend it.") from error
+
+
+def check_images(images: Iterable[Path], where: str) -> None:
+    """Raise UserError at the first image that is missing or, if there are not very many, cannot be opened."""
+    images = dict.fromkeys(images)
+    for image in images:
+        if not image.is_file():
+            raise UserError(f"{where}: image {image} is missing; add it or pass its folder with --data.")
+    if len(images) <= _OPENED_UP_FRONT:
+        for image in images:
+            open_image(image)
 
 
 def open_image(path: Path) -> Image.Image:

@@ -14,25 +14,16 @@ from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PrinterCallback,
-    Trainer,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
-from ..config import PRESETS
 from ..errors import UserError
 from ..io.atomic import write_atomically
 from ..io.bank import Bank, BaseModelId
-from ..methods import Method, Stage, make_method
-from .evaluate import evaluate
+from ..methods import METHODS, Method, Stage, make_method
+from .kinds import KINDS, Collate, Kind
 from .report import Run
 from .scores import ScoreMatrix
-from .tasks import Collator, InstructionDataset, Sample, TaskManifest, TaskSpec
+from .tasks import Manifest
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,12 +44,13 @@ class TrainSettings:
     seed: int = 0
 
 
-def load_base(model: str, dtype: str, device: str) -> tuple[torch.nn.Module, Any]:
+def load_base(model: str, dtype: str, device: str, kind: Kind) -> tuple[torch.nn.Module, Any]:
     """Base model and processor from a folder or a hub id; UserError in one sentence when that fails."""
     place = pick_device(device)
     try:
-        base = AutoModelForImageTextToText.from_pretrained(model, dtype=DTYPES[dtype])
-        processor = AutoProcessor.from_pretrained(model)
+        base, processor = kind.load(model, DTYPES[dtype])
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model {model}: cannot be loaded ({reason}); give a model folder or a hub id") from error
@@ -90,10 +82,11 @@ class ContinualRun:
     every answer of every evaluation.
     """
 
-    def __init__(self, folder: Path, manifest: TaskManifest, method: Method, processor, bank: Bank) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, method: Method, processor, bank: Bank) -> None:
         self.folder, self.manifest, self.method, self.processor, self.bank = folder, manifest, method, processor, bank
+        self.kind = KINDS[manifest.kind]
         self.settings = TrainSettings(**bank.config["train"])
-        self.matrix = ScoreMatrix([task.name for task in manifest.tasks])
+        self.matrix = ScoreMatrix([task.name for task in manifest.tasks], self.kind.unseen)
         self.state: dict[str, Any] = {"functions": {}, "seconds": {}}
         if bank.scores:
             self.state = {key: bank.scores[key] for key in ("functions", "seconds")}
@@ -105,12 +98,13 @@ class ContinualRun:
     def open(
         cls,
         folder: Path,
-        manifest: TaskManifest,
+        manifest: Manifest,
         model: str,
         method: str,
         method_settings: dict[str, Any],
         train: TrainSettings,
         device: str = "auto",
+        label: str | None = None,
     ) -> "ContinualRun":
         """Start a run, or go on with the one in `folder` if it was started in the same way.
 
@@ -121,13 +115,15 @@ class ContinualRun:
             "settings": method_settings,
             "train": asdict(train),
             "manifest": manifest.name,
+            "kind": manifest.kind,
             "model": model,
-        }
+        } | ({"label": label} if label else {})
         existing = check_folder(folder, config, [task.name for task in manifest.tasks])
         if pick_device(device).index:
             raise UserError(f"--device {device}: training takes the first device; choose with CUDA_VISIBLE_DEVICES")
-        base, processor = load_base(model, train.dtype, device)
-        Collator(processor, {}, train=True)  # refuses a processor that cannot make prompts, before anything is written
+        kind = KINDS[manifest.kind]
+        kind.check_method(method)
+        base, processor = load_base(model, train.dtype, device, kind)
         identity = BaseModelId.of(base, model)
         learner = make_method(method, base, method_settings)
         if existing is None:
@@ -162,7 +158,7 @@ class ContinualRun:
 
     @property
     def label(self) -> str:
-        return method_label(self.method.name, self.method.settings)
+        return self.bank.config.get("label") or method_label(self.method.name, self.method.settings)
 
     def result(self) -> Run:
         """The run as the report wants it."""
@@ -172,7 +168,7 @@ class ContinualRun:
 
     # --- learning ---------------------------------------------------------------------------------------------------
 
-    def _learn(self, index: int, spec: TaskSpec, save_steps: int, workers: int, bars: bool) -> None:
+    def _learn(self, index: int, spec: Any, save_steps: int, workers: int, bars: bool) -> None:
         started = time.monotonic()
         for number, stage in enumerate(self.method.stages(spec.name)):
             seed = 1000 * self.settings.seed + index + 500 * number  # of this stage alone: a resumed run draws the same
@@ -190,14 +186,14 @@ class ContinualRun:
         self.bank.add_task(spec.name, own, shared, info=info, replaces=self.method.one_state)
 
     def _train_stage(
-        self, learned: TaskSpec, stage: Stage, seed: int, save_steps: int, workers: int, bars: bool
+        self, learned: Any, stage: Stage, seed: int, save_steps: int, workers: int, bars: bool
     ) -> "TaskTrainer":
         spec = next(task for task in self.manifest.tasks if task.name == stage.task)
         folder = self.folder / "checkpoints" / learned.name / stage.name
-        data = StageData(spec, self.processor, self.settings.batch_size)
+        data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)
 
-        def batches(samples: int) -> Iterator[dict[str, torch.Tensor]]:
-            return data.batches(samples, self.method.base)
+        def batches(samples: int, size: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+            return data.batches(samples, self.method.base, size)
 
         self.method.begin(stage, batches)
         trainer = TaskTrainer(self.method, self._arguments(stage, folder, seed, save_steps, workers, bars), data)
@@ -243,8 +239,7 @@ class ContinualRun:
 
     def _evaluate(self, index: int, batch_size: int, progress: Progress) -> bool:
         """Fill the row of the stage after task `index`, if it is not; run a task again only if its function has changed."""
-        seen = self.manifest.tasks[: index + 1]
-        after = seen[-1].name
+        after, names = self.manifest.tasks[index].name, self.matrix.scored(index)
         missing = {task for stage, task in self.matrix.missing() if stage == after}
         if not missing:
             return False
@@ -253,9 +248,9 @@ class ContinualRun:
                 f"{self.folder}: the scores after task {after!r} are missing, but later tasks are learned already; "
                 "the model of that stage is gone: start a new run"
             )
-        functions = self.method.fingerprints([spec.name for spec in seen])
+        functions = self._functions(names)
         to_run = []
-        for spec in seen:
+        for spec in self.manifest.tasks:
             if spec.name not in missing:
                 continue
             source = self._unchanged_since(spec.name, functions[spec.name])
@@ -263,13 +258,18 @@ class ContinualRun:
                 to_run.append(spec)
             else:
                 self.matrix.copy(after, spec.name, source)
-        for result in evaluate(self.method, self.processor, to_run, batch_size, progress) if to_run else ():
+        for result in self.kind.evaluate(self.method, self.processor, to_run, batch_size, progress) if to_run else ():
             self.matrix.set(after, result.task, result.score, result.format_share)
             lines = "\n".join(json.dumps(answer, ensure_ascii=False) for answer in result.answers)
             write_atomically(self.folder / "predictions" / f"{after}-{result.task}.jsonl", (lines + "\n").encode())
         self.state["functions"][after] = functions
         self.bank.set_scores({"matrix": self.matrix.to_dict(), **self.state})
         return True
+
+    def _functions(self, tasks: list[str]) -> dict[str, str]:
+        """What tells each task's function; without the task that a method needs it is that of the base model."""
+        known = [task for task in tasks if task in self.method.tasks or not self.method.needs_task]
+        return dict.fromkeys(tasks, "base") | self.method.fingerprints(known)
 
     def _unchanged_since(self, task: str, function: str) -> str | None:
         """The stage whose model computed the very same function for the task, if its score is known."""
@@ -282,7 +282,7 @@ class ContinualRun:
         """Cells of an earlier part of this run; the sequence of tasks may have grown since."""
         missing = set(stored.missing())
         for j, after in enumerate(stored.tasks):
-            for task in stored.tasks[: j + 1]:
+            for task in stored.scored(j):
                 if (after, task) in missing:
                     continue
                 source = stored.carried_from(after, task)
@@ -295,26 +295,27 @@ class ContinualRun:
 class StageData(Dataset):
     """The training samples of a task, and the batches that a model takes."""
 
-    def __init__(self, spec: TaskSpec, processor, batch_size: int) -> None:
-        self.name, self.samples, self.batch_size = spec.name, InstructionDataset(spec, "train"), batch_size
-        self.collator = Collator(processor, {spec.name: 0}, train=True)
+    def __init__(self, samples: Dataset, collator: Collate, batch_size: int) -> None:
+        self.samples, self.collator, self.batch_size = samples, collator, batch_size
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[str, Sample]:
-        return self.name, self.samples[index]
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
 
-    def collate(self, batch: list[tuple[str, Sample]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def collate(self, batch: list, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         inputs = self.collator(batch)
-        inputs.pop("task_ids")  # all of one task
         return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
-    def batches(self, samples: int, model: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-        """At most `samples` of them, spread over the whole set, on the model's device."""
+    def batches(
+        self, samples: int, model: torch.nn.Module, size: int | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """At most `samples` of them, spread over the whole set, `size` to a batch, on the model's device."""
+        size = size or self.batch_size
         chosen = torch.linspace(0, len(self) - 1, min(samples, len(self))).long().tolist()
-        for start in range(0, len(chosen), self.batch_size):
-            batch = [self[index] for index in chosen[start : start + self.batch_size]]
+        for start in range(0, len(chosen), size):
+            batch = [self[index] for index in chosen[start : start + size]]
             inputs = self.collate(batch, model.dtype)
             yield {key: value.to(model.device) for key, value in inputs.items()}
 
@@ -394,7 +395,8 @@ def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> 
     if not (folder / "bank" / "bank.json").exists():
         return None
     bank = Bank.open(folder / "bank")
-    old, new = flat(bank.config), flat(json.loads(json.dumps(config)))
+    old = flat({"kind": "instruction"} | bank.config)  # banks of earlier versions do not say so
+    new = flat(json.loads(json.dumps(config)))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise UserError(
@@ -416,11 +418,18 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return items
 
 
+SIZES = {"r", "sub_rank", "alpha", "lora_alpha", "dropout", "lora_dropout", "target_modules"}
+
+
 def method_label(method: str, settings: dict[str, Any]) -> str:
-    """What the report calls a run: a LiLoRA run goes by its preset too."""
-    if method != "lilora":
+    """What the report calls a run by default: its method, and the preset whose settings it has beside the sizes."""
+    presets = METHODS[method].presets
+    if not presets:
         return method
-    follows = (
-        name for name, values in PRESETS.items() if all(settings.get(key) == value for key, value in values.items())
+    chosen = {name: value for name, value in settings.items() if name not in SIZES}
+    named = (
+        name
+        for name, values in presets.items()
+        if json.dumps(values, sort_keys=True) == json.dumps(chosen, sort_keys=True)
     )
-    return f"lilora-{next(follows, 'custom')}"
+    return f"{method}-{next(named, 'custom')}"

@@ -7,12 +7,20 @@ from torch import nn
 from lilora.errors import UserError
 
 from .base import Method, Stage
+from .dac import DAC
+from .ewc import EWC
 from .lilora import LiLoRA
 from .lora import DirLoRA, SequentialLoRA
+from .lwf import LwF
+from .moelora import MoELoRA
+from .olora import OLoRA
+from .pclr import PCLR
 
 __all__ = ["METHODS", "Method", "Stage", "make_method"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (LiLoRA, SequentialLoRA, DirLoRA)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (LiLoRA, PCLR, DAC, SequentialLoRA, DirLoRA, EWC, LwF, OLoRA, MoELoRA)
+}
 
 
 def make_method(name: str, base: nn.Module, settings: dict[str, Any]) -> Method:

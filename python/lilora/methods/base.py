@@ -5,14 +5,19 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
 Inputs = dict[str, Tensor]  # one batch, as the model takes it
-Batches = Callable[[int], Iterator[Inputs]]  # batches(n): training batches of the stage's task, of n samples at most
+
+
+class Batches(Protocol):
+    """Training batches of the stage's task: at most `samples` in all, `size` in each (None: as many as in training)."""
+
+    def __call__(self, samples: int, size: int | None = None) -> Iterator[Inputs]: ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Method(ABC):
     mixed_batches = False  # whether one batch may hold samples of several tasks
     needs_task = True  # whether inference must be told the task
     one_state = False  # whether the newest tensors serve all tasks, so that a bank need not keep the older ones
-    defaults: dict[str, float] = {}  # noqa: RUF012 - settings and options of `lilora train` that are not the command's
+    presets: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - settings by preset name; the first is the default
+    defaults: dict[str, float] = {}  # noqa: RUF012 - options of `lilora train` that differ from the command's
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         self.base = base
@@ -57,10 +63,10 @@ class Method(ABC):
 
     @abstractmethod
     def ranks(self) -> int:
-        """Ranks that the tasks so far keep for each linear."""
+        """Ranks that inference keeps for each linear, beside the base model, for the tasks so far."""
 
     def parameters(self) -> int:
-        """Parameters stored for the tasks so far."""
+        """Parameters that inference keeps beside the base model for the tasks so far."""
         stored = {}
         for task in self.tasks:
             for tensors in self.tensors(task):

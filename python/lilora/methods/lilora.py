@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lilora_kernels.backends import choose
 
-from ..config import LiLoRAConfig
+from ..config import PRESETS, LiLoRAConfig
 from ..errors import UserError
 from ..model import adapted_layers
 from .base import Inputs, Method, Tensors
@@ -20,6 +20,7 @@ class LiLoRA(Method):
 
     name = "lilora"
     mixed_batches = True
+    presets = PRESETS
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)

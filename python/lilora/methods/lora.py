@@ -1,24 +1,45 @@
 """The two baselines, with PEFT's own LoRA: one LoRA for all tasks, and one LoRA per task."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
+from pydantic import Field
+from torch import Tensor, nn
 
 from .base import Method, Tensors
+from .settings import Settings
+
+
+class LoRASettings(Settings):
+    """Fields of peft.LoraConfig, with target_modules as a pattern."""
+
+    target_modules: str
+    r: int = Field(128, ge=1)
+    lora_alpha: float = Field(256.0, gt=0, allow_inf_nan=False)
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
 
 
 class DirLoRA(Method):
     """A LoRA per task: nothing is forgotten with the task given, at the full price of a LoRA for each.
 
-    settings: fields of peft.LoraConfig. In the bank A is lora_A's weight and B0 is lora_B's, and a task owns both.
+    In the bank A is lora_A's weight and B0 is lora_B's, and a task owns both.
     """
 
     name = "dirlora"
+    settings_type: type[LoRASettings] = LoRASettings
+
+    def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
+        super().__init__(base, settings)
+        self.options = self.settings_type.read(self.name, settings)
 
     def adapter(self, task: str) -> str:
         return task
 
     def add(self, task: str) -> None:
-        config = LoraConfig(**self.settings)
+        config = LoraConfig(**self.options.model_dump(include=set(LoRASettings.model_fields)))
         if self.model is None:
             self.model = get_peft_model(self.base, config, adapter_name=self.adapter(task))
         elif self.adapter(task) not in self.model.peft_config:
@@ -37,7 +58,7 @@ class DirLoRA(Method):
         return {}, weights
 
     def ranks(self) -> int:
-        return self.settings["r"] * len(self.tasks)
+        return self.options.r * len(self.tasks)
 
     def parameters_per_task(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors(self.tasks[-1])[1].values())
@@ -50,12 +71,29 @@ class SequentialLoRA(DirLoRA):
     """
 
     name = "lora"
+    needs_task = False
 
     def adapter(self, task: str) -> str:
         return "default"
 
     def ranks(self) -> int:
-        return self.settings["r"]
+        return self.options.r
 
     def parameters_per_task(self) -> int:
         return 0
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def answer_positions(labels: Tensor) -> Tensor:
+    """Where the logits predict a token of an answer: labels [B, L], -100 at other tokens -> [B, L] bool."""
+    return nn.functional.pad(labels[:, 1:] != -100, (0, 1))

@@ -75,6 +75,8 @@ def add_to_base(layer: RankPoolLinear, a: Tensor, b: Tensor, scale: float | Tens
     """W += scale * b a for a [n, K] and b [N, n], in fp32 at least; the base must be a plain nn.Linear."""
     base = layer.base_layer
     if type(base) is not nn.Linear:
-        raise UserError(f"merging wants a plain nn.Linear base, not a {type(base).__name__}; load the model unquantised")
+        raise UserError(
+            f"merging wants a plain nn.Linear base, not a {type(base).__name__}; load the model unquantised"
+        )
     wide = torch.promote_types(base.weight.dtype, torch.float32)
     base.weight += (scale * b.to(wide) @ a.to(wide)).to(base.weight.dtype)

@@ -1,7 +1,6 @@
-"""How far vectors depend linearly on others, from inner products alone: for a rank the [N, K] matrix is never formed.
+"""How far vectors depend linearly on others, from inner products alone: the [N, K] matrix of a rank is never formed.
 
-All in float64. `gram` [m, m] holds the inner products of the vectors that span, `cross` [n, m] those of n others with
-them. Vectors that are zero or depend on each other are allowed everywhere.
+All in float64. Vectors that are zero, or that depend on each other, are allowed everywhere.
 """
 
 import torch
@@ -17,30 +16,32 @@ def rank_gram(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
 
 
 def whitening(gram: Tensor) -> Tensor:
-    """W [m, d] with W^T gram W = I: the vectors combined by its columns are an orthonormal basis of their span.
+    """W [m, d] with W^T gram W = I: it combines m vectors with inner products `gram` into an orthonormal basis of their span.
 
-    Directions that hold less than about 1e-7 of the (unit) vectors count as rounding and do not add to d.
+    The vectors are normalised first; a direction with a singular value below sqrt(m eps), about 1e-7, counts as
+    rounding and does not add to d.
     """
     norm = gram.double().diagonal().sqrt()
-    inverse = torch.where(norm > 0, 1 / norm, 0)  # a span does not change with its vectors' lengths
+    inverse = torch.where(norm > 0, 1 / norm, 0)
     values, vectors = torch.linalg.eigh(gram.double() * inverse * inverse[:, None])
     kept = values > len(gram) * torch.finfo(torch.float64).eps
     return inverse[:, None] * vectors[:, kept] / values[kept].sqrt()
 
 
 def residual_share(square: Tensor, cross: Tensor, gram: Tensor) -> Tensor:
-    """||x - P x||^2 / ||x||^2 of n vectors, P the projection onto the span of m others; 0 for a zero vector.
+    """||x - P x||^2 / ||x||^2 of n vectors x, P the projection onto the span of m others; 0 for x = 0.
 
-    square [n] = ||x||^2, cross [n, m], gram [m, m] -> [n] in float64, from 0 (in the span) to 1 (orthogonal to it).
+    square [n] holds ||x||^2, cross [n, m] the inner products with the others, gram [m, m] those among the others
+    -> [n] in float64, from 0 (in the span) to 1 (orthogonal to it).
     """
     square = square.double()
     explained = (cross.double() @ whitening(gram)).square().sum(1)
     return torch.where(square > 0, 1 - explained / square, 0).clamp(0, 1)
 
 
-def principal_cosines(gram: Tensor, cross: Tensor, gram2: Tensor) -> Tensor:
+def principal_cosines(w: Tensor, cross: Tensor, w2: Tensor) -> Tensor:
     """Cosines of the principal angles between the spans of m and of n vectors, falling.
 
-    gram [m, m], cross [m, n], gram2 [n, n] -> [min(d, d2)] in float64, d and d2 the dimensions of the spans.
+    w [m, d] and w2 [n, d2] are their `whitening`, cross [m, n] the inner products -> [min(d, d2)] in float64.
     """
-    return torch.linalg.svdvals(whitening(gram).mT @ cross.double() @ whitening(gram2)).clamp(max=1)
+    return torch.linalg.svdvals(w.mT @ cross.double() @ w2).clamp(max=1)

@@ -1,0 +1,61 @@
+"""`lilora::rank_gate`: schema, fake, straight-through gradient and the choice of a backend."""
+
+import torch
+from torch import Tensor
+
+from ... import backends
+from .. import triton_runtime
+from . import eager
+
+NAME = "lilora::rank_gate"
+NO_CUDA_KERNEL = "it has no CUDA C++ kernel: the operation is tiny and runs once per pool and step"
+
+backends.register("rank_gate", "eager", backends.Implementation(eager.forward, None, lambda *_: None, "a stable sort"))
+backends.register("rank_gate", "cuda", backends.Implementation(None, None, lambda *_: NO_CUDA_KERNEL, "none"))
+backends.register(
+    "rank_gate",
+    "triton",
+    backends.lazy(
+        "lilora_kernels.ops.rank_gate.triton_backend",
+        lambda scores, *_: triton_runtime.refusal(scores, 0, 0),  # pools of any size
+        "one launch",
+    ),
+)
+
+
+def check(scores: Tensor, r: int) -> None:
+    if scores.dim() != 2 or scores.shape[1] < 1:
+        raise ValueError(f"{NAME}: scores is {list(scores.shape)}; it must be [G, n] with n, the ranks, at least 1")
+    if not scores.is_floating_point():
+        raise TypeError(f"{NAME}: scores is {scores.dtype}; it must be a floating-point tensor")
+    if not 1 <= r <= scores.shape[1]:
+        raise ValueError(f"{NAME}: r is {r}; it must be between 1 and n = {scores.shape[1]}, the columns of scores")
+
+
+@torch.library.custom_op(NAME, mutates_args=())
+def rank_gate(scores: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """(gate [G, n] in scores' dtype, chosen [G, r] int64); chosen is not differentiable."""
+    check(scores, r)
+    return backends.choose("rank_gate", scores, r, 0).forward(scores, r)
+
+
+@rank_gate.register_fake
+def _(scores, r):
+    check(scores, r)
+    return scores.new_empty(scores.shape), scores.new_empty(scores.shape[0], r, dtype=torch.int64)
+
+
+def _setup_context(ctx, inputs, output):
+    gate, chosen = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(chosen)
+    ctx.save_for_backward(gate)
+
+
+def _backward(ctx, dgate, _):
+    """Straight through: the chosen scores get the gradients of their gates."""
+    (gate,) = ctx.saved_tensors
+    return None if dgate is None else dgate * gate, None
+
+
+rank_gate.register_autograd(_backward, setup_context=_setup_context)

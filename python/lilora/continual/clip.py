@@ -1,0 +1,153 @@
+"""CLIP on image classification: image-prompt pairs and their contrastive loss, and zero-shot heads."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, CLIPModel
+from transformers.models.clip.modeling_clip import CLIPOutput
+
+from lilora.errors import UserError
+
+from ..methods import Method
+from .classification import ImageTask, LabelledImage, LabelledImages
+from .evaluate import TaskScore
+from .tasks import open_image
+
+
+class ContrastiveCLIP(CLIPModel):
+    """CLIP whose forward, given labels [B] of its B image-prompt pairs, puts out their contrastive loss."""
+
+    accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch, the pairs of all batches of a step
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> CLIPOutput:
+        outputs = super().forward(input_ids, pixel_values, attention_mask)
+        if labels is not None:
+            loss = contrastive_loss(outputs.logits_per_image, labels)
+            outputs.loss = loss if num_items_in_batch is None else loss * (len(labels) / num_items_in_batch)
+        return outputs
+
+
+def contrastive_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """(CE(logits, Y) + CE(logits^T, Y)) / 2, Y[i, j] = [label_i = label_j] / #{j: label_j = label_i}; fp32, a scalar.
+
+    logits [B, B]: images x prompts. The loss of DAC's released code (arXiv 2601.22828): pairs of one class all match.
+    """
+    logits = logits.float()
+    same = (labels[:, None] == labels).to(logits.dtype)
+    target = same / same.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def load(model: str, dtype: torch.dtype | str) -> tuple[ContrastiveCLIP, AutoProcessor]:
+    """Base model and processor; UserError for a model that is no CLIP."""
+    kind = AutoConfig.from_pretrained(model).model_type
+    if kind != "clip":
+        raise UserError(f"--model {model} is of type {kind!r}; classification tasks want a model of type 'clip'")
+    return ContrastiveCLIP.from_pretrained(model, dtype=dtype), AutoProcessor.from_pretrained(model)
+
+
+class PairCollator:
+    """Batches of LabelledImage as image-prompt pairs: pixel_values, input_ids and attention_mask [B, L], labels [B] int64.
+
+    Templates are drawn from torch's generator for the whole task, or for each sample from the batch's own indices, so
+    that a resumed run draws the same.
+    """
+
+    def __init__(self, spec: ImageTask, classes: list[str], processor) -> None:
+        self.spec, self.classes, self.processor = spec, classes, processor
+        self.of_task = None
+        if spec.template_per == "task":
+            self.of_task = int(torch.randint(len(spec.templates), (1,)))
+
+    def __call__(self, batch: list[LabelledImage]) -> dict[str, Tensor]:
+        if self.of_task is None:
+            rng = random.Random(str([sample.index for sample in batch]))
+            templates = [rng.randrange(len(self.spec.templates)) for _ in batch]
+        else:
+            templates = [self.of_task] * len(batch)
+        prompts = [self.spec.prompt(t, self.classes[s.label]) for t, s in zip(templates, batch, strict=True)]
+        labels = torch.tensor([sample.label for sample in batch])
+        return {**tokenised(self.processor, prompts), **pixels(self.processor, batch), "labels": labels}
+
+
+def tokenised(processor, prompts: list[str]) -> dict[str, Tensor]:
+    """input_ids and attention_mask [B, L] int64."""
+    return dict(processor.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt"))
+
+
+def pixels(processor, batch: Sequence[LabelledImage]) -> dict[str, Tensor]:
+    """pixel_values [B, 3, H, W] fp32."""
+    images = [open_image(sample.path) for sample in batch]
+    return {"pixel_values": processor.image_processor(images, return_tensors="pt")["pixel_values"]}
+
+
+def training_data(spec: ImageTask, processor) -> tuple[LabelledImages, PairCollator]:
+    data = LabelledImages(spec, "train")
+    return data, PairCollator(spec, data.classes, processor)
+
+
+@torch.inference_mode()
+def evaluate(
+    method: Method, processor, tasks: Sequence[ImageTask], batch_size: int, progress: Progress | None = None
+) -> list[TaskScore]:
+    """Top-1 accuracy on the tasks' test images, with a zero-shot head for each.
+
+    A method that needs the task is given it; tasks that it has not learned yet get the base model.
+    """
+    was_training = method.model.training
+    method.model.eval()
+    scores = []
+    for spec in tasks:
+        data = LabelledImages(spec, "test")
+        bar = None if progress is None else progress.add_task(f"evaluating {spec.name}", total=len(data))
+        answers = []
+        with of_task(method, spec.name):
+            classes = class_embeddings(method.model, processor, spec, data.classes, batch_size)
+            for start in range(0, len(data), batch_size):
+                batch = data.samples[start : start + batch_size]
+                images = embedded(method.model.get_image_features, method.model, pixels(processor, batch))
+                for sample, said in zip(batch, (images @ classes.T).argmax(1).tolist(), strict=True):
+                    answer = {"answer": data.classes[said], "reference": data.classes[sample.label]}
+                    answers.append({"id": str(sample.path), **answer})
+                if progress is not None:
+                    progress.advance(bar, len(batch))
+        if progress is not None:
+            progress.remove_task(bar)
+        right = sum(answer["answer"] == answer["reference"] for answer in answers)
+        scores.append(TaskScore(spec.name, 100 * right / len(answers), None, answers))
+    method.model.train(was_training)
+    return scores
+
+
+def of_task(method: Method, task: str) -> AbstractContextManager:
+    if method.needs_task and task not in method.tasks:
+        return method.model.disable_adapter()
+    method.activate(task, train=False)
+    return nullcontext()
+
+
+def class_embeddings(model, processor, spec: ImageTask, classes: list[str], batch_size: int) -> Tensor:
+    """The zero-shot head [C, D]: of each class the mean over the templates of its embedded prompts, normalised."""
+    prompts = [spec.prompt(t, name) for name in classes for t in range(len(spec.templates))]
+    parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    texts = torch.cat([embedded(model.get_text_features, model, tokenised(processor, part)) for part in parts])
+    return F.normalize(texts.view(len(classes), len(spec.templates), -1).mean(1), dim=-1)
+
+
+def embedded(encode, model, inputs: dict[str, Tensor]) -> Tensor:
+    """[B, D] fp32, rows of norm 1."""
+    inputs = {key: value.to(model.device) for key, value in inputs.items()}
+    inputs = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+    return F.normalize(encode(**inputs).pooler_output.float(), dim=-1)

@@ -1,0 +1,74 @@
+"""The kinds of tasks that a manifest can hold, as training and evaluation see them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from lilora.errors import UserError
+
+from . import clip, evaluate
+from .tasks import Collator, InstructionDataset, TaskSpec
+
+Collate = Callable[[list], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """load(model, dtype): a base model whose forward puts out the loss of a training batch, and its processor.
+    training_data(task, processor): the samples, and what makes a batch of them. evaluate(method, processor, tasks,
+    batch_size, progress): the tasks' scores. unseen: whether stages score the tasks that come later too. methods: those
+    that can learn such tasks, None for all.
+    """
+
+    load: Callable[[str, torch.dtype | str], tuple[nn.Module, Any]]
+    training_data: Callable[[Any, Any], tuple[Dataset, Collate]]
+    evaluate: Callable[..., list[evaluate.TaskScore]]
+    unseen: bool = False
+    methods: tuple[str, ...] | None = None
+
+    def check_method(self, method: str) -> None:
+        if self.methods is not None and method not in self.methods:
+            raise UserError(
+                f"--method {method} cannot learn tasks of this kind of manifest; choose one of {', '.join(self.methods)}"
+            )
+
+
+def load_generative(model: str, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
+    base = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
+    processor = AutoProcessor.from_pretrained(model)
+    Collator(processor, {}, train=True)  # refuses a processor that cannot make prompts
+    return base, processor
+
+
+def instructions(spec: TaskSpec, processor) -> tuple[InstructionDataset, Collate]:
+    collator = Collator(processor, {spec.name: 0}, train=True)
+
+    def collate(samples: list) -> dict[str, Tensor]:
+        inputs = collator([(spec.name, sample) for sample in samples])
+        inputs.pop("task_ids")  # all of one task
+        return inputs
+
+    return InstructionDataset(spec, "train"), collate
+
+
+KINDS = {
+    "instruction": Kind(load_generative, instructions, evaluate.evaluate),
+    # The losses of the other methods are made of the tokens of answers.
+    "classification": Kind(
+        clip.load,
+        clip.training_data,
+        clip.evaluate,
+        unseen=True,
+        methods=("lilora", "dac", "lora", "dirlora", "olora", "moelora"),
+    ),
+}
+
+
+def kind_of(config: dict[str, Any]) -> Kind:
+    """The kind of the tasks of a bank with this config; earlier versions knew but one, and did not name it."""
+    return KINDS[config.get("kind", "instruction")]

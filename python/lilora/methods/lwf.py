@@ -1,0 +1,55 @@
+"""LwF: one LoRA that, on a new task's inputs, is to answer as it did before the task."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from .base import Batches, Inputs, Stage, Tensors
+from .distillation import divergence
+from .lora import LoRASettings, SequentialLoRA, answer_positions, evaluating
+
+
+class LwFSettings(LoRASettings):
+    """distillation: weight of the distillation; temperature: of both softmaxes."""
+
+    distillation: float = Field(1.0, ge=0, allow_inf_nan=False)
+    temperature: float = Field(2.0, gt=0, allow_inf_nan=False)
+
+
+class LwF(SequentialLoRA):
+    """Learning without forgetting (arXiv 1606.09282) with a LoRA: loss + weight * KL(teacher || student), from task 2 on.
+
+    The teacher is the model before the task, without dropout; both see the same inputs, and the divergence is the mean
+    over the tokens of the answers. As in that paper the temperature is 2, the weight 1 and there is no factor T^2.
+    """
+
+    name = "lwf"
+    settings_type = LwFSettings
+
+    def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
+        super().__init__(base, settings)
+        self._teacher: Tensors = {}  # the LoRA before the task by parameter name, empty in the first task
+
+    def begin(self, stage: Stage, batches: Batches) -> None:
+        super().begin(stage, batches)
+        learning = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        self._teacher = {name: p.detach().clone() for name, p in learning} if len(self.tasks) > 1 else {}
+
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+        if not (self._teacher and self.options.distillation):
+            return cross_entropy()[0]
+        answered = answer_positions(inputs["labels"])
+        target = self._teacher_logits(inputs)[answered]
+        loss, outputs = cross_entropy()
+        divergent = divergence(outputs.logits[answered], target, self.options.temperature)
+        return loss + share * self.options.distillation * divergent
+
+    @torch.no_grad()
+    def _teacher_logits(self, inputs: Inputs) -> Tensor:
+        """[B, L, V]."""
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        with evaluating(self.model):
+            return torch.func.functional_call(self.model, self._teacher, (), inputs).logits

@@ -1,0 +1,105 @@
+"""O-LoRA: a LoRA per task beside the frozen ones of the earlier tasks, in directions orthogonal to theirs.
+
+In the formula of the gated pool: no gate, ranks "old" and "new" of one pool, all of them used by every sample.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from lilora_kernels.rank_pool import Choice, RankPoolLinear
+
+from .base import Inputs, Method, Tensors
+from .pooled import fresh, learn_only, pool_tensors, put_pools, put_stored
+from .settings import Settings
+
+ALL_RANKS = Choice(((("old",), None), (("new",), None)))
+
+
+class OLoRASettings(Settings):
+    """r: ranks of each task; the scale is alpha / r. orthogonality: weight of the penalty on all inner products of an old
+    and a new row of A: "absolute" values, as in the published code, whose weight is the default, or "squared" as in the
+    paper. l2: weight of the summed norms of each new A and B, which only the code has.
+    """
+
+    target_modules: str
+    r: int = Field(128, ge=1)
+    alpha: float = Field(256.0, gt=0, allow_inf_nan=False)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    orthogonality: float = Field(0.5, ge=0, allow_inf_nan=False)
+    products: Literal["absolute", "squared"] = "absolute"
+    l2: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+
+class OLoRA(Method):
+    """Orthogonal subspace learning (O-LoRA, arXiv 2310.14152; code cmnfriend/O-LoRA): all tasks' LoRAs are summed.
+
+    loss + orthogonality * sum over linears and earlier tasks i of sum |A_i A_t^T|. Inference needs no task.
+    """
+
+    name = "olora"
+    mixed_batches = True
+    needs_task = False
+    one_state = True
+
+    def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
+        super().__init__(base, settings)
+        s = self.options = OLoRASettings.read(self.name, settings)
+        self.model = base
+        self.layers = put_pools(base, s.target_modules, lambda *_: all_ranks, s.alpha / s.r, s.dropout)
+        learn_only(base)
+
+    def add(self, task: str) -> None:
+        for layer in self.layers.values():
+            (old_a, old_b), (new_a, new_b) = layer.part("old"), layer.part("new")
+            layer.put("old", torch.cat([old_a, new_a]), torch.cat([old_b, new_b], 1), train=False)
+            layer.put("new", *fresh(layer, self.options.r), train=False)
+        self.tasks.append(task)
+
+    def activate(self, task: str, train: bool) -> None:
+        learn_only(self.model, *(self.new().values() if train else ()))
+
+    def new(self) -> Tensors:
+        """A and B of the newest task."""
+        return {
+            name: tensor for name, tensor in pool_tensors(self.layers).items() if name.endswith((".new.A", ".new.B0"))
+        }
+
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+        loss = cross_entropy()[0]
+        if self.options.orthogonality and len(self.tasks) > 1:
+            pairs = ((layer.part("old")[0], layer.part("new")[0]) for layer in self.layers.values())
+            terms = [overlap(old, new, self.options.products) for old, new in pairs]
+            loss = loss + share * self.options.orthogonality * torch.stack(terms).sum()
+        if self.options.l2:
+            norms = torch.stack([torch.linalg.vector_norm(t, dtype=loss.dtype) for t in self.new().values()])
+            loss = loss + share * self.options.l2 * norms.sum()
+        return loss
+
+    def tensors(self, task: str) -> tuple[Tensors, Tensors]:
+        return {}, pool_tensors(self.layers)
+
+    def restore(self, tasks: dict[str, tuple[Tensors, Tensors]]) -> None:
+        self.tasks = list(tasks)
+        if tasks:
+            put_stored(self.layers, tasks[self.tasks[-1]][1])
+
+    def ranks(self) -> int:
+        return self.options.r * len(self.tasks)
+
+    def parameters_per_task(self) -> int:
+        return sum(tensor.numel() for tensor in self.new().values())
+
+
+def all_ranks(layer: RankPoolLinear, x: Tensor) -> tuple[Choice, None]:
+    return ALL_RANKS, None
+
+
+def overlap(old: Tensor, new: Tensor, products: str) -> Tensor:
+    """Sum of |old new^T|, or of its squares: old [R, K], new [r, K] -> a scalar in fp32 at least."""
+    inner = old @ new.mT
+    inner = inner.to(torch.promote_types(inner.dtype, torch.float32))
+    return inner.square().sum() if products == "squared" else inner.abs().sum()

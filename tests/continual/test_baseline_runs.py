@@ -1,0 +1,84 @@
+"""Runs of EWC, LwF, O-LoRA and MoELoRA on the tiny suite: interrupted anywhere they end with the same bank."""
+
+import json
+
+import pytest
+
+from lilora.cli import load_bank, target_pattern
+from lilora.continual.evaluate import evaluate
+from lilora.continual.tasks import load_manifest
+from lilora.continual.train import ContinualRun, TrainSettings
+from lilora.io.bank import Bank
+from lilora.methods import METHODS
+
+SETTINGS = {
+    "ewc": {"r": 8, "lora_alpha": 16.0, "lora_dropout": 0.1, "penalty": 1e4, "fisher_samples": 6},
+    "lwf": {"r": 8, "lora_alpha": 16.0, "lora_dropout": 0.1},
+    "olora": {"r": 4, "alpha": 8.0, "dropout": 0.1, "orthogonality": 0.01},
+    "moelora": {"r": 8, "alpha": 16.0, "dropout": 0.1, "experts": 4},
+}
+TRAIN = TrainSettings(learning_rate=0.01, max_steps=4, batch_size=4, gradient_accumulation=1)
+
+
+class Stopped(Exception):
+    pass
+
+
+def learn(suite, folder, method):
+    manifest = load_manifest(suite / "tasks.yaml", ["colour", "count"])
+    pattern = target_pattern(manifest.model, projector=True, attention=False)
+    settings = SETTINGS[method] | {"target_modules": pattern}
+    run = ContinualRun.open(folder, manifest, manifest.model, method, settings, TRAIN, "cpu")
+    run.train(save_steps=2, bars=False, say=lambda line: None)
+
+
+def content(folder):
+    """All that a bank says of its tasks but the time they took."""
+    bank = Bank.open(folder / "bank")
+    stored = {task: (bank.task_fingerprint(task), bank.shared_fingerprint(task)) for task in bank.tasks}
+    return bank.config, bank.ids, stored, bank.scores["matrix"], bank.scores["functions"]
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_interrupted_twice_a_run_ends_with_the_same_bank(method, suite, tmp_path, monkeypatch):
+    loss, add_task, terms = METHODS[method].loss, Bank.add_task, []
+
+    def recorded(self, inputs, cross_entropy, share):
+        outputs = cross_entropy()
+        value = loss(self, inputs, lambda: outputs, share)
+        terms.append((self.tasks[-1], (value - outputs[0]).item()))
+        return value
+
+    def stop_in_the_last_step(self, *arguments):
+        if len(terms) == 7:
+            raise Stopped
+        return recorded(self, *arguments)
+
+    def stop_at_the_second_task(self, name, *arguments, **keywords):
+        if name == "count":
+            raise Stopped
+        add_task(self, name, *arguments, **keywords)
+
+    def interrupted(owner, name, stop):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stop)
+            with pytest.raises(Stopped):
+                learn(suite, tmp_path / "stopped", method)
+        assert Bank.open(tmp_path / "stopped" / "bank").tasks == ["colour"]
+
+    interrupted(METHODS[method], "loss", stop_in_the_last_step)
+    assert [task for task, _ in terms] == ["colour"] * 4 + ["count"] * 3
+    # the method's term acts from the second task on; EWC's is zero until the warm-up has left theta*
+    acts = {"ewc": [False, False, True], "moelora": [False] * 3}.get(method, [True] * 3)
+    assert [term != 0 for _, term in terms] == [False] * 4 + acts
+    interrupted(Bank, "add_task", stop_at_the_second_task)
+    learn(suite, tmp_path / "stopped", method)
+    learn(suite, tmp_path / "whole", method)
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+    bank, learner, processor = load_bank(tmp_path / "whole", None, "cpu")
+    assert learner.fingerprints(bank.tasks) == bank.scores["functions"]["count"]
+    manifest = load_manifest(suite / "tasks.yaml", bank.tasks)
+    for result in evaluate(learner, processor, manifest.tasks, 64):
+        lines = (tmp_path / "whole" / "predictions" / f"count-{result.task}.jsonl").read_text().splitlines()
+        assert result.answers == [json.loads(line) for line in lines]

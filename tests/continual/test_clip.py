@@ -1,0 +1,466 @@
+"""Image classification with CLIP: manifests, the loss, the zero-shot heads, and `lilora` end to end on a tiny suite."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+
+from lilora.continual import clip
+from lilora.continual.classification import ImageTask, LabelledImages
+from lilora.continual.scores import ScoreMatrix
+from lilora.continual.tasks import load_manifest
+from lilora.continual.train import ContinualRun, TaskTrainer
+from lilora.errors import UserError
+from lilora.io.bank import Bank
+
+CLASSES = {"colour": ["red", "green", "blue"], "count": ["one", "two"], "size": ["small", "big", "very big"]}
+SPECIAL = ["<pad>", "<s>", "<unk>", "</s>"]
+
+
+def make_model(folder):
+    torch.manual_seed(0)
+    words = sorted({word for names in CLASSES.values() for name in names for word in name.split()} | {"a", "photo", "of"})
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [(token, SPECIAL.index(token)) for token in ("<s>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=12, **tokens)
+    CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16), tokenizer).save_pretrained(folder)
+    encoder = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {f"{name}_token_id": SPECIAL.index(token) for name, token in (("pad", "<pad>"), ("bos", "<s>"), ("eos", "</s>"))}
+    config = CLIPConfig(
+        text_config=encoder | ids | {"vocab_size": len(tokenizer), "max_position_embeddings": 12},
+        vision_config=encoder | {"image_size": 16, "patch_size": 8},
+        projection_dim=16,
+        initializer_factor=4.0,
+    )
+    CLIPModel(config).save_pretrained(folder)
+
+
+def make_data(folder, samples=10):
+    """Noise: task `colour` in folders, the others in lists."""
+    rng = np.random.default_rng(0)
+    for task, names in CLASSES.items():
+        for split in ("train", "test"):
+            records = []
+            for i in range(samples):
+                label = i % len(names)
+                path = folder / task / split / names[label].replace(" ", "_") / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+                records.append({"image": str(path.relative_to(folder / task)), "label": label})
+            (folder / task / f"{split}.json").write_text(json.dumps(records))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """The folder of the suite; `clip.yaml` is its manifest."""
+    folder = tmp_path_factory.mktemp("images")
+    make_model(folder / "base")
+    make_data(folder / "data")
+    tasks = [{"name": "colour", "train": "colour/train", "test": "colour/test"}]
+    for name in ("count", "size"):
+        lists = {split: f"{name}/{split}.json" for split in ("train", "test")}
+        tasks.append({"name": name, **lists, "images": name, "classes": CLASSES[name]})
+    manifest = {
+        "name": "tiny-clip",
+        "kind": "classification",
+        "data": "data",
+        "model": "./base",
+        "templates": ["a {}", "a photo of a {}"],
+        "tasks": tasks,
+    }
+    (folder / "clip.yaml").write_text(yaml.safe_dump(manifest))
+    return folder
+
+
+# --- manifests ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(images, tmp_path):
+    """Write the manifest, changed by a function of its content, and load it."""
+
+    def load(change, **options):
+        content = yaml.safe_load((images / "clip.yaml").read_text())
+        content |= {"data": str(images / "data"), "model": str(images / "base")}
+        change(content)
+        (tmp_path / "clip.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return load_manifest(tmp_path / "clip.yaml", **options)
+
+    return load
+
+
+def first(**changes):
+    return lambda content: content["tasks"][0].update(changes)
+
+
+def second(**changes):
+    return lambda content: content["tasks"][1].update(changes)
+
+
+def test_folders_and_lists_and_the_ways_to_name_classes(images, written, tmp_path):
+    manifest = load_manifest(images / "clip.yaml", order=["size", "colour"])
+    assert [task.name for task in manifest.tasks] == ["size", "colour"]
+    size, colour = (LabelledImages(task, "train") for task in manifest.tasks)
+    assert size.classes == CLASSES["size"]
+    assert colour.classes == sorted(CLASSES["colour"])
+    for data in (size, colour):
+        assert len(data) == 10
+        for sample in data:
+            assert sample.path.parent.name.replace("_", " ") == data.classes[sample.label]
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES["count"]) + "\n\n")
+    (tmp_path / "names.json").write_text(json.dumps(CLASSES["count"]))
+    for file in ("names.txt", "names.json"):
+        task = written(second(classes=str(tmp_path / file))).tasks[1]
+        assert LabelledImages(task, "test").classes == CLASSES["count"]
+    task = written(first(classes={"red": "crimson", "blue": "azure", "green": "lime"})).tasks[0]
+    data = LabelledImages(task, "test")
+    assert data.classes == ["crimson", "azure", "lime"]
+    assert {(s.path.parent.name, s.label) for s in data} == {("red", 0), ("blue", 1), ("green", 2)}
+
+
+def test_labels_may_be_names_or_numbers(images, written, tmp_path):
+    records = [{"image": f"{name}/x.png", "label": name} for name in ("two", "one")]
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    task = ImageTask(
+        name="a", train=tmp_path / "list.json", test=tmp_path / "list.json", classes=["one", "two"], images=tmp_path
+    )
+    assert [(s.path.parent.name, s.label) for s in LabelledImages(task, "train")] == [("two", 1), ("one", 0)]
+
+
+def test_shots_are_the_same_images_in_every_run_and_only_of_training(written):
+    task = written(lambda content: content.update(shots=2)).tasks[0]
+    data = LabelledImages(task, "train")
+    assert [s.label for s in data] == [0, 0, 1, 1, 2, 2]
+    assert [s.index for s in data] == list(range(6))
+    assert len({s.path for s in data}) == 6
+    assert LabelledImages(task, "train").samples == data.samples
+    assert len(LabelledImages(task, "test")) == 10
+    assert len(LabelledImages(task.model_copy(update={"shots": 100}), "train")) == 10
+
+
+def test_defaults_of_the_manifest_and_what_a_task_sets_itself(written):
+    def change(content):
+        content.update(shots=1, template_per="task")
+        content["tasks"][1].update(shots=3, templates=["one {}"])
+
+    tasks = written(change).tasks
+    assert [task.shots for task in tasks] == [1, 3, 1]
+    assert [task.template_per for task in tasks] == ["task"] * 3
+    assert [task.templates for task in tasks] == [("a {}", "a photo of a {}"), ("one {}",), ("a {}", "a photo of a {}")]
+    assert len(written(lambda content: content.pop("templates")).tasks[0].templates) > 1
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda m: m.update(kind="segmentation"), "kind 'segmentation' is unknown; choose one of instruction, class"),
+        (lambda m: m.update(kind=[1]), "kind '[1]' is unknown"),
+        (lambda m: m.update(template=["{}"]), "key 'template' is unknown; did you mean 'templates'?"),
+        (first(scorer="exact"), "key 'scorer' of task number 1 is unknown; known keys are name, train, test"),
+        (first(class_names=[]), "key 'class_names' of task number 1 is unknown"),
+        (lambda m: m.update(shots=0), "key 'shots' is wrong: input should be greater than or equal to 1"),
+        (first(shots=-1), "key 'shots' of task number 1 is wrong"),
+        (lambda m: m.update(templates=["a photo"]), "key 'templates' is wrong: template 'a photo' must have one {}"),
+        (first(templates=["{} {}"]), "key 'templates' of task number 1 is wrong: template '{} {}' must have one {}"),
+        (first(templates=[]), "key 'templates' of task number 1 is wrong"),
+        (first(template_per="epoch"), "key 'template_per' of task number 1 is wrong: input should be 'sample' or 'task'"),
+        (lambda m: m.update(tasks=[3]), "the manifest of task number 1 is wrong: it must be a mapping"),
+        (first(train="colour/nothing"), "nothing cannot be read (No such file or directory)"),
+        (first(train="colour"), "colour has no images; add some"),
+        (first(classes=["red", "green"]), "has the label 'blue', no class of the task (0, 1, red, green)"),
+        (second(classes=["one"]), "has the label '1', no class of the task (0, one)"),
+        (second(classes=["one", "one"]), "task 'count' has two classes called 'one'"),
+        (second(classes=[]), "task 'count' has no classes; name them"),
+        (second(classes="gone.json"), "gone.json cannot be read"),
+        (second(classes="gone.txt"), "gone.txt cannot be read"),
+        (second(classes="count/train.json"), "train.json is not a list of class names or a mapping"),
+        (second(images="nowhere"), "0.png is missing; add it or pass its folder with --data"),
+        (first(test="colour/train/red"), "red has no images"),
+    ],
+)
+def test_a_wrong_manifest_is_one_sentence(written, change, sentence):
+    with pytest.raises(UserError) as error:
+        written(change)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '[{"image": "x.png"}]', '[{"image": 1, "label": 0}]'])
+def test_a_broken_list_or_image_is_named(content, written, tmp_path):
+    (tmp_path / "list.json").write_text(content)
+    with pytest.raises(UserError, match=r"task 'count': .*list\.json (is not a list of|has no images)"):
+        written(second(test=str(tmp_path / "list.json")))
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    (tmp_path / "list.json").write_text(json.dumps([{"image": str(tmp_path / "broken.png"), "label": 0}]))
+    with pytest.raises(UserError, match=r"broken\.png cannot be opened"):
+        written(second(test=str(tmp_path / "list.json")))
+
+
+# --- loss and heads -----------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_that_of_pairs_whose_classes_match(images):
+    logits = torch.randn(7, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([2, 0, 2, 1, 0, 2, 5])
+    wanted = 0.0
+    for side in (logits, logits.T):
+        for i in range(7):
+            matching = [j for j in range(7) if labels[j] == labels[i]]
+            wanted = wanted - sum(side[i].log_softmax(0)[j] for j in matching) / len(matching) / 7 / 2
+    torch.testing.assert_close(clip.contrastive_loss(logits, labels).double(), wanted, rtol=1e-6, atol=1e-6)
+    unlike = torch.arange(7)
+    plain = (F.cross_entropy(logits, unlike) + F.cross_entropy(logits.T, unlike)) / 2
+    torch.testing.assert_close(clip.contrastive_loss(logits, unlike).double(), plain, rtol=1e-6, atol=1e-6)
+
+
+def test_the_model_is_clip_with_a_loss_of_the_pairs_of_a_step(images):
+    model, processor = clip.load(str(images / "base"), torch.float32)
+    data, collate = clip.training_data(load_manifest(images / "clip.yaml").tasks[0], processor)
+    inputs = collate([data[i] for i in (0, 3, 5, 7)])
+    labels = inputs.pop("labels")
+    plain = CLIPModel.from_pretrained(images / "base")(**inputs)
+    outputs = model(**inputs, labels=labels)
+    torch.testing.assert_close(outputs.logits_per_image, plain.logits_per_image)
+    torch.testing.assert_close(outputs.loss, clip.contrastive_loss(plain.logits_per_image, labels))
+    torch.testing.assert_close(model(**inputs, labels=labels, num_items_in_batch=8).loss, outputs.loss / 2)
+    assert model(**inputs).loss is None
+
+
+def test_pairs_have_a_prompt_of_their_class_and_templates_that_a_resumed_run_draws_again(images, written):
+    _, processor = clip.load(str(images / "base"), torch.float32)
+    data, collate = clip.training_data(load_manifest(images / "clip.yaml").tasks[2], processor)
+    decode = processor.tokenizer.batch_decode
+    seen = set()
+    for seed in range(20):
+        batch = random.Random(seed).sample(data.samples, 6)
+        inputs = collate(batch)
+        for text, sample in zip(decode(inputs["input_ids"], skip_special_tokens=True), batch, strict=True):
+            name = data.classes[sample.label]
+            assert text in (f"a {name}", f"a photo of a {name}")
+            seen.add((sample.index, text))
+        assert inputs["labels"].tolist() == [sample.label for sample in batch]
+        torch.testing.assert_close(collate(batch), inputs)
+    assert len(seen) == 2 * len(data), "every image is seen with both templates"
+    task = written(lambda content: content.update(template_per="task")).tasks[2]
+    per_task = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        data, collate = clip.training_data(task, processor)
+        texts = decode(collate(data.samples)["input_ids"], skip_special_tokens=True)
+        per_task.append({"photo" in text for text in texts})
+    assert sorted(map(sorted, {frozenset(kinds) for kinds in per_task})) == [[False], [True]]
+
+
+def test_zero_shot_scores_are_those_of_normalised_mean_prompts(images):
+    model, processor = clip.load(str(images / "base"), torch.float32)
+    model.eval()
+
+    class Plain:
+        needs_task = False
+
+        def activate(self, task, train):
+            assert not train
+
+    method = Plain()
+    method.model = model
+    tasks = load_manifest(images / "clip.yaml").tasks
+    scores = [clip.evaluate(method, processor, tasks, batch_size) for batch_size in (3, 64)]
+    for spec, small, large in zip(tasks, *scores, strict=True):
+        data = LabelledImages(spec, "test")
+        head = []
+        for name in data.classes:
+            texts = processor.tokenizer([t.replace("{}", name) for t in spec.templates], padding=True, return_tensors="pt")
+            features = model.get_text_features(**texts).pooler_output
+            mean = (features / features.norm(dim=1, keepdim=True)).mean(0)
+            head.append(mean / mean.norm())
+        right = 0
+        for sample, answer in zip(data, small.answers, strict=True):
+            pixels = processor.image_processor([Image.open(sample.path)], return_tensors="pt")["pixel_values"]
+            feature = model.get_image_features(pixels).pooler_output[0]
+            said = int((100 * torch.stack(head) @ (feature / feature.norm())).argmax())
+            assert answer["answer"] == data.classes[said]
+            right += said == sample.label
+        assert small.score == large.score == pytest.approx(100 * right / len(data))
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------------
+
+BY_HAND = [[90, 40, 50, 20], [70, 80, 30, 10], [60, 75, 95, 30], [50, 70, 85, 99]]
+
+
+def full(tasks="abcd"):
+    matrix = ScoreMatrix(list(tasks), unseen=True)
+    for after, row in zip(tasks, BY_HAND, strict=True):
+        for task, score in zip(tasks, row, strict=True):
+            matrix.set(after, task, score)
+    return matrix
+
+
+def test_metrics_of_a_matrix_computed_by_hand():
+    metrics = full().metrics()
+    assert metrics["Transfer"] == pytest.approx((40 + (50 + 30) / 2 + (20 + 10 + 30) / 3) / 3)
+    assert metrics["Avg"] == pytest.approx((200 + 190 + 260 + 304) / 16)
+    assert metrics["Last"] == pytest.approx(304 / 4)
+    assert metrics["Forgetting"] == pytest.approx((40 + 10 + 10) / 3)
+    assert metrics["New"] == pytest.approx((90 + 80 + 95 + 99) / 4)
+    assert "AP" not in metrics
+    one = ScoreMatrix(["a"], unseen=True)
+    one.set("a", "a", 10)
+    assert one.undefined()["Transfer"] == "Transfer needs at least 2 tasks, this run has 1"
+
+
+def test_a_full_matrix_survives_json_and_knows_what_is_missing():
+    matrix = ScoreMatrix(list("abcd"), unseen=True)
+    assert len(matrix.missing()) == 16
+    matrix.set("a", "d", 7)
+    matrix.copy("b", "d", from_after="a")
+    again = ScoreMatrix.from_dict(json.loads(json.dumps(matrix.to_dict())))
+    assert again.to_dict() == matrix.to_dict()
+    assert again.carried_from("b", "d") == "a"
+    assert again.undefined()["Transfer"].startswith("Transfer needs cells that are missing: b after a, c after a, c after b")
+    assert "| b | n/a | n/a | n/a | 7.0* |" in matrix.markdown()
+    with pytest.raises(UserError, match=r"rows of length \[1, 1\]; the tasks want \[2, 2\]"):
+        ScoreMatrix.from_dict(ScoreMatrix(["a", "b"], unseen=True).to_dict() | {"scores": [[1], [2]]})
+
+
+def test_a_matrix_of_an_earlier_version_is_read():
+    old = {"tasks": ["a", "b"], "scores": [[1.0], [2.0, 3.0]], "format_shares": [[None], [None, None]]}
+    matrix = ScoreMatrix.from_dict(old | {"carried_from": [[None], [None, None]]})
+    assert not matrix.unseen
+    assert matrix.metrics()["AP"] == 2.5
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+OPTIONS = "--r 4 --alpha 4 --dropout 0.1 --lr 0.01 --max-steps 4 --batch-size 5 --gradient-accumulation 2 --save-steps 1"
+METHODS = {
+    "dac": ["--set", "active=2", "--set", "critical=2"],
+    "lora": [],
+    "dirlora": [],
+    "lilora": ["--sub-rank", "2"],
+    "olora": [],
+    "moelora": ["--set", "experts=2"],
+}
+
+
+def command(images, out, method="dac"):
+    options = ["--method", method, *OPTIONS.split(), *METHODS[method], "--device", "cpu", "--quiet"]
+    return ["train", images / "clip.yaml", "--out", out, *options]
+
+
+@pytest.fixture(scope="session")
+def finished(images, tmp_path_factory):
+    import lilora.cli as cli
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    cli.app([str(argument) for argument in command(images, folder)], standalone_mode=False)
+    return folder
+
+
+@pytest.fixture
+def unreported(monkeypatch):
+    """Spares the plots."""
+    monkeypatch.setattr("lilora.continual.report.write_report", lambda *_: None)
+
+
+@pytest.mark.parametrize("method", ["dac", "lora", "dirlora", "lilora", "olora", "moelora"])
+def test_every_method_scores_all_tasks_after_each(method, images, tmp_path, lilora, unreported):
+    code, out, err = lilora(*command(images, tmp_path / "run", method), "--json")
+    assert code == 0, err
+    run = json.loads(out)
+    assert [len(row) for row in run["matrix"]["scores"]] == [3, 3, 3]
+    assert list(run["metrics"])[:3] == ["Transfer", "Avg", "Last"]
+    assert not any(value is None for value in run["metrics"].values())
+    carried = run["matrix"]["carried_from"]
+    if method in ("dirlora", "lilora"):  # the base until a task is learned, the task's adapter from then on
+        assert carried == [[None] * 3, ["colour", None, "colour"], ["colour", "count", None]]
+    else:
+        assert not any(cell for row in carried for cell in row)
+    assert len(list((tmp_path / "run" / "predictions").iterdir())) == 9 - sum(c is not None for r in carried for c in r)
+
+
+def test_eval_and_report_of_a_bank(images, finished, tmp_path, lilora):
+    code, out, err = lilora("eval", finished, "--tasks", images / "clip.yaml", "--device", "cpu", "--json")
+    assert code == 0, err
+    want = Bank.open(finished / "bank").scores["matrix"]["scores"][-1]
+    assert [cell["score"] for cell in json.loads(out).values()] == want
+    code, out, err = lilora("report", finished, "--out", tmp_path, "--json")
+    assert code == 0, err
+    assert json.loads(out)["runs"][0]["metrics"]["Last"] == pytest.approx(np.mean(want))
+    page = (tmp_path / "report.html").read_text()
+    assert "Transfer" in page
+    assert page.count('class="cell"') == 9
+    assert list(json.loads((tmp_path / "metrics.json").read_text())["definitions"])[0] == "Transfer"
+
+
+def test_interrupted_in_steps_and_evaluations_the_run_ends_the_same(
+    images, finished, tmp_path, lilora, monkeypatch, unreported
+):
+    def stopping(method, call):
+        """The method, stopped in its call of this number, from 1."""
+        calls = []
+
+        def run(*args, **kwargs):
+            calls.append(None)
+            if len(calls) == call:
+                raise SystemExit(9)
+            return method(*args, **kwargs)
+
+        return run
+
+    step, evaluation = (TaskTrainer, "training_step"), (ContinualRun, "_evaluate")
+    for (owner, name), call in ((step, 4), (evaluation, 1), (step, 6), (step, 8)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stopping(getattr(owner, name), call))
+            assert lilora(*command(images, tmp_path / "run"))[0] == 9
+    code, _, err = lilora(*command(images, tmp_path / "run"))
+    assert code == 0, err
+    whole, resumed = Bank.open(finished / "bank"), Bank.open(tmp_path / "run" / "bank")
+    assert resumed.scores["matrix"] == whole.scores["matrix"]
+    for task in whole.tasks:
+        assert resumed.shared_fingerprint(task) == whole.shared_fingerprint(task)
+
+
+def one_sentence(err):
+    (line,) = [line for line in err.splitlines() if line.startswith("lilora: ")]
+    assert "Traceback" not in err
+    return line
+
+
+def test_what_does_not_go_together_is_one_sentence(images, suite, finished, tmp_path, lilora):
+    out = tmp_path / "run"
+    train = command(images, out)
+    for arguments, words in (
+        ((*train, "--model", suite / "base"), "is of type 'llava'; classification tasks want a model of type 'clip'"),
+        (("train", suite / "tasks.yaml", "--out", out, "--model", images / "base"), "--model"),
+        ((*train, "--method", "ewc"), "--method ewc cannot learn tasks of this kind of manifest; choose one of lilora, dac"),
+        ((*train, "--method", "pclr"), "--method pclr cannot learn"),
+        (("generate", finished, "--task", "count", "--prompt", "x"), "learned to classify images and writes no text"),
+        (("eval", finished, "--tasks", suite / "tasks.yaml"), "is of kind 'instruction' and"),
+    ):
+        code, _, err = lilora(*arguments)
+        assert (code, words in one_sentence(err)) == (2, True), err
+        assert not out.exists()
+
+
+def test_a_longer_sequence_wants_a_new_run(images, tmp_path, lilora):
+    run = tmp_path / "run"
+    assert lilora(*command(images, run), "--order", "colour,count")[0] == 0
+    code, _, err = lilora(*command(images, run))
+    assert code == 2
+    assert "start a new run" in one_sentence(err)
+    shutil.rmtree(run)
+
+
+# --- the ready manifest -------------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ _forced: str | None = None  # for all threads: autograd runs backward on a GPU i
 class Implementation:
     """One backend of one operation.
 
-    `forward` is None where it never runs, `backward` also where the gradient takes no kernel.
+    `backward` is None where the gradient takes no kernel.
     `refusal(x, rank, sub_rank)` says in a few words why it cannot run on x with factors of these ranks, or None.
     `plan` says in a few words how it runs.
     """
 
-    forward: Callable | None
+    forward: Callable
     backward: Callable | None
     refusal: Callable[[Tensor, int, int], str | None]
     plan: str
@@ -70,15 +70,15 @@ def refusals(op: str, x: Tensor, rank: int, sub_rank: int) -> dict[str, str | No
     """For each backend in order of preference, why it cannot run `op` on x; None if it can."""
     table = _table[op]
     return {
-        name: table[name].refusal(x, rank, sub_rank) if name in table else "not part of this version of lilora-kernels"
+        name: table[name].refusal(x, rank, sub_rank) if name in table else "this operation has no kernel of its own there"
         for name in ORDER
     }
 
 
 def choose(op: str, x: Tensor, rank: int, sub_rank: int) -> Implementation:
-    """The first backend that can run `op` on x, or the one that was ordered."""
-    wanted = requested()
+    """The first backend that can run `op` on x, or the one that was ordered, unless `op` has no kernel there at all."""
     table = _table[op]
+    wanted = requested() if requested() in table else None
     for name in ORDER if wanted is None else (wanted,):
         if name in table and table[name].refusal(x, rank, sub_rank) is None:
             return table[name]

@@ -204,7 +204,7 @@ def report(
 def analyze(
     bank: BankPath,
     threshold: Annotated[
-        float, typer.Option(help="A rank is redundant if the other task's leave less of its squared norm unexplained.")
+        float, typer.Option(help="Share of its squared norm that a redundant rank has left outside the other task's ranks.")
     ] = 0.5,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the plots and metrics.json; default: analysis in the run folder.")

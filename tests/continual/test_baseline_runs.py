@@ -77,6 +77,7 @@ def test_interrupted_twice_a_run_ends_with_the_same_bank(method, suite, tmp_path
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
 
     bank, learner, processor = load_bank(tmp_path / "whole", None, "cpu")
+    assert len(bank.describe()["shared"]) == (1 if method in ("olora", "moelora") else 2)  # the newest serves all
     assert learner.fingerprints(bank.tasks) == bank.scores["functions"]["count"]
     manifest = load_manifest(suite / "tasks.yaml", bank.tasks)
     for result in evaluate(learner, processor, manifest.tasks, 64):

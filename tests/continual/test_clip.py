@@ -27,7 +27,9 @@ SPECIAL = ["<pad>", "<s>", "<unk>", "</s>"]
 
 def make_model(folder):
     torch.manual_seed(0)
-    words = sorted({word for names in CLASSES.values() for name in names for word in name.split()} | {"a", "photo", "of"})
+    words = sorted(
+        {word for names in CLASSES.values() for name in names for word in name.split()} | {"a", "photo", "of"}
+    )
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = [(token, SPECIAL.index(token)) for token in ("<s>", "</s>")]
@@ -36,7 +38,9 @@ def make_model(folder):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=12, **tokens)
     CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16), tokenizer).save_pretrained(folder)
     encoder = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {f"{name}_token_id": SPECIAL.index(token) for name, token in (("pad", "<pad>"), ("bos", "<s>"), ("eos", "</s>"))}
+    ids = {
+        f"{name}_token_id": SPECIAL.index(token) for name, token in (("pad", "<pad>"), ("bos", "<s>"), ("eos", "</s>"))
+    }
     config = CLIPConfig(
         text_config=encoder | ids | {"vocab_size": len(tokenizer), "max_position_embeddings": 12},
         vision_config=encoder | {"image_size": 16, "patch_size": 8},
@@ -174,7 +178,10 @@ def test_defaults_of_the_manifest_and_what_a_task_sets_itself(written):
         (lambda m: m.update(templates=["a photo"]), "key 'templates' is wrong: template 'a photo' must have one {}"),
         (first(templates=["{} {}"]), "key 'templates' of task number 1 is wrong: template '{} {}' must have one {}"),
         (first(templates=[]), "key 'templates' of task number 1 is wrong"),
-        (first(template_per="epoch"), "key 'template_per' of task number 1 is wrong: input should be 'sample' or 'task'"),
+        (
+            first(template_per="epoch"),
+            "key 'template_per' of task number 1 is wrong: input should be 'sample' or 'task'",
+        ),
         (lambda m: m.update(tasks=[3]), "the manifest of task number 1 is wrong: it must be a mapping"),
         (first(train="colour/nothing"), "nothing cannot be read (No such file or directory)"),
         (first(train="colour"), "colour has no images; add some"),
@@ -280,7 +287,9 @@ def test_zero_shot_scores_are_those_of_normalised_mean_prompts(images):
         data = LabelledImages(spec, "test")
         head = []
         for name in data.classes:
-            texts = processor.tokenizer([t.replace("{}", name) for t in spec.templates], padding=True, return_tensors="pt")
+            texts = processor.tokenizer(
+                [t.replace("{}", name) for t in spec.templates], padding=True, return_tensors="pt"
+            )
             features = model.get_text_features(**texts).pooler_output
             mean = (features / features.norm(dim=1, keepdim=True)).mean(0)
             head.append(mean / mean.norm())
@@ -328,7 +337,9 @@ def test_a_full_matrix_survives_json_and_knows_what_is_missing():
     again = ScoreMatrix.from_dict(json.loads(json.dumps(matrix.to_dict())))
     assert again.to_dict() == matrix.to_dict()
     assert again.carried_from("b", "d") == "a"
-    assert again.undefined()["Transfer"].startswith("Transfer needs cells that are missing: b after a, c after a, c after b")
+    assert again.undefined()["Transfer"].startswith(
+        "Transfer needs cells that are missing: b after a, c after a, c after b"
+    )
     assert "| b | n/a | n/a | n/a | 7.0* |" in matrix.markdown()
     with pytest.raises(UserError, match=r"rows of length \[1, 1\]; the tasks want \[2, 2\]"):
         ScoreMatrix.from_dict(ScoreMatrix(["a", "b"], unseen=True).to_dict() | {"scores": [[1], [2]]})
@@ -343,7 +354,9 @@ def test_a_matrix_of_an_earlier_version_is_read():
 
 # --- the command --------------------------------------------------------------------------------------------------------
 
-OPTIONS = "--r 4 --alpha 4 --dropout 0.1 --lr 0.01 --max-steps 4 --batch-size 5 --gradient-accumulation 2 --save-steps 1"
+OPTIONS = (
+    "--r 4 --alpha 4 --dropout 0.1 --lr 0.01 --max-steps 4 --batch-size 5 --gradient-accumulation 2 --save-steps 1"
+)
 METHODS = {
     "dac": ["--set", "active=2", "--set", "critical=2"],
     "lora": [],
@@ -401,7 +414,7 @@ def test_eval_and_report_of_a_bank(images, finished, tmp_path, lilora):
     page = (tmp_path / "report.html").read_text()
     assert "Transfer" in page
     assert page.count('class="cell"') == 9
-    assert list(json.loads((tmp_path / "metrics.json").read_text())["definitions"])[0] == "Transfer"
+    assert "Transfer" in json.loads((tmp_path / "metrics.json").read_text())["definitions"]
 
 
 def test_interrupted_in_steps_and_evaluations_the_run_ends_the_same(
@@ -444,7 +457,10 @@ def test_what_does_not_go_together_is_one_sentence(images, suite, finished, tmp_
     for arguments, words in (
         ((*train, "--model", suite / "base"), "is of type 'llava'; classification tasks want a model of type 'clip'"),
         (("train", suite / "tasks.yaml", "--out", out, "--model", images / "base"), "--model"),
-        ((*train, "--method", "ewc"), "--method ewc cannot learn tasks of this kind of manifest; choose one of lilora, dac"),
+        (
+            (*train, "--method", "ewc"),
+            "--method ewc cannot learn tasks of this kind of manifest; choose one of lilora, dac",
+        ),
         ((*train, "--method", "pclr"), "--method pclr cannot learn"),
         (("generate", finished, "--task", "count", "--prompt", "x"), "learned to classify images and writes no text"),
         (("eval", finished, "--tasks", suite / "tasks.yaml"), "is of kind 'instruction' and"),

@@ -1,4 +1,5 @@
 import re
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from lilora.continual.scorers import scorer
 from lilora.continual.tasks import Collator, InstructionDataset, load_manifest
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "digits"
+MANIFESTS = {"digits": "tasks.yaml", "digits-long": "long.yaml"}
 
 
 @pytest.fixture
@@ -18,7 +20,8 @@ def build(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     import build
 
-    monkeypatch.setattr(build, "SIZES", {"train": 12, "test": 8})
+    for name, suite in build.SUITES.items():
+        monkeypatch.setitem(build.SUITES, name, suite._replace(sizes={"train": 12, "test": 8}))
 
     def run(out, *arguments):
         monkeypatch.setattr("sys.argv", ["build.py", "--out", str(out), "--steps", "2", *arguments])
@@ -27,14 +30,15 @@ def build(monkeypatch):
     return run
 
 
-@pytest.fixture
-def manifest(build, tmp_path):
-    build(tmp_path)
-    return load_manifest(EXAMPLES / "tasks.yaml", data=tmp_path / "data")
+@pytest.fixture(params=MANIFESTS)
+def manifest(request, build, tmp_path):
+    build(tmp_path, "--suite", request.param)
+    return load_manifest(EXAMPLES / MANIFESTS[request.param], data=tmp_path / "data")
 
 
-def test_the_suite_loads_and_its_references_score_and_match_the_format(manifest):
-    assert len(manifest.tasks) == 6
+def test_the_suite_loads_and_its_references_score_and_match_the_format(manifest, tmp_path):
+    assert {task.name for task in manifest.tasks} == {p.name for p in (tmp_path / "data").iterdir() if p.is_dir()}
+    assert len(manifest.tasks) == {"digits": 6, "digits-long": 12}[manifest.name]
     for task in manifest.tasks:
         for split in ("train", "test"):
             for sample in InstructionDataset(task, split):
@@ -52,7 +56,7 @@ def test_the_base_is_a_standard_folder_that_learns_and_answers_from_the_suite(ma
     longest = max(task.max_new_tokens for task in manifest.tasks)
     assert (inputs["labels"] != -100).sum(1).max() <= longest + 1  # the end-of-sequence token may be cut
     task_ids = inputs.pop("task_ids")
-    assert task_ids.tolist() == [i for i in range(6) for _ in range(2)]
+    assert task_ids.tolist() == [i for i in range(len(manifest.tasks)) for _ in range(2)]
     model(**inputs).loss.backward()
     prompts = Collator(processor, index, train=False)(batch)
     del prompts["task_ids"]
@@ -61,13 +65,13 @@ def test_the_base_is_a_standard_folder_that_learns_and_answers_from_the_suite(ma
 
 
 def test_every_task_reads_fresh_digits_and_never_shows_the_answer(build):
-    from scenes import TASKS, WORDS, pools
+    from scenes import LONG_TASKS, WORDS, pools
 
     train, test = pools()
     assert len(train.values) + len(test.values) == 1797
     seen = {strokes.tobytes() for strokes in train.strokes}
     rng = np.random.default_rng(3)
-    for name, make in TASKS.items():
+    for name, make in LONG_TASKS.items():
         answers = set()
         for _ in range(60):
             scene, question, answer = make(test, rng)
@@ -82,12 +86,55 @@ def test_every_task_reads_fresh_digits_and_never_shows_the_answer(build):
 def test_the_pictures_for_the_base_are_what_the_processor_makes(build):
     from base import make_processor, pixels
     from PIL import Image
-    from scenes import draw, name, pools
+    from scenes import TASKS, draw, name, pools
 
     pool, _ = pools()
     scene = name(pool, np.random.default_rng(1))[0]
-    expected = make_processor(pool).image_processor(Image.fromarray(draw(scene)), return_tensors="pt")
+    expected = make_processor(pool, TASKS.values()).image_processor(Image.fromarray(draw(scene)), return_tensors="pt")
     torch.testing.assert_close(pixels([scene]), expected["pixel_values"])
+
+
+def expected_answers(scene):
+    """What each task of the long suite alone must answer to a picture."""
+    values, inks = [d.value for d in scene], [d.ink for d in scene]
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    return {
+        "successor": words[values[0] + 1],
+        "tally": words[inks.count("red")],
+        "large": "yes" if values[0] in (5, 6, 7, 8, 9) else "no",
+        "smaller": inks[np.argmin(values)],
+        "row": ["first", "second", "third", "fourth"][scene[0].row],
+        "greatest": str(np.max(values)),
+    }
+
+
+def test_the_tasks_that_the_long_suite_adds_are_answered_right(build):
+    from scenes import LONG_TASKS, TASKS, pools
+
+    pool, rng = pools()[1], np.random.default_rng(5)
+    for name in LONG_TASKS.keys() - TASKS.keys():
+        for _ in range(60):
+            scene, _, answer = LONG_TASKS[name](pool, rng)
+            assert answer == expected_answers(scene)[name], name
+
+
+def test_questions_of_different_tasks_share_few_words(build):
+    """Methods that take the task from the question must be able to."""
+    from scenes import LONG_TASKS, pools
+
+    pool, rng = pools()[1], np.random.default_rng(6)
+    words = {name: set(re.findall(r"\w+", make(pool, rng)[1].lower())) for name, make in LONG_TASKS.items()}
+    for (name, own), (other, theirs) in combinations(words.items(), 2):
+        assert len(own & theirs) <= min(len(own), len(theirs)) / 2, (name, other)
+
+
+def test_the_long_suite_begins_with_the_samples_of_the_six_tasks(build, tmp_path):
+    build(tmp_path / "a")
+    build(tmp_path / "b", "--suite", "digits-long")
+    for task in load_manifest(EXAMPLES / "tasks.yaml", data=tmp_path / "a" / "data").tasks:
+        for split in ("train.json", "test.json"):
+            six, long = (tmp_path / side / "data" / task.name / split for side in "ab")
+            assert six.read_bytes() == long.read_bytes()
 
 
 def test_a_second_run_does_nothing_and_another_seed_writes_anew(build, tmp_path):

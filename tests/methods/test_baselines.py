@@ -74,11 +74,12 @@ def sample(rows=1, length=8):
     return {"input_ids": input_ids, "labels": labels}
 
 
+@torch.no_grad()
 def randomise(method):
-    """New values for all that learns."""
+    """New values for all that learns, where the optimiser would write them."""
     for p in method.model.parameters():
         if p.requires_grad:
-            p.data = 0.4 * torch.randn_like(p)
+            p.copy_(0.4 * torch.randn_like(p))
 
 
 def factors(method):
@@ -238,9 +239,10 @@ def test_lwf_takes_the_student_from_the_model_and_the_teacher_from_the_bank():
     again.restore({"first": method.tensors("first")})
     begin(again, "second")
     inputs = sample(rows=2)
-    model = again.model
+    model = again.model.eval()
     loss = again.loss(inputs, lambda: ((out := model(**inputs)).loss, out), 1.0)
     loss.backward()
+    assert not model.training
     student = factors(again)
     logits = dense.logits(inputs["input_ids"], student)
     want = F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())

@@ -183,9 +183,9 @@ def test_bad_arguments_give_one_sentence_in_eager_fake_and_compiled_code(name):
 def test_backends_that_cannot_run_say_why():
     scores = torch.randn(2, 6)
     reasons = backends.refusals("rank_gate", scores, 2, 0)
-    assert reasons["cuda"].startswith("it has no CUDA C++ kernel")
+    assert reasons["cuda"] == "this operation has no kernel of its own there"
     assert reasons["eager"] is None
-    with lilora_kernels.backend("cuda"), pytest.raises(RuntimeError, match=r"no CUDA C\+\+ kernel.*\['eager'\]"):
-        functional.rank_gate(scores, 2)
+    with lilora_kernels.backend("cuda"):  # an order for the operations that have such kernels
+        assert functional.rank_gate(scores, 2)[1].shape == (2, 2)
     with lilora_kernels.backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot run on cpu"):
         functional.rank_gate(scores, 2)

@@ -8,10 +8,9 @@ from .. import triton_runtime
 from . import eager
 
 NAME = "lilora::rank_gate"
-NO_CUDA_KERNEL = "it has no CUDA C++ kernel: the operation is tiny and runs once per pool and step"
 
 backends.register("rank_gate", "eager", backends.Implementation(eager.forward, None, lambda *_: None, "a stable sort"))
-backends.register("rank_gate", "cuda", backends.Implementation(None, None, lambda *_: NO_CUDA_KERNEL, "none"))
+# No CUDA C++ kernel: the operation is tiny and runs once per pool and step.
 backends.register(
     "rank_gate",
     "triton",

@@ -329,7 +329,7 @@ def _depth(analysis: Analysis) -> Figure:
             axes.axhline(expected.mean(), color=colour, linestyle="--", label=f"{name}, random")
         axes.set_title(kind, fontsize=7)
         axes.set(xlim=(-0.5, len(indices) - 0.5), ylim=(0, 103))
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.grid(axis="y", color="0.88")
     for axes in panels[len(kinds) :]:
         axes.set_visible(False)

@@ -1,7 +1,7 @@
 """CLIP on image classification: image-prompt pairs and their contrastive loss, and zero-shot heads."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch

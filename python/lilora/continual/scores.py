@@ -63,9 +63,9 @@ METRICS = {
 class ScoreMatrix:
     """Scores a[j][i], in points from 0 to 100, on task i after learning task j, for i no later than j.
 
-    `tasks` is the training order; with `unseen`, stages score the tasks that come later too. A cell that was never set is missing: it reads NaN, and so does every metric that
-    needs it. Besides its score a cell may hold the share (0 to 1) of answers in the instructed format; leave it out
-    for a task that instructs none.
+    `tasks` is the training order; with `unseen`, stages score the tasks that come later too. A cell that was never set is
+    missing: it reads NaN, and so does every metric that needs it. Besides its score a cell may hold the share (0 to 1) of
+    answers in the instructed format; leave it out for a task that instructs none.
     """
 
     def __init__(self, tasks: list[str], unseen: bool = False):

@@ -69,12 +69,13 @@ class Router(nn.Module):
     """Chooses a layer's experts: top-`active` of softmax(R c + rho) for the guiding token c [B, K] of each sample.
 
     counts [r]: samples that have chosen each expert; weights [r]: their summed weights; samples [1]: how many there were.
-    All fp32, on the device; inputs are [B, ..., K].
+    All in fp32 or wider, on the device; inputs are [B, ..., K].
     """
 
     def __init__(self, settings: DACSettings, linear: nn.Linear) -> None:
         super().__init__()
-        like = {"device": linear.weight.device, "dtype": torch.float32}
+        wide = torch.promote_types(linear.weight.dtype, torch.float32)
+        like = {"device": linear.weight.device, "dtype": wide}
         self.settings = settings
         self.lora_router = nn.Linear(linear.in_features, settings.r, **like)
         for name, size in (("counts", settings.r), ("weights", settings.r), ("samples", 1)):
@@ -108,13 +109,13 @@ class Router(nn.Module):
         return Choice((((EXPERTS,), None),), gate), rows
 
     def _probabilities(self, x: Tensor, dropout: float) -> Tensor:
-        """[B, r] fp32."""
+        """[B, r] in the router's dtype."""
         tokens = x.reshape(len(x), -1, x.shape[-1])
         guide = tokens[:, 0] if self.settings.guide == "first" else tokens.mean(1)
         if self.settings.guide_dropout:
             guide = nn.functional.dropout(guide, dropout, self.training)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.settings.router == "learned"):
-            return self.lora_router(guide.float()).softmax(-1)
+            return self.lora_router(guide.to(self.lora_router.weight.dtype)).softmax(-1)
 
     def _weighted(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
         """The gate [G, r]; with binary weights a learned router gets its gradient straight through."""

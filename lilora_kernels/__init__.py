@@ -3,12 +3,14 @@
 from .backends import backend, explain
 from .functional import delta, delta_pair, draw_seed, linear, rank_gate
 from .linear import LiLoRALinear, check_task_name, set_task
+from .rank_pool import RankPoolLinear
 from .routing import Route, attach, route
 from .version import __version__
 from .warmup import warmup
 
 __all__ = [
     "LiLoRALinear",
+    "RankPoolLinear",
     "Route",
     "__version__",
     "attach",

@@ -92,11 +92,11 @@ def explain(model: torch.nn.Module) -> str:
 
     A layer is judged by its base weight's device and dtype: that of the activations it expects.
     """
-    from .linear import LiLoRALinear
+    from .adapted import AdaptedLinear
 
     lines = []
     for name, layer in model.named_modules():
-        if not isinstance(layer, LiLoRALinear):
+        if not isinstance(layer, AdaptedLinear):
             continue
         reason = layer.unfused_reason()
         op = "linear" if reason is None else "delta"
@@ -107,4 +107,4 @@ def explain(model: torch.nn.Module) -> str:
         fused = "base and adapter in one operation" if reason is None else f"base_layer(x) + delta, because {reason}"
         others = "; ".join(f"{b}: {why}" for b, why in reasons.items() if why is not None)
         lines.append(f"{name or type(layer).__name__}: {runs}, {fused} [{others}]")
-    return "\n".join(lines) or "no LiLoRALinear in this model"
+    return "\n".join(lines) or "no adapted layer in this model"

@@ -204,7 +204,7 @@ def report(
 def analyze(
     bank: BankPath,
     threshold: Annotated[
-        float, typer.Option(help="Share of its squared norm that a redundant rank has left outside the other task's ranks.")
+        float, typer.Option(help="A redundant rank has less of its squared norm outside the span of the other task's.")
     ] = 0.5,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the plots and metrics.json; default: analysis in the run folder.")

@@ -69,10 +69,12 @@ def tasks_of(method):
             t: (own_set(i), {name: moved[t][name] if name.endswith(".A") else first[name] for name in first})
             for i, t in enumerate(TASKS)
         }
-    return {task: ({}, shared_set(i, first, 0.8 * i)) for i, task in enumerate(TASKS)}  # alike: shares between 0 and 1
+    state = {"state.fisher.up_proj.lora_A": noise(0, 7)} if method == "ewc" else {}  # no factor of a linear
+    alike = (shared_set(i, first, 0.8 * i) | state for i in range(len(TASKS)))  # shares between 0 and 1
+    return {task: ({}, shared) for task, shared in zip(TASKS, alike, strict=True)}
 
 
-METHODS = ["lilora-frozen", "lilora-released", "lilora-paper", "lora", "dirlora"]
+METHODS = ["lilora-frozen", "lilora-released", "lilora-paper", "lora", "ewc", "dirlora"]
 
 
 @pytest.fixture(scope="module", params=METHODS)

@@ -21,17 +21,9 @@ def test_stopped_in_a_task_the_run_ends_with_the_same_bank(preset, suite, tmp_pa
         return step(*args, **kwargs)
 
     def train(folder):
-        options = ["--method", "dac", "--preset", preset, "--set", "active=5", "--gradient-checkpointing"]
-        return lilora(
-            "train",
-            suite / "tasks.yaml",
-            "--out",
-            tmp_path / folder,
-            "--order",
-            "colour,name",
-            *train_options,
-            *options,
-        )
+        place = ["--out", tmp_path / folder, "--order", "colour,name", "--gradient-checkpointing"]
+        dac = ["--method", "dac", "--preset", preset, "--set", "active=5"]
+        return lilora("train", suite / "tasks.yaml", *place, *train_options, *dac)
 
     with monkeypatch.context() as patch:
         patch.setattr(TaskTrainer, "training_step", stopping)

@@ -353,7 +353,7 @@ def test_explain_names_the_plan_of_every_layer():
         "quantised: eager (torch operations), base_layer(x) + delta, because the base is a Quantised"
     )
     assert "because the base has hooks" in hooks
-    assert lilora_kernels.explain(nn.Linear(2, 2)) == "no LiLoRALinear in this model"
+    assert lilora_kernels.explain(nn.Linear(2, 2)) == "no adapted layer in this model"
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------

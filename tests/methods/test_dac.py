@@ -251,18 +251,19 @@ def test_gradient_checkpointing_counts_once_and_changes_nothing(reentrant):
     assert results[0]["up.samples"].item() == B
 
 
-def test_a_training_step_never_waits_for_the_device():
-    for scope in ("sample", "batch"):
-        method = make(scope=scope)  # without dropout, whose seed the eager backend reads on the host
-        learn(method, "a")
-        begin(method, "b")
-        x = torch.randn(B, L, WIDTH, dtype=torch.float64)
-        with Operations() as operations:
-            loss = method.loss({}, lambda: (method.model(x).square().sum(), None), 1.0)
-            loss.backward()
-        assert operations.ours["rank_gate"] and operations.ours["linear"]
-        waiting = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "cpu"}
-        assert not waiting & operations.seen.keys()
+@pytest.mark.parametrize("scope", ["sample", "batch"])
+def test_a_training_step_never_waits_for_the_device(scope):
+    method = make(scope=scope)  # without dropout, whose seed the eager backend reads on the host
+    learn(method, "a")
+    begin(method, "b")
+    x = torch.randn(B, L, WIDTH, dtype=torch.float64)
+    with Operations() as operations:
+        loss = method.loss({}, lambda: (method.model(x).square().sum(), None), 1.0)
+        loss.backward()
+    assert operations.ours["rank_gate"] >= 3
+    assert operations.ours["linear"] == 3
+    waiting = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "cpu"}
+    assert not waiting & operations.seen.keys()
 
 
 # --- the orthogonal loss ------------------------------------------------------------------------------------------------

@@ -48,7 +48,10 @@ def train(
         str | None, typer.Option(help="Base model: a folder or a hub id; default: the manifest's.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="lilora, pclr, dac, lora (one LoRA for all tasks) or dirlora (a LoRA per task).")
+        str,
+        typer.Option(
+            help="lilora, pclr, dac; lora (one LoRA for all tasks), dirlora (a LoRA per task), ewc, lwf, olora or moelora."
+        ),
     ] = "lilora",
     preset: Annotated[
         str | None,
@@ -166,7 +169,9 @@ def evaluate(
     kind = kind_of(opened.config)
     manifest = load_manifest(tasks, None if kind.unseen else opened.tasks, data)
     if KINDS[manifest.kind] is not kind:
-        raise UserError(f"--tasks {tasks} is of kind {manifest.kind!r} and {bank} is not; give the manifest of its tasks")
+        raise UserError(
+            f"--tasks {tasks} is of kind {manifest.kind!r} and {bank} is not; give the manifest of its tasks"
+        )
     with Progress(disable=as_json) as progress:
         results = kind.evaluate(method, processor, manifest.tasks, batch_size, progress)
     if as_json:
@@ -190,8 +195,10 @@ def report(
 ) -> None:
     """Write score matrix, curves and metrics of one or more runs as PNG, JSON and one self-contained HTML page."""
     from .continual.report import print_tables, write_report
+    from .continual.train import run_of
+    from .io.bank import Bank
 
-    runs = [stored_run(bank_folder(path)) for path in banks]
+    runs = [run_of(Bank.open(bank_folder(path))) for path in banks]
     page = write_report(out or bank_folder(banks[0]).parent, runs, title, environment())
     if as_json:
         print(json.dumps({"report": str(page), "runs": [run.to_dict() for run in runs]}))
@@ -317,7 +324,65 @@ def bank_ls(bank: BankPath, as_json: Json = False) -> None:
     content = Bank.open(bank_folder(bank)).describe()
     if as_json:
         print(json.dumps(content))
+    else:
+        console.print(bank_table(content))
+
+
+@bank_app.command("import")
+def bank_import(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="Whose released checkpoint it is: pclr or dac.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="pclr: one lrp.bin or lrp_ts.bin. dac: the .pt of each task, in the order they were learned."
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="The base model that it was trained on: a folder or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new bank.")],
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of the tasks in the order they were learned, comma-separated. Default: task1, task2 ... (pclr), "
+            "those of the files (dac)."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a bank of what a method's released code has learned, for eval and generate; the files are read as plain tensors."""
+    from rich.progress import Progress
+
+    from .continual.kinds import KINDS
+    from .continual.train import load_base
+    from .io.bank import BaseModelId
+    from .io.checkpoint import write_bank
+    from .io.import_dac import read_dac
+    from .io.import_pclr import read_pclr
+    from .methods import METHODS, make_method
+
+    released = {"pclr": (read_pclr, "instruction"), "dac": (read_dac, "classification")}
+    choice("METHOD", method, tuple(released))
+    read, kind = released[method]
+    base, _ = load_base(model, "auto", "cpu", KINDS[kind])
+    identity = BaseModelId.of(base, model)
+    found = read(files, base, tasks.split(",") if tasks else None)
+    settings = {**METHODS[method].presets["released"], **found.settings}
+    make_method(method, base, settings)  # refuses what it could not be restored with
+    config = {"method": method, "settings": settings, "train": {"dtype": "auto"}, "kind": kind, "model": model}
+    with Progress(disable=as_json, transient=True) as progress:
+        content = write_bank(out, config, identity, found.tasks, progress.track).describe()
+    if as_json:
+        print(json.dumps({**content, "notes": found.notes}))
         return
+    console.print(bank_table(content))
+    for note in found.notes:
+        console_line(note)
+
+
+# --- helpers ------------------------------------------------------------------------------------------------------------
+
+
+def bank_table(content: dict[str, Any]) -> Table:
+    """What `Bank.describe` tells, for people."""
     table = Table(
         "id", "task", "parameters", "MiB", "shared factors", title=f"{content['path']} on {content['base_model']['id']}"
     )
@@ -329,10 +394,7 @@ def bank_ls(bank: BankPath, as_json: Json = False) -> None:
         table.add_row(
             "", "shared", f"{shared['parameters']:,}", f"{shared['bytes'] / 2**20:.2f}", shared["fingerprint"]
         )
-    console.print(table)
-
-
-# --- helpers ------------------------------------------------------------------------------------------------------------
+    return table
 
 
 def console_line(text: str) -> None:
@@ -414,30 +476,6 @@ def load_bank(path: Path, model: str | None, device: str, wanted: str | None = N
     method = make_method(bank.config["method"], base, bank.config["settings"])
     method.restore({task: bank.load_task(task) for task in bank.tasks})
     return bank, method, processor
-
-
-def stored_run(path: Path):
-    """A run's result from its bank alone, without loading a model."""
-    from .continual.report import Run
-    from .continual.scores import ScoreMatrix
-    from .continual.train import method_label
-    from .io.bank import Bank
-
-    bank = Bank.open(path)
-    if not bank.scores:
-        raise UserError(f"{path} holds no scores yet; run lilora train to its end")
-    config, content = bank.config, bank.describe()
-    last = content["tasks"][-1]
-    sizes = {shared["fingerprint"]: shared["parameters"] for shared in content["shared"]}
-    per_task = {"lilora": last["parameters"], "dirlora": sizes[last["shared"]]}.get(config["method"], 0)
-    return Run(
-        config.get("label") or method_label(config["method"], config["settings"]),
-        config["train"]["seed"],
-        ScoreMatrix.from_dict(bank.scores["matrix"]),
-        per_task,
-        sum(bank.scores["seconds"].values()),
-        {"settings": config["settings"], "train": config["train"]},
-    )
 
 
 def environment() -> dict[str, str]:

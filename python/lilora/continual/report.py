@@ -92,6 +92,8 @@ class _Method:
         self.metrics = {name: Spread.of([values[name] for values in metrics]) for name in metrics[0]}
         params = [run.params_per_task for run in runs]
         self.params_per_task = None if None in params else round(np.mean(params))
+        sizes = [run.extra.get("sizes") for run in runs]
+        self.sizes = None if None in sizes else {n: np.mean([size[n] for size in sizes], 0) for n in sizes[0]}
         seconds = [run.seconds for run in runs]
         self.seconds = None if None in seconds else float(np.mean(seconds))
 
@@ -142,6 +144,8 @@ def write_report(
     metrics_file = json.dumps(numbers, indent=1, allow_nan=False).encode()
     with matplotlib.rc_context(PLOT_STYLE):
         figures = {"summary.png": _summary(methods), "curves.png": _curves(methods)}
+        if any(method.sizes for method in methods):
+            figures["memory.png"] = _memory(methods)
         figures |= {method.heatmap_file: _heatmap(method) for method in methods}
         pictures = {name: png(figure) for name, figure in figures.items()}
     template = jinja2.Template(
@@ -337,6 +341,23 @@ def _curves(methods: list[_Method]) -> Figure:
     figure.supylabel("score in points", fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=int(figure.get_figwidth() // 1.7), frameon=False)
+    return figure
+
+
+def _memory(methods: list[_Method]) -> Figure:
+    """Parameters, and ranks of a linear, that inference keeps beside the base model, over the tasks."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, name, unit in zip(panels, ("parameters", "ranks"), (1e6, 1), strict=True):
+        for method in methods:
+            if method.sizes:
+                stages = range(1, len(method.tasks) + 1)
+                style = {"color": method.colour, "marker": method.marker, "markersize": 4, "linewidth": 1.8}
+                axes.plot(stages, method.sizes[name] / unit, label=method.name, **style)
+        axes.set(xlabel="tasks learned", ylabel=f"millions of {name}" if unit > 1 else f"{name} of a linear")
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color="0.88")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 

@@ -150,21 +150,15 @@ class ContinualRun:
                     seen = [task.name for task in self.manifest.tasks[: index + 1]]
                     mean = sum(self.matrix.get(spec.name, task) for task in seen) / len(seen)
                     say(
-                        f"{self.label}: task {index + 1} of {len(self.manifest.tasks)}, {spec.name}, learned in "
+                        f"{label_of(self.bank)}: task {index + 1} of {len(self.manifest.tasks)}, {spec.name}, learned in "
                         f"{self.state['seconds'][spec.name]:.0f} s: {self.matrix.get(spec.name, spec.name):.1f} points; "
                         f"mean over the tasks so far {mean:.1f}"
                     )
         return self.matrix
 
-    @property
-    def label(self) -> str:
-        return self.bank.config.get("label") or method_label(self.method.name, self.method.settings)
-
     def result(self) -> Run:
         """The run as the report wants it."""
-        extra = {"settings": self.method.settings, "train": asdict(self.settings)}
-        seconds = sum(self.state["seconds"].values())
-        return Run(self.label, self.settings.seed, self.matrix, self.method.parameters_per_task(), seconds, extra)
+        return run_of(self.bank)
 
     # --- learning ---------------------------------------------------------------------------------------------------
 
@@ -416,6 +410,27 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return items
+
+
+def run_of(bank: Bank) -> Run:
+    """What a bank says of its run, without a model; UserError before there are scores."""
+    if not bank.scores:
+        raise UserError(f"{bank.path} holds no scores yet; run lilora train to its end")
+    infos = [task["info"] for task in bank.describe()["tasks"]]
+    sizes = {name: [info[name] for info in infos] for name in ("parameters", "ranks")}
+    first, last = sizes["parameters"][0], sizes["parameters"][-1]
+    return Run(
+        label_of(bank),
+        bank.config["train"]["seed"],
+        ScoreMatrix.from_dict(bank.scores["matrix"]),
+        round((last - first) / (len(infos) - 1)) if len(infos) > 1 else first,
+        sum(bank.scores["seconds"].values()),
+        {"settings": bank.config["settings"], "train": bank.config["train"], "sizes": sizes},
+    )
+
+
+def label_of(bank: Bank) -> str:
+    return bank.config.get("label") or method_label(bank.config["method"], bank.config["settings"])
 
 
 SIZES = {"r", "sub_rank", "alpha", "lora_alpha", "dropout", "lora_dropout", "target_modules"}

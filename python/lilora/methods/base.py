@@ -73,10 +73,6 @@ class Method(ABC):
                 stored |= {tensor.data_ptr(): tensor.numel() for tensor in tensors.values()}
         return sum(stored.values())
 
-    def parameters_per_task(self) -> int:
-        """Parameters that one more task adds to storage."""
-        return sum(tensor.numel() for tensor in self.tensors(self.tasks[-1])[0].values())
-
     # --- learning ---------------------------------------------------------------------------------------------------
 
     def stages(self, task: str) -> list[Stage]:

@@ -246,6 +246,3 @@ class DAC(Method):
 
     def parameters(self) -> int:
         return 0
-
-    def parameters_per_task(self) -> int:
-        return 0

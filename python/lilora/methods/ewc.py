@@ -12,9 +12,11 @@ from .lora import LoRASettings, SequentialLoRA, answer_positions, evaluating
 
 
 class EWCSettings(LoRASettings):
-    """penalty: lambda of the quadratic penalty; fisher_samples: training samples of a task that its Fisher is taken from."""
+    """penalty: lambda of the quadratic penalty; on the digits suite 100 forgets as plain LoRA does and 1e6 hardly learns.
+    fisher_samples: training samples of a task that its Fisher is taken from, at most.
+    """
 
-    penalty: float = Field(100.0, ge=0, allow_inf_nan=False)
+    penalty: float = Field(1e4, ge=0, allow_inf_nan=False)
     fisher_samples: int = Field(256, ge=1)
 
 

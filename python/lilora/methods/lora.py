@@ -60,9 +60,6 @@ class DirLoRA(Method):
     def ranks(self) -> int:
         return self.options.r * len(self.tasks)
 
-    def parameters_per_task(self) -> int:
-        return sum(tensor.numel() for tensor in self.tensors(self.tasks[-1])[1].values())
-
 
 class SequentialLoRA(DirLoRA):
     """One LoRA that goes on learning task after task: what forgetting looks like.
@@ -78,9 +75,6 @@ class SequentialLoRA(DirLoRA):
 
     def ranks(self) -> int:
         return self.options.r
-
-    def parameters_per_task(self) -> int:
-        return 0
 
 
 @contextmanager

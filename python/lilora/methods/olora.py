@@ -90,9 +90,6 @@ class OLoRA(Method):
     def ranks(self) -> int:
         return self.options.r * len(self.tasks)
 
-    def parameters_per_task(self) -> int:
-        return sum(tensor.numel() for tensor in self.new().values())
-
 
 def all_ranks(layer: RankPoolLinear, x: Tensor) -> tuple[Choice, None]:
     return ALL_RANKS, None

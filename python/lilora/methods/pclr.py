@@ -59,9 +59,9 @@ class PCLRSettings(Settings):
     the compressed one, with fake queries that are learned "keys" or "task" means, over the teacher's `vocabulary` largest
     logits (None: all) at `temperature`, with integration_rate and integration_epochs times the run's learning rate and
     epochs; train_keys: keys follow the fake queries then. shared_from: shared ranks exist from the "start" or from the
-    first "integration"; shared_learns: in "integration" only, or "always", as the code's second suite has it. newest_switch: inference gives new experts
-    only to samples nearest to the newest task. lwf: weight of a distillation from the model before the task while a new
-    one is learned (PCLR-LwF, our reading).
+    first "integration"; shared_learns: in "integration" only, or "always", as the code's second suite has it.
+    newest_switch: inference gives new experts only to samples nearest to the newest task. lwf: weight of a distillation
+    from the model before the task while a new one is learned (PCLR-LwF, our reading).
     """
 
     target_modules: str

@@ -10,7 +10,41 @@ RUNS := $(foreach preset,$(PRESETS),lilora-$(preset)) lora dirlora
 DEMO := lilora-frozen-0 lora-0 dirlora-0
 EXPERIMENT := $(foreach seed,0 1 2,$(foreach run,$(RUNS),$(run)-$(seed)))
 
-.PHONY: help venv demo experiment test cuda-check cuda-check-all lint cpu-evidence readme resources gpu-evidence wheel clean
+# The long suite: what each run is called, and its options. Runs are named <label>-<seed>.
+LONG := runs/digits-long
+TRAIN_LONG = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/long.yaml --max-steps 150 --batch-size 16 --gradient-accumulation 1 --lr 2e-3 --quiet
+LORA_64 := --r 64 --alpha 128
+LILORA := --method lilora $(LORA_64) --sub-rank 26
+PCLR := --method pclr --r 32 --alpha 64 --set cap=128 --set shared=16
+OPTIONS.lora := --method lora $(LORA_64)
+OPTIONS.ewc := --method ewc $(LORA_64)
+OPTIONS.lwf := --method lwf $(LORA_64)
+OPTIONS.olora := --method olora $(LORA_64) --set orthogonality=0.01
+OPTIONS.moelora := --method moelora $(LORA_64)
+OPTIONS.dirlora := --method dirlora $(LORA_64)
+OPTIONS.dac := --method dac --r 64 --alpha 128 --set active=48 --set critical=24 --set guide=mean
+OPTIONS.lilora := $(LILORA)
+OPTIONS.pclr := $(PCLR)
+OPTIONS.pclr-released := $(PCLR) --preset released --set 'schedule="progressive"'
+OPTIONS.pclr-no-integration := $(PCLR) --set integrate=false
+OPTIONS.pclr-constant := $(PCLR) --set 'schedule="constant"'
+OPTIONS.pclr-late := $(PCLR) --set 'schedule=[[32,1.0],[32,1.0],[32,1.0],[32,1.0],[16,0.875]]'
+OPTIONS.lilora-r32 := --method lilora --r 32 --alpha 64 --sub-rank 26
+OPTIONS.lilora-r128 := --method lilora --r 128 --alpha 256 --sub-rank 26
+OPTIONS.lilora-sub13 := --method lilora $(LORA_64) --sub-rank 13
+OPTIONS.lilora-sub52 := --method lilora $(LORA_64) --sub-rank 52
+OPTIONS.lilora-no-fusion := $(LILORA) --set fusion=false
+OPTIONS.lilora-paper := $(LILORA) --preset paper
+OPTIONS.lilora-no-stability := $(LILORA) --preset paper --set stability=0.0
+OPTIONS.lilora-reversed := $(LILORA) --order greatest,row,smaller,upper,tally,successor,caption,locate,compare,parity,count,name
+OPTIONS.pclr-reversed := $(PCLR) --order greatest,row,smaller,upper,tally,successor,caption,locate,compare,parity,count,name
+LONG_METHODS := lora ewc lwf olora moelora dac lilora pclr dirlora
+LONG_ABLATIONS := pclr-released pclr-no-integration pclr-constant pclr-late lilora-r32 lilora-r128 lilora-sub13 lilora-sub52 lilora-no-fusion lilora-paper lilora-no-stability
+LONG_REVERSED := lilora-reversed pclr-reversed
+SEEDS := 0 1 2
+named = $(foreach seed,$(SEEDS),$(foreach label,$(1),$(label)-$(seed)))
+
+.PHONY: help venv demo experiment long test cuda-check cuda-check-all lint cpu-evidence readme resources gpu-evidence wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
@@ -22,6 +56,7 @@ help:
 	@echo "make lint        ruff: rules and formatting"
 	@echo "make cpu-evidence  throughput comparisons on this CPU, bench/results/cpu, and README's tables from them"
 	@echo "make experiment  five methods, three seeds, 400 steps a task: about 50 minutes on 2 cores"
+	@echo "make long        twelve tasks, nine methods and ablations, three seeds: hours; goes on where it was interrupted"
 	@echo "make readme      README's tables and all plots from the committed results"
 	@echo "make wheel       the distribution, under dist/"
 
@@ -44,6 +79,17 @@ experiment: venv
 	$(BIN)/python examples/digits/build.py --out $(DIGITS)
 	$(MAKE) --no-print-directory -j2 $(addprefix run-,$(EXPERIMENT))
 	$(BIN)/lilora report $(addprefix $(RUNS_OUT)/,$(EXPERIMENT)) --out bench/results/digits --title "Six tasks on handwritten digits, three seeds"
+
+# Hours: what is learned stays in runs/, so the same command goes on where it was interrupted.
+long: venv
+	$(BIN)/python examples/digits/build.py --suite digits-long
+	$(MAKE) --no-print-directory -j2 $(addprefix long-,$(call named,$(LONG_METHODS) $(LONG_ABLATIONS) $(LONG_REVERSED)))
+	$(BIN)/lilora report $(addprefix $(LONG)/,$(call named,$(LONG_METHODS))) --out bench/results/digits-long --title "Twelve tasks on handwritten digits"
+	$(BIN)/lilora report $(addprefix $(LONG)/,$(call named,pclr lilora $(LONG_ABLATIONS))) --out bench/results/digits-long/ablations --title "Twelve tasks: ablations"
+	$(BIN)/lilora report $(addprefix $(LONG)/,$(call named,$(LONG_REVERSED))) --out bench/results/digits-long/reversed --title "Twelve tasks in reversed order"
+
+long-%:
+	$(TRAIN_LONG) --out $(LONG)/$* --label $(patsubst %-$(lastword $(subst -, ,$*)),%,$*) --seed $(lastword $(subst -, ,$*)) $(OPTIONS.$(patsubst %-$(lastword $(subst -, ,$*)),%,$*))
 
 # One run of the digits suite: run-<method>[-<preset>]-<seed>. One thread each: small models gain little from a second.
 run-lilora-%:

@@ -310,10 +310,13 @@ def backward_up(
 
 
 def dgate(dq: Tensor, h: Tensor, call: Call) -> Tensor:
-    """Sum of dq * h over the rows of each gate, as a matrix product: its order is fixed, unlike that of atomics."""
+    """Sum of dq * h over the rows of each gate; on a GPU as a matrix product: its order is fixed, unlike that of atomics."""
     products = dq.to(torch.promote_types(dq.dtype, torch.float32)) * h
     if call.gate_row is None:
         return products.sum(0, keepdim=True).to(call.gate.dtype)
+    if dq.device.type == "cpu":
+        sums = products.new_zeros(call.gate.shape)
+        return sums.index_add_(0, call.gate_row, products).to(call.gate.dtype)
     one_hot = call.gate_row == torch.arange(call.gate.shape[0], device=dq.device).unsqueeze(1)
     return (one_hot.to(products.dtype) @ products).to(call.gate.dtype)
 

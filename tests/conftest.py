@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -6,3 +8,21 @@ import torch
 def _seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def lilora(monkeypatch, capsys):
+    """Run the command in this process: (exit code, standard output, standard error)."""
+    from lilora import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lilora", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

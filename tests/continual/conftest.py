@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 
 import numpy as np
 import pytest
@@ -19,8 +18,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-
-import lilora.cli as cli
 
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
@@ -142,20 +139,3 @@ def train_options():
         "--r 8 --sub-rank 4 --alpha 16 --dropout 0.1 --lr 0.01 --max-steps 6 --batch-size 4 --gradient-accumulation 1 "
         "--save-steps 2 --device cpu --quiet"
     )
-
-
-@pytest.fixture
-def lilora(monkeypatch, capsys):
-    """Run the command in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lilora", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run

@@ -474,7 +474,7 @@ def load_bank(path: Path, model: str | None, device: str, wanted: str | None = N
     base, processor = load_base(model, bank.config["train"]["dtype"], device, kind_of(bank.config))
     bank.check_base_model(BaseModelId.of(base, model))
     method = make_method(bank.config["method"], base, bank.config["settings"])
-    method.restore({task: bank.load_task(task) for task in bank.tasks})
+    method.restore(bank.load_tasks())
     return bank, method, processor
 
 

@@ -66,6 +66,28 @@ def bank(tmp_path):
 # Round trips
 
 
+def test_newest_state_serves_the_earlier_tasks_too(tmp_path):
+    bank = Bank.create(tmp_path / "bank", config={}, base_model=BASE)
+    bank.add_task("one", {}, shared_tensors(0), replaces=True)
+    bank.add_task("two", {}, shared_tensors(7), replaces=True)
+    again = Bank.open(bank.path)
+    loaded = again.load_tasks()
+    assert list(loaded) == ["one", "two"]
+    assert loaded["one"][1] is loaded["two"][1]
+    assert same(loaded["one"][1], shared_tensors(7))
+    assert len(list(bank.path.glob("shared-*.safetensors"))) == 1
+
+
+def test_a_methods_own_state_may_have_any_shape(tmp_path):
+    bank = Bank.create(tmp_path / "bank", config={}, base_model=BASE)
+    shared = shared_tensors(0) | {"state.counts": torch.randn(3), "state.keys.layer-0.new.text": torch.randn(2, 5)}
+    bank.add_task("one", {}, shared)
+    assert same(Bank.open(bank.path).load_task("one")[1], shared)
+    with pytest.raises(UserError, match=r"tensor state.counts is torch.int64; cast it"):
+        bank.add_task("two", {}, shared | {"state.counts": torch.ones(3, dtype=torch.int64)})
+
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_round_trip(tmp_path, dtype):
     bank = Bank.create(tmp_path / "new" / "bank", config={"r": R, "targets": ["up"]}, base_model=BASE)

@@ -129,7 +129,7 @@ class ContinualRun:
         if existing is None:
             existing = Bank.create(folder / "bank", config=config, base_model=identity)
         existing.check_base_model(identity)
-        learner.restore({task: existing.load_task(task) for task in existing.tasks})
+        learner.restore(existing.load_tasks())
         return cls(folder, manifest, learner, processor, existing)
 
     def train(

@@ -280,6 +280,16 @@ class Bank:
         shared = _load(self._shared_file(record.shared), self._index.shared[record.shared])
         return task, shared
 
+    def load_tasks(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """`load_task` of all tasks, in training order; tasks with the same shared tensors get the same objects."""
+        shared: dict[str, dict[str, Tensor]] = {}
+        loaded = {}
+        for record in self._index.tasks:
+            if record.shared not in shared:
+                shared[record.shared] = _load(self._shared_file(record.shared), self._index.shared[record.shared])
+            loaded[record.name] = _load(self._task_file(record.name), record.tensors), shared[record.shared]
+        return loaded
+
     def remove_task(self, name: str) -> None:
         """Forget a task and delete the files that only it used; the other tasks keep their ids.
 

@@ -225,7 +225,7 @@ class RankPool(nn.Module):
         else:
             picks = [(tuple(part for part in EXPERTS if sizes[part]), rule.rank)]
         one = query.text.shape[0] == 1 or (self.training and rule.scope == "batch")
-        return self._choice([self._pick(names, take, query, snapshot, one) for names, take in picks], one, snapshot)
+        return self._choice([self._pick(names, take, query, snapshot, one) for names, take in picks], snapshot)
 
     def _pick(self, names: tuple[str, ...], take: int, query: Query, snapshot: bool, one: bool) -> tuple[Group, Tensor]:
         """A group of experts and its gate: [1, take] over the chosen ranks if one set is for all, else [B, n] over all."""
@@ -240,13 +240,21 @@ class RankPool(nn.Module):
             return (names, chosen[0]), weights.gather(1, chosen)
         return (names, None), gate * weights
 
-    def _choice(self, picked: list[tuple[Group, Tensor]], one: bool, snapshot: bool) -> Choice:
-        """Old experts first, then shared ranks, then new experts: what learns comes last."""
-        groups = [(group, self.rule.expert_scaling * gate) for group, gate in picked]
+    def _choice(self, picked: list[tuple[Group, Tensor]], snapshot: bool) -> Choice:
+        """Old experts first, then shared ranks, then new experts, where they are apart: what learns comes last."""
+        groups = []
+        for (names, ranks), gate in picked:
+            if ranks is None:
+                sizes = self.sizes(snapshot)
+                columns = gate.split([sizes[name] for name in names], 1)
+                groups += [(((name,), None), part) for name, part in zip(names, columns, strict=True)]
+            else:
+                groups.append(((names, ranks), gate))
+        groups = [(group, self.rule.expert_scaling * gate) for group, gate in groups]
         shared = self.snapshot_shared if snapshot else self.shared
         if shared:
             always = groups[0][1].new_full((groups[0][1].shape[0], shared), self.rule.shared_scaling)
-            groups.insert(1 if groups[0][0][0] != ("new",) else 0, ((("shared",), None), always))
+            groups.insert(0 if groups[0][0][0] == ("new",) else 1, ((("shared",), None), always))
         return Choice(tuple(group for group, _ in groups), torch.cat([gate for _, gate in groups], 1), snapshot)
 
     def _switched(self, query: Query, newest: Tensor, snapshot: bool) -> Choice:
@@ -265,7 +273,7 @@ class RankPool(nn.Module):
         rows = newest[:, None]
         old = torch.where(rows, best("old", rank - sizes["new"]), best("old", rank))
         new = torch.where(rows, best("new", rank), 0)
-        return self._choice([((("old",), None), old), ((("new",), None), new)], False, snapshot)
+        return self._choice([((("old",), None), old), ((("new",), None), new)], snapshot)
 
 
 def normalised(x: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ EXPERIMENT := $(foreach seed,0 1 2,$(foreach run,$(RUNS),$(run)-$(seed)))
 
 # The long suite: what each run is called, and its options. Runs are named <label>-<seed>.
 LONG := runs/digits-long
-TRAIN_LONG = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/long.yaml --max-steps 150 --batch-size 16 --gradient-accumulation 1 --lr 2e-3 --quiet
+TRAIN_LONG = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/long.yaml --max-steps 150 --batch-size 16 --gradient-accumulation 1 --lr 3e-3 --quiet
 LORA_64 := --r 64 --alpha 128
 LILORA := --method lilora $(LORA_64) --sub-rank 26
-PCLR := --method pclr --r 32 --alpha 64 --set cap=128 --set shared=16
+PCLR := --method pclr --r 32 --alpha 64 --set cap=128 --set shared=16 --set value_init=random
 OPTIONS.lora := --method lora $(LORA_64)
 OPTIONS.ewc := --method ewc $(LORA_64)
 OPTIONS.lwf := --method lwf $(LORA_64)

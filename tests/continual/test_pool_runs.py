@@ -110,8 +110,8 @@ def test_frozen_experts_cost_no_gradient(suite, monkeypatch):
     base, _ = load_base(str(suite / "base"), "fp32", "cpu", KINDS["instruction"])
     pattern = target_pattern(str(suite / "base"), projector=True, attention=False)
     method = METHODS["pclr"](base, {"r": 4, "cap": 12, "shared": 2, "target_modules": pattern})
-    ids = torch.tensor([[5, 4, 4, 4, 4, 6, 7]])
-    inputs = {"input_ids": ids, "labels": ids, "pixel_values": torch.randn(1, 3, 16, 16)}
+    ids = torch.tensor([[5, 4, 4, 4, 4, 6, 7], [8, 4, 4, 4, 4, 7, 9]])
+    inputs = {"input_ids": ids, "labels": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
     seen, linear = [], functional.linear
     for task in ("one", "two"):
         (stage,) = method.stages(task)

@@ -1,20 +1,21 @@
-"""Write a digits suite: DIR/data (images and LLaVA-style JSON of its tasks) and DIR/base (a small trained LLaVA).
+"""Write a digits suite: DIR/data (images and JSON lists of its tasks) and DIR/base (a small trained LLaVA or CLIP).
 
     python examples/digits/build.py [--suite digits] [--out runs/digits] [--seed 0]
 
-Suite `digits` has the six tasks of tasks.yaml, `digits-long` the twelve of long.yaml. Needs no network: the images are
-scikit-learn's handwritten digits. About two minutes on one CPU core; a second call with the same settings finds
-everything in place and does nothing.
+Suite `digits` has the six tasks of tasks.yaml, `digits-long` the twelve of long.yaml, `digits-clip` those of clip.yaml, for
+CLIP. Needs no network: the images are scikit-learn's handwritten digits. About two minutes on one CPU core; a second call
+with the same settings finds everything in place and does nothing.
 """
 
 import argparse
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import clip
 import numpy as np
 from base import build_base
 from PIL import Image
@@ -25,15 +26,23 @@ HERE = Path(__file__).parent
 STAMP = "built.json"
 
 
+def instruction(id: str, image: str, question: str, answer: str) -> dict[str, Any]:
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"id": id, "image": image, "conversations": turns}
+
+
 class Suite(NamedTuple):
     tasks: dict[str, Task]
     sizes: dict[str, int]  # samples of each task's splits
+    record: Callable[[str, str, str, str], dict[str, Any]] = instruction  # (id, image, question, answer) in JSON
+    build_base: Callable[[Path, Pool, Iterable[Task], int, int], None] = build_base
 
 
 SUITES = {
     "digits": Suite(TASKS, {"train": 1600, "test": 160}),
     # A method that changes old tasks is tested on 78 pairs of stage and task, not on 21.
     "digits-long": Suite(LONG_TASKS, {"train": 1600, "test": 100}),
+    "digits-clip": Suite(clip.TASKS, {"train": 800, "test": 200}, clip.record, clip.build_base),
 }
 
 
@@ -47,8 +56,7 @@ def write_task(folder: Path, suite: Suite, name: str, split_pools: dict[str, Poo
             scene, question, answer = suite.tasks[name](pool, rng)
             image = f"{split}-{i:04d}.png"
             Image.fromarray(draw(scene)).save(folder / "images" / image)
-            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-            records.append({"id": f"{name}-{split}-{i}", "image": image, "conversations": turns})
+            records.append(suite.record(f"{name}-{split}-{i}", image, question, answer))
         (folder / f"{split}.json").write_text(json.dumps(records, indent=1))
 
 
@@ -85,7 +93,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of data and base model")
     parser.add_argument("--steps", type=int, default=900, help="training steps of the base model")
     args = parser.parse_args()
-    sources = b"".join((HERE / name).read_bytes() for name in ("scenes.py", "base.py", "build.py"))
+    sources = b"".join((HERE / name).read_bytes() for name in ("scenes.py", "base.py", "clip.py", "build.py"))
     suite, out = SUITES[args.suite], args.out or Path("runs", args.suite)
     settings = {"suite": args.suite, "seed": args.seed, "sources": hashlib.sha256(sources).hexdigest()}
     try:
@@ -93,7 +101,7 @@ def main() -> None:
         built_once(
             out / "base",
             settings | {"steps": args.steps},
-            lambda folder: build_base(folder, pools()[0], suite.tasks.values(), args.seed, args.steps),
+            lambda folder: suite.build_base(folder, pools()[0], suite.tasks.values(), args.seed, args.steps),
         )
     except FileExistsError as error:
         parser.error(str(error))

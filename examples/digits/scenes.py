@@ -143,9 +143,9 @@ def tally(pool: Pool, rng: Rng) -> Example:
     return scene, "Tally only red digits.", WORDS[red]
 
 
-def large(pool: Pool, rng: Rng) -> Example:
+def upper(pool: Pool, rng: Rng) -> Example:
     scene = pool.scene(rng, _values(rng, 1))
-    return scene, "Does it exceed four?", "yes" if scene[0].value > 4 else "no"
+    return scene, "Does it lie in the upper half?", "yes" if scene[0].row < GRID // 2 else "no"
 
 
 def smaller(pool: Pool, rng: Rng) -> Example:
@@ -163,7 +163,7 @@ def greatest(pool: Pool, rng: Rng) -> Example:
     return scene, "State the highest value shown.", str(max(d.value for d in scene))
 
 
-LONG_TASKS = TASKS | {f.__name__: f for f in (successor, tally, large, smaller, row, greatest)}
+LONG_TASKS = TASKS | {f.__name__: f for f in (successor, tally, upper, smaller, row, greatest)}
 
 
 def _scene(pool: Pool, rng: Rng) -> list[Digit]:

@@ -12,27 +12,27 @@ EXPERIMENT := $(foreach seed,0 1 2,$(foreach run,$(RUNS),$(run)-$(seed)))
 
 # The long suite: what each run is called, and its options. Runs are named <label>-<seed>.
 LONG := runs/digits-long
-TRAIN_LONG = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/long.yaml --max-steps 150 --batch-size 16 --gradient-accumulation 1 --lr 3e-3 --quiet
+TRAIN_LONG = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/long.yaml --max-steps 150 --batch-size 16 --gradient-accumulation 1 --quiet
 LORA_64 := --r 64 --alpha 128
-LILORA := --method lilora $(LORA_64) --sub-rank 26
-PCLR := --method pclr --r 32 --alpha 64 --set cap=128 --set shared=16 --set value_init=random
-OPTIONS.lora := --method lora $(LORA_64)
-OPTIONS.ewc := --method ewc $(LORA_64)
-OPTIONS.lwf := --method lwf $(LORA_64)
-OPTIONS.olora := --method olora $(LORA_64) --set orthogonality=0.01
-OPTIONS.moelora := --method moelora $(LORA_64)
-OPTIONS.dirlora := --method dirlora $(LORA_64)
-OPTIONS.dac := --method dac --r 64 --alpha 128 --set active=48 --set critical=24 --set guide=mean
+LILORA := --method lilora --lr 3e-3 $(LORA_64) --sub-rank 26
+PCLR := --method pclr --lr 3e-3 --r 32 --alpha 64 --set cap=128 --set shared=16 --set value_init=random
+OPTIONS.lora := --method lora --lr 1e-3 $(LORA_64)
+OPTIONS.ewc := --method ewc --lr 1e-3 $(LORA_64)
+OPTIONS.lwf := --method lwf --lr 1e-3 $(LORA_64)
+OPTIONS.olora := --method olora --lr 2e-3 $(LORA_64) --set orthogonality=0.01
+OPTIONS.moelora := --method moelora --lr 1e-3 $(LORA_64)
+OPTIONS.dirlora := --method dirlora --lr 2e-3 $(LORA_64)
+OPTIONS.dac := --method dac --lr 2e-3 --r 64 --alpha 128 --set active=48 --set critical=24 --set guide=mean
 OPTIONS.lilora := $(LILORA)
 OPTIONS.pclr := $(PCLR)
 OPTIONS.pclr-released := $(PCLR) --preset released --set 'schedule="progressive"'
 OPTIONS.pclr-no-integration := $(PCLR) --set integrate=false
 OPTIONS.pclr-constant := $(PCLR) --set 'schedule="constant"'
 OPTIONS.pclr-late := $(PCLR) --set 'schedule=[[32,1.0],[32,1.0],[32,1.0],[32,1.0],[16,0.875]]'
-OPTIONS.lilora-r32 := --method lilora --r 32 --alpha 64 --sub-rank 26
-OPTIONS.lilora-r128 := --method lilora --r 128 --alpha 256 --sub-rank 26
-OPTIONS.lilora-sub13 := --method lilora $(LORA_64) --sub-rank 13
-OPTIONS.lilora-sub52 := --method lilora $(LORA_64) --sub-rank 52
+OPTIONS.lilora-r32 := --method lilora --lr 3e-3 --r 32 --alpha 64 --sub-rank 26
+OPTIONS.lilora-r128 := --method lilora --lr 3e-3 --r 128 --alpha 256 --sub-rank 26
+OPTIONS.lilora-sub13 := --method lilora --lr 3e-3 $(LORA_64) --sub-rank 13
+OPTIONS.lilora-sub52 := --method lilora --lr 3e-3 $(LORA_64) --sub-rank 52
 OPTIONS.lilora-no-fusion := $(LILORA) --set fusion=false
 OPTIONS.lilora-paper := $(LILORA) --preset paper
 OPTIONS.lilora-no-stability := $(LILORA) --preset paper --set stability=0.0

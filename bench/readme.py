@@ -39,6 +39,33 @@ def digits() -> str:
     return "\n".join(lines)
 
 
+def long() -> str:
+    """Methods of the long digits suite: scores, and what inference keeps beside the base model after 4, 8 and 12 tasks."""
+    content = json.loads((RESULTS / "digits-long" / "metrics.json").read_text())
+    stages = [3, 7, 11]
+    lines = [
+        "| method | task given | New | AP | Forgetting | thousands of parameters after 4, 8, 12 tasks | ranks of a linear |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for method, metrics in content["methods"].items():
+        own = [run for run in content["runs"] if run["method"] == method]
+        cells = [f"{metrics[n]['mean']:.1f} ± {metrics[n]['deviation']:.1f}" for n in ("New", "AP", "Forgetting")]
+        sizes = own[0]["extra"]["sizes"]
+        parameters = ", ".join(f"{sizes['parameters'][stage] / 1e3:.0f}" for stage in stages)
+        ranks = ", ".join(str(sizes["ranks"][stage]) for stage in stages)
+        given = "yes" if method in ("lilora", "dirlora") else "no"
+        lines.append(f"| {method} | {given} | {' | '.join(cells)} | {parameters} | {ranks} |")
+    seeds = len({run["seed"] for run in content["runs"]})
+    lines += [
+        "",
+        f"Mean and standard deviation over {seeds} seeds, in points. Tasks in order: {', '.join(content['tasks'])}. From "
+        f"`bench/results/digits-long/metrics.json`, written by `make long` on {content['environment']['device']}.",
+        "",
+        "![memory](bench/results/digits-long/memory.png)",
+    ]
+    return "\n".join(lines)
+
+
 def cpu() -> str:
     """The CPU's comparisons with PEFT, and how costs grow."""
     folder = RESULTS / "cpu"
@@ -147,7 +174,7 @@ def params() -> str:
 
 def updated(text: str) -> str:
     """README with every marked table written anew; a table without results yet stays empty."""
-    for table in (digits, params, cpu, gpu):
+    for table in (digits, long, params, cpu, gpu):
         mark = table.__name__
         try:
             body = f"\n{table()}\n"

@@ -44,7 +44,7 @@ class LwF(SequentialLoRA):
         answered = answer_positions(inputs["labels"])
         target = self._teacher_logits(inputs)[answered]
         loss, outputs = cross_entropy()
-        divergent = divergence(outputs.logits[answered], target, self.options.temperature)
+        divergent = divergence(outputs.logits[answered], target, self.options.temperature).mean()
         return loss + share * self.options.distillation * divergent
 
     @torch.no_grad()

@@ -326,7 +326,7 @@ class PCLR(Method):
                 teacher = self.model(**inputs).logits
             answers = inputs["labels"] >= 0
             answers = answers.roll(-1, 1)  # the position before a token says it
-            told = divergence(outputs.logits[answers], teacher[answers], 2.0, self.options.vocabulary)
+            told = divergence(outputs.logits[answers], teacher[answers], 2.0, self.options.vocabulary).mean()
             loss = loss + share * self.options.lwf * told
         return loss
 
@@ -363,20 +363,29 @@ class PCLR(Method):
         return {"chances": self.chances} if self.integrating else {}
 
     def _integration_loss(self, inputs: Inputs) -> Tensor:
-        """KL of the teacher's and the student's outputs, for one fake query, drawn by the root of its last loss."""
-        drawn = torch.multinomial(self.chances, 1)
-        query = Query(self.fakes.text[drawn], self.fakes.vision[drawn])
-        newest = drawn == len(self.fakes.text) - 1 if self.options.fake_queries == "task" else None
+        """KL of the teacher's and the student's outputs under fake queries, drawn by the root of their last loss."""
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        by_task = self.options.fake_queries == "task"  # one for the batch, as published; keys: one for each sample
+        drawn = torch.multinomial(self.chances, 1 if by_task else len(inputs["input_ids"]), replacement=True)
+        query = Query(self.fakes.text[drawn], self.fakes.vision[drawn])
+        newest = drawn == len(self.fakes.text) - 1 if by_task else None
         with torch.no_grad(), self.routes.querying(query, snapshot=True, newest=newest):
             teacher = self.model(**inputs).logits
         with self.routes.querying(query):
             student = self.model(**inputs).logits
-        loss = divergence(student, teacher, self.options.temperature, self.options.vocabulary)
-        self.chances[drawn] = (loss.detach().clamp_min(0) + 1e-4).sqrt()
+        losses = divergence(student, teacher, self.options.temperature, self.options.vocabulary).mean(1)  # [B]
+        self._set_chances(drawn.expand(len(losses)), losses.detach())
+        loss = losses.mean()
         if self.options.train_keys:
             loss = loss + self.options.key_weight * self._key_loss(query, "old")
         return loss
+
+    def _set_chances(self, drawn: Tensor, losses: Tensor) -> None:
+        """The root of each drawn query's mean loss; in place, and without adding in an order that may change."""
+        member = (drawn == torch.arange(len(self.chances), device=drawn.device)[:, None]).float()  # [queries, B]
+        count = member.sum(1)
+        mean = member @ losses / count.clamp_min(1)
+        self.chances.copy_(torch.where(count > 0, (mean.clamp_min(0) + 1e-4).sqrt(), self.chances))
 
     # --- the bank ---------------------------------------------------------------------------------------------------
 

@@ -458,7 +458,7 @@ def bank_folder(path: Path) -> Path:
 
 def load_bank(path: Path, model: str | None, device: str, wanted: str | None = None) -> tuple:
     """(bank, method with its tasks in place, processor)."""
-    from .continual.kinds import kind_of
+    from .continual.kinds import KINDS, kind_of
     from .continual.train import load_base
     from .io.bank import Bank, BaseModelId
     from .methods import make_method
@@ -466,7 +466,7 @@ def load_bank(path: Path, model: str | None, device: str, wanted: str | None = N
     bank = Bank.open(bank_folder(path))
     if not bank.tasks:
         raise UserError(f"{path} holds no learned task yet; train first")
-    if wanted is not None and kind_of(bank.config).unseen:
+    if wanted is not None and kind_of(bank.config) is not KINDS["instruction"]:
         raise UserError(f"{path} has learned to classify images and writes no text; use lilora eval")
     if wanted is not None and wanted not in bank.tasks:
         raise UserError(f"task {wanted!r} is unknown; {path} has {', '.join(bank.tasks)}")

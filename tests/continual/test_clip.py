@@ -1,8 +1,9 @@
 """Image classification with CLIP: manifests, the loss, the zero-shot heads, and `lilora` end to end on a tiny suite."""
 
+import itertools
 import json
 import random
-import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from lilora.continual import clip
 from lilora.continual.classification import ImageTask, LabelledImages
+from lilora.continual.report import Run, write_report
 from lilora.continual.scores import ScoreMatrix
 from lilora.continual.tasks import load_manifest
 from lilora.continual.train import ContinualRun, TaskTrainer
@@ -352,6 +354,15 @@ def test_a_matrix_of_an_earlier_version_is_read():
     assert matrix.metrics()["AP"] == 2.5
 
 
+def test_runs_scored_on_unseen_tasks_are_not_reported_with_others(tmp_path):
+    with pytest.raises(UserError, match="one was scored on tasks before it learned them and one was not"):
+        write_report(tmp_path / "out", [Run("dac", 0, full()), Run("lora", 0, ScoreMatrix(list("abcd")))])
+    assert not (tmp_path / "out").exists()
+    page = write_report(tmp_path, [Run("dac", 0, full())]).read_text()
+    for score in itertools.chain(*BY_HAND):
+        assert f">{score:.1f}<" in page
+
+
 # --- the command --------------------------------------------------------------------------------------------------------
 
 OPTIONS = (
@@ -387,9 +398,9 @@ def unreported(monkeypatch):
     monkeypatch.setattr("lilora.continual.report.write_report", lambda *_: None)
 
 
-@pytest.mark.parametrize("method", ["dac", "lora", "dirlora", "lilora", "olora", "moelora"])
+@pytest.mark.parametrize("method", ["lora", "dirlora", "lilora", "olora", "moelora"])
 def test_every_method_scores_all_tasks_after_each(method, images, tmp_path, lilora, unreported):
-    code, out, err = lilora(*command(images, tmp_path / "run", method), "--json")
+    code, out, err = lilora(*command(images, tmp_path / "run", method), "--max-steps", "2", "--json")
     assert code == 0, err
     run = json.loads(out)
     assert [len(row) for row in run["matrix"]["scores"]] == [3, 3, 3]
@@ -406,7 +417,10 @@ def test_every_method_scores_all_tasks_after_each(method, images, tmp_path, lilo
 def test_eval_and_report_of_a_bank(images, finished, tmp_path, lilora):
     code, out, err = lilora("eval", finished, "--tasks", images / "clip.yaml", "--device", "cpu", "--json")
     assert code == 0, err
-    want = Bank.open(finished / "bank").scores["matrix"]["scores"][-1]
+    matrix = ScoreMatrix.from_dict(Bank.open(finished / "bank").scores["matrix"])
+    assert not matrix.missing()
+    assert len(list((finished / "predictions").iterdir())) == 9
+    want = matrix.scores()[-1].tolist()
     assert [cell["score"] for cell in json.loads(out).values()] == want
     code, out, err = lilora("report", finished, "--out", tmp_path, "--json")
     assert code == 0, err
@@ -470,13 +484,60 @@ def test_what_does_not_go_together_is_one_sentence(images, suite, finished, tmp_
         assert not out.exists()
 
 
-def test_a_longer_sequence_wants_a_new_run(images, tmp_path, lilora):
+def test_a_longer_sequence_wants_a_new_run(images, tmp_path, lilora, unreported):
     run = tmp_path / "run"
-    assert lilora(*command(images, run), "--order", "colour,count")[0] == 0
-    code, _, err = lilora(*command(images, run))
+    train = [*command(images, run), "--max-steps", "1"]
+    assert lilora(*train, "--order", "colour,count")[0] == 0
+    code, _, err = lilora(*train)
     assert code == 2
     assert "start a new run" in one_sentence(err)
-    shutil.rmtree(run)
 
 
 # --- the ready manifest -------------------------------------------------------------------------------------------------
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(path)
+
+
+def test_the_ready_manifest_runs_once_its_data_is_there(tmp_path):
+    tasks = yaml.safe_load((EXAMPLES / "mtil.yaml").read_text())["tasks"]
+    with pytest.raises(UserError, match=r"task 'Aircraft': .*Aircraft.train cannot be read .*--data"):
+        load_manifest(EXAMPLES / "mtil.yaml", data=tmp_path)
+    for task in tasks:
+        for split in ("train", "test"):
+            for label in task.get("classes", ["great_white", "other"]):
+                picture(tmp_path / task[split] / label / "x.png")
+    order = "StanfordCars,Food,MNIST,OxfordPet,Flowers,SUN397,Aircraft,Caltech101,DTD,EuroSAT,CIFAR100"
+    assert f"--order {order}" in (EXAMPLES / "mtil.yaml").read_text()
+    first, second = (load_manifest(EXAMPLES / "mtil.yaml", o, tmp_path).tasks for o in (None, order.split(",")))
+    assert len(first) == 11
+    assert [task.name for task in first] == sorted((task.name for task in second), key=str.casefold)
+    assert {task.shots for task in first} == {5}
+    assert LabelledImages(first[0], "train").classes == ["great white", "other"]
+    assert LabelledImages(first[7], "train").classes[7] == "seven"
+
+
+def test_the_digits_suite_loads_and_its_base_knows_every_word(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES / "digits")
+    import build
+
+    monkeypatch.setitem(
+        build.SUITES, "digits-clip", build.SUITES["digits-clip"]._replace(sizes={"train": 40, "test": 9})
+    )
+    monkeypatch.setattr("sys.argv", ["build.py", "--suite", "digits-clip", "--out", str(tmp_path), "--steps", "2"])
+    build.main()
+    manifest = load_manifest(EXAMPLES / "digits" / "clip.yaml", data=tmp_path / "data")
+    assert [task.name for task in manifest.tasks] == list(build.SUITES["digits-clip"].tasks)
+    _, processor = clip.load(str(tmp_path / "base"), "auto")
+    for task in manifest.tasks:
+        assert len(LabelledImages(task, "test")) == 9
+        data, collate = clip.training_data(task, processor)
+        assert {sample.label for sample in data} == set(range(len(data.classes)))
+        inputs = collate(data.samples)
+        assert processor.tokenizer.unk_token_id not in inputs["input_ids"]
+        assert inputs["pixel_values"].shape == (40, 3, 32, 32)

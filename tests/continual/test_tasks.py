@@ -220,9 +220,9 @@ def test_a_ready_manifest_runs_once_its_data_is_there(name, count, tmp_path):
 def processor(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "digits")
     from base import make_processor
-    from scenes import pools
+    from scenes import TASKS, pools
 
-    return make_processor(pools()[0])
+    return make_processor(pools()[0], TASKS.values())
 
 
 @pytest.fixture

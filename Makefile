@@ -15,7 +15,7 @@ LONG := runs/digits-long
 TRAIN_LONG = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/long.yaml --max-steps 150 --batch-size 16 --gradient-accumulation 1 --quiet
 LORA_64 := --r 64 --alpha 128
 LILORA := --method lilora --lr 3e-3 $(LORA_64) --sub-rank 26
-PCLR := --method pclr --lr 3e-3 --r 32 --alpha 64 --set cap=128 --set shared=16 --set value_init=random
+PCLR := --method pclr --lr 3e-3 --r 32 --alpha 64 --set cap=192 --set shared=16 --set value_init=random
 OPTIONS.lora := --method lora --lr 1e-3 $(LORA_64)
 OPTIONS.ewc := --method ewc --lr 1e-3 $(LORA_64)
 OPTIONS.lwf := --method lwf --lr 1e-3 $(LORA_64)
@@ -28,7 +28,7 @@ OPTIONS.pclr := $(PCLR)
 OPTIONS.pclr-released := $(PCLR) --preset released --set 'schedule="progressive"'
 OPTIONS.pclr-no-integration := $(PCLR) --set integrate=false
 OPTIONS.pclr-constant := $(PCLR) --set 'schedule="constant"'
-OPTIONS.pclr-late := $(PCLR) --set 'schedule=[[32,1.0],[32,1.0],[32,1.0],[32,1.0],[16,0.875]]'
+OPTIONS.pclr-late := $(PCLR) --set 'schedule=[[32,1.0],[32,1.0],[32,1.0],[32,1.0],[32,1.0],[32,1.0],[16,0.9166]]'
 OPTIONS.lilora-r32 := --method lilora --lr 3e-3 --r 32 --alpha 64 --sub-rank 26
 OPTIONS.lilora-r128 := --method lilora --lr 3e-3 --r 128 --alpha 256 --sub-rank 26
 OPTIONS.lilora-sub13 := --method lilora --lr 3e-3 $(LORA_64) --sub-rank 13

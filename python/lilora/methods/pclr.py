@@ -17,6 +17,7 @@ from lilora_kernels.rank_pool import EXPERTS, GateRule, Query, RankPool, RankPoo
 from .base import Batches, Inputs, Method, Stage, Tensors
 from .compression import least_redundant, merged_keys, strided
 from .distillation import divergence
+from .lora import answer_positions
 from .pooled import learn_only, pool_tensors, put_pools, put_stored
 from .redundancy import rank_gram
 from .settings import Settings
@@ -324,9 +325,8 @@ class PCLR(Method):
         if self.options.lwf and len(self.tasks) > 1:
             with torch.no_grad(), self.routes.querying(None, snapshot=True):
                 teacher = self.model(**inputs).logits
-            answers = inputs["labels"] >= 0
-            answers = answers.roll(-1, 1)  # the position before a token says it
-            told = divergence(outputs.logits[answers], teacher[answers], 2.0, self.options.vocabulary).mean()
+            answered = answer_positions(inputs["labels"])
+            told = divergence(outputs.logits[answered], teacher[answered], 2.0, self.options.vocabulary).mean()
             loss = loss + share * self.options.lwf * told
         return loss
 

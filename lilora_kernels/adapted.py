@@ -52,9 +52,10 @@ class AdaptedLinear(nn.Module):
             return "the base has hooks"
         return None
 
-    def _adapted(self, x: Tensor, factors: tuple, scaling: float, args: tuple, kwargs: dict, **adapter) -> Tensor:
+    def _adapted(
+        self, x: Tensor, factors: tuple, scaling: float, p: float, args: tuple, kwargs: dict, **adapter
+    ) -> Tensor:
         """base_layer(x) + the adapter of `factors` (a, b0, u, v, fusion), in one operation where the base allows it."""
-        p = self.dropout if self.training else 0.0
         adapter |= {"scaling": scaling, "p": p, "seed": functional.draw_seed(x.device) if p else None}
         if self.unfused_reason() is None and not args and not kwargs:
             return functional.linear(x, self.base_layer.weight, self.base_layer.bias, *factors, **adapter)

@@ -70,7 +70,9 @@ def refusals(op: str, x: Tensor, rank: int, sub_rank: int) -> dict[str, str | No
     """For each backend in order of preference, why it cannot run `op` on x; None if it can."""
     table = _table[op]
     return {
-        name: table[name].refusal(x, rank, sub_rank) if name in table else "this operation has no kernel of its own there"
+        name: table[name].refusal(x, rank, sub_rank)
+        if name in table
+        else "this operation has no kernel of its own there"
         for name in ORDER
     }
 

@@ -233,7 +233,8 @@ class LiLoRALinear(AdaptedLinear):
         else:
             a, b0, u, v, fusion = self._current_slot()
             u, v, rows = u.unsqueeze(0), v.unsqueeze(0), None
-        y = self._adapted(x, (a, b0, u, v, fusion), self.lilora_scaling, args, kwargs, task=rows)
+        p = self.dropout if self.training else 0.0
+        y = self._adapted(x, (a, b0, u, v, fusion), self.lilora_scaling, p, args, kwargs, task=rows)
         if not torch.compiler.is_compiling() and y.requires_grad and self._learns():
             y.register_hook(self.routes.unchanged())
         return y

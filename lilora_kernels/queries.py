@@ -69,7 +69,7 @@ class PoolRoute(Route):
             return self.text.new_zeros(self.samples, width)
         count, total = self.images.shape[0], sum(self.units or ())
         each = total // count
-        if self.units is None or total % count or any(units % each for units in self.units):
+        if self.units is None or not each or total % count or any(units % each for units in self.units):
             raise ValueError(
                 f"{count} images do not explain {self.units} image tokens per sample; pass input_ids with the images"
             )
@@ -81,7 +81,10 @@ class PoolRoute(Route):
         """What the pool chooses for this forward, computed once."""
         if pool not in self._choices:
             # A checkpointed layer that asks first must not record the choice as its own: it is not made again.
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            with (
+                torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+                torch.autocast(self.task.device.type, enabled=False),  # rounded scores would tie
+            ):
                 self._choices[pool] = pool.choose(self.query(), self.snapshot, self._newest())
         return self._choices[pool]
 

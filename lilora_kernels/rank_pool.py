@@ -60,6 +60,7 @@ class RankPoolLinear(AdaptedLinear):
                 f"part {part!r} is {list(a.shape)} and {list(b.shape)}; it must be [n, {self.in_features}] and "
                 f"[{self.out_features}, n]"
             )
+        self._gathered = None
         for parameters, value in ((self.lora_A, a), (self.lora_B, b)):
             if part in parameters:
                 del parameters[part]
@@ -84,7 +85,12 @@ class RankPoolLinear(AdaptedLinear):
             return self.base_layer(x, *args, **kwargs)
         a, b = self._gather(choice)
         adapter = {"gate": choice.gate, "gate_row": rows, "ranks": self._trained(choice)}
-        return self._adapted(x, (a, b, None, None, None), self.scaling, args, kwargs, **adapter)
+        p = self.dropout if self.training and not choice.snapshot else 0.0
+        return self._adapted(x, (a, b, None, None, None), self.scaling, p, args, kwargs, **adapter)
+
+    def train(self, mode: bool = True) -> "RankPoolLinear":
+        self._gathered = None
+        return super().train(mode)
 
     def _gather(self, choice: Choice) -> tuple[Tensor, Tensor]:
         parts = {n: self.part(n, choice.snapshot) for names, _ in choice.groups for n in names}
@@ -94,7 +100,8 @@ class RankPoolLinear(AdaptedLinear):
         source = tuple((t.data_ptr(), version(t)) for part in parts.values() for t in part)
         source += tuple((names, id(ranks)) for names, ranks in choice.groups)
         if self._gathered is None or self._gathered[0] != source:
-            with torch.no_grad():
+            # Tensors made in inference mode could not be saved for a later backward.
+            with torch.inference_mode(False), torch.no_grad():
                 self._gathered = source, choice, gather(parts, choice.groups)
         return self._gathered[2]
 
@@ -218,9 +225,10 @@ class RankPool(nn.Module):
         if newest is not None and new and old:
             return self._switched(query, newest, snapshot)
         rule = self.rule
-        if new and new >= rule.rank and (rule.reuse == "top_up" or not old):
+        top_up = rule.reuse == "top_up" and self.training and not snapshot  # inference chooses among all
+        if new and new >= rule.rank and (top_up or not old):
             picks = [(("new",), rule.rank)]
-        elif new and rule.reuse == "top_up" and old:
+        elif new and top_up and old:
             picks = [(("old",), rule.rank - new), (("new",), new)]
         else:
             picks = [(tuple(part for part in EXPERTS if sizes[part]), rule.rank)]

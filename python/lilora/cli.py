@@ -240,8 +240,10 @@ def analyze(
 @app.command()
 def generate(
     bank: BankPath,
-    task: Annotated[str, typer.Option(help="Which task's adapter answers.")],
     prompt: Annotated[str, typer.Option(help="The question.")],
+    task: Annotated[
+        str | None, typer.Option(help="Which task's adapter answers; not for methods that need no task.")
+    ] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="Image file; may be given several times, or not at all.")
     ] = None,
@@ -257,7 +259,10 @@ def generate(
 
     for path in image or ():
         open_image(path)
-    _, method, processor = load_bank(bank, model, device, wanted=task)
+    opened, method, processor = load_bank(bank, model, device, wanted=task)
+    if task is None and method.needs_task:
+        raise UserError(f"--task is missing; {bank} has {', '.join(opened.tasks)}")
+    task = task or opened.tasks[-1]
     sample = Sample("prompt", tuple(image or ()), prompt, ("",))
     if not method.mixed_batches:
         method.activate(task, train=False)

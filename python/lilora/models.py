@@ -49,10 +49,11 @@ def query_source(model: nn.Module) -> QuerySource:
     """
     tower = next((module for name, module in model.named_modules() if name.split(".")[-1] == "vision_tower"), None)
     layers = getattr(getattr(tower, "encoder", None), "layers", None)
-    if layers is None or len(layers) < 2 or getattr(model.config, "image_token_id", None) is None:
+    has_class = hasattr(getattr(tower, "embeddings", None), "class_embedding")
+    if layers is None or len(layers) < 2 or not has_class or model.config.model_type != "llava":
         raise UserError(
-            f"{type(model).__name__} has no vision tower with a class token that queries could come from; use a model of the "
-            "LLaVA family"
+            f"{type(model).__name__} has no vision tower with a class token that queries could come from; use a LLaVA "
+            "with a CLIP tower"
         )
     embedding = model.get_input_embeddings()
     return QuerySource(embedding, tower, layers[-2], tower.config.hidden_size, model.config.image_token_id)

@@ -87,7 +87,8 @@ def test_interrupted_in_every_stage_a_run_ends_with_the_same_bank(name, suite, t
 def test_the_memory_of_a_pool_is_flat_and_that_of_lora_per_task_grows(suite, tmp_path, lilora, train_options):
     """By what a report shows; the pool's only growth is a query per task."""
     sizes = {}
-    for method, more in (("pclr", ["--set", "cap=8", "--set", "shared=2", "--r", "4"]), ("dirlora", []), ("dac", [])):
+    pool = ["--r", "4", "--set", "cap=8", "--set", "shared=2", "--set", "shared_learns=always"]
+    for method, more in (("pclr", pool), ("dirlora", []), ("dac", [])):
         out = tmp_path / method
         lilora("train", suite / "tasks.yaml", "--method", method, "--out", out, *train_options, *more)
         (run,) = json.loads((out / "metrics.json").read_text())["runs"]
@@ -123,5 +124,5 @@ def test_frozen_experts_cost_no_gradient(suite, monkeypatch):
         functional, "linear", lambda *a, **k: seen.append((a[3].shape[0], k["ranks"])) or linear(*a, **k)
     )
     method.model(**inputs)
-    assert set(seen) == {(4 + 2 + 4, (6, 10))}
+    assert set(seen) == {(4 + 4, (4, 8))}  # old and new ranks; shared ones come with the first integration
     assert len(seen) == len(method.layers)

@@ -87,7 +87,6 @@ def test_a_methods_own_state_may_have_any_shape(tmp_path):
         bank.add_task("two", {}, shared | {"state.counts": torch.ones(3, dtype=torch.int64)})
 
 
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_round_trip(tmp_path, dtype):
     bank = Bank.create(tmp_path / "new" / "bank", config={"r": R, "targets": ["up"]}, base_model=BASE)

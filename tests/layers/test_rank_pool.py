@@ -210,6 +210,8 @@ def test_old_ranks_top_up_too_few_new_ones():
     assert set(ranks.tolist()) == best(plain_scores(pool, q, "old")[0], 1)
     enough = make_pool(8, 3, reuse="top_up").choose(q)
     assert [names for names, _ in enough.groups] == [("new",)]
+    inference = make_pool(8, 3, reuse="top_up").eval().choose(queries())
+    assert [names for names, _ in inference.groups] == [("old",), ("new",)]
 
 
 def test_the_switch_gives_new_ranks_to_samples_of_the_newest_task_only():

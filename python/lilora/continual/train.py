@@ -417,13 +417,16 @@ def run_of(bank: Bank) -> Run:
     if not bank.scores:
         raise UserError(f"{bank.path} holds no scores yet; run lilora train to its end")
     infos = [task["info"] for task in bank.describe()["tasks"]]
-    sizes = {name: [info[name] for info in infos] for name in ("parameters", "ranks")}
-    first, last = sizes["parameters"][0], sizes["parameters"][-1]
+    per_task = sizes = None
+    if all("parameters" in info for info in infos):  # banks of earlier versions do not say
+        sizes = {name: [info[name] for info in infos] for name in ("parameters", "ranks")}
+        first, last = sizes["parameters"][0], sizes["parameters"][-1]
+        per_task = round((last - first) / (len(infos) - 1)) if len(infos) > 1 else first
     return Run(
         label_of(bank),
         bank.config["train"]["seed"],
         ScoreMatrix.from_dict(bank.scores["matrix"]),
-        round((last - first) / (len(infos) - 1)) if len(infos) > 1 else first,
+        per_task,
         sum(bank.scores["seconds"].values()),
         {"settings": bank.config["settings"], "train": bank.config["train"], "sizes": sizes},
     )

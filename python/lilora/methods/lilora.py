@@ -24,7 +24,10 @@ class LiLoRA(Method):
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
-        config = LiLoRAConfig(**settings)
+        try:
+            config = LiLoRAConfig(**settings)
+        except TypeError as error:  # an unknown name, or a value of the wrong type
+            raise UserError(f"lilora: a setting is wrong ({error}); see `lilora train --help`") from error
         # Wrong settings, and a backend ordered that cannot run, are known before training.
         try:
             choose("linear", next(base.parameters()).new_empty(1, 1), config.r, config.sub_rank)

@@ -22,7 +22,6 @@ from .pooled import learn_only, pool_tensors, put_pools, put_stored
 from .redundancy import rank_gram
 from .settings import Settings
 
-PARTS = ("old", "shared", "new")
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {
@@ -38,7 +37,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocabulary": 100,
         "temperature": 2.0,
         "train_keys": False,
-        "shared_from": "integration",
         "newest_switch": True,
         "schedule": [(64, 1.0)] * 4 + [(64, 0.75)] * 2 + [(32, 0.875)] * 2,
     },
@@ -59,10 +57,10 @@ class PCLRSettings(Settings):
     "redundancy" or by "stride"; merge_keys: task queries are added to the kept keys. integrate: distil the old pool into
     the compressed one, with fake queries that are learned "keys" or "task" means, over the teacher's `vocabulary` largest
     logits (None: all) at `temperature`, with integration_rate and integration_epochs times the run's learning rate and
-    epochs; train_keys: keys follow the fake queries then. shared_from: shared ranks exist from the "start" or from the
-    first "integration"; shared_learns: in "integration" only, or "always", as the code's second suite has it.
-    newest_switch: inference gives new experts only to samples nearest to the newest task. lwf: weight of a distillation
-    from the model before the task while a new one is learned (PCLR-LwF, our reading).
+    epochs; train_keys: keys follow the fake queries then. shared_learns: shared ranks are made at the first "integration"
+    and learn in integrations only, or exist and learn "always", as in the code's second suite. newest_switch: inference
+    gives new experts only to samples nearest to the newest task. lwf: weight of a distillation from the model before the
+    task while a new one is learned (PCLR-LwF, our reading).
     """
 
     target_modules: str
@@ -91,7 +89,6 @@ class PCLRSettings(Settings):
     train_keys: bool = True
     integration_rate: float = Field(0.25, gt=0)
     integration_epochs: float = Field(1.0, gt=0)
-    shared_from: Literal["start", "integration"] = "start"
     shared_learns: Literal["always", "integration"] = "integration"
     newest_switch: bool = False
     lwf: float = Field(0.0, ge=0)
@@ -113,11 +110,18 @@ class PCLRSettings(Settings):
         if isinstance(self.schedule, list):
             if not self.schedule:
                 raise ValueError("schedule is empty; give (new ranks, retention) for each task")
+            self._walk()
             if self.schedule[0][0] < self.r:
                 raise ValueError(
                     f"r is {self.r} and the pool has {self.schedule[0][0]} ranks after the first task; r must fit into it"
                 )
         return self
+
+    def _walk(self) -> None:
+        """Raise UserError where the table would exceed the cap."""
+        ranks = 0
+        for learned in range(len(self.schedule) + 1):
+            ranks = sum(self.plan(learned, ranks))
 
     def plan(self, learned: int, ranks: int) -> tuple[int, int]:
         """(ranks that stay, new ranks) for the next task after `learned` ones that have `ranks` in all."""
@@ -242,7 +246,10 @@ class PCLR(Method):
             kept = kept.to(text.device)
             for path in self.members[name]:
                 layer = self.layers[path]
-                layer.snapshot = {part: layer.part(part) for part in PARTS}
+                layer.snapshot = {part: layer.part(part) for part in EXPERTS}
+                layer.snapshot["shared"] = tuple(
+                    t.detach().clone() for t in layer.part("shared")
+                )  # they go on learning
                 a = torch.cat([layer.part(part)[0] for part in EXPERTS])
                 b = torch.cat([layer.part(part)[1] for part in EXPERTS], 1)
                 layer.put("old", a[kept], b[:, kept], train=False)
@@ -276,6 +283,7 @@ class PCLR(Method):
         self.model.train(was_training)
         text, vision = torch.cat([q.text for q in found]), torch.cat([q.vision for q in found])
         mean = Query(normalised(text.mean(0, keepdim=True)), normalised(vision.mean(0, keepdim=True)))
+        drawn = torch.randperm(len(text))[torch.arange(new) % len(text)].to(text.device)
         for name, pool in self.pools.items():
             nearest = None
             if old and self.options.value_init == "nearest":
@@ -283,12 +291,11 @@ class PCLR(Method):
             if self.options.key_init == "mean":
                 keys = mean.text.expand(new, -1), mean.vision.expand(new, -1)
             else:
-                drawn = torch.randperm(len(text))[torch.arange(new) % len(text)].to(text.device)
                 keys = text[drawn], vision[drawn]
             pool.put("new", *keys, train=True)
             for path in self.members[name]:
                 self._grow_layer(self.layers[path], new, nearest)
-            if self.options.shared and self.options.shared_from == "start":
+            if self.options.shared and self.options.shared_learns == "always":
                 self._share(pool, name)
         self._learn("new", *(("shared",) if self.options.shared_learns == "always" else ()))
 
@@ -352,10 +359,8 @@ class PCLR(Method):
                 self._share(pool, name)
         self.fakes = self.queries
         if self.options.fake_queries == "keys":
-            keys = [
-                [torch.cat([pool.snapshot[p][i] for p in EXPERTS]) for i in range(2)] for pool in self.pools.values()
-            ]
-            self.fakes = Query(*(normalised(torch.stack([normalised(k[i]) for k in keys]).mean(0)) for i in range(2)))
+            keys = [pool.snapshot[part] for pool in self.pools.values() for part in EXPERTS]
+            self.fakes = Query(*(normalised(torch.cat(kind).detach()) for kind in zip(*keys, strict=True)))
         self.chances = torch.ones(len(self.fakes.text), device=self.model.device)
         self._learn("old", "shared")
 

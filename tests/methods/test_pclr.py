@@ -13,7 +13,6 @@ from lilora.methods.compression import least_redundant, merged_keys, strided
 from lilora.methods.distillation import divergence
 from lilora.methods.pclr import PCLRSettings
 from lilora.methods.redundancy import rank_gram
-from lilora_kernels import queries as queries_module
 from lilora_kernels import rank_pool
 from lilora_kernels.rank_pool import GateRule, Query
 
@@ -508,4 +507,3 @@ def test_a_prompt_without_ids_is_refused():
         method.model(inputs_embeds=torch.randn(1, 3, 16))
     with pytest.raises(RuntimeError, match="outside the model's forward"):
         next(iter(method.layers.values()))(torch.randn(1, 16))
-    assert queries_module.PoolRoute is type(method.routes.last)

@@ -12,8 +12,8 @@ from .lora import LoRASettings, SequentialLoRA, answer_positions, evaluating
 
 
 class EWCSettings(LoRASettings):
-    """penalty: lambda of the quadratic penalty; on the digits suite 100 forgets as plain LoRA does and 1e6 hardly learns.
-    fisher_samples: training samples of a task that its Fisher is taken from, at most.
+    """penalty: lambda of the quadratic penalty. fisher_samples: training samples of a task that its Fisher is taken from,
+    at most.
     """
 
     penalty: float = Field(1e4, ge=0, allow_inf_nan=False)

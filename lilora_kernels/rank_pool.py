@@ -141,7 +141,7 @@ class GateRule:
 
     rank: ranks chosen among the experts. scope: one set per "sample" or per "batch" (in training; inference always
     chooses per sample). value: a chosen rank is weighted by its "score" or by 1 ("binary"). reuse: learned experts
-    compete with new ones over "all", or only fill up ("top_up") when there are fewer than `rank` new ones. query:
+    compete with new ones over "all", or in training only fill up ("top_up") fewer than `rank` new ones. query:
     "concatenated" is one cosine between [text, vision] and the key, "two" is cos_text + vision_weight * cos_vision.
     """
 

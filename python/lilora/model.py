@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
-from lilora_kernels import attach, check_task_name
+from lilora_kernels import LiLoRALinear, attach, check_task_name
 from lilora_kernels.routing import Routes, detach, route_of_batch
 
 from .config import LiLoRAConfig
@@ -168,6 +168,17 @@ def adapted_layers(model: nn.Module) -> dict[str, Linear]:
         for name, module in model.named_modules()
         if isinstance(module, Linear)
     }
+
+
+def task_tensors(layers: dict[str, LiLoRALinear], task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the task's own tensors, the shared ones) of adapted layers by path, as a bank names them: the model's own memory."""
+    own, shared = {}, {}
+    for path, layer in layers.items():
+        own[f"{path}.U"], own[f"{path}.V"] = layer.lilora_U[task], layer.lilora_V[task]
+        if layer.fusion:
+            own[f"{path}.fusion"] = layer.lilora_fusion[task]
+        shared[f"{path}.A"], shared[f"{path}.B0"] = layer.lilora_A[task], layer.lilora_B[task]
+    return own, shared
 
 
 @torch.no_grad()

@@ -181,19 +181,25 @@ def task_tensors(layers: dict[str, LiLoRALinear], task: str) -> tuple[dict[str, 
     return own, shared
 
 
-@torch.no_grad()
 def shared_fingerprint(model: nn.Module) -> str | None:
-    """16 hex digits over the values of every A and B0 (as fp32, so a cast that loses nothing keeps it); None without."""
+    """`fingerprint` of every A and B0; None without any, or without their data (meta device)."""
+    shared = {
+        f"{name}.{key}": tensor
+        for name, layer in adapted_layers(model).items()
+        for key, tensors in (("A", layer.lilora_A), ("B0", layer.lilora_B))
+        for tensor in list(tensors.values())[:1]
+    }
+    return fingerprint(shared) if shared and not any(tensor.is_meta for tensor in shared.values()) else None
+
+
+@torch.no_grad()
+def fingerprint(shared: dict[str, Tensor]) -> str:
+    """16 hex digits over the values of shared factors (as fp32, so a cast that loses nothing keeps it)."""
     digest = hashlib.sha256()
-    layers = adapted_layers(model)
-    for name in sorted(layers):
-        for key, shared in (("A", layers[name].lilora_A), ("B0", layers[name].lilora_B)):
-            for tensor in list(shared.values())[:1]:
-                if tensor.is_meta:
-                    return None
-                digest.update(f"{name}.{key}{list(tensor.shape)}".encode())
-                digest.update(fp32_bytes(tensor))
-    return digest.hexdigest()[:16] if layers else None
+    for name in sorted(shared, key=lambda name: name.rpartition(".")):
+        digest.update(f"{name}{list(shared[name].shape)}".encode())
+        digest.update(fp32_bytes(shared[name]))
+    return digest.hexdigest()[:16]
 
 
 def fp32_bytes(tensor: Tensor) -> memoryview:

@@ -21,7 +21,7 @@ PREFIX = "base_model.model."  # of every name of a tensor in PEFT's files
 
 @dataclass(frozen=True)
 class PlainLoRA:
-    """y += scaling * D(x) A^T B^T; factors: path of each linear -> A [r, K], B [N, r]; dropout: of D in training."""
+    """y += scaling * D(x) A^T B^T; factors: path of each linear -> A [r, K], B [N, r], which may be wider than A."""
 
     factors: dict[str, tuple[Tensor, Tensor]]
     scaling: float
@@ -39,17 +39,17 @@ def up_projection(path: str, own: dict[str, Tensor], b0: Tensor) -> Tensor:
 
 @torch.no_grad()
 def plain_lora(own: dict[str, Tensor], shared: dict[str, Tensor], scaling: float, dropout: float) -> PlainLoRA:
-    """The LoRA that a task is, from its tensors as a bank has them; B is computed in fp32 at least and rounded once."""
+    """The LoRA that a task is, from its tensors as a bank has them; B is computed, and left, in fp32 at least."""
     factors = {}
-    for path in [name.removesuffix(".A") for name in shared if name.endswith(".A")]:
-        a, b0 = shared[f"{path}.A"], shared[f"{path}.B0"]
+    for path in [n.removesuffix(".A") for n in shared if n.endswith(".A") and not n.startswith("state.")]:
+        b0 = shared[f"{path}.B0"]
         wide = b0.to(torch.promote_types(b0.dtype, torch.float32))
-        factors[path] = a, up_projection(path, own, wide).to(b0.dtype)
+        factors[path] = shared[f"{path}.A"], up_projection(path, own, wide)
     return PlainLoRA(factors, scaling, dropout)
 
 
 def write_lora(folder: Path, lora: PlainLoRA, base_model: str | None) -> None:
-    """PEFT's two files of a LoRA into an existing folder: adapter_config.json and adapter_model.safetensors."""
+    """PEFT's two files of a LoRA into an existing folder: adapter_config.json and adapter_model.safetensors, in A's dtype."""
     r = len(next(iter(lora.factors.values()))[0])
     alpha = lora.scaling * r
     config = LoraConfig(
@@ -63,7 +63,7 @@ def write_lora(folder: Path, lora: PlainLoRA, base_model: str | None) -> None:
     config.save_pretrained(str(folder))
     tensors = {}
     for path, (a, b) in lora.factors.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = a, b
+        tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = a, b.to(a.dtype)
     write_tensors(folder, tensors)
 
 
@@ -114,12 +114,13 @@ def lora_about(task: str, base_model: str | None) -> str:
     )
 
 
-def lora_use(base_model: str | None, loader: str = "AutoModelForImageTextToText") -> str:
-    return (
-        "```python\n"
-        "from peft import PeftModel\n"
-        f"from transformers import {loader}\n\n"
-        f'model = {loader}.from_pretrained("{base_model or "BASE"}")\n'
-        'model = PeftModel.from_pretrained(model, "FOLDER-OR-REPOSITORY")\n'
-        "```"
-    )
+def lora_use(base_model: str | None, loader: str = "AutoModelForImageTextToText", *first: str) -> str:
+    lines = [
+        *first,
+        "from peft import PeftModel",
+        f"from transformers import {loader}",
+        "",
+        f'model = {loader}.from_pretrained("{base_model or "BASE"}")',
+        'model = PeftModel.from_pretrained(model, "FOLDER-OR-REPOSITORY")',
+    ]
+    return "\n".join(["```python", *lines, "```"])

@@ -44,14 +44,15 @@ def read_lilora(files: Sequence[Path], model: nn.Module, tasks: Sequence[str] | 
     every = {common_name(name): name for name, linear in model.named_modules() if isinstance(linear, nn.Linear)}
     file = Checkpoint(path, {part: values.get(part, {}) for part in _PARTS}, lambda raw: bank_name(raw, every))
     held = [name for name in every.values() if f"{name}.A" in file]
-    if not held:
-        raise UserError(f"{path} has no lora_share_A of any linear in this model; give the base model of its training")
     adapted = {kind: any(kind in name for name in held) for kind in ("projector", "self_attn")}
     pattern = target_modules(model.config, projector=adapted["projector"], attention=adapted["self_attn"])
     linears = {name: model.get_submodule(name) for name in every.values() if re.fullmatch(pattern, name)}
-
+    first = next((name for name in linears if name in held), None)
+    if first is None:
+        raise UserError(f"{path} has no lora_share_A of a linear of this model; give the base model of its training")
     keys = task_keys(path, values)
-    r, q = (file.shape(n)[:1].numel() if n in file else None for n in (f"{held[0]}.A", f"{keys[0]}/{held[0]}.V"))
+    r, q = (file.shape(n)[:1].numel() if n in file else None for n in (f"{first}.A", f"{keys[0]}/{first}.V"))
+
     shared: Tensors = {}
     own: dict[str, Tensors] = {key: {} for key in keys}
     for name, linear in linears.items():

@@ -48,6 +48,7 @@ def test_train_evaluates_after_every_task_and_reports(method, suite, tmp_path, l
     assert len(carried) == {"lilora-frozen": 3, "dirlora": 3}.get(method, 0)  # only where the function is unchanged
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
     assert Bank.open(tmp_path / "run" / "bank").tasks == ["colour", "count", "name"]
+    assert "| after | colour | count | name |" in (tmp_path / "run" / "bank" / "README.md").read_text()
     if method == "lilora-frozen":
         bank = Bank.open(tmp_path / "run" / "bank")
         assert len({bank.shared_fingerprint(task) for task in bank.tasks}) == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..io.atomic import new_folder
 from ..io.bank import Bank, BaseModelId
-from ..io.export_lora import lora_about, lora_use, write_lora
+from ..io.export_lora import lora_use, write_lora
 from ..io.hub import write_card
 from ..io.peft_folder import write_peft
 from ..methods import METHODS
@@ -31,19 +31,20 @@ def export_tasks(bank: Bank, task: str | None, out: Path, form: str = "lora") ->
         raise UserError(f"--format lilora is for tasks of method lilora and {bank.path} is of {method.name}; use lora")
     one = task is not None or not method.needs_task
     names = [chosen_task(bank, task)] if one else bank.tasks
-    base = bank.base_model.id
+    base, auto_class = bank.base_model.id, kind_of(bank.config).auto_class
     with new_folder(out) as folder:
         for name in names:
             place = folder if one else folder / name
             place.mkdir(exist_ok=True)
+            about = f"{what_of(bank, name)}, as a "
             if form == "lora":
                 write_lora(place, method.as_lora(bank, name), base)
-                about, use = lora_about(name, base), lora_use(base, kind_of(bank.config).auto_class)
+                about, use = f"{about}plain LoRA.", lora_use(base, auto_class)
             else:
                 (own, _), (_, shared) = bank.load_task(name), bank.load_task(bank.tasks[-1])
                 write_peft(place, own, shared, bank.config["settings"], base)
-                about = f"Task `{name}` as a LiLoRA adapter of PEFT, with the factors that it shares with other tasks."
-                use = lora_use(base, kind_of(bank.config).auto_class, "import lilora  # teaches PEFT the method")
+                about += "LiLoRA adapter of PEFT, with the factors that it shares with other tasks."
+                use = lora_use(base, auto_class, "import lilora  # teaches PEFT the method")
             card(place, bank, name, about, use, library="peft", tags=["lora"])
     return {name: str(out if one else out / name) for name in names}
 
@@ -74,10 +75,13 @@ def merge_task(bank: Bank, task: str | None, out: Path, model: str | None = None
             f'model = {loader}.from_pretrained("FOLDER-OR-REPOSITORY")\n'
             "```"
         )
-        about = (
-            f"`{bank.base_model.id}` with what `{method.name}` has learned of `{name}` in its weights: a plain model."
-        )
+        about = f"{what_of(bank, name)}, in the weights of a plain model."
         card(folder, bank, name, about, use, library="transformers", tags=[], relation="finetune")
+
+
+def what_of(bank: Bank, task: str) -> str:
+    of = f"task `{task}`" if METHODS[bank.config["method"]].needs_task else "all its tasks"
+    return f"What `{bank.base_model.id}` has learned of {of} with `{bank.config['method']}`"
 
 
 def chosen_task(bank: Bank, task: str | None) -> str:

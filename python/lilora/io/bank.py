@@ -3,6 +3,7 @@
     bank.json                           index: tasks in training order, config, base model, scores, checksums
     shared-<fingerprint>.safetensors    one set of shared tensors, used by one task or by many
     tasks/<name>.safetensors            the tensors of one task
+    README.md                           model card for the hub, which the commands write and nothing reads
 
 `bank.json` is written last and decides what belongs to the bank, so a process killed at any moment leaves the bank as
 it was or as it was to be. Files that the index does not name are leftovers; the next successful write deletes them.

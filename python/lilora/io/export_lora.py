@@ -104,14 +104,8 @@ def export_lora(model: nn.Module, task: str, folder: str | Path) -> None:
             base_model=base_model,
             library="peft",
             tags=["lora", "lilora"],
-            sections={"About": lora_about(task, base_model), "Use": lora_use(base_model)},
+            sections={"About": f"Task `{task}` of a LiLoRA model, as a plain LoRA.", "Use": lora_use(base_model)},
         )
-
-
-def lora_about(task: str, base_model: str | None) -> str:
-    return (
-        f"Task `{task}` of a LiLoRA model on `{base_model or 'its base model'}`, as the plain LoRA that it is exactly."
-    )
 
 
 def lora_use(base_model: str | None, loader: str = "AutoModelForImageTextToText", *first: str) -> str:

@@ -35,7 +35,7 @@ def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> list
     sizes = inputs.get("image_sizes")
     if tokens is None or sizes is None:
         return tokens
-    packer = next((module for module in model.modules() if hasattr(module, "pack_image_features")), None)
+    packer = next((module for module in model.modules() if hasattr(module, "image_newline")), None)
     if packer is not None:
         return _tiles(packer, sizes, inputs.get("batch_num_images"), tokens)
     merge = getattr(config, "spatial_merge_size", 1)

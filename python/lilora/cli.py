@@ -4,7 +4,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,10 +12,15 @@ from rich.table import Table
 
 from .errors import UserError
 
+if TYPE_CHECKING:
+    from .io.bank import Bank
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
 )
-bank_app = typer.Typer(no_args_is_help=True, help="Look into a bank of learned tasks.")
+bank_app = typer.Typer(
+    no_args_is_help=True, help="A bank of learned tasks: look into it, import, export, merge, remove."
+)
 app.add_typer(bank_app, name="bank")
 console = Console()
 
@@ -24,6 +29,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Order = Annotated[str | None, typer.Option(help="Task names, comma-separated: which tasks to learn, in this order.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of the tasks' files, instead of the one the manifest names.")]
 BankPath = Annotated[Path, typer.Argument(help="A bank folder, or the run folder that holds one.")]
+AnyBank = Annotated[Path, typer.Argument(help="A bank folder, the run folder that holds one, or a hub repository.")]
+NewFolder = Annotated[Path, typer.Option("--out", help="New or empty folder.")]
 Rank = Annotated[int, typer.Option("--r", min=1, help="Rank of the shared factors, and of the LoRA baselines.")]
 SubRank = Annotated[int, typer.Option(min=1, help="Rank of a task's own factors (lilora).")]
 Projector = Annotated[bool, typer.Option(help="Adapt the projector's linear layers too, as the paper does.")]
@@ -95,6 +102,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Learn a sequence of tasks in one process, evaluating after each; resumable; writes a report."""
+    from .continual.publish import write_bank_card
     from .continual.report import print_tables, write_report
     from .continual.tasks import load_manifest
     from .methods import METHODS
@@ -139,6 +147,7 @@ def train(
     run.train(eval_batch_size, save_steps, workers, bars, (lambda line: None) if as_json else console_line)
     result = run.result()
     page = write_report(out, [result], f"{result.method} on {manifest.name}", environment())
+    write_bank_card(run.bank)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
@@ -148,7 +157,7 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    bank: BankPath,
+    bank: AnyBank,
     tasks: Annotated[Path, typer.Option(help="The task manifest with the test data.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch; tasks are mixed.")] = 32,
     model: Annotated[str | None, typer.Option(help="Base model; default: the one the bank was made with.")] = None,
@@ -239,7 +248,7 @@ def analyze(
 
 @app.command()
 def generate(
-    bank: BankPath,
+    bank: AnyBank,
     prompt: Annotated[str, typer.Option(help="The question.")],
     task: Annotated[
         str | None, typer.Option(help="Which task's adapter answers; not for methods that need no task.")
@@ -322,24 +331,90 @@ def info(as_json: Json = False) -> None:
 
 
 @bank_app.command("ls")
-def bank_ls(bank: BankPath, as_json: Json = False) -> None:
+def bank_ls(bank: AnyBank, as_json: Json = False) -> None:
     """List the tasks of a bank with their sizes."""
-    from .io.bank import Bank
-
-    content = Bank.open(bank_folder(bank)).describe()
+    content = open_bank(bank).describe()
     if as_json:
         print(json.dumps(content))
     else:
         console.print(bank_table(content))
 
 
+@bank_app.command("export")
+def bank_export(
+    bank: AnyBank,
+    out: NewFolder,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Which task; default: all, each in a folder of its name. Not for one LoRA for all."),
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", help="lora: a plain LoRA, for PEFT, vLLM ...; lilora: an adapter of PEFT with lilora imported."
+        ),
+    ] = "lora",
+    as_json: Json = False,
+) -> None:
+    """Write tasks as LoRA folders, from the bank alone: no base model is loaded."""
+    from .continual.publish import FORMATS, export_tasks
+
+    choice("--format", form, FORMATS)
+    folders = export_tasks(open_bank(bank), task, out, form)
+    if as_json:
+        print(json.dumps({"folders": folders}))
+        return
+    for name, folder in folders.items():
+        console_line(f"{name}: {folder}")
+
+
+@bank_app.command("merge")
+def bank_merge(
+    bank: AnyBank,
+    out: NewFolder,
+    task: Annotated[str | None, typer.Option(help="Which task; not for methods that need no task.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model; default: the one the bank was made with.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the base model with a task in its weights: a plain HuggingFace model with its processor."""
+    from .continual.publish import merge_task
+
+    merge_task(open_bank(bank), task, out, model)
+    if as_json:
+        print(json.dumps({"folder": str(out)}))
+    else:
+        console_line(f"merged model: {out}")
+
+
+@bank_app.command("rm")
+def bank_rm(
+    bank: BankPath, task: Annotated[str, typer.Option(help="Which task to forget.")], as_json: Json = False
+) -> None:
+    """Remove a task and its scores from a bank; the others keep their ids."""
+    from .continual.publish import write_bank_card
+    from .continual.train import remove_task
+    from .io.bank import Bank
+
+    opened = Bank.open(bank_folder(bank))
+    remove_task(opened, task)
+    write_bank_card(opened)
+    if as_json:
+        print(json.dumps(opened.describe()))
+    else:
+        console.print(bank_table(opened.describe()))
+
+
 @bank_app.command("import")
 def bank_import(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="Whose released checkpoint it is: pclr or dac.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="lilora, pclr or dac: the method's released code wrote it; or peft."),
+    ],
     files: Annotated[
         list[Path],
         typer.Argument(
-            help="pclr: one lrp.bin or lrp_ts.bin. dac: the .pt of each task, in the order they were learned."
+            help="lilora: lilora_task_bank.bin. pclr: one lrp.bin or lrp_ts.bin. dac: the .pt of each task, peft: the folder "
+            "of each LiLoRA adapter, in the order they were learned."
         ),
     ],
     model: Annotated[str, typer.Option(help="The base model that it was trained on: a folder or a hub id.")],
@@ -347,34 +422,40 @@ def bank_import(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Names of the tasks in the order they were learned, comma-separated. Default: task1, task2 ... (pclr), "
-            "those of the files (dac)."
+            help="Names of the tasks in the order they were learned, comma-separated. Default: task and a number (lilora, "
+            "pclr), those of the files (dac) or folders (peft)."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a bank of what a method's released code has learned, for eval and generate; the files are read as plain tensors."""
+    """Make a bank of what other code has learned, for eval and generate; the files are read as plain tensors."""
     from rich.progress import Progress
 
     from .continual.kinds import KINDS
+    from .continual.publish import write_bank_card
     from .continual.train import load_base
     from .io.bank import BaseModelId
     from .io.checkpoint import write_bank
     from .io.import_dac import read_dac
+    from .io.import_lilora import read_lilora
     from .io.import_pclr import read_pclr
+    from .io.peft_folder import read_peft
     from .methods import METHODS, make_method
 
-    released = {"pclr": (read_pclr, "instruction"), "dac": (read_dac, "classification")}
-    choice("METHOD", method, tuple(released))
-    read, kind = released[method]
+    readers = {"lilora": read_lilora, "pclr": read_pclr, "dac": read_dac, "peft": read_peft}
+    choice("SOURCE", source, tuple(readers))
+    kind = "classification" if model_config(model).model_type == "clip" else "instruction"
     base, _ = load_base(model, "auto", "cpu", KINDS[kind])
     identity = BaseModelId.of(base, model)
-    found = read(files, base, tasks.split(",") if tasks else None)
+    found = readers[source](files, base, tasks.split(",") if tasks else None)
+    method = "lilora" if source == "peft" else source
     settings = {**METHODS[method].presets["released"], **found.settings}
     make_method(method, base, settings)  # refuses what it could not be restored with
     config = {"method": method, "settings": settings, "train": {"dtype": "auto"}, "kind": kind, "model": model}
     with Progress(disable=as_json, transient=True) as progress:
-        content = write_bank(out, config, identity, found.tasks, progress.track).describe()
+        bank = write_bank(out, config, identity, found.tasks, progress.track)
+    write_bank_card(bank)
+    content = bank.describe()
     if as_json:
         print(json.dumps({**content, "notes": found.notes}))
         return
@@ -443,32 +524,43 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def target_pattern(model: str, projector: bool, attention: bool) -> str:
-    from transformers import AutoConfig
-
     from .models import target_modules
 
+    return target_modules(model_config(model), projector=projector, attention=attention)
+
+
+def model_config(model: str) -> Any:
+    from transformers import AutoConfig
+
     try:
-        config = AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"--model {model}: has no readable config ({reason}); give a model folder or a hub id"
         ) from error
-    return target_modules(config, projector=projector, attention=attention)
 
 
 def bank_folder(path: Path) -> Path:
     return path / "bank" if (path / "bank" / "bank.json").exists() else path
 
 
+def open_bank(path: Path) -> "Bank":
+    """The bank in a folder, or in a repository of the hub."""
+    from .io.bank import Bank
+    from .io.hub import downloaded
+
+    return Bank.open(bank_folder(downloaded(path)))
+
+
 def load_bank(path: Path, model: str | None, device: str, wanted: str | None = None) -> tuple:
     """(bank, method with its tasks in place, processor)."""
     from .continual.kinds import KINDS, kind_of
     from .continual.train import load_base
-    from .io.bank import Bank, BaseModelId
+    from .io.bank import BaseModelId
     from .methods import make_method
 
-    bank = Bank.open(bank_folder(path))
+    bank = open_bank(path)
     if not bank.tasks:
         raise UserError(f"{path} holds no learned task yet; train first")
     if wanted is not None and kind_of(bank.config) is not KINDS["instruction"]:

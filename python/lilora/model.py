@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
-from lilora_kernels import attach, check_task_name
+from lilora_kernels import LiLoRALinear, attach, check_task_name
 from lilora_kernels.routing import Routes, detach, route_of_batch
 
 from .config import LiLoRAConfig
@@ -170,19 +170,36 @@ def adapted_layers(model: nn.Module) -> dict[str, Linear]:
     }
 
 
-@torch.no_grad()
+def task_tensors(layers: dict[str, LiLoRALinear], task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the task's own tensors, the shared ones) of adapted layers by path, as a bank names them: the model's own memory."""
+    own, shared = {}, {}
+    for path, layer in layers.items():
+        own[f"{path}.U"], own[f"{path}.V"] = layer.lilora_U[task], layer.lilora_V[task]
+        if layer.fusion:
+            own[f"{path}.fusion"] = layer.lilora_fusion[task]
+        shared[f"{path}.A"], shared[f"{path}.B0"] = layer.lilora_A[task], layer.lilora_B[task]
+    return own, shared
+
+
 def shared_fingerprint(model: nn.Module) -> str | None:
-    """16 hex digits over the values of every A and B0 (as fp32, so a cast that loses nothing keeps it); None without."""
+    """`fingerprint` of every A and B0; None without any, or without their data (meta device)."""
+    shared = {
+        f"{name}.{key}": tensor
+        for name, layer in adapted_layers(model).items()
+        for key, tensors in (("A", layer.lilora_A), ("B0", layer.lilora_B))
+        for tensor in list(tensors.values())[:1]
+    }
+    return fingerprint(shared) if shared and not any(tensor.is_meta for tensor in shared.values()) else None
+
+
+@torch.no_grad()
+def fingerprint(shared: dict[str, Tensor]) -> str:
+    """16 hex digits over the values of shared factors (as fp32, so a cast that loses nothing keeps it)."""
     digest = hashlib.sha256()
-    layers = adapted_layers(model)
-    for name in sorted(layers):
-        for key, shared in (("A", layers[name].lilora_A), ("B0", layers[name].lilora_B)):
-            for tensor in list(shared.values())[:1]:
-                if tensor.is_meta:
-                    return None
-                digest.update(f"{name}.{key}{list(tensor.shape)}".encode())
-                digest.update(fp32_bytes(tensor))
-    return digest.hexdigest()[:16] if layers else None
+    for name in sorted(shared, key=lambda name: name.rpartition(".")):
+        digest.update(f"{name}{list(shared[name].shape)}".encode())
+        digest.update(fp32_bytes(shared[name]))
+    return digest.hexdigest()[:16]
 
 
 def fp32_bytes(tensor: Tensor) -> memoryview:

@@ -109,7 +109,8 @@ def test_experts_are_stored_as_they_are_and_counts_in_fp32(empty, tmp_path):
     saved = content(torch.bfloat16, counts=torch.int64)
     (path,) = written(tmp_path, DTD=saved)
     imported = read_dac([path], empty, ["textures"])
-    (stored,) = imported.tasks.values()
+    ((own, stored),) = imported.tasks.values()
+    assert own == {}
     linear, theirs = "vision_model.encoder.layers.1.self_attn.out_proj", saved["weights"]["layer_9"]["proj"]
     assert list(imported.tasks) == ["textures"]
     assert torch.equal(stored[f"{linear}.experts.A"], theirs["w_lora_A"])

@@ -398,7 +398,7 @@ def test_the_command_writes_nothing_when_it_fails(lilora, llava_folder, tmp_path
     said = {
         "tensor": "state.queries.vision",
         "name": "c d",
-        "method": "METHOD lora is unknown; choose one of pclr, dac",
+        "method": "SOURCE lora is unknown; choose one of lilora, pclr, dac, peft",
         "rank": "cap is 256",
     }
     assert (code, printed.strip()) == (2, "")

@@ -21,9 +21,9 @@ from torch import Tensor
 from lilora.errors import UserError
 from lilora.io.atomic import write_atomically
 from lilora.io.bank import Bank
+from lilora.io.export_lora import up_projection
 from lilora.methods.base import Tensors
 from lilora.methods.redundancy import principal_cosines, residual_share, whitening
-from lilora_kernels.ops.delta.reference import up_projections
 
 from .report import COLOURS, PLOT_STYLE, cell_colours, draw_matrix, png
 from .scores import cell_text, none_if_nan
@@ -148,7 +148,7 @@ def _linear(
     """The four numbers of Analysis for one linear."""
     a = [shared[f"{layer}.A"].double() for _, shared in stored]
     b0 = [shared[f"{layer}.B0"].double() for _, shared in stored]
-    b = [_up(layer, own, x) for (own, _), x in zip(stored, b0, strict=True)]
+    b = [up_projection(layer, own, x) for (own, _), x in zip(stored, b0, strict=True)]
     sizes, k, n = [len(x) for x in a], a[0].shape[1], len(b[0])
     grams = {"A": _gram(a), "B": _gram([x.mT for x in b])}
     overlaps = {key: _overlap(grams[key], sizes, dimensions) for key, dimensions in (("A", k), ("B", n))}
@@ -160,15 +160,6 @@ def _linear(
         "redundant": shares,
         "drift": {"A": _drift(a), "B0": _drift([x.mT for x in b0])} if one_basis else {},
     }
-
-
-def _up(layer: str, own: Tensors, b0: Tensor) -> Tensor:
-    """B [N, r] of a task: B0, or M_t where the task has factors of its own."""
-    if not own:
-        return b0
-    fusion = own.get(f"{layer}.fusion")
-    u, v = (own[f"{layer}.{kind}"].double().unsqueeze(0) for kind in ("U", "V"))
-    return up_projections(b0, u, v, None if fusion is None else fusion.double())[0]
 
 
 def _gram(vectors: list[Tensor]) -> Tensor:

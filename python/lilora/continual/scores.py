@@ -107,6 +107,23 @@ class ScoreMatrix:
         self._scores[cell], self._formats[cell] = self._scores[source], self._formats[source]
         self._carried[cell] = self._carried.get(source, source[0])
 
+    def without(self, task: str) -> Self | None:
+        """The matrix of the other tasks, without the stage of this one; None if there are no others."""
+        others = [name for name in self.tasks if name != task]
+        if not others:
+            return None
+        rest = type(self)(others, self.unseen)
+        for j, after in enumerate(others):
+            for name in rest.scored(j):
+                if math.isnan(score := self.get(after, name)):
+                    continue
+                source = self.carried_from(after, name)
+                if source in (None, task):
+                    rest.set(after, name, score, self.format_share(after, name))
+                else:
+                    rest.copy(after, name, source)
+        return rest
+
     def carried_from(self, after: str, task: str) -> str | None:
         """The stage at which a carried-over cell was run; None for a cell that was run itself or is missing."""
         stage = self._carried.get(self._cell(after, task))

@@ -432,6 +432,29 @@ def run_of(bank: Bank) -> Run:
     )
 
 
+def remove_task(bank: Bank, name: str) -> None:
+    """Take a task out of a bank, and out of its scores.
+
+    Raises:
+        UserError: an unknown task, or one that others are built upon.
+    """
+    method, others = METHODS[bank.config["method"]], [task for task in bank.tasks if task != name]
+    bank.task_fingerprint(name)  # refuses an unknown task
+    if method.one_state and others:
+        raise UserError(
+            f"{method.name} keeps all tasks in one state, and {name!r} cannot be taken out; remove the bank"
+        )
+    if not method.needs_task and name != bank.tasks[-1]:
+        raise UserError(
+            f"{method.name} has learned {bank.tasks[-1]!r} on top of {name!r}; remove the newest task first"
+        )
+    if bank.scores:  # first: a task without scores is evaluated again, scores without their task would stay
+        matrix = ScoreMatrix.from_dict(bank.scores["matrix"]).without(name)
+        state = {key: {k: v for k, v in bank.scores[key].items() if k != name} for key in ("functions", "seconds")}
+        bank.set_scores({"matrix": matrix.to_dict(), **state} if matrix else {})
+    bank.remove_task(name)
+
+
 def label_of(bank: Bank) -> str:
     return bank.config.get("label") or method_label(bank.config["method"], bank.config["settings"])
 

@@ -1,7 +1,12 @@
-"""Writing files so that a reader finds the old file or the new one, never a part of either."""
+"""Writing files and folders so that a reader finds the old one or the new one, never a part of either."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from lilora.errors import UserError
 
@@ -35,6 +40,31 @@ def write_atomically(path: Path, data: bytes) -> None:
             f"{path} could not be written ({error.strerror or error}); free space or mend the permissions of "
             f"{path.parent} and run the same command again"
         ) from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` to write into; it takes the name `path` when the block ends, and goes if the block raises.
+
+    A killed process leaves nothing at `path`, and the unfinished folder beside it, under a name that starts with a dot.
+
+    Raises:
+        UserError: `path` is a file or a folder that holds anything, or the system refused.
+    """
+    path = path.absolute()
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} already exists; give a new or empty folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+            folder = Path(scratch) / "new"  # made with the user's permissions, as mkdtemp's own is not
+            folder.mkdir()
+            yield folder
+            folder.replace(path)
+            _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be written ({reason}); free space or give another folder") from error
 
 
 def _sync_folder(folder: Path) -> None:

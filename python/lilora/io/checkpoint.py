@@ -1,6 +1,7 @@
 """Checkpoints of other programs: nothing but plain tensors is read from them, and a bank is written whole or not at all."""
 
-import tempfile
+import json
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,17 +12,21 @@ import torch
 from torch import Tensor
 
 from lilora.errors import UserError
+from lilora.io.atomic import new_folder
 from lilora.io.bank import DTYPES, Bank, BaseModelId
 
 _REMEDY = "give the file as the released code wrote it, and the base model that it was trained on"
 
 
+Tensors = dict[str, Tensor]
+
+
 @dataclass(frozen=True)
 class Imported:
-    """What checkpoints hold: each task's tensors, in training order, as `Bank.add_task` takes them for `shared`; the
+    """What checkpoints hold: each task's own and shared tensors, in training order, as `Bank.add_task` takes them; the
     settings of the method that they show; and what the user should know, one sentence each."""
 
-    tasks: dict[str, dict[str, Tensor]]
+    tasks: dict[str, tuple[Tensors, Tensors]]
     settings: dict[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -58,6 +63,23 @@ def setting(path: Path, values: Any, name: str, *, default: float | None = None,
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not 0 < value < float("inf"):
         raise UserError(f"{path}: {name} is {value!r}; it must be {'a whole' if whole else 'a'} number above 0")
     return value
+
+
+def common_name(linear: str) -> str:
+    """A linear's name without what differs between LLaVA's own tree and that of transformers: layers.0.mlp.up_proj."""
+    name = re.sub(r"^((base_model|model|language_model)\.)+", "", linear)
+    return {"mm_projector.0": "multi_modal_projector.linear_1", "mm_projector.2": "multi_modal_projector.linear_2"}.get(
+        name, name
+    )
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend the path or its permissions") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error}); restore it from a copy") from error
 
 
 class Checkpoint:
@@ -124,7 +146,7 @@ def write_bank(
     path: Path,
     config: dict[str, Any],
     base_model: BaseModelId,
-    tasks: dict[str, dict[str, Tensor]],
+    tasks: dict[str, tuple[Tensors, Tensors]],
     track: Callable[[Iterable], Iterable] = iter,
 ) -> Bank:
     """A new bank of these tasks in the new or empty folder `path`; whatever fails, there is no bank. `track` shows progress.
@@ -132,16 +154,8 @@ def write_bank(
     Raises:
         UserError: the folder holds anything, a task's name is bad, or the system refused to write.
     """
-    path = path.absolute()
-    try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} already exists; a new bank wants a new or empty folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-            bank = Bank.create(Path(scratch) / "bank", config=config, base_model=base_model)
-            for name in track(list(tasks)):
-                bank.add_task(name, {}, tasks[name])
-            bank.path.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); give another folder") from error
+    with new_folder(path) as folder:
+        bank = Bank.create(folder, config=config, base_model=base_model)
+        for name in track(list(tasks)):
+            bank.add_task(name, *tasks[name])
     return Bank.open(path)

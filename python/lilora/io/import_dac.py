@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lilora.errors import UserError
-from lilora.io.checkpoint import Checkpoint, Imported, read_pickle, setting
+from lilora.io.checkpoint import Checkpoint, Imported, Tensors, read_pickle, setting
 from lilora.models import target_modules
 
 # A block is three layers of the file, attention, c_fc and c_proj: their linears -> those of transformers' CLIP.
@@ -45,10 +45,10 @@ def read_dac(files: Sequence[Path], model: nn.Module, tasks: Sequence[str] | Non
         if size != sizes[0]:
             raise UserError(f"{path} has {size} and {files[0]} {sizes[0]}; give the files of one run")
     linears, notes = linears_of(model), ()
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, tuple[Tensors, Tensors]] = {}
     for name, path, values in zip(names, files, contents, strict=True):
         file = Checkpoint(path, values["weights"], lambda raw: bank_name(raw, linears))
-        found[name] = _take_task(file, model, linears.values(), sizes[0]["r"])
+        found[name] = {}, _take_task(file, model, linears.values(), sizes[0]["r"])
         notes += file.notes()
     return Imported(found, {"target_modules": target_modules(model.config), **sizes[0]}, notes)
 
@@ -84,7 +84,7 @@ def _sizes(path: Path, values: Any) -> dict[str, float]:
     return {"r": setting(path, metadata, "r", whole=True), "alpha": setting(path, metadata, "alpha")}
 
 
-def _take_task(file: Checkpoint, model: nn.Module, linears: Iterable[str], r: int) -> dict[str, Tensor]:
+def _take_task(file: Checkpoint, model: nn.Module, linears: Iterable[str], r: int) -> Tensors:
     stored = {}
     for path in linears:
         linear, a, b = model.get_submodule(path), f"{path}.experts.A", f"{path}.experts.B0"

@@ -1,15 +1,13 @@
 """Checkpoints of PCLR's released code (`lrp.bin`, `lrp_ts.bin`) as the tensors of a bank."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from lilora.errors import UserError
-from lilora.io.checkpoint import Checkpoint, Imported, read_pickle, setting
+from lilora.io.checkpoint import Checkpoint, Imported, common_name, read_json, read_pickle, setting
 from lilora.models import query_source, target_modules
 
 # The file's names of a pool's parts: in lrp.bin, and in lrp_ts.bin, the input of an integration.
@@ -87,7 +85,7 @@ def read_pclr(files: Sequence[Path], model: nn.Module, tasks: Sequence[str] | No
         "pools": "global" if one_pool else "layer",
     }
     notes = (*file.notes(), _TEXT_NOTE, *([_VISION_NOTE] if one_pool else []))
-    return Imported(dict.fromkeys(task_names(path, tasks, len(stored[text])), stored), settings, notes)
+    return Imported(dict.fromkeys(task_names(path, tasks, len(stored[text])), ({}, stored)), settings, notes)
 
 
 def _take_pool(
@@ -114,14 +112,6 @@ def _keys(pool: str, part: str) -> tuple[str, str]:
 
 def _experts(stored: dict[str, Tensor], pool: str) -> int:
     return sum(len(stored[text]) for text in (_keys(pool, part)[0] for part in ("old", "new")) if text in stored)
-
-
-def common_name(linear: str) -> str:
-    """A linear's name without what differs between LLaVA's own tree and that of transformers: layers.0.mlp.up_proj."""
-    name = re.sub(r"^((base_model|model|language_model)\.)+", "", linear)
-    return {"mm_projector.0": "multi_modal_projector.linear_1", "mm_projector.2": "multi_modal_projector.linear_2"}.get(
-        name, name
-    )
 
 
 def pool_of(common: str) -> str:
@@ -166,15 +156,6 @@ def check_projector(path: Path, linears: Linears) -> None:
                 f"{path}: tensor {name} is not that of --model; give a model of the language model and the projector that "
                 "the checkpoint was trained on"
             )
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); restore it from a copy") from error
 
 
 def task_names(path: Path, given: Sequence[str] | None, count: int) -> list[str]:

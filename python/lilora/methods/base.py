@@ -10,6 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lilora.errors import UserError
+from lilora.io.bank import Bank
+from lilora.io.export_lora import PlainLoRA
+
 Tensors = dict[str, Tensor]
 Inputs = dict[str, Tensor]  # one batch, as the model takes it
 
@@ -41,6 +45,7 @@ class Method(ABC):
     needs_task = True  # whether inference must be told the task
     one_state = False  # whether the newest tensors serve all tasks, so that a bank need not keep the older ones
     presets: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - settings by preset name; the first is the default
+    no_lora = ""  # why a task is no plain LoRA, if it is none
     defaults: dict[str, float] = {}  # noqa: RUF012 - options of `lilora train` that differ from the command's
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
@@ -110,6 +115,18 @@ class Method(ABC):
                 for name, value in values.items():
                     own[name].copy_(value)
 
+    @classmethod
+    def as_lora(cls, bank: Bank, task: str) -> PlainLoRA:
+        """What `restore` makes of a task, as a plain LoRA on the base model; UserError if the method's tasks are none."""
+        raise UserError(f"a task of {cls.name} is no plain LoRA: {cls.no_lora}")
+
+    @classmethod
+    def merge(cls, base: nn.Module, bank: Bank, task: str) -> None:
+        """Make the base model what `restore` makes of a task, by its weights alone; UserError if that is not possible."""
+        lora = cls.as_lora(bank, task)
+        for path, (a, b) in lora.factors.items():
+            add_to_weight(base.get_submodule(path), a, b, lora.scaling)
+
     def fingerprints(self, tasks: list[str]) -> dict[str, str]:
         """16 hex digits per task that tell its function: equal digits, equal outputs for the same batch."""
         known: dict[tuple[int, ...], str] = {}  # tasks that share tensors have them hashed once
@@ -127,3 +144,16 @@ class Method(ABC):
         settings = json.dumps(self.settings, sort_keys=True)
         parts = {task: (settings, *map(digest, self.tensors(task))) for task in tasks}
         return {task: hashlib.sha256("".join(part).encode()).hexdigest()[:16] for task, part in parts.items()}
+
+
+@torch.no_grad()
+def add_to_weight(linear: nn.Module, a: Tensor, b: Tensor, scale: float) -> None:
+    """W += scale * b a for a [n, K] and b [N, n], in fp32 at least and rounded once; only for a plain nn.Linear."""
+    if type(linear) is not nn.Linear:
+        raise UserError(
+            f"merging wants a plain nn.Linear base, not a {type(linear).__name__}; load the model unquantised"
+        )
+    weight = linear.weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    a, b = (factor.to(weight.device, wide) for factor in (a, b))
+    weight.copy_(torch.addmm(weight.to(wide), b, a, alpha=scale))

@@ -8,11 +8,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from lilora.io.bank import Bank
 from lilora_kernels.functional import rank_gate
 from lilora_kernels.rank_pool import Choice, RankPoolLinear
 
-from .base import Batches, Inputs, Method, Stage, Tensors
-from .pooled import add_to_base, fresh, learn_only, put_pools
+from .base import Batches, Inputs, Method, Stage, Tensors, add_to_weight
+from .pooled import fresh, learn_only, put_pools, take_pools
 from .settings import Settings
 
 EXPERTS = "experts"
@@ -141,6 +142,7 @@ class DAC(Method):
     name = "dac"
     mixed_batches = True
     needs_task = False
+    no_lora = "its experts become part of the base weights; export the whole model with lilora bank merge"
     presets = PRESETS
     defaults = {"r": 12, "alpha": 1.0, "dropout": 0.2, "learning_rate": 2e-3}  # noqa: RUF012
 
@@ -222,7 +224,8 @@ class DAC(Method):
             kept = self.options.merged or self.options.active
             best = rank_gate(stored[f"state.{path}.counts"][None], kept)[1][0]
             weights = stored[f"state.{path}.weights"].index_select(0, best)
-            add_to_base(layer, weights[:, None] * a.index_select(0, best), b.index_select(1, best), layer.scaling)
+            chosen = weights[:, None] * a.index_select(0, best), b.index_select(1, best)
+            add_to_weight(layer.base_layer, *chosen, layer.scaling)
             layer.put(EXPERTS, a[:0], b[:, :0], train=False)
         self.learned[task] = stored
 
@@ -235,6 +238,12 @@ class DAC(Method):
         for task, (_, stored) in tasks.items():
             self.tasks.append(task)
             self._merge(task, {name: tensor.to(self.model.device) for name, tensor in stored.items()})
+
+    @classmethod
+    def merge(cls, base: nn.Module, bank: Bank, task: str) -> None:
+        method = cls(base, bank.config["settings"])
+        method.restore(bank.load_tasks())
+        take_pools(base, method.layers)
 
     def fingerprints(self, tasks: list[str]) -> dict[str, str]:
         own = super().fingerprints(self.tasks)  # all that is merged acts on every task

@@ -10,7 +10,9 @@ from lilora_kernels.backends import choose
 
 from ..config import PRESETS, LiLoRAConfig
 from ..errors import UserError
-from ..model import adapted_layers
+from ..io.bank import Bank
+from ..io.export_lora import PlainLoRA, plain_lora
+from ..model import adapted_layers, task_tensors
 from .base import Inputs, Method, Tensors
 from .stability import StabilityLoss
 
@@ -57,10 +59,11 @@ class LiLoRA(Method):
         return config.r + config.sub_rank * len(self.tasks)
 
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
-        own, shared = {}, {}
-        for path, layer in adapted_layers(self.model).items():
-            own[f"{path}.U"], own[f"{path}.V"] = layer.lilora_U[task], layer.lilora_V[task]
-            if layer.fusion:
-                own[f"{path}.fusion"] = layer.lilora_fusion[task]
-            shared[f"{path}.A"], shared[f"{path}.B0"] = layer.lilora_A[task], layer.lilora_B[task]
-        return own, shared
+        return task_tensors(adapted_layers(self.model), task)
+
+    @classmethod
+    def as_lora(cls, bank: Bank, task: str) -> PlainLoRA:
+        own, _ = bank.load_task(task)
+        _, shared = bank.load_task(bank.tasks[-1])  # the newest serve all tasks
+        config = LiLoRAConfig(**bank.config["settings"])
+        return plain_lora(own, shared, config.alpha / config.r, config.dropout)

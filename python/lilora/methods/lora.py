@@ -9,6 +9,9 @@ from peft.tuners.lora import Linear
 from pydantic import Field
 from torch import Tensor, nn
 
+from lilora.io.bank import Bank
+from lilora.io.export_lora import PlainLoRA, plain_lora
+
 from .base import Method, Tensors
 from .settings import Settings
 
@@ -56,6 +59,12 @@ class DirLoRA(Method):
                 weights[f"{path}.A"] = layer.lora_A[self.adapter(task)].weight
                 weights[f"{path}.B0"] = layer.lora_B[self.adapter(task)].weight
         return {}, weights
+
+    @classmethod
+    def as_lora(cls, bank: Bank, task: str) -> PlainLoRA:
+        _, stored = bank.load_task(task if cls.needs_task else bank.tasks[-1])
+        options = cls.settings_type.read(cls.name, bank.config["settings"])
+        return plain_lora({}, stored, options.lora_alpha / options.r, options.lora_dropout)
 
     def ranks(self) -> int:
         return self.options.r * len(self.tasks)

@@ -58,6 +58,7 @@ class MoELoRA(Method):
     """
 
     name = "moelora"
+    no_lora = "a router weighs its experts for every token; use lilora generate and eval"
     mixed_batches = True
     needs_task = False
     one_state = True

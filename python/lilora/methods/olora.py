@@ -10,6 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from lilora.io.bank import Bank
+from lilora.io.export_lora import PlainLoRA
 from lilora_kernels.rank_pool import Choice, RankPoolLinear
 
 from .base import Inputs, Method, Tensors
@@ -86,6 +88,17 @@ class OLoRA(Method):
         self.tasks = list(tasks)
         if tasks:
             put_stored(self.layers, tasks[self.tasks[-1]][1])
+
+    @classmethod
+    def as_lora(cls, bank: Bank, task: str) -> PlainLoRA:
+        _, stored = bank.load_task(bank.tasks[-1])
+        factors = {}
+        for path in [name.removesuffix(".new.A") for name in stored if name.endswith(".new.A")]:
+            parts = [part for part in ("old", "new") if f"{path}.{part}.A" in stored]  # one task has no old ranks
+            a, b = (torch.cat([stored[f"{path}.{p}.{k}"] for p in parts], d) for k, d in (("A", 0), ("B0", 1)))
+            factors[path] = a, b
+        options = OLoRASettings.read(cls.name, bank.config["settings"])
+        return PlainLoRA(factors, options.alpha / options.r, options.dropout)
 
     def ranks(self) -> int:
         return self.options.r * len(self.tasks)

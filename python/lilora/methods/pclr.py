@@ -143,6 +143,7 @@ class PCLRSettings(Settings):
 
 class PCLR(Method):
     name = "pclr"
+    no_lora = "each sample takes ranks of its own from a pool; use lilora generate and eval"
     mixed_batches = True
     needs_task = False
     one_state = True

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from lilora.errors import UserError
@@ -33,6 +32,13 @@ def put_pools(
         layers[path] = RankPoolLinear(linear, chooser(path, linear), scaling, dropout)
         setattr(model.get_submodule(parent), leaf, layers[path])
     return layers
+
+
+def take_pools(model: nn.Module, layers: dict[str, RankPoolLinear]) -> None:
+    """Put the linears back that `put_pools` replaced."""
+    for path, layer in layers.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.base_layer)
 
 
 def fresh(layer: RankPoolLinear, ranks: int) -> tuple[Tensor, Tensor]:
@@ -68,15 +74,3 @@ def learn_only(model: nn.Module, *tensors: Tensor) -> None:
     learning = {id(tensor) for tensor in tensors}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in learning)
-
-
-@torch.no_grad()
-def add_to_base(layer: RankPoolLinear, a: Tensor, b: Tensor, scale: float | Tensor) -> None:
-    """W += scale * b a for a [n, K] and b [N, n], in fp32 at least; the base must be a plain nn.Linear."""
-    base = layer.base_layer
-    if type(base) is not nn.Linear:
-        raise UserError(
-            f"merging wants a plain nn.Linear base, not a {type(base).__name__}; load the model unquantised"
-        )
-    wide = torch.promote_types(base.weight.dtype, torch.float32)
-    base.weight += (scale * b.to(wide) @ a.to(wide)).to(base.weight.dtype)

@@ -1,0 +1,140 @@
+"""What leaves a bank: tasks as LoRA folders, merged models, and the model cards of these and of the bank itself."""
+
+import json
+from pathlib import Path
+
+from ..errors import UserError
+from ..io.atomic import new_folder
+from ..io.bank import Bank, BaseModelId
+from ..io.export_lora import lora_about, lora_use, write_lora
+from ..io.hub import write_card
+from ..io.peft_folder import write_peft
+from ..methods import METHODS
+from .kinds import kind_of
+from .scores import ScoreMatrix
+from .train import load_base
+
+FORMATS = ("lora", "lilora")
+
+
+def export_tasks(bank: Bank, task: str | None, out: Path, form: str = "lora") -> dict[str, str]:
+    """Write a task of a bank, or a folder for each of them, into the new or empty folder `out`: task -> its folder.
+
+    form: "lora", a plain LoRA; or "lilora", PEFT's folder of a LiLoRA adapter with its shared factors. The base model is
+    not needed. Where inference needs no task one LoRA serves all of them; it lies in `out` itself.
+
+    Raises:
+        UserError: an unknown task, a method whose tasks are no LoRA, a damaged bank, or a folder in use.
+    """
+    method = METHODS[bank.config["method"]]
+    if form == "lilora" and method.name != "lilora":
+        raise UserError(f"--format lilora is for tasks of method lilora and {bank.path} is of {method.name}; use lora")
+    one = task is not None or not method.needs_task
+    names = [chosen_task(bank, task)] if one else bank.tasks
+    base = bank.base_model.id
+    with new_folder(out) as folder:
+        for name in names:
+            place = folder if one else folder / name
+            place.mkdir(exist_ok=True)
+            if form == "lora":
+                write_lora(place, method.as_lora(bank, name), base)
+                about, use = lora_about(name, base), lora_use(base, kind_of(bank.config).auto_class)
+            else:
+                (own, _), (_, shared) = bank.load_task(name), bank.load_task(bank.tasks[-1])
+                write_peft(place, own, shared, bank.config["settings"], base)
+                about = f"Task `{name}` as a LiLoRA adapter of PEFT, with the factors that it shares with other tasks."
+                use = lora_use(base, kind_of(bank.config).auto_class, "import lilora  # teaches PEFT the method")
+            card(place, bank, name, about, use, library="peft", tags=["lora"])
+    return {name: str(out if one else out / name) for name in names}
+
+
+def merge_task(bank: Bank, task: str | None, out: Path, model: str | None = None) -> None:
+    """Write the base model with a task in its weights, and its processor, into the new or empty folder `out`.
+
+    One model is in memory, on the CPU, in the dtype that it was trained in; a weight is rounded once, from fp32.
+
+    Raises:
+        UserError: an unknown task, a method that cannot be merged, another base model, or a folder in use.
+    """
+    name, method = chosen_task(bank, task), METHODS[bank.config["method"]]
+    with new_folder(out) as folder:
+        model = model or bank.base_model.id
+        base, processor = load_base(model, bank.config["train"]["dtype"], "cpu", kind_of(bank.config))
+        bank.check_base_model(BaseModelId.of(base, model))
+        method.merge(base, bank, name)
+        architectures = base.config.architectures
+        base.save_pretrained(folder)
+        base.config.architectures = architectures  # CLIP is loaded as a class of ours
+        base.config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        loader = kind_of(bank.config).auto_class
+        use = (
+            "```python\n"
+            f"from transformers import {loader}\n\n"
+            f'model = {loader}.from_pretrained("FOLDER-OR-REPOSITORY")\n'
+            "```"
+        )
+        about = (
+            f"`{bank.base_model.id}` with what `{method.name}` has learned of `{name}` in its weights: a plain model."
+        )
+        card(folder, bank, name, about, use, library="transformers", tags=[], relation="finetune")
+
+
+def chosen_task(bank: Bank, task: str | None) -> str:
+    """The task asked for, or the newest of a method whose inference needs none; UserError for none or an unknown one."""
+    if not bank.tasks:
+        raise UserError(f"{bank.path} holds no learned task yet; train first")
+    if task is None and METHODS[bank.config["method"]].needs_task:
+        raise UserError(f"--task is missing; {bank.path} has {', '.join(bank.tasks)}")
+    if task is not None and task not in bank.tasks:
+        raise UserError(f"task {task!r} is unknown; {bank.path} has {', '.join(bank.tasks)}")
+    return task or bank.tasks[-1]
+
+
+def write_bank_card(bank: Bank) -> None:
+    """README.md of the bank's own folder, so that the folder can be uploaded as it is."""
+    task = f" --task {bank.tasks[-1]}" if METHODS[bank.config["method"]].needs_task and bank.tasks else ""
+    command = f'generate FOLDER-OR-REPOSITORY{task} --image FILE --prompt "..."'
+    if kind_of(bank.config).unseen:
+        command = "eval FOLDER-OR-REPOSITORY --tasks MANIFEST.yaml"
+    use = f'```bash\npip install "lilora-kernels[hf]"\nlilora {command} --model {bank.base_model.id}\n```'
+    about = (
+        f"A bank of {len(bank.tasks)} task(s) that `{bank.base_model.id}` has learned one after another with "
+        f"`{bank.config['method']}`. The base model is not part of it."
+    )
+    path = bank.path.absolute()
+    title = path.parent.name if path.name == "bank" else path.name  # a run's bank lies in the run's folder
+    card(bank.path, bank, title, about, use, library="lilora-kernels", tags=[])
+
+
+def card(
+    folder: Path,
+    bank: Bank,
+    title: str,
+    about: str,
+    use: str,
+    *,
+    library: str,
+    tags: list[str],
+    relation: str = "adapter",
+) -> None:
+    rows = [f"| {t['name']} | {t['parameters']:,} | {t['shared']} |" for t in bank.describe()["tasks"]]
+    told = {key: bank.config[key] for key in ("method", "settings", "train") if key in bank.config}
+    sections = {
+        "About": about,
+        "Use": use,
+        "Tasks": "\n".join(["| task | parameters of its own | shared factors |", "|---|--:|---|", *rows]),
+    }
+    if bank.scores:
+        sections["Scores"] = f"{ScoreMatrix.from_dict(bank.scores['matrix']).markdown()}\n\nPoints from 0 to 100."
+    sections["Settings"] = f"```json\n{json.dumps(told, indent=2)}\n```"
+    write_card(
+        folder,
+        title,
+        base_model=bank.base_model.id,
+        library=library,
+        tags=sorted({bank.config["method"], "continual-learning", "lilora", *tags}),
+        sections=sections,
+        relation=relation,
+        pipeline=kind_of(bank.config).pipeline,
+    )

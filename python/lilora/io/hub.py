@@ -1,0 +1,64 @@
+"""The Hugging Face hub's side of a folder: its model card, and reading one by the name of its repository."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+
+from lilora.errors import UserError
+from lilora.io.atomic import write_atomically
+
+CARD = "README.md"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is of the form owner/name, and of nothing on this machine."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def downloaded(path: Path) -> Path:
+    """`path`; or, if nothing is there and it reads as owner/name, the local copy of that repository's bank.
+
+    Raises:
+        UserError: there is no such repository, or no way to it.
+    """
+    name = path.as_posix()
+    if not is_hub_id(name):
+        return path
+    try:
+        return Path(snapshot_download(name, allow_patterns=["bank.json", "*.safetensors"]))
+    except OSError as error:  # all errors of the hub, too
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name} is no folder here, and as a repository of the hub it cannot be read ({reason}); give a bank's folder or "
+            "the repository of one"
+        ) from error
+
+
+def write_card(
+    folder: Path,
+    title: str,
+    *,
+    base_model: str | None,
+    library: str,
+    tags: list[str],
+    sections: dict[str, str],
+    relation: str = "adapter",
+    pipeline: str | None = None,
+) -> None:
+    """Make the README.md of `folder` a model card: what the hub reads of it as YAML, then a heading for each section.
+
+    relation: what the folder is of its base model, "adapter" or "finetune". A base model that is a folder is named in no
+    metadata: the hub takes its own ids only.
+    """
+    on_hub = base_model is not None and is_hub_id(base_model)
+    data = ModelCardData(
+        base_model=base_model if on_hub else None,
+        base_model_relation=relation if on_hub else None,
+        library_name=library,
+        pipeline_tag=pipeline,
+        tags=tags,
+    )
+    text = "\n\n".join(f"## {heading}\n\n{section}" for heading, section in sections.items())
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n")
+    write_atomically(folder / CARD, str(card).encode())

@@ -196,7 +196,9 @@ def compile(name):
     assert graphs.frame_count == 1
 
 
-BEHAVIOURS = {b.__name__.replace("_", " "): b for b in (train, generate, mixed_batch, projector, merge, export, compile)}
+BEHAVIOURS = {
+    b.__name__.replace("_", " "): b for b in (train, generate, mixed_batch, projector, merge, export, compile)
+}
 EXPERTS = "its MLPs are routed experts, whose weights are 3-D Parameters"
 REFUSED = {
     ("gemma3", "projector"): "its weight is a raw Parameter and no linear layer",

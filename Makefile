@@ -44,7 +44,7 @@ LONG_REVERSED := lilora-reversed pclr-reversed
 SEEDS := 0 1 2
 named = $(foreach seed,$(SEEDS),$(foreach label,$(1),$(label)-$(seed)))
 
-.PHONY: help venv demo experiment long test cuda-check cuda-check-all lint cpu-evidence readme resources gpu-evidence wheel clean
+.PHONY: help venv demo experiment long test cuda-check cuda-check-all lint cpu-evidence families readme resources gpu-evidence wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
@@ -55,6 +55,7 @@ help:
 	@echo "make resources   what the Triton kernels take, compiled ahead of time: lilora_kernels/ops/RESOURCES.md"
 	@echo "make lint        ruff: rules and formatting"
 	@echo "make cpu-evidence  throughput comparisons on this CPU, bench/results/cpu, and README's tables from them"
+	@echo "make families    which models can do what: bench/results/families.json, and README's table from it"
 	@echo "make experiment  five methods, three seeds, 400 steps a task: about 50 minutes on 2 cores"
 	@echo "make long        twelve tasks, nine methods and ablations, three seeds: hours; goes on where it was interrupted"
 	@echo "make readme      README's tables and all plots from the committed results"
@@ -128,6 +129,10 @@ lint: .venv/ready
 cpu-evidence: venv
 	OMP_NUM_THREADS=2 $(BIN)/pytest bench/ -q --out bench/results/cpu
 	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.readme
+
+families: venv
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/families/test_families_matrix.py --record bench/results/families.json
 	$(BIN)/python -m bench.readme
 
 readme: .venv/ready

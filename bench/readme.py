@@ -172,9 +172,41 @@ def params() -> str:
     )
 
 
+def families() -> str:
+    """What works with which family of models: the recorded outcome of tests/families/test_families_matrix.py."""
+    content = json.loads((RESULTS / "families.json").read_text())
+    rows = content["families"]
+    behaviours = list(next(iter(rows.values())))
+    reasons: list[str] = []
+
+    def cell(outcome: str) -> str:
+        if not outcome.startswith("refused: "):
+            return {"passed": "✓"}.get(outcome, outcome)
+        reason = outcome.removeprefix("refused: ")
+        if reason not in reasons:
+            reasons.append(reason)
+        return f"no ({reasons.index(reason) + 1})"
+
+    lines = [f"| `model_type` | {' | '.join(behaviours)} |", "|---|" + ":-:|" * len(behaviours)]
+    for family, outcomes in rows.items():
+        lines.append(f"| {family} | {' | '.join(cell(outcomes.get(name, 'untested')) for name in behaviours)} |")
+    environment = content["environment"]
+    lines += [
+        "",
+        *[f"({i}) refused: {reason}.  " for i, reason in enumerate(reasons, 1)],
+        "",
+        "Each cell is a test on a tiny model of the family, in fp64. mixed batch: samples of several tasks with no, one and "
+        "several images, row for row what each sample gives alone with its task; projector: the same with adapters in projector "
+        "and attention, and gradients that add up; export: as a plain LoRA that PEFT loads; compile: the language model in one "
+        "graph for training, whatever the tasks. From `bench/results/families.json`, written by `make families` with "
+        f"transformers {environment['transformers']}, peft {environment['peft']} and torch {environment['torch']}.",
+    ]
+    return "\n".join(lines)
+
+
 def updated(text: str) -> str:
     """README with every marked table written anew; a table without results yet stays empty."""
-    for table in (digits, long, params, cpu, gpu):
+    for table in (digits, long, families, params, cpu, gpu):
         mark = table.__name__
         try:
             body = f"\n{table()}\n"

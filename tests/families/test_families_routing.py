@@ -1,0 +1,112 @@
+"""Which sample an image or a video belongs to, where numbers of rows alone do not say: right, or refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import IMAGE, VIDEO, adapted, batch, gridded
+from test_families_matrix import rows_are_those_of_single_tasks
+
+NAMES = ["count", "where"]
+
+
+@pytest.fixture
+def model(request):
+    return adapted(request.param, projector=True)
+
+
+def forward(model, inputs):
+    with torch.no_grad():
+        return model(**inputs, task_ids=NAMES).logits
+
+
+@pytest.mark.parametrize("name, model", [("llava_next", "llava_next")], indirect=["model"])
+def test_tiles_that_make_other_numbers_of_tokens_in_other_samples(name, model):
+    """As many rows as image tokens in all, 44, but 20 rows and 24 tokens in one sample, 24 and 20 in the other."""
+    samples = batch(name, [[0], [1, 1]])
+    inputs = samples.inputs()
+    tokens = (inputs["input_ids"] == IMAGE).sum(1)
+    rows = []
+    layer = model.get_submodule("base_model.model.model.multi_modal_projector.linear_1")
+    hook = layer.register_forward_hook(lambda layer, args, y: rows.append(args[0].shape[:2].numel()))
+    forward(model, inputs)
+    hook.remove()
+    assert rows == [tokens.sum()] == [44]
+    assert tokens.tolist() == [24, 20]
+    rows_are_those_of_single_tasks(model, samples, NAMES)
+
+
+@pytest.mark.parametrize("images", [[[0, 1], [2]], [[0], [1]], [[], [1]], [[0, 1, 2], []]], ids=str)
+@pytest.mark.parametrize("name, model", [(n, n) for n in ("llava_next", "llava_onevision")], indirect=["model"])
+def test_tiles_of_unpadded_images(name, model, images):
+    rows_are_those_of_single_tasks(model, batch(name, images), NAMES)
+
+
+@pytest.mark.parametrize("model", ["llava_next"], indirect=True)
+def test_images_that_do_not_fill_their_samples_raise(model):
+    inputs = batch("llava_next", [[0], [1]]).inputs()
+    inputs["input_ids"] = inputs["input_ids"].flip(0)
+    with pytest.raises(
+        ValueError, match=r"images of \[24, 10\] tokens do not explain \[10, 24\] image tokens in 2 samples"
+    ):
+        forward(model, inputs)
+
+
+@pytest.mark.parametrize("model", ["mistral3"], indirect=True)
+def test_sizes_that_make_patches_without_tokens_raise(model):
+    inputs = batch("mistral3", [[0], [1]]).inputs()
+    inputs["image_sizes"][1] = torch.tensor([12, 8])
+    with pytest.raises(ValueError, match=r"image_sizes has \[\[16, 8\], \[12, 8\]\], not all multiples of 8"):
+        forward(model, inputs)
+
+
+# --- videos -----------------------------------------------------------------------------------------------------------
+
+
+VIDEOS = [[[0], [1]], [[1, 2], []], [[], [2]]]
+
+
+@pytest.mark.parametrize("videos", VIDEOS, ids=str)
+@pytest.mark.parametrize("name, model", [(n, n) for n in ("qwen2_vl", "qwen2_5_vl")], indirect=["model"])
+def test_videos_of_patches(name, model, videos):
+    rows_are_those_of_single_tasks(model, batch(name, videos, gridded("video", frames=2), VIDEO), NAMES)
+
+
+@pytest.mark.parametrize("videos", VIDEOS, ids=str)
+@pytest.mark.parametrize("model", ["glm4v"], indirect=True)
+def test_videos_written_with_image_tokens(model, videos):
+    """As GLM4V's processor does it: the type of a token, not its id, says that it belongs to a video."""
+    samples = batch("glm4v", videos, gridded("video"))
+    samples.family = replace(samples.family, token_types=lambda ids: {"mm_token_type_ids": 2 * (ids == IMAGE).int()})
+    rows_are_those_of_single_tasks(model, samples, NAMES)
+
+
+@pytest.mark.parametrize("model", ["llava_onevision"], indirect=True)
+def test_videos_of_frames(model):
+    """The projector sees 4 rows a frame, of which one token is left, and a line end for each video."""
+    inputs = batch("llava_onevision", [[], []]).inputs()
+    videos = torch.randn(3, 2, 3, 8, 8).double()
+    inputs["input_ids"] = torch.randint(3, 30, (2, 12))
+    inputs["input_ids"][0, 1:4] = VIDEO
+    inputs["input_ids"][1, [1, 2, 3, 6, 7, 8]] = VIDEO
+    inputs["attention_mask"] = torch.ones(2, 12, dtype=torch.long)
+    model.base_model.model.config.video_token_id = VIDEO
+    got = forward(model, inputs | {"pixel_values_videos": videos})
+    for i, own in enumerate((videos[:1], videos[1:])):
+        model.set_adapter(NAMES[i])
+        one = {key: inputs[key][i : i + 1] for key in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            wanted = model(**one, pixel_values_videos=own).logits
+        torch.testing.assert_close(got[i : i + 1], wanted, rtol=1e-9, atol=1e-9)
+    model.set_adapter("read")
+    inputs["input_ids"][1, 1] = 5
+    with pytest.raises(ValueError, match=r"3 videos of one size do not explain \[3, 5\] video tokens in 2 samples"):
+        forward(model, inputs | {"pixel_values_videos": videos})
+
+
+@pytest.mark.parametrize("model", ["qwen2_vl"], indirect=True)
+def test_images_and_videos_in_one_batch_are_refused(model):
+    images, videos = batch("qwen2_vl", [[0], []]), batch("qwen2_vl", [[], [1]], gridded("video"), VIDEO)
+    _, pixels = videos.packing.pack(videos.pictures)
+    with pytest.raises(ValueError, match=r"has images and videos.*pass them in separate batches"):
+        forward(model, images.inputs() | pixels)

@@ -196,7 +196,7 @@ def family(request, tmp_path, monkeypatch):
     """A folder with a manifest, its data and a base model of the family."""
     torch.manual_seed(0)
     model, processor = FAMILIES[request.param]()
-    for name, parameter in model.named_parameters():
+    for _, parameter in model.named_parameters():
         if parameter.dim() > 1:  # default values are too small for tasks and pictures to show in the answers
             nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(tmp_path / "base")

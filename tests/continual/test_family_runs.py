@@ -210,9 +210,11 @@ def family(request, tmp_path, monkeypatch):
 
 def test_two_tasks_are_learned_and_answered_in_mixed_batches(family, lilora):
     folder = family.folder
-    options = "--r 8 --sub-rank 4 --alpha 16 --dropout 0 --lr 0.02 --max-steps 20 --batch-size 4 --gradient-accumulation 1 --device cpu"
+    options = (
+        "--r 8 --sub-rank 4 --alpha 16 --dropout 0 --lr 0.02 --max-steps 20 --batch-size 4 --gradient-accumulation 1"
+    )
     run = folder / "run"
-    code, out, err = lilora("train", folder / "tasks.yaml", "--out", run, "--json", *options.split())
+    code, out, err = lilora("train", folder / "tasks.yaml", "--out", run, "--json", "--device", "cpu", *options.split())
     assert code == 0, err
     trained = json.loads(out)["matrix"]["scores"][1]
     scores = {}

@@ -13,6 +13,7 @@ except ModuleNotFoundError as missing:
     raise ImportError(f"lilora needs {missing.name}; pip install 'lilora-kernels[hf]'") from None
 
 from .config import PRESETS, LiLoRAConfig
+from .loading import hotswap
 from .model import LiLoRAModel
 
 register_peft_method(name="lilora", config_cls=LiLoRAConfig, model_cls=LiLoRAModel)
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "attach",
     "explain",
+    "hotswap",
     "route",
     "set_task",
 ]

@@ -16,6 +16,7 @@ PRESETS: dict[str, dict[str, str | float]] = {
     "paper": {"train_a": "always", "train_b0": "always", "stability": 1.0},
     "released": {"train_a": "always", "train_b0": "first", "stability": 0.0},
 }
+SAME_FOR_ALL_TASKS = ("r", "sub_rank", "alpha", "dropout", "fusion", "train_a", "train_b0", "stability")
 
 
 @dataclass
@@ -59,6 +60,13 @@ class LiLoRAConfig(PeftConfig):
         if name not in PRESETS:
             raise UserError(f"preset is {name!r}; it must be one of {list(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
+
+    def require_same_settings(self, other: "LiLoRAConfig") -> None:
+        """UserError unless a task with this config can live beside one with the `other`."""
+        for name in SAME_FOR_ALL_TASKS:
+            new, old = getattr(self, name), getattr(other, name)
+            if new != old:
+                raise UserError(f"{name} is {new!r}, but the model's other tasks have {old!r}; all tasks share it")
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         super().save_pretrained(save_directory, **kwargs)

@@ -20,6 +20,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
 
     adapter_layer_names = ("lilora_U", "lilora_V", "lilora_fusion")
     other_param_names = ("lilora_A", "lilora_B")
+    cast_input_dtype_enabled = True  # for peft.helpers.disable_input_dtype_casting; we never cast the input
 
     def __init__(self, base_layer: nn.Module, config: LiLoRAConfig, routes: Routes, **quantization) -> None:
         LiLoRALinear.__init__(

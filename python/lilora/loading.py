@@ -3,6 +3,7 @@
 from os import PathLike
 
 import torch
+from peft import PeftConfig
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
@@ -32,7 +33,10 @@ def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: 
     if not layers:
         raise UserError("this model has no task that could be swapped; adapt it first")
     if not isinstance(source, dict):
-        LiLoRAConfig.from_pretrained(source).require_same_settings(model.peft_config[task])
+        config = PeftConfig.from_pretrained(source)
+        if not isinstance(config, LiLoRAConfig):
+            raise UserError(f"{source} holds an adapter of type {config.peft_type.value}, not a LiLoRA task")
+        config.require_same_settings(model.peft_config[task])
         source = load_peft_weights(source, device="cpu")
     pairs = matched(layers, task, source)
     for name, (own, new) in pairs.items():
@@ -43,9 +47,8 @@ def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: 
                 f"{name} differs from the model's, so the task belongs to other shared factors; swap within one chain"
             )
     for path, layer in layers.items():
-        layer.overwrite_task(
-            task, *(pairs[f"{path}.{kind}"][1] for kind in layer.adapter_layer_names if task in getattr(layer, kind))
-        )
+        kinds = [kind for kind in layer.adapter_layer_names if task in getattr(layer, kind)]
+        layer.overwrite_task(task, *(pairs[f"{path}.{kind}"][1] for kind in kinds))
 
 
 def check_loadable(model: nn.Module, config: LiLoRAConfig, task: str, state: dict[str, Tensor], new: bool) -> None:

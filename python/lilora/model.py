@@ -1,6 +1,7 @@
 """The PEFT tuner model: puts adapters into a model and carries task ids to them."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -62,6 +63,19 @@ class LiLoRAModel(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         detach(model)
         return model
+
+    def _check_merge_allowed(self) -> None:
+        holders = defaultdict(list)
+        for name, module in self.model.named_modules():
+            for parameter in module._parameters.values():
+                holders[id(parameter)].append(name.removesuffix(".base_layer"))
+        for layer in adapted_layers(self.model).values():
+            first, *others = holders[id(layer.weight)]
+            if others:
+                raise UserError(
+                    f"{first} and {others[0]} share one weight, so a merge would change both; load the base model with "
+                    "tie_word_embeddings=False, or leave the task unmerged"
+                )
 
     def _prepare_adapter_config(self, peft_config: LiLoRAConfig, model_config: dict) -> LiLoRAConfig:
         if peft_config.target_modules is None:

@@ -7,6 +7,27 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
+from habits import (
+    MLP,
+    VOCAB,
+    adapted,
+    assert_close,
+    assert_tied,
+    assert_unchanged,
+    expected_learning,
+    ids,
+    learning,
+    llama,
+    llava,
+    llava_batch,
+    logits,
+    of_task,
+    one_sentence,
+    randomise,
+    settings,
+    state_of,
+    train,
+)
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
@@ -23,140 +44,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
     pytest.mark.filterwarnings("ignore:. was active:UserWarning"),
 ]
-
-VOCAB, IMAGE = 40, 39
-MLP = ["gate_proj", "up_proj", "down_proj"]
-TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-
-
-def llama(**changes):
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT | changes)).double().eval()
-
-
-def llava():
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.LlavaConfig(
-        text_config={"model_type": "llama", **TEXT},
-        vision_config={"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, **vision},
-        image_token_id=IMAGE,
-    )
-    return transformers.LlavaForConditionalGeneration(config).double().eval()
-
-
-def settings(preset="frozen", **changes):
-    small = {"r": 6, "sub_rank": 3, "alpha": 9.0, "dropout": 0.0, "target_modules": list(MLP)}
-    return LiLoRAConfig.preset(preset, **small | changes)
-
-
-def randomise(model):
-    for parameter in [p for name, p in model.named_parameters() if "lilora_" in name]:
-        parameter.data.normal_(std=0.3)
-
-
-def adapted(tasks=("a", "b"), base=None, **changes):
-    """A model with random tasks: not at the initialisation, where every task is the base model."""
-    model = get_peft_model(llama() if base is None else base, settings(**changes), adapter_name=tasks[0])
-    for task in tasks[1:]:
-        model.add_adapter(task, settings(**changes))
-    randomise(model)
-    return model.eval()
-
-
-def ids(samples=3, length=5):
-    return torch.randint(2, VOCAB - 1, (samples, length))
-
-
-def logits(model, x, **kwargs):
-    with torch.no_grad():
-        return model(input_ids=x, **kwargs).logits
-
-
-def of_task(model, task, x, **kwargs):
-    model.set_adapter(task)
-    return logits(model, x, **kwargs)
-
-
-def assert_close(got, expected, rel=1e-10):
-    torch.testing.assert_close(got, expected, rtol=0, atol=rel * expected.abs().max().item())
-
-
-def assert_tied(model, tasks):
-    layers = adapted_layers(model)
-    assert layers
-    for layer in layers.values():
-        assert layer.tasks == list(tasks)
-        for shared in (layer.lilora_A, layer.lilora_B):
-            assert len(shared) == len(tasks)
-            assert len({id(parameter) for parameter in shared.values()}) == 1
-        if len(layer.active) == 1:
-            assert layer._slot[0] is layer.lilora_A[tasks[0]]
-            assert layer._slot[1] is layer.lilora_B[tasks[0]]
-
-
-def learning(model):
-    """What requires gradients, as (layer, A, B0 or task); other parameters by name."""
-    found = set()
-    for path, layer in adapted_layers(model).items():
-        for task in layer.tasks:
-            for key, shared in (("A", layer.lilora_A), ("B0", layer.lilora_B)):
-                found |= {(path, key)} if shared[task].requires_grad else set()
-            own = [d[task].requires_grad for d in (layer.lilora_U, layer.lilora_V, layer.lilora_fusion)]
-            assert len(set(own)) == 1
-            found |= {(path, task)} if own[0] else set()
-    return found | {name for name, p in model.named_parameters() if p.requires_grad and "lilora_" not in name}
-
-
-def expected_learning(model, *what):
-    return {(path, key) for path in adapted_layers(model) for key in what}
-
-
-def train(model, x, steps=3, **kwargs):
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=x, labels=x, **kwargs).loss.backward()
-        optimizer.step()
-    model.eval()
-
-
-def state_of(model):
-    """All that a refused change must leave as it was."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    routes = inner.__dict__.get("lilora_routes")
-    return {
-        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "learning": {name: p.requires_grad for name, p in model.named_parameters()},
-        "modules": {name: type(module) for name, module in model.named_modules()},
-        "attributes": set(inner.__dict__),
-        "tasks": None if routes is None else list(routes.tasks),
-        "configs": list(getattr(model, "peft_config", {})),
-        "active": {name: layer.active for name, layer in adapted_layers(model).items()},
-    }
-
-
-def assert_unchanged(model, before):
-    after = state_of(model)
-    values, old = after.pop("values"), before.pop("values")
-    assert list(values) == list(old)
-    assert all(torch.equal(values[name], old[name]) for name in old)
-    assert after == before
-
-
-def one_sentence(caught):
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 400
-
 
 # --- adapters are tasks -------------------------------------------------------------------------------------------------
 
@@ -814,14 +701,6 @@ def test_many_listed_targets_are_the_same_for_the_next_task():
 
 
 # --- LLaVA --------------------------------------------------------------------------------------------------------------
-
-
-def llava_batch(images):
-    """Prompts whose number of images is given for each sample; four image tokens each."""
-    rows = []
-    for count in images:
-        rows.append(torch.cat([torch.full((4 * count,), IMAGE), torch.randint(2, IMAGE, (12 - 4 * count,))]))
-    return {"input_ids": torch.stack(rows), "pixel_values": torch.randn(sum(images), 3, 8, 8, dtype=torch.float64)}
 
 
 def llava_single(model, batch, images, i, **kwargs):

@@ -68,9 +68,13 @@ class LiLoRAConfig(PeftConfig):
             if new != old:
                 raise UserError(f"{name} is {new!r}, but the model's other tasks have {old!r}; all tasks share it")
 
+    taken_with = None  # the fingerprint when the task's tensors were last taken out: PEFT saves the config after them
+
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        self.shared_fingerprint = self.taken_with or self.shared_fingerprint
         super().save_pretrained(save_directory, **kwargs)
-        self.shared_fingerprint = None  # true of the files: A and B0 may go on learning, and the config be used again
+        # True of the files: A and B0 may go on learning, and the config be used again.
+        self.shared_fingerprint = self.taken_with = None
 
     def __post_init__(self):
         super().__post_init__()

@@ -93,12 +93,19 @@ class Linear(LiLoRALinear, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         return self.delta_weight(adapter)
 
-    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active adapter, or the one named, to the base weight; safe_merge checks for NaN and inf before."""
+        name, merged = self.merged_weight(adapter_names, safe_merge)
+        if name is not None:
+            self.set_base_weight(merged)
+            self.merged_task = name
+
+    @torch.no_grad()
+    def merged_weight(self, adapter_names: list[str] | None, safe_merge: bool) -> tuple[str | None, Tensor | None]:
+        """(the adapter to merge, the base weight with it), as `merge` is asked for; (None, None) with nothing to do."""
         names = check_adapters_to_merge(self, adapter_names)
         if not names:
-            return
+            return None, None
         for name in names:
             self._require(name)
         if len(names) > 1 or self.merged_task is not None:
@@ -107,8 +114,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
         merged = weight + self.delta_weight(names[0]).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise UserError(f"NaNs detected in the merged weights; the adapter {names[0]} seems to be broken")
-        self.set_base_weight(merged)
-        self.merged_task = names[0]
+        return names[0], merged
 
     @torch.no_grad()
     def unmerge(self) -> None:

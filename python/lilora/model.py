@@ -59,10 +59,28 @@ class LiLoRAModel(BaseTuner):
                     f"{adapter_name} the target_modules, exclude_modules and layers_to_transform of the others"
                 )
 
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:
+            self._check_merged_weights(adapter_names)
+        super().merge_adapter(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_merged_weights(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
         detach(model)
         return model
+
+    def _check_merged_weights(self, adapter_names: list[str] | None) -> None:
+        """Of all layers before the first is written: a safe merge that fails must not leave some layers merged."""
+        for layer in adapted_layers(self.model).values():
+            layer.merged_weight(adapter_names, safe_merge=True)
 
     def _check_merge_allowed(self) -> None:
         holders = defaultdict(list)
@@ -137,7 +155,7 @@ class LiLoRAModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        config.shared_fingerprint = shared_fingerprint(model)  # PEFT writes the config after the weights
+        config.taken_with = shared_fingerprint(model)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod

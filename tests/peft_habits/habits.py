@@ -1,7 +1,7 @@
 """Tiny models with LiLoRA adapters, and what the tests of PEFT's habits look at in them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import transformers
@@ -97,7 +97,6 @@ def adapted(tasks=("a", "b"), base=None, **changes):
 class Case:
     """A base model, what of it is adapted and saved beside the adapters, and with which settings."""
 
-    name: str
     base: Callable[[], nn.Module]
     batch: Callable[[], dict[str, Tensor]]  # three samples
     targets: list[str] | str
@@ -119,22 +118,19 @@ class Case:
         return tuple(key for key, policy in named.items() if policy == "always" or (policy == "first" and not later))
 
 
-MODELS = [
-    Case("mlp", mlp, lambda: {"x": torch.randn(3, 7, dtype=torch.float64)}, ["first", "second"], "head"),
-    Case("llama", llama, lambda: {"input_ids": ids()}, MLP, "lm_head"),
-    Case("llava", llava, lambda: llava_batch((2, 0, 1)), target_modules("llava", projector=True), "lm_head"),
-]
+MODELS = {
+    "mlp": Case(mlp, lambda: {"x": torch.randn(3, 7, dtype=torch.float64)}, ["first", "second"], "head"),
+    "llama": Case(llama, lambda: {"input_ids": ids()}, MLP, "lm_head"),
+    "llava": Case(llava, lambda: llava_batch((2, 0, 1)), target_modules("llava", projector=True), "lm_head"),
+}
 SETTINGS = {
     "frozen": {"preset": "frozen"},
     "released": {"preset": "released"},
     "paper": {"preset": "paper"},
     "plain": {"preset": "frozen", "fusion": False},
 }
-CASES = {
-    f"{case.name}-{name}": Case(case.name, case.base, case.batch, case.targets, case.head, chosen)
-    for case in MODELS
-    for name, chosen in SETTINGS.items()
-}
+ROWS = [("mlp", "paper"), ("mlp", "plain"), *(("llama", name) for name in SETTINGS), ("llava", "frozen")]
+CASES = {f"{model}-{name}": replace(MODELS[model], settings=SETTINGS[name]) for model, name in ROWS}
 
 
 # --- what a model does --------------------------------------------------------------------------------------------------

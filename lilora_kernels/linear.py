@@ -169,8 +169,11 @@ class LiLoRALinear(AdaptedLinear):
         """Make every task's A and B0 one Parameter again, the newest, after a load, cast or move that replaced some."""
         for key, shared in (("A", self.lilora_A), ("B", self.lilora_B)):
             if shared:
+                tied = [p for p in shared.values() if p is self._tied.get(key)]
                 replaced = [p for p in shared.values() if p is not self._tied.get(key)]
-                self._tied[key] = (replaced or list(shared.values()))[-1]
+                # A task that is added on the meta device, to be loaded, does not have the values yet.
+                known = [p for p in replaced if not p.is_meta]
+                self._tied[key] = (known or tied or replaced)[-1]
                 for name in shared:
                     shared[name] = self._tied[key]
         self.bind()
@@ -295,11 +298,32 @@ class LiLoRALinear(AdaptedLinear):
             return
         if self._untied():
             self.retie()
-        source = tuple((id(own), own.data_ptr(), version(own)) for own in self._all_own())
-        if self._bank is None or self._bank[0] != source:
+        if not self._bank_is_current():
             # Tensors made in inference mode could not be saved for a later backward.
             with torch.inference_mode(False), torch.no_grad():
-                self._bank = (source, self._stack())
+                self._bank = (self._source(), self._stack())
+
+    def _bank_is_current(self) -> bool:
+        return self._bank is not None and self._bank[0] == self._source()
+
+    def _source(self) -> tuple:
+        return tuple((id(own), own.data_ptr(), version(own)) for own in self._all_own())
+
+    @torch.no_grad()
+    def overwrite_task(self, name: str, u: Tensor, v: Tensor, fusion: Tensor | None = None) -> None:
+        """Copy u [N, sub_rank], v [sub_rank, r] and fusion [1] over a task's, and over its place in a gathered bank.
+
+        No tensor moves, so a compiled or captured forward stays valid and sees the new values.
+        """
+        self._require(name)
+        in_bank, at = self._bank_is_current(), self.tasks.index(name)
+        values = [u, v] if fusion is None else [u, v, fusion]
+        for own, value in zip(self._own(name), values, strict=True):
+            own.copy_(value)
+        if in_bank:
+            for stacked, value in zip(self._bank[1], values, strict=False):
+                stacked[at].copy_(value.reshape(stacked[at].shape))
+            self._bank = (self._source(), self._bank[1])
 
     # --- merging ----------------------------------------------------------------------------------------------------
 

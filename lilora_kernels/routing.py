@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -266,11 +265,14 @@ def attach(model: nn.Module) -> Routes:
     if "lilora_replaced" not in model.__dict__:
         # accelerate's hooks (device_map over several devices) put a forward of their own on the instance
         model.lilora_replaced = {name: model.__dict__[name] for name in METHODS if name in model.__dict__}
-        model.forward = MethodType(_with_task_ids(model), model)
+        # partial, not MethodType: a bound method is pickled by its name in the class, and there it is the old one
+        model.forward = partial(_forward, model)
+        model.forward.__signature__ = _signature(model)
+        model.forward.__doc__ = type(model).forward.__doc__
         if hasattr(model, "generate"):
-            model.generate = MethodType(_generate, model)
+            model.generate = partial(_generate, model)
         if hasattr(model, "gradient_checkpointing_enable"):
-            model.gradient_checkpointing_enable = MethodType(gradient_checkpointing_enable, model)
+            model.gradient_checkpointing_enable = partial(gradient_checkpointing_enable, model)
             restore_routes(model)
     return routes
 
@@ -293,29 +295,23 @@ def sees_images(path: str, has_text_part: bool) -> bool:
     return not parts & (TEXT | {"lm_head"}) and (has_text_part or bool(parts & VISION))
 
 
-def _with_task_ids(model: nn.Module) -> Callable:
-    forward = _replaced_forward if "forward" in model.lilora_replaced else type(model).forward
+def _forward(self, *args, task_ids=None, **kwargs):
+    forward = self.lilora_replaced.get("forward") or partial(type(self).forward, self)
+    if task_ids is None:
+        return forward(*args, **kwargs)
+    routes = self.lilora_routes
+    batch = route_of_batch(self, task_ids, args, kwargs)
+    batch.published = routes.generating
+    with routes.use(batch):
+        return forward(*args, **kwargs)
 
-    def routed_forward(self, *args, task_ids=None, **kwargs):
-        if task_ids is None:
-            return forward(self, *args, **kwargs)
-        routes = self.lilora_routes
-        batch = route_of_batch(self, task_ids, args, kwargs)
-        batch.published = routes.generating
-        with routes.use(batch):
-            return forward(self, *args, **kwargs)
 
-    signature = inspect.signature(type(model).forward)
-    parameters = list(signature.parameters.values())
+def _signature(model: nn.Module) -> inspect.Signature:
+    """That of the model's forward with task_ids, without annotations: they need not be picklable."""
+    parameters = [p.replace(annotation=p.empty) for p in inspect.signature(type(model).forward).parameters.values()][1:]
     at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
     parameters.insert(at, inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None))
-    routed_forward.__signature__ = signature.replace(parameters=parameters)
-    routed_forward.__doc__ = type(model).forward.__doc__
-    return routed_forward
-
-
-def _replaced_forward(self, *args, **kwargs):
-    return self.lilora_replaced["forward"](*args, **kwargs)
+    return inspect.Signature(parameters)
 
 
 def route_of_batch(model: nn.Module, task_ids: TaskIds, args: tuple, kwargs: dict) -> Route:

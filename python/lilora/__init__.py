@@ -14,6 +14,7 @@ except ModuleNotFoundError as missing:
 
 from .config import PRESETS, LiLoRAConfig
 from .io.export_lora import export_lora
+from .loading import hotswap
 from .model import LiLoRAModel
 
 register_peft_method(name="lilora", config_cls=LiLoRAConfig, model_cls=LiLoRAModel)
@@ -28,6 +29,7 @@ __all__ = [
     "attach",
     "explain",
     "export_lora",
+    "hotswap",
     "route",
     "set_task",
 ]

@@ -16,6 +16,7 @@ PRESETS: dict[str, dict[str, str | float]] = {
     "paper": {"train_a": "always", "train_b0": "always", "stability": 1.0},
     "released": {"train_a": "always", "train_b0": "first", "stability": 0.0},
 }
+SAME_FOR_ALL_TASKS = ("r", "sub_rank", "alpha", "dropout", "fusion", "train_a", "train_b0", "stability")
 
 
 @dataclass
@@ -60,9 +61,20 @@ class LiLoRAConfig(PeftConfig):
             raise UserError(f"preset is {name!r}; it must be one of {list(PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
+    def require_same_settings(self, other: "LiLoRAConfig") -> None:
+        """UserError unless a task with this config can live beside one with the `other`."""
+        for name in SAME_FOR_ALL_TASKS:
+            new, old = getattr(self, name), getattr(other, name)
+            if new != old:
+                raise UserError(f"{name} is {new!r}, but the model's other tasks have {old!r}; all tasks share it")
+
+    taken_with = None  # the fingerprint when the task's tensors were last taken out: PEFT saves the config after them
+
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        self.shared_fingerprint = self.taken_with or self.shared_fingerprint
         super().save_pretrained(save_directory, **kwargs)
-        self.shared_fingerprint = None  # true of the files: A and B0 may go on learning, and the config be used again
+        # True of the files: A and B0 may go on learning, and the config be used again.
+        self.shared_fingerprint = self.taken_with = None
 
     def __post_init__(self):
         super().__post_init__()

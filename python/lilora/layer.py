@@ -1,6 +1,7 @@
 """The PEFT tuner layer: LiLoRALinear with PEFT's names for the same things."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -19,6 +20,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
 
     adapter_layer_names = ("lilora_U", "lilora_V", "lilora_fusion")
     other_param_names = ("lilora_A", "lilora_B")
+    cast_input_dtype_enabled = True  # for peft.helpers.disable_input_dtype_casting; we never cast the input
 
     def __init__(self, base_layer: nn.Module, config: LiLoRAConfig, routes: Routes, **quantization) -> None:
         LiLoRALinear.__init__(
@@ -52,6 +54,18 @@ class Linear(LiLoRALinear, BaseTunerLayer):
         super().enable_adapters(enabled)
         self.train_shared(enabled)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self.train_shared(any(own.requires_grad for task in self.active for own in self._own(task)))
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Called after a load with low_cpu_mem_usage. PEFT's own would also round to the base weight's dtype."""
+        device = device or self.get_base_weight().device
+        for kind in (*self.other_param_names, *self.adapter_layer_names):
+            parameters = getattr(self, kind)
+            if adapter_name in parameters and not parameters[adapter_name].is_meta:
+                parameters[adapter_name].data = parameters[adapter_name].data.to(device)
+
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.lilora_U:
             return
@@ -79,20 +93,28 @@ class Linear(LiLoRALinear, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         return self.delta_weight(adapter)
 
-    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active adapter, or the one named, to the base weight; safe_merge checks for NaN and inf before."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lilora_U]
+        name, merged = self.merged_weight(adapter_names, safe_merge)
+        if name is not None:
+            self.set_base_weight(merged)
+            self.merged_task = name
+
+    @torch.no_grad()
+    def merged_weight(self, adapter_names: list[str] | None, safe_merge: bool) -> tuple[str | None, Tensor | None]:
+        """(the adapter to merge, the base weight with it), as `merge` is asked for; (None, None) with nothing to do."""
+        names = check_adapters_to_merge(self, adapter_names)
         if not names:
-            return
+            return None, None
+        for name in names:
+            self._require(name)
         if len(names) > 1 or self.merged_task is not None:
             raise UserError(f"cannot merge {names} together; a LiLoRA model holds one merged task at a time")
         weight = self.get_base_weight()
         merged = weight + self.delta_weight(names[0]).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise UserError(f"NaNs detected in the merged weights; the adapter {names[0]} seems to be broken")
-        self.set_base_weight(merged)
-        self.merged_task = names[0]
+        return names[0], merged
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -104,3 +126,12 @@ class Linear(LiLoRALinear, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lilora." + super().__repr__()
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Linear]:
+    """Adapted layers by their path in the base model, without the wrappers that PEFT puts around it."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear)
+    }

@@ -1,6 +1,7 @@
 """The PEFT tuner model: puts adapters into a model and carries task ids to them."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,19 +17,9 @@ from lilora_kernels.routing import Routes, detach, route_of_batch
 
 from .config import LiLoRAConfig
 from .errors import UserError
-from .layer import Linear
+from .layer import Linear, adapted_layers
+from .loading import OTHER_CHAIN, check_loadable
 from .models import target_modules
-
-SAME_FOR_ALL_TASKS = (
-    "r",
-    "sub_rank",
-    "alpha",
-    "dropout",
-    "fusion",
-    "train_a",
-    "train_b0",
-    "stability",
-)
 
 
 class LiLoRAModel(BaseTuner):
@@ -46,17 +37,13 @@ class LiLoRAModel(BaseTuner):
         routes = model.__dict__.get("lilora_routes") or Routes()
         if adapter_name in routes.tasks:
             raise UserError(f"task {adapter_name!r} exists already; delete it first or choose another name")
-        before = list(routes.tasks)
         model.lilora_routes = routes
         try:
             check_task_name(adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._check_same_layers(model, adapter_name)
         except Exception:
-            self._take_back(model, adapter_name)
-            routes.tasks[:] = before
-            if not before:
-                del model.lilora_routes
+            take_back(model, self.peft_config, adapter_name)
             raise
         attach(model)
         for module in model.modules():
@@ -72,19 +59,41 @@ class LiLoRAModel(BaseTuner):
                     f"{adapter_name} the target_modules, exclude_modules and layers_to_transform of the others"
                 )
 
-    def _take_back(self, model: nn.Module, adapter_name: str) -> None:
-        """Remove what an injection that failed half way has added."""
-        delete_adapter(model, adapter_name, self.prefix, Linear)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, Linear) and not module.lilora_U:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.base_layer)
-        self.peft_config.pop(adapter_name, None)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:
+            self._check_merged_weights(adapter_names)
+        super().merge_adapter(adapter_names)
 
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_merged_weights(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
         detach(model)
         return model
+
+    def _check_merged_weights(self, adapter_names: list[str] | None) -> None:
+        """Of all layers before the first is written: a safe merge that fails must not leave some layers merged."""
+        for layer in adapted_layers(self.model).values():
+            layer.merged_weight(adapter_names, safe_merge=True)
+
+    def _check_merge_allowed(self) -> None:
+        holders = defaultdict(list)
+        for name, module in self.model.named_modules():
+            for parameter in module._parameters.values():
+                holders[id(parameter)].append(name.removesuffix(".base_layer"))
+        for layer in adapted_layers(self.model).values():
+            first, *others = holders[id(layer.weight)]
+            if others:
+                raise UserError(
+                    f"{first} and {others[0]} share one weight, so a merge would change both; load the base model with "
+                    "tie_word_embeddings=False, or leave the task unmerged"
+                )
 
     def _prepare_adapter_config(self, peft_config: LiLoRAConfig, model_config: dict) -> LiLoRAConfig:
         if peft_config.target_modules is None:
@@ -94,16 +103,20 @@ class LiLoRAModel(BaseTuner):
     def _check_new_adapter_config(self, config: LiLoRAConfig) -> None:
         super()._check_new_adapter_config(config)
         others = [other for other in self.peft_config.values() if other is not config]
-        for name in SAME_FOR_ALL_TASKS if others else ():
-            new, old = getattr(config, name), getattr(others[0], name)
-            if new != old:
-                raise UserError(f"{name} is {new!r}, but the model's other tasks have {old!r}; all tasks share it")
-        if others and config.shared_fingerprint is not None and config.on_shared_mismatch == "error":
+        if not others:
+            return
+        config.require_same_settings(others[0])
+        if config.on_shared_mismatch == "replace":
+            for other in others:
+                other.shared_fingerprint = None
+        elif config.shared_fingerprint is not None:
             current = shared_fingerprint(self.model)
-            if current is not None and current != config.shared_fingerprint:
+            # A load may have rounded the factors to the model's dtype; the file that they came from tells then.
+            loaded = {other.shared_fingerprint for other in others if other.inference_mode}
+            if current is not None and config.shared_fingerprint not in {current, *loaded}:
                 raise UserError(
                     f"the task was made with the shared factors {config.shared_fingerprint}, but this model has {current}; "
-                    "load tasks of one chain together, or set on_shared_mismatch='replace' in its config"
+                    + OTHER_CHAIN
                 )
 
     def _create_and_replace(
@@ -132,15 +145,31 @@ class LiLoRAModel(BaseTuner):
         return {k: v for k, v in get_quantization_kwargs(self).items() if k == "get_apply_tensor_subclass"}
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        learning = {name: p.requires_grad for name, p in self.model.named_parameters(remove_duplicate=False)}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(learning[name])  # PEFT makes new Parameters, and those learn
         for module in self.model.modules():
             if isinstance(module, Linear):
                 module.retie()
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        config.shared_fingerprint = shared_fingerprint(model)  # PEFT writes the config after the weights
+        config.taken_with = shared_fingerprint(model)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        own = [layer.lilora_U[adapter_name] for layer in adapted_layers(model).values()]
+        # Made to be loaded, and still as it was made: nothing is lost when a load that fails takes it away again.
+        fresh = config.shared_fingerprint is not None and all(u.is_meta or not u.any() for u in own)
+        try:
+            check_loadable(model, config, adapter_name, state_dict, fresh)
+        except UserError:
+            if fresh:
+                take_back(getattr(model, "base_model", model), model.peft_config, adapter_name)
+            raise
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
@@ -153,21 +182,27 @@ class LiLoRAModel(BaseTuner):
             yield
 
 
+def take_back(model: nn.Module, configs: dict[str, LiLoRAConfig], adapter_name: str) -> None:
+    """Remove a task that could not be added or loaded, as if it had never been there."""
+    tasks = model.lilora_routes.tasks
+    before = [task for task in tasks if task != adapter_name]
+    delete_adapter(model, adapter_name, LiLoRAModel.prefix, Linear)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear) and not module.lilora_U:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.base_layer)
+    configs.pop(adapter_name, None)
+    tasks[:] = before
+    if not before:
+        detach(model)
+
+
 def _refuse_route(routes: Routes, module: nn.Module, args: tuple) -> None:
     if routes.current is not None:
         raise UserError(
             "a module in modules_to_save follows the active adapter only; call set_adapter and leave out task_ids, or adapt "
             "without modules_to_save"
         )
-
-
-def adapted_layers(model: nn.Module) -> dict[str, Linear]:
-    """Adapted layers by their path in the base model, without the wrappers that PEFT puts around it."""
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, Linear)
-    }
 
 
 def task_tensors(layers: dict[str, LiLoRALinear], task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

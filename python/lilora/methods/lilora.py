@@ -12,7 +12,8 @@ from ..config import PRESETS, LiLoRAConfig
 from ..errors import UserError
 from ..io.bank import Bank
 from ..io.export_lora import PlainLoRA, plain_lora
-from ..model import adapted_layers, task_tensors
+from ..layer import adapted_layers
+from ..model import task_tensors
 from .base import Inputs, Method, Tensors
 from .stability import StabilityLoss
 

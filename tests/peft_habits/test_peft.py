@@ -7,14 +7,36 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from habits import (
+    MLP,
+    VOCAB,
+    adapted,
+    assert_close,
+    assert_tied,
+    assert_unchanged,
+    expected_learning,
+    ids,
+    learning,
+    llama,
+    llava,
+    llava_batch,
+    logits,
+    of_task,
+    one_sentence,
+    randomise,
+    settings,
+    state_of,
+    train,
+)
+from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
 from lilora import LiLoRAConfig
 from lilora.errors import UserError
-from lilora.model import adapted_layers, shared_fingerprint
+from lilora.layer import adapted_layers
+from lilora.model import shared_fingerprint
 from lilora.models import target_modules
 
 pytestmark = [
@@ -24,209 +46,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:. was active:UserWarning"),
 ]
 
-VOCAB, IMAGE = 40, 39
-MLP = ["gate_proj", "up_proj", "down_proj"]
-TEXT = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-
-
-def llama(**changes):
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT | changes)).double().eval()
-
-
-def llava():
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.LlavaConfig(
-        text_config={"model_type": "llama", **TEXT},
-        vision_config={"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, **vision},
-        image_token_id=IMAGE,
-    )
-    return transformers.LlavaForConditionalGeneration(config).double().eval()
-
-
-def settings(preset="frozen", **changes):
-    small = {"r": 6, "sub_rank": 3, "alpha": 9.0, "dropout": 0.0, "target_modules": list(MLP)}
-    return LiLoRAConfig.preset(preset, **small | changes)
-
-
-def randomise(model):
-    for parameter in [p for name, p in model.named_parameters() if "lilora_" in name]:
-        parameter.data.normal_(std=0.3)
-
-
-def adapted(tasks=("a", "b"), base=None, **changes):
-    """A model with random tasks: not at the initialisation, where every task is the base model."""
-    model = get_peft_model(llama() if base is None else base, settings(**changes), adapter_name=tasks[0])
-    for task in tasks[1:]:
-        model.add_adapter(task, settings(**changes))
-    randomise(model)
-    return model.eval()
-
-
-def ids(samples=3, length=5):
-    return torch.randint(2, VOCAB - 1, (samples, length))
-
-
-def logits(model, x, **kwargs):
-    with torch.no_grad():
-        return model(input_ids=x, **kwargs).logits
-
-
-def of_task(model, task, x, **kwargs):
-    model.set_adapter(task)
-    return logits(model, x, **kwargs)
-
-
-def assert_close(got, expected, rel=1e-10):
-    torch.testing.assert_close(got, expected, rtol=0, atol=rel * expected.abs().max().item())
-
-
-def assert_tied(model, tasks):
-    layers = adapted_layers(model)
-    assert layers
-    for layer in layers.values():
-        assert layer.tasks == list(tasks)
-        for shared in (layer.lilora_A, layer.lilora_B):
-            assert len(shared) == len(tasks)
-            assert len({id(parameter) for parameter in shared.values()}) == 1
-        if len(layer.active) == 1:
-            assert layer._slot[0] is layer.lilora_A[tasks[0]]
-            assert layer._slot[1] is layer.lilora_B[tasks[0]]
-
-
-def learning(model):
-    """What requires gradients, as (layer, A, B0 or task); other parameters by name."""
-    found = set()
-    for path, layer in adapted_layers(model).items():
-        for task in layer.tasks:
-            for key, shared in (("A", layer.lilora_A), ("B0", layer.lilora_B)):
-                found |= {(path, key)} if shared[task].requires_grad else set()
-            own = [d[task].requires_grad for d in (layer.lilora_U, layer.lilora_V, layer.lilora_fusion)]
-            assert len(set(own)) == 1
-            found |= {(path, task)} if own[0] else set()
-    return found | {name for name, p in model.named_parameters() if p.requires_grad and "lilora_" not in name}
-
-
-def expected_learning(model, *what):
-    return {(path, key) for path in adapted_layers(model) for key in what}
-
-
-def train(model, x, steps=3, **kwargs):
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=x, labels=x, **kwargs).loss.backward()
-        optimizer.step()
-    model.eval()
-
-
-def state_of(model):
-    """All that a refused change must leave as it was."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    routes = inner.__dict__.get("lilora_routes")
-    return {
-        "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "learning": {name: p.requires_grad for name, p in model.named_parameters()},
-        "modules": {name: type(module) for name, module in model.named_modules()},
-        "attributes": set(inner.__dict__),
-        "tasks": None if routes is None else list(routes.tasks),
-        "configs": list(getattr(model, "peft_config", {})),
-        "active": {name: layer.active for name, layer in adapted_layers(model).items()},
-    }
-
-
-def assert_unchanged(model, before):
-    after = state_of(model)
-    values, old = after.pop("values"), before.pop("values")
-    assert list(values) == list(old)
-    assert all(torch.equal(values[name], old[name]) for name in old)
-    assert after == before
-
-
-def one_sentence(caught):
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 400
-
-
 # --- adapters are tasks -------------------------------------------------------------------------------------------------
-
-
-def test_a_new_task_starts_as_the_base_model_with_its_share_of_the_basis():
-    base, x = llama(), ids()
-    expected = logits(base, x)
-    model = get_peft_model(base, settings(), adapter_name="a")
-    assert torch.equal(logits(model, x), expected)
-    randomise(model)
-    assert not torch.allclose(logits(model, x), expected)
-    with model.disable_adapter():
-        assert torch.equal(logits(model, x), expected)
-
-
-def test_set_adapter_add_and_delete():
-    model, x = adapted(("a", "b", "c")), ids()
-    with model.disable_adapter():
-        base = logits(model, x)
-    outputs = {task: of_task(model, task, x) for task in "abc"}
-    assert all(not torch.allclose(outputs[p], outputs[q]) for p, q in ("ab", "bc", "ac"))
-    model.delete_adapter("b")
-    assert torch.equal(of_task(model, "a", x), outputs["a"])
-    assert torch.equal(of_task(model, "c", x), outputs["c"])
-    mixed = logits(model, x, task_ids=torch.tensor([0, 2, -1]))  # ids are not used twice
-    assert_close(mixed[0], outputs["a"][0])
-    assert_close(mixed[1], outputs["c"][1])
-    assert not any(name.endswith(".b") for name in model.state_dict())
-    with pytest.raises(ValueError, match="b"):
-        model.set_adapter("b")
-    model.add_adapter("b", settings())
-    randomise(model)
-    model.set_adapter("c")
-    with pytest.warns(UserWarning, match="c was active"):
-        model.delete_adapter("c")
-    assert model.active_adapters == ["a"]
-    assert_tied(model, ("a", "b"))
-    model.delete_adapter("a")
-    inner = model.get_base_model()
-    model.delete_adapter("b")
-    assert torch.equal(logits(inner, x), base)
-
-
-@pytest.mark.parametrize(
-    "preset, later", [("paper", ("A", "B0")), ("released", ("A",)), ("frozen", ())], ids=["paper", "released", "frozen"]
-)
-def test_presets_say_what_learns(preset, later):
-    model = get_peft_model(llama(), settings(preset), adapter_name="a")
-    first = expected_learning(model, "A", "B0", "a")
-    assert learning(model) == first
-    model.add_adapter("b", settings(preset))
-    assert learning(model) == first, "adding a task does not activate it"
-    model.set_adapter("b")
-    assert learning(model) == expected_learning(model, "b", *later)
-    with model.disable_adapter():
-        assert learning(model) == set()
-    assert learning(model) == expected_learning(model, "b", *later)
-    model.add_adapter("c", settings(preset))
-    model.set_adapter("c")
-    assert learning(model) == expected_learning(model, "c", *later)
-    model.delete_adapter("b")
-    assert learning(model) == expected_learning(model, "c", *later)
-    model.set_adapter("c", inference_mode=True)
-    assert learning(model) == set()
-    model.delete_adapter("c")
-    assert model.active_adapters == ["a"]
-    model.set_adapter("a")
-    assert learning(model) == first
-    model.base_model.set_adapter(["a"])
-    assert learning(model) == first
 
 
 def test_never_freezes_the_shared_factors_from_the_start():
@@ -286,32 +106,6 @@ def foreign(base_folder, tmp_path_factory):
     return folder / "b", x, of_task(model, "b", x), shared_fingerprint(model)
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_round_trip_through_peft(base_folder, saved, low_cpu_mem_usage):
-    folder, x, expected, fingerprint = saved
-    model = PeftModel.from_pretrained(
-        load_base(base_folder), folder / "a", adapter_name="a", low_cpu_mem_usage=low_cpu_mem_usage
-    )
-    result = model.load_adapter(folder / "b", "b", low_cpu_mem_usage=low_cpu_mem_usage)
-    assert not [name for name in result.missing_keys if name.endswith(".b")]
-    assert not result.unexpected_keys
-    assert learning(model) == set()
-    assert_tied(model, "ab")
-    assert torch.equal(logits(model, x, task_ids=["a", "b", None]), expected)
-    assert shared_fingerprint(model) == fingerprint
-    assert torch.equal(of_task(model, "b", x)[1], logits(model, x)[1])
-    assert_close(of_task(model, "b", x)[1], expected[1])
-
-
-def test_loading_to_train_on(base_folder, saved):
-    folder = saved[0]
-    model = PeftModel.from_pretrained(load_base(base_folder), folder / "a", adapter_name="a", is_trainable=True)
-    assert learning(model) == expected_learning(model, "A", "B0", "a")
-    model.load_adapter(folder / "b", "b", is_trainable=True)
-    model.set_adapter("b")
-    assert learning(model) == expected_learning(model, "b")
-
-
 def test_a_folder_holds_one_task_and_the_shared_factors(saved):
     folder, _, _, fingerprint = saved
     config = json.loads((folder / "a" / "adapter_config.json").read_text())
@@ -328,32 +122,6 @@ def test_a_config_serves_again_after_its_task_was_saved_and_learned_on(tmp_path)
     randomise(model)
     model.add_adapter("c", copy.deepcopy(model.peft_config["b"]))
     assert_tied(model, "abc")
-
-
-def test_tied_after_casts_and_moves():
-    model = get_peft_model(llama().bfloat16(), settings(), adapter_name="a")
-    model.add_adapter("b", settings())
-    assert {p.dtype for name, p in model.named_parameters() if "lilora_" in name} == {torch.float32}
-    assert_tied(model, "ab")
-    kept = get_peft_model(llama().bfloat16(), settings(), adapter_name="a", autocast_adapter_dtype=False)
-    kept.add_adapter("b", settings(), autocast_adapter_dtype=False)
-    assert {p.dtype for p in kept.parameters()} == {torch.bfloat16}
-    assert_tied(kept, "ab")
-    assert_tied(model.to(torch.float64), "ab")
-    assert_tied(model.to("meta"), "ab")
-    assert_tied(copy.deepcopy(kept), "ab")
-
-
-def test_a_copied_model_routes_on_its_own():
-    model, x = adapted(), ids()
-    expected = logits(model, x, task_ids=["a", "b", None])
-    other = copy.deepcopy(model)
-    other.add_adapter("c", settings())
-    other.set_adapter("c")
-    assert torch.equal(logits(model, x, task_ids=["a", "b", None]), expected)
-    assert torch.equal(logits(other, x, task_ids=["a", "b", None]), expected)
-    with pytest.raises(ValueError, match="unknown"):
-        logits(model, x, task_ids=["c"] * 3)
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -424,48 +192,6 @@ def test_injection_into_any_module():
 # --- merging ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("safe_merge", [False, True])
-def test_merging(safe_merge):
-    model, x = adapted(), ids()
-    outputs = {task: of_task(model, task, x) for task in "ab"}
-    mixed = logits(model, x, task_ids=["a", "b", None])
-    model.set_adapter("b")
-    model.merge_adapter(safe_merge=safe_merge)
-    assert_close(logits(model, x), outputs["b"])
-    for kwargs in ({"task_ids": ["a"] * 3}, {"adapter_names": ["a"] * 3}):
-        with pytest.raises(RuntimeError, match="task 'b' is merged into the base weight; unmerge"):
-            logits(model, x, **kwargs)
-    model.unmerge_adapter()
-    assert_close(logits(model, x, task_ids=["a", "b", None]), mixed)
-    model.merge_adapter(["a"], safe_merge=safe_merge)
-    assert_close(logits(model, x), outputs["a"])
-    with model.disable_adapter():
-        assert_close(logits(model, x)[2], mixed[2])
-    assert_close(logits(model, x), outputs["b"])
-    merged = model.merge_and_unload(safe_merge=safe_merge)
-    assert_close(logits(merged, x), outputs["b"])
-
-
-def test_several_tasks_cannot_be_merged_together():
-    model = adapted()
-    before = state_of(model)
-    with pytest.raises(UserError, match=r"cannot merge \['a', 'b'\] together") as caught:
-        model.merge_adapter(["a", "b"])
-    one_sentence(caught)
-    assert_unchanged(model, before)
-
-
-def test_safe_merge_refuses_a_broken_task():
-    model, x = adapted(), ids()
-    next(iter(adapted_layers(model).values())).lilora_U["a"].data[0, 0] = torch.nan
-    base = [layer.base_layer.weight.clone() for layer in adapted_layers(model).values()]
-    with pytest.raises(ValueError, match=r"NaNs detected.*adapter a"):
-        model.merge_adapter(safe_merge=True)
-    now = [layer.base_layer.weight for layer in adapted_layers(model).values()]
-    assert all(torch.equal(old, new) for old, new in zip(base, now, strict=True))
-    assert of_task(model, "b", x).isfinite().all()
-
-
 @pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
 def test_unloading_leaves_a_plain_model_that_can_be_adapted_again(how):
     base, x = llama(), ids()
@@ -487,25 +213,6 @@ def test_unloading_leaves_a_plain_model_that_can_be_adapted_again(how):
 
 
 # --- task ids -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_adapter_names_and_task_ids_agree(training):
-    model, x = adapted(), ids()
-    with model.disable_adapter():
-        base = logits(model, x)
-    expected = torch.stack([of_task(model, "a", x)[0], of_task(model, "b", x)[1], base[2]])
-    model.train(training)
-    tensor = torch.tensor([0, 1, -1])
-    for kwargs in (
-        {"adapter_names": ["a", "b", "__base__"]},
-        {"task_ids": ["a", "b", None]},
-        {"task_ids": [0, 1, -1]},
-        {"task_ids": tensor},
-        {"task_ids": tensor.int()},
-    ):
-        assert_close(logits(model, x, **kwargs), expected)
-    assert_close(model.get_base_model()(x, task_ids=tensor).logits, expected)
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -636,21 +343,6 @@ def test_trainer_carries_task_ids(tmp_path, checkpointing):
 
 
 # --- other settings of PEFT ---------------------------------------------------------------------------------------------
-
-
-def test_modules_to_save_follow_the_active_task():
-    base, x = llama(), ids()
-    model = adapted(base=base, modules_to_save=["lm_head"])
-    names = {name for name in learning(model) if isinstance(name, str)}
-    assert names == {"base_model.model.lm_head.modules_to_save.a.weight"}
-    model.set_adapter("b")
-    train(model, x)
-    heads = model.get_base_model().lm_head.modules_to_save
-    assert not torch.equal(heads["b"].weight, heads["a"].weight)
-    assert any("lm_head" in name for name in get_peft_model_state_dict(model, adapter_name="b"))
-    for kwargs in ({"task_ids": ["a", "b", None]}, {"adapter_names": ["a", "b", "__base__"]}):
-        with pytest.raises(UserError, match="modules_to_save follows the active adapter only; call set_adapter"):
-            logits(model, x, **kwargs)
 
 
 def test_bias_of_the_adapted_layers():
@@ -814,14 +506,6 @@ def test_many_listed_targets_are_the_same_for_the_next_task():
 
 
 # --- LLaVA --------------------------------------------------------------------------------------------------------------
-
-
-def llava_batch(images):
-    """Prompts whose number of images is given for each sample; four image tokens each."""
-    rows = []
-    for count in images:
-        rows.append(torch.cat([torch.full((4 * count,), IMAGE), torch.randint(2, IMAGE, (12 - 4 * count,))]))
-    return {"input_ids": torch.stack(rows), "pixel_values": torch.randn(sum(images), 3, 8, 8, dtype=torch.float64)}
 
 
 def llava_single(model, batch, images, i, **kwargs):

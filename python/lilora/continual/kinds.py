@@ -21,13 +21,15 @@ Collate = Callable[[list], dict[str, Tensor]]
 class Kind:
     """load(model, dtype): a base model whose forward puts out the loss of a training batch, and its processor.
     training_data(task, processor): the samples, and what makes a batch of them. evaluate(method, processor, tasks,
-    batch_size, progress): the tasks' scores. unseen: whether stages score the tasks that come later too. methods: those
+    batch_size, progress): the tasks' scores; evaluate_routed(method, processor, router, tasks, those scores, batch_size,
+    progress): the same without the task. unseen: whether stages score the tasks that come later too. methods: those
     that can learn such tasks, None for all.
     """
 
     load: Callable[[str, torch.dtype | str], tuple[nn.Module, Any]]
     training_data: Callable[[Any, Any], tuple[Dataset, Collate]]
     evaluate: Callable[..., list[evaluate.TaskScore]]
+    evaluate_routed: Callable[..., list[evaluate.RoutedScore]]
     unseen: bool = False
     methods: tuple[str, ...] | None = None
 
@@ -57,12 +59,13 @@ def instructions(spec: TaskSpec, processor) -> tuple[InstructionDataset, Collate
 
 
 KINDS = {
-    "instruction": Kind(load_generative, instructions, evaluate.evaluate),
+    "instruction": Kind(load_generative, instructions, evaluate.evaluate, evaluate.evaluate_routed),
     # The losses of the other methods are made of the tokens of answers.
     "classification": Kind(
         clip.load,
         clip.training_data,
         clip.evaluate,
+        clip.evaluate_routed,
         unseen=True,
         methods=("lilora", "dac", "lora", "dirlora", "olora", "moelora"),
     ),

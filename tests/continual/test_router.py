@@ -244,7 +244,14 @@ def test_bad_batches(base):
 @pytest.fixture(scope="module")
 def quick(train_options):
     """Few steps, large ones: routing does not depend on how well tasks were learned, but they shall differ."""
-    return [*train_options, *"--max-steps 2 --save-steps 9 --lr 0.1".split()]
+    return [*train_options, "--max-steps", "2", "--save-steps", "9", "--lr", "0.1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_report():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lilora.continual.report.write_report", lambda *_: "none")
+        yield
 
 
 @pytest.fixture(scope="module")

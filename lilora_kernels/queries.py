@@ -28,16 +28,31 @@ class QuerySource:
     @torch.no_grad()
     def text(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """[B, d_text] fp32 from input_ids [B, L]; padding and, in training, the answers that labels mark are left out."""
-        counts = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        counts = counts & (input_ids != self.image_token)
-        if labels is not None:
-            counts = counts & (labels < 0)
-        embedded = self.embedding(input_ids).float() * counts.unsqueeze(-1)
-        return normalised(embedded.sum(1))
+        return prompt_mean(self.embedding, self.image_token, input_ids, attention_mask, labels)
 
     def units(self, input_ids: Tensor) -> list[int]:
         """Image tokens of each sample."""
         return (input_ids == self.image_token).sum(1).tolist()
+
+
+def prompt_mean(
+    embedding: nn.Module,
+    image_token: int | None,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Direction of the mean input embedding of each prompt's text tokens, [B, d] fp32 from input_ids [B, L].
+
+    Padding, image tokens and, in training, the answers that labels mark are left out.
+    """
+    counts = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if image_token is not None:
+        counts = counts & (input_ids != image_token)
+    if labels is not None:
+        counts = counts & (labels < 0)
+    embedded = embedding(input_ids.masked_fill(~counts, 0)).float() * counts.unsqueeze(-1)
+    return normalised(embedded.sum(1))
 
 
 class PoolRoute(Route):

@@ -161,6 +161,13 @@ def evaluate(
     tasks: Annotated[Path, typer.Option(help="The task manifest with the test data.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch; tasks are mixed.")] = 32,
     model: Annotated[str | None, typer.Option(help="Base model; default: the one the bank was made with.")] = None,
+    routed: Annotated[
+        bool,
+        typer.Option(
+            "--routed",
+            help="Score without the task too, as the bank's router finds it; writes routes.png beside the bank.",
+        ),
+    ] = False,
     data: Data = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -175,6 +182,7 @@ def evaluate(
     from .continual.tasks import load_manifest
 
     opened, method, processor = load_bank(bank, model, device)
+    router = bank_router(opened, method) if routed else None
     kind = kind_of(opened.config)
     manifest = load_manifest(tasks, None if kind.unseen else opened.tasks, data)
     if KINDS[manifest.kind] is not kind:
@@ -183,6 +191,11 @@ def evaluate(
         )
     with Progress(disable=as_json) as progress:
         results = kind.evaluate(method, processor, manifest.tasks, batch_size, progress)
+        if router is not None:
+            routes = kind.evaluate_routed(method, processor, router, manifest.tasks, results, batch_size, progress)
+    if router is not None:
+        show_routes(routes, opened, as_json)
+        return
     if as_json:
         print(json.dumps({r.task: {"score": r.score, "format_share": r.format_share} for r in results}))
         return
@@ -251,7 +264,7 @@ def generate(
     bank: AnyBank,
     prompt: Annotated[str, typer.Option(help="The question.")],
     task: Annotated[
-        str | None, typer.Option(help="Which task's adapter answers; not for methods that need no task.")
+        str | None, typer.Option(help="Which task's adapter answers; default: the one that the bank's router finds.")
     ] = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="Image file; may be given several times, or not at all.")
@@ -269,10 +282,12 @@ def generate(
     for path in image or ():
         open_image(path)
     opened, method, processor = load_bank(bank, model, device, wanted=task)
-    if task is None and method.needs_task:
-        raise UserError(f"--task is missing; {bank} has {', '.join(opened.tasks)}")
-    task = task or opened.tasks[-1]
     sample = Sample("prompt", tuple(image or ()), prompt, ("",))
+    if task is None and method.needs_task:
+        router = bank_router(opened, method)
+        (task,) = router.route(Collator(processor, {"": 0}, train=False)([("", sample)]))
+        print(f"task: {task}", file=sys.stderr)
+    task = task or opened.tasks[-1]
     if not method.mixed_batches:
         method.activate(task, train=False)
     method.model.eval()
@@ -573,6 +588,43 @@ def load_bank(path: Path, model: str | None, device: str, wanted: str | None = N
     method = make_method(bank.config["method"], base, bank.config["settings"])
     method.restore(bank.load_tasks())
     return bank, method, processor
+
+
+def bank_router(bank, method):
+    from .continual.router import NearestCentroid
+
+    if not method.needs_task:
+        raise UserError(f"{bank.path}: {method.name} needs no task, so there is nothing to route; leave out --routed")
+    return NearestCentroid.load(bank, method.model)
+
+
+def show_routes(results: list, bank, as_json: bool) -> None:
+    """Scores with the task given and found, how often it was found, and where the samples went, in print and as a plot."""
+    from .continual.report import print_routes, write_routes
+
+    learned = {r.task: r.routes for r in results if r.task in bank.tasks}
+    picture = write_routes(bank.path.parent, learned)
+    if as_json:
+        cells = {}
+        for r in results:
+            cells[r.task] = {"score": r.given.score, "format_share": r.given.format_share}
+            cells[r.task] |= {"routed_score": r.routed.score, "routed_format_share": r.routed.format_share}
+            cells[r.task] |= {"routing_accuracy": r.accuracy if r.task in learned else None, "routes": r.routes}
+        print(json.dumps(cells))
+        return
+    table = Table("task", "score", "score, routed", "routed to it")
+    for r in results:
+        found = f"{r.accuracy:.1f} %" if r.task in learned else ""
+        table.add_row(r.task, f"{r.given.score:.1f}", f"{r.routed.score:.1f}", found)
+    table.add_section()
+    means = [
+        sum(values) / len(results) for values in zip(*((r.given.score, r.routed.score) for r in results), strict=True)
+    ]
+    accuracy = sum(r.accuracy for r in results if r.task in learned) / len(learned)
+    table.add_row("mean", *(f"{mean:.1f}" for mean in means), f"{accuracy:.1f} %")
+    console.print(table)
+    print_routes(learned, console)
+    console_line(f"routes: {picture}")
 
 
 def environment() -> dict[str, str]:

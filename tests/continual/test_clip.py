@@ -431,6 +431,56 @@ def test_eval_and_report_of_a_bank(images, finished, tmp_path, lilora):
     assert "Transfer" in json.loads((tmp_path / "metrics.json").read_text())["definitions"]
 
 
+def test_images_of_any_task_are_routed_by_the_frozen_encoder(images, tmp_path, lilora, unreported):
+    options = ("--order", "colour,count", "--max-steps", "2", "--lr", "0.1")
+    code, _, err = lilora(*command(images, tmp_path / "run", "lilora"), *options)
+    assert code == 0, err
+    code, out, err = lilora(
+        "eval", tmp_path / "run", "--tasks", images / "clip.yaml", "--device", "cpu", "--routed", "--json"
+    )
+    assert code == 0, err
+    cells = json.loads(out)
+
+    model, processor = clip.load(str(images / "base"), torch.float32)
+    model.eval()
+
+    def features(spec, split):
+        pictures = [Image.open(sample.path) for sample in LabelledImages(spec, split)]
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            return F.normalize(model.get_image_features(pixels).pooler_output, dim=1).double().numpy()
+
+    specs = load_manifest(images / "clip.yaml").tasks
+    learned = [features(spec, "train") for spec in specs[:2]]
+    pooled = np.mean([x.var(0) for x in learned], 0)
+    pooled = 0.99 * pooled + 0.01 * pooled.mean()
+    for spec in specs:
+        x = features(spec, "test")
+        nearest = np.argmin([((x - own.mean(0)) ** 2 / pooled).sum(1) for own in learned], 0)
+        counts = {name: int((nearest == i).sum()) for i, name in enumerate(("colour", "count")) if (nearest == i).any()}
+        assert cells[spec.name]["routes"] == counts
+        right = None if spec.name == "size" else pytest.approx(10 * counts.get(spec.name, 0))
+        assert cells[spec.name]["routing_accuracy"] == right
+        assert 0 <= cells[spec.name]["routed_score"] <= 100
+
+    import lilora.cli as cli
+
+    _, method, processor = cli.load_bank(tmp_path / "run", None, "cpu")
+    with torch.no_grad():
+        for name, parameter in method.model.named_parameters():
+            if "lilora_" in name:
+                parameter.normal_()
+    data = LabelledImages(specs[2], "test")
+    mixed = ["colour", "count", "count", "size", "colour"] * 2
+    said = {
+        name: clip.classified(method, processor, specs[2], data, [name] * 10, 4, None)
+        for name in ("colour", "count", "size")
+    }
+    assert len(set(map(tuple, said.values()))) > 1
+    got = clip.classified(method, processor, specs[2], data, mixed, 4, None)
+    assert got == [said[name][i] for i, name in enumerate(mixed)]
+
+
 def test_interrupted_in_steps_and_evaluations_the_run_ends_the_same(
     images, finished, tmp_path, lilora, monkeypatch, unreported
 ):

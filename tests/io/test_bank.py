@@ -36,6 +36,11 @@ def shared_tensors(seed, dtype=torch.float32):
     return {f"{m}.{k}": torch.randn(shape, generator=g).to(dtype) for m in MODULES for k, shape in shapes.items()}
 
 
+def router_tensors(seed):
+    g = torch.Generator().manual_seed(2000 + seed)
+    return {"mean": torch.randn(7, generator=g), "count": torch.randn(1, generator=g)}
+
+
 def same(got, want):
     return got.keys() == want.keys() and all(
         got[name].dtype == want[name].dtype and torch.equal(got[name], want[name]) for name in want
@@ -196,7 +201,49 @@ def test_describe_is_json_with_sizes(bank):
     assert described["shared"][0]["parameters"] == sum(t.numel() for t in shared_tensors(0).values())
 
 
+def test_a_router_is_stored_with_its_task_and_goes_with_it(bank):
+    assert bank.load_routers() == {}
+    assert b"router" not in (bank.path / "bank.json").read_bytes()  # as earlier versions wrote it, checksum and all
+    fingerprint = bank.task_fingerprint("two")
+    for seed, name in ((1, "two"), (2, "one"), (3, "two")):
+        bank.set_router(name, router_tensors(seed))
+    reopened = Bank.open(bank.path)
+    routers = reopened.load_routers()
+    assert list(routers) == ["one", "two"]
+    assert same(routers["one"], router_tensors(2))
+    assert same(routers["two"], router_tensors(3))
+    assert reopened.task_fingerprint("two") == fingerprint
+    assert same(reopened.load_task("two")[0], task_tensors(2))
+    assert sum("router" in name for name in files(bank.path)) == 2
+    bank.remove_task("two")
+    assert list(bank.load_routers()) == ["one"]
+    bank.add_task("two", task_tensors(2), shared_tensors(0))
+    assert list(bank.load_routers()) == ["one"]
+    assert [name.split(".")[0] for name in files(bank.path) if "router" in name] == ["tasks/one"]
+
+
 # Refused input: one sentence, nothing written
+
+
+def test_bad_routers(bank):
+    before = files(bank.path)
+    for name, tensors, words in (
+        ("three", router_tensors(0), "has no task 'three'"),
+        ("one", {}, "router of task 'one' has no tensors"),
+        ("one", {"mean": torch.ones(3, dtype=torch.int64)}, "router of task 'one': tensor mean is torch.int64"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            bank.set_router(name, tensors)
+    assert files(bank.path) == before
+    bank.set_router("one", router_tensors(0))
+    (file,) = (bank.path / "tasks").glob("one.router-*")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=re.escape(file.name)):
+        bank.load_routers()
+    file.unlink()
+    with pytest.raises(UserError, match=re.escape(file.name)):
+        bank.load_routers()
+    assert same(bank.load_task("one")[0], task_tensors(1))
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "../up", "a b", "one", "ONE"])
@@ -403,13 +450,15 @@ OPERATIONS = {
     "add": lambda bank: bank.add_task("three", task_tensors(3), shared_tensors(3)),
     "remove": lambda bank: bank.remove_task("one"),
     "scores": lambda bank: bank.set_scores({"x": 1}),
+    "router": lambda bank: bank.set_router("one", router_tensors(1)),
 }
 
 
 def state(folder):
     bank = Bank.open(folder)
     tensors = {name: bank.load_task(name) for name in bank.tasks}
-    return bank.ids, bank.scores, {name: [save(part) for part in parts] for name, parts in tensors.items()}
+    routers = {name: save(tensors) for name, tensors in bank.load_routers().items()}
+    return bank.ids, bank.scores, {name: [save(part) for part in parts] for name, parts in tensors.items()}, routers
 
 
 def sabotage(monkeypatch, at, act):
@@ -459,6 +508,8 @@ def test_fault_at_every_step(tmp_path, operation, how):
         bank = Bank.create(tmp_path / str(k), config={}, base_model=BASE)
         bank.add_task("one", task_tensors(1), shared_tensors(0))
         bank.add_task("two", task_tensors(2), shared_tensors(0))
+        for name in bank.tasks:
+            bank.set_router(name, router_tensors(0))
         old = state(bank.path)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -482,7 +533,10 @@ def test_fault_at_every_step(tmp_path, operation, how):
         assert new != old
         used = {f"tasks/{name}.safetensors" for name in bank.tasks}
         used |= {f"shared-{bank.shared_fingerprint(name)}.safetensors" for name in bank.tasks}
-        assert set(files(bank.path)) == {"bank.json"} | used
+        routers = {name for name in files(bank.path) if ".router-" in name}
+        assert {name.split(".")[0] for name in routers} == {f"tasks/{name}" for name in bank.load_routers()}
+        assert len(routers) == len(bank.load_routers()) > 0
+        assert set(files(bank.path)) == {"bank.json"} | used | routers
         if finished:
             break
     assert finished

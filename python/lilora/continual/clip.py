@@ -1,6 +1,7 @@
 """CLIP on image classification: image-prompt pairs and their contrastive loss, and zero-shot heads."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -14,8 +15,10 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 from lilora.errors import UserError
 
 from ..methods import Method
+from ..methods.lora import evaluating
 from .classification import ImageTask, LabelledImage, LabelledImages
-from .evaluate import TaskScore
+from .evaluate import RoutedScore, TaskScore
+from .router import TaskRouter
 from .tasks import open_image
 
 
@@ -106,29 +109,75 @@ def evaluate(
 
     A method that needs the task is given it; tasks that it has not learned yet get the base model.
     """
-    was_training = method.model.training
-    method.model.eval()
     scores = []
     for spec in tasks:
         data = LabelledImages(spec, "test")
-        bar = None if progress is None else progress.add_task(f"evaluating {spec.name}", total=len(data))
-        answers = []
-        with of_task(method, spec.name):
-            classes = class_embeddings(method.model, processor, spec, data.classes, batch_size)
-            for start in range(0, len(data), batch_size):
-                batch = data.samples[start : start + batch_size]
-                images = embedded(method.model.get_image_features, method.model, pixels(processor, batch))
-                for sample, said in zip(batch, (images @ classes.T).argmax(1).tolist(), strict=True):
-                    answer = {"answer": data.classes[said], "reference": data.classes[sample.label]}
-                    answers.append({"id": str(sample.path), **answer})
-                if progress is not None:
-                    progress.advance(bar, len(batch))
-        if progress is not None:
-            progress.remove_task(bar)
-        right = sum(answer["answer"] == answer["reference"] for answer in answers)
-        scores.append(TaskScore(spec.name, 100 * right / len(answers), None, answers))
-    method.model.train(was_training)
+        said = classified(method, processor, spec, data, [spec.name] * len(data), batch_size, progress)
+        scores.append(score(spec, data, said))
     return scores
+
+
+@torch.inference_mode()
+def evaluate_routed(
+    method: Method,
+    processor,
+    router: TaskRouter,
+    tasks: Sequence[ImageTask],
+    given: Sequence[TaskScore],
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[RoutedScore]:
+    """The same with each image's task as the router finds it: that task's model embeds the image and the class names."""
+    scores = []
+    for spec, result in zip(tasks, given, strict=True):
+        data = LabelledImages(spec, "test")
+        starts = range(0, len(data), batch_size)
+        found: list[str] = []
+        for start in starts if progress is None else progress.track(starts, description=f"routing {spec.name}"):
+            found += router.route(pixels(processor, data.samples[start : start + batch_size]))
+        routed = score(spec, data, classified(method, processor, spec, data, found, batch_size, progress))
+        scores.append(RoutedScore(result, routed, dict(Counter(found))))
+    return scores
+
+
+def classified(
+    method: Method,
+    processor,
+    spec: ImageTask,
+    data: LabelledImages,
+    tasks: Sequence[str],
+    batch_size: int,
+    progress: Progress | None,
+) -> list[str]:
+    """What the model of a task says to each image: one of the classes of `spec`."""
+    said = [""] * len(data)
+    bar = None if progress is None else progress.add_task(f"evaluating {spec.name}", total=len(data))
+    with evaluating(method.model):
+        for task in dict.fromkeys(tasks):
+            places = [i for i, name in enumerate(tasks) if name == task]
+            with of_task(method, task):
+                classes = class_embeddings(method.model, processor, spec, data.classes, batch_size)
+                for start in range(0, len(places), batch_size):
+                    own = places[start : start + batch_size]
+                    batch = pixels(processor, [data.samples[i] for i in own])
+                    images = embedded(method.model.get_image_features, method.model, batch)
+                    for i, best in zip(own, (images @ classes.T).argmax(1).tolist(), strict=True):
+                        said[i] = data.classes[best]
+                    if progress is not None:
+                        progress.advance(bar, len(own))
+    if progress is not None:
+        progress.remove_task(bar)
+    return said
+
+
+def score(spec: ImageTask, data: LabelledImages, said: Sequence[str]) -> TaskScore:
+    """Percentage of the images whose class was said."""
+    answers = [
+        {"id": str(sample.path), "answer": answer, "reference": data.classes[sample.label]}
+        for sample, answer in zip(data.samples, said, strict=True)
+    ]
+    right = sum(answer["answer"] == answer["reference"] for answer in answers)
+    return TaskScore(spec.name, 100 * right / len(answers), None, answers)
 
 
 def of_task(method: Method, task: str) -> AbstractContextManager:

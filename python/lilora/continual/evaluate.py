@@ -1,6 +1,7 @@
 """Answers to the test samples of several tasks, in mixed batches where the method can, and their scores."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ import torch
 from rich.progress import Progress
 
 from ..methods import Method
+from ..methods.lora import evaluating
+from .router import TaskRouter
 from .scorers import scorer
 from .tasks import Collator, InstructionDataset, Sample, TaskSpec
 
@@ -22,6 +25,24 @@ class TaskScore:
     answers: list[dict[str, str]]
 
 
+@dataclass(frozen=True)
+class RoutedScore:
+    """given: with the task of every sample given; routed: with the tasks that a router found, which `routes` counts."""
+
+    given: TaskScore
+    routed: TaskScore
+    routes: dict[str, int]
+
+    @property
+    def task(self) -> str:
+        return self.given.task
+
+    @property
+    def accuracy(self) -> float:
+        """Percentage of the samples whose task was found."""
+        return 100 * self.routes.get(self.task, 0) / sum(self.routes.values())
+
+
 @torch.inference_mode()
 def evaluate(
     method: Method, processor, tasks: Sequence[TaskSpec], batch_size: int, progress: Progress | None = None
@@ -32,26 +53,83 @@ def evaluate(
     after the other. Batch size and mixing change nothing but rounding.
     """
     samples = {spec.name: InstructionDataset(spec, "test").samples for spec in tasks}
-    collator = Collator(processor, {name: i for i, name in enumerate(samples)}, train=False)
-    groups = [in_turn(samples)] if method.mixed_batches else [[(name, s) for s in own] for name, own in samples.items()]
+    asked = in_turn(samples)
     answers: dict[str, list[dict[str, str]]] = {name: [] for name in samples}
-    limits = {spec.name: spec.max_new_tokens for spec in tasks}
-    was_training = method.model.training
-    method.model.eval()
-    bar = None if progress is None else progress.add_task("evaluating", total=sum(map(len, samples.values())))
-    for group in groups:
-        if not method.mixed_batches:
-            method.activate(group[0][0], train=False)
-        for start in range(0, len(group), batch_size):
-            batch = group[start : start + batch_size]
-            for (name, sample), answer in zip(batch, generate(method, processor, collator, batch, limits), strict=True):
-                answers[name].append({"id": sample.id, "answer": answer, "reference": sample.answers[0]})
-            if progress is not None:
-                progress.advance(bar, len(batch))
+    said = answers_to(method, processor, asked, limits_of(tasks), batch_size, progress)
+    for (name, sample), answer in zip(asked, said, strict=True):
+        answers[name].append({"id": sample.id, "answer": answer, "reference": sample.answers[0]})
+    return [score(spec, samples[spec.name], answers[spec.name]) for spec in tasks]
+
+
+@torch.inference_mode()
+def evaluate_routed(
+    method: Method,
+    processor,
+    router: TaskRouter,
+    tasks: Sequence[TaskSpec],
+    given: Sequence[TaskScore],
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[RoutedScore]:
+    """Score the tasks' test samples with the task that the router finds; `tasks` holds all of the router's.
+
+    given: their scores with the task given. A sample keeps its answer from there if its task is found.
+    """
+    samples = {spec.name: InstructionDataset(spec, "test").samples for spec in tasks}
+    asked = [(name, sample) for name, own in samples.items() for sample in own]
+    collator = Collator(processor, {name: i for i, name in enumerate(samples)}, train=False)
+    starts = range(0, len(asked), batch_size)
+    found: list[str] = []
+    for start in starts if progress is None else progress.track(starts, description="routing"):
+        found += router.route(collator(asked[start : start + batch_size]))
+    answers = [answer for result in given for answer in result.answers]
+    astray = [i for i, (name, _) in enumerate(asked) if found[i] != name]
+    again = [(found[i], asked[i][1]) for i in astray]
+    said = answers_to(method, processor, again, limits_of(tasks), batch_size, progress)
+    for i, answer in zip(astray, said, strict=True):
+        answers[i] = answers[i] | {"answer": answer}
+    results, start = [], 0
+    for spec, result in zip(tasks, given, strict=True):
+        own = slice(start, start + len(result.answers))
+        routed = score(spec, samples[spec.name], answers[own])
+        results.append(RoutedScore(result, routed, dict(Counter(found[own]))))
+        start = own.stop
+    return results
+
+
+def limits_of(tasks: Sequence[TaskSpec]) -> dict[str, int]:
+    return {spec.name: spec.max_new_tokens for spec in tasks}
+
+
+def answers_to(
+    method: Method,
+    processor,
+    asked: Sequence[tuple[str, Sample]],
+    limits: dict[str, int],
+    batch_size: int,
+    progress: Progress | None,
+) -> list[str]:
+    """The answer of a task to each (task, sample)."""
+    collator = Collator(processor, {name: i for i, name in enumerate(limits)}, train=False)
+    groups = [list(range(len(asked)))]
+    if not method.mixed_batches:
+        groups = [[i for i, (task, _) in enumerate(asked) if task == name] for name in dict(asked)]
+    answers = [""] * len(asked)
+    bar = None if progress is None else progress.add_task("evaluating", total=len(asked))
+    with evaluating(method.model):
+        for group in groups:
+            if not method.mixed_batches:
+                method.activate(asked[group[0]][0], train=False)
+            for start in range(0, len(group), batch_size):
+                places = group[start : start + batch_size]
+                said = generate(method, processor, collator, [asked[i] for i in places], limits)
+                for i, answer in zip(places, said, strict=True):
+                    answers[i] = answer
+                if progress is not None:
+                    progress.advance(bar, len(places))
     if progress is not None:
         progress.remove_task(bar)
-    method.model.train(was_training)
-    return [score(spec, samples[spec.name], answers[spec.name]) for spec in tasks]
+    return answers
 
 
 def in_turn(samples: dict[str, list[Sample]]) -> list[tuple[str, Sample]]:

@@ -21,13 +21,15 @@ Collate = Callable[[list], dict[str, Tensor]]
 class Kind:
     """load(model, dtype): a base model whose forward puts out the loss of a training batch, and its processor.
     training_data(task, processor): the samples, and what makes a batch of them. evaluate(method, processor, tasks,
-    batch_size, progress): the tasks' scores. pipeline, auto_class: what the hub and transformers call such models.
-    unseen: whether stages score the tasks that come later too. methods: those that can learn such tasks, None for all.
+    batch_size, progress): the tasks' scores; evaluate_routed(method, processor, router, tasks, those scores, batch_size,
+    progress): the same without the task. pipeline, auto_class: what the hub and transformers call such models. unseen:
+    whether stages score the tasks that come later too. methods: those that can learn such tasks, None for all.
     """
 
     load: Callable[[str, torch.dtype | str], tuple[nn.Module, Any]]
     training_data: Callable[[Any, Any], tuple[Dataset, Collate]]
     evaluate: Callable[..., list[evaluate.TaskScore]]
+    evaluate_routed: Callable[..., list[evaluate.RoutedScore]]
     pipeline: str
     auto_class: str
     unseen: bool = False
@@ -60,13 +62,19 @@ def instructions(spec: TaskSpec, processor) -> tuple[InstructionDataset, Collate
 
 KINDS = {
     "instruction": Kind(
-        load_generative, instructions, evaluate.evaluate, "image-text-to-text", "AutoModelForImageTextToText"
+        load_generative,
+        instructions,
+        evaluate.evaluate,
+        evaluate.evaluate_routed,
+        "image-text-to-text",
+        "AutoModelForImageTextToText",
     ),
     # The losses of the other methods are made of the tokens of answers.
     "classification": Kind(
         clip.load,
         clip.training_data,
         clip.evaluate,
+        clip.evaluate_routed,
         "zero-shot-image-classification",
         "AutoModel",
         unseen=True,

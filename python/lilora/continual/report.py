@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -203,6 +204,17 @@ def print_tables(runs: list[Run], console: Console | None = None) -> None:
         console.print(f"n/a: {note}")
 
 
+def print_routes(routes: Mapping[str, Mapping[str, int]], console: Console) -> None:
+    """Print how many samples of each task (row) were routed to each (column)."""
+    console.print("samples of each task (row) by the task that they were routed to (column)")
+    table = Table("of", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for task in routes:
+        table.add_column(task, justify="right", overflow="fold", min_width=5)
+    for task, counts in routes.items():
+        table.add_row(task, *(str(counts.get(other, 0)) for other in routes))
+    console.print(table)
+
+
 def _by_method(runs: list[Run]) -> list[_Method]:
     """The runs grouped by method, in order of first appearance."""
     if not runs:
@@ -311,6 +323,23 @@ def _heatmap(method: _Method) -> Figure:
     if method.any_carried():
         figure.supxlabel(_CARRIED.replace(", so", ",\nso"), fontsize=8, x=0.01, ha="left")
     return figure
+
+
+def write_routes(out: Path, routes: Mapping[str, Mapping[str, int]]) -> Path:
+    """Write routes.png into the folder `out`: of each task (row) the percentage of its samples routed to each (column)."""
+    tasks = list(routes)
+    rows = []
+    for counts in routes.values():
+        shares = [100 * counts.get(task, 0) / sum(counts.values()) for task in tasks]
+        rows.append([(cell_text(share), *cell_colours(share)) for share in shares])
+    with matplotlib.rc_context(PLOT_STYLE):
+        figure = Figure(figsize=(2.4 + 0.75 * len(tasks), 1.9 + 0.5 * len(tasks)), layout="constrained")
+        axes = figure.subplots()
+        draw_matrix(axes, tasks, rows)
+        axes.set(xlabel="routed to", ylabel="samples of")
+        axes.set_title("Percentage of a task's test samples routed to each task", fontsize=11)
+        write_atomically(out / "routes.png", png(figure))
+    return out / "routes.png"
 
 
 def _curves(methods: list[_Method]) -> Figure:

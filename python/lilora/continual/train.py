@@ -22,6 +22,7 @@ from ..io.bank import Bank, BaseModelId
 from ..methods import METHODS, Method, Stage, make_method
 from .kinds import KINDS, Collate, Kind
 from .report import Run
+from .router import SAMPLES, NearestCentroid
 from .scores import ScoreMatrix
 from .tasks import Manifest
 
@@ -86,6 +87,7 @@ class ContinualRun:
         self.folder, self.manifest, self.method, self.processor, self.bank = folder, manifest, method, processor, bank
         self.kind = KINDS[manifest.kind]
         self.settings = TrainSettings(**bank.config["train"])
+        self.router = NearestCentroid(method.base, bank.load_routers())
         self.matrix = ScoreMatrix([task.name for task in manifest.tasks], self.kind.unseen)
         self.state: dict[str, Any] = {"functions": {}, "seconds": {}}
         if bank.scores:
@@ -144,6 +146,8 @@ class ContinualRun:
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
                 self._learn(index, spec, save_steps, workers, bars)
+            if self.method.needs_task and spec.name not in self.router.tasks:
+                self._learn_route(spec)
             shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
             with Progress(disable=not bars) as progress:
                 if self._evaluate(index, evaluation_batch, progress):
@@ -178,6 +182,11 @@ class ContinualRun:
         info = {"steps": trainer.state.global_step, "loss": loss, "seconds": seconds}
         info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
         self.bank.add_task(spec.name, own, shared, info=info, replaces=self.method.one_state)
+
+    def _learn_route(self, spec: Any) -> None:
+        data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)
+        batches = data.batches(SAMPLES, self.method.base)
+        self.bank.set_router(spec.name, self.router.learn(spec.name, batches))
 
     def _train_stage(
         self, learned: Any, stage: Stage, seed: int, save_steps: int, workers: int, bars: bool

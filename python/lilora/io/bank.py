@@ -3,6 +3,7 @@
     bank.json                           index: tasks in training order, config, base model, scores, checksums
     shared-<fingerprint>.safetensors    one set of shared tensors, used by one task or by many
     tasks/<name>.safetensors            the tensors of one task
+    tasks/<name>.router-<fingerprint>.safetensors    what a router has learned of the task, if any
     README.md                           model card for the hub, which the commands write and nothing reads
 
 `bank.json` is written last and decides what belongs to the bank, so a process killed at any moment leaves the bank as
@@ -20,7 +21,7 @@ from typing import Any, Literal, Self
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -95,6 +96,8 @@ class _TaskRecord(_Record):
     shared: str  # fingerprint of the shared set
     info: dict[str, JsonValue]
     tensors: _Tensors
+    # Left out where there is none, as in the banks, and their checksums, of earlier versions.
+    router: _Tensors = Field({}, exclude_if=lambda router: not router)
 
 
 class _Index(_Record):
@@ -291,6 +294,34 @@ class Bank:
             loaded[record.name] = _load(self._task_file(record.name), record.tensors), shared[record.shared]
         return loaded
 
+    def set_router(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Store what a router has learned of a task, in place of what is stored; it goes with the task.
+
+        tensors: of any names and shapes, bfloat16, float16 or float32.
+
+        Raises:
+            UserError: an unknown task, no tensors, a wrong dtype, or a refused write; the bank is as before.
+        """
+        index = self._refresh()
+        self._task(name)
+        if not tensors:
+            raise UserError(f"router of task {name!r} has no tensors; pass what TaskRouter.learn gives")
+        _check_dtypes(name, "router", tensors)
+        tensors = _on_cpu(tensors)
+        records = _records(tensors)
+        tasks = [task.model_copy(update={"router": records}) if task.name == name else task for task in index.tasks]
+        write_atomically(self._router_file(name, records), safetensors.torch.save(tensors))
+        self._commit(index, tasks=tasks)
+
+    def load_routers(self) -> dict[str, dict[str, Tensor]]:
+        """What `set_router` stored, of the tasks that have it, in training order, on the CPU.
+
+        Raises:
+            UserError: a file that is missing, truncated, altered or foreign; names file and tensor.
+        """
+        stored = [task for task in self._index.tasks if task.router]
+        return {task.name: _load(self._router_file(task.name, task.router), task.router) for task in stored}
+
     def remove_task(self, name: str) -> None:
         """Forget a task and delete the files that only it used; the other tasks keep their ids.
 
@@ -353,6 +384,10 @@ class Bank:
     def _task_file(self, name: str) -> Path:
         return self.path / "tasks" / f"{name}.safetensors"
 
+    def _router_file(self, name: str, records: _Tensors) -> Path:
+        # A name can hold no dot, so this is no other task's file.
+        return self.path / "tasks" / f"{name}.router-{_fingerprint(records)}.safetensors"
+
     def _shared_file(self, fingerprint: str) -> Path:
         return self.path / f"shared-{fingerprint}.safetensors"
 
@@ -369,6 +404,7 @@ class Bank:
     def _sweep(self) -> None:
         """Delete the files of tasks and shared sets that the index does not name, finished or not."""
         used = {self._task_file(task.name) for task in self._index.tasks}
+        used |= {self._router_file(task.name, task.router) for task in self._index.tasks if task.router}
         used |= {self._shared_file(fingerprint) for fingerprint in self._index.shared}
         for pattern in ("tasks/*.safetensors", f"shared-{'[0-9a-f]' * 16}.safetensors"):
             for file in [*self.path.glob(pattern), *self.path.glob(pattern + TEMPORARY)]:
@@ -457,14 +493,18 @@ def _check_name(name: str, taken: Iterable[str]) -> None:
             raise UserError(f"task name {name!r} is taken by {other!r} (case is ignored); choose another or remove it")
 
 
+def _check_dtypes(task_name: str, argument: str, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise UserError(
+                f"{argument} of task {task_name!r}: tensor {name} is {tensor.dtype}; cast it to one of "
+                f"{', '.join(str(dtype) for dtype in DTYPES)}"
+            )
+
+
 def _check_tensors(task_name: str, task: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
-    for argument, tensors in (("task", task), ("shared", shared)):
-        for name, tensor in tensors.items():
-            if tensor.dtype not in DTYPES:
-                raise UserError(
-                    f"{argument} of task {task_name!r}: tensor {name} is {tensor.dtype}; cast it to one of "
-                    f"{', '.join(str(dtype) for dtype in DTYPES)}"
-                )
+    _check_dtypes(task_name, "task", task)
+    _check_dtypes(task_name, "shared", shared)
     shared = {name: tensor for name, tensor in shared.items() if not name.startswith("state.")}
     modules = {name.rpartition(".")[0] for name in shared}
     if not modules:

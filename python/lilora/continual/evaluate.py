@@ -8,6 +8,7 @@ import torch
 from rich.progress import Progress
 
 from ..methods import Method
+from . import processes
 from .scorers import scorer
 from .tasks import Collator, InstructionDataset, Sample, TaskSpec
 
@@ -29,7 +30,8 @@ def evaluate(
     """Score the tasks' test samples by greedy generation with the task given.
 
     A method that can route takes all tasks in the same batches, in turn one sample of each; another one batch of one task
-    after the other. Batch size and mixing change nothing but rounding.
+    after the other. Several processes take turns with the batches, and all get all answers. Batch size, mixing and
+    processes change nothing but rounding.
     """
     samples = {spec.name: InstructionDataset(spec, "test").samples for spec in tasks}
     collator = Collator(processor, {name: i for i, name in enumerate(samples)}, train=False)
@@ -42,12 +44,16 @@ def evaluate(
     for group in groups:
         if not method.mixed_batches:
             method.activate(group[0][0], train=False)
-        for start in range(0, len(group), batch_size):
-            batch = group[start : start + batch_size]
-            for (name, sample), answer in zip(batch, generate(method, processor, collator, batch, limits), strict=True):
-                answers[name].append({"id": sample.id, "answer": answer, "reference": sample.answers[0]})
+        batches = [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
+        own = {}
+        for number in range(processes.rank(), len(batches), processes.count()):
+            own[number] = generate(method, processor, collator, batches[number], limits)
             if progress is not None:
-                progress.advance(bar, len(batch))
+                progress.advance(bar, processes.count() * len(batches[number]))
+        generated = {number: batch for part in processes.gathered(own) for number, batch in part.items()}
+        for number, batch in enumerate(batches):
+            for (name, sample), answer in zip(batch, generated[number], strict=True):
+                answers[name].append({"id": sample.id, "answer": answer, "reference": sample.answers[0]})
     if progress is not None:
         progress.remove_task(bar)
     method.model.train(was_training)

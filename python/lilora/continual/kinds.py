@@ -22,7 +22,7 @@ class Kind:
     """load(model, dtype): a base model whose forward puts out the loss of a training batch, and its processor.
     training_data(task, processor): the samples, and what makes a batch of them. evaluate(method, processor, tasks,
     batch_size, progress): the tasks' scores. unseen: whether stages score the tasks that come later too. methods: those
-    that can learn such tasks, None for all.
+    that can learn such tasks, None for all. one_process_reason: why several processes cannot learn them together.
     """
 
     load: Callable[[str, torch.dtype | str], tuple[nn.Module, Any]]
@@ -30,6 +30,7 @@ class Kind:
     evaluate: Callable[..., list[evaluate.TaskScore]]
     unseen: bool = False
     methods: tuple[str, ...] | None = None
+    one_process_reason: str | None = None
 
     def check_method(self, method: str) -> None:
         if self.methods is not None and method not in self.methods:
@@ -65,6 +66,7 @@ KINDS = {
         clip.evaluate,
         unseen=True,
         methods=("lilora", "dac", "lora", "dirlora", "olora", "moelora"),
+        one_process_reason="their loss compares all pairs of a batch",
     ),
 }
 

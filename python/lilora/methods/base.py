@@ -9,9 +9,24 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Tensors = dict[str, Tensor]
 Inputs = dict[str, Tensor]  # one batch, as the model takes it
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor in full, by a collective of all processes; any other as it is. Gradients pass."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def digest(tensors: Tensors) -> str:
+    """64 hex digits over names and bytes."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(name.encode())
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
 
 
 class Batches(Protocol):
@@ -40,6 +55,8 @@ class Method(ABC):
     mixed_batches = False  # whether one batch may hold samples of several tasks
     needs_task = True  # whether inference must be told the task
     one_state = False  # whether the newest tensors serve all tasks, so that a bank need not keep the older ones
+    one_process_reason: str | None = None  # why several processes cannot learn a task together; None if they can
+    sharded_parameters = False  # whether training reads parameters in the forward alone, so that they may be sharded
     presets: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - settings by preset name; the first is the default
     defaults: dict[str, float] = {}  # noqa: RUF012 - options of `lilora train` that differ from the command's
 
@@ -114,16 +131,12 @@ class Method(ABC):
         """16 hex digits per task that tell its function: equal digits, equal outputs for the same batch."""
         known: dict[tuple[int, ...], str] = {}  # tasks that share tensors have them hashed once
 
-        def digest(tensors: Tensors) -> str:
+        def digest_once(tensors: Tensors) -> str:
             key = tuple(tensor.data_ptr() for tensor in tensors.values())
             if key not in known:
-                whole = hashlib.sha256()
-                for name, tensor in sorted(tensors.items()):
-                    whole.update(name.encode())
-                    whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                known[key] = whole.hexdigest()
+                known[key] = digest(tensors)
             return known[key]
 
         settings = json.dumps(self.settings, sort_keys=True)
-        parts = {task: (settings, *map(digest, self.tensors(task))) for task in tasks}
+        parts = {task: (settings, *map(digest_once, self.tensors(task))) for task in tasks}
         return {task: hashlib.sha256("".join(part).encode()).hexdigest()[:16] for task, part in parts.items()}

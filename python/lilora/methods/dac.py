@@ -140,6 +140,7 @@ class DAC(Method):
 
     name = "dac"
     mixed_batches = True
+    one_process_reason = "it counts how often the samples of a batch choose each expert"
     needs_task = False
     presets = PRESETS
     defaults = {"r": 12, "alpha": 1.0, "dropout": 0.2, "learning_rate": 2e-3}  # noqa: RUF012

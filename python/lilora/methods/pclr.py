@@ -144,6 +144,7 @@ class PCLRSettings(Settings):
 class PCLR(Method):
     name = "pclr"
     mixed_batches = True
+    one_process_reason = "its integration draws fake queries by the losses of the last ones"
     needs_task = False
     one_state = True
     presets = PRESETS

@@ -10,6 +10,7 @@ from peft.functional import delete_adapter
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lilora_kernels import attach, check_task_name
 from lilora_kernels.routing import Routes, detach, route_of_batch
@@ -185,5 +186,10 @@ def shared_fingerprint(model: nn.Module) -> str | None:
     return digest.hexdigest()[:16] if layers else None
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor in full, by a collective of all processes; any other as it is. Gradients pass."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def fp32_bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().reshape(-1).view("uint8").data
+    return whole(tensor.detach()).to(device="cpu", dtype=torch.float32).contiguous().numpy().reshape(-1).view("uint8").data

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from peft import get_peft_model_state_dict
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import load as load_shards
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
@@ -20,7 +23,8 @@ from ..errors import UserError
 from ..io.atomic import write_atomically
 from ..io.bank import Bank, BaseModelId
 from ..methods import METHODS, Method, Stage, make_method
-from ..methods.base import digest, whole
+from ..methods.base import digest
+from ..model import whole
 from . import processes
 from .kinds import KINDS, Collate, Kind
 from .report import Run
@@ -187,6 +191,8 @@ class ContinualRun:
             )
         seconds = self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
         loss = next((log["train_loss"] for log in reversed(trainer.state.log_history) if "train_loss" in log), None)
+        if loss is not None:  # the Trainer reduces but the losses that it has logged
+            loss = sum(processes.gathered(loss)) / processes.count()
         info = {"steps": trainer.state.global_step, "loss": loss, "seconds": seconds}
         info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
         processes.check_same(f"task {spec.name!r} as learned", lambda: digest(own | shared))
@@ -363,6 +369,9 @@ class TaskTrainer(Trainer):
         collate = partial(data.collate, dtype=method.model.dtype)
         super().__init__(model=method.model, args=arguments, train_dataset=data, data_collator=collate)
         self.remove_callback(PrinterCallback)  # it would print among the command's own output
+        if self.is_fsdp_enabled:  # a model's list has layers of parts that this one may lack, which accelerate refuses
+            present = {type(module).__name__ for module in self.model.modules()} & set(self.model._no_split_modules)
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(present)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
         outputs = None
@@ -393,14 +402,21 @@ class TaskTrainer(Trainer):
 
     @torch.no_grad()
     def load(self, checkpoint: str) -> None:
-        """The tensors and the Trainer's state of a checkpoint."""
+        """The tensors and the Trainer's state of a checkpoint, into a model that is not sharded."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if self.is_fsdp_enabled:
+            adapter = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapter)
+            load_shards({"model": adapter}, checkpoint_id=Path(checkpoint) / f"{FSDP_MODEL_NAME}_0")
+            return
         with safe_open(Path(checkpoint) / self.FILE, framework="pt") as stored:
             for name, tensor in self.learned().items():
                 tensor.copy_(stored.get_tensor(name))
-        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        self.load(resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.load(resume_from_checkpoint)
 
     @staticmethod
     def finished(checkpoint: str) -> bool:

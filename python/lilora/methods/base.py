@@ -9,15 +9,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 Tensors = dict[str, Tensor]
 Inputs = dict[str, Tensor]  # one batch, as the model takes it
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor in full, by a collective of all processes; any other as it is. Gradients pass."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def digest(tensors: Tensors) -> str:
@@ -87,8 +81,8 @@ class Method(ABC):
         stored = {}
         for task in self.tasks:
             for tensors in self.tensors(task):
-                stored |= {tensor.data_ptr(): tensor.numel() for tensor in tensors.values()}
-        return sum(stored.values())
+                stored |= {id(tensor): tensor for tensor in tensors.values()}
+        return sum(tensor.numel() for tensor in stored.values())
 
     # --- learning ---------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import UserError, tell
+from .errors import UserError, lost_process, tell
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
@@ -109,6 +109,8 @@ def train(
     model = model or manifest.model
     if model is None:
         raise UserError(f"{tasks} names no base model; pass --model with a folder or a hub id")
+    from transformers.utils.logging import disable_progress_bar
+
     from .continual import processes
     from .continual.train import ContinualRun, TrainSettings, method_label
 
@@ -118,6 +120,9 @@ def train(
     settings = method_settings(method, preset, pattern, sub_rank, options, more or [])
     out = out or Path("runs") / f"{manifest.name}-{label or method_label(method, settings)}-{seed}"
 
+    console.quiet = processes.rank() > 0
+    if console.quiet:
+        disable_progress_bar()
     run = ContinualRun.open(
         out,
         manifest,
@@ -139,7 +144,6 @@ def train(
         device,
         label,
     )
-    console.quiet = processes.rank() > 0
     bars = not (quiet or as_json or console.quiet)
     run.train(eval_batch_size, save_steps, workers, bars, (lambda line: None) if as_json else console_line)
     processes.leave()
@@ -528,3 +532,8 @@ def main() -> None:
     except UserError as error:
         tell(str(error))
         sys.exit(2)
+    except Exception as error:
+        if not lost_process(error):
+            raise
+        tell("another process of this run has ended; run the same command again to go on from the last checkpoint")
+        sys.exit(1)

@@ -18,6 +18,15 @@ def tell(message: str) -> None:
         print(f"lilora: {message}", file=sys.stderr, flush=True)
 
 
+def lost_process(error: Exception) -> bool:
+    """Whether a collective failed, which is what the others see of a process that has ended."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return False
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "/gloo/" in str(error)  # gloo's errors have no type of their own
+
+
 def _first() -> bool:
     from torch.distributed import DistError, TCPStore
 

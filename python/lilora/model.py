@@ -10,9 +10,9 @@ from peft.functional import delete_adapter
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lilora_kernels import attach, check_task_name
+from lilora_kernels.adapted import is_sharded
 from lilora_kernels.routing import Routes, detach, route_of_batch
 
 from .config import LiLoRAConfig
@@ -188,7 +188,7 @@ def shared_fingerprint(model: nn.Module) -> str | None:
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor in full, by a collective of all processes; any other as it is. Gradients pass."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def fp32_bytes(tensor: Tensor) -> memoryview:

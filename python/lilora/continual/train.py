@@ -15,7 +15,6 @@ from peft import get_peft_model_state_dict
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import load as load_shards
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
@@ -405,6 +404,8 @@ class TaskTrainer(Trainer):
         """The tensors and the Trainer's state of a checkpoint, into a model that is not sharded."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         if self.is_fsdp_enabled:
+            from torch.distributed.checkpoint import load as load_shards
+
             adapter = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapter)
             load_shards({"model": adapter}, checkpoint_id=Path(checkpoint) / f"{FSDP_MODEL_NAME}_0")
             return

@@ -192,4 +192,6 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def fp32_bytes(tensor: Tensor) -> memoryview:
-    return whole(tensor.detach()).to(device="cpu", dtype=torch.float32).contiguous().numpy().reshape(-1).view("uint8").data
+    return (
+        whole(tensor.detach()).to(device="cpu", dtype=torch.float32).contiguous().numpy().reshape(-1).view("uint8").data
+    )

@@ -139,9 +139,7 @@ class ContinualRun:
         processes.check_same("the base model", lambda: identity.fingerprint)
         learner = make_method(method, base, method_settings)
         if existing is None:
-            existing = processes.by_first(
-                lambda: Bank.create(folder / "bank", config=config, base_model=identity)
-            )
+            existing = processes.by_first(lambda: Bank.create(folder / "bank", config=config, base_model=identity))
         existing.check_base_model(identity)
         learner.restore(existing.load_tasks())
         return cls(folder, manifest, learner, processor, existing)
@@ -232,7 +230,9 @@ class ContinualRun:
         )
         trainer = TaskTrainer(self.method, self._arguments(stage, folder, seed, save_steps, workers, bars), data)
         if processes.rank():
-            torch.manual_seed(seed + processes.rank() * 2**32)  # dropout of its own; the order of the data has its own seed
+            torch.manual_seed(
+                seed + processes.rank() * 2**32
+            )  # dropout of its own; the order of the data has its own seed
         checkpoint = processes.by_first(lambda: latest_checkpoint(folder))
         if checkpoint is not None and trainer.finished(checkpoint):
             trainer.load(checkpoint)
@@ -442,9 +442,14 @@ def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:
     """UserError unless as many processes as were started can train together."""
     if processes.count() == 1:
         return
-    for what, reason in ((f"--method {method.name}", method.one_process_reason), ("these tasks", kind.one_process_reason)):
+    for what, reason in (
+        (f"--method {method.name}", method.one_process_reason),
+        ("these tasks", kind.one_process_reason),
+    ):
         if reason is not None:
-            raise UserError(f"{what}: one process alone can train, because {reason}; start the command without a launcher")
+            raise UserError(
+                f"{what}: one process alone can train, because {reason}; start the command without a launcher"
+            )
     if processes.sharded() and not method.sharded_parameters:
         raise UserError(
             f"--method {method.name} reads its parameters outside the forward, where FSDP2 has sharded them; use "

@@ -67,3 +67,8 @@ class AdaptedLinear(nn.Module):
 def version(parameter: Tensor) -> object:
     # Tensors made in inference mode count no versions: a copy gathered from them is never current.
     return object() if parameter.is_inference() else parameter._version
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, which holds a part of its values; importing that class would take a second."""
+    return hasattr(tensor, "full_tensor")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLinear, version
+from .adapted import AdaptedLinear, is_sharded, version
 
 POLICIES = ("always", "first", "never")
 
@@ -240,6 +240,7 @@ class LiLoRALinear(AdaptedLinear):
         y = self._adapted(x, (a, b0, u, v, fusion), self.lilora_scaling, p, args, kwargs, task=rows)
         if not torch.compiler.is_compiling() and y.requires_grad and self._learns():
             y.register_hook(self.routes.unchanged())
+            self._bank = None  # what learns may be sharded, and gathering it again counts no version
         return y
 
     def _rows(self, x: Tensor, task: Tensor | None) -> Tensor:
@@ -293,8 +294,14 @@ class LiLoRALinear(AdaptedLinear):
         return u, v, None if fusion is None else fusion.squeeze(1)
 
     def publish(self) -> None:
-        """Gather all tasks into the stacked bank that mixed inference reads, unless it is current."""
+        """Gather all tasks into the stacked bank that mixed inference reads, unless it is current.
+
+        Sharded parameters are whole while the layer runs only: outside it the bank is dropped.
+        """
         if not self.lilora_U:
+            return
+        if any(is_sharded(own) for own in self._all_own()):
+            self._bank = None
             return
         if self._untied():
             self.retie()

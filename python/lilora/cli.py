@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import UserError
+from .errors import UserError, lost_process, tell
 
 if TYPE_CHECKING:
     from .io.bank import Bank
@@ -83,7 +83,7 @@ def train(
     weight_decay: Annotated[float | None, typer.Option(min=0.0, help=DEFAULT)] = None,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over each task's training samples.")] = 1.0,
     max_steps: Annotated[int, typer.Option(min=-1, help="Optimizer steps per task; -1: as many as epochs need.")] = -1,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch, of all processes together.")] = 8,
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 2,
     warmup: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of the steps in which the learning rate rises.")
@@ -101,7 +101,10 @@ def train(
     quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Learn a sequence of tasks in one process, evaluating after each; resumable; writes a report."""
+    """Learn a sequence of tasks, evaluating after each; resumable; writes a report.
+
+    Several processes: accelerate launch --config_file examples/accelerate/ddp.yaml -m lilora train ...
+    """
     from .continual.publish import write_bank_card
     from .continual.report import print_tables, write_report
     from .continual.tasks import load_manifest
@@ -114,6 +117,9 @@ def train(
     model = model or manifest.model
     if model is None:
         raise UserError(f"{tasks} names no base model; pass --model with a folder or a hub id")
+    from transformers.utils.logging import disable_progress_bar
+
+    from .continual import processes
     from .continual.train import ContinualRun, TrainSettings, method_label
 
     pattern = target_pattern(model, projector, attention)
@@ -122,6 +128,9 @@ def train(
     settings = method_settings(method, preset, pattern, sub_rank, options, more or [])
     out = out or Path("runs") / f"{manifest.name}-{label or method_label(method, settings)}-{seed}"
 
+    console.quiet = processes.rank() > 0
+    if console.quiet:
+        disable_progress_bar()
     run = ContinualRun.open(
         out,
         manifest,
@@ -143,8 +152,11 @@ def train(
         device,
         label,
     )
-    bars = not (quiet or as_json)
+    bars = not (quiet or as_json or console.quiet)
     run.train(eval_batch_size, save_steps, workers, bars, (lambda line: None) if as_json else console_line)
+    processes.leave()
+    if processes.rank() > 0:
+        return
     result = run.result()
     page = write_report(out, [result], f"{result.method} on {manifest.name}", environment())
     write_bank_card(run.bank)
@@ -657,10 +669,15 @@ def cuda_build() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence and exit code 2."""
+    """Entry point: a user's mistake is one sentence and exit code 2, of several processes too."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app()
     except UserError as error:
-        print(f"lilora: {error}", file=sys.stderr)
+        tell(str(error))
         sys.exit(2)
+    except Exception as error:
+        if not lost_process(error):
+            raise
+        tell("another process of this run has ended; run the same command again to go on from the last checkpoint")
+        sys.exit(1)

@@ -1,5 +1,37 @@
+"""A user's mistakes, and how the command tells them."""
+
+import os
+import sys
+from datetime import timedelta
+
+
 class UserError(ValueError):
     """A mistake the user can mend: one sentence that says what came, what is wanted and what to do.
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def tell(message: str) -> None:
+    """Print one sentence on standard error; of several processes of a run only the first that has one to print does."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _first():
+        print(f"lilora: {message}", file=sys.stderr, flush=True)
+
+
+def lost_process(error: Exception) -> bool:
+    """Whether a collective failed, which is what the others see of a process that has ended."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return False
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "/gloo/" in str(error)  # gloo's errors have no type of their own
+
+
+def _first() -> bool:
+    from torch.distributed import DistError, TCPStore
+
+    try:
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5))
+        return store.add("lilora/told", 1) == 1
+    except DistError:  # who kept the store is gone
+        return True

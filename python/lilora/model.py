@@ -13,6 +13,7 @@ from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolv
 from torch import Tensor, nn
 
 from lilora_kernels import LiLoRALinear, attach, check_task_name
+from lilora_kernels.adapted import is_sharded
 from lilora_kernels.routing import Routes, detach, route_of_batch
 
 from .config import LiLoRAConfig
@@ -237,5 +238,12 @@ def fingerprint(shared: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor in full, by a collective of all processes; any other as it is. Gradients pass."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 def fp32_bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().reshape(-1).view("uint8").data
+    return (
+        whole(tensor.detach()).to(device="cpu", dtype=torch.float32).contiguous().numpy().reshape(-1).view("uint8").data
+    )

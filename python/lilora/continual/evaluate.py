@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from ..methods import Method
 from ..methods.lora import evaluating
+from . import processes
 from .router import TaskRouter
 from .scorers import scorer
 from .tasks import Collator, InstructionDataset, Sample, TaskSpec
@@ -50,7 +51,8 @@ def evaluate(
     """Score the tasks' test samples by greedy generation with the task given.
 
     A method that can route takes all tasks in the same batches, in turn one sample of each; another one batch of one task
-    after the other. Batch size and mixing change nothing but rounding.
+    after the other. Several processes take turns with the batches, and all get all answers. Batch size, mixing and
+    processes change nothing but rounding.
     """
     samples = {spec.name: InstructionDataset(spec, "test").samples for spec in tasks}
     asked = in_turn(samples)
@@ -120,13 +122,16 @@ def answers_to(
         for group in groups:
             if not method.mixed_batches:
                 method.activate(asked[group[0]][0], train=False)
-            for start in range(0, len(group), batch_size):
-                places = group[start : start + batch_size]
-                said = generate(method, processor, collator, [asked[i] for i in places], limits)
-                for i, answer in zip(places, said, strict=True):
-                    answers[i] = answer
+            batches = [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
+            own = {}
+            for number in range(processes.rank(), len(batches), processes.count()):
+                batch = [asked[i] for i in batches[number]]
+                own[number] = generate(method, processor, collator, batch, limits)
                 if progress is not None:
-                    progress.advance(bar, len(places))
+                    progress.advance(bar, processes.count() * len(batch))
+            for number, said in (item for part in processes.gathered(own) for item in part.items()):
+                for i, answer in zip(batches[number], said, strict=True):
+                    answers[i] = answer
     if progress is not None:
         progress.remove_task(bar)
     return answers

@@ -24,6 +24,7 @@ class Kind:
     batch_size, progress): the tasks' scores; evaluate_routed(method, processor, router, tasks, those scores, batch_size,
     progress): the same without the task. pipeline, auto_class: what the hub and transformers call such models. unseen:
     whether stages score the tasks that come later too. methods: those that can learn such tasks, None for all.
+    one_process_reason: why several processes cannot learn them together.
     """
 
     load: Callable[[str, torch.dtype | str], tuple[nn.Module, Any]]
@@ -34,6 +35,7 @@ class Kind:
     auto_class: str
     unseen: bool = False
     methods: tuple[str, ...] | None = None
+    one_process_reason: str | None = None
 
     def check_method(self, method: str) -> None:
         if self.methods is not None and method not in self.methods:
@@ -79,6 +81,7 @@ KINDS = {
         "AutoModel",
         unseen=True,
         methods=("lilora", "dac", "lora", "dirlora", "olora", "moelora"),
+        one_process_reason="their loss compares all pairs of a batch",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""One process that learns all tasks of a manifest, evaluates after each, and goes on where it was interrupted."""
+"""Learns all tasks of a manifest, evaluates after each, and goes on where it was interrupted."""
 
 import json
 import shutil
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from peft import get_peft_model_state_dict
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,6 +22,9 @@ from ..errors import UserError
 from ..io.atomic import write_atomically
 from ..io.bank import Bank, BaseModelId
 from ..methods import METHODS, Method, Stage, make_method
+from ..methods.base import digest
+from ..model import whole
+from . import processes
 from .kinds import KINDS, Collate, Kind
 from .report import Run
 from .router import SAMPLES, NearestCentroid
@@ -31,7 +36,10 @@ DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16":
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How each task is learned. A run keeps them for all its tasks: they are part of the bank's config."""
+    """How each task is learned. A run keeps them for all its tasks: they are part of the bank's config.
+
+    batch_size: samples per batch of all processes together, so that their number changes nothing but rounding.
+    """
 
     learning_rate: float = 2e-5
     weight_decay: float = 0.01
@@ -80,7 +88,7 @@ class ContinualRun:
     """A run folder: the bank, checkpoints of the task being learned, predictions.
 
     `bank/` is described in io/bank.py; `checkpoints/<task>/` are the Trainer's; `predictions/<after>-<task>.jsonl` hold
-    every answer of every evaluation.
+    every answer of every evaluation. Of several processes the first one writes; all must see the folder.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, method: Method, processor, bank: Bank) -> None:
@@ -120,16 +128,20 @@ class ContinualRun:
             "kind": manifest.kind,
             "model": model,
         } | ({"label": label} if label else {})
-        existing = check_folder(folder, config, [task.name for task in manifest.tasks])
-        if pick_device(device).index:
-            raise UserError(f"--device {device}: training takes the first device; choose with CUDA_VISIBLE_DEVICES")
         kind = KINDS[manifest.kind]
         kind.check_method(method)
+        check_processes(METHODS[method], kind, train.batch_size)
+        processes.join(pick_device(device))
+        names = [task.name for task in manifest.tasks]
+        existing = processes.by_first(lambda: check_folder(folder, config, names))
+        if pick_device(device).index:
+            raise UserError(f"--device {device}: training takes the first device; choose with CUDA_VISIBLE_DEVICES")
         base, processor = load_base(model, train.dtype, device, kind)
         identity = BaseModelId.of(base, model)
+        processes.check_same("the base model", lambda: identity.fingerprint)
         learner = make_method(method, base, method_settings)
         if existing is None:
-            existing = Bank.create(folder / "bank", config=config, base_model=identity)
+            existing = processes.by_first(lambda: Bank.create(folder / "bank", config=config, base_model=identity))
         existing.check_base_model(identity)
         learner.restore(existing.load_tasks())
         return cls(folder, manifest, learner, processor, existing)
@@ -148,7 +160,8 @@ class ContinualRun:
                 self._learn(index, spec, save_steps, workers, bars)
             if self.method.needs_task and spec.name not in self.router.tasks:
                 self._learn_route(spec)
-            shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
+            if processes.rank() == 0:
+                shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
             with Progress(disable=not bars) as progress:
                 if self._evaluate(index, evaluation_batch, progress):
                     seen = [task.name for task in self.manifest.tasks[: index + 1]]
@@ -172,21 +185,45 @@ class ContinualRun:
             seed = 1000 * self.settings.seed + index + 500 * number  # of this stage alone: a resumed run draws the same
             set_seed(seed)
             trainer = self._train_stage(spec, stage, seed, save_steps, workers, bars)
-        own, shared = self.method.tensors(spec.name)
+        own, shared = ({k: whole(t) for k, t in tensors.items()} for tensors in self.method.tensors(spec.name))
         if not all(torch.isfinite(tensor).all() for tensor in (*own.values(), *shared.values())):
             raise UserError(
                 f"task {spec.name!r} diverged: its parameters are not finite; start again with a lower --lr"
             )
         seconds = self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
         loss = next((log["train_loss"] for log in reversed(trainer.state.log_history) if "train_loss" in log), None)
+        if loss is not None:  # the Trainer reduces but the losses that it has logged
+            loss = sum(processes.gathered(loss)) / processes.count()
         info = {"steps": trainer.state.global_step, "loss": loss, "seconds": seconds}
         info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
-        self.bank.add_task(spec.name, own, shared, info=info, replaces=self.method.one_state)
+        processes.check_same(f"task {spec.name!r} as learned", lambda: digest(own | shared))
+        self._write(lambda bank: bank.add_task(spec.name, own, shared, info=info, replaces=self.method.one_state))
+        if processes.sharded():
+            self._reload()
+
+    def _write(self, change: Callable[[Bank], None]) -> None:
+        """Change the bank, in the first process; all have it afterwards."""
+
+        def changed() -> Bank:
+            change(self.bank)
+            return self.bank
+
+        self.bank = processes.by_first(changed)
+
+    def _reload(self) -> None:
+        """The method anew, from the base model and the bank: a sharded model takes no further tasks."""
+        device, config = str(self.method.base.device), self.bank.config
+        self.method = self.router = None  # there may not be room for both
+        base, _ = load_base(config["model"], self.settings.dtype, device, self.kind)
+        self.method = make_method(config["method"], base, config["settings"])
+        self.method.restore(self.bank.load_tasks())
+        self.router = NearestCentroid(self.method.base, self.bank.load_routers())
 
     def _learn_route(self, spec: Any) -> None:
         data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)
         batches = data.batches(SAMPLES, self.method.base)
-        self.bank.set_router(spec.name, self.router.learn(spec.name, batches))
+        statistics = self.router.learn(spec.name, batches)
+        self._write(lambda bank: bank.set_router(spec.name, statistics))
 
     def _train_stage(
         self, learned: Any, stage: Stage, seed: int, save_steps: int, workers: int, bars: bool
@@ -199,12 +236,20 @@ class ContinualRun:
             return data.batches(samples, self.method.base, size)
 
         self.method.begin(stage, batches)
+        processes.check_same(
+            f"task {stage.task!r} at its start", lambda: self.method.fingerprints([stage.task])[stage.task]
+        )
         trainer = TaskTrainer(self.method, self._arguments(stage, folder, seed, save_steps, workers, bars), data)
-        checkpoint = latest_checkpoint(folder)
+        if processes.rank():
+            torch.manual_seed(
+                seed + processes.rank() * 2**32
+            )  # dropout of its own; the order of the data has its own seed
+        checkpoint = processes.by_first(lambda: latest_checkpoint(folder))
         if checkpoint is not None and trainer.finished(checkpoint):
             trainer.load(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.accelerator.free_memory()
         self.method.end(stage, batches)
         return trainer
 
@@ -214,7 +259,7 @@ class ContinualRun:
         s = self.settings
         arguments = TrainingArguments(
             output_dir=str(folder),
-            per_device_train_batch_size=s.batch_size,
+            per_device_train_batch_size=s.batch_size // processes.count(),
             gradient_accumulation_steps=s.gradient_accumulation,
             learning_rate=stage.learning_rate * s.learning_rate,
             weight_decay=s.weight_decay,
@@ -263,10 +308,11 @@ class ContinualRun:
                 self.matrix.copy(after, spec.name, source)
         for result in self.kind.evaluate(self.method, self.processor, to_run, batch_size, progress) if to_run else ():
             self.matrix.set(after, result.task, result.score, result.format_share)
-            lines = "\n".join(json.dumps(answer, ensure_ascii=False) for answer in result.answers)
-            write_atomically(self.folder / "predictions" / f"{after}-{result.task}.jsonl", (lines + "\n").encode())
+            if processes.rank() == 0:
+                lines = "\n".join(json.dumps(answer, ensure_ascii=False) for answer in result.answers)
+                write_atomically(self.folder / "predictions" / f"{after}-{result.task}.jsonl", (lines + "\n").encode())
         self.state["functions"][after] = functions
-        self.bank.set_scores({"matrix": self.matrix.to_dict(), **self.state})
+        self._write(lambda bank: bank.set_scores({"matrix": self.matrix.to_dict(), **self.state}))
         return True
 
     def _functions(self, tasks: list[str]) -> dict[str, str]:
@@ -333,6 +379,9 @@ class TaskTrainer(Trainer):
         collate = partial(data.collate, dtype=method.model.dtype)
         super().__init__(model=method.model, args=arguments, train_dataset=data, data_collator=collate)
         self.remove_callback(PrinterCallback)  # it would print among the command's own output
+        if self.is_fsdp_enabled:  # a model's list has layers of parts that this one may lack, which accelerate refuses
+            present = {type(module).__name__ for module in self.model.modules()} & set(self.model._no_split_modules)
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(present)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
         outputs = None
@@ -351,20 +400,35 @@ class TaskTrainer(Trainer):
         return parameters | {f"progress.{name}": tensor for name, tensor in self.method.progress().items()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: t.detach().clone().contiguous() for name, t in self.learned().items()}, folder / self.FILE)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # what comes next, the Trainer's state, says that the checkpoint is complete
+
     @torch.no_grad()
     def load(self, checkpoint: str) -> None:
-        """The tensors and the Trainer's state of a checkpoint."""
+        """The tensors and the Trainer's state of a checkpoint, into a model that is not sharded."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if self.is_fsdp_enabled:
+            from torch.distributed.checkpoint import load as load_shards
+
+            adapter = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapter)
+            load_shards({"model": adapter}, checkpoint_id=Path(checkpoint) / f"{FSDP_MODEL_NAME}_0")
+            return
         with safe_open(Path(checkpoint) / self.FILE, framework="pt") as stored:
             for name, tensor in self.learned().items():
                 tensor.copy_(stored.get_tensor(name))
-        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        self.load(resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.load(resume_from_checkpoint)
 
     @staticmethod
     def finished(checkpoint: str) -> bool:
@@ -383,6 +447,29 @@ def latest_checkpoint(folder: Path) -> str | None:
             continue
         return str(checkpoint)
     return None
+
+
+def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:
+    """UserError unless as many processes as were started can train together."""
+    if processes.count() == 1:
+        return
+    for what, reason in (
+        (f"--method {method.name}", method.one_process_reason),
+        ("these tasks", kind.one_process_reason),
+    ):
+        if reason is not None:
+            raise UserError(
+                f"{what}: one process alone can train, because {reason}; start the command without a launcher"
+            )
+    if processes.sharded() and not method.sharded_parameters:
+        raise UserError(
+            f"--method {method.name} reads its parameters outside the forward, where FSDP2 has sharded them; use "
+            "examples/accelerate/ddp.yaml"
+        )
+    if batch_size % processes.count():
+        raise UserError(
+            f"--batch-size {batch_size} cannot be divided among {processes.count()} processes; give a multiple of their number"
+        )
 
 
 def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> Bank | None:

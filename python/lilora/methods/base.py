@@ -18,6 +18,15 @@ Tensors = dict[str, Tensor]
 Inputs = dict[str, Tensor]  # one batch, as the model takes it
 
 
+def digest(tensors: Tensors) -> str:
+    """64 hex digits over names and bytes."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(name.encode())
+        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
 class Batches(Protocol):
     """Training batches of the stage's task: at most `samples` in all, `size` in each (None: as many as in training)."""
 
@@ -44,6 +53,8 @@ class Method(ABC):
     mixed_batches = False  # whether one batch may hold samples of several tasks
     needs_task = True  # whether inference must be told the task
     one_state = False  # whether the newest tensors serve all tasks, so that a bank need not keep the older ones
+    one_process_reason: str | None = None  # why several processes cannot learn a task together; None if they can
+    sharded_parameters = False  # whether training reads parameters in the forward alone, so that they may be sharded
     presets: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - settings by preset name; the first is the default
     no_lora = ""  # why a task is no plain LoRA, if it is none
     defaults: dict[str, float] = {}  # noqa: RUF012 - options of `lilora train` that differ from the command's
@@ -75,8 +86,8 @@ class Method(ABC):
         stored = {}
         for task in self.tasks:
             for tensors in self.tensors(task):
-                stored |= {tensor.data_ptr(): tensor.numel() for tensor in tensors.values()}
-        return sum(stored.values())
+                stored |= {id(tensor): tensor for tensor in tensors.values()}
+        return sum(tensor.numel() for tensor in stored.values())
 
     # --- learning ---------------------------------------------------------------------------------------------------
 
@@ -131,18 +142,14 @@ class Method(ABC):
         """16 hex digits per task that tell its function: equal digits, equal outputs for the same batch."""
         known: dict[tuple[int, ...], str] = {}  # tasks that share tensors have them hashed once
 
-        def digest(tensors: Tensors) -> str:
+        def digest_once(tensors: Tensors) -> str:
             key = tuple(tensor.data_ptr() for tensor in tensors.values())
             if key not in known:
-                whole = hashlib.sha256()
-                for name, tensor in sorted(tensors.items()):
-                    whole.update(name.encode())
-                    whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                known[key] = whole.hexdigest()
+                known[key] = digest(tensors)
             return known[key]
 
         settings = json.dumps(self.settings, sort_keys=True)
-        parts = {task: (settings, *map(digest, self.tensors(task))) for task in tasks}
+        parts = {task: (settings, *map(digest_once, self.tensors(task))) for task in tasks}
         return {task: hashlib.sha256("".join(part).encode()).hexdigest()[:16] for task, part in parts.items()}
 
 

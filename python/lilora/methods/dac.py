@@ -141,6 +141,7 @@ class DAC(Method):
 
     name = "dac"
     mixed_batches = True
+    one_process_reason = "it counts how often the samples of a batch choose each expert"
     needs_task = False
     no_lora = "its experts become part of the base weights; export the whole model with lilora bank merge"
     presets = PRESETS

@@ -28,6 +28,7 @@ class EWC(SequentialLoRA):
     """
 
     name = "ewc"
+    sharded_parameters = False
     settings_type = EWCSettings
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ class LiLoRA(Method):
 
     name = "lilora"
     mixed_batches = True
+    sharded_parameters = True
     presets = PRESETS
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:

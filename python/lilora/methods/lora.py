@@ -32,6 +32,7 @@ class DirLoRA(Method):
     """
 
     name = "dirlora"
+    sharded_parameters = True
     settings_type: type[LoRASettings] = LoRASettings
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:

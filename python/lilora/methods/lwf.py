@@ -27,6 +27,7 @@ class LwF(SequentialLoRA):
     """
 
     name = "lwf"
+    sharded_parameters = False
     settings_type = LwFSettings
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:

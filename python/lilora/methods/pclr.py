@@ -145,6 +145,7 @@ class PCLR(Method):
     name = "pclr"
     no_lora = "each sample takes ranks of its own from a pool; use lilora generate and eval"
     mixed_batches = True
+    one_process_reason = "its integration draws fake queries by the losses of the last ones"
     needs_task = False
     one_state = True
     presets = PRESETS

@@ -1,0 +1,313 @@
+"""`lilora train` in two processes on the tiny suite: DDP and FSDP2 against one process, kill and resume, bad input.
+
+Most processes are forked, which spares their imports. accelerate shards on accelerators alone, so for FSDP2 the members
+tell it that CPUs with gloo are one; the rest is the Trainer's and accelerate's own path.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
+from transformers import Trainer
+
+import lilora.cli as cli
+import lilora.continual.train as train
+from lilora.io.bank import Bank
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
+LIMIT = 120  # seconds that any group of processes may take
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def fsdp_environment() -> dict[str, str]:
+    """What `accelerate launch --config_file fsdp2.yaml` sets."""
+    config = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"]
+    return (
+        {"ACCELERATE_USE_FSDP": "true"}
+        | {key.upper(): str(value).lower() for key, value in config.items()}
+        | {
+            "FSDP_AUTO_WRAP_POLICY": config["fsdp_auto_wrap_policy"],
+            "FSDP_STATE_DICT_TYPE": config["fsdp_state_dict_type"],
+        }
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def member(rank: int, port: int, folder: Path, arguments: list, engine: str, kill: tuple | None) -> None:
+    """In a forked child: the command as one of two processes; its output in folder/<rank>.{out,err}.
+
+    kill: (rank, step) of the process that kills itself after that step, or (rank, "trained"). The losses of all steps go to
+    folder/losses.
+    """
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if engine.startswith("fsdp2"):
+        os.environ |= fsdp_environment()
+    if engine == "fsdp2":
+        os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu"}
+        torch.distributed.init_process_group("gloo")
+        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+
+    def log(trainer, logs, *rest):
+        Trainer.log(trainer, logs, *rest)
+        if "loss" in logs and rank == 0:
+            with open(folder / "losses", "a") as file:
+                file.write(f"{logs['loss']}\n")
+        if kill == (rank, trainer.state.global_step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train.TaskTrainer.log = log
+    if kill == (rank, "trained"):
+        train.digest = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    train.TrainingArguments.logging_steps = property(lambda self: 1, lambda self, value: None)
+    cli.console.file = sys.stdout
+    sys.argv = ["lilora", *map(str, arguments)]
+    cli.main()
+
+
+def two(folder: Path, arguments: list, engine: str = "ddp", kill=None, other: list | None = None) -> list[int]:
+    """Exit codes of both processes (minus the signal for killed ones). other: arguments of the second one."""
+    folder.mkdir(exist_ok=True)
+    port, children = free_port(), []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                member(rank, port, folder, other if rank and other else arguments, engine, kill)
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    return [ended(child) for child in children]
+
+
+def ended(child: int) -> int:
+    """The exit code of a child, which must end in time."""
+    until = time.monotonic() + LIMIT
+    pid, status = 0, 0
+    while not pid:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
+    return os.waitstatus_to_exitcode(status)
+
+
+def told(folder: Path) -> list[str]:
+    """What the processes told the user, all together."""
+    return [
+        line for rank in range(2) for line in (folder / f"{rank}.err").read_text().splitlines() if "lilora: " in line
+    ]
+
+
+def fingerprints(run: Path) -> list[tuple[str, str]]:
+    bank = Bank.open(run / "bank")
+    return [(bank.task_fingerprint(task), bank.shared_fingerprint(task)) for task in bank.tasks]
+
+
+@pytest.fixture(scope="module")
+def long(suite, train_options):
+    """20 steps, ten for each of two tasks, without dropout, with the stability loss and gradient accumulation."""
+    options = ["--max-steps", 10, "--dropout", 0, "--preset", "paper", "--gradient-accumulation", 2, "--batch-size", 4]
+    return ["train", suite / "tasks.yaml", *train_options, *options, "--order", "colour,count", "--save-steps", 100]
+
+
+@pytest.fixture(scope="module")
+def single(long, tmp_path_factory):
+    """(run folder, losses) of the same command in one process."""
+    folder = tmp_path_factory.mktemp("single")
+    losses = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def log(trainer, logs, *rest):
+            Trainer.log(trainer, logs, *rest)
+            losses.extend([logs["loss"]] if "loss" in logs else [])
+
+        patch.setattr(train.TaskTrainer, "log", log, raising=False)
+        logging = property(lambda self: 1, lambda self, value: None)
+        patch.setattr(train.TrainingArguments, "logging_steps", logging)
+        cli.app([str(a) for a in [*long, "--out", folder / "run"]], standalone_mode=False)
+    return folder / "run", losses
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_learn_what_one_learns(engine, single, long, tmp_path):
+    run, losses = single
+    assert two(tmp_path / "log", [*long, "--out", tmp_path / "run"], engine) == [0, 0]
+    got = [float(line) for line in (tmp_path / "log" / "losses").read_text().split()]
+    assert len(got) == len(losses) == 20
+    assert max(abs(a - b) for a, b in zip(got, losses, strict=True)) < 1e-4
+    one, both = Bank.open(run / "bank"), Bank.open(tmp_path / "run" / "bank")
+    for task in one.tasks:
+        for want, have in zip(one.load_task(task), both.load_task(task), strict=True):
+            assert want.keys() == have.keys()
+            for name in want:
+                torch.testing.assert_close(have[name], want[name], rtol=1e-3, atol=1e-4)
+    assert both.scores["matrix"] == one.scores["matrix"]
+    want, have = (b.describe()["tasks"][-1]["info"] for b in (one, both))
+    assert {**want, "loss": 0, "seconds": 0} == {**have, "loss": 0, "seconds": 0}
+    assert abs(want["loss"] - have["loss"]) < 1e-4
+    for predictions in (run / "predictions").iterdir():
+        other = tmp_path / "run" / "predictions" / predictions.name
+        assert [json.loads(line)["id"] for line in other.open()] == [
+            json.loads(line)["id"] for line in predictions.open()
+        ]
+    assert "report: " in (tmp_path / "log" / "0.out").read_text()
+    assert (tmp_path / "log" / "1.out").read_text() == ""
+
+
+# --- interruption -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short(suite, train_options):
+    """One task, with dropout: six steps, a checkpoint after every second."""
+    return ["train", suite / "tasks.yaml", *train_options, "--order", "colour"]
+
+
+GONE = "lilora: another process of this run has ended; run the same command again to go on from the last checkpoint"
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_one_killed_process_ends_the_other_and_the_same_command_goes_on_to_the_same_bank(engine, short, tmp_path):
+    assert two(tmp_path / "log", [*short, "--out", tmp_path / "whole"], engine) == [0, 0]
+    command = [*short, "--out", tmp_path / "run"]
+    assert two(tmp_path / "log", command, engine, kill=(1, 3)) == [1, -signal.SIGKILL]
+    assert told(tmp_path / "log") == [GONE]
+    assert "Traceback" not in (tmp_path / "log" / "0.err").read_text()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints" / "colour" / "learn").iterdir()] == ["checkpoint-2"]
+    (tmp_path / "log" / "losses").unlink()
+    assert two(tmp_path / "log", command, engine) == [0, 0]
+    assert len((tmp_path / "log" / "losses").read_text().split()) == 4  # steps 3 to 6
+    assert fingerprints(tmp_path / "run") == fingerprints(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_killed_after_the_last_step_the_checkpoint_becomes_the_bank(engine, short, tmp_path):
+    assert two(tmp_path / "log", [*short, "--out", tmp_path / "whole", "--max-steps", 2], engine) == [0, 0]
+    command = [*short, "--out", tmp_path / "run", "--max-steps", 2]
+    assert two(tmp_path / "log", command, engine, kill=(0, "trained")) == [-signal.SIGKILL, 1]
+    assert two(tmp_path / "log", command, engine) == [0, 0]
+    assert fingerprints(tmp_path / "run") == fingerprints(tmp_path / "whole")
+
+
+def test_a_process_killed_under_accelerate_launch_ends_the_command(short, tmp_path):
+    command = [
+        "accelerate",
+        "launch",
+        "--config_file",
+        CONFIGS / "ddp.yaml",
+        "-m",
+        "lilora",
+        *short,
+        "--out",
+        tmp_path / "run",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with open(tmp_path / "output", "w") as output:
+        launcher = subprocess.Popen(list(map(str, command)), env=environment, stdout=output, stderr=output)
+    try:
+        until = time.monotonic() + LIMIT
+        while not (tmp_path / "run" / "checkpoints" / "colour" / "learn" / "checkpoint-2").exists():
+            assert launcher.poll() is None, (tmp_path / "output").read_text()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        members = {child.environ()["RANK"]: child for child in psutil.Process(launcher.pid).children()}
+        members["1"].kill()
+        assert launcher.wait(LIMIT) == 1
+        assert not any(child.is_running() for child in members.values())
+    finally:
+        for process in [*psutil.Process(launcher.pid).children(), launcher] if launcher.poll() is None else []:
+            process.kill()
+    output = (tmp_path / "output").read_text()
+    assert output.count("lilora: ") <= 1
+    assert "Signal 9 (SIGKILL) received" in output
+
+
+# --- bad input: one sentence by one process -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As one of two processes; the launcher keeps the store through which they agree who tells."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": store.port,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    yield monkeypatch
+    del store
+
+
+FSDP1 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+REFUSED = {
+    "pclr": ({}, ["--method", "pclr"], "one process alone can train, because its integration draws fake queries"),
+    "dac": ({}, ["--method", "dac"], "one process alone can train, because it counts how often"),
+    "batch": ({}, ["--batch-size", "3"], "--batch-size 3 cannot be divided among 2 processes"),
+    "fsdp1": (FSDP1, [], "FSDP1 is not supported; set fsdp_version: 2"),
+    "zero3": (ZERO3, [], "ZeRO-3 is not supported; use ZeRO-2"),
+    "olora sharded": (FSDP2, ["--method", "olora"], "reads its parameters outside the forward"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_several_processes_cannot_do_is_refused(name, suite, tmp_path, lilora, train_options, launched):
+    environment, options, words = REFUSED[name]
+    for key, value in environment.items():
+        launched.setenv(key, value)
+    command = ["train", suite / "tasks.yaml", "--out", tmp_path / "run", *train_options, *options]
+    code, _, err = lilora(*command)
+    assert code == 2
+    assert words in err
+    assert err.count("lilora: ") == 1
+    assert not (tmp_path / "run").exists()
+    code, _, err = lilora(*command)  # the other process has nothing to add
+    assert (code, err) == (2, "")
+
+
+def test_a_mistake_of_one_process_ends_both_with_its_sentence(short, tmp_path):
+    command = [*short, "--out", tmp_path / "run"]
+    codes = two(tmp_path / "log", command, other=[*command, "--model", "./missing"])
+    assert codes == [1, 2]
+    assert len(told(tmp_path / "log")) == 1
+    assert "./missing" in told(tmp_path / "log")[0]
+
+
+def test_sharding_on_cpus_is_refused(short, tmp_path):
+    command = [*short, "--out", tmp_path / "run"]
+    assert two(tmp_path / "log", command, "fsdp2 unaided") == [2, 2]
+    assert told(tmp_path / "log") == [
+        "lilora: accelerate shards nothing on CPUs; use examples/accelerate/ddp.yaml there"
+    ]

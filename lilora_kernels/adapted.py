@@ -48,7 +48,7 @@ class AdaptedLinear(nn.Module):
             return f"the base is a {type(base).__name__}"
         if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
             return "the base is being trained"
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
+        if has_hooks(base):
             return "the base has hooks"
         return None
 
@@ -62,6 +62,12 @@ class AdaptedLinear(nn.Module):
         y = self.base_layer(x, *args, **kwargs)
         d = functional.delta(x if x.is_floating_point() else x.to(factors[0].dtype), *factors, **adapter)
         return y + d.to(y.dtype)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__
 
 
 def version(parameter: Tensor) -> object:

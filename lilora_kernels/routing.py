@@ -273,7 +273,10 @@ def attach(model: nn.Module) -> Routes:
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `attach`, after the adapted layers were taken out."""
+    """Undo `attach` and `fuse_mlps`, after the adapted layers were taken out."""
+    from .mlp import unfuse_mlps
+
+    unfuse_mlps(model)
     replaced = model.__dict__.get("lilora_replaced", {})
     for name in ("lilora_layers", "lilora_routes", "lilora_replaced", *METHODS):
         model.__dict__.pop(name, None)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLinear, version
+from .adapted import AdaptedLinear, described, is_plain, version
 
 POLICIES = ("always", "first", "never")
 
@@ -333,8 +333,8 @@ class LiLoRALinear(AdaptedLinear):
         """Add a task to the base weight, for inference without any cost; forward then runs the base alone."""
         if self.merged_task is not None:
             raise RuntimeError(f"task {self.merged_task!r} is merged already; unmerge() first")
-        if type(self.base_layer) is not nn.Linear:
-            raise TypeError(f"merge needs a plain nn.Linear base, not a {type(self.base_layer).__name__}")
+        if not is_plain(self.base_layer):
+            raise TypeError(f"merge needs a plain nn.Linear base, not a {described(self.base_layer)}")
         self.base_layer.weight += self.delta_weight(name).to(self.base_layer.weight.dtype)
         self.merged_task = name
 

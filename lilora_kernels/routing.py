@@ -25,13 +25,14 @@ class Route:
     """The task of every sample of one forward.
 
     task: [B] int32, -1 for samples without an adapter. length: tokens per sample where text layers see flattened
-    [B * length, K] rows. units: image tokens of each sample, which explain the packed rows ahead of the language model.
+    [B * length, K] rows. units: image tokens of each sample, which explain the packed rows ahead of the language model; a
+    tensor [B] inside a compiled graph, where the host does not see them.
     published: the layers' stacked banks were brought up to date for this route, so that a compiled graph may read them.
     """
 
     task: Tensor
     length: int | None = None
-    units: list[int] | None = None
+    units: list[int] | Tensor | None = None
     published: bool = False
     _rows: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
@@ -59,6 +60,8 @@ class Route:
                 f"a layer ahead of the language model sees {list(x.shape[:-1])} rows, but the route does not know how many "
                 "image tokens each sample has; pass input_ids with the images, or Route(..., units=...)"
             )
+        if isinstance(self.units, Tensor):
+            return self._vision_rows_in_graph(x)
         rows, total = x.shape[:-1].numel(), sum(self.units)
         if total and rows % total == 0:
             counts = [units * (rows // total) for units in self.units]
@@ -71,6 +74,21 @@ class Route:
             )
         repeats = torch.tensor(counts, device=self.task.device)
         return self.task.repeat_interleave(repeats, output_size=rows)
+
+    def _vision_rows_in_graph(self, x: Tensor) -> Tensor:
+        rows, images, units = x.shape[:-1].numel(), x.shape[0], self.units.to(x.device)
+        total = units.sum().clamp(min=1)  # no image tokens explain no rows: the last end is 0 then
+        explained = rows % total == 0
+        if x.dim() == 3:
+            explained |= (total % images == 0) & (units % (total // images).clamp(min=1) == 0).all()
+        ends = units.cumsum(0) * rows // total
+        torch._assert_async(
+            explained & (ends[-1] == rows),
+            f"the image tokens of the batch do not explain the {rows} rows that a layer ahead of the language model sees; "
+            "check the images of the batch",
+        )
+        sample = torch.bucketize(torch.arange(rows, device=x.device), ends, right=True)
+        return self.task.to(x.device)[sample]
 
     def _whole_images(self, tokens_per_image: int) -> bool:
         return all(units % tokens_per_image == 0 for units in self.units)
@@ -334,7 +352,8 @@ def route_of_batch(model: nn.Module, task_ids: TaskIds, args: tuple, kwargs: dic
     packed = any(layer.vision for layer in model.lilora_layers)
     images = kwargs.get("pixel_values") is not None and kwargs.get("pixel_values_videos") is None
     if packed and images and input_ids is not None and image_token is not None:
-        units = (input_ids == image_token).sum(1).tolist()
+        units = (input_ids == image_token).sum(1)
+        units = units if torch.compiler.is_compiling() else units.tolist()
     return Route(model.lilora_routes.ids(task_ids, samples, device), length, units)
 
 

@@ -3,6 +3,7 @@
 from .backends import backend, explain
 from .functional import delta, delta_pair, draw_seed, linear, rank_gate
 from .linear import LiLoRALinear, check_task_name, set_task
+from .mlp import fuse_mlps, unfuse_mlps
 from .rank_pool import RankPoolLinear
 from .routing import Route, attach, route
 from .version import __version__
@@ -20,9 +21,11 @@ __all__ = [
     "delta_pair",
     "draw_seed",
     "explain",
+    "fuse_mlps",
     "linear",
     "rank_gate",
     "route",
     "set_task",
+    "unfuse_mlps",
     "warmup",
 ]

@@ -34,6 +34,7 @@ class AdaptedLinear(nn.Module):
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised tensor of the dtype and on the device of the base weight."""
         like = getattr(self.base_layer, "weight", None)
+        like = like if isinstance(like, Tensor) else None  # packed weights are behind a method
         dtype = like.dtype if like is not None and like.is_floating_point() else torch.get_default_dtype()
         return torch.empty(*shape, dtype=dtype, device=None if like is None else like.device)
 
@@ -44,11 +45,11 @@ class AdaptedLinear(nn.Module):
     def unfused_reason(self) -> str | None:
         """Why the base product cannot be part of our operation; None if it can."""
         base = self.base_layer
-        if type(base) is not nn.Linear:
-            return f"the base is a {type(base).__name__}"
+        if not is_plain(base):
+            return f"the base is a {described(base)}"
         if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
             return "the base is being trained"
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__:
+        if has_hooks(base):
             return "the base has hooks"
         return None
 
@@ -62,6 +63,22 @@ class AdaptedLinear(nn.Module):
         y = self.base_layer(x, *args, **kwargs)
         d = functional.delta(x if x.is_floating_point() else x.to(factors[0].dtype), *factors, **adapter)
         return y + d.to(y.dtype)
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether it is torch's own linear layer on a weight of torch's own tensor type: torchao keeps the layer's type."""
+    return type(base) is nn.Linear and type(base.weight) in (nn.Parameter, Tensor)
+
+
+def described(base: nn.Module) -> str:
+    name = type(base).__name__
+    return f"{name} of an {type(base.weight).__name__}" if type(base) is nn.Linear else name
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__
 
 
 def version(parameter: Tensor) -> object:

@@ -95,18 +95,22 @@ def explain(model: torch.nn.Module) -> str:
     A layer is judged by its base weight's device and dtype: that of the activations it expects.
     """
     from .adapted import AdaptedLinear
+    from .mlp import pairs
 
-    lines = []
+    lines, paired = [], pairs(model)
     for name, layer in model.named_modules():
         if not isinstance(layer, AdaptedLinear):
             continue
         reason = layer.unfused_reason()
-        op = "linear" if reason is None else "delta"
+        partner, apart = paired.get(layer, (None, None))
+        op = "delta" if reason is not None else "delta_pair" if partner and apart is None else "linear"
         reasons = refusals(op, layer.example(), layer.rank, layer.sub_rank)
         wanted = requested()
         chosen = next((b for b, why in reasons.items() if why is None and wanted in (None, b)), None)
         runs = f"{wanted} CANNOT RUN" if chosen is None else f"{chosen} ({_table[op][chosen].plan})"
         fused = "base and adapter in one operation" if reason is None else f"base_layer(x) + delta, because {reason}"
+        if partner:
+            fused += f", together with {partner}" if apart is None else f", apart from {partner}, because {apart}"
         others = "; ".join(f"{b}: {why}" for b, why in reasons.items() if why is not None)
         lines.append(f"{name or type(layer).__name__}: {runs}, {fused} [{others}]")
     return "\n".join(lines) or "no adapted layer in this model"

@@ -124,13 +124,17 @@ def rank_gate(scores: Tensor, r: int, *, straight_through: bool = False) -> tupl
 
 
 def check_dtypes(op: str, x: Tensor, cast: Tensor, weight: Tensor | None) -> None:
-    if weight is not None and cast.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight is not None and cast.dtype != weight.dtype and not autocasts(x):
         raise TypeError(f"{op}: x is {x.dtype} and weight is {weight.dtype}; cast one of them or use torch.autocast")
+
+
+def autocasts(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # torch raises for the meta device
 
 
 def autocast(x: Tensor) -> Tensor:
     """x in the autocast dtype of its device; fp64 and x itself outside autocast are left alone."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if autocasts(x) and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 

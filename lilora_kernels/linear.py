@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLinear, is_sharded, version
+from .adapted import AdaptedLinear, described, is_plain, is_sharded, version
 
 POLICIES = ("always", "first", "never")
 
@@ -213,35 +213,49 @@ class LiLoRALinear(AdaptedLinear):
         task: [B] int32 ids for x [B, ..., K], -1 for samples without an adapter. Without it the route of the running
         forward decides, and without a route the active task. Raises when several tasks are active and nothing decides.
         """
+        adapter = self._adapter(x, task)
+        if adapter is None:
+            return self.base_layer(x, *args, **kwargs)
+        factors, rows = adapter
+        y = self._adapted(x, factors, self.lilora_scaling, self._p, args, kwargs, task=rows)
+        self._expect_same_tasks(y)
+        return y
+
+    def _adapter(self, x: Tensor, task: Tensor | None = None) -> tuple[tuple[Tensor | None, ...], Tensor | None] | None:
+        """What this forward adds to the base: (a, b0, u, v, fusion) and the task of each row of x; None for nothing."""
         routed = task is not None or self.routes.current is not None
         if self.merged_task is not None:
             if routed:
                 raise RuntimeError(
                     f"task {self.merged_task!r} is merged into the base weight; unmerge() before routing tasks"
                 )
-            return self.base_layer(x, *args, **kwargs)
+            return None
         if not routed:
             # Nothing here may look at how many tasks there are: a compiled graph would be made again for each.
             self.routes.require_known()
             if self._slot is None:
                 if self.active:
                     raise ValueError(f"the tasks {list(self.active)} are active together; pass task ids with the batch")
-                return self.base_layer(x, *args, **kwargs)
+                return None
         elif not self.lilora_U:
-            return self.base_layer(x, *args, **kwargs)
+            return None
         if not torch.compiler.is_compiling() and self._untied():
             self.retie()
         if routed:
-            a, b0, u, v, fusion, rows = self._mixed(self._rows(x, task))
-        else:
-            a, b0, u, v, fusion = self._current_slot()
-            u, v, rows = u.unsqueeze(0), v.unsqueeze(0), None
-        p = self.dropout if self.training else 0.0
-        y = self._adapted(x, (a, b0, u, v, fusion), self.lilora_scaling, p, args, kwargs, task=rows)
+            *factors, rows = self._mixed(self._rows(x, task))
+            return tuple(factors), rows
+        a, b0, u, v, fusion = self._current_slot()
+        return (a, b0, u.unsqueeze(0), v.unsqueeze(0), fusion), None
+
+    @property
+    def _p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def _expect_same_tasks(self, y: Tensor) -> None:
+        """Let the backward of y raise if the active task is set before it."""
         if not torch.compiler.is_compiling() and y.requires_grad and self._learns():
             y.register_hook(self.routes.unchanged())
             self._bank = None  # what learns may be sharded, and gathering it again counts no version
-        return y
 
     def _rows(self, x: Tensor, task: Tensor | None) -> Tensor:
         if task is None:
@@ -350,8 +364,8 @@ class LiLoRALinear(AdaptedLinear):
         """Add a task to the base weight, for inference without any cost; forward then runs the base alone."""
         if self.merged_task is not None:
             raise RuntimeError(f"task {self.merged_task!r} is merged already; unmerge() first")
-        if type(self.base_layer) is not nn.Linear:
-            raise TypeError(f"merge needs a plain nn.Linear base, not a {type(self.base_layer).__name__}")
+        if not is_plain(self.base_layer):
+            raise TypeError(f"merge needs a plain nn.Linear base, not a {described(self.base_layer)}")
         self.base_layer.weight += self.delta_weight(name).to(self.base_layer.weight.dtype)
         self.merged_task = name
 

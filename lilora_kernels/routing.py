@@ -27,13 +27,13 @@ class Route:
 
     task: [B] int32, -1 for samples without an adapter. length: tokens per sample where text layers see flattened
     [B * length, K] rows. units: image tokens of each sample (or tiles, see units.py), which explain the packed rows ahead of
-    the language model.
+    the language model; a tensor [B] inside a compiled graph, where the host does not see them.
     published: the layers' stacked banks were brought up to date for this route, so that a compiled graph may read them.
     """
 
     task: Tensor
     length: int | None = None
-    units: list[int] | None = None
+    units: list[int] | Tensor | None = None
     published: bool = False
     _rows: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
 
@@ -61,6 +61,8 @@ class Route:
                 f"a layer ahead of the language model sees {list(x.shape[:-1])} rows, but the route does not know how many "
                 "image tokens each sample has; pass input_ids with the images, or Route(..., units=...)"
             )
+        if isinstance(self.units, Tensor):
+            return self._vision_rows_in_graph(x)
         rows, total = x.shape[:-1].numel(), sum(self.units)
         if total and rows % total == 0:
             counts = [units * (rows // total) for units in self.units]
@@ -73,6 +75,21 @@ class Route:
             )
         repeats = torch.tensor(counts, device=self.task.device)
         return self.task.repeat_interleave(repeats, output_size=rows)
+
+    def _vision_rows_in_graph(self, x: Tensor) -> Tensor:
+        rows, images, units = x.shape[:-1].numel(), x.shape[0], self.units.to(x.device)
+        total = units.sum().clamp(min=1)  # no image tokens explain no rows: the last end is 0 then
+        explained = rows % total == 0
+        if x.dim() == 3:
+            explained |= (total % images == 0) & (units % (total // images).clamp(min=1) == 0).all()
+        ends = units.cumsum(0) * rows // total
+        torch._assert_async(
+            explained & (ends[-1] == rows),
+            f"the image tokens of the batch do not explain the {rows} rows that a layer ahead of the language model sees; "
+            "check the images of the batch",
+        )
+        sample = torch.bucketize(torch.arange(rows, device=x.device), ends, right=True)
+        return self.task.to(x.device)[sample]
 
     def _whole_images(self, tokens_per_image: int) -> bool:
         return all(units % tokens_per_image == 0 for units in self.units)
@@ -278,7 +295,10 @@ def attach(model: nn.Module) -> Routes:
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `attach`, after the adapted layers were taken out."""
+    """Undo `attach` and `fuse_mlps`, after the adapted layers were taken out."""
+    from .mlp import unfuse_mlps
+
+    unfuse_mlps(model)
     replaced = model.__dict__.get("lilora_replaced", {})
     for name in ("lilora_layers", "lilora_routes", "lilora_replaced", *METHODS):
         model.__dict__.pop(name, None)

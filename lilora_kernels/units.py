@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 
-def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> list[int] | None:
+def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> list[int] | Tensor | None:
     """Units of each sample of input_ids [B, L] for a forward with these inputs; None without images and videos.
+
+    A tensor [B] inside a compiled graph, where the host does not see them.
 
     Raises ValueError for a batch that leaves open which sample an image or video belongs to.
     """
@@ -31,8 +33,11 @@ def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> list
         return tokens if tokens is None or videos.dim() == 2 else _of_equal_size(videos.shape[0], tokens)
     if images is None:
         return None
-    tokens = _count(input_ids, getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None))
+    image_token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     sizes = inputs.get("image_sizes")
+    if image_token is not None and sizes is None and torch.compiler.is_compiling():
+        return (input_ids == image_token).sum(1)
+    tokens = _count(input_ids, image_token)
     if tokens is None or sizes is None:
         return tokens
     packer = next((module for module in model.modules() if hasattr(module, "image_newline")), None)

@@ -78,12 +78,11 @@ class Linear(LiLoRALinear, BaseTunerLayer):
 
     # --- forward and merging ----------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def _adapter(self, x: Tensor, task: Tensor | None = None) -> tuple | None:
         if self._disable_adapters:
             self.unmerge()
-            kwargs.pop("task", None)
-            return self.base_layer(x, *args, **kwargs)
-        return super().forward(x, *args, **kwargs)
+            return None
+        return super()._adapter(x, task)
 
     def unfused_reason(self) -> str | None:
         if self.quantization_backend is not None:

@@ -21,7 +21,7 @@ def in_given_dtypes(function: Callable) -> Callable:
     @wraps(function)
     def run(*args):
         x = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             return function(*args)
         with torch.autocast(x.device.type, enabled=False):
             return function(*args)

@@ -35,7 +35,9 @@ def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> list
     sizes = inputs.get("image_sizes")
     if tokens is None or sizes is None:
         return tokens
-    packer = next((module for module in model.modules() if hasattr(module, "image_newline")), None)
+    # The outer model may have a method of that name too, but not the parameter that the packing needs.
+    packs = ("pack_image_features", "image_newline")
+    packer = next((module for module in model.modules() if all(hasattr(module, name) for name in packs)), None)
     if packer is not None:
         return _tiles(packer, sizes, inputs.get("batch_num_images"), tokens)
     merge = getattr(config, "spatial_merge_size", 1)

@@ -69,6 +69,11 @@ def _tiles(packer: nn.Module, sizes: Tensor, images_of_sample: Tensor | None, to
     whole = [True] * len(sizes)
     if images_of_sample is not None:  # a sample with several images has one tile for each
         whole = [int(n) == 1 for n in images_of_sample for _ in range(int(n))]
+        if len(whole) != len(sizes):
+            raise ValueError(
+                f"batch_num_images counts {len(whole)} images, image_sizes has {len(sizes)}; pass both as the model's "
+                "processor gives them"
+            )
     tiles = [
         count_tiles(size, config.image_grid_pinpoints, side) if cut else 1
         for size, cut in zip(sizes, whole, strict=True)

@@ -52,6 +52,13 @@ def test_images_that_do_not_fill_their_samples_raise(model):
         forward(model, inputs)
 
 
+@pytest.mark.parametrize("model", ["llava_onevision"], indirect=True)
+def test_counts_of_images_that_are_not_those_of_the_sizes_raise(model):
+    inputs = batch("llava_onevision", [[0], [1]]).inputs() | {"batch_num_images": torch.tensor([1, 2])}
+    with pytest.raises(ValueError, match="batch_num_images counts 3 images, image_sizes has 2"):
+        forward(model, inputs)
+
+
 @pytest.mark.parametrize("model", ["mistral3"], indirect=True)
 def test_sizes_that_make_patches_without_tokens_raise(model):
     inputs = batch("mistral3", [[0], [1]]).inputs()

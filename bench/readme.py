@@ -193,7 +193,7 @@ def families() -> str:
     environment = content["environment"]
     lines += [
         "",
-        *[f"({i}) refused: {reason}.  " for i, reason in enumerate(reasons, 1)],
+        *[f"({i}) Refused: {reason}.  " for i, reason in enumerate(reasons, 1)],
         "",
         "Each cell is a test on a tiny model of the family, in fp64. mixed batch: samples of several tasks with no, one and "
         "several images, row for row what each sample gives alone with its task; projector: the same with adapters in projector "

@@ -40,7 +40,9 @@ def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> list
     tokens = _count(input_ids, image_token)
     if tokens is None or sizes is None:
         return tokens
-    packer = next((module for module in model.modules() if hasattr(module, "image_newline")), None)
+    # The outer model may have a method of that name too, but not the parameter that the packing needs.
+    packs = ("pack_image_features", "image_newline")
+    packer = next((module for module in model.modules() if all(hasattr(module, name) for name in packs)), None)
     if packer is not None:
         return _tiles(packer, sizes, inputs.get("batch_num_images"), tokens)
     merge = getattr(config, "spatial_merge_size", 1)
@@ -72,6 +74,11 @@ def _tiles(packer: nn.Module, sizes: Tensor, images_of_sample: Tensor | None, to
     whole = [True] * len(sizes)
     if images_of_sample is not None:  # a sample with several images has one tile for each
         whole = [int(n) == 1 for n in images_of_sample for _ in range(int(n))]
+        if len(whole) != len(sizes):
+            raise ValueError(
+                f"batch_num_images counts {len(whole)} images, image_sizes has {len(sizes)}; pass both as the model's "
+                "processor gives them"
+            )
     tiles = [
         count_tiles(size, config.image_grid_pinpoints, side) if cut else 1
         for size, cut in zip(sizes, whole, strict=True)

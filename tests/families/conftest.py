@@ -1,10 +1,13 @@
 """`--record FILE` writes the outcome of every cell of the matrix, for README's table."""
 
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parents[2]))
 
 
 def pytest_addoption(parser):
@@ -26,8 +29,8 @@ class Recorder:
         properties = dict(report.user_properties)
         if report.when == "call" and "cell" in properties:
             family, behaviour = properties["cell"]
-            outcome = report.outcome if "refused" not in properties else f"refused: {properties['refused']}"
-            self.cells.setdefault(family, {})[behaviour] = outcome
+            refused = f"refused: {properties.get('refused')}" if "refused" in properties else None
+            self.cells.setdefault(family, {})[behaviour] = (report.passed and refused) or report.outcome
 
     def pytest_sessionfinish(self) -> None:
         versions = {name: version(name) for name in ("torch", "transformers", "peft")}

@@ -19,6 +19,7 @@ IDEFICS = ["connector.modality_projection.proj"]
 # Layers of the default config's language model; its projector; linears of the vision tower with the name of an MLP's.
 FULL = {
     "llava": (32, LLAVA, 0),
+    "llava (Pixtral)": (32, LLAVA, 3 * 24),
     "llava_next": (32, LLAVA, 0),
     "llava_onevision": (32, LLAVA, 0),
     "qwen2_vl": (80, QWEN, 0),
@@ -43,8 +44,10 @@ FULL = {
 
 
 @cache
-def full(model_type):
-    config = CONFIG_MAPPING[model_type]()
+def full(name):
+    model_type, *tower = name.split(" ")
+    parts = {"vision_config": {"model_type": "pixtral"}, "text_config": {"model_type": "mistral"}} if tower else {}
+    config = CONFIG_MAPPING[model_type](**parts)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
 
@@ -67,7 +70,7 @@ def test_presets_hit_exactly_the_wanted_linears(model_type):
         return {name for name, _ in full(model_type).named_modules() if re.fullmatch(pattern, prefix + name)}
 
     assert hits() == hits(prefix="base_model.model.") == mlp
-    assert target_modules(model_type) == target_modules(full(model_type).config)
+    assert target_modules(full(model_type).config.model_type) == target_modules(full(model_type).config)
     assert hits(attention=True) == mlp | attention
     assert mlp | attention <= found.keys()
     kinds = Counter(re.sub(r".*\.", "", name) for name in found.keys() - mlp if "merger" not in name)

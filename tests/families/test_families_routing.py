@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import IMAGE, VIDEO, adapted, batch, gridded
-from test_families_matrix import rows_are_those_of_single_tasks
+from test_families_matrix import alone, rows_are_those_of_single_tasks
 
 NAMES = ["count", "where"]
 
@@ -52,12 +52,28 @@ def test_images_that_do_not_fill_their_samples_raise(model):
         forward(model, inputs)
 
 
+@pytest.mark.parametrize("model", ["llava_onevision"], indirect=True)
+def test_counts_of_images_that_are_not_those_of_the_sizes_raise(model):
+    inputs = batch("llava_onevision", [[0], [1]]).inputs() | {"batch_num_images": torch.tensor([1, 2])}
+    with pytest.raises(ValueError, match="batch_num_images counts 3 images, image_sizes has 2"):
+        forward(model, inputs)
+
+
 @pytest.mark.parametrize("model", ["mistral3"], indirect=True)
 def test_sizes_that_make_patches_without_tokens_raise(model):
     inputs = batch("mistral3", [[0], [1]]).inputs()
     inputs["image_sizes"][1] = torch.tensor([12, 8])
     with pytest.raises(ValueError, match=r"image_sizes has \[\[16, 8\], \[12, 8\]\], not all multiples of 8"):
         forward(model, inputs)
+
+
+@pytest.mark.parametrize("name, model", [(n, n) for n in ("llava_next", "qwen2_5_vl")], indirect=["model"])
+def test_beams_and_returned_sequences_follow_their_samples(name, model):
+    samples = batch(name, [[0, 1], [2]])
+    options = {"max_new_tokens": 3, "num_beams": 2, "num_return_sequences": 2, "do_sample": False}
+    got = model.generate(**samples.inputs(), task_ids=NAMES, **options)
+    wanted = [alone(model, samples, i, n, lambda x: [model.generate(**x, **options)]) for i, n in enumerate(NAMES)]
+    assert torch.equal(got, torch.cat(wanted))
 
 
 # --- videos -----------------------------------------------------------------------------------------------------------

@@ -192,3 +192,24 @@ def test_every_metric_is_defined_in_one_line():
     assert list(ScoreMatrix(["a"]).metrics()) == seen
     assert list(ScoreMatrix(["a"], unseen=True).metrics()) == ["Transfer", "Avg", "Last", *seen[2:-1]]
     assert all(metric.definition and "\n" not in metric.definition for metric in METRICS.values())
+
+
+def test_without_a_task_the_other_cells_stay_as_they_are():
+    matrix = ScoreMatrix(["a", "b", "c"])
+    for after, task, score in (("a", "a", 10), ("b", "b", 30), ("c", "b", 35), ("c", "c", 50)):
+        matrix.set(after, task, score, score / 100)
+    matrix.copy("b", "a", "a")
+    matrix.copy("c", "a", "a")
+    rest = matrix.without("a")
+    assert (rest.tasks, rest.to_dict()["scores"]) == (["b", "c"], [[30], [35, 50]])
+    assert rest.format_share("c", "b") == 0.35
+    rest = matrix.without("b")
+    assert (rest.to_dict()["scores"], rest.carried_from("c", "a")) == ([[10], [10, 50]], "a")
+    moved = ScoreMatrix(["a", "b", "c"], unseen=True)
+    moved.set("a", "b", 20)
+    moved.copy("b", "b", "a")
+    moved.copy("c", "b", "b")
+    rest = moved.without("a")  # the stage at which the cell was run is gone: it stands for itself
+    assert (rest.get("b", "b"), rest.get("c", "b"), rest.carried_from("b", "b")) == (20, 20, None)
+    assert rest.missing() == [("b", "c"), ("c", "c")]
+    assert ScoreMatrix(["a"]).without("a") is None

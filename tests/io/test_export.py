@@ -472,6 +472,9 @@ def test_a_removed_task_takes_its_scores_along(lilora, base, llava_folder, tmp_p
     assert shown["scores"]["matrix"]["scores"] == [[80.0]]
     assert (list(shown["scores"]["functions"]), list(shown["scores"]["seconds"])) == (["count"], ["count"])
     agree(restored(Bank.open(bank.path), base, "count"), wanted, base, inputs)
+    code, printed, error = lilora("bank", "rm", bank.path, "--task", "count", "--json")
+    assert code == 0, error
+    assert (json.loads(printed)["tasks"], json.loads(printed)["scores"]) == ([], {})
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,12 @@ def a(path):
     return "lora_share_A", f"base_model.model.model.{path}.lora_share_A.default.weight"
 
 
+def misnamed(saved):
+    """A tensor of task 1 is named as that of task 10."""
+    own = saved["lora_specific_B"]["1"]
+    own[f"{ONE}0.weight"] = own.pop(f"{ONE}.weight")
+
+
 UP_A, TASK_1 = a("layers.1.mlp.up_proj"), ("lora_specific_B", "1")
 OURS = r"model\.language_model\.layers\.1\.mlp\.up_proj"
 TWO = torch.ones(2)
@@ -190,6 +196,7 @@ BAD = {
     "unknown linear": (at(*a("layers.7.mlp.up_proj"), value=TWO), r"holds the tensor .*layers\.7\.mlp"),
     "vision tower": (at(*a("vision_tower.encoder.layers.0.mlp.fc1"), value=TWO), "holds the tensor .*vision_tower"),
     "of task 10 with task 1": (at(*TASK_1, f"{ONE}0.weight", value=TWO), r"holds the tensor .*B\.1\..*default\.10\."),
+    "task 10 for task 1": (misnamed, r"holds the tensor .*B\.1\..*default\.10\."),
     "transposed": (at(*TASK_1, f"{ONE}.weight", value=torch.ones(2, 32)), r"is \[2, 32\].*wants \[32, 2\]"),
     "another rank": (at(*UP_A, value=torch.ones(5, 24)), r"is \[5, 24\].*wants \[4, 24\]"),
     "a scalar": (at(*TASK_1, f"{ONE}.fusion", value=torch.tensor(1.0)), r"fusion is \[\].*wants \[1\]"),

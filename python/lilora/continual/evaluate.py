@@ -120,8 +120,7 @@ def answers_to(
         for group in groups:
             if not method.mixed_batches:
                 method.activate(asked[group[0]][0], train=False)
-            for start in range(0, len(group), batch_size):
-                places = group[start : start + batch_size]
+            for places in (group[start : start + batch_size] for start in range(0, len(group), batch_size)):
                 said = generate(method, processor, collator, [asked[i] for i in places], limits)
                 for i, answer in zip(places, said, strict=True):
                     answers[i] = answer

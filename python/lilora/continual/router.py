@@ -55,14 +55,13 @@ class NearestCentroid(TaskRouter):
         Raises:
             UserError: there is nothing to route some task of the bank by, or its file is damaged.
         """
-        learned = bank.load_routers()
-        missing = [task for task in bank.tasks if task not in learned]
+        missing = [task for task in bank.tasks if task not in bank.routed]
         if missing:
             raise UserError(
                 f"{bank.path} has no router for {', '.join(missing)}: name the task, or run the bank's `lilora train` "
                 "command again, which adds it"
             )
-        return cls(model, learned)
+        return cls(model, bank.load_routers())
 
     @property
     def tasks(self) -> list[str]:

@@ -87,7 +87,6 @@ class ContinualRun:
         self.folder, self.manifest, self.method, self.processor, self.bank = folder, manifest, method, processor, bank
         self.kind = KINDS[manifest.kind]
         self.settings = TrainSettings(**bank.config["train"])
-        self.router = NearestCentroid(method.base, bank.load_routers())
         self.matrix = ScoreMatrix([task.name for task in manifest.tasks], self.kind.unseen)
         self.state: dict[str, Any] = {"functions": {}, "seconds": {}}
         if bank.scores:
@@ -146,7 +145,7 @@ class ContinualRun:
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
                 self._learn(index, spec, save_steps, workers, bars)
-            if self.method.needs_task and spec.name not in self.router.tasks:
+            if self.method.needs_task and spec.name not in self.bank.routed:
                 self._learn_route(spec)
             shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
             with Progress(disable=not bars) as progress:
@@ -185,8 +184,8 @@ class ContinualRun:
 
     def _learn_route(self, spec: Any) -> None:
         data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)
-        batches = data.batches(SAMPLES, self.method.base)
-        self.bank.set_router(spec.name, self.router.learn(spec.name, batches))
+        learned = NearestCentroid(self.method.base).learn(spec.name, data.batches(SAMPLES, self.method.base))
+        self.bank.set_router(spec.name, learned)
 
     def _train_stage(
         self, learned: Any, stage: Stage, seed: int, save_steps: int, workers: int, bars: bool

@@ -403,7 +403,7 @@ def test_a_bank_without_a_router_gets_it_from_the_same_command(suite, run, runs,
     ):
         code, _, err = lilora(*command, "--device", "cpu")
         assert code == 2
-        assert "has no router for colour, count, name: name the task, or run the bank's `lilora train` command" in err
+        assert "has no router for colour, count, name; run its `lilora train` command again" in err
     before = Bank.open(run / "bank").task_fingerprint("name")
     code, _, err = lilora("train", suite / "tasks.yaml", "--out", run, *quick)
     assert code == 0, err

@@ -615,7 +615,6 @@ def show_routes(results: list, bank, as_json: bool) -> None:
     from .continual.report import print_routes, write_routes
 
     learned = {r.task: r.routes for r in results if r.task in bank.tasks}
-    picture = write_routes(bank.path.parent, learned)
     if as_json:
         cells = {}
         for r in results:
@@ -623,6 +622,7 @@ def show_routes(results: list, bank, as_json: bool) -> None:
             cells[r.task] |= {"routed_score": r.routed.score, "routed_format_share": r.routed.format_share}
             cells[r.task] |= {"routing_accuracy": r.accuracy if r.task in learned else None, "routes": r.routes}
         print(json.dumps(cells))
+        write_routes(bank.path.parent, learned)
         return
     table = Table("task", "score", "score, routed", "routed to it")
     for r in results:
@@ -636,7 +636,7 @@ def show_routes(results: list, bank, as_json: bool) -> None:
     table.add_row("mean", *(f"{mean:.1f}" for mean in means), f"{accuracy:.1f} %")
     console.print(table)
     print_routes(learned, console)
-    console_line(f"routes: {picture}")
+    console_line(f"routes: {write_routes(bank.path.parent, learned)}")
 
 
 def environment() -> dict[str, str]:

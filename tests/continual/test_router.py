@@ -156,8 +156,8 @@ def test_adapters_have_no_part_in_the_features(base, kind):
 def test_routes_are_those_of_the_formula(base):
     router = NearestCentroid(base)
     learned = {}
-    for task in ("one", "two", "three"):
-        counts = [[0, 1, 2, 1, 1], [1, 1, 3], [0, 0, 1, 1]]
+    for parts, task in enumerate(("one", "two", "three"), 1):
+        counts = [[0, 1, 2, 1, 1], [1, 1, 3], [0, 0, 1, 1]][:parts]
         batches = [batch(c, "right", labels=True) for c in counts]
         returned = router.learn(task, iter(batches))
         learned[task] = np.concatenate([features_by_hand(base, b, c) for b, c in zip(batches, counts, strict=True)])
@@ -165,7 +165,7 @@ def test_routes_are_those_of_the_formula(base):
         assert {t.dtype for t in returned.values()} == {torch.float32}
         np.testing.assert_allclose(returned["mean"].numpy(), learned[task].mean(0), atol=1e-6)
         np.testing.assert_allclose(returned["variance"].numpy(), learned[task].var(0), atol=1e-6)
-        assert returned["count"].tolist() == [12]
+        assert returned["count"].tolist() == [sum(map(len, counts))]
     assert router.tasks == ["one", "two", "three"]
     deviations = np.concatenate([x - x.mean(0) for x in learned.values()])
     pooled = (deviations**2).mean(0)
@@ -177,7 +177,7 @@ def test_routes_are_those_of_the_formula(base):
     np.testing.assert_allclose(router.distances(frozen_features(base, inputs)).numpy(), distances, rtol=1e-4)
     routed = router.route(inputs)
     assert routed == [router.tasks[i] for i in distances.argmin(1)]
-    assert len(set(routed)) == 3
+    assert len(set(routed)) > 1
     for i in range(len(counts)):
         assert router.route(single(inputs, counts, i)) == [routed[i]]
 
@@ -403,7 +403,7 @@ def test_a_bank_without_a_router_gets_it_from_the_same_command(suite, run, runs,
     ):
         code, _, err = lilora(*command, "--device", "cpu")
         assert code == 2
-        assert "has no router for colour, count, name: name the task, or run the bank's `lilora train` command" in err
+        assert "has no router for colour, count, name; run its `lilora train` command again" in err
     before = Bank.open(run / "bank").task_fingerprint("name")
     code, _, err = lilora("train", suite / "tasks.yaml", "--out", run, *quick)
     assert code == 0, err

@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Self
 
@@ -55,14 +55,13 @@ class NearestCentroid(TaskRouter):
         Raises:
             UserError: there is nothing to route some task of the bank by, or its file is damaged.
         """
-        learned = bank.load_routers()
-        missing = [task for task in bank.tasks if task not in learned]
+        missing = [task for task in bank.tasks if task not in bank.routed]
         if missing:
             raise UserError(
-                f"{bank.path} has no router for {', '.join(missing)}: name the task, or run the bank's `lilora train` "
-                "command again, which adds it"
+                f"{bank.path} has no router for {', '.join(missing)}; run its `lilora train` command again, which adds it, "
+                "or name the task"
             )
-        return cls(model, learned)
+        return cls(model, bank.load_routers())
 
     @property
     def tasks(self) -> list[str]:
@@ -162,7 +161,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
         raise UserError(
             f"a router wants the adapters of get_peft_model, which it can turn off, not {type(plain[0]).__name__}"
         )
-    layers: Sequence[nn.Module] = [
+    layers = [
         m
         for m in model.modules()
         if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper) and not m.disable_adapters

@@ -95,7 +95,6 @@ class ContinualRun:
         self.folder, self.manifest, self.method, self.processor, self.bank = folder, manifest, method, processor, bank
         self.kind = KINDS[manifest.kind]
         self.settings = TrainSettings(**bank.config["train"])
-        self.router = NearestCentroid(method.base, bank.load_routers())
         self.matrix = ScoreMatrix([task.name for task in manifest.tasks], self.kind.unseen)
         self.state: dict[str, Any] = {"functions": {}, "seconds": {}}
         if bank.scores:
@@ -158,7 +157,7 @@ class ContinualRun:
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
                 self._learn(index, spec, save_steps, workers, bars)
-            if self.method.needs_task and spec.name not in self.router.tasks:
+            if self.method.needs_task and spec.name not in self.bank.routed:
                 self._learn_route(spec)
             if processes.rank() == 0:
                 shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
@@ -213,17 +212,15 @@ class ContinualRun:
     def _reload(self) -> None:
         """The method anew, from the base model and the bank: a sharded model takes no further tasks."""
         device, config = str(self.method.base.device), self.bank.config
-        self.method = self.router = None  # there may not be room for both
+        self.method = None  # there may not be room for both
         base, _ = load_base(config["model"], self.settings.dtype, device, self.kind)
         self.method = make_method(config["method"], base, config["settings"])
         self.method.restore(self.bank.load_tasks())
-        self.router = NearestCentroid(self.method.base, self.bank.load_routers())
 
     def _learn_route(self, spec: Any) -> None:
         data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)
-        batches = data.batches(SAMPLES, self.method.base)
-        statistics = self.router.learn(spec.name, batches)
-        self._write(lambda bank: bank.set_router(spec.name, statistics))
+        learned = NearestCentroid(self.method.base).learn(spec.name, data.batches(SAMPLES, self.method.base))
+        self._write(lambda bank: bank.set_router(spec.name, learned))
 
     def _train_stage(
         self, learned: Any, stage: Stage, seed: int, save_steps: int, workers: int, bars: bool

@@ -207,6 +207,11 @@ class Bank:
         return {task.name: task.id for task in self._index.tasks}
 
     @property
+    def routed(self) -> list[str]:
+        """The tasks that a router has learned, in training order."""
+        return [task.name for task in self._index.tasks if task.router]
+
+    @property
     def config(self) -> dict[str, Any]:
         return copy.deepcopy(self._index.config)
 
@@ -314,7 +319,7 @@ class Bank:
         self._commit(index, tasks=tasks)
 
     def load_routers(self) -> dict[str, dict[str, Tensor]]:
-        """What `set_router` stored, of the tasks that have it, in training order, on the CPU.
+        """What `set_router` stored, of all tasks in `routed`, on the CPU.
 
         Raises:
             UserError: a file that is missing, truncated, altered or foreign; names file and tensor.

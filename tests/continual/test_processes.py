@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from accelerate import DistributedType, PartialState
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from transformers import Trainer
 
@@ -294,3 +295,14 @@ def test_sharding_on_cpus_is_refused(short, tmp_path):
     assert told(tmp_path / "log") == [
         "lilora: accelerate shards nothing on CPUs; use examples/accelerate/ddp.yaml there"
     ]
+
+
+def test_the_shipped_configs_are_what_accelerate_reads():
+    configs = {path.stem: load_config_from_file(str(path)) for path in CONFIGS.iterdir()}
+    assert {name: config.distributed_type for name, config in configs.items()} == {
+        "ddp": DistributedType.MULTI_GPU,
+        "fsdp2": DistributedType.FSDP,
+        "deepspeed_zero2": DistributedType.DEEPSPEED,
+    }
+    assert configs["fsdp2"].fsdp_config["fsdp_version"] == 2
+    assert configs["deepspeed_zero2"].deepspeed_config["zero_stage"] == 2

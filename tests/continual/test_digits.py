@@ -129,8 +129,9 @@ def test_questions_of_different_tasks_share_few_words(build):
 
 
 def test_the_long_suite_begins_with_the_samples_of_the_six_tasks(build, tmp_path):
-    import build as module
     from scenes import TASKS
+
+    import build as module
 
     for name in MANIFESTS:
         module.write_data(tmp_path / name, module.SUITES[name], seed=0)

@@ -259,7 +259,7 @@ REFUSED = {
     "pclr": ({}, ["--method", "pclr"], "one process alone can train, because its integration draws fake queries"),
     "dac": ({}, ["--method", "dac"], "one process alone can train, because it counts how often"),
     "batch": ({}, ["--batch-size", "3"], "--batch-size 3 cannot be divided among 2 processes"),
-    "fsdp1": (FSDP1, [], "FSDP1 is not supported; set fsdp_version: 2"),
+    "fsdp1": (FSDP1, [], "fsdp_version is 1 and only 2 is supported"),
     "zero3": (ZERO3, [], "ZeRO-3 is not supported; use ZeRO-2"),
     "olora sharded": (FSDP2, ["--method", "olora"], "reads its parameters outside the forward"),
 }

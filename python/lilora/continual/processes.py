@@ -34,11 +34,15 @@ def join(device: torch.device) -> None:
     """Connect this process to the others; UserError for an engine that is not supported."""
     if count() == 1:
         return
-    if sharded() and os.environ.get("FSDP_VERSION") != "2":
-        raise UserError("FSDP1 is not supported; set fsdp_version: 2, as examples/accelerate/fsdp2.yaml does")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        if DeepSpeedPlugin().zero_stage == 3:
-            raise UserError("ZeRO-3 is not supported; use ZeRO-2, or FSDP2 to shard the parameters too")
+    if sharded():
+        for key, value in (("FSDP_VERSION", "2"), ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")):
+            if os.environ.get(key) != value:
+                raise UserError(
+                    f"{key.lower()} is {os.environ.get(key)} and only {value} is supported; start with "
+                    "examples/accelerate/fsdp2.yaml"
+                )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and DeepSpeedPlugin().zero_stage == 3:
+        raise UserError("ZeRO-3 is not supported; use ZeRO-2, or FSDP2 to shard the parameters too")
     state = PartialState(cpu=device.type == "cpu")
     if sharded() and state.distributed_type == DistributedType.MULTI_CPU:
         raise UserError("accelerate shards nothing on CPUs; use examples/accelerate/ddp.yaml there")

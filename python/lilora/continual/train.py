@@ -238,9 +238,7 @@ class ContinualRun:
         )
         trainer = TaskTrainer(self.method, self._arguments(stage, folder, seed, save_steps, workers, bars), data)
         if processes.rank():
-            torch.manual_seed(
-                seed + processes.rank() * 2**32
-            )  # dropout of its own; the order of the data has its own seed
+            torch.manual_seed(seed + processes.rank() * 2**32)  # of the dropout; the order of the data has its own
         checkpoint = processes.by_first(lambda: latest_checkpoint(folder))
         if checkpoint is not None and trainer.finished(checkpoint):
             trainer.load(checkpoint)

@@ -138,9 +138,10 @@ class LiLoRALinear(AdaptedLinear):
             self.routes.tasks[self.routes.tasks.index(name)] = None
         if self._first == name:
             self._first = None
-        self._bank = None
         if name in self.active:
             self.set_task(*(task for task in self.active if task != name), train=train)
+        else:
+            self.bind()
 
     def set_task(self, *names: str, train: bool = True) -> None:
         """Make a task the one that `forward` uses and trains; several names train together, by task ids.
@@ -187,6 +188,8 @@ class LiLoRALinear(AdaptedLinear):
         """Rebuild the slot that `forward` reads: a lookup by task name there would recompile for every task."""
         self._slot = self._parameters_of(self.active[0]) if len(self.active) == 1 else None
         self._bank = None
+        if self.lilora_U and len(self.lilora_U) != len(self.routes.tasks):
+            self._id_to_position(next(iter(self.lilora_U.values())).device)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -294,13 +297,16 @@ class LiLoRALinear(AdaptedLinear):
 
     def _positions(self, rows: Tensor) -> Tensor:
         """Ids as positions in the stack, which has no places for deleted tasks; foreign ids become -1."""
-        key = (tuple(self.routes.tasks), len(self.tasks), rows.device)
+        return self._id_to_position(rows.device)[rows.long().clamp(-1, len(self.routes.tasks))]
+
+    def _id_to_position(self, device: torch.device) -> Tensor:
+        """[tasks + 1] int32; the extra last entry is where -1 and foreign ids point to. Made ahead of a graph by bind()."""
+        key = (tuple(self.routes.tasks), len(self.tasks), device)
         if self._lookup is None or self._lookup[0] != key:
             position = {name: i for i, name in enumerate(self.tasks)}
-            # The extra last entry is where -1 and foreign ids point to.
             lookup = [position.get(name, -1) for name in self.routes.tasks] + [-1]
-            self._lookup = key, torch.tensor(lookup, dtype=torch.int32, device=rows.device)
-        return self._lookup[1][rows.long().clamp(-1, len(self.routes.tasks))]
+            self._lookup = key, torch.tensor(lookup, dtype=torch.int32, device=device)
+        return self._lookup[1]
 
     def _stack(self) -> tuple[Tensor | None, ...]:
         dicts = (self.lilora_U, self.lilora_V, self.lilora_fusion)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from peft import PeftModel
 from peft.functional import delete_adapter
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
@@ -168,7 +169,8 @@ class LiLoRAModel(BaseTuner):
             check_loadable(model, config, adapter_name, state_dict, fresh)
         except UserError:
             if fresh:
-                take_back(getattr(model, "base_model", model), model.peft_config, adapter_name)
+                base = model.get_base_model() if isinstance(model, PeftModel) else model
+                take_back(base, model.peft_config, adapter_name)
             raise
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 

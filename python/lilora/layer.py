@@ -72,7 +72,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
 
     def unfused_reason(self) -> str | None:
         if self.quantization_backend is not None:
-            return "the base is quantised"
+            return f"the base is quantised ({self.quantization_backend.backend_name})"
         return super().unfused_reason()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -80,12 +80,23 @@ class Linear(LiLoRALinear, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the active adapter, or the one named, to the base weight; safe_merge checks for NaN and inf before."""
+        """Add the active adapter, or the one named, to the base weight; safe_merge checks for NaN and inf before.
+
+        A quantised weight is dequantised, added to and quantised again, and so it is by `unmerge`: each rounds it anew.
+        Backends without a way back (GPTQ, AWQ, ...) raise.
+        """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lilora_U]
         if not names:
             return
         if len(names) > 1 or self.merged_task is not None:
             raise UserError(f"cannot merge {names} together; a LiLoRA model holds one merged task at a time")
+        if self.quantization_backend is not None:
+            name = self.quantization_backend.backend_name
+            if not self.quantization_backend.supports_merge:
+                raise UserError(
+                    f"a task cannot be merged into a base quantised by {name}; run it unmerged, or export it"
+                )
+            warnings.warn(f"merging rounds the base weight to {name} again, and unmerging too", stacklevel=2)
         weight = self.get_base_weight()
         merged = weight + self.delta_weight(names[0]).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():

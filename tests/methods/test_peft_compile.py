@@ -118,7 +118,13 @@ def test_generation_with_a_static_cache(mixed):
         x, routing = ids(), {"task_ids": tasks} if mixed else {}
         if not mixed:
             peft_model.set_adapter(tasks[0])
-        steps = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True, **routing}
+        steps = {
+            "max_new_tokens": 6,
+            "do_sample": False,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+            **routing,
+        }
         found = [
             torch.stack(peft_model.generate(input_ids=x, **steps, **how).logits)
             for how in ({}, static | {"disable_compile": True}, static | {"compile_config": compiling})

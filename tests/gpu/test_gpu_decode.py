@@ -20,7 +20,7 @@ class GatedMLP(nn.Module):
         self.act_fn = nn.SiLU()
         self.requires_grad_(False)
         for name, base in list(self.named_children())[:3]:
-            layer = LiLoRALinear(base, r=16, sub_rank=8)
+            layer = LiLoRALinear(base, r=16, sub_rank=8, alpha=16)
             for task in TASKS:
                 layer.add_task(task)
             setattr(self, name, layer)

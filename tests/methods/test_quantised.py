@@ -73,7 +73,7 @@ def test_the_base_is_its_own_product_and_the_adapter_the_formula(layer):
 def test_what_it_says_of_itself(layer):
     assert "base_layer(x) + delta, because the base is a Linear of an Int8Tensor" in explain(layer)
     before = layer.base_layer.weight.dequantize()
-    with pytest.raises(TypeError, match="merge needs a plain nn.Linear base, not a Linear of an Int8Tensor"):
+    with pytest.raises(TypeError, match=r"merge needs a plain nn\.Linear base, not a Linear of an Int8Tensor"):
         layer.merge("a")
     assert torch.equal(layer.base_layer.weight.dequantize(), before)
 
@@ -105,7 +105,7 @@ def test_a_packed_weight_behind_a_method():
     close(y, base(x).double() + formula(layer, x.double(), MIXED)[0], 1e-6)
     y.sum().backward()
     assert layer.lilora_U["a"].grad.abs().sum() > 0
-    with pytest.raises(TypeError, match="merge needs a plain nn.Linear base"):
+    with pytest.raises(TypeError, match=r"merge needs a plain nn\.Linear base"):
         layer.merge("a")
 
 
@@ -158,7 +158,9 @@ def results(model, x, **options):
 
 def test_mixed_batches_generation_and_gradients(model, folder):
     twin, x, names = dequantised(folder), ids(3), ["a", None, "b"]
-    assert all("base_layer(x) + delta, because the base is quantised (torchao)" in e for e in explain(model).splitlines())
+    assert all(
+        "base_layer(x) + delta, because the base is quantised (torchao)" in e for e in explain(model).splitlines()
+    )
     assert set(fuse_mlps(model).values()) == {"in gate_proj the base is quantised (torchao)"}
     for each in (model, twin):
         for layer in adapted_layers(each).values():

@@ -86,18 +86,26 @@ class Linear(LiLoRALinear, BaseTunerLayer):
 
     def unfused_reason(self) -> str | None:
         if self.quantization_backend is not None:
-            return "the base is quantised"
+            return f"the base is quantised ({self.quantization_backend.backend_name})"
         return super().unfused_reason()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         return self.delta_weight(adapter)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the active adapter, or the one named, to the base weight; safe_merge checks for NaN and inf before."""
+        """Add the active adapter, or the one named, to the base weight; safe_merge checks for NaN and inf before.
+
+        A quantised weight is dequantised, added to and quantised again, and so it is by `unmerge`: each rounds it anew.
+        Backends without a way back (GPTQ, AWQ, ...) raise.
+        """
         name, merged = self.merged_weight(adapter_names, safe_merge)
-        if name is not None:
-            self.set_base_weight(merged)
-            self.merged_task = name
+        if name is None:
+            return
+        if self.quantization_backend is not None:
+            again = self.quantization_backend.backend_name
+            warnings.warn(f"merging rounds the base weight to {again} again, and unmerging too", stacklevel=2)
+        self.set_base_weight(merged)
+        self.merged_task = name
 
     @torch.no_grad()
     def merged_weight(self, adapter_names: list[str] | None, safe_merge: bool) -> tuple[str | None, Tensor | None]:
@@ -109,6 +117,11 @@ class Linear(LiLoRALinear, BaseTunerLayer):
             self._require(name)
         if len(names) > 1 or self.merged_task is not None:
             raise UserError(f"cannot merge {names} together; a LiLoRA model holds one merged task at a time")
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise UserError(
+                f"a task cannot be merged into a base quantised by {self.quantization_backend.backend_name}; run it "
+                "unmerged, or export it"
+            )
         weight = self.get_base_weight()
         merged = weight + self.delta_weight(names[0]).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():

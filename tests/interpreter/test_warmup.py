@@ -7,6 +7,7 @@ import lilora_kernels
 from lilora_kernels import LiLoRALinear
 from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.delta import triton_backend
+from lilora_kernels.ops.delta_pair import triton_backend as delta_pair
 
 
 def model():
@@ -68,3 +69,23 @@ def test_a_device_that_cannot_hold_the_grid_runs_phase_by_phase(monkeypatch):
         assert torch.equal(lilora_kernels.delta(x, a, b0), want)
     assert launches[0] == (0, 2)
     assert len(launches) > 2
+
+
+class GatedMLP(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = model()[0], model()[0], torch.nn.Linear(20, 24)
+        self.act_fn = torch.nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_a_fused_mlp_runs_as_a_pair(monkeypatch):
+    monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [2])
+    pairs, forward = [], delta_pair.forward
+    monkeypatch.setattr(delta_pair, "forward", lambda *a: pairs.append(a[0].shape) or forward(*a))
+    mlp = GatedMLP()
+    assert lilora_kernels.fuse_mlps(mlp) == {"": None}
+    assert lilora_kernels.warmup(mlp) == 4  # the pair and its layers alone, with the active task and with ids
+    assert pairs == [(2, 24)] * 2

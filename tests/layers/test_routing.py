@@ -283,15 +283,16 @@ def test_layers_with_other_tasks_cannot_share_a_route():
 # --- Route by itself --------------------------------------------------------------------------------------------------
 
 
-def test_packed_rows():
-    r = Route(torch.tensor([7, 8, 9], dtype=torch.int32), units=[8, 0, 4])
+@pytest.mark.parametrize("units", [[8, 0, 4], torch.tensor([8, 0, 4])], ids=["eager", "in-graph"])
+def test_packed_rows(units):
+    r = Route(torch.tensor([7, 8, 9], dtype=torch.int32), units=units)
     assert r.vision_rows(torch.empty(3, 4, 5)).tolist() == [7] * 8 + [9] * 4
     assert r.vision_rows(torch.empty(12, 5)).tolist() == [7] * 8 + [9] * 4
     assert r.vision_rows(torch.empty(24, 5)).tolist() == [7] * 16 + [9] * 8
     # A vision tower's class token: 5 rows per image for 4 image tokens.
     assert r.vision_rows(torch.empty(3, 5, 5)).tolist() == [7] * 10 + [9] * 5
     for shape in [(2, 4, 5), (13, 5), (5, 5, 5)]:
-        with pytest.raises(ValueError, match=r"image tokens or tiles \(in all 12\) in 3 samples do not explain"):
+        with pytest.raises((ValueError, RuntimeError), match=r"image tokens .* do not explain"):
             r.vision_rows(torch.empty(*shape))
 
 

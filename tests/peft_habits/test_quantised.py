@@ -3,14 +3,15 @@
 import pytest
 import torch
 import transformers
+from habits import TEXT, ids, randomise, settings
 from peft import get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
-from test_peft import TEXT, adapted_layers, ids, randomise, settings
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from lilora.errors import UserError
+from lilora.layer import adapted_layers
 from lilora_kernels import LiLoRALinear, explain, fuse_mlps
 from lilora_kernels.ops.delta import reference
 

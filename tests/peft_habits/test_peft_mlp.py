@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_peft import adapted, assert_close, ids, logits
+from habits import adapted, assert_close, ids, logits
 
 from lilora_kernels import fuse_mlps
 from lilora_kernels.mlp import is_fused

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_peft import adapted, ids, llama
+from habits import adapted, ids, llama
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import CompileConfig

@@ -276,10 +276,10 @@ def attach(model: nn.Module) -> Routes:
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`, after the adapted layers were taken out."""
-    replaced = model.__dict__.get("lilora_replaced", {})
-    for name in ("lilora_layers", "lilora_routes", "lilora_replaced", *METHODS):
+    replaced = model.__dict__.get("lilora_replaced")
+    for name in ("lilora_layers", "lilora_routes", "lilora_replaced", *(METHODS if replaced is not None else ())):
         model.__dict__.pop(name, None)
-    model.__dict__.update(replaced)
+    model.__dict__.update(replaced or {})
     for module in model.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if getattr(checkpoint, "func", None) is _checkpoint_with_route:

@@ -124,6 +124,7 @@ class LiLoRALinear(AdaptedLinear):
         else:
             for own in self._own(name):
                 own.requires_grad_(False)
+            self.bind()
 
     def delete_task(self, name: str) -> None:
         """Remove a task's parameters; the ids of the others stay."""

@@ -299,10 +299,10 @@ def detach(model: nn.Module) -> None:
     from .mlp import unfuse_mlps
 
     unfuse_mlps(model)
-    replaced = model.__dict__.get("lilora_replaced", {})
-    for name in ("lilora_layers", "lilora_routes", "lilora_replaced", *METHODS):
+    replaced = model.__dict__.get("lilora_replaced")
+    for name in ("lilora_layers", "lilora_routes", "lilora_replaced", *(METHODS if replaced is not None else ())):
         model.__dict__.pop(name, None)
-    model.__dict__.update(replaced)
+    model.__dict__.update(replaced or {})
     for module in model.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if getattr(checkpoint, "func", None) is _checkpoint_with_route:

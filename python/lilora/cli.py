@@ -1,6 +1,7 @@
 """The `lilora` command. Heavy imports happen inside the commands, so that help and errors come at once."""
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -122,10 +123,11 @@ def train(
     from .continual import processes
     from .continual.train import ContinualRun, TrainSettings, method_label
 
-    pattern = target_pattern(model, projector, attention)
+    further = dict(map(setting, more or []))
+    further["target_modules"] = further.get("target_modules") or target_pattern(model, projector, attention)
     given = {"r": r, "alpha": alpha, "dropout": dropout, "learning_rate": learning_rate, "weight_decay": weight_decay}
     options = REFERENCE | METHODS[method].defaults | {name: value for name, value in given.items() if value is not None}
-    settings = method_settings(method, preset, pattern, sub_rank, options, more or [])
+    settings = method_settings(method, preset, sub_rank, options, further)
     out = out or Path("runs") / f"{manifest.name}-{label or method_label(method, settings)}-{seed}"
 
     console.quiet = processes.rank() > 0
@@ -520,7 +522,7 @@ def choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def method_settings(
-    method: str, preset: str | None, pattern: str, sub_rank: int, options: dict[str, Any], more: list[str]
+    method: str, preset: str | None, sub_rank: int, options: dict[str, Any], further: dict[str, Any]
 ) -> dict[str, Any]:
     """The settings that `make_method` takes, from the options of `lilora train`."""
     from .methods import METHODS
@@ -536,7 +538,7 @@ def method_settings(
         sizes["sub_rank"] = sub_rank
     if method in PEFT_LORA:
         sizes = {"r": options["r"], "lora_alpha": options["alpha"], "lora_dropout": options["dropout"]}
-    return {**sizes, "target_modules": pattern, **preset_settings, **dict(map(setting, more))}
+    return {**sizes, **preset_settings, **further}
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -641,7 +643,6 @@ def show_routes(results: list, bank, as_json: bool) -> None:
 
 def environment() -> dict[str, str]:
     """What the numbers were made with."""
-    import os
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -672,6 +673,8 @@ def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2, of several processes too."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and sys.argv[1:2] != ["train"]:
+            raise UserError("only lilora train runs in several processes; start this command without a launcher")
         app()
     except UserError as error:
         tell(str(error))

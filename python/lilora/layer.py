@@ -92,6 +92,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         return self.delta_weight(adapter)
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active adapter, or the one named, to the base weight; safe_merge checks for NaN and inf before.
 

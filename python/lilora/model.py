@@ -90,10 +90,10 @@ class LiLoRAModel(BaseTuner):
             for parameter in module._parameters.values():
                 holders[id(parameter)].append(name.removesuffix(".base_layer"))
         for layer in adapted_layers(self.model).values():
-            first, *others = holders[id(layer.weight)]
-            if others:
+            names = holders[id(layer.weight)]
+            if len(names) > 1:
                 raise UserError(
-                    f"{first} and {others[0]} share one weight, so a merge would change both; load the base model with "
+                    f"{names[0]} and {names[1]} share one weight, so a merge would change both; load the base model with "
                     "tie_word_embeddings=False, or leave the task unmerged"
                 )
 

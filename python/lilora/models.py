@@ -61,7 +61,7 @@ def target_modules(config: Any, *, projector: bool = False, attention: bool = Fa
         raise UserError(
             f"model type {model_type!r} has no adapter preset, for its MLPs are routed experts, whose weights are 3-D "
             "Parameters and no linear layers; the language model's attention, dense layers and shared experts can be "
-            f"adapted: pass LiLoRAConfig(target_modules={_BESIDE_EXPERTS!r})"
+            f"adapted: pass LiLoRAConfig(target_modules={_BESIDE_EXPERTS!r}), on the command line --set target_modules=..."
         )
     if model_type not in _FAMILIES:
         raise UserError(

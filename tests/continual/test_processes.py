@@ -280,6 +280,14 @@ def test_what_several_processes_cannot_do_is_refused(name, suite, tmp_path, lilo
     assert (code, err) == (2, "")
 
 
+def test_only_training_runs_in_several_processes(lilora, launched, tmp_path):
+    code, _, err = lilora("eval", tmp_path, "--tasks", tmp_path / "tasks.yaml")
+    assert (code, err) == (
+        2,
+        "lilora: only lilora train runs in several processes; start this command without a launcher\n",
+    )
+
+
 def test_a_mistake_of_one_process_ends_both_with_its_sentence(short, suite, tmp_path):
     shutil.copytree(suite / "base", tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").write_bytes(b"half")

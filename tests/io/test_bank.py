@@ -580,11 +580,12 @@ def test_killed_at_random_moments(tmp_path):
             finally:
                 os._exit(1)
         os.close(writer)
+        done = b"" if start else os.read(reader, 1)  # on a slow machine too there is a task to lose
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with os.fdopen(reader, "rb") as pipe:
-            returned = len(pipe.read())
+            returned = len(done + pipe.read())
 
         bank = Bank.open(bank.path)
         assert start + returned <= len(bank.tasks) <= start + returned + 1

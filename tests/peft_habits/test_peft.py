@@ -3,6 +3,7 @@
 import copy
 import json
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -435,6 +436,18 @@ def test_a_target_that_is_no_linear_layer_leaves_the_model_alone(target, words):
         get_peft_model(model, settings(target_modules=target), adapter_name="a")
     assert_unchanged(model, before)
     assert torch.equal(logits(get_peft_model(model, settings(), adapter_name="a"), x), output)
+
+
+def test_a_first_task_that_is_refused_leaves_a_forward_of_others_in_place():
+    """As accelerate's hooks put one on the instance."""
+    model, x = llama(), ids()
+    own = model.forward = partial(type(model).forward, model)
+    with pytest.raises(UserError, match="LiLoRA adapts linear layers"):
+        get_peft_model(model, settings(target_modules=["gate_proj", "norm"]), adapter_name="a")
+    assert model.forward is own
+    adapted(base=model).unload()
+    assert model.forward is own
+    assert logits(model, x).isfinite().all()
 
 
 def test_a_convolution_is_refused():

@@ -28,6 +28,25 @@ def check_task_name(name: str) -> None:
         )
 
 
+class TaskParameters(nn.ParameterDict):
+    """Parameters by task that rebind their layer's slot when code puts others in their places, as loaders and sharding do.
+
+    A compiled forward does not look at them by name, so it would go on with the old ones.
+    """
+
+    def __init__(self, layer: "LiLoRALinear") -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # not as a submodule
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        layer = self.__dict__.get("layer")
+        if layer is not None and isinstance(value, nn.Parameter):
+            layer._bank = None
+            if layer.active == (name,):
+                layer.bind()
+
+
 class LiLoRALinear(AdaptedLinear):
     """y = base_layer(x) + scaling * D(x) A^T M_t^T with M_t = f_t B0 + (1 - f_t) U_t V_t, f_t = sigmoid(fusion_t).
 
@@ -62,8 +81,8 @@ class LiLoRALinear(AdaptedLinear):
         super().__init__(base_layer, dropout)
         self.rank, self.sub_rank, self.alpha, self.fusion = r, sub_rank, alpha, fusion
         self.train_a, self.train_b0 = train_a, train_b0
-        self.lilora_A, self.lilora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.lilora_U, self.lilora_V, self.lilora_fusion = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.lilora_A, self.lilora_B = TaskParameters(self), TaskParameters(self)
+        self.lilora_U, self.lilora_V, self.lilora_fusion = (TaskParameters(self) for _ in range(3))
         self.merged_task: str | None = None
         self.active: tuple[str, ...] = ()
         self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
@@ -270,7 +289,7 @@ class LiLoRALinear(AdaptedLinear):
         return task.unsqueeze(1).expand(samples, per_sample).reshape(-1)
 
     def _current_slot(self) -> tuple[Tensor, ...]:
-        # Code that swaps Parameters (sharding, PEFT's casts) cannot tell us; the check costs nothing inside a graph.
+        # Code that swaps Parameters past __setattr__ (offloading) cannot tell us; the check costs nothing inside a graph.
         if not torch.compiler.is_compiling() and self._slot[2] is not self.lilora_U[self.active[0]]:
             self.bind()
         return self._slot

@@ -1,7 +1,7 @@
 """gate_proj and up_proj of a gated MLP in one operation: two adapters of one input, one shrink."""
 
 import operator
-from types import MethodType
+from functools import partial
 
 from torch import Tensor, fx, nn
 
@@ -28,7 +28,9 @@ def fuse_mlps(model: nn.Module) -> dict[str, str | None]:
         if is_adapted(mlp):
             found[path] = None if is_fused(mlp) else left_apart(mlp)
             if found[path] is None:
-                mlp.forward = MethodType(_fused_forward, mlp)
+                mlp.forward = partial(
+                    _fused_forward, mlp
+                )  # a bound method would be looked up in the class when unpickled
     return found
 
 
@@ -40,7 +42,7 @@ def unfuse_mlps(model: nn.Module) -> None:
 
 
 def is_fused(module: nn.Module) -> bool:
-    return getattr(module.__dict__.get("forward"), "__func__", None) is _fused_forward
+    return getattr(module.__dict__.get("forward"), "func", None) is _fused_forward
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -118,6 +118,7 @@ class Routes:
         self.seen: tuple = ()  # `setting` at the last forward without a route
         self.routed = False  # whether any forward that can be recomputed had a route
         self.restored = False  # whether a recomputation runs under the route of its forward
+        self.unplaced: list[str] = []  # layers of which nothing tells whether they see packed images
         self.generating = False  # whether generate() runs: the banks were brought up to date when it began
 
     def id_of(self, name: str) -> int:
@@ -164,7 +165,10 @@ class Routes:
 
         Not where parameters are there only while their layer runs, as with offloading or sharding.
         """
-        resident = all(not own.is_meta and own.numel() > 0 for layer in layers for own in layer._all_own())
+        from .adapted import is_sharded
+
+        owned = [own for layer in layers for own in layer._all_own()]
+        resident = all(not own.is_meta and own.numel() > 0 and not is_sharded(own) for own in owned)
         for layer in layers if resident else ():
             layer.publish()
         before, self.generating = self.generating, resident
@@ -236,15 +240,18 @@ def route(
     """Run the forwards inside with these tasks: one name, id or -1 per sample.
 
     `units`, the image tokens (or tiles) of each sample, is needed only where adapted layers see packed images and the model gets
-    no input_ids. Raises ValueError or TypeError for ids that are unknown or of the wrong length or dtype.
+    no input_ids. Compiled forwards read parameters as they were at its beginning, or as `overwrite_task` made them. Raises
+    ValueError or TypeError for ids that are unknown or of the wrong length or dtype.
     """
     routes = routes_of(model)
     device = next(model.parameters()).device
     ids = routes.ids(task_ids, None, device)
-    published = not torch.compiler.is_compiling()
-    if published:
-        for layer in layers_of(model):
+    published = False
+    if not torch.compiler.is_compiling():
+        layers = [layer for layer in layers_of(model) if layer.lilora_U]
+        for layer in layers:
             layer.publish()
+        published = all(layer._bank is not None for layer in layers)
     with routes.use(Route(ids, length, None if units is None else list(units), published)):
         yield
 
@@ -267,7 +274,8 @@ def attach(model: nn.Module) -> Routes:
 
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LiLoRALinear)]
     model.lilora_layers = [layer for _, layer in layers]
-    has_text_part = any(TEXT & set(name.split(".")) for name, _ in model.named_modules())
+    parts = {part for name, _ in model.named_modules() for part in name.split(".")}
+    has_text_part = bool(parts & TEXT)
     routes = model.__dict__.get("lilora_routes")
     if routes is None:
         routes = model.lilora_routes = layers[0][1].routes if layers else Routes()
@@ -279,6 +287,7 @@ def attach(model: nn.Module) -> Routes:
             )
         layer.routes = routes
         layer.vision = sees_images(name, has_text_part)
+    routes.unplaced = [] if parts & (TEXT | VISION) else outside_decoder(model, [name for name, _ in layers])
     if "lilora_replaced" not in model.__dict__:
         # accelerate's hooks (device_map over several devices) put a forward of their own on the instance
         model.lilora_replaced = {name: model.__dict__[name] for name in METHODS if name in model.__dict__}
@@ -315,6 +324,14 @@ def sees_images(path: str, has_text_part: bool) -> bool:
     return not parts & (TEXT | {"lm_head"}) and (has_text_part or bool(parts & VISION))
 
 
+def outside_decoder(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those of a model's layers that are not among the layers of its decoder, by transformers' get_decoder()."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    at = next((name for name, module in model.named_modules() if module is decoder), None)
+    inside = None if at is None else f"{at}.layers.".lstrip(".")
+    return [name for name in names if inside is None or not name.startswith((inside, "lm_head"))]
+
+
 def _forward(self, *args, task_ids=None, **kwargs):
     forward = self.lilora_replaced.get("forward") or partial(type(self).forward, self)
     if task_ids is None:
@@ -344,6 +361,12 @@ def route_of_batch(model: nn.Module, task_ids: TaskIds, args: tuple, kwargs: dic
         samples = tokens.shape[0]
         length = tokens.shape[1] if tokens.dim() > 1 + tokens.is_floating_point() else None
     device = next(model.parameters()).device
+    unplaced = model.lilora_routes.unplaced
+    if unplaced and any(name.startswith("pixel_values") and value is not None for name, value in kwargs.items()):
+        raise ValueError(
+            f"{type(model).__name__} names its parts in its own way, so it is unknown whether {unplaced[0]} sees images or text, "
+            "and the batch has images; adapt layers of its decoder only, or pass batches of one task without task_ids"
+        )
     packed = any(layer.vision for layer in model.lilora_layers)
     units = units_of_batch(model, input_ids, kwargs) if packed and input_ids is not None else None
     return Route(model.lilora_routes.ids(task_ids, samples, device), length, units)

@@ -208,7 +208,7 @@ def evaluate(
         if router is not None:
             routes = kind.evaluate_routed(method, processor, router, manifest.tasks, results, batch_size, progress)
     if router is not None:
-        show_routes(routes, opened, as_json)
+        show_routes(routes, opened, bank_folder(bank).parent if bank.exists() else Path(), as_json)
         return
     if as_json:
         print(json.dumps({r.task: {"score": r.score, "format_share": r.format_share} for r in results}))
@@ -295,7 +295,7 @@ def generate(
 
     for path in image or ():
         open_image(path)
-    opened, method, processor = load_bank(bank, model, device, wanted=task)
+    opened, method, processor = load_bank(bank, model, device, task, answers=True)
     sample = Sample("prompt", tuple(image or ()), prompt, ("",))
     if task is None and method.needs_task:
         router = bank_router(opened, method)
@@ -582,8 +582,8 @@ def open_bank(path: Path) -> "Bank":
     return Bank.open(bank_folder(downloaded(path)))
 
 
-def load_bank(path: Path, model: str | None, device: str, wanted: str | None = None) -> tuple:
-    """(bank, method with its tasks in place, processor)."""
+def load_bank(path: Path, model: str | None, device: str, wanted: str | None = None, *, answers: bool = False) -> tuple:
+    """(bank, method with its tasks in place, processor); UserError if it has no task `wanted`, or gives no answers."""
     from .continual.kinds import KINDS, kind_of
     from .continual.train import load_base
     from .io.bank import BaseModelId
@@ -592,7 +592,7 @@ def load_bank(path: Path, model: str | None, device: str, wanted: str | None = N
     bank = open_bank(path)
     if not bank.tasks:
         raise UserError(f"{path} holds no learned task yet; train first")
-    if wanted is not None and kind_of(bank.config) is not KINDS["instruction"]:
+    if answers and kind_of(bank.config) is not KINDS["instruction"]:
         raise UserError(f"{path} has learned to classify images and writes no text; use lilora eval")
     if wanted is not None and wanted not in bank.tasks:
         raise UserError(f"task {wanted!r} is unknown; {path} has {', '.join(bank.tasks)}")
@@ -612,8 +612,11 @@ def bank_router(bank, method):
     return NearestCentroid.load(bank, method.model)
 
 
-def show_routes(results: list, bank, as_json: bool) -> None:
-    """Scores with the task given and found, how often it was found, and where the samples went, in print and as a plot."""
+def show_routes(results: list, bank, out: Path, as_json: bool) -> None:
+    """Scores with the task given and found, how often it was found, and where the samples went, in print and as a plot.
+
+    The plot is made of all tasks of the bank, if they are in the manifest.
+    """
     from .continual.report import print_routes, write_routes
 
     learned = {r.task: r.routes for r in results if r.task in bank.tasks}
@@ -624,7 +627,8 @@ def show_routes(results: list, bank, as_json: bool) -> None:
             cells[r.task] |= {"routed_score": r.routed.score, "routed_format_share": r.routed.format_share}
             cells[r.task] |= {"routing_accuracy": r.accuracy if r.task in learned else None, "routes": r.routes}
         print(json.dumps(cells))
-        write_routes(bank.path.parent, learned)
+        if len(learned) == len(bank.tasks):
+            write_routes(out, learned)
         return
     table = Table("task", "score", "score, routed", "routed to it")
     for r in results:
@@ -634,11 +638,13 @@ def show_routes(results: list, bank, as_json: bool) -> None:
     means = [
         sum(values) / len(results) for values in zip(*((r.given.score, r.routed.score) for r in results), strict=True)
     ]
-    accuracy = sum(r.accuracy for r in results if r.task in learned) / len(learned)
-    table.add_row("mean", *(f"{mean:.1f}" for mean in means), f"{accuracy:.1f} %")
+    accuracies = [r.accuracy for r in results if r.task in learned]
+    found = f"{sum(accuracies) / len(accuracies):.1f} %" if accuracies else ""
+    table.add_row("mean", *(f"{mean:.1f}" for mean in means), found)
     console.print(table)
-    print_routes(learned, console)
-    console_line(f"routes: {write_routes(bank.path.parent, learned)}")
+    print_routes(learned, bank.tasks, console)
+    if len(learned) == len(bank.tasks):
+        console_line(f"routes: {write_routes(out, learned)}")
 
 
 def environment() -> dict[str, str]:

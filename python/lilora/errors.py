@@ -33,5 +33,5 @@ def _first() -> bool:
     try:
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5))
         return store.add("lilora/told", 1) == 1
-    except DistError:  # who kept the store is gone
+    except (DistError, KeyError):  # who kept the store is gone, or there never was one
         return True

@@ -132,29 +132,38 @@ def long(suite, train_options):
     return ["train", suite / "tasks.yaml", *train_options, *options, "--order", "colour,count", "--save-steps", 100]
 
 
+def losses_of_one(command) -> list[float]:
+    """The losses of all steps of the command in this process alone."""
+    losses = []
+
+    def log(trainer, logs, *rest):
+        Trainer.log(trainer, logs, *rest)
+        losses.extend([logs["loss"]] if "loss" in logs else [])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.TaskTrainer, "log", log, raising=False)
+        logging = property(lambda self: 1, lambda self, value: None)
+        patch.setattr(train.TrainingArguments, "logging_steps", logging)
+        cli.app([str(a) for a in command], standalone_mode=False)
+    return losses
+
+
+def losses_in(folder: Path) -> list[float]:
+    return [float(line) for line in (folder / "losses").read_text().split()]
+
+
 @pytest.fixture(scope="module")
 def single(long, tmp_path_factory):
     """(run folder, losses) of the same command in one process."""
     folder = tmp_path_factory.mktemp("single")
-    losses = []
-    with pytest.MonkeyPatch.context() as patch:
-
-        def log(trainer, logs, *rest):
-            Trainer.log(trainer, logs, *rest)
-            losses.extend([logs["loss"]] if "loss" in logs else [])
-
-        patch.setattr(train.TaskTrainer, "log", log, raising=False)
-        logging = property(lambda self: 1, lambda self, value: None)
-        patch.setattr(train.TrainingArguments, "logging_steps", logging)
-        cli.app([str(a) for a in [*long, "--out", folder / "run"]], standalone_mode=False)
-    return folder / "run", losses
+    return folder / "run", losses_of_one([*long, "--out", folder / "run"])
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_processes_learn_what_one_learns(engine, single, long, tmp_path):
     run, losses = single
     assert two(tmp_path / "log", [*long, "--out", tmp_path / "run"], engine) == [0, 0]
-    got = [float(line) for line in (tmp_path / "log" / "losses").read_text().split()]
+    got = losses_in(tmp_path / "log")
     assert len(got) == len(losses) == 20
     assert max(abs(a - b) for a, b in zip(got, losses, strict=True)) < 1e-4
     one, both = Bank.open(run / "bank"), Bank.open(tmp_path / "run" / "bank")
@@ -174,6 +183,21 @@ def test_two_processes_learn_what_one_learns(engine, single, long, tmp_path):
         ]
     assert "report: " in (tmp_path / "log" / "0.out").read_text()
     assert (tmp_path / "log" / "1.out").read_text() == ""
+
+
+def test_one_process_may_have_images_and_the_other_none(suite, long, tmp_path):
+    shutil.copytree(suite, tmp_path / "suite")
+    path = tmp_path / "suite" / "data" / "colour-train.json"
+    records = json.loads(path.read_text())
+    for record in records[::2]:
+        del record["image"]
+    path.write_text(json.dumps(records))
+    command = ["train", tmp_path / "suite" / "tasks.yaml", *long[2:], "--order", "colour", "--batch-size", 2]
+    losses = losses_of_one([*command, "--out", tmp_path / "one"])
+    assert two(tmp_path / "log", [*command, "--out", tmp_path / "two"]) == [0, 0]
+    torch.testing.assert_close(losses_in(tmp_path / "log"), losses, atol=1e-4, rtol=0)
+    assert two(tmp_path / "fsdp2", [*command, "--out", tmp_path / "three"], "fsdp2") == [2, 2]
+    assert "images and without, which FSDP2 cannot train" in told(tmp_path / "fsdp2")[0]
 
 
 # --- interruption -------------------------------------------------------------------------------------------------------

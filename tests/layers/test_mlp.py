@@ -1,6 +1,7 @@
 """fuse_mlps: gate_proj and up_proj in one operation compute what the two layers compute apart."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -324,6 +325,9 @@ def test_it_is_undone_and_leaves_no_trace():
     assert fused.state_dict().keys() == apart.state_dict().keys()
     x = torch.randn(4, K).double()
     twin = copy.deepcopy(fused)
+    unpickled = pickle.loads(pickle.dumps(fused))
+    same(step(unpickled, x), step(apart, x))
+    assert ours(lambda: unpickled(x)) == FUSED
     unfuse_mlps(fused)
     assert fused[0].__dict__.keys() == apart[0].__dict__.keys()
     with torch.no_grad():

@@ -378,3 +378,28 @@ def test_the_route_ends_with_the_forward_even_after_an_error(model):
     with pytest.raises(ValueError, match="do not explain"):
         logits(model, {**inputs, "pixel_values": inputs["pixel_values"][:1]}, task_ids=["count", "where"])
     assert torch.equal(logits(model, inputs), plain)
+
+
+def test_layers_that_may_see_images_or_text_are_refused_with_images():
+    """Parts named otherwise than in any known family: as many images as samples prove nothing."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.resampler, self.llm = (LiLoRALinear(nn.Linear(8, 8), r=2, sub_rank=2) for _ in range(2))
+
+        def forward(self, input_ids, pixel_values=None):
+            embedded = nn.functional.one_hot(input_ids % 8, 8).float()
+            if pixel_values is not None:
+                embedded = embedded.masked_scatter((input_ids == 39)[..., None], self.resampler(pixel_values))
+            return self.llm(embedded)
+
+    model = Model()
+    for layer in (model.resampler, model.llm):
+        layer.add_task("a")
+    attach(model)
+    ids = torch.randint(0, 30, (2, 12))
+    model(ids, task_ids=["a", None])
+    ids[0, 1:9] = 39
+    with pytest.raises(ValueError, match="unknown whether resampler sees images or text"):
+        model(ids, pixel_values=torch.randn(2, 4, 8), task_ids=["a", None])

@@ -1,5 +1,7 @@
 """torch.compile(fullgraph=True) of a model adapted through PEFT: no graph break, no second graph while tasks change."""
 
+import copy
+
 import pytest
 import torch
 from habits import adapted, ids, llama
@@ -133,3 +135,20 @@ def test_generation_with_a_static_cache(mixed):
         results.append(counters["stats"]["unique_graphs"])
     assert results == ([1, 1, 1, 1] if mixed else [1, 2, 2, 2])
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_task_loaded_by_transformers_is_what_a_first_compiled_forward_computes(trainable, tmp_path):
+    base, x = llama(), ids()
+    known = adapted("ab", copy.deepcopy(base))
+    known.save_pretrained(tmp_path)
+    known.set_adapter("a")
+    loaded = copy.deepcopy(base)
+    loaded.load_adapter(str(tmp_path / "a"), adapter_name="a", is_trainable=trainable)
+    output = torch.compile(loaded, backend="eager")(input_ids=x).logits
+    torch.testing.assert_close(output, known(input_ids=x).logits)
+    learning = {name for name, p in loaded.named_parameters() if p.requires_grad}
+    assert bool(learning) == trainable
+    if trainable:
+        output.tanh().sum().backward()
+        assert {name for name, p in loaded.named_parameters() if p.grad is not None} == learning

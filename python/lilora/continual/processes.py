@@ -27,13 +27,11 @@ def rank() -> int:
 
 def sharded() -> bool:
     """Whether the Trainer shards the parameters (FSDP2)."""
-    return count() > 1 and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def join(device: torch.device) -> None:
     """Connect this process to the others; UserError for an engine that is not supported."""
-    if count() == 1:
-        return
     if sharded():
         for key, value in (("FSDP_VERSION", "2"), ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")):
             if os.environ.get(key) != value:
@@ -43,6 +41,8 @@ def join(device: torch.device) -> None:
                 )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and DeepSpeedPlugin().zero_stage == 3:
         raise UserError("ZeRO-3 is not supported; use ZeRO-2, or FSDP2 to shard the parameters too")
+    if count() == 1:
+        return
     state = PartialState(cpu=device.type == "cpu")
     if sharded() and state.distributed_type == DistributedType.MULTI_CPU:
         raise UserError("accelerate shards nothing on CPUs; use examples/accelerate/ddp.yaml there")

@@ -90,6 +90,10 @@ def chosen_task(bank: Bank, task: str | None) -> str:
         raise UserError(f"{bank.path} holds no learned task yet; train first")
     if task is None and METHODS[bank.config["method"]].needs_task:
         raise UserError(f"--task is missing; {bank.path} has {', '.join(bank.tasks)}")
+    if task is not None and not METHODS[bank.config["method"]].needs_task:
+        raise UserError(
+            f"--task {task}: with method {bank.config['method']} one state serves all tasks, the newest; leave --task out"
+        )
     if task is not None and task not in bank.tasks:
         raise UserError(f"task {task!r} is unknown; {bank.path} has {', '.join(bank.tasks)}")
     return task or bank.tasks[-1]

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -204,14 +204,14 @@ def print_tables(runs: list[Run], console: Console | None = None) -> None:
         console.print(f"n/a: {note}")
 
 
-def print_routes(routes: Mapping[str, Mapping[str, int]], console: Console) -> None:
-    """Print how many samples of each task (row) were routed to each (column)."""
+def print_routes(routes: Mapping[str, Mapping[str, int]], tasks: Sequence[str], console: Console) -> None:
+    """Print how many samples of each task (row) were routed to each of `tasks` (column)."""
     console.print("samples of each task (row) by the task that they were routed to (column)")
     table = Table("of", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for task in routes:
+    for task in tasks:
         table.add_column(task, justify="right", overflow="fold", min_width=5)
     for task, counts in routes.items():
-        table.add_row(task, *(str(counts.get(other, 0)) for other in routes))
+        table.add_row(task, *(str(counts.get(other, 0)) for other in tasks))
     console.print(table)
 
 

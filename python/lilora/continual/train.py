@@ -1,5 +1,6 @@
 """Learns all tasks of a manifest, evaluates after each, and goes on where it was interrupted."""
 
+import gc
 import json
 import shutil
 import time
@@ -21,6 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 from ..errors import UserError
 from ..io.atomic import write_atomically
 from ..io.bank import Bank, BaseModelId
+from ..io.checkpoint import flat
 from ..methods import METHODS, Method, Stage, make_method
 from ..methods.base import digest
 from ..model import whole
@@ -29,7 +31,7 @@ from .kinds import KINDS, Collate, Kind
 from .report import Run
 from .router import SAMPLES, NearestCentroid
 from .scores import ScoreMatrix
-from .tasks import Manifest
+from .tasks import InstructionDataset, Manifest
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -130,6 +132,8 @@ class ContinualRun:
         kind = KINDS[manifest.kind]
         kind.check_method(method)
         check_processes(METHODS[method], kind, train.batch_size)
+        if processes.sharded():
+            require_images_alike(manifest)
         processes.join(pick_device(device))
         names = [task.name for task in manifest.tasks]
         existing = processes.by_first(lambda: check_folder(folder, config, names))
@@ -157,8 +161,10 @@ class ContinualRun:
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
                 self._learn(index, spec, save_steps, workers, bars)
+                if processes.sharded():
+                    self._reload()
             if self.method.needs_task and spec.name not in self.bank.routed:
-                self._learn_route(spec)
+                self._learn_route(spec, say)
             if processes.rank() == 0:
                 shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
             with Progress(disable=not bars) as progress:
@@ -197,8 +203,6 @@ class ContinualRun:
         info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
         processes.check_same(f"task {spec.name!r} as learned", lambda: digest(own | shared))
         self._write(lambda bank: bank.add_task(spec.name, own, shared, info=info, replaces=self.method.one_state))
-        if processes.sharded():
-            self._reload()
 
     def _write(self, change: Callable[[Bank], None]) -> None:
         """Change the bank, in the first process; all have it afterwards."""
@@ -212,14 +216,19 @@ class ContinualRun:
     def _reload(self) -> None:
         """The method anew, from the base model and the bank: a sharded model takes no further tasks."""
         device, config = str(self.method.base.device), self.bank.config
-        self.method = None  # there may not be room for both
+        self.method = None
+        gc.collect()  # there may not be room for both
         base, _ = load_base(config["model"], self.settings.dtype, device, self.kind)
         self.method = make_method(config["method"], base, config["settings"])
         self.method.restore(self.bank.load_tasks())
 
-    def _learn_route(self, spec: Any) -> None:
+    def _learn_route(self, spec: Any, say: Callable[[str], None]) -> None:
         data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)
-        learned = NearestCentroid(self.method.base).learn(spec.name, data.batches(SAMPLES, self.method.base))
+        try:
+            learned = NearestCentroid(self.method.base).learn(spec.name, data.batches(SAMPLES, self.method.base))
+        except ValueError as error:  # of this model or these samples; all else goes without
+            say(f"{spec.name}: the bank cannot find this task by itself ({error})")
+            return
         self._write(lambda bank: bank.set_router(spec.name, learned))
 
     def _train_stage(
@@ -240,6 +249,11 @@ class ContinualRun:
         if processes.rank():
             torch.manual_seed(seed + processes.rank() * 2**32)  # of the dropout; the order of the data has its own
         checkpoint = processes.by_first(lambda: latest_checkpoint(folder))
+        if checkpoint is not None and (Path(checkpoint) / TaskTrainer.FILE).exists() == processes.sharded():
+            raise UserError(
+                f"{checkpoint} was written {'without' if processes.sharded() else 'with'} FSDP2; go on as it was started, or "
+                "delete it to begin the task again"
+            )
         if checkpoint is not None and trainer.finished(checkpoint):
             trainer.load(checkpoint)
         else:
@@ -446,13 +460,11 @@ def latest_checkpoint(folder: Path) -> str | None:
 
 def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:
     """UserError unless as many processes as were started can train together."""
-    if processes.count() == 1:
-        return
     for what, reason in (
         (f"--method {method.name}", method.one_process_reason),
         ("these tasks", kind.one_process_reason),
     ):
-        if reason is not None:
+        if reason is not None and processes.count() > 1:
             raise UserError(
                 f"{what}: one process alone can train, because {reason}; start the command without a launcher"
             )
@@ -465,6 +477,16 @@ def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:
         raise UserError(
             f"--batch-size {batch_size} cannot be divided among {processes.count()} processes; give a multiple of their number"
         )
+
+
+def require_images_alike(manifest: Manifest) -> None:
+    """UserError for a task with images in some samples only: one process would gather a vision tower's shards alone."""
+    for spec in manifest.tasks:
+        if len({bool(sample.images) for sample in InstructionDataset(spec, "train").samples}) > 1:
+            raise UserError(
+                f"task {spec.name!r} has samples with images and without, which FSDP2 cannot train together; use "
+                "examples/accelerate/ddp.yaml"
+            )
 
 
 def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> Bank | None:
@@ -494,13 +516,6 @@ def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> 
             f"{', '.join(tasks)}; give another folder or the same order"
         )
     return bank
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    items: dict[str, Any] = {}
-    for key, value in config.items():
-        items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return items
 
 
 def run_of(bank: Bank) -> Run:

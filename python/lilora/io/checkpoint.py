@@ -17,7 +17,6 @@ from lilora.io.bank import DTYPES, Bank, BaseModelId
 
 _REMEDY = "give the file as the released code wrote it, and the base model that it was trained on"
 
-
 Tensors = dict[str, Tensor]
 
 

@@ -1,19 +1,24 @@
 """The Hugging Face hub's side of a folder: its model card, and reading one by the name of its repository."""
 
-import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from lilora.errors import UserError
 from lilora.io.atomic import write_atomically
+from lilora.io.bank import INDEX
 
 CARD = "README.md"
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a name is of the form owner/name, and of nothing on this machine."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not Path(name).exists()
 
 
 def downloaded(path: Path) -> Path:
@@ -26,7 +31,12 @@ def downloaded(path: Path) -> Path:
     if not is_hub_id(name):
         return path
     try:
-        return Path(snapshot_download(name, allow_patterns=["bank.json", "*.safetensors"]))
+        # The index first: a repository that holds something else, a whole model perhaps, is not downloaded for nothing.
+        found = Path(snapshot_download(name, allow_patterns=[INDEX, f"bank/{INDEX}"]))
+        for index in (found / INDEX, found / "bank" / INDEX):
+            if index.exists():
+                snapshot_download(name, allow_patterns=[f"{index.parent.relative_to(found) / '*.safetensors'}"])
+        return found
     except OSError as error:  # all errors of the hub, too
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -68,7 +68,7 @@ def read_lilora(files: Sequence[Path], model: nn.Module, tasks: Sequence[str] | 
     told = read_json(config) if config.exists() else {}
     alpha = setting(config, told, "lora_alpha", default=_ALPHA)
     settings = {"target_modules": pattern, "r": r, "sub_rank": q, "alpha": alpha}
-    notes = file.notes() + (() if told else (f"{path} has no adapter_config.json beside it: alpha is {_ALPHA}",))
+    notes = file.notes() + (() if "lora_alpha" in told else (f"{config} does not tell lora_alpha: alpha is {_ALPHA}",))
     names = task_names(path, tasks, keys)
     return Imported({name: (own[key], shared) for name, key in zip(names, keys, strict=True)}, settings, notes)
 

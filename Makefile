@@ -65,6 +65,7 @@ help:
 	$(PY) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt setuptools torch
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation ".[triton,hf,test,bench]"
+	$(BIN)/pip install -q -c constraints.txt --no-deps --target .venv/torchao torchao
 	touch $@
 
 venv: .venv/ready
@@ -100,10 +101,12 @@ run-lora-%:
 run-dirlora-%:
 	$(TRAIN_DIGITS) --out $(RUNS_OUT)/dirlora-$* --method dirlora --seed $*
 
-# Triton's interpreter and its compiler cannot share a process; neither can the emulated CUDA kernels and the other tests.
+# Triton's interpreter and its compiler cannot share a process; neither can the emulated CUDA kernels and the other tests. torchao
+# costs every process that imports PEFT seven seconds, so only its own tests see it.
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/interpreter
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv/torchao $(BIN)/pytest tests/quantised
 	OMP_NUM_THREADS=1 LILORA_EMULATION=sm_80 $(BIN)/pytest -n 2 tests/emulation
 	OMP_NUM_THREADS=1 LILORA_EMULATION=sm_90a $(BIN)/pytest -n 2 tests/emulation
 

@@ -1,4 +1,4 @@
-"""The `lilora` command. Heavy imports happen inside the commands, so that help and errors come at once."""
+"""Learn tasks one after another with a multimodal model, and serve them together."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from rich.table import Table
 from .errors import UserError, lost_process, tell
 
 if TYPE_CHECKING:
-    from .io.bank import Bank
+    pass
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
@@ -193,6 +193,7 @@ def evaluate(
     from rich.progress import Progress
 
     from .continual.kinds import KINDS, kind_of
+    from .continual.load import load_bank
     from .continual.tasks import load_manifest
 
     opened, method, processor = load_bank(bank, model, device)
@@ -208,7 +209,7 @@ def evaluate(
         if router is not None:
             routes = kind.evaluate_routed(method, processor, router, manifest.tasks, results, batch_size, progress)
     if router is not None:
-        show_routes(routes, opened, bank_folder(bank).parent if bank.exists() else Path(), as_json)
+        show_routes(routes, opened, opened.path.parent if bank.exists() else Path(), as_json)
         return
     if as_json:
         print(json.dumps({r.task: {"score": r.score, "format_share": r.format_share} for r in results}))
@@ -234,8 +235,9 @@ def report(
     from .continual.train import run_of
     from .io.bank import Bank
 
-    runs = [run_of(Bank.open(bank_folder(path))) for path in banks]
-    page = write_report(out or bank_folder(banks[0]).parent, runs, title, environment())
+    opened = [Bank.open(path) for path in banks]
+    runs = [run_of(bank) for bank in opened]
+    page = write_report(out or opened[0].path.parent, runs, title, environment())
     if as_json:
         print(json.dumps({"report": str(page), "runs": [run.to_dict() for run in runs]}))
     else:
@@ -261,10 +263,10 @@ def analyze(
     from .continual.analyze import print_analysis, write_analysis
     from .io.bank import Bank
 
-    folder = bank_folder(bank)
+    opened = Bank.open(bank)
     with Progress(disable=as_json, transient=True) as progress:
-        analysis = run(Bank.open(folder), threshold, progress.track)
-    out = out or folder.parent / "analysis"
+        analysis = run(opened, threshold, progress.track)
+    out = out or opened.path.parent / "analysis"
     write_analysis(out, analysis)
     if as_json:
         print(json.dumps(analysis.to_dict()))
@@ -291,6 +293,7 @@ def generate(
     import torch
 
     from .continual import evaluate as evaluation
+    from .continual.load import load_bank
     from .continual.tasks import Collator, Sample, open_image
 
     for path in image or ():
@@ -362,6 +365,8 @@ def info(as_json: Json = False) -> None:
 @bank_app.command("ls")
 def bank_ls(bank: AnyBank, as_json: Json = False) -> None:
     """List the tasks of a bank with their sizes."""
+    from .io.hub import open_bank
+
     content = open_bank(bank).describe()
     if as_json:
         print(json.dumps(content))
@@ -387,6 +392,7 @@ def bank_export(
 ) -> None:
     """Write tasks as LoRA folders, from the bank alone: no base model is loaded."""
     from .continual.publish import FORMATS, export_tasks
+    from .io.hub import open_bank
 
     choice("--format", form, FORMATS)
     folders = export_tasks(open_bank(bank), task, out, form)
@@ -407,6 +413,7 @@ def bank_merge(
 ) -> None:
     """Write the base model with a task in its weights: a plain HuggingFace model with its processor."""
     from .continual.publish import merge_task
+    from .io.hub import open_bank
 
     merge_task(open_bank(bank), task, out, model)
     if as_json:
@@ -424,7 +431,7 @@ def bank_rm(
     from .continual.train import remove_task
     from .io.bank import Bank
 
-    opened = Bank.open(bank_folder(bank))
+    opened = Bank.open(bank)
     remove_task(opened, task)
     write_bank_card(opened)
     if as_json:
@@ -568,40 +575,6 @@ def model_config(model: str) -> Any:
         raise UserError(
             f"--model {model}: has no readable config ({reason}); give a model folder or a hub id"
         ) from error
-
-
-def bank_folder(path: Path) -> Path:
-    return path / "bank" if (path / "bank" / "bank.json").exists() else path
-
-
-def open_bank(path: Path) -> "Bank":
-    """The bank in a folder, or in a repository of the hub."""
-    from .io.bank import Bank
-    from .io.hub import downloaded
-
-    return Bank.open(bank_folder(downloaded(path)))
-
-
-def load_bank(path: Path, model: str | None, device: str, wanted: str | None = None, *, answers: bool = False) -> tuple:
-    """(bank, method with its tasks in place, processor); UserError if it has no task `wanted`, or gives no answers."""
-    from .continual.kinds import KINDS, kind_of
-    from .continual.train import load_base
-    from .io.bank import BaseModelId
-    from .methods import make_method
-
-    bank = open_bank(path)
-    if not bank.tasks:
-        raise UserError(f"{path} holds no learned task yet; train first")
-    if answers and kind_of(bank.config) is not KINDS["instruction"]:
-        raise UserError(f"{path} has learned to classify images and writes no text; use lilora eval")
-    if wanted is not None and wanted not in bank.tasks:
-        raise UserError(f"task {wanted!r} is unknown; {path} has {', '.join(bank.tasks)}")
-    model = model or bank.base_model.id
-    base, processor = load_base(model, bank.config["train"]["dtype"], device, kind_of(bank.config))
-    bank.check_base_model(BaseModelId.of(base, model))
-    method = make_method(bank.config["method"], base, bank.config["settings"])
-    method.restore(bank.load_tasks())
-    return bank, method, processor
 
 
 def bank_router(bank, method):

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from lilora.cli import load_bank, target_pattern
+from lilora.cli import target_pattern
 from lilora.continual.evaluate import evaluate
+from lilora.continual.load import load_bank
 from lilora.continual.tasks import load_manifest
 from lilora.continual.train import ContinualRun, TrainSettings
 from lilora.io.bank import Bank

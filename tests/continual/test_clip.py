@@ -16,6 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 from lilora.continual import clip
 from lilora.continual.classification import ImageTask, LabelledImages
+from lilora.continual.load import load_bank
 from lilora.continual.report import Run, write_report
 from lilora.continual.scores import ScoreMatrix
 from lilora.continual.tasks import load_manifest
@@ -463,9 +464,7 @@ def test_images_of_any_task_are_routed_by_the_frozen_encoder(images, tmp_path, l
         assert cells[spec.name]["routing_accuracy"] == right
         assert 0 <= cells[spec.name]["routed_score"] <= 100
 
-    import lilora.cli as cli
-
-    _, method, processor = cli.load_bank(tmp_path / "run", None, "cpu")
+    _, method, processor = load_bank(tmp_path / "run", None, "cpu")
     with torch.no_grad():
         for name, parameter in method.model.named_parameters():
             if "lilora_" in name:

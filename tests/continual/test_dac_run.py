@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lilora.cli import load_bank
+from lilora.continual.load import load_bank
 from lilora.continual.train import TaskTrainer
 from lilora.io.bank import Bank
 

@@ -16,6 +16,7 @@ import lilora.cli as cli
 from lilora import LiLoRAConfig, LiLoRALinear
 from lilora.continual.evaluate import answers_to, evaluate, evaluate_routed, limits_of
 from lilora.continual.kinds import load_generative
+from lilora.continual.load import load_bank
 from lilora.continual.router import SHRINKAGE, NearestCentroid, TaskRouter, frozen_features
 from lilora.continual.tasks import Collator, InstructionDataset, Sample, load_manifest
 from lilora.errors import UserError
@@ -276,7 +277,7 @@ def routers(folder):
 
 
 def test_from_a_bank_in_python(suite, runs):
-    bank, method, processor = cli.load_bank(runs / "lilora", None, "cpu")
+    bank, method, processor = load_bank(runs / "lilora", None, "cpu")
     collator = Collator(processor, {"": 0}, train=False)
     specs = load_manifest(suite / "tasks.yaml").tasks
     inputs = collator([("", InstructionDataset(spec, "test")[i]) for i in range(3) for spec in specs])
@@ -309,7 +310,7 @@ class Fixed(TaskRouter):
 
 @pytest.mark.parametrize("method_name", ["lilora", "dirlora"])
 def test_routed_scores_are_those_of_the_routed_tasks(suite, runs, method_name):
-    _, method, processor = cli.load_bank(runs / method_name, None, "cpu")
+    _, method, processor = load_bank(runs / method_name, None, "cpu")
     tasks = load_manifest(suite / "tasks.yaml").tasks
     given = evaluate(method, processor, tasks, 8)
     results = evaluate_routed(method, processor, Fixed("count"), tasks, given, 8)
@@ -412,7 +413,7 @@ def test_a_bank_without_a_router_gets_it_from_the_same_command(suite, run, runs,
 
 
 def test_a_removed_task_is_not_routed_to(suite, run, lilora):
-    bank, method, processor = cli.load_bank(run, None, "cpu")
+    bank, method, processor = load_bank(run, None, "cpu")
     bank.remove_task("count")
     router = NearestCentroid.load(Bank.open(bank.path), method.model)
     assert router.tasks == ["colour", "name"]

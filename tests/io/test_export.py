@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, LlavaForConditionalGeneration
 
 import lilora as package
-from lilora import LiLoRAConfig, cli
+from lilora import LiLoRAConfig
 from lilora.continual.clip import ContrastiveCLIP
+from lilora.continual.load import load_bank
 from lilora.continual.publish import export_tasks, merge_task
 from lilora.errors import UserError
 from lilora.io.bank import Bank, BaseModelId
@@ -204,10 +205,24 @@ def test_methods_whose_tasks_are_no_lora_say_why(which, base, llava_folder, tmp_
 # --- merged ---------------------------------------------------------------------------------------------------------------
 
 
+def one_of(bank):
+    """A task to ask for; none where one state serves all."""
+    return "read" if METHODS[bank.config["method"]].needs_task else None
+
+
+@pytest.mark.parametrize("which", ["olora", "dac"])
+def test_one_state_for_all_tasks_is_asked_for_without_a_task(which, base, llava_folder, tmp_path):
+    bank = made(tmp_path / "bank", which, base, llava_folder)
+    for leave in (merge_task, export_tasks):
+        with pytest.raises(UserError, match="one state serves all tasks, the newest; leave --task out"):
+            leave(bank, "read", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("which", ["lilora", "lilora-drifting", "dirlora", "olora", "dac"])
 def test_a_merged_model_has_the_logits_of_the_bank(which, base, llava_folder, tmp_path):
     bank, inputs = made(tmp_path / "bank", which, base, llava_folder), batch()
-    merge_task(bank, "read", tmp_path / "out")
+    merge_task(bank, one_of(bank), tmp_path / "out")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     assert type(merged) is LlavaForConditionalGeneration
     assert {name: p.dtype for name, p in merged.named_parameters()} == {n: p.dtype for n, p in base.named_parameters()}
@@ -234,7 +249,7 @@ def test_clip_is_merged_into_a_plain_clip(which, clip_folder, tmp_path):
     base = ContrastiveCLIP.from_pretrained(clip_folder).eval()
     settings = SETTINGS[which] | {"target_modules": CLIP}
     bank = made(tmp_path / "bank", which, base, clip_folder, settings, kind="classification")
-    merge_task(bank, "read", tmp_path / "out")
+    merge_task(bank, one_of(bank), tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["CLIPModel"]
     inputs = {"input_ids": torch.randint(3, 40, (4, 8)), "pixel_values": torch.randn(3, 3, 8, 8)}
     merged, wanted = CLIPModel.from_pretrained(tmp_path / "out").eval(), restored(bank, base, "read")
@@ -407,12 +422,22 @@ def test_a_base_model_that_is_a_folder_is_in_no_metadata(base, llava_folder, tmp
 def test_a_bank_can_be_a_repository_of_the_hub(lilora, base, llava_folder, tmp_path, monkeypatch):
     bank = made(tmp_path / "snapshot", "lilora", base, llava_folder)
     asked = []
-    monkeypatch.setattr("lilora.io.hub.snapshot_download", lambda name, **_: asked.append(name) or str(bank.path))
+
+    def download(name, allow_patterns):
+        asked.append((name, *allow_patterns))
+        return str(bank.path)
+
+    monkeypatch.setattr("lilora.io.hub.snapshot_download", download)
     code, printed, error = lilora("bank", "ls", "owner/my-bank", "--json")
     assert code == 0, error
     assert [task["name"] for task in json.loads(printed)["tasks"]] == ["read", "count"]
-    opened, method, _ = cli.load_bank(cli.Path("owner/my-bank"), None, "cpu")
-    assert (opened.tasks, method.tasks, asked) == (bank.tasks, bank.tasks, ["owner/my-bank"] * 2)
+    opened, method, _ = load_bank("owner/my-bank", device="cpu")
+    assert (opened.tasks, method.tasks) == (bank.tasks, bank.tasks)
+    # The index first: what is no bank is not downloaded.
+    both = [("owner/my-bank", "bank.json", "bank/bank.json"), ("owner/my-bank", "*.safetensors")]
+    assert asked == both * 2
+    lilora("bank", "ls", "owner/my--bank")
+    assert asked == both * 2
 
     def offline(name, **_):
         raise FileNotFoundError("no way\nto the hub")

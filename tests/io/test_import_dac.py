@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
-from lilora import cli
+from lilora.continual.load import load_bank
 from lilora.errors import UserError
 from lilora.io.bank import Bank, BaseModelId
 from lilora.io.checkpoint import write_bank
@@ -209,7 +209,7 @@ def test_the_command_makes_a_bank_that_eval_can_load(lilora, clip_folder, base, 
     shown = json.loads(printed)
     assert [task["name"] for task in shown["tasks"]] == list(tasks)
     assert (shown["config"]["kind"], shown["config"]["settings"]["merged"]) == ("classification", MERGED)
-    _, method, _ = cli.load_bank(out, None, "cpu")
+    _, method, _ = load_bank(out, None, "cpu")
     agree(method.model.eval(), base, tasks.values(), batch())
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, CLIPModel, LlavaForConditionalGeneration
 
-from lilora import cli
+from lilora.continual.load import load_bank
 from lilora.errors import UserError
 from lilora.io.bank import Bank, BaseModelId
 from lilora.io.checkpoint import write_bank
@@ -143,7 +143,7 @@ def test_tensors_are_stored_as_they_are_and_settings_are_those_of_the_file(empty
     (tmp_path / "adapter_config.json").unlink()
     imported = read_lilora([path], empty)
     assert imported.settings["alpha"] == 256
-    assert imported.notes == (f"{path} has no adapter_config.json beside it: alpha is 256",)
+    assert imported.notes == (f"{tmp_path / 'adapter_config.json'} does not tell lora_alpha: alpha is 256",)
 
 
 # --- bad files ------------------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def test_the_command_makes_a_bank_of_which_a_plain_lora_can_be_exported(lilora, 
     assert ([task["name"] for task in shown["tasks"]], shown["notes"]) == (["task1", "task10"], [])
     assert len(shown["shared"]) == 1
     assert (out / "README.md").exists()
-    _, method, _ = cli.load_bank(out, None, "cpu", wanted="task10")
+    _, method, _ = load_bank(out, None, "cpu", wanted="task10")
     agree(method, base, saved, "10", "task10", inputs)
 
     code, _, error = lilora("bank", "export", out, "--task", "task1", "--out", tmp_path / "lora")

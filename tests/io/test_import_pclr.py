@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
-from lilora import cli
+from lilora.continual.load import load_bank
 from lilora.errors import UserError
 from lilora.io.bank import Bank, BaseModelId
 from lilora.io.checkpoint import write_bank
@@ -378,7 +378,7 @@ def test_the_command_makes_a_bank_that_eval_and_generate_can_load(lilora, llava_
     assert (shown["path"], len(shown["notes"]), len(shown["shared"])) == (str(out), 1, 1)
     assert shown["config"]["settings"]["newest_switch"]
     assert shown["shared"][0]["parameters"] == sum(tensor.numel() for tensor in saved.values())
-    _, method, _ = cli.load_bank(out, None, "cpu", wanted="b")
+    _, method, _ = load_bank(out, None, "cpu", wanted="b")
     agree(method.model.eval(), base, saved, inputs)
     assert [path.name for path in out.parent.iterdir()] == ["bank"]
 

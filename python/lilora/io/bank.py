@@ -188,12 +188,13 @@ class Bank:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open an existing bank; reads bank.json only.
+        """Open an existing bank, in its own folder or in that of its run; reads bank.json only.
 
         Raises:
             UserError: no bank there, its index is truncated or altered, or a newer version wrote it.
         """
         path = Path(path)
+        path = path / "bank" if (path / "bank" / INDEX).exists() else path
         return cls(path, _Index.read(path))
 
     @property

@@ -7,7 +7,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from lilora.errors import UserError
 from lilora.io.atomic import write_atomically
-from lilora.io.bank import INDEX
+from lilora.io.bank import INDEX, Bank
 
 CARD = "README.md"
 
@@ -43,6 +43,11 @@ def downloaded(path: Path) -> Path:
             f"{name} is no folder here, and as a repository of the hub it cannot be read ({reason}); give a bank's folder or "
             "the repository of one"
         ) from error
+
+
+def open_bank(path: str | Path) -> Bank:
+    """The bank in a folder (its own or a run's), or in a repository of the hub."""
+    return Bank.open(downloaded(Path(path)))
 
 
 def write_card(

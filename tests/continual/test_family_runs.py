@@ -218,11 +218,11 @@ def test_two_tasks_are_learned_and_answered_in_mixed_batches(family, lilora):
     assert code == 0, err
     trained = json.loads(out)["matrix"]["scores"][1]
     scores = {}
-    for size in (1, 5, 16):
+    for size in (1, 5):
         code, out, err = lilora("eval", run, "--tasks", folder / "tasks.yaml", "--batch-size", size, "--json")
         assert code == 0, err
         scores[size] = [entry["score"] for entry in json.loads(out).values()]
-    assert scores[1] == scores[5] == scores[16] == trained
+    assert scores[1] == scores[5] == trained
     # The adapters have learned what the base model cannot know: each task has its own words.
     lines = [json.loads(line) for line in (run / "predictions" / "colour-colour.jsonl").read_text().splitlines()]
     assert {line["answer"] for line in lines} <= {"red", "green"}, lines

@@ -56,10 +56,12 @@ def long() -> str:
         given = "yes" if method in ("lilora", "dirlora") else "no"
         lines.append(f"| {method} | {given} | {' | '.join(cells)} | {parameters} | {ranks} |")
     seeds = len({run["seed"] for run in content["runs"]})
+    pclr, lora = (content["methods"][name]["Forgetting"]["mean"] for name in ("pclr", "lora"))
     lines += [
         "",
-        f"Mean and standard deviation over {seeds} seeds, in points. Tasks in order: {', '.join(content['tasks'])}. From "
-        f"`bench/results/digits-long/metrics.json`, written by `make long` on {content['environment']['device']}.",
+        f"Mean and standard deviation over {seeds} seeds, in points. Tasks in order: {', '.join(content['tasks'])}. PCLR forgets "
+        f"{pclr / lora:.0%} of what one LoRA for all tasks forgets. From `bench/results/digits-long/metrics.json`, written by "
+        f"`make long` on {content['environment']['device']}.",
         "",
         "![memory](bench/results/digits-long/memory.png)",
     ]

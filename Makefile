@@ -101,8 +101,8 @@ run-lora-%:
 run-dirlora-%:
 	$(TRAIN_DIGITS) --out $(RUNS_OUT)/dirlora-$* --method dirlora --seed $*
 
-# Triton's interpreter and its compiler cannot share a process; neither can the emulated CUDA kernels and the other tests. torchao
-# costs every process that imports PEFT seven seconds, so only its own tests see it.
+# Triton's interpreter and its compiler cannot share a process; neither can the emulated CUDA kernels and the other tests. PEFT
+# imports torchao where it is installed, which takes every process seconds: only its own tests see it.
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/interpreter

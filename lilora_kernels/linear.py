@@ -31,7 +31,7 @@ def check_task_name(name: str) -> None:
 class TaskParameters(nn.ParameterDict):
     """Parameters by task that rebind their layer's slot when code puts others in their places, as loaders and sharding do.
 
-    A compiled forward does not look at them by name, so it would go on with the old ones.
+    A compiled forward does not look at them by name, so it would go on with the old ones. The stacked bank goes too.
     """
 
     def __init__(self, layer: "LiLoRALinear") -> None:

@@ -28,9 +28,8 @@ def fuse_mlps(model: nn.Module) -> dict[str, str | None]:
         if is_adapted(mlp):
             found[path] = None if is_fused(mlp) else left_apart(mlp)
             if found[path] is None:
-                mlp.forward = partial(
-                    _fused_forward, mlp
-                )  # a bound method would be looked up in the class when unpickled
+                # A bound method would be looked up in the class when unpickled.
+                mlp.forward = partial(_fused_forward, mlp)
     return found
 
 

@@ -380,7 +380,7 @@ def bank_export(
     out: NewFolder,
     task: Annotated[
         str | None,
-        typer.Option(help="Which task; default: all, each in a folder of its name. Not for one LoRA for all."),
+        typer.Option(help="Which task; default: all, each in a folder of its name. Not for methods that need no task."),
     ] = None,
     form: Annotated[
         str,

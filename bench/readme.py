@@ -68,6 +68,49 @@ def long() -> str:
     return "\n".join(lines)
 
 
+CHANGES = {
+    "pclr": "as above; once the cap is reached a task has 28, 24, 22, 20, 18, 16 new ranks",
+    "pclr-no-integration": "no distillation after compression",
+    "pclr-integrated-twice": "twice as many steps of distillation",
+    "pclr-constant": "32 new ranks a task throughout",
+    "pclr-late": "16 new ranks a task once the cap is reached",
+    "pclr-released": "the released code's choices (`--preset released`)",
+    "pclr-reversed": "tasks in reversed order",
+    "lilora": "as above: A and B0 frozen after the first task, r 64, sub-rank 26",
+    "lilora-paper": "`--preset paper`: A and B0 learn on, held by the stability loss",
+    "lilora-no-stability": "the same without the stability loss",
+    "lilora-no-fusion": "no learned fusion of B0 and UᵢVᵢ",
+    "lilora-r32": "r 32",
+    "lilora-r128": "r 128",
+    "lilora-sub13": "sub-rank 13",
+    "lilora-sub52": "sub-rank 52",
+    "lilora-reversed": "tasks in reversed order",
+}
+
+
+def ablations() -> str:
+    """PCLR and LiLoRA on the long digits suite, one choice changed at a time."""
+    folder = RESULTS / "digits-long"
+    methods, sizes = {}, {}
+    for path in ("ablations", "reversed"):
+        content = json.loads((folder / path / "metrics.json").read_text())
+        methods |= content["methods"]
+        sizes |= {run["method"]: run["extra"]["sizes"]["parameters"][-1] for run in content["runs"]}
+    names = ("New", "AP", "Forgetting")
+    lines = [
+        "| run | changed | New | AP | Forgetting | thousands of parameters after 12 tasks |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for label, change in CHANGES.items():
+        cells = [f"{methods[label][n]['mean']:.1f} ± {methods[label][n]['deviation']:.1f}" for n in names]
+        lines.append(f"| {label} | {change} | {' | '.join(cells)} | {sizes[label] / 1e3:.0f} |")
+    lines += [
+        "",
+        "Three seeds each, as above. From `bench/results/digits-long/ablations` and `reversed`, written by `make long`.",
+    ]
+    return "\n".join(lines)
+
+
 def cpu() -> str:
     """The CPU's comparisons with PEFT, and how costs grow."""
     folder = RESULTS / "cpu"
@@ -208,7 +251,7 @@ def families() -> str:
 
 def updated(text: str) -> str:
     """README with every marked table written anew; a table without results yet stays empty."""
-    for table in (digits, long, families, params, cpu, gpu):
+    for table in (digits, long, ablations, families, params, cpu, gpu):
         mark = table.__name__
         try:
             body = f"\n{table()}\n"

@@ -185,6 +185,21 @@ def test_two_processes_learn_what_one_learns(engine, single, long, tmp_path):
     assert (tmp_path / "log" / "1.out").read_text() == ""
 
 
+@pytest.mark.parametrize("method", ["ewc", "lwf", "olora", "moelora"])
+def test_what_a_method_adds_to_the_loss_is_that_of_one_process(method, suite, train_options, tmp_path):
+    """The second of two tasks has the first one's penalty, teacher or subspace."""
+    brief = ["--method", method, "--order", "colour,count", "--max-steps", 3, "--dropout", 0, "--save-steps", 100]
+    command = ["train", suite / "tasks.yaml", *train_options, *brief]
+    losses = losses_of_one([*command, "--out", tmp_path / "one"])
+    assert two(tmp_path / "log", [*command, "--out", tmp_path / "two"]) == [0, 0]
+    torch.testing.assert_close(losses_in(tmp_path / "log"), losses, atol=1e-4, rtol=0)
+    one, both = (Bank.open(tmp_path / name / "bank") for name in ("one", "two"))
+    for want, have in zip(one.load_task("count"), both.load_task("count"), strict=True):
+        assert want.keys() == have.keys()
+        for name in want:
+            torch.testing.assert_close(have[name], want[name], rtol=1e-3, atol=1e-4)
+
+
 def test_one_process_may_have_images_and_the_other_none(suite, long, tmp_path):
     shutil.copytree(suite, tmp_path / "suite")
     path = tmp_path / "suite" / "data" / "colour-train.json"

@@ -205,6 +205,49 @@ def test_the_guide_is_taken_after_a_dropout_if_asked_for():
         assert torch.equal(*(layer.choose(layer, x)[0].gate for _ in range(2)))
 
 
+@pytest.mark.parametrize("weights", ["probability", "binary"])
+def test_a_mean_leaves_padding_out(weights):
+    """Each sample of a padded batch gets what it gets alone, and counts the same experts."""
+    method = make(guide="mean", weights=weights)
+    method.model.register_forward_pre_hook(
+        lambda model, args, kwargs: (args, {}), with_kwargs=True
+    )  # Toy takes no mask
+    begin(method, "one")
+    x, lengths = torch.randn(B, L, WIDTH, dtype=torch.float64), [4, 1, 3, 2, 4]
+    alone = torch.zeros(R, dtype=torch.float64)
+    outputs = []
+    for row, length in zip(x, lengths, strict=True):
+        outputs.append(method.model(row[None, :length])[0])
+        alone += method.layers["up"].choose.counts
+        method.layers["up"].choose.counts.zero_()
+    mask = (torch.arange(L) < torch.tensor(lengths)[:, None]).long()
+    y = method.model(x, attention_mask=mask)
+    for row, want, length in zip(y, outputs, lengths, strict=True):
+        torch.testing.assert_close(row[:length], want, rtol=1e-12, atol=1e-12)
+    assert torch.equal(method.layers["up"].choose.counts, alone)
+
+
+def test_the_mask_of_the_text_says_nothing_of_images():
+    class Two(Toy):
+        def __init__(self):
+            super().__init__()
+            self.vision_tower, self.text_model = nn.Linear(WIDTH, HIDDEN).double(), nn.Linear(WIDTH, HIDDEN).double()
+
+        def forward(self, x, attention_mask):
+            return self.vision_tower(x), self.text_model(x)
+
+    torch.manual_seed(1)
+    settings = {"r": R, "active": ACTIVE, "dropout": 0.0, "guide": "mean", "target_modules": "vision_tower|text_model"}
+    method = make_method("dac", Two(), settings)
+    begin(method, "one")
+    x, mask = torch.randn(B, L, WIDTH, dtype=torch.float64), torch.ones(B, L)
+    seen, text = method.model(x, attention_mask=mask)
+    mask[:, 1:] = 0
+    seen_masked, text_masked = method.model(x, attention_mask=mask)
+    assert torch.equal(seen, seen_masked)
+    assert not torch.equal(text, text_masked)
+
+
 # --- counts -------------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lilora.io.bank import Bank
 from lilora_kernels.functional import rank_gate
 from lilora_kernels.rank_pool import Choice, RankPoolLinear
+from lilora_kernels.routing import TEXT, sees_images
 
 from .base import Batches, Inputs, Method, Stage, Tensors, add_to_weight
 from .pooled import fresh, learn_only, put_pools, take_pools
@@ -34,13 +35,13 @@ class DACSettings(Settings):
     """DAC (arXiv 2601.22828). Where the paper and its code differ the default is the paper's; preset "released" is the code.
 
     r: rank-1 experts of a task in each linear; active: those that a forward uses; merged: those that go into the base
-    weight after the task, None for as many as are active; the scale is alpha / r. router: "learned", or "random": drawn
-    for each task and never trained. scope: experts chosen per "sample", or by majority once per "batch". weights:
-    "probability" weighs the chosen experts by the router's probabilities, scaled to a mean of 1 over them, and merges
-    them with their mean weight over all samples (our reading); "binary" does neither. guide: the "first" token of the
-    linear's input ([CLS]) or the "mean" over its tokens; guide_dropout: after the dropout. orthogonality: weight of the
-    activation-guided orthogonal loss between the `critical` most chosen experts and those of old tasks: their
-    `critical` ones or "all".
+    weight after the task, None for as many as are active; the scale is alpha / r. router: "learned", or "random":
+    drawn for each task and never trained. scope: experts chosen per "sample", or by majority once per "batch".
+    weights: "probability" weighs the chosen experts by the router's probabilities, scaled to a mean of 1 over them,
+    and merges them with their mean weight over all samples (our reading); "binary" does neither. guide: the "first"
+    token of the linear's input ([CLS]) or the "mean" over its tokens, without padding in the text; guide_dropout:
+    after the dropout. orthogonality: weight of the activation-guided orthogonal loss between the `critical` most
+    chosen experts and those of old tasks: their `critical` ones or "all".
     """
 
     target_modules: str
@@ -66,18 +67,34 @@ class DACSettings(Settings):
         return self
 
 
+class Padding:
+    """mask: the attention mask [B, L] of the model's running forward, 0 at padding; None if it was given none."""
+
+    mask: Tensor | None = None
+
+    def take(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.mask = kwargs.get("attention_mask")
+
+    def mean(self, tokens: Tensor) -> Tensor:
+        """[B, L, K] -> [B, K]."""
+        if self.mask is None or self.mask.shape != tokens.shape[:2]:
+            return tokens.mean(1)
+        real = self.mask.to(tokens.dtype)
+        return (real[:, None] @ tokens).squeeze(1) / real.sum(1, keepdim=True)
+
+
 class Router(nn.Module):
     """Chooses a layer's experts: top-`active` of softmax(R c + rho) for the guiding token c [B, K] of each sample.
 
     counts [r]: samples that have chosen each expert; weights [r]: their summed weights; samples [1]: how many there were.
-    All in fp32 or wider, on the device; inputs are [B, ..., K].
+    All in fp32 or wider, on the device; inputs are [B, ..., K]. padding: of a text layer's tokens.
     """
 
-    def __init__(self, settings: DACSettings, linear: nn.Linear) -> None:
+    def __init__(self, settings: DACSettings, linear: nn.Linear, padding: Padding) -> None:
         super().__init__()
         wide = torch.promote_types(linear.weight.dtype, torch.float32)
         like = {"device": linear.weight.device, "dtype": wide}
-        self.settings = settings
+        self.settings, self.padding = settings, padding
         self.lora_router = nn.Linear(linear.in_features, settings.r, **like)
         for name, size in (("counts", settings.r), ("weights", settings.r), ("samples", 1)):
             self.register_buffer(name, torch.zeros(size, **like), persistent=False)
@@ -112,7 +129,7 @@ class Router(nn.Module):
     def _probabilities(self, x: Tensor, dropout: float) -> Tensor:
         """[B, r] in the router's dtype."""
         tokens = x.reshape(len(x), -1, x.shape[-1])
-        guide = tokens[:, 0] if self.settings.guide == "first" else tokens.mean(1)
+        guide = tokens[:, 0] if self.settings.guide == "first" else self.padding.mean(tokens)
         if self.settings.guide_dropout:
             guide = nn.functional.dropout(guide, dropout, self.training)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.settings.router == "learned"):
@@ -151,9 +168,13 @@ class DAC(Method):
         super().__init__(base, settings)
         self.model = base
         s = self.options = DACSettings.read(self.name, settings)
-        self.layers = put_pools(
-            base, s.target_modules, lambda path, linear: Router(s, linear), s.alpha / s.r, s.dropout
-        )
+        padding, has_text_part = Padding(), any(TEXT & set(path.split(".")) for path, _ in base.named_modules())
+        base.register_forward_pre_hook(padding.take, with_kwargs=True)
+
+        def router(path: str, linear: nn.Linear) -> Router:
+            return Router(s, linear, Padding() if sees_images(path, has_text_part) else padding)
+
+        self.layers = put_pools(base, s.target_modules, router, s.alpha / s.r, s.dropout)
         learn_only(base)
         self.learned: dict[str, Tensors] = {}  # of each task: all its experts, their counts and merged weights
         self._old: list[tuple[list[RankPoolLinear], Tensor]] = []  # layers of equal width, their old B [P, N, c]

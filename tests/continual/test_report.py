@@ -155,6 +155,20 @@ def test_terminal_tables(runs):
     assert "AP needs cells that are missing: name after count" in " ".join(printed.split())
 
 
+@pytest.mark.parametrize("width", [40, 80, 300])
+def test_terminal_tables_leave_no_column_out(width):
+    tasks = [f"task-{i}" for i in range(14)]
+    long = [Run(f"method-{i}", 0, matrix(np.random.default_rng(i), tasks)) for i in range(8)]
+    console = Console(file=io.StringIO(), width=width)
+    print_tables(long, console)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    for run in long:
+        (metrics,) = (line for line in lines if line[:1] == [run.method])
+        assert metrics[1:] == [f"{value:.1f}" for value in run.matrix.metrics().values()]
+    last = [[f"{run.matrix.get('task-13', task):.1f}" for task in tasks] for run in long]
+    assert [line[1:] for line in lines if line[:1] == ["task-13"] and len(line) == 15] == last
+
+
 @pytest.mark.parametrize(
     "bad, words",
     [

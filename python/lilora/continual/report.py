@@ -5,7 +5,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from lilora.continual.scores import METRICS, ScoreMatrix, cell_text, none_if_nan
@@ -181,23 +182,17 @@ def print_tables(runs: list[Run], console: Console | None = None) -> None:
     """Print the metrics of each method, then its score matrix (mean over seeds), to the terminal."""
     console = console or Console()
     methods = _by_method(runs)
-    layout = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
     console.print("metrics in points, mean±standard deviation over seeds")
-    table = Table(**layout)
-    table.add_column("metric", no_wrap=True)
+    table = _table("method", map(_heading, methods[0].metrics), min_width=9)
     for method in methods:
-        table.add_column(method.name, justify="right", overflow="fold", min_width=9)
-    for name in methods[0].metrics:
-        table.add_row(_heading(name), *(str(method.metrics[name]).replace(" ", "") for method in methods))
-    console.print(table)
+        table.add_row(method.name, *(str(metric).replace(" ", "") for metric in method.metrics.values()))
+    _print(table, console)
     for method in methods:
         console.print(f"{method.name}: score on each task (column) after each stage (row)")
-        table = Table("after", **layout)
-        for task in method.tasks:
-            table.add_column(task, justify="right", overflow="fold", min_width=5)
+        table = _table("after", method.tasks)
         for after, row in zip(method.tasks, method.rows(), strict=True):
             table.add_row(after, *(text for text, *_ in row))
-        console.print(table)
+        _print(table, console)
     if any(method.any_carried() for method in methods):
         console.print(_CARRIED)
     for note in _notes(runs):
@@ -207,12 +202,24 @@ def print_tables(runs: list[Run], console: Console | None = None) -> None:
 def print_routes(routes: Mapping[str, Mapping[str, int]], tasks: Sequence[str], console: Console) -> None:
     """Print how many samples of each task (row) were routed to each of `tasks` (column)."""
     console.print("samples of each task (row) by the task that they were routed to (column)")
-    table = Table("of", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for task in tasks:
-        table.add_column(task, justify="right", overflow="fold", min_width=5)
+    table = _table("of", tasks)
     for task, counts in routes.items():
         table.add_row(task, *(str(counts.get(other, 0)) for other in tasks))
-    console.print(table)
+    _print(table, console)
+
+
+def _table(first: str, columns: Iterable[str], min_width: int = 6) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold", min_width=min_width)
+    return table
+
+
+def _print(table: Table, console: Console) -> None:
+    """Whole on a narrow terminal too, where rich would leave columns out."""
+    least = Measurement.get(console, console.options.update(width=10_000), table).minimum
+    console.print(table, width=max(console.width, least), crop=False)
 
 
 def _by_method(runs: list[Run]) -> list[_Method]:

@@ -368,6 +368,25 @@ def test_fake_queries_are_drawn_by_the_root_of_their_last_loss():
         assert method.chances[i].item() == pytest.approx(losses.get(i, 1.0), rel=1e-5)
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_distillation_leaves_padding_out_unless_asked_for(everywhere):
+    """The loss of a padded batch is the mean of its samples' losses alone, without the tokens that pad them."""
+    method = learned(3, fake_queries="task", train_keys=False, distil_padding=everywhere)
+    integrate, _ = method.stages("next")
+    method.begin(integrate, lambda samples: iter([]))
+    method.fakes = Query(method.fakes.text[:1], method.fakes.vision[:1])
+    method.chances = torch.ones(1)
+    images, lengths, inputs = [1, 1, 1], [12, 7, 9], batch()
+    alone = []
+    for i, length in enumerate(lengths):
+        inputs["attention_mask"][i, length:] = 0
+        one = rows(inputs, i, images)
+        one |= {name: one[name][:, :length] for name in ("input_ids", "attention_mask", "labels")}
+        alone.append(method.loss(one, None, 1.0))
+    together = method.loss(inputs, None, 1.0)
+    assert torch.isclose(together, torch.stack(alone).mean(), rtol=1e-4) != everywhere
+
+
 def test_integration_brings_the_student_to_the_teacher():
     method = learned(3, train_keys=False)
     integrate, _ = method.stages("next")

@@ -36,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fake_queries": "task",
         "vocabulary": 100,
         "temperature": 2.0,
+        "distil_padding": True,
         "train_keys": False,
         "newest_switch": True,
         "schedule": [(64, 1.0)] * 4 + [(64, 0.75)] * 2 + [(32, 0.875)] * 2,
@@ -46,21 +47,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 class PCLRSettings(Settings):
     """PCLR (ICLR 2026). Where the paper and its code differ the default is the paper's; preset "released" is the code.
 
-    r: ranks chosen of the pool; cap: most ranks the pool ever has; shared: ranks that are always on; the experts' scale is
-    alpha / r, that of the shared ranks alpha / shared. schedule: new ranks and retention at compression, task by task:
-    a table of (new ranks, share kept), whose last line holds for all further tasks; "progressive": the T learned tasks
-    keep T / (T + 1) of the cap and the next gets the rest; "constant": three quarters stay. pools: keys per decoder "layer"
-    or one "global" pool. query, scope, value, reuse: see lilora_kernels.rank_pool.GateRule; vision_weight None is
-    d_vision / d_text. key_init: new keys are queries of training "samples", or all the task's "mean". value_init: new
-    experts start as the old ones "nearest" to the task, or "random". key_loss: the L1 distance of the `r` best keys'
-    similarities to 1 ("top_r"), or the mean over all new keys ("all_new"), weighed by key_weight. prune: ranks go by
-    "redundancy" or by "stride"; merge_keys: task queries are added to the kept keys. integrate: distil the old pool into
-    the compressed one, with fake queries that are learned "keys" or "task" means, over the teacher's `vocabulary` largest
-    logits (None: all) at `temperature`, with integration_rate and integration_epochs times the run's learning rate and
-    epochs; train_keys: keys follow the fake queries then. shared_learns: shared ranks are made at the first "integration"
-    and learn in integrations only, or exist and learn "always", as in the code's second suite. newest_switch: inference
-    gives new experts only to samples nearest to the newest task. lwf: weight of a distillation from the model before the
-    task while a new one is learned (PCLR-LwF, our reading).
+    r: ranks chosen of the pool; cap: most ranks the pool ever has; shared: ranks that are always on; the experts'
+    scale is alpha / r, that of the shared ranks alpha / shared. schedule: new ranks and retention at compression,
+    task by task: a table of (new ranks, share kept), whose last line holds for all further tasks; "progressive": the
+    T learned tasks keep T / (T + 1) of the cap and the next gets the rest; "constant": three quarters stay. pools:
+    keys per decoder "layer" or one "global" pool. query, scope, value, reuse: see lilora_kernels.rank_pool.GateRule;
+    vision_weight None is d_vision / d_text. key_init: new keys are queries of training "samples", or all the task's
+    "mean". value_init: new experts start as the old ones "nearest" to the task, or "random". key_loss: the L1
+    distance of the `r` best keys' similarities to 1 ("top_r"), or the mean over all new keys ("all_new"), weighed by
+    key_weight. prune: ranks go by "redundancy" or by "stride"; merge_keys: task queries are added to the kept keys.
+    integrate: distil the old pool into the compressed one, with fake queries that are learned "keys" or "task" means,
+    over the teacher's `vocabulary` largest logits (None: all) at `temperature`, on all tokens (distil_padding: and
+    padding), with integration_rate and integration_epochs times the run's learning rate and epochs; train_keys: keys
+    follow the fake queries then. shared_learns: shared ranks are made at the first "integration" and learn in
+    integrations only, or exist and learn "always", as in the code's second suite. newest_switch: inference gives new
+    experts only to samples nearest to the newest task. lwf: weight of a distillation from the model before the task
+    while a new one is learned (PCLR-LwF, our reading).
     """
 
     target_modules: str
@@ -86,6 +88,7 @@ class PCLRSettings(Settings):
     fake_queries: Literal["keys", "task"] = "keys"
     vocabulary: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, gt=0)
+    distil_padding: bool = False
     train_keys: bool = True
     integration_rate: float = Field(0.25, gt=0)
     integration_epochs: float = Field(1.0, gt=0)
@@ -380,7 +383,11 @@ class PCLR(Method):
             teacher = self.model(**inputs).logits
         with self.routes.querying(query):
             student = self.model(**inputs).logits
-        losses = divergence(student, teacher, self.options.temperature, self.options.vocabulary).mean(1)  # [B]
+        losses = divergence(student, teacher, self.options.temperature, self.options.vocabulary)
+        if self.options.distil_padding or inputs.get("attention_mask") is None:
+            losses = losses.mean(1)  # [B]
+        else:
+            losses = (losses * inputs["attention_mask"]).sum(1) / inputs["attention_mask"].sum(1)
         self._set_chances(drawn.expand(len(losses)), losses.detach())
         loss = losses.mean()
         if self.options.train_keys:

@@ -27,7 +27,6 @@ OPTIONS.lilora := $(LILORA)
 OPTIONS.pclr := $(PCLR)
 OPTIONS.pclr-released := $(PCLR) --preset released --set 'schedule="progressive"'
 OPTIONS.pclr-no-integration := $(PCLR) --set integrate=false
-OPTIONS.pclr-integrated-twice := $(PCLR) --set integration_epochs=2
 OPTIONS.pclr-constant := $(PCLR) --set 'schedule="constant"'
 OPTIONS.pclr-late := $(PCLR) --set 'schedule=[[32,1.0],[32,1.0],[32,1.0],[32,1.0],[32,1.0],[32,1.0],[16,0.9166]]'
 OPTIONS.lilora-r32 := --method lilora --lr 3e-3 --r 32 --alpha 64 --sub-rank 26
@@ -40,7 +39,7 @@ OPTIONS.lilora-no-stability := $(LILORA) --preset paper --set stability=0.0
 OPTIONS.lilora-reversed := $(LILORA) --order greatest,row,smaller,upper,tally,successor,caption,locate,compare,parity,count,name
 OPTIONS.pclr-reversed := $(PCLR) --order greatest,row,smaller,upper,tally,successor,caption,locate,compare,parity,count,name
 LONG_METHODS := lora ewc lwf olora moelora dac lilora pclr dirlora
-LONG_ABLATIONS := pclr-released pclr-no-integration pclr-integrated-twice pclr-constant pclr-late lilora-r32 lilora-r128 lilora-sub13 lilora-sub52 lilora-no-fusion lilora-paper lilora-no-stability
+LONG_ABLATIONS := pclr-released pclr-no-integration pclr-constant pclr-late lilora-r32 lilora-r128 lilora-sub13 lilora-sub52 lilora-no-fusion lilora-paper lilora-no-stability
 LONG_REVERSED := lilora-reversed pclr-reversed
 SEEDS := 0 1 2
 named = $(foreach seed,$(SEEDS),$(foreach label,$(1),$(label)-$(seed)))

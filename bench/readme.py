@@ -71,7 +71,6 @@ def long() -> str:
 CHANGES = {
     "pclr": "as above; once the cap is reached a task has 28, 24, 22, 20, 18, 16 new ranks",
     "pclr-no-integration": "no distillation after compression",
-    "pclr-integrated-twice": "twice as many steps of distillation",
     "pclr-constant": "32 new ranks a task throughout",
     "pclr-late": "16 new ranks a task once the cap is reached",
     "pclr-released": "the released code's choices (`--preset released`)",

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from .report import RESULTS, SHAPE, folders, kind, load, only, percent, shape
@@ -90,22 +91,23 @@ CHANGES = {
 def ablations() -> str:
     """PCLR and LiLoRA on the long digits suite, one choice changed at a time."""
     folder = RESULTS / "digits-long"
-    methods, sizes = {}, {}
+    methods, sizes, seeds = {}, {}, Counter()
     for path in ("ablations", "reversed"):
         content = json.loads((folder / path / "metrics.json").read_text())
         methods |= content["methods"]
         sizes |= {run["method"]: run["extra"]["sizes"]["parameters"][-1] for run in content["runs"]}
+        seeds.update(run["method"] for run in content["runs"])
     names = ("New", "AP", "Forgetting")
     lines = [
-        "| run | changed | New | AP | Forgetting | thousands of parameters after 12 tasks |",
-        "|---|---|--:|--:|--:|--:|",
+        "| run | changed | seeds | New | AP | Forgetting | thousands of parameters after 12 tasks |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     for label, change in CHANGES.items():
         cells = [f"{methods[label][n]['mean']:.1f} ± {methods[label][n]['deviation']:.1f}" for n in names]
-        lines.append(f"| {label} | {change} | {' | '.join(cells)} | {sizes[label] / 1e3:.0f} |")
+        lines.append(f"| {label} | {change} | {seeds[label]} | {' | '.join(cells)} | {sizes[label] / 1e3:.0f} |")
     lines += [
         "",
-        "Three seeds each, as above. From `bench/results/digits-long/ablations` and `reversed`, written by `make long`.",
+        "As above. From `bench/results/digits-long/ablations` and `reversed`, written by `make long`.",
     ]
     return "\n".join(lines)
 

@@ -81,7 +81,7 @@ def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case, plan):
     errors.check()
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=14, deadline=None, derandomize=True)
 @given(shape=st.fixed_dictionaries(ANY_SHAPE), name=st.sampled_from(list(PLANS)), **ANY_DROPOUT)
 def test_any_shape(shape, name, p, seed):
     errors = Errors()
@@ -296,7 +296,7 @@ def run_all(i, p=0.0, op="delta"):
 @pytest.mark.parametrize("name", list(PLANS))
 def test_two_runs_are_equal_bit_for_bit_whatever_the_number_of_programs(name, plan):
     """linear runs three programs a phase, delta one for all: the order of the sums must not depend on it."""
-    i = make(rows=100, columns=96, outputs=64, rank=16, gate=True, dtype=torch.float32).leaves()
+    i = make(rows=70, columns=64, outputs=48, rank=16, gate=True, dtype=torch.float32).leaves()
     results = []
     for one_launch in (True, True, False):
         plan(PLANS[name], one_launch)
@@ -342,7 +342,7 @@ def test_uninitialised_memory_is_never_read(name, plan, monkeypatch):
 
     for owner, attribute in empties:
         monkeypatch.setattr(owner, attribute, poisoned(getattr(owner, attribute)))
-    for rows, mix, coefficients in itertools.product((3, 70), ("one", "runs", "random"), AXES["coefficients"]):
+    for rows, mix, coefficients in itertools.product((3, 70), ("one", "random"), AXES["coefficients"]):
         i = make(rows=rows, mix=mix, coefficients=coefficients, gate=True, dtype=torch.float32).leaves()
         for result in run_all(i, p=0.2, op="linear"):
             assert result.isfinite().all()

@@ -85,7 +85,10 @@ class _Method:
 
     def __init__(self, name: str, runs: list[Run], index: int):
         self.name, self.runs = name, runs
-        self.colour, self.marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
+        self.colour = COLOURS[index % len(COLOURS)]
+        # Of a line: 24 methods look different.
+        self.style = {"color": self.colour, "marker": _MARKERS[index % len(_MARKERS)], "linewidth": 1.8}
+        self.style["linestyle"] = ("-", "--", ":")[index // len(COLOURS) % 3]
         self.tasks = runs[0].matrix.tasks
         scores = np.stack([run.matrix.scores() for run in runs])  # [seed, stage, task]
         self.scores = scores.mean(axis=0)
@@ -364,8 +367,7 @@ def _curves(methods: list[_Method]) -> Figure:
             axes.axvline(i + 1, color="0.6", linestyle=":", linewidth=1)
         for method in methods:
             mean, deviation = method.scores[first:, i], method.deviation[first:, i]
-            style = {"color": method.colour, "marker": method.marker, "markersize": 5, "linewidth": 1.8}
-            axes.plot(stages, mean, label=method.name, clip_on=False, zorder=3, **style)
+            axes.plot(stages, mean, label=method.name, clip_on=False, zorder=3, markersize=5, **method.style)
             axes.fill_between(stages, mean - deviation, mean + deviation, color=method.colour, alpha=0.18, linewidth=0)
         axes.set_title(f"{i + 1}. {task}")
         axes.set(xlim=(0.8, size + 0.2), ylim=(0, 100), xticks=range(1, size + 1))
@@ -388,10 +390,10 @@ def _memory(methods: list[_Method]) -> Figure:
         for method in methods:
             if method.sizes:
                 stages = range(1, len(method.tasks) + 1)
-                style = {"color": method.colour, "marker": method.marker, "markersize": 4, "linewidth": 1.8}
-                axes.plot(stages, method.sizes[name] / unit, label=method.name, **style)
+                axes.plot(stages, method.sizes[name] / unit, label=method.name, markersize=4, **method.style)
         axes.set(xlabel="tasks learned", ylabel=f"millions of {name}" if unit > 1 else f"{name} of a linear")
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.grid(axis="y", color="0.88")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure

@@ -11,19 +11,26 @@ from .report import RESULTS, SHAPE, folders, kind, load, only, percent, shape
 ROOT = Path(__file__).parent.parent
 
 
+SCORES = ("New", "AP", "Forgetting")
+
+
+def spreads(metrics: dict[str, dict[str, float]]) -> list[str]:
+    """Mean and deviation of the scores that README shows of a method."""
+    return [f"{metrics[name]['mean']:.1f} ± {metrics[name]['deviation']:.1f}" for name in SCORES]
+
+
 def digits() -> str:
     """Methods of the digits suite, mean and deviation over seeds."""
     content = json.loads((RESULTS / "digits" / "metrics.json").read_text())
     runs = content["runs"]
     per_lora = next(run["params_per_task"] for run in runs if run["method"] == "dirlora")
-    names = ("New", "AP", "Forgetting")
     lines = [
-        f"| method | {' | '.join(names)} | parameters per task |",
-        "|---|" + "--:|" * (len(names) + 1),
+        f"| method | {' | '.join(SCORES)} | parameters per task |",
+        "|---|" + "--:|" * (len(SCORES) + 1),
     ]
     for method, metrics in content["methods"].items():
         own = [run for run in runs if run["method"] == method]
-        cells = [f"{metrics[n]['mean']:.1f} ± {metrics[n]['deviation']:.1f}" for n in names]
+        cells = spreads(metrics)
         params = own[0]["params_per_task"]
         share = f"{params:,} ({100 * params / per_lora:.0f} %)" if params else "none"
         lines.append(f"| {method} | {' | '.join(cells)} | {share} |")
@@ -50,7 +57,7 @@ def long() -> str:
     ]
     for method, metrics in content["methods"].items():
         own = [run for run in content["runs"] if run["method"] == method]
-        cells = [f"{metrics[n]['mean']:.1f} ± {metrics[n]['deviation']:.1f}" for n in ("New", "AP", "Forgetting")]
+        cells = spreads(metrics)
         sizes = own[0]["extra"]["sizes"]
         parameters = ", ".join(f"{sizes['parameters'][stage] / 1e3:.0f}" for stage in stages)
         ranks = ", ".join(str(sizes["ranks"][stage]) for stage in stages)
@@ -74,7 +81,7 @@ CHANGES = {
     "pclr-no-integration": "no distillation after compression",
     "pclr-constant": "32 new ranks a task throughout",
     "pclr-late": "16 new ranks a task once the cap is reached",
-    "pclr-released": "the released code's choices (`--preset released`)",
+    "pclr-released": "the released code's choices (`--preset released`) but for its schedule, which is for eight tasks",
     "pclr-reversed": "tasks in reversed order",
     "lilora": "as above: A and B0 frozen after the first task, r 64, sub-rank 26",
     "lilora-paper": "`--preset paper`: A and B0 learn on, held by the stability loss",
@@ -97,13 +104,12 @@ def ablations() -> str:
         methods |= content["methods"]
         sizes |= {run["method"]: run["extra"]["sizes"]["parameters"][-1] for run in content["runs"]}
         seeds.update(run["method"] for run in content["runs"])
-    names = ("New", "AP", "Forgetting")
     lines = [
         "| run | changed | seeds | New | AP | Forgetting | thousands of parameters after 12 tasks |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for label, change in CHANGES.items():
-        cells = [f"{methods[label][n]['mean']:.1f} ± {methods[label][n]['deviation']:.1f}" for n in names]
+        cells = spreads(methods[label])
         lines.append(f"| {label} | {change} | {seeds[label]} | {' | '.join(cells)} | {sizes[label] / 1e3:.0f} |")
     lines += [
         "",

@@ -209,9 +209,8 @@ def test_the_guide_is_taken_after_a_dropout_if_asked_for():
 def test_a_mean_leaves_padding_out(weights):
     """Each sample of a padded batch gets what it gets alone, and counts the same experts."""
     method = make(guide="mean", weights=weights)
-    method.model.register_forward_pre_hook(
-        lambda model, args, kwargs: (args, {}), with_kwargs=True
-    )  # Toy takes no mask
+    # Toy takes no mask.
+    method.model.register_forward_pre_hook(lambda model, args, kwargs: (args, {}), with_kwargs=True)
     begin(method, "one")
     x, lengths = torch.randn(B, L, WIDTH, dtype=torch.float64), [4, 1, 3, 2, 4]
     alone = torch.zeros(R, dtype=torch.float64)

@@ -2,8 +2,9 @@
 
 import random
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -53,6 +54,21 @@ def gate(name: str, built: Built, sets: list[Operands], training: bool) -> float
     check_share(name, keep, problem.p)
     seed()  # the same mask again, with the base's weight
     return gate_training(name, built, s, keep)
+
+
+@contextmanager
+def poisoned(device: torch.device) -> Iterator[None]:
+    """Torch fills what it allocates with NaN and huge integers: an old right answer cannot stand in for one not written."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the switch that filling hangs on
+    try:
+        if not torch.empty(8, device=device).isnan().all():
+            raise RuntimeError("torch does not fill the memory that it allocates, so a gate could pass on old results")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def seed() -> None:
@@ -161,7 +177,7 @@ def gated(case: str, problem: Problem, peers: Iterable[str], machine: Machine, t
         try:
             with field.mode():
                 built = REGISTRY[name].build(field.sets, training)
-            with built.ordered():
+            with built.ordered(), poisoned(machine.device):
                 field.errors[name] = gate(name, built, field.sets, training)
             field.built[name] = built
         except Unavailable as reason:

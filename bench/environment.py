@@ -1,5 +1,6 @@
 """Machine, versions, commit and command: what is needed to judge a figure and to repeat it."""
 
+import csv
 import os
 import platform
 import subprocess
@@ -37,6 +38,18 @@ def installed(package: str) -> str | None:
         return None
 
 
+def age_of_process() -> float:
+    """Seconds since this process began, as Linux tells them; 0 elsewhere."""
+    try:
+        started = int(
+            Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        )  # field 22, in ticks from boot
+        up = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return max(up - started / os.sysconf("SC_CLK_TCK"), 0.0)
+
+
 def cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -56,6 +69,41 @@ def gpu_query(fields: str) -> list[str]:
 def clocks() -> dict[str, str]:
     fields = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
     return dict(zip(fields, gpu_query(",".join(fields)), strict=False))
+
+
+LOAD_FIELDS = (
+    "timestamp,utilization.gpu,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active,"
+    "clocks_event_reasons.sw_power_cap,clocks_event_reasons.hw_slowdown,clocks_event_reasons.sw_thermal_slowdown"
+)
+
+
+def under_load(path: Path) -> dict | None:
+    """What the samples of nvidia-smi say of the time in which the GPU was busy; None without samples."""
+    if not path.is_file():
+        return None
+    with path.open(errors="replace") as file:
+        samples = list(csv.DictReader(file, skipinitialspace=True))
+    busy = [sample for sample in samples if number(sample, "utilization.gpu") >= 50]
+    found: dict = {"samples": len(samples), "busy": len(busy)}
+    for field in ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"):
+        values = sorted(number(sample, field) for sample in busy)
+        if values:
+            found[field] = {"least": values[0], "median": values[len(values) // 2], "most": values[-1]}
+    for sample in busy:
+        for name, value in sample.items():
+            if name and name.startswith("clocks_event_reasons.") and value and value.strip() == "Active":
+                reason = name.partition(".")[2]
+                found.setdefault("throttled", {})[reason] = found.get("throttled", {}).get(reason, 0) + 1
+    return found
+
+
+def number(sample: dict, field: str) -> float:
+    """The figure under a heading such as `clocks.sm [MHz]`; -1 where there is none."""
+    text = next((value for name, value in sample.items() if name and name.split(" ")[0] == field), None)
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return -1.0
 
 
 def commit() -> str:

@@ -6,53 +6,89 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
+from types import ModuleType
 from xml.etree import ElementTree
 
 import torch
 from torch import Tensor
 
 from lilora_kernels import backend, rank_gate
+from lilora_kernels.backends import refusals
 from lilora_kernels.ops.call import DIFFERENTIABLE, Call
+from lilora_kernels.ops.linear.cuda_backend import LARGEST_DECODE_ROWS
 
 from .gpu_stages import kernels_of
 from .problems import GRADIENTS, SCALING, TINY, Operands, Problem
 
 ROOT = Path(__file__).parent.parent
+LARGE = {"test_gpu_delta.py", "test_gpu_linear.py"}  # worked on by several processes each
+TEST_SECONDS = 60  # of one test
+INTERRUPTED = 8.0  # seconds that pytest gets to write what it knows
 
 
-def tiny(dry_run: bool) -> None:
-    """One call each way, in one launch and by phase, by every backend with kernels, small enough for a memory checker."""
-    problem = Problem(40, *TINY, 3, 0.1, 16, 8, torch.float32 if dry_run else torch.bfloat16)
-    s = Operands(problem, torch.device("cpu"), 0)  # random numbers from a GPU would be watched too
+def problems(dry_run: bool) -> list[Problem]:
+    """A ragged one, and one whose tiles are whole: what a memory checker has time for."""
+    dtype = torch.float32 if dry_run else torch.bfloat16
+    ragged = Problem(40, *TINY, 3, 0.1, 16, 8, dtype)
+    return [ragged] if dry_run else [ragged, Problem(300, 256, 384, 3, 0.1, 128, 64, dtype)]
+
+
+def tiny(dry_run: bool, write: Callable[[dict], None]) -> int:
+    """Calls each way, in one launch and by phase, by every backend with kernels; how many backends failed."""
+    failed = 0
     device = "cpu" if dry_run else "cuda"
-    moved = {name: t.detach().to(device) for name, t in vars(s).items() if isinstance(t, Tensor)}
-    adapter = (moved[name] for name in DIFFERENTIABLE[1:6])
-    call = Call(*adapter, moved["task"], None, None, moved["seed"], SCALING, problem.p, None)
-    for name, kernels in kernels_of(problem, moved["x"]).items():
-        for one_launch in (True, False):
-            kernels.run_forward(moved["x"], None, call, one_launch)
-            kernels.run_backward(moved["dy"], moved["x"], moved["h"], call, frozenset(GRADIENTS), one_launch)
-        if name == "cuda":  # decoding, with the base's weight
-            kernels.run_forward(moved["x"], None, call, False, moved["weight"])
-        if name == "triton":
-            with backend(name):
-                rank_gate(moved["x"], 5)
-        if not dry_run:
-            torch.cuda.synchronize()
-        print(f"tiny: {name} done")
+    for problem in problems(dry_run):
+        s = Operands(problem, torch.device("cpu"), 0)  # random numbers from a GPU would be watched too
+        moved = {name: t.detach().to(device) for name, t in vars(s).items() if isinstance(t, Tensor)}
+        adapter = (moved[name] for name in DIFFERENTIABLE[1:6])
+        call = Call(*adapter, moved["task"], None, None, moved["seed"], SCALING, problem.p, None)
+        for name, kernels in kernels_of(problem, moved["x"]).items():
+            result = {"case": "tiny", **problem.describe(), "implementation": name}
+            try:
+                call_each_way(name, kernels, moved, call)
+                if not dry_run:
+                    torch.cuda.synchronize()
+            except Exception as error:
+                traceback.print_exc()
+                failed += 1
+                result["error"] = f"{type(error).__name__}: {error}"[:500]
+            write(result)
+            print(f"--- tiny: {result}", flush=True)
+        for name, reason in refusals("delta", moved["x"], problem.rank, problem.sub_rank).items():
+            if reason is not None:
+                write({"case": "tiny", **problem.describe(), "implementation": name, "unavailable": reason})
+                print(f"--- tiny: {name} is not available: {reason}", flush=True)
+    return failed
 
 
-def check(dry_run: bool, seconds: float, write: Callable[[dict], None]) -> int:
-    """The GPU tests, a process for each file, and the memory checkers, all at the same time."""
-    deadline = time.monotonic() + seconds
+def call_each_way(name: str, kernels: ModuleType, moved: dict[str, Tensor], call: Call) -> None:
+    for one_launch in (True, False):
+        kernels.run_forward(moved["x"], None, call, one_launch)
+        kernels.run_backward(moved["dy"], moved["x"], moved["h"], call, frozenset(GRADIENTS), one_launch)
+    if name == "cuda" and len(moved["x"]) <= LARGEST_DECODE_ROWS:  # decoding, with the base's weight
+        kernels.run_forward(moved["x"], None, call, False, moved["weight"])
+    if name == "triton":
+        with backend(name):
+            rank_gate(moved["x"], 5)
+
+
+def check(dry_run: bool, seconds: float, write: Callable[[dict], None], only: list[Path]) -> int:
+    """The GPU tests, a process for each file or more, and the memory checkers, all at the same time; how many failed.
+
+    `only` these test files, each up to its first failure, where a run before this one has found them failing.
+    """
+    deadline = time.monotonic() + seconds - INTERRUPTED
     checker = which("compute-sanitizer") or which("/usr/local/cuda/bin/compute-sanitizer")
     tiny_command = [sys.executable, "-m", "bench.gpu_correctness", "tiny"] + ["--dry-run"] * dry_run
     failed = 0
@@ -60,8 +96,7 @@ def check(dry_run: bool, seconds: float, write: Callable[[dict], None]) -> int:
         jobs = {}
         tests = ROOT / "tests" / "gpu"
         # A file named on the command line is collected in any case, a folder's only where there is a GPU.
-        for target in [tests] if dry_run else sorted(tests.glob("test_*.py")):
-            report = Path(folder) / f"{target.stem}.xml"
+        for target in [tests] if dry_run else only or sorted(tests.glob("test_*.py")):
             pytest = [
                 sys.executable,
                 "-m",
@@ -73,7 +108,13 @@ def check(dry_run: bool, seconds: float, write: Callable[[dict], None]) -> int:
                 "-p",
                 "no:cacheprovider",
             ]
-            jobs[target.name] = [*pytest, f"--junitxml={report}", str(target)]
+            if find_spec("pytest_timeout") is not None:  # a thread: a test that hangs in the driver hears no signal
+                pytest += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
+            if only:
+                pytest += ["-x"]
+            if find_spec("xdist") is not None:  # a hanging test takes its worker along, and none of the other tests
+                pytest += ["-n", str((4 if only else 6) if target.name in LARGE else 1)]
+            jobs[target.name] = [*pytest, f"--junitxml={Path(folder) / target.stem}.xml", str(target)]
         if checker is not None:
             for tool in ("memcheck", "racecheck", "synccheck"):
                 jobs[tool] = [checker, "--tool", tool, "--error-exitcode", "9", *tiny_command]
@@ -94,7 +135,7 @@ def check(dry_run: bool, seconds: float, write: Callable[[dict], None]) -> int:
             if late:  # pytest, interrupted, writes what it knows
                 for process in running.values():
                     process.send_signal(signal.SIGINT)
-                time.sleep(8)
+                time.sleep(INTERRUPTED - 1)
             for name, process in list(running.items()):
                 code = process.poll()
                 if code is None and not late:
@@ -122,9 +163,16 @@ def outcomes(report: Path) -> dict:
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     broken = {case: fault for case in cases for fault in case if fault.tag in ("failure", "error")}
     skipped = sum(1 for case in cases if case.find("skipped") is not None)
+    backends: dict[str, dict[str, int]] = {}
+    for case in cases:
+        name = re.search(r"[\[-](cuda|triton|eager)[\]-]", case.get("name") or "")
+        counts = backends.setdefault(name[1] if name else "other", {"tests": 0, "passed": 0})
+        counts["tests"] += 1
+        counts["passed"] += case not in broken and case.find("skipped") is None
     return {
         "tests": len(cases),
         "passed": len(cases) - len(broken) - skipped,
+        "backends": backends,
         "failures": [
             {"test": case.get("name"), "message": (fault.get("message") or "")[:1000]} for case, fault in broken.items()
         ],
@@ -137,17 +185,17 @@ def main() -> int:
     parser.add_argument("--into", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--seconds", type=float, default=200.0)
+    parser.add_argument("--only", type=Path, action="append", default=[], help="a test file, up to its first failure")
     options = parser.parse_args()
-    if options.what == "tiny":
-        tiny(options.dry_run)
-        return 0
 
     def write(result: dict) -> None:
         if options.into is not None:
             with options.into.open("a") as file:
                 file.write(json.dumps(result) + "\n")
 
-    return int(check(options.dry_run, options.seconds, write) > 0)
+    if options.what == "tiny":
+        return int(tiny(options.dry_run, write) > 0)
+    return int(check(options.dry_run, options.seconds, write, options.only) > 0)
 
 
 if __name__ == "__main__":

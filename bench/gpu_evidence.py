@@ -1,10 +1,12 @@
 """What a GPU shows of the kernels, in one command: python -m bench.gpu_evidence --out FOLDER
 
 Runs from the source tree with the packages that are there; needs no network. Each stage is a process of its own with a
-time limit; OUT/results.json and OUT/log.txt are written after each, so that a later failure takes nothing away. Stage 6
-leaves OUT/configs.json where it finds better launch configurations. The CUDA kernels are built first where they are not
-there yet (LILORA_CUDA=1 python setup.py build_ext --inplace). The command fails when a stage did. --dry-run does
-every stage on a CPU with tiny shapes, the kernels interpreted.
+time limit; OUT/results.json and OUT/log.txt are written after each, so that a later failure takes nothing away, and
+OUT/clocks.csv while the stages run. Stage 6 leaves OUT/configs.json where it finds better launch configurations. The
+last lines are a table (bench/gpu_table.py). The command fails when a stage did: when ours or the base was wrong, broke
+off or is missing. --kit FILE takes what `make gpu-kit` made: the CUDA kernels, Triton's compiled kernels, packages.
+Without it the CUDA kernels are built first (LILORA_CUDA=1 python setup.py build_ext --inplace), and Triton's are compiled
+beside the tests unless --no-warm is given. --dry-run does every stage on a CPU with tiny shapes, the kernels interpreted.
 """
 
 import argparse
@@ -16,60 +18,81 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 
-from .environment import clocks, environment
+from . import gpu_kit, gpu_table
+from .environment import LOAD_FIELDS, age_of_process, clocks, environment, under_load
+from .gpu_cases import GO_ON
 
 ROOT = Path(__file__).parent.parent
 LOG_BYTES = 2 << 20  # of one stage: its end
 WARM_PROCESSES = 8
-RESERVE = 15.0  # seconds of the whole that no stage gets
+RESERVE = 12.0  # seconds of the whole that no stage gets
+CLOSING = 3.0  # of a stage, for the case that is running when its time is up
+LEAST_SECONDS = 12.0  # in which a process that goes on shows anything
 
+FIRST = "first"
 TITLES = {
-    0: "GPU tests and memory checkers",
-    1: "ceilings, and F.linear from 1 to 16384 rows",
-    2: "addmm_ in place, beta 0 and 1",
-    3: "linear: forward, backward and both; every launch alone",
-    4: "delta in one launch and by phase",
-    5: "decoding in a CUDA graph",
-    6: "search of launch configurations",
-    7: "a LLaVA: layers, training step, generation",
-    8: "Nsight Compute on every launch",
-    9: "linear: compiled peers, and kernels from outside the tree",
+    FIRST: "one call of every backend",
+    "0": "GPU tests and memory checkers",
+    "1": "ceilings, and F.linear from 1 to 16384 rows",
+    "2": "addmm_ in place, beta 0 and 1",
+    "3": "linear: forward, backward and both; every launch alone",
+    "4": "delta in one launch and by phase",
+    "5": "decoding in a CUDA graph",
+    "6": "search of launch configurations",
+    "7": "a LLaVA: layers, training step, generation",
+    "8": "Nsight Compute on every launch",
+    "9": "linear: compiled peers, and kernels from outside the tree",
 }
 BUILD_LIMIT = 200
-LIMITS = {0: 210, 1: 60, 2: 45, 3: 160, 4: 80, 5: 90, 6: 300, 7: 240, 8: 120, 9: 300}  # seconds
+# Seconds: what a stage may take at most, and what is kept for it from those before it (make gpu-rehearsal: what it rests on).
+LIMITS = {FIRST: 60, "0": 130, "1": 30, "2": 25, "3": 170, "4": 60, "5": 75, "6": 300, "7": 240, "8": 120, "9": 300}
+KEPT = {FIRST: 42, "0": 108, "1": 18, "2": 15, "3": 145, "4": 42, "5": 60, "6": 108, "7": 60, "8": 60, "9": 0}
 
 
 @dataclass(frozen=True)
 class Stage:
-    number: int
+    name: str
     title: str
-    command: list[str]  # gets "--into FILE" for its results, a line of JSON each
+    command: list[str]  # gets "--into FILE" for its results, a line of JSON each, and "--seconds N" for its time
     limit: float
+    kept: float = 0.0
 
 
-def plan(numbers: list[int], dry_run: bool, minutes: float, out: Path) -> list[Stage]:
-    def command(number: int) -> list[str]:
+def plan(names: list[str], dry_run: bool, out: Path) -> list[Stage]:
+    """The first call of every backend, then the stages in the order that was asked for."""
+
+    def command(name: str) -> list[str]:
         flags = ["--dry-run"] * dry_run
-        if number == 0:
-            seconds = min(LIMITS[0], 60 * minutes - RESERVE) - 12
-            return [sys.executable, "-m", "bench.gpu_correctness", *flags, "--seconds", str(seconds)]
-        if number == 6:
+        if name in (FIRST, "0"):
+            return [sys.executable, "-m", "bench.gpu_correctness", "all" if name == "0" else "tiny", *flags]
+        if name == "6":
             flags += ["--configs", str((out / "configs.json").resolve())]
-        return [sys.executable, "-m", "bench.gpu_stages", str(number), *flags]
+        return [sys.executable, "-m", "bench.gpu_stages", name, *flags]
 
-    return [Stage(n, TITLES[n], command(n), LIMITS[n]) for n in numbers]
+    return [Stage(name, TITLES[name], command(name), LIMITS[name], KEPT[name]) for name in (FIRST, *names)]
 
 
-def variables(dry_run: bool) -> dict[str, str]:
+def seconds_for(stage: Stage, later: list[Stage], left: float) -> float:
+    """No stage takes what is kept for those after it."""
+    return min(stage.limit, left - sum(each.kept for each in later))
+
+
+def variables(dry_run: bool, kit: Path | None) -> dict[str, str]:
+    """The environment of the stages. The packages of a kit stand in for those that are missing, behind all others."""
     paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    if kit is not None:
+        paths.append(str(kit / "site"))
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     found["TORCH_CUDA_ARCH_LIST"] = "9.0a"
+    if kit is not None:
+        found["TRITON_CACHE_DIR"] = str(kit / "triton")
     return found | ({"TRITON_INTERPRET": "1"} if dry_run else {})
 
 
@@ -89,32 +112,52 @@ class Evidence:
         part.replace(self.file)
 
     def run(self, stage: Stage, seconds: float, env: dict[str, str]) -> bool:
-        """One stage within so many seconds; whether all of it went well."""
-        found: dict = {"title": stage.title, "clocks_before": clocks()}
+        """One stage within so many seconds; whether all of it went well.
+
+        A process that has lost the device is followed by another, which goes on with the next case.
+        """
+        found: dict = {"title": stage.title, "seconds_given": round(seconds, 1), "clocks_before": clocks()}
+        until = time.monotonic() + seconds
+        start = time.monotonic()
+        more: list[str] = []
+        found["results"], text = [], ""
         with tempfile.TemporaryDirectory() as folder:
-            into, output = Path(folder) / "results.jsonl", Path(folder) / "output"
-            start = time.monotonic()
-            with output.open("wb") as stream:
-                process = subprocess.Popen(
-                    [*stage.command, "--into", str(into)],
-                    cwd=ROOT, env=env, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
-                )  # fmt: skip
-                try:
-                    code = process.wait(max(seconds, 1))
-                    found["status"] = "ok" if code == 0 else f"failed with exit code {code}"
-                except subprocess.TimeoutExpired:
-                    found["status"] = f"stopped after {seconds:.0f} s"
-                finally:
-                    end(process)
-            found |= {"seconds": round(time.monotonic() - start, 1), "clocks_after": clocks(), "results": lines(into)}
-            text = output.read_bytes()[-LOG_BYTES:].decode(errors="replace")
-        self.content["stages"][str(stage.number)] = found
+            while True:
+                into, output = Path(folder) / "results.jsonl", Path(folder) / "output"
+                into.unlink(missing_ok=True)
+                left = max(until - time.monotonic(), 1)
+                command = [*stage.command, "--into", str(into), "--seconds", f"{max(left - CLOSING, 1):.0f}", *more]
+                with output.open("wb") as stream:
+                    process = subprocess.Popen(
+                        command, cwd=ROOT, env=env, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+                    )
+                    try:
+                        code = process.wait(left)
+                    except subprocess.TimeoutExpired:
+                        code = None
+                    finally:
+                        end(process)
+                results = lines(into)
+                found["results"] += results
+                text += output.read_bytes()[-LOG_BYTES:].decode(errors="replace")
+                mark = results[-1] if results else {}
+                if code != GO_ON or mark["start_at"] >= mark["of"] or until - time.monotonic() < LEAST_SECONDS:
+                    break
+                more = ["--start-at", str(mark["start_at"])]
+        found["processes"] = 1 + sum(row.get("case") == "go on" for row in found["results"][:-1])
+        lost = any(row.get("case") == "go on" for row in found["results"])
+        found["status"] = (
+            f"stopped after {seconds:.0f} s" if code is None else "a process lost the device" if lost
+            else "ok" if code == 0 else f"failed with exit code {code}"
+        )  # fmt: skip
+        found |= {"seconds": round(time.monotonic() - start, 1), "clocks_after": clocks()}
+        self.content["stages"][stage.name] = found
         self.save()
         with self.log.open("a") as log:
-            log.write(f"\n===== stage {stage.number}: {stage.title}\n{' '.join(stage.command)}\n{text}\n")
-        print(f"stage {stage.number} ({stage.title}): {found['status']}, {found['seconds']} s", flush=True)
+            log.write(f"\n===== stage {stage.name}: {stage.title}\n{' '.join(stage.command)}\n{text}\n")
+        print(f"stage {stage.name} ({stage.title}): {found['status']}, {found['seconds']} s", flush=True)
         shown = text.splitlines()
-        shown = [line for line in shown[:-20] if line.startswith("---")] + shown[-20:]
+        shown = [line for line in shown[:-6] if line.startswith(("---", "FAILED"))] + shown[-6:]
         print(*(f"  {line[:160]}" for line in shown), sep="\n", flush=True)
         return found["status"] == "ok"
 
@@ -185,46 +228,82 @@ def finish_warming(processes: list[subprocess.Popen], deadline: float) -> list[i
     return codes
 
 
+@contextmanager
+def sampled_clocks(path: Path) -> Iterator[None]:
+    """Clocks, power and the reasons of throttling in a file, twice a second, while the stages run."""
+    command = ["nvidia-smi", f"--query-gpu={LOAD_FIELDS}", "--format=csv,nounits", "--id=0", "-lms", "500"]
+    if which(command[0]) is None:
+        yield
+        return
+    with path.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            yield
+        finally:
+            end(process)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stages", default="0,1,2,3,4,5")
+    parser.add_argument("--stages", default="2,0,1,3,5,4", help="numbers of stages, in the order in which they run")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--no-warm", action="store_true", help="compile nothing ahead: a kit has it")
+    parser.add_argument("--kit", type=Path, help="the file that `make gpu-kit` made")
     parser.add_argument("--commit", help="the commit of this tree, where git cannot tell")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
     options = parser.parse_args()
+    names = options.stages.split(",")
+    if not set(names) <= set(TITLES) - {FIRST}:
+        known = sorted(set(TITLES) - {FIRST})
+        parser.error(f"--stages is {options.stages!r}; give numbers of {known}, separated by commas")
+    if options.kit is not None and not options.kit.is_file():
+        parser.error(f"--kit is {options.kit}, which is no file; make gpu-kit makes one, and names it")
+    # --minutes are those of the machine: importing torch is part of them.
+    deadline = time.monotonic() - age_of_process() + 60 * options.minutes - RESERVE
+    with tempfile.TemporaryDirectory() as folder:
+        kit = None if options.kit is None else gpu_kit.unpack(options.kit, Path(folder))
+        env = variables(options.dry_run, kit)
+        command = shlex.join(["python3", "-m", "bench.gpu_evidence", *sys.argv[1:]])
+        head = {"dry_run": options.dry_run, **environment(command, not options.dry_run, options.commit)}
+        head["kit"] = None if kit is None else gpu_kit.facts(kit)
+        evidence = Evidence(options.out, head)
+        with sampled_clocks(options.out / "clocks.csv"):
+            failed = run_all(evidence, names, options, env, deadline)
+    return int(bool(failed))
+
+
+def run_all(
+    evidence: Evidence, names: list[str], options: argparse.Namespace, env: dict[str, str], deadline: float
+) -> list[str]:
+    """Every stage, and the closing table; returns what failed."""
+    built = build_kernels(options.dry_run, env, min(BUILD_LIMIT, deadline - time.monotonic()))
+    evidence.content["cuda_build"] = built
+    print(f"CUDA kernels: {built}", flush=True)
+    failed = [] if built["status"] in ("ok", "found", "left out") else ["CUDA kernels"]
+    timed = {"3", "4", "5"} & set(names) and not options.no_warm
+    warming = start_warming(options.dry_run, env) if timed else []
+    stages = plan(names, options.dry_run, options.out)
     try:
-        numbers = [int(number) for number in options.stages.split(",")]
-    except ValueError:
-        numbers = [-1]
-    if not set(numbers) <= set(TITLES):
-        parser.error(f"--stages is {options.stages!r}; give numbers of {sorted(TITLES)}, separated by commas")
-    deadline = time.monotonic() + 60 * options.minutes - RESERVE
-    env = variables(options.dry_run)
-    command = shlex.join(["python3", "-m", "bench.gpu_evidence", *sys.argv[1:]])
-    head = {"dry_run": options.dry_run, **environment(command, not options.dry_run, options.commit)}
-    evidence = Evidence(options.out, head)
-    evidence.content["cuda_build"] = build_kernels(options.dry_run, env, min(BUILD_LIMIT, deadline - time.monotonic()))
-    print(f"CUDA kernels: {evidence.content['cuda_build']}", flush=True)
-    failed = [] if evidence.content["cuda_build"]["status"] in ("ok", "found", "left out") else ["CUDA kernels"]
-    warming = start_warming(options.dry_run, env) if {3, 4, 5} & set(numbers) else []
-    try:
-        for stage in plan(numbers, options.dry_run, options.minutes, options.out):
-            if stage.number > 0 and warming:
+        for at, stage in enumerate(stages):
+            if stage.name not in (FIRST, "0") and warming:
                 codes = finish_warming(warming, min(deadline, time.monotonic() + 90))
                 evidence.content["warming"] = {"exit_codes": codes}
                 warming = []
-            left = deadline - time.monotonic()
-            if left < 2:
-                evidence.content["stages"][str(stage.number)] = {"title": stage.title, "status": "no time left"}
+            seconds = seconds_for(stage, stages[at + 1 :], deadline - time.monotonic())
+            if seconds < 2:
+                evidence.content["stages"][stage.name] = {"title": stage.title, "status": "no time left"}
                 evidence.save()
-                failed.append(stage.number)
-            elif not evidence.run(stage, min(stage.limit, left), env):
-                failed.append(stage.number)
+                failed.append(stage.name)
+            elif not evidence.run(stage, seconds, env):
+                failed.append(stage.name)
     finally:
         finish_warming(warming, time.monotonic())
-    print(f"{evidence.file} and {evidence.log} are written; failed stages: {failed or 'none'}")
-    return int(bool(failed))
+    evidence.content["under_load"] = under_load(evidence.file.with_name("clocks.csv"))
+    evidence.save()
+    print(gpu_table.table(evidence.content))
+    print(f"{evidence.file} and {evidence.log} are written; failed stages: {', '.join(failed) or 'none'}")
+    return failed
 
 
 if __name__ == "__main__":

@@ -1,50 +1,38 @@
 """The timed stages of `bench.gpu_evidence`, one process each: python -m bench.gpu_stages STAGE [--into FILE]
 
 Each result is one line of JSON, written when it is there. STAGE is a number, or `warm`, which compiles what stages 3 to 5
-will launch, or `call`, one call for a profiler.
+will launch, or `call`, one call for a profiler. The cases of a stage come most informative first; after --seconds those
+that are left over are counted and left out. Exit codes: 0, 1 when something failed, 75 when this process has lost the
+device and another has to go on, with --start-at.
 """
 
 import argparse
-import csv
 import json
-import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from shutil import which
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lilora_kernels import backend
-from lilora_kernels.backends import refusals
+from lilora_kernels import backend, backends, cuda_library
 from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.call import Call
 from lilora_kernels.ops.delta import traffic
 from lilora_kernels.ops.philox import keep_mask, keep_scale
 
-from . import models
-from .compare import compare, error, gated, row
-from .peers import PEERS, Built, lilora_adapter
+from .compare import REGISTRY, compare, error, gated, poisoned, row
+from .gpu_cases import Case, LostDevice, run_cases
+from .gpu_profile import call_once, profile
+from .peers import OURS, Built, lilora_adapter
 from .problems import ATTENTION, DOWN, GATE_UP, GRADIENTS, TINY, Operands, Problem, operand_sets
-from .timing import Ceilings, Machine, ceilings, figures, marked, measure
-
-
-@dataclass(frozen=True)
-class Case:
-    """`run(machine, ceilings)` yields results. Cases of one `variant` launch the same compiled kernels."""
-
-    name: str
-    run: Callable[[Machine, Ceilings], Iterator[dict]]
-    variant: tuple | None = None
+from .timing import Ceilings, Machine, figures, marked, measure
 
 
 def problem(dry_run: bool, rows: int, shape: tuple[int, int], tasks: int = 1, p: float = 0.0) -> Problem:
@@ -57,10 +45,14 @@ def problem(dry_run: bool, rows: int, shape: tuple[int, int], tasks: int = 1, p:
 def stage_1(dry_run: bool) -> Iterator[Case]:
     """The ceilings, and F.linear from 1 to 16384 rows."""
     yield Case("ceilings", measured_ceilings)
-    rows = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
-    for shape in [TINY] if dry_run else (GATE_UP, DOWN, ATTENTION):
-        for m in (3, 16) if dry_run else reversed(rows):
-            yield Case("F.linear", partial(time_base, problem(dry_run, m, shape)))
+    if dry_run:
+        yield Case("F.linear", partial(time_base, problem(True, 16, TINY)), ("base",))
+        return
+    for at, m in enumerate(
+        (8192, 1, 64, 2048, 512, 16, 4096, 256, 1024, 128, 8, 32, 2, 4, 16384, 1536, 3072, 6144, 12288)
+    ):
+        for shape in (GATE_UP, DOWN, ATTENTION):
+            yield Case("F.linear", partial(time_base, problem(False, m, shape)), ("base",), at > 3)
 
 
 def measured_ceilings(machine: Machine, ceiling: Ceilings) -> Iterator[dict]:
@@ -98,7 +90,8 @@ def stage_2(dry_run: bool) -> Iterator[Case]:
     """addmm_ in place with beta 0 and 1: what accumulating onto the adapter's output costs."""
     for m in (16,) if dry_run else (8192, 2048, 4096, 16384):
         for shape in [TINY] if dry_run else (GATE_UP, DOWN, ATTENTION):
-            yield Case("addmm_", partial(time_addmm, problem(dry_run, m, shape)))
+            given = problem(dry_run, m, shape)
+            yield Case("addmm_", partial(time_addmm, given), ("base", "beta 0", "beta 1"), m != 8192)
 
 
 def time_addmm(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterator[dict]:
@@ -139,17 +132,7 @@ def bucket(kernel: str, rows: int, one_launch: bool) -> int:
     return buckets[triton_runtime.nearest(buckets, rows)]
 
 
-TRAINING = (
-    "base",
-    "ours",
-    "ours_operation",
-    "ours_fused",
-    "ours_triton",
-    "ours_eager",
-    "peft",
-    "formula",
-    "grouped_mm",
-)
+TRAINING = ("base", *OURS, "peft", "formula", "grouped_mm")
 COMPILED = ("base", "ours", "peft", "peft_compiled", "formula_compiled")
 OUTSIDE = ("base", "ours", "peft", "lorafusion", "nemo_automodel")
 
@@ -157,23 +140,37 @@ OUTSIDE = ("base", "ours", "peft", "lorafusion", "nemo_automodel")
 def stage_3(dry_run: bool) -> Iterator[Case]:
     """`linear` against every peer: forward, backward and both; and each launch alone."""
 
-    def case(given: Problem, peers: tuple[str, ...], variant: tuple | None) -> Case:
-        return Case("linear", partial(time_linear, given, peers=peers), variant)
+    def case(m: int, shape: tuple[int, int], tasks: int, p: float, extra: bool) -> Case:
+        given = problem(dry_run, m, shape, tasks, p)
+        peers = (*TRAINING, "peft_default") if tasks == 1 and m == 8192 else TRAINING
+        variant = (
+            "linear",
+            *("" if dry_run else bucket(k, m, False) for k in ("forward", "backward")),
+            tasks > 1,
+            p > 0,
+        )
+        return Case("linear", partial(time_linear, given, peers=peers), ("base", "ours"), extra, variant)
+
+    def launches(m: int, shape: tuple[int, int], tasks: int, extra: bool) -> Case:
+        return Case("launches", partial(time_launches, problem(dry_run, m, shape, tasks, 0.05)), ("ours",), extra)
 
     if dry_run:
-        mixed = problem(True, 20, TINY, 2, 0.05)
-        yield case(mixed, TRAINING, ())
-        yield Case("launches", partial(time_launches, mixed))
+        yield case(20, TINY, 2, 0.05, False)
+        yield launches(20, TINY, 2, False)
         return
-    order = [(8192, GATE_UP), (8192, DOWN), (8192, ATTENTION), (2048, GATE_UP), (2048, DOWN), (2048, ATTENTION)]
-    order += [(4096, GATE_UP), (4096, DOWN), (4096, ATTENTION)]
-    for m, shape in order:
-        for tasks, p in ((8, 0.05), (1, 0.05), (1, 0.0), (64, 0.05), (8, 0.0), (64, 0.0)):
-            given = problem(False, m, shape, tasks, p)
-            variant = ("linear", bucket("forward", m, False), bucket("backward", m, False), tasks > 1, p > 0)
-            yield case(given, (*TRAINING, "peft_default") if tasks == 1 and m == 8192 else TRAINING, variant)
-            if p and (m == 8192 or shape is GATE_UP):
-                yield Case("launches", partial(time_launches, given))
+    for tasks in (8, 1, 64):
+        for shape in (GATE_UP, DOWN):
+            yield case(8192, shape, tasks, 0.05, tasks == 64)
+            if tasks == 8:
+                yield launches(8192, shape, tasks, False)
+    for tasks in (1, 8):
+        for shape in (GATE_UP, DOWN):
+            yield case(8192, shape, tasks, 0.0, True)
+    for m, shape in ((2048, GATE_UP), (2048, DOWN), (8192, ATTENTION), (512, GATE_UP), (4096, GATE_UP), (4096, DOWN)):
+        for tasks, p in ((8, 0.05), (1, 0.05), (1, 0.0), (64, 0.05)):
+            yield case(m, shape, tasks, p, True)
+            if tasks == 8:
+                yield launches(m, shape, tasks, True)
 
 
 def time_linear(problem: Problem, machine: Machine, ceiling: Ceilings, peers: tuple[str, ...]) -> Iterator[dict]:
@@ -184,7 +181,7 @@ def stage_9(dry_run: bool) -> Iterator[Case]:
     """Peers that take minutes to compile: torch.compile's, and the kernels that LILORA_PEERS names."""
     given = problem(True, 20, TINY) if dry_run else problem(False, 8192, GATE_UP, 1, 0.05)
     for peers in (OUTSIDE, COMPILED):
-        yield Case("linear", partial(time_linear, given, peers=peers))
+        yield Case("linear", partial(time_linear, given, peers=peers), ("base", "ours"))
 
 
 def phase_flops(direction: str, phase: int, problem: Problem, finish: int) -> int:
@@ -248,23 +245,32 @@ def time_launches(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iter
 
 def stage_4(dry_run: bool) -> Iterator[Case]:
     """`delta` in one launch each way against a launch for each phase, by every backend with kernels."""
+
+    def case(m: int, shape: tuple[int, int], tasks: int, extra: bool) -> Case:
+        given = problem(dry_run, m, shape, tasks, 0.05)
+        variant = ("delta", tasks > 1) if dry_run else ("delta", tasks > 1, *buckets(m))
+        return Case("delta", partial(time_delta, given), must, extra, variant)
+
+    def buckets(m: int) -> list[int]:
+        return [bucket(kernel, m, one) for kernel in ("forward", "backward") for one in (True, False)]
+
+    names = ["triton"] if dry_run or cuda_library.load_error() is not None else ["triton", "cuda"]
+    must = tuple(f"{name}, {plan}" for name in names for plan in ("one launch", "by phase"))
     if dry_run:
-        yield Case("delta", partial(time_delta, problem(True, 20, TINY, 2, 0.05)), ())
+        yield case(20, TINY, 2, False)
         return
-    for tasks in (8, 1):
-        for m in (8192, 64, 256, 1024, 2048, 16, 1):
+    for at, m in enumerate((8192, 256, 64, 1024, 16, 512, 2048, 1)):
+        for tasks in (8, 1):
             for shape in (GATE_UP, DOWN):
-                buckets = [bucket(kernel, m, one) for kernel in ("forward", "backward") for one in (True, False)]
                 if tasks <= m:
-                    variant = ("delta", *buckets, tasks > 1)
-                    yield Case("delta", partial(time_delta, problem(False, m, shape, tasks, 0.05)), variant)
+                    yield case(m, shape, tasks, extra=at > 3 or tasks == 1)
 
 
 def kernels_of(problem: Problem, x: Tensor) -> dict[str, ModuleType]:
     """The backends with kernels of their own that can run here."""
-    reasons = refusals("delta", x, problem.rank, problem.sub_rank)
-    module = "lilora_kernels.ops.delta.{}_backend"
-    return {name: import_module(module.format(name)) for name in ("triton", "cuda") if reasons[name] is None}
+    reasons = backends.refusals("delta", x, problem.rank, problem.sub_rank)
+    able = [name for name, reason in reasons.items() if reason is None and name != "eager"]
+    return {name: import_module(f"lilora_kernels.ops.delta.{name}_backend") for name in able}
 
 
 def check_delta(s: Operands, call: Call, kernels: ModuleType, one_launch: bool) -> None:
@@ -274,10 +280,12 @@ def check_delta(s: Operands, call: Call, kernels: ModuleType, one_launch: bool) 
     if s.problem.p:
         dropped = x * keep_mask(s.seed, *x.shape, s.problem.p) * keep_scale(s.problem.p)
     want = lilora_adapter(s.problem)(dropped, factors)
-    y, h = kernels.run_forward(s.x.detach(), None, call, one_launch)
+    with poisoned(s.x.device):
+        y, h = kernels.run_forward(s.x.detach(), None, call, one_launch)
     error("y of delta", y, want)
     exact = torch.autograd.grad(want, [x, *factors], y.double())
-    grads = kernels.run_backward(y, s.x.detach(), h, call, frozenset(GRADIENTS), one_launch)
+    with poisoned(s.x.device):
+        grads = kernels.run_backward(y, s.x.detach(), h, call, frozenset(GRADIENTS), one_launch)
     for name, gradient in zip(GRADIENTS, exact, strict=True):
         error(f"gradient of {name} of delta", grads[name], gradient)
 
@@ -324,21 +332,25 @@ def time_delta(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterato
             }
 
 
-DECODING = (
-    "base", "ours", "ours_operation", "ours_triton", "ours_eager", "formula", "peft", "peft_names", "grouped_mm", "merged",
-    "vllm", "sglang",
-)  # fmt: skip
+DECODING = ("base", *OURS, "formula", "peft", "peft_names", "grouped_mm", "merged", "vllm", "sglang")
 
 
 def stage_5(dry_run: bool) -> Iterator[Case]:
     """Decoding: a few rows in a CUDA graph."""
+
+    def case(m: int, shape: tuple[int, int], tasks: int, extra: bool) -> Case:
+        variant = ("decode", tasks > 1, "" if dry_run else bucket("forward", m, True))
+        given = problem(dry_run, m, shape, tasks)
+        return Case("decode", partial(time_decode, given), ("base", "ours"), extra, variant)
+
     if dry_run:
-        yield Case("decode", partial(time_decode, problem(True, 4, TINY, 2)), ())
+        yield case(4, TINY, 2, False)
         return
-    for m, tasks in ((1, 1), (8, 8), (64, 64), (8, 1), (64, 1), (64, 8)):
-        for shape in (GATE_UP, DOWN, ATTENTION):
-            variant = ("decode", bucket("forward", m, True), tasks > 1)
-            yield Case("decode", partial(time_decode, problem(False, m, shape, tasks)), variant)
+    for at, (m, tasks) in enumerate(((1, 1), (8, 8), (64, 64), (16, 8), (32, 8), (64, 8), (64, 1), (8, 1), (4, 4))):
+        for shape in (GATE_UP, DOWN):
+            yield case(m, shape, tasks, at > 4)
+    for m, tasks in ((1, 1), (8, 8)):
+        yield case(m, ATTENTION, tasks, True)
 
 
 def time_decode(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterator[dict]:
@@ -346,11 +358,11 @@ def time_decode(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterat
     yield from field.absent
     replays = {}
     for name, built in field.built.items():
-        try:
+        reason = REGISTRY[name].no_graph
+        if reason is not None:
+            yield {**field.about, "implementation": name, "unavailable": f"no CUDA graph of it: {reason}"}
+        else:
             replays[name] = graph_of(name, built, len(field.sets), machine)
-        except Exception as reason:
-            yield {**field.about, "implementation": name, "unavailable": f"no CUDA graph of it: {reason}"[:300]}
-            machine.synchronize()
     runs = {name: marked(lambda _, replay=replay: replay()) for name, replay in replays.items()}
     times = measure(machine, runs, ["forward"], calls=len(field.sets))
     for name in runs:
@@ -374,15 +386,23 @@ def graph_of(name: str, built: Built, sets: int, machine: Machine) -> Callable[[
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = run()
-    graph.replay()
+    try:
+        with torch.cuda.graph(graph):
+            got = run()
+        for y in got:
+            y.fill_(torch.nan)
+        graph.replay()
+        machine.synchronize()
+    except Exception as reason:
+        raise LostDevice(f"the capture of {name} failed: {reason}") from reason
     for y, eager_y in zip(got, want, strict=True):
         error(f"the graph's y of {name}", y, eager_y.double())
     return graph.replay
 
 
-def stage_6(dry_run: bool, machine: Machine, configs: Path | None, write: Callable[[dict], None]) -> None:
+def stage_6(
+    dry_run: bool, machine: Machine, configs: Path | None, seconds: float, write: Callable[[dict], None]
+) -> None:
     """Launch configurations: searched, validated on other problems, and kept where they are better."""
     from . import tune
 
@@ -390,7 +410,7 @@ def stage_6(dry_run: bool, machine: Machine, configs: Path | None, write: Callab
     rows = [8192] if dry_run else [8192, 1024, 64, 256]
     plans = ["by_phase"] if dry_run else ["by_phase", "one_launch"]
     kernels = ["forward"] if dry_run else ["forward", "backward"]
-    minutes = 0.2 if dry_run else 4.2
+    minutes = 0.2 if dry_run else min(4.2, seconds / 60)
     table, _ = tune.tune(machine, plans, kernels, rows, minutes, lambda decision: write({"case": "tune", **decision}))
     if table is not None and configs is not None:
         tune.save(table, configs)
@@ -398,59 +418,26 @@ def stage_6(dry_run: bool, machine: Machine, configs: Path | None, write: Callab
 
 def stage_7(dry_run: bool) -> Iterator[Case]:
     """A training step and mixed generation of a whole LLaVA, and its parts."""
+    from . import models  # with transformers and what the learner's side needs, which no other stage does
+
+    memory = 0 if dry_run else torch.cuda.get_device_properties(0).total_memory
+    size = models.TINY if dry_run else models.llava_7b(memory)
     for part in models.PARTS:
-        yield Case(part, partial(time_model, part, models.TINY if dry_run else models.LLAVA_7B))
+        yield Case(part, partial(time_model, part, size), ("base", "ours"), part not in models.PARTS[:2])
 
 
-def time_model(part: str, size: models.Size, machine: Machine, _: Ceilings) -> Iterator[dict]:
+def time_model(part: str, size: object, machine: Machine, _: Ceilings) -> Iterator[dict]:
+    from . import models
+
     with nullcontext() if machine.on_gpu else backend("eager"):  # the interpreter takes minutes for a model
         yield from models.time_part(part, size, machine, seconds=12)
 
 
-METRICS = {
-    "gpu__time_duration.sum": "ns",
-    "dram__bytes.sum": "dram_bytes",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
-    "sm__inst_executed_pipe_tensor.sum": "tensor_instructions",
-    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor_percent",
-    "sm__warps_active.avg.pct_of_peak_sustained_active": "warps_percent",
-    "launch__registers_per_thread": "registers",
-    "launch__occupancy_limit_shared_mem": "blocks_by_shared_memory",
-}
-
-
 def stage_8(dry_run: bool) -> Iterator[Case]:
     """Nsight Compute on every launch of one `linear`, forward and backward."""
-    shapes = [(20, TINY)] if dry_run else [(8192, GATE_UP), (8192, DOWN), (64, GATE_UP)]
+    shapes = [(20, TINY)] if dry_run else [(8192, GATE_UP), (64, GATE_UP), (8192, DOWN)]
     for m, shape in shapes:
         yield Case("ncu", partial(profile, problem(dry_run, m, shape, 2 if dry_run else 8, 0.05)))
-
-
-def profile(problem: Problem, machine: Machine, _: Ceilings) -> Iterator[dict]:
-    ncu = which("ncu") or which("/usr/local/cuda/bin/ncu")
-    if ncu is None or not machine.on_gpu:
-        yield {**problem.describe(), "unavailable": "it needs Nsight Compute (ncu) and a GPU"}
-        return
-    call = [sys.executable, "-m", "bench.gpu_stages", "call", "--problem", *map(str, astuple(problem)[:4])]
-    options = ["--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base"]
-    options += ["--kernel-name", "regex:delta_", "--metrics", ",".join(METRICS)]
-    found = subprocess.run([ncu, *options, *call], capture_output=True, text=True, check=False, timeout=90)
-    lines = [line for line in found.stdout.splitlines() if line.startswith('"')]
-    if found.returncode or len(lines) < 3:
-        raise RuntimeError(f"ncu ended with {found.returncode}: {(found.stderr or found.stdout)[-400:]}")
-    for at, launch in enumerate(csv.DictReader(lines)):
-        if at == 0:  # the units
-            continue
-        values = {short: launch.get(metric) for metric, short in METRICS.items()}
-        yield {**problem.describe(), "launch": at, "kernel": launch.get("Kernel Name"), **values}
-
-
-def call_once(rows: int, columns: int, outputs: int, tasks: int) -> None:
-    """One forward and backward of `linear`: what a profiler watches."""
-    s = Operands(Problem(rows, columns, outputs, tasks, 0.05), torch.device("cuda"), 0)
-    built = PEERS["ours_operation"].build([s], True)
-    torch.autograd.grad(built.forward(0), built.leaves[0], s.dy)
-    torch.cuda.synchronize()
 
 
 STAGES = {
@@ -465,50 +452,11 @@ STAGES = {
 }
 
 
-def run_cases(cases: Iterator[Case], machine: Machine, write: Callable[[dict], None]) -> int:
-    """Every case, whatever happens to others; returns how many failed."""
-    failed = 0
-    ceiling = ceilings(machine, torch.bfloat16 if machine.on_gpu else torch.float32)
-    for case in cases:
-        start = time.perf_counter()
-        try:
-            for result in case.run(machine, ceiling):
-                write({"case": case.name, **result})
-                print(brief({"case": case.name, **result}), flush=True)
-        except Exception as error:
-            failed += 1
-            traceback.print_exc()
-            given = case.run.args[0] if isinstance(case.run, partial) else None
-            shape = given.describe() if isinstance(given, Problem) else {}
-            write({"case": case.name, **shape, "error": f"{type(error).__name__}: {error}"[:500]})
-            machine.synchronize()  # raises when the device is lost to this process: later cases would all fail
-        print(f"  {time.perf_counter() - start:.1f} s", flush=True)
-        if machine.on_gpu:
-            torch.cuda.empty_cache()
-    return failed
-
-
-def brief(result: dict) -> str:
-    """One line of a table."""
-    names = ("case", "M", "K", "N", "T", "p", "implementation", "direction", "phase")
-    cells = [str(result[name]) for name in names if name in result]
-    if "us" in result:
-        cells.append(f"{result['us']['median']:.1f} us")
-    if "percent_of_floor" in result:
-        cells.append(f"{result['percent_of_floor']:.0f} % of floor")
-    cells += [f"{name}: {result[name]}" for name in ("unavailable", "error", "reason") if name in result]
-    for name in ("ratio_to_base", "ratio_to_by_phase"):
-        if name in result:
-            cells.append(f"x{result[name]['median']:.3f}")
-    cells += [f"{name} {result[name]}" for name in ("copy_gb_per_s", "matmul_tflop_per_s") if name in result]
-    return "  ".join(cells)
-
-
 def only_ours(case: Case) -> Case:
     """Without the peers: what they compile is their affair."""
     if case.run.func is not time_linear:
         return case
-    return Case(case.name, partial(time_linear, *case.run.args, peers=("base", "ours")))
+    return replace(case, run=partial(time_linear, *case.run.args, peers=("base", "ours")))
 
 
 def warm(dry_run: bool, part: int, parts: int) -> int:
@@ -518,7 +466,7 @@ def warm(dry_run: bool, part: int, parts: int) -> int:
         for case in STAGES[stage](dry_run):
             if case.variant is not None:
                 variants.setdefault((stage, *case.variant), only_ours(case))
-    return run_cases(list(variants.values())[part::parts], Machine.here(2, dry_run), lambda _: None)
+    return len(run_cases(list(variants.values())[part::parts], Machine.here(2, dry_run), lambda _: None).failed)
 
 
 def main() -> int:
@@ -527,6 +475,8 @@ def main() -> int:
     parser.add_argument("--into", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no case is begun")
+    parser.add_argument("--start-at", type=int, default=0, help="the case to begin with, counted from 0")
     parser.add_argument("--configs", type=Path, help="for stage 6: where better launch configurations go")
     parser.add_argument("--problem", type=int, nargs=4, help="for `call`: M K N T")
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help="for warm: which part of how many")
@@ -545,9 +495,13 @@ def main() -> int:
         return int(warm(options.dry_run, *options.part) > 0)
     machine = Machine.here(options.rounds, options.dry_run)
     if options.stage == "6":
-        stage_6(options.dry_run, machine, options.configs, write)
+        stage_6(options.dry_run, machine, options.configs, options.seconds, write)
         return 0
-    return int(run_cases(STAGES[int(options.stage)](options.dry_run), machine, write) > 0)
+    cases = list(STAGES[int(options.stage)](options.dry_run))
+    outcome = run_cases(cases, machine, write, options.seconds, options.start_at)
+    if outcome.go_on_at is not None:
+        write({"case": "go on", "start_at": outcome.go_on_at, "of": len(cases)})
+    return outcome.exit_code
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lilora_kernels.linear import set_task
 
-from .compare import Wrong, peak_bytes, removed, saved_bytes
+from .compare import Wrong, peak_bytes, poisoned, removed, saved_bytes
 from .problems import SCALING
 from .timing import Machine, Times, figures, measure, spread
 
@@ -56,8 +56,14 @@ class Size:
 
 
 LLAVA_7B = Size(4096, 11008, 32, 32, 32064, (1024, 24, 16, 336, 14), 128, 64, 8, 8, 1024, 32, torch.bfloat16)
+ROOMY = 120 << 30  # bytes of a GPU that holds the whole batch; a smaller one gets a quarter of it
 SMALL = Size(1024, 2752, 8, 2, 4096, (256, 2, 4, 56, 14), 64, 32, 8, 8, 48, 16, torch.float32)
 TINY = Size(32, 48, 2, 2, 64, (16, 1, 2, 8, 4), 8, 4, 2, 2, 8, 2, torch.float32)
+
+
+def llava_7b(memory: int) -> Size:
+    """LLaVA-1.5-7B with a batch for a GPU of so many bytes: 80 GB hold weights, adapters and two samples' activations."""
+    return LLAVA_7B if memory >= ROOMY else replace(LLAVA_7B, samples=2, tasks=2)
 
 
 # --- the models -------------------------------------------------------------------------------------------------------
@@ -203,16 +209,20 @@ def gate(base: nn.Module, variants: dict[str, Variant], output: Callable, size: 
     At most twice the frozen model's own error in this dtype: its rounding is what any adapted model has as well.
     `output(model, more)` is a tensor with a row per sample.
     """
+    device = next(base.parameters()).device
     wide = copy.deepcopy(base).double()
     samples = (0, size.samples - 1)
 
     def off(got: Tensor, want: Tensor) -> float:
         return ((got.double() - want).pow(2).mean() / want.pow(2).mean()).sqrt().item()
 
-    got, want = output(base, {}), output(wide, {})
+    with poisoned(device):
+        got = output(base, {})
+    want = output(wide, {})
     errors = {"base": max(off(got[i], want[i]) for i in samples)}
     for name, variant in variants.items():
-        got = output(variant.model.eval(), variant.more)
+        with poisoned(device):
+            got = output(variant.model.eval(), variant.more)
         found = []
         for i in samples:
             task = task_names(size)[variant.tasks[i]]
@@ -227,6 +237,20 @@ def gate(base: nn.Module, variants: dict[str, Variant], output: Callable, size: 
                 f"{name} is off by {errors[name]:.1e}, the frozen model by {errors['base']:.1e}; no figure is taken"
             )
     return errors
+
+
+def gate_of_llava(part: str, size: Size, machine: Machine, p: float, mixed: dict[str, bool]) -> dict[str, float]:
+    """The errors of a LLaVA's variants, each mixed or not, by the gate of one with two layers in either tower.
+
+    All layers in fp64 do not fit a GPU beside the model; these models are gone when this returns.
+    """
+    hidden, layers, *rest = size.vision
+    shallow = replace(size, layers=min(size.layers, 2), vision=(hidden, min(layers, 2), *rest))
+    base = frozen(part, shallow, machine.device).eval()
+    variants = {
+        name: variant(base, name.removesuffix("_names"), part, shallow, p, mixed=each) for name, each in mixed.items()
+    }
+    return gate(base, variants, last_logits(batch(shallow, machine)), shallow)
 
 
 # --- the measurements -------------------------------------------------------------------------------------------------
@@ -361,10 +385,10 @@ def time_steps(base: nn.Module, size: Size, machine: Machine, seconds: float | N
     """Forward, backward and AdamW; PEFT trains one adapter on all samples, or (split) an adapter after another."""
     part = "training step"
     base.enable_input_require_grads()  # before the copies: all go back to the embeddings
-    variants = {"ours": variant(base, "ours", part, size, DROPOUT, mixed=True)}
-    variants |= {kind: variant(base, kind, part, size, DROPOUT, mixed=False) for kind in kinds(size)[1:]}
+    mixed = {kind: kind == "ours" for kind in kinds(size)}
+    errors = gate_of_llava(part, size, machine, DROPOUT, mixed)
+    variants = {kind: variant(base, kind, part, size, DROPOUT, mixed=each) for kind, each in mixed.items()}
     inputs = batch(size, machine)
-    errors = gate(base, variants, last_logits(inputs), size)
     set_task(variants["ours"].model, *task_names(size))
     models = {"base": base} | {name: v.model.train() for name, v in variants.items()}
     models["peft_split"] = models["peft"]
@@ -409,14 +433,17 @@ def time_steps(base: nn.Module, size: Size, machine: Machine, seconds: float | N
 def time_generation(base: nn.Module, size: Size, machine: Machine, seconds: float | None) -> Iterator[dict]:
     """Greedy, prompt with image and a number of new tokens for every sample."""
     part = "generate"
+    errors = gate_of_llava(part, size, machine, 0.0, {"ours": True, "peft_names": True})
     variants = {
         "ours": variant(base, "ours", part, size, 0.0, mixed=True),
         "peft_names": variant(base, "peft", part, size, 0.0, mixed=True),
     }
     inputs = batch(size, machine)
-    errors = gate(base, variants, last_logits(inputs), size)
     calls = {"base": (base, {})} | {name: (v.model, v.more) for name, v in variants.items()}
     length = {"max_new_tokens": size.new_tokens, "min_new_tokens": size.new_tokens, "do_sample": False}
+
+    for model, _ in calls.values():
+        model.eval()
 
     def run(name: str, mark: Callable[[], None]) -> None:
         model, more = calls[name]

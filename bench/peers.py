@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lilora_kernels import LiLoRALinear, backend, backends, functional
 from lilora_kernels.ops.delta import reference
-from lilora_kernels.ops.linear import cuda_backend as cuda_linear
 
 from .problems import SCALING, Operands, Problem, samples
 
@@ -44,6 +43,7 @@ class Built:
 class Peer:
     title: str
     build: Callable[[list[Operands], bool], Built]
+    no_graph: str | None = None  # why a CUDA graph cannot capture it
 
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
@@ -147,6 +147,19 @@ def ours(sets: list[Operands], training: bool) -> Built:
     return Built(forward, leaves, adapter)
 
 
+def ours_operation(sets: list[Operands], training: bool) -> Built:
+    """The operation alone on factors that are stacked already, as a gathered bank holds them."""
+    problem = sets[0].problem
+
+    def forward(at: int) -> Tensor:
+        s = sets[at]
+        p = problem.p if training else 0.0
+        seed = functional.draw_seed(s.x.device) if p else None
+        return functional.linear(s.x, s.weight, None, *s.factors(), task=s.task, seed=seed, scaling=SCALING, p=p)
+
+    return Built(forward, [s.gradients() for s in sets], lilora_adapter(problem))
+
+
 def ours_by(name: str) -> Callable[[list[Operands], bool], Built]:
     """The layer under a backend that is not the first one here."""
 
@@ -162,32 +175,24 @@ def ours_by(name: str) -> Callable[[list[Operands], bool], Built]:
     return build
 
 
-def ours_operation(sets: list[Operands], training: bool) -> Built:
-    """The operation alone on factors that are stacked already, as a gathered bank holds them."""
-    problem = sets[0].problem
-
-    def forward(at: int) -> Tensor:
-        s = sets[at]
-        p = problem.p if training else 0.0
-        seed = functional.draw_seed(s.x.device) if p else None
-        return functional.linear(s.x, s.weight, None, *s.factors(), task=s.task, seed=seed, scaling=SCALING, p=p)
-
-    return Built(forward, [s.gradients() for s in sets], lilora_adapter(problem))
-
-
-def ours_fused(sets: list[Operands], training: bool) -> Built:
-    """`ours_operation` by the fused product of sm_90a."""
-    s = sets[0]
-    reason = backends.refusals("linear", s.x, s.problem.rank, s.problem.sub_rank)["cuda"]
-    if (reason := reason or cuda_linear.unfit(s.x, s.weight, s.call())) is not None:
-        raise Unavailable(reason)
+def ours_by_plan(name: str, plan: str) -> Callable[[list[Operands], bool], Built]:
+    """`ours_operation` by one plan of a backend."""
 
     @contextmanager
     def ordered() -> Iterator[None]:
-        with backend("cuda"), cuda_linear.fused(True):
+        with backend(name), backends.plan(plan):
             yield
 
-    return replace(ours_operation(sets, training), ordered=ordered)
+    def build(sets: list[Operands], training: bool) -> Built:
+        built = replace(ours_operation(sets, training), ordered=ordered)
+        try:
+            with torch.no_grad(), ordered():
+                built.forward(0)
+        except backends.Unsupported as reason:
+            raise Unavailable(str(reason)) from reason
+        return built
+
+    return build
 
 
 def formula(sets: list[Operands], training: bool, compiled: bool = False) -> Built:
@@ -346,16 +351,21 @@ def grouped_mm(sets: list[Operands], training: bool) -> Built:
 PEERS = {
     "base": Peer("frozen base, F.linear", base),
     "ours": Peer("LiLoRALinear", ours),
-    "ours_fused": Peer("lilora::linear by the fused product of sm_90a", ours_fused),
-    "ours_triton": Peer("LiLoRALinear, Triton backend", ours_by("triton")),
-    "ours_eager": Peer("LiLoRALinear, eager backend", ours_by("eager")),
     "ours_operation": Peer("lilora::linear on stacked factors", ours_operation),
+    **{f"ours_{name}": Peer(f"LiLoRALinear, backend {name}", ours_by(name)) for name in backends.ORDER},
+    **{
+        f"ours_{name}_{plan.replace(' ', '_')}": Peer(f"lilora::linear, {name}, {plan}", ours_by_plan(name, plan))
+        for name, plans in backends.plans("linear").items()
+        for plan in plans
+    },
     "formula": Peer("LiLoRA's formula in PyTorch", formula),
     "formula_compiled": Peer("the formula under torch.compile", formula_compiled),
     "merged": Peer("merged, a weight per task", merged),
     "peft": Peer("PEFT LoRA, adapters in the base's dtype, one for all rows", peft_lora),
     "peft_default": Peer("PEFT LoRA, its defaults (fp32 adapters), one for all rows", peft_default),
     "peft_compiled": Peer("PEFT LoRA under torch.compile, one for all rows", peft_compiled),
-    "peft_names": Peer("PEFT LoRA, adapter_names", peft_names),
+    "peft_names": Peer("PEFT LoRA, adapter_names", peft_names, "it copies the rows of each adapter from the host"),
     "grouped_mm": Peer("a LoRA per task by F.grouped_mm", grouped_mm),
 }
+# Every way in which ours can run: what a backend or a plan registers is here without being named.
+OURS = tuple(name for name in PEERS if name.startswith("ours"))

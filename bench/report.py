@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from .compare import REGISTRY
+from .peers import OURS
 
 RESULTS = Path(__file__).parent / "results"
 TITLES = {name: peer.title for name, peer in REGISTRY.items()} | {
@@ -20,10 +21,7 @@ TITLES = {name: peer.title for name, peer in REGISTRY.items()} | {
 COLOURS = {
     "base": "#888888",
     "ours": "#c8102e",
-    "ours_operation": "#e88a97",
-    "ours_fused": "#e88c97",
-    "ours_triton": "#f0a5ae",
-    "ours_eager": "#f4c2c8",
+    **{name: plt.cm.Reds(0.75 - 0.6 * at / len(OURS)) for at, name in enumerate(OURS[1:])},
     "formula": "#9467bd",
     "formula_compiled": "#c5b0d5",
     "peft": "#1f77b4",

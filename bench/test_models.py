@@ -17,7 +17,9 @@ PARAMETERS = [(part, direction, name) for part in models.PARTS for direction, na
 
 @pytest.mark.parametrize("part, direction, name", PARAMETERS)
 def test_model(part, direction, name, machine, seconds, measured, report, benchmark):
-    size = models.TINY if machine.tiny else models.LLAVA_7B if torch.cuda.is_available() else models.SMALL
+    size = models.TINY if machine.tiny else models.SMALL
+    if machine.on_gpu:
+        size = models.llava_7b(torch.cuda.get_device_properties(machine.device).total_memory)
     benchmark.group = f"{part}, {direction}"
     rows = measured(part, lambda: models.time_part(part, size, machine, seconds))
     report(rows, name, direction)

@@ -36,7 +36,7 @@ from lilora_kernels.ops.call import Call
 from lilora_kernels.ops.delta import reference
 from lilora_kernels.ops.philox import keep_mask, keep_scale
 
-from .compare import error
+from .compare import error, poisoned
 from .problems import ATTENTION, DOWN, GATE_UP, GRADIENTS, SCALING, TINY, Operands, Problem
 from .timing import Candidate, Machine, measure, nbytes, ratio
 
@@ -283,9 +283,10 @@ class Launches:
 
     def check(self, configuration: Configuration) -> None:
         """Raises if the kernel does not run or its results are wrong."""
-        work = prepared(self.entry, configuration, self.sets[0])
-        for first, last in launches(self.entry, work):
-            work.launch(first, last)
+        with poisoned(self.machine.device):
+            work = prepared(self.entry, configuration, self.sets[0])
+            for first, last in launches(self.entry, work):
+                work.launch(first, last)
         got = {"y": work.y, "h": work.h} if self.entry.kernel == "forward" else work.grads
         for name, want in self.exact.items():
             error(f"{name} of {self.entry}", got[name], want)

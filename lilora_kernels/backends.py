@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 ORDER = ("cuda", "triton", "eager")
-_forced: str | None = None  # for all threads: autograd runs backward on a GPU in threads of its own
+# For all threads: autograd runs backward on a GPU in threads of its own.
+_forced: str | None = None
+_plan: str | None = None
+
+
+class Unsupported(RuntimeError):
+    """The selected backend or plan cannot run this call."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +25,14 @@ class Implementation:
 
     `backward` is None where the gradient takes no kernel.
     `refusal(x, rank, sub_rank)` says in a few words why it cannot run on x with factors of these ranks, or None.
-    `plan` says in a few words how it runs.
+    `plan` says in a few words how it runs, `plans` names the ways between which it chooses by the call's sizes.
     """
 
     forward: Callable
     backward: Callable | None
     refusal: Callable[[Tensor, int, int], str | None]
     plan: str
+    plans: tuple[str, ...] = ()
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -36,13 +43,15 @@ def register(op: str, backend: str, implementation: Implementation) -> None:
     _table.setdefault(op, {})[backend] = implementation
 
 
-def lazy(module: str, refusal: Callable[[Tensor, int, int], str | None], plan: str) -> Implementation:
+def lazy(
+    module: str, refusal: Callable[[Tensor, int, int], str | None], plan: str, plans: tuple[str, ...] = ()
+) -> Implementation:
     """An implementation whose module (with its functions forward and backward) is imported by the first call."""
 
     def late(function: str) -> Callable:
         return lambda *args: getattr(importlib.import_module(module), function)(*args)
 
-    return Implementation(late("forward"), late("backward"), refusal, plan)
+    return Implementation(late("forward"), late("backward"), refusal, plan, plans)
 
 
 def requested() -> str | None:
@@ -66,6 +75,30 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def plans(op: str) -> dict[str, tuple[str, ...]]:
+    """The plans of each backend that has a choice of them, in order of preference of the backends."""
+    return {name: _table[op][name].plans for name in ORDER if name in _table[op] and _table[op][name].plans}
+
+
+@contextmanager
+def plan(name: str) -> Iterator[None]:
+    """Select a plan for all calls, of every thread, until the end: for benchmarks and tests, which also select the backend.
+
+    A backend that does not have it, and a call that it cannot run, raises Unsupported.
+    """
+    global _plan
+    before, _plan = _plan, name
+    try:
+        yield
+    finally:
+        _plan = before
+
+
+def selected_plan() -> str | None:
+    """The plan that `plan(...)` selects; None leaves the choice to the backend."""
+    return _plan
+
+
 def refusals(op: str, x: Tensor, rank: int, sub_rank: int) -> dict[str, str | None]:
     """For each backend in order of preference, why it cannot run `op` on x; None if it can."""
     table = _table[op]
@@ -83,10 +116,14 @@ def choose(op: str, x: Tensor, rank: int, sub_rank: int) -> Implementation:
     wanted = requested() if requested() in table else None
     for name in ORDER if wanted is None else (wanted,):
         if name in table and table[name].refusal(x, rank, sub_rank) is None:
+            if _plan is not None and _plan not in table[name].plans and plans(op):
+                raise Unsupported(
+                    f"{op}: the backend {name!r} has no plan {_plan!r}; its plans: {list(table[name].plans)}"
+                )
             return table[name]
     reasons = refusals(op, x, rank, sub_rank)
     usable = [name for name, reason in reasons.items() if reason is None]
-    raise RuntimeError(f"{op}: the backend {wanted!r} cannot run on {x.device}: {reasons[wanted]}; available: {usable}")
+    raise Unsupported(f"{op}: the backend {wanted!r} cannot run on {x.device}: {reasons[wanted]}; available: {usable}")
 
 
 def explain(model: torch.nn.Module) -> str:

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import ANY_DROPOUT, ANY_SHAPE, AXES, SUBSETS
 
-from lilora_kernels import LiLoRALinear, functional
+from lilora_kernels import LiLoRALinear, backends, functional
 from lilora_kernels.ops.call import Call
 from lilora_kernels.ops.delta import cuda_backend
 from lilora_kernels.ops.linear import cuda_backend as cuda_linear
@@ -385,11 +385,11 @@ def test_a_pair_equals_two_linears(rows, p):
 def test_what_the_fused_product_is_given(coefficients, mix, gate, p):
     """Slots, scaling and coefficients folded into q and z, dh for dx; its own inner product is the plain one here."""
     errors = Errors()
-    with cuda_linear.fused(True):
+    with backends.plan("fused"):
         for seed in range(2):
             i = make(300, 64, 48, 16, 8, 3, coefficients, mix, gate, torch.bfloat16, seed)
             add_errors(errors, i, "linear", p=p, seed=torch.tensor([seed]))
-            assert cuda_linear.takes_fused(i.x, base(i)[0], call_of(i))
+            assert cuda_linear.plan_of(i.x, base(i)[0], call_of(i)) == "fused"
     errors.check()
 
 
@@ -407,4 +407,8 @@ def test_the_fused_product_leaves_what_it_cannot_do_to_the_other_plans(monkeypat
         assert reason in cuda_linear.unfit(inputs.x, w, call_of(inputs))
     monkeypatch.setattr(cuda_linear, "SLOT_BYTES", 1000)
     assert "memory" in cuda_linear.unfit(i.x, weight, call_of(i))
-    assert not cuda_linear.takes_fused(i.x, weight, call_of(i))
+    assert cuda_linear.plan_of(i.x, weight, call_of(i)) == "decode"
+    with backends.plan("fused"), pytest.raises(backends.Unsupported, match="fused product cannot run here"):
+        cuda_linear.forward(i.x, weight, None, call_of(i))
+    with backends.plan("decode"), pytest.raises(backends.Unsupported, match="decode takes up to 64 rows, here are 65"):
+        cuda_linear.forward(torch.zeros(65, 64).bfloat16(), weight, None, call_of(i))

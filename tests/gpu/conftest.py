@@ -2,11 +2,12 @@
 
 import importlib
 import os
+from contextlib import ExitStack
 
 import pytest
 import torch
 
-from lilora_kernels import cuda_library
+from lilora_kernels import backends, cuda_library
 
 BACKENDS = ["triton"]
 if not torch.cuda.is_available():
@@ -29,15 +30,7 @@ def kernels(request, monkeypatch):
 
 
 @pytest.fixture
-def plan(monkeypatch):
+def plan():
     """plan(one_launch) says whether the phases of `linear` share a launch; the configurations are those shipped."""
-    from lilora_kernels.ops import triton_runtime
-    from lilora_kernels.ops.linear import cuda_backend
-
-    def choose(one_launch):
-        rows = 1 << 30 if one_launch else -1
-        monkeypatch.setattr(triton_runtime, "ONE_LAUNCH_ROWS", rows)
-        monkeypatch.setattr(cuda_backend, "ONE_LAUNCH_ROWS", rows)
-        monkeypatch.setattr(cuda_backend, "DECODE_ROWS", -1)
-
-    return choose
+    with ExitStack() as stack:
+        yield lambda one_launch: stack.enter_context(backends.plan("one launch" if one_launch else "by phase"))

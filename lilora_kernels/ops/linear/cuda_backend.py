@@ -4,51 +4,37 @@ decode: the kernels stream the base weight too. expand first: they write the ada
 (beta = 1). fused (sm_90a): one product whose inner dimension has the adapter's steps too, forward and for dx.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
-from ... import cuda_library
+from ... import backends, cuda_library
 from .. import triton_runtime
 from ..call import Call
 from ..delta import cuda_backend as delta
 
+LARGEST_DECODE_ROWS = 64  # that its kernels take: kFewRowsUpTo of csrc/plan.h
 DECODE_ROWS = 64  # up to here a launch for each phase, base included, each starting while the one before it ends
 ONE_LAUNCH_ROWS = 255  # up to here, and in backward, all phases of the adapter in one launch
 SLOT_BYTES = 1 << 28  # how much memory the slots of the fused product may take
 # (device, K, N) -> the number of rows from which the fused product was faster in a paired benchmark. None is measured yet.
 FUSED_FROM: dict[tuple[str, int, int], int] = {}
 
-_ordered: bool | None = None
-
-
-@contextmanager
-def fused(wanted: bool) -> Iterator[None]:
-    """Order the fused product, where it can run, or the other plans: for benchmarks and tests. For all threads."""
-    global _ordered
-    before, _ordered = _ordered, wanted
-    try:
-        yield
-    finally:
-        _ordered = before
-
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-    if takes_fused(x, weight, call, bias):
+    plan = plan_of(x, weight, call, bias)
+    if plan == "fused":
         return delta.run_fused_forward(x, weight, bias, call)
     weight = weight.to(x.dtype)
-    if x.shape[0] <= DECODE_ROWS:
+    if plan == "decode":
         return delta.run_forward(x, bias, call, False, weight)
-    y, h = delta.run_forward(x, bias, call, one_launch(x))
+    y, h = delta.run_forward(x, bias, call, plan == "one launch")
     return y.addmm_(x, weight.T), h
 
 
 def backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    if "x" in needs and takes_fused(dy, weight, call):
+    if "x" in needs and plan_of(dy, weight, call) == "fused":
         return delta.run_backward(dy, x, h, call, needs, one_launch(dy), weight)
     grads = delta.run_backward(dy, x, h, call, needs, one_launch(dy))
     if "x" in needs:
@@ -56,18 +42,28 @@ def backward(
     return grads
 
 
+def plan_of(rows: Tensor, weight: Tensor, call: Call, bias: Tensor | None = None) -> str:
+    """The plan that is selected, or the one for so many rows. The fused product is chosen where it was measured faster."""
+    plan = backends.selected_plan()
+    if plan == "fused" and (reason := unfit(rows, weight, call, bias)) is not None:
+        raise backends.Unsupported(f"the fused product cannot run here: {reason}")
+    if plan == "decode" and rows.shape[0] > LARGEST_DECODE_ROWS:
+        raise backends.Unsupported(f"decode takes up to {LARGEST_DECODE_ROWS} rows, here are {rows.shape[0]}")
+    if plan is not None:
+        return plan
+    device = triton_runtime.table_names(rows.device)
+    fused_from = FUSED_FROM.get((device[0], *weight.shape[::-1])) if device else None
+    if fused_from is not None and rows.shape[0] >= fused_from and unfit(rows, weight, call, bias) is None:
+        return "fused"
+    if rows.shape[0] <= DECODE_ROWS:
+        return "decode"
+    return "one launch" if one_launch(rows) else "by phase"
+
+
 def one_launch(rows: Tensor) -> bool:
-    """Few rows leave a processor nothing to do but to wait for launches."""
-    return rows.shape[0] <= ONE_LAUNCH_ROWS
-
-
-def takes_fused(rows: Tensor, weight: Tensor, call: Call, bias: Tensor | None = None) -> bool:
-    """Whether the fused product is ordered, or measured faster, for these rows and can run on them."""
-    wanted = _ordered
-    if wanted is None:
-        device = triton_runtime.table_names(rows.device)
-        wanted = bool(device) and rows.shape[0] >= FUSED_FROM.get((device[0], *weight.shape[::-1]), 1 << 62)
-    return wanted and unfit(rows, weight, call, bias) is None
+    """Few rows leave a processor nothing to do but to wait for launches. Decode and the fused product have it in backward."""
+    plan = backends.selected_plan()
+    return rows.shape[0] <= ONE_LAUNCH_ROWS if plan in (None, "decode", "fused") else plan == "one launch"
 
 
 def unfit(rows: Tensor, weight: Tensor, call: Call, bias: Tensor | None = None) -> str | None:

@@ -22,6 +22,7 @@ backends.register(
         "lilora_kernels.ops.linear.cuda_backend",
         cuda_runtime.refusal,
         "base included up to 64 rows, then cuBLAS and one launch each way, one per phase beyond 255 rows",
+        ("decode", "one launch", "by phase", "fused"),
     ),
 )
 backends.register(
@@ -31,6 +32,7 @@ backends.register(
         "lilora_kernels.ops.linear.triton_backend",
         triton_runtime.refusal,
         "cuBLAS and one launch each way up to 255 rows, one per phase beyond",
+        ("one launch", "by phase"),
     ),
 )
 

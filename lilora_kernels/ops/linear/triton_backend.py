@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ... import backends
 from .. import triton_runtime as runtime
 from ..call import Call
 from ..delta import triton_backend as delta
@@ -23,4 +24,5 @@ def backward(
 
 def one_launch(rows: Tensor) -> bool:
     """Few rows leave a processor nothing to do but to wait for launches."""
-    return rows.shape[0] <= runtime.ONE_LAUNCH_ROWS
+    plan = backends.selected_plan()
+    return rows.shape[0] <= runtime.ONE_LAUNCH_ROWS if plan is None else plan == "one launch"

@@ -78,7 +78,7 @@ LOAD_FIELDS = (
 
 
 def under_load(path: Path) -> dict | None:
-    """What the samples of nvidia-smi say of the time in which the GPU was busy; None without samples."""
+    """What the samples of LOAD_FIELDS say of the time in which the GPU was busy; None without samples."""
     if not path.is_file():
         return None
     with path.open(errors="replace") as file:
@@ -89,19 +89,15 @@ def under_load(path: Path) -> dict | None:
         values = sorted(number(sample, field) for sample in busy)
         if values:
             found[field] = {"least": values[0], "median": values[len(values) // 2], "most": values[-1]}
-    for sample in busy:
-        for name, value in sample.items():
-            if name and name.startswith("clocks_event_reasons.") and value and value.strip() == "Active":
-                reason = name.partition(".")[2]
-                found.setdefault("throttled", {})[reason] = found.get("throttled", {}).get(reason, 0) + 1
-    return found
+    reasons = [name for name in LOAD_FIELDS.split(",") if name.startswith("clocks_event_reasons.")]
+    counts = {name.partition(".")[2]: sum(sample[name] == "Active" for sample in busy) for name in reasons}
+    return found | {"throttled": {name: count for name, count in counts.items() if count}}
 
 
-def number(sample: dict, field: str) -> float:
-    """The figure under a heading such as `clocks.sm [MHz]`; -1 where there is none."""
-    text = next((value for name, value in sample.items() if name and name.split(" ")[0] == field), None)
+def number(sample: dict[str, str], field: str) -> float:
+    """-1 where there is none."""
     try:
-        return float(text)
+        return float(sample[field])
     except (TypeError, ValueError):
         return -1.0
 

@@ -19,14 +19,13 @@ GO_ON = 75  # the exit code that asks for another process
 class Case:
     """`run(machine, ceilings)` yields results; the case has failed without a figure of each of the implementations `must`.
 
-    An extra case may be left out when the time is up. Cases of one `variant` launch the same compiled kernels.
+    An extra case may be left out when the time is up.
     """
 
     name: str
     run: Callable[[Machine, Ceilings], Iterator[dict]]
     must: tuple[str, ...] = ()
     extra: bool = False
-    variant: tuple | None = None
 
 
 class LostDevice(Exception):

@@ -33,7 +33,8 @@ from .problems import GRADIENTS, SCALING, TINY, Operands, Problem
 
 ROOT = Path(__file__).parent.parent
 LARGE = {"test_gpu_delta.py", "test_gpu_linear.py"}  # worked on by several processes each
-TEST_SECONDS = 60  # of one test
+WORKERS = max(1, min(6, (os.cpu_count() or 1) // 2))  # for each of them
+TEST_SECONDS = 60.0  # of one test
 INTERRUPTED = 8.0  # seconds that pytest gets to write what it knows
 
 
@@ -83,7 +84,7 @@ def call_each_way(name: str, kernels: ModuleType, moved: dict[str, Tensor], call
             rank_gate(moved["x"], 5)
 
 
-def check(dry_run: bool, seconds: float, write: Callable[[dict], None], only: list[Path]) -> int:
+def check(dry_run: bool, seconds: float, test_seconds: float, only: list[Path], write: Callable[[dict], None]) -> int:
     """The GPU tests, a process for each file or more, and the memory checkers, all at the same time; how many failed.
 
     `only` these test files, each up to its first failure, where a run before this one has found them failing.
@@ -109,17 +110,16 @@ def check(dry_run: bool, seconds: float, write: Callable[[dict], None], only: li
                 "no:cacheprovider",
             ]
             if find_spec("pytest_timeout") is not None:  # a thread: a test that hangs in the driver hears no signal
-                pytest += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
+                pytest += [f"--timeout={test_seconds}", "--timeout-method=thread"]
             if only:
                 pytest += ["-x"]
             if find_spec("xdist") is not None:  # a hanging test takes its worker along, and none of the other tests
-                pytest += ["-n", str((4 if only else 6) if target.name in LARGE else 1)]
+                pytest += ["-n", str(WORKERS if target.name in LARGE else 1)]
             jobs[target.name] = [*pytest, f"--junitxml={Path(folder) / target.stem}.xml", str(target)]
         if checker is not None:
             for tool in ("memcheck", "racecheck", "synccheck"):
                 jobs[tool] = [checker, "--tool", tool, "--error-exitcode", "9", *tiny_command]
         else:
-            jobs["tiny"] = tiny_command
             write({"case": "memcheck, racecheck and synccheck", "error": "compute-sanitizer is not on this machine"})
         # Without the caching allocator every tensor is an allocation of its own, with ends that memcheck knows.
         plain = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -185,6 +185,7 @@ def main() -> int:
     parser.add_argument("--into", type=Path)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--seconds", type=float, default=200.0)
+    parser.add_argument("--test-seconds", type=float, default=TEST_SECONDS, help="for one test")
     parser.add_argument("--only", type=Path, action="append", default=[], help="a test file, up to its first failure")
     options = parser.parse_args()
 
@@ -195,7 +196,7 @@ def main() -> int:
 
     if options.what == "tiny":
         return int(tiny(options.dry_run, write) > 0)
-    return int(check(options.dry_run, options.seconds, write, options.only) > 0)
+    return int(check(options.dry_run, options.seconds, options.test_seconds, options.only, write) > 0)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ OUT/clocks.csv while the stages run. Stage 6 leaves OUT/configs.json where it fi
 last lines are a table (bench/gpu_table.py). The command fails when a stage did: when ours or the base was wrong, broke
 off or is missing. --kit FILE takes what `make gpu-kit` made: the CUDA kernels, Triton's compiled kernels, packages.
 Without it the CUDA kernels are built first (LILORA_CUDA=1 python setup.py build_ext --inplace), and Triton's are compiled
-beside the tests unless --no-warm is given. --dry-run does every stage on a CPU with tiny shapes, the kernels interpreted.
+when a stage first launches them, which --minutes and --scale have to allow for. --dry-run does every stage on a CPU with
+tiny shapes, the kernels interpreted.
 """
 
 import argparse
@@ -28,10 +29,10 @@ from shutil import which
 from . import gpu_kit, gpu_table
 from .environment import LOAD_FIELDS, age_of_process, clocks, environment, under_load
 from .gpu_cases import GO_ON
+from .gpu_correctness import TEST_SECONDS
 
 ROOT = Path(__file__).parent.parent
 LOG_BYTES = 2 << 20  # of one stage: its end
-WARM_PROCESSES = 8
 RESERVE = 12.0  # seconds of the whole that no stage gets
 CLOSING = 3.0  # of a stage, for the case that is running when its time is up
 LEAST_SECONDS = 12.0  # in which a process that goes on shows anything
@@ -65,23 +66,29 @@ class Stage:
     kept: float = 0.0
 
 
-def plan(names: list[str], dry_run: bool, out: Path) -> list[Stage]:
+def plan(names: list[str], options: argparse.Namespace) -> list[Stage]:
     """The first call of every backend, then the stages in the order that was asked for."""
 
     def command(name: str) -> list[str]:
-        flags = ["--dry-run"] * dry_run
-        if name in (FIRST, "0"):
-            return [sys.executable, "-m", "bench.gpu_correctness", "all" if name == "0" else "tiny", *flags]
+        flags = ["--dry-run"] * options.dry_run
+        if name == FIRST:
+            return [sys.executable, "-m", "bench.gpu_correctness", "tiny", *flags]
+        if name == "0":
+            flags += ["--test-seconds", str(TEST_SECONDS * options.scale)]
+            flags += [word for path in options.only for word in ("--only", str(path))]
+            return [sys.executable, "-m", "bench.gpu_correctness", "all", *flags]
         if name == "6":
-            flags += ["--configs", str((out / "configs.json").resolve())]
+            flags += ["--configs", str((options.out / "configs.json").resolve())]
         return [sys.executable, "-m", "bench.gpu_stages", name, *flags]
 
     return [Stage(name, TITLES[name], command(name), LIMITS[name], KEPT[name]) for name in (FIRST, *names)]
 
 
 def seconds_for(stage: Stage, later: list[Stage], left: float) -> float:
-    """No stage takes what is kept for those after it."""
-    return min(stage.limit, left - sum(each.kept for each in later))
+    """No stage takes what is kept for those after it; where there is less than is kept for all, each has its share."""
+    kept = sum(each.kept for each in later)
+    share = min(1.0, max(left, 0.0) / max(kept + stage.kept, 1.0))
+    return min(stage.limit, left - share * kept)
 
 
 def variables(dry_run: bool, kit: Path | None) -> dict[str, str]:
@@ -141,7 +148,11 @@ class Evidence:
                 found["results"] += results
                 text += output.read_bytes()[-LOG_BYTES:].decode(errors="replace")
                 mark = results[-1] if results else {}
-                if code != GO_ON or mark["start_at"] >= mark["of"] or until - time.monotonic() < LEAST_SECONDS:
+                if (
+                    code != GO_ON
+                    or mark.get("start_at", 0) >= mark.get("of", 0)
+                    or until - time.monotonic() < LEAST_SECONDS
+                ):
                     break
                 more = ["--start-at", str(mark["start_at"])]
         found["processes"] = 1 + sum(row.get("case") == "go on" for row in found["results"][:-1])
@@ -204,38 +215,15 @@ def build_kernels(dry_run: bool, env: dict[str, str], seconds: float) -> dict:
     return {"status": status, "architecture": architecture, "seconds": took, "output": text[-2000:]}
 
 
-def start_warming(dry_run: bool, env: dict[str, str]) -> list[subprocess.Popen]:
-    """Compile the kernels of the timed stages beside stage 0, on other cores. A dry run does one part of it."""
-    count = 3 if dry_run else WARM_PROCESSES
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "bench.gpu_stages", "warm", "--part", str(part), str(count)] + ["--dry-run"] * dry_run,
-            cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )
-        for part in ([count - 1] if dry_run else range(count))
-    ]  # fmt: skip
-
-
-def finish_warming(processes: list[subprocess.Popen], deadline: float) -> list[int | None]:
-    """Exit codes; None for a process that had to be stopped. Nothing of them runs on beside a timed stage."""
-    codes: list[int | None] = []
-    for process in processes:
-        try:
-            codes.append(process.wait(max(deadline - time.monotonic(), 0)))
-        except subprocess.TimeoutExpired:
-            codes.append(None)
-        end(process)
-    return codes
-
-
 @contextmanager
 def sampled_clocks(path: Path) -> Iterator[None]:
     """Clocks, power and the reasons of throttling in a file, twice a second, while the stages run."""
-    command = ["nvidia-smi", f"--query-gpu={LOAD_FIELDS}", "--format=csv,nounits", "--id=0", "-lms", "500"]
+    command = ["nvidia-smi", f"--query-gpu={LOAD_FIELDS}", "--format=csv,noheader,nounits", "--id=0", "-lms", "500"]
     if which(command[0]) is None:
         yield
         return
-    with path.open("wb") as stream:
+    path.write_text(LOAD_FIELDS + "\n")
+    with path.open("ab") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
             yield
@@ -248,10 +236,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stages", default="2,0,1,3,5,4", help="numbers of stages, in the order in which they run")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--no-warm", action="store_true", help="compile nothing ahead: a kit has it")
     parser.add_argument("--kit", type=Path, help="the file that `make gpu-kit` made")
+    parser.add_argument(
+        "--only", type=Path, action="append", default=[], help="for stage 0: a test file, to its first failure"
+    )
     parser.add_argument("--commit", help="the commit of this tree, where git cannot tell")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="all times so much longer, for a machine that is slower"
+    )
     options = parser.parse_args()
     names = options.stages.split(",")
     if not set(names) <= set(TITLES) - {FIRST}:
@@ -260,7 +253,7 @@ def main() -> int:
     if options.kit is not None and not options.kit.is_file():
         parser.error(f"--kit is {options.kit}, which is no file; make gpu-kit makes one, and names it")
     # --minutes are those of the machine: importing torch is part of them.
-    deadline = time.monotonic() - age_of_process() + 60 * options.minutes - RESERVE
+    deadline = time.monotonic() - age_of_process() + options.scale * 60 * options.minutes - RESERVE
     with tempfile.TemporaryDirectory() as folder:
         kit = None if options.kit is None else gpu_kit.unpack(options.kit, Path(folder))
         env = variables(options.dry_run, kit)
@@ -281,24 +274,16 @@ def run_all(
     evidence.content["cuda_build"] = built
     print(f"CUDA kernels: {built}", flush=True)
     failed = [] if built["status"] in ("ok", "found", "left out") else ["CUDA kernels"]
-    timed = {"3", "4", "5"} & set(names) and not options.no_warm
-    warming = start_warming(options.dry_run, env) if timed else []
-    stages = plan(names, options.dry_run, options.out)
-    try:
-        for at, stage in enumerate(stages):
-            if stage.name not in (FIRST, "0") and warming:
-                codes = finish_warming(warming, min(deadline, time.monotonic() + 90))
-                evidence.content["warming"] = {"exit_codes": codes}
-                warming = []
-            seconds = seconds_for(stage, stages[at + 1 :], deadline - time.monotonic())
-            if seconds < 2:
-                evidence.content["stages"][stage.name] = {"title": stage.title, "status": "no time left"}
-                evidence.save()
-                failed.append(stage.name)
-            elif not evidence.run(stage, seconds, env):
-                failed.append(stage.name)
-    finally:
-        finish_warming(warming, time.monotonic())
+    stages = plan(names, options)
+    for at, stage in enumerate(stages):
+        left = (deadline - time.monotonic()) / options.scale
+        seconds = options.scale * seconds_for(stage, stages[at + 1 :], left)
+        if seconds < 2:
+            evidence.content["stages"][stage.name] = {"title": stage.title, "status": "no time left"}
+            evidence.save()
+            failed.append(stage.name)
+        elif not evidence.run(stage, seconds, env):
+            failed.append(stage.name)
     evidence.content["under_load"] = under_load(evidence.file.with_name("clocks.csv"))
     evidence.save()
     print(gpu_table.table(evidence.content))

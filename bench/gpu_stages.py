@@ -1,9 +1,8 @@
 """The timed stages of `bench.gpu_evidence`, one process each: python -m bench.gpu_stages STAGE [--into FILE]
 
-Each result is one line of JSON, written when it is there. STAGE is a number, or `warm`, which compiles what stages 3 to 5
-will launch, or `call`, one call for a profiler. The cases of a stage come most informative first; after --seconds those
-that are left over are counted and left out. Exit codes: 0, 1 when something failed, 75 when this process has lost the
-device and another has to go on, with --start-at.
+Each result is one line of JSON, written when it is there. STAGE is a number, or `call`, one call for a profiler. The cases
+of a stage come most informative first; after --seconds those that are left over are counted and left out. Exit codes: 0,
+1 when something failed, 75 when this process has lost the device and another has to go on, with --start-at.
 """
 
 import argparse
@@ -125,16 +124,14 @@ def time_addmm(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterato
             yield {**base_shape(problem), "implementation": name, "direction": direction, **found, **rates}
 
 
-def bucket(kernel: str, rows: int, one_launch: bool) -> int:
-    """The bucket of rows whose launch configuration a call of so many rows takes."""
-    table = triton_runtime.table(triton_runtime.table_names(torch.device("cuda")))
-    buckets = tuple(bucket["rows"] for bucket in table["one_launch" if one_launch else "by_phase"][kernel])
-    return buckets[triton_runtime.nearest(buckets, rows)]
-
-
 TRAINING = ("base", *OURS, "peft", "formula", "grouped_mm")
+SLOW_TO_INTERPRET = ("ours_operation", "ours_triton_one_launch")  # and like others that a dry run tries
 COMPILED = ("base", "ours", "peft", "peft_compiled", "formula_compiled")
 OUTSIDE = ("base", "ours", "peft", "lorafusion", "nemo_automodel")
+
+
+def tried(peers: tuple[str, ...], dry_run: bool) -> tuple[str, ...]:
+    return tuple(name for name in peers if not (dry_run and name in SLOW_TO_INTERPRET))
 
 
 def stage_3(dry_run: bool) -> Iterator[Case]:
@@ -142,21 +139,15 @@ def stage_3(dry_run: bool) -> Iterator[Case]:
 
     def case(m: int, shape: tuple[int, int], tasks: int, p: float, extra: bool) -> Case:
         given = problem(dry_run, m, shape, tasks, p)
-        peers = (*TRAINING, "peft_default") if tasks == 1 and m == 8192 else TRAINING
-        variant = (
-            "linear",
-            *("" if dry_run else bucket(k, m, False) for k in ("forward", "backward")),
-            tasks > 1,
-            p > 0,
-        )
-        return Case("linear", partial(time_linear, given, peers=peers), ("base", "ours"), extra, variant)
+        peers = (*TRAINING, "peft_default") if tasks == 1 and m == 8192 else tried(TRAINING, dry_run)
+        return Case("linear", partial(time_linear, given, peers=peers), ("base", "ours"), extra)
 
     def launches(m: int, shape: tuple[int, int], tasks: int, extra: bool) -> Case:
         return Case("launches", partial(time_launches, problem(dry_run, m, shape, tasks, 0.05)), ("ours",), extra)
 
     if dry_run:
-        yield case(20, TINY, 2, 0.05, False)
-        yield launches(20, TINY, 2, False)
+        yield case(10, TINY, 2, 0.05, False)
+        yield launches(10, TINY, 2, False)
         return
     for tasks in (8, 1, 64):
         for shape in (GATE_UP, DOWN):
@@ -248,11 +239,7 @@ def stage_4(dry_run: bool) -> Iterator[Case]:
 
     def case(m: int, shape: tuple[int, int], tasks: int, extra: bool) -> Case:
         given = problem(dry_run, m, shape, tasks, 0.05)
-        variant = ("delta", tasks > 1) if dry_run else ("delta", tasks > 1, *buckets(m))
-        return Case("delta", partial(time_delta, given), must, extra, variant)
-
-    def buckets(m: int) -> list[int]:
-        return [bucket(kernel, m, one) for kernel in ("forward", "backward") for one in (True, False)]
+        return Case("delta", partial(time_delta, given), must, extra)
 
     names = ["triton"] if dry_run or cuda_library.load_error() is not None else ["triton", "cuda"]
     must = tuple(f"{name}, {plan}" for name in names for plan in ("one launch", "by phase"))
@@ -339,9 +326,9 @@ def stage_5(dry_run: bool) -> Iterator[Case]:
     """Decoding: a few rows in a CUDA graph."""
 
     def case(m: int, shape: tuple[int, int], tasks: int, extra: bool) -> Case:
-        variant = ("decode", tasks > 1, "" if dry_run else bucket("forward", m, True))
         given = problem(dry_run, m, shape, tasks)
-        return Case("decode", partial(time_decode, given), ("base", "ours"), extra, variant)
+        run = partial(time_decode, given, peers=tried(DECODING, dry_run))
+        return Case("decode", run, ("base", "ours"), extra)
 
     if dry_run:
         yield case(4, TINY, 2, False)
@@ -353,8 +340,8 @@ def stage_5(dry_run: bool) -> Iterator[Case]:
         yield case(m, ATTENTION, tasks, True)
 
 
-def time_decode(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterator[dict]:
-    field = gated("decode", problem, DECODING, machine, training=False)
+def time_decode(problem: Problem, machine: Machine, ceiling: Ceilings, peers: tuple[str, ...]) -> Iterator[dict]:
+    field = gated("decode", problem, peers, machine, training=False)
     yield from field.absent
     replays = {}
     for name, built in field.built.items():
@@ -407,8 +394,9 @@ def stage_6(
     from . import tune
 
     machine = machine if dry_run else replace(machine, rounds=tune.ROUNDS)
-    rows = [8192] if dry_run else [8192, 1024, 64, 256]
-    plans = ["by_phase"] if dry_run else ["by_phase", "one_launch"]
+    short = dry_run or seconds < 200
+    rows = [8192] if short else [8192, 1024, 64, 256]
+    plans = ["by_phase"] if short else ["by_phase", "one_launch"]
     kernels = ["forward"] if dry_run else ["forward", "backward"]
     minutes = 0.2 if dry_run else min(4.2, seconds / 60)
     table, _ = tune.tune(machine, plans, kernels, rows, minutes, lambda decision: write({"case": "tune", **decision}))
@@ -452,23 +440,6 @@ STAGES = {
 }
 
 
-def only_ours(case: Case) -> Case:
-    """Without the peers: what they compile is their affair."""
-    if case.run.func is not time_linear:
-        return case
-    return replace(case, run=partial(time_linear, *case.run.args, peers=("base", "ours")))
-
-
-def warm(dry_run: bool, part: int, parts: int) -> int:
-    """Compile the kernels of the timed stages into Triton's cache: this part of the cases with kernels of their own."""
-    variants = {}
-    for stage in (3, 4, 5):
-        for case in STAGES[stage](dry_run):
-            if case.variant is not None:
-                variants.setdefault((stage, *case.variant), only_ours(case))
-    return len(run_cases(list(variants.values())[part::parts], Machine.here(2, dry_run), lambda _: None).failed)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage")
@@ -479,7 +450,6 @@ def main() -> int:
     parser.add_argument("--start-at", type=int, default=0, help="the case to begin with, counted from 0")
     parser.add_argument("--configs", type=Path, help="for stage 6: where better launch configurations go")
     parser.add_argument("--problem", type=int, nargs=4, help="for `call`: M K N T")
-    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help="for warm: which part of how many")
     options = parser.parse_args()
 
     def write(result: dict) -> None:
@@ -491,8 +461,6 @@ def main() -> int:
     if options.stage == "call":
         call_once(*options.problem)
         return 0
-    if options.stage == "warm":
-        return int(warm(options.dry_run, *options.part) > 0)
     machine = Machine.here(options.rounds, options.dry_run)
     if options.stage == "6":
         stage_6(options.dry_run, machine, options.configs, options.seconds, write)

@@ -77,7 +77,7 @@ def ceilings(rows: Rows, load: dict | None) -> str:
     if load and load.get("busy"):
         clock, power = load.get("clocks.sm", {}), load.get("power.draw", {})
         text += f"; under load SM {clock.get('least')}..{clock.get('most')} MHz, {power.get('most')} W at most"
-        text += f", throttled: {load.get('throttled', 'never')}"
+        text += f", throttled: {load.get('throttled') or 'never'}"
     return text
 
 

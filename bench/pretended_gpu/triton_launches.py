@@ -59,4 +59,4 @@ def note(kind: str, what: str) -> None:
     path = os.environ.get("LILORA_PRETENDED_LOG")
     if path:
         with open(path, "a") as log:  # one write of one line: lines of other processes do not mix with it
-            log.write(f"{kind} {what}\n")
+            log.write(f"{kind} {os.getpid()} {what}\n")

@@ -1,0 +1,255 @@
+"""What a machine with a GPU would spend its first minutes on, made on one without: python -m bench.gpu_kit FOLDER
+
+`make gpu-kit` calls it in an environment with the versions of bench/gpu_kit.txt. FOLDER/kit.tar.xz gets
+- the CUDA kernels for compute capability 9.0a, and what they were built with;
+- a Triton cache with every kernel that the GPU tests and the stages of `bench.gpu_evidence` launch. They run here over a
+  GPU that is pretended (bench/pretended_gpu), so that no list of kernels is kept by hand;
+- wheels of packages that stage 7 needs and that machine may lack.
+
+A cache is hit where the Python packages, the sources and the kind of GPU are the same, whatever the paths.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+from .environment import commit, installed
+
+ROOT = Path(__file__).parent.parent
+PRETENDED = ROOT / "bench/pretended_gpu"
+DEVICES = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")  # a cache for each that has launch configurations of its own
+STAGES = ("2", "1", "3", "4", "5", "6")
+PACKED_LIMIT, TREE_LIMIT = 45 << 20, 60 << 20  # bytes: of the kit, of kit and tree
+LIBRARY = "lilora_kernels/lib/liblilora_cuda.so"
+WHEELS = {  # what is imported -> the package
+    "pydantic": "pydantic", "pydantic_core": "pydantic-core", "annotated_types": "annotated-types",
+    "typing_inspection": "typing-inspection", "rich": "rich", "markdown_it": "markdown-it-py", "mdurl": "mdurl",
+    "typer": "typer", "shellingham": "shellingham",
+}  # fmt: skip
+COMMANDS = """\
+Command 1 (480 s):
+python3 -m bench.gpu_evidence --out $OUT --kit {kit} --commit {commit} --stages 2,0,1,3,5,4 --minutes 7.7
+
+Command 2 (200 s), once its results lie in bench/results/DEVICE:
+python3 -m bench.gpu_next bench/results/DEVICE/results.json --out $OUT --kit {kit} --commit {commit} --minutes 3.1
+
+To carry besides the tree: {kit}"""
+
+
+# --- making it --------------------------------------------------------------------------------------------------------
+
+
+def make(folder: Path, jobs: int) -> Path:
+    """The packed kit; SystemExit with a sentence where a part of it cannot be made."""
+    content = folder / "content"
+    shutil.rmtree(content, ignore_errors=True)
+    content.mkdir(parents=True)
+    said("the CUDA kernels for 9.0a (minutes)")
+    build_library(content, folder)
+    said("what tests and stages launch (minutes)")
+    counts = record(folder, jobs)
+    pruned(folder / "triton", content / "triton")
+    said("wheels")
+    download_wheels(content / "wheels")
+    about = {
+        "commit": commit(),
+        "sources": sources(),
+        "kernels": counts,
+        **{name: installed(name) for name in ("torch", "triton", "numpy")},
+    }
+    (content / "kit.json").write_text(json.dumps(about, indent=1) + "\n")
+    packed = folder / "kit.tar.xz"
+    with tarfile.open(packed, "w:xz", preset=6) as tar:
+        tar.add(content, ".")
+    check_sizes(packed)
+    return packed
+
+
+def said(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
+
+
+def build_library(content: Path, folder: Path) -> None:
+    env = {**os.environ, "LILORA_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    built = folder / "built"
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        str(built),
+        "--build-temp",
+        str(folder / "temp"),
+    ]
+    if subprocess.run(command, cwd=ROOT, env=env, check=False).returncode:
+        raise SystemExit("gpu_kit: the CUDA kernels were not built; the lines above say why")
+    (content / LIBRARY).parent.mkdir(parents=True)
+    for file in [built / LIBRARY, *(built / "lilora_kernels").glob("_build_info*.so")]:
+        shutil.copyfile(file, content / file.relative_to(built))
+
+
+def pretended(device: str, folder: Path, log: Path) -> dict[str, str]:
+    """The environment in which Python has a GPU of that name that computes nothing, and compiles into folder/triton."""
+    own = {
+        "LILORA_PRETENDED_GPU": device,
+        "LILORA_PRETENDED_KERNELS": "compile",
+        "LILORA_PRETENDED_LIBCUDA": str(folder / "libcuda"),
+        "LILORA_PRETENDED_LOG": str(log),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TRITON_STORE_BINARY_ONLY": "1",
+        "PYTHONPATH": os.pathsep.join([str(PRETENDED), str(ROOT), str(ROOT / "python")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    return {**os.environ, **own}
+
+
+def recordings() -> list[list[str]]:
+    """The commands whose kernels the kit holds, the longest first."""
+    python = [sys.executable, "-m"]
+    tests = sorted((ROOT / "tests/gpu").glob("test_*.py"), key=lambda path: -path.stat().st_size)
+    pytest = [*python, "pytest", "-q", "--assert=plain", "-p", "no:cacheprovider", "--tb=short"]
+    found = [[*pytest, str(path)] for path in tests]
+    found += [[*python, "bench.gpu_stages", stage, *(["--seconds", "110"] if stage == "6" else [])] for stage in STAGES]
+    found.append([*python, "bench.gpu_correctness", "tiny"])
+    return [*found, *([*python, "bench.gpu_stages", "call", "--problem", *sizes] for sizes in profiled_sizes())]
+
+
+def profiled_sizes() -> list[list[str]]:
+    from .gpu_stages import STAGES as cases
+
+    return [
+        [str(getattr(case.run.args[0], name)) for name in ("rows", "columns", "outputs", "tasks")]
+        for case in cases[8](False)
+    ]
+
+
+def device_names() -> list[str]:
+    """One is enough unless a device has launch configurations of its own."""
+    own = [name for name in DEVICES if (ROOT / f"lilora_kernels/configs/{name.replace(' ', '_')}.json").is_file()]
+    return own + [name for name in DEVICES if name not in own][:1]
+
+
+def record(folder: Path, jobs: int) -> dict[str, int]:
+    """Run what launches kernels over a pretended GPU; how many kernels each recording compiled first."""
+    counts: dict[str, int] = {}
+    failed = []
+
+    def run(device: str, at: int, command: list[str]) -> None:
+        log, output = folder / f"recording-{at}.log", folder / f"recording-{at}.txt"
+        log.unlink(missing_ok=True)
+        with output.open("wb") as stream:
+            env = pretended(device, folder, log)
+            code = subprocess.run(command, cwd=ROOT, env=env, stdout=stream, stderr=stream, check=False).returncode
+        kinds = Counter(line.split(" ", 1)[0] for line in log.read_text().splitlines()) if log.exists() else Counter()
+        name = " ".join([*command[2:3], *(Path(word).name for word in command[3:] if not word.startswith("-"))])
+        counts[name] = kinds["miss"]
+        said(f"  {name}: {kinds['miss']} kernels compiled, {kinds['hit']} there already")
+        if code:
+            failed.append(f"{name} ended with {code}: {output}")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for device in device_names():
+            list(pool.map(lambda job, device=device: run(device, *job), enumerate(recordings())))
+    if failed:
+        raise SystemExit("gpu_kit: the kit would lack kernels, for " + "; ".join(failed))
+    return counts
+
+
+def pruned(cache: Path, target: Path) -> None:
+    """The cache without the sources of its kernels: they are for people."""
+    ignore = shutil.ignore_patterns("*.source", "*.ttir", "*.ttgir", "*.llir", "*.ptx", "lock", "tmp.*")
+    shutil.copytree(cache, target, ignore=ignore)
+
+
+def download_wheels(folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
+    if subprocess.run([*command, *WHEELS.values()], check=False).returncode:
+        raise SystemExit("gpu_kit: wheels could not be downloaded; the lines above say why")
+
+
+def check_sizes(packed: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tree = sum((ROOT / name).stat().st_size for name in tracked.split("\0") if name and (ROOT / name).is_file())
+    size = packed.stat().st_size
+    said(f"{packed}: {size / 2**20:.1f} MiB packed, with the tree {(size + tree) / 2**20:.1f} MiB")
+    if size > PACKED_LIMIT or size + tree > TREE_LIMIT:
+        raise SystemExit(
+            f"gpu_kit: kit and tree have {size / 2**20:.1f} and {tree / 2**20:.1f} MiB; "
+            f"{PACKED_LIMIT >> 20} for the kit and {TREE_LIMIT >> 20} for both are the limits"
+        )
+
+
+# --- using it ---------------------------------------------------------------------------------------------------------
+
+
+def unpack(packed: Path, folder: Path) -> Path:
+    """Lay the kit into `folder`, the CUDA kernels into the tree, unless it has some; returns the folder."""
+    with tarfile.open(packed) as tar:
+        tar.extractall(folder, filter="data")
+    for group in (folder / "triton").glob("*/__grp__*.json"):  # Triton names the files of a kernel by absolute paths
+        names = json.loads(group.read_text())["child_paths"]
+        own = {name: str(group.parent / name) for name in names if (group.parent / name).is_file()}
+        group.write_text(json.dumps({"child_paths": own}))
+    if facts(folder)["sources"] != sources():
+        print(
+            f"the CUDA kernels of {packed} are left out: they were made of other sources than this tree's", flush=True
+        )
+    elif not (ROOT / LIBRARY).exists():
+        for file in (folder / "lilora_kernels").rglob("*.so"):
+            target = ROOT / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+    missing = [package for name, package in WHEELS.items() if find_spec(name) is None]
+    if missing:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-index",
+            "--no-deps",
+            "--no-compile",
+            "--find-links",
+        ]
+        command += [str(folder / "wheels"), "--target", str(folder / "site"), *missing]
+        subprocess.run(command, check=False)  # stage 7 alone would miss them, and say so
+    return folder
+
+
+def sources() -> str:
+    """What the CUDA kernels were compiled from, in short."""
+    found = hashlib.sha256()
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix in (".cu", ".cuh", ".cpp", ".h", ".py"):
+            found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def facts(folder: Path) -> dict:
+    return json.loads((folder / "kit.json").read_text())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="recordings at a time")
+    options = parser.parse_args()
+    packed = make(options.folder.resolve(), options.jobs)
+    print(COMMANDS.format(kit=os.path.relpath(packed, ROOT), commit=commit()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

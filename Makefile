@@ -44,13 +44,15 @@ LONG_REVERSED := lilora-reversed pclr-reversed
 SEEDS := 0 1 2
 named = $(foreach seed,$(SEEDS),$(foreach label,$(1),$(label)-$(seed)))
 
-.PHONY: help venv demo experiment long test cuda-check cuda-check-all lint cpu-evidence families readme resources gpu-evidence wheel clean
+.PHONY: help venv demo experiment long test cuda-check cuda-check-all lint cpu-evidence families readme resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
 	@echo "make demo        learn six tasks with three methods on real images, about 8 minutes on 2 cores"
 	@echo "make test        all tests"
 	@echo "make cuda-check  the GPU build for one architecture, compiled and taken apart; -all: for every one"
+	@echo "make gpu-kit     for a GPU elsewhere: its kernels, compiled here, in one file; prints the two commands to run there"
+	@echo "make gpu-rehearsal  these commands, tried without a GPU: what they launch, and how long each stage would take"
 	@echo "make gpu-evidence  on a GPU: its tests, then the measurements; results.json and log.txt under OUT=folder"
 	@echo "make resources   what the Triton kernels take, compiled ahead of time: lilora_kernels/ops/RESOURCES.md"
 	@echo "make lint        ruff: rules and formatting"
@@ -145,10 +147,26 @@ readme: .venv/ready
 resources: venv
 	$(BIN)/python -m lilora_kernels.resources > lilora_kernels/ops/RESOURCES.md
 
-# On a machine with a GPU: straight from the sources, with the Python that is there. OUT=folder COMMIT=hash DRY_RUN=1
-STAGES := 0,1,2,3,4,5
+# On a machine with a GPU: straight from the sources, with the Python that is there. OUT=folder COMMIT=hash KIT=file DRY_RUN=1
+STAGES := 2,0,1,3,5,4
 gpu-evidence:
-	$(PY) -m bench.gpu_evidence --out $(or $(OUT),evidence) --stages $(STAGES) $(if $(COMMIT),--commit $(COMMIT)) $(if $(DRY_RUN),--dry-run)
+	$(PY) -m bench.gpu_evidence --out $(or $(OUT),evidence) --stages $(STAGES) $(if $(COMMIT),--commit $(COMMIT)) $(if $(KIT),--kit $(KIT)) $(if $(DRY_RUN),--dry-run)
+
+# On a machine without one: what it would otherwise have to build and compile, and a trial of it all.
+KIT_DIR := .gpu-kit
+GPU_PY ?= $(firstword $(shell command -v python3.12) $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
+$(KIT_DIR)/ready: bench/gpu_kit.txt
+	$(GPU_PY) -m venv $(KIT_DIR)/venv
+	$(KIT_DIR)/venv/bin/pip install -q -r bench/gpu_kit.txt
+	$(KIT_DIR)/venv/bin/pip install -q --no-deps nvidia-cutlass
+	$(KIT_DIR)/venv/bin/pip uninstall -q -y pydantic pydantic-core
+	touch $@
+
+gpu-kit: $(KIT_DIR)/ready
+	$(KIT_DIR)/venv/bin/python -m bench.gpu_kit $(KIT_DIR)
+
+gpu-rehearsal: $(KIT_DIR)/ready
+	$(KIT_DIR)/venv/bin/python -m bench.gpu_rehearsal $(KIT_DIR)/kit.tar.xz
 
 wheel: .venv/ready
 	rm -rf build dist

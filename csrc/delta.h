@@ -1,6 +1,8 @@
 // The one-launch kernels of `delta`: what a launch is given. lilora_kernels/ops/README.md has the formula and the phases.
 #pragma once
 
+#include <string>
+
 #include "tile.h"
 
 namespace lilora {
@@ -99,8 +101,8 @@ struct Backward {
   Launch launch;
 };
 
-// Whether this binary has code for the current device.
-bool built_for_current_device();
+// Why the current device cannot run this binary's code; empty if it can.
+std::string missing_code_on_current_device();
 
 // Decides how the work is split, before the caller makes what depends on it: splits, groups and the launch.
 void plan(Forward& forward, Type type);

@@ -197,7 +197,7 @@ auto kernel_of(T, std::integral_constant<int, kM>) {
   return &delta_forward<T, kM>;
 }
 
-bool built_for_current_device() { return has_code(&delta_forward<float, kFewRows>); }
+std::string missing_code_on_current_device() { return missing_code(&delta_forward<float, kFewRows>); }
 
 void plan(Forward& p, Type type) {
   const Adapter& adapter = p.adapter;

@@ -282,18 +282,18 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 inline int processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 inline int largest_shared_memory() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
-// Whether the binary has `kernel` for the current device.
+// Why the current device cannot run the binary's code of `kernel`; empty if it can. An old driver is one reason of many.
 template <typename Params>
-bool has_code(void (*kernel)(Params)) {
+std::string missing_code(void (*kernel)(Params)) {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // so that a later call is not blamed for it
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
       error == cudaErrorUnsupportedPtxVersion) {
-    cudaGetLastError();
-    return false;
+    return "its build has no code for it; add it to TORCH_CUDA_ARCH_LIST";
   }
-  check(error, "cudaFuncGetAttributes");
-  return true;
+  return cudaGetErrorString(error);
 }
 
 // Whether the code of `kernel` that runs here knows programmatic dependent launch: PTX of an older architecture does not,

@@ -6,7 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <exception>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -105,7 +108,9 @@ using Guard = torch::stable::accelerator::DeviceGuard;
 #else
 Stream current_stream(const Tensor&) { return nullptr; }
 struct Guard {
-  explicit Guard(int) {}
+  explicit Guard(int device) {
+    if (device > 0) throw std::runtime_error("there is one emulated device");
+  }
 };
 #endif
 
@@ -298,9 +303,14 @@ int64_t slot_bytes(int64_t rows, int64_t tasks, int64_t sub_rank) {
 }
 #endif
 
-bool has_code_for(int64_t device) {
-  const Guard guard(static_cast<int>(device));
-  return built_for_current_device();
+// Why a device cannot run this binary's code; empty if it can. Never throws: another backend may be able to.
+std::string missing_code_on(int64_t device) {
+  try {
+    const Guard guard(static_cast<int>(device));
+    return missing_code_on_current_device();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
 }
 
 }  // namespace
@@ -321,7 +331,7 @@ STABLE_TORCH_LIBRARY(lilora_cuda, m) {
       "delta_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor? h, Tensor a, Tensor b0, Tensor? u, Tensor? v, Tensor? fusion, "
       "Tensor? task, Tensor? gate, Tensor? gate_row, Tensor? seed, Tensor? state, float scaling, int threshold, "
       "float keep_scale, int low_rank, int high_rank, int needs, bool one_launch) -> Tensor[]");
-  m.def("built_for(int device) -> bool");
+  m.def("missing_code(int device) -> str");
 #ifdef LILORA_HOPPER
   m.def(
       "fused_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b0, Tensor? u, Tensor? v, "
@@ -340,7 +350,7 @@ STABLE_TORCH_LIBRARY_IMPL(lilora_cuda, LILORA_DEVICE, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lilora_cuda, CompositeExplicitAutograd, m) {
-  m.impl("built_for", TORCH_BOX(&lilora::has_code_for));
+  m.impl("missing_code", TORCH_BOX(&lilora::missing_code_on));
 #ifdef LILORA_HOPPER
   m.impl("slot_bytes", TORCH_BOX(&lilora::slot_bytes));
 #endif

@@ -10,12 +10,13 @@ import torch
 
 PATH = Path(__file__).parent / "lib" / "liblilora_cuda.so"
 NO_BUILD = "this installation has no CUDA build; LILORA_CUDA=1 pip install --no-build-isolation . makes one"
+OPERATIONS = ("delta_forward", "delta_backward", "missing_code")  # of every build
 
 
 @functools.cache
 def load_error() -> str | None:
     """Load the library, once per process; why its operations are missing in a few words, or None. Never raises."""
-    return load(PATH) if PATH.exists() else NO_BUILD
+    return load(PATH)
 
 
 def load(path: Path) -> str | None:
@@ -24,13 +25,20 @@ def load(path: Path) -> str | None:
         if truncated(path):
             raise OSError(f"{path} is truncated")
         torch.ops.load_library(path)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError):
+        return NO_BUILD
+    except (OSError, RuntimeError) as error:
         # Newer versions of torch keep the loader's message in the cause.
-        message = " ".join(str(error.__cause__ or error).split())
+        message = one_line(error.__cause__ or error)
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA ({message})"
         return message
-    return None
+    lacking = [name for name in OPERATIONS if not hasattr(torch.ops.lilora_cuda, name)]
+    return f"{path} is of another version: it lacks {', '.join(lacking)}; build it again" if lacking else None
+
+
+def one_line(error: object) -> str:
+    return " ".join(str(error).split())
 
 
 def truncated(path: Path) -> bool:
@@ -51,9 +59,9 @@ def device_type() -> str:
 
 
 @functools.cache
-def built_for(device: int) -> bool:
-    """Whether the loaded library has code for a GPU."""
-    return torch.ops.lilora_cuda.built_for(device)
+def missing_code(device: int) -> str | None:
+    """Why a GPU cannot run the code of the loaded library, such as an old driver, or None. Asked once per process."""
+    return one_line(torch.ops.lilora_cuda.missing_code(device)) or None
 
 
 @functools.cache

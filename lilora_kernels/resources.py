@@ -90,7 +90,8 @@ def compile_kernel(
                 "i32" if argument in IDS else "i64" if argument == "seed" else "fp32" if argument in WIDE else None
             )
             signature[argument] = "*" + (element or TYPES[(masters or dtype) if argument in PARAMETERS else dtype])
-        if argument in ("K", "N", "x_stride") or signature[argument].startswith("*"):
+        specialised = argument in ("K", "N", "x_stride") or signature[argument].startswith("*")
+        if specialised and argument not in kernel.do_not_specialize:
             attributes[(at,)] = [["tt.divisibility", 16]]
     if first < last:
         options["launch_cooperative_grid"] = True

@@ -31,6 +31,8 @@ def warmup(model: nn.Module) -> int:
             continue
         parameters = [*layer.named_parameters(), *(() if up is None else up.named_parameters())]
         own = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in parameters)
+        # Views into a flat buffer of an optimizer may lie anywhere: Triton compiles for what is aligned.
+        own += tuple(p.data_ptr() % 16 == 0 for name, p in parameters if name.startswith("lilora_"))
         key = x.device, x.dtype, layer.training and layer.dropout > 0, layer.unfused_reason(), layer.active, own
         if key in seen:
             continue

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 SLOTS = 64  # streams per allocation
+LINE = 32  # int32 of a slot: 128 bytes, so that streams share no cache line and every slot is aligned like the first
 
 _lock = threading.Lock()
 _blocks: dict[torch.device, list[Tensor]] = {}
@@ -32,12 +33,12 @@ def barrier_state(device: torch.device) -> Tensor:
                 thread = threading.Thread(target=lambda: blocks.append(_zeros(device)))
                 thread.start()
                 thread.join()
-            _states[device, stream] = blocks[used // SLOTS][used % SLOTS]
+            _states[device, stream] = blocks[used // SLOTS][used % SLOTS, :2]
         return _states[device, stream]
 
 
 def _zeros(device: torch.device) -> Tensor:
-    block = torch.zeros(SLOTS, 2, dtype=torch.int32, device=device)
+    block = torch.zeros(SLOTS, LINE, dtype=torch.int32, device=device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # other streams may be the first to read it
     return block

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import cuda_library
-from .triton_runtime import LARGEST_RANK, LARGEST_SUB_RANK, capability
+from .triton_runtime import LARGEST_RANK, LARGEST_SUB_RANK, capability, old_gpu
 
 
 def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
@@ -13,13 +13,17 @@ def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
         return error
     if x.device.type != cuda_library.device_type():
         return "it needs an NVIDIA GPU"
-    if x.is_cuda:
-        if capability(x.device) < (8, 0):
-            return "it needs a GPU of compute capability 8.0 or more"
-        if not cuda_library.built_for(x.device.index):
-            return "its build has no code for sm_{}{}; add it to TORCH_CUDA_ARCH_LIST".format(*capability(x.device))
+    if x.is_cuda and (reason := unusable(x.device)) is not None:
+        return reason
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it does not support {x.dtype}"
     if rank > LARGEST_RANK or sub_rank > LARGEST_SUB_RANK:
         return f"it supports r up to {LARGEST_RANK} and sub_rank up to {LARGEST_SUB_RANK}"
     return None
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why the loaded library cannot compute on a GPU, or None."""
+    if (reason := old_gpu(device)) is None and (missing := cuda_library.missing_code(device.index)) is not None:
+        reason = "it cannot run on sm_{}{}: {}".format(*capability(device), missing)
+    return reason

@@ -1,8 +1,9 @@
 """What the Triton backends share: when they can run, and launch configurations.
 
-Imports Triton nowhere: `import lilora_kernels` must not.
+Imports Triton only for a tensor that it might serve: `import lilora_kernels` must not.
 """
 
+import importlib
 import importlib.util
 import json
 import math
@@ -27,13 +28,16 @@ def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
     """Why the Triton kernels cannot run on x, or None."""
     if not installed():
         return "triton is not installed"
+    reason = None
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     if INTERPRETED:
         dtypes = dtypes[:2]  # the interpreter computes bfloat16 wrongly
     elif x.device.type != "cuda" or torch.version.hip is not None:
         return "it needs an NVIDIA GPU"
-    elif capability(x.device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or more"
+    else:
+        reason = old_gpu(x.device)
+    if (reason := reason or import_fault()) is not None:
+        return reason
     if x.dtype not in dtypes:
         return f"it does not support {x.dtype}" + (" in the interpreter" if INTERPRETED else "")
     if rank > LARGEST_RANK or sub_rank > LARGEST_SUB_RANK:
@@ -43,7 +47,45 @@ def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
 
 @cache
 def installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # a stand-in that another package has left in sys.modules
+        return False
+
+
+@cache
+def import_fault() -> str | None:
+    """Why the Triton that is installed cannot be used here, or None. Imports it."""
+    names = ("triton", "numpy") if INTERPRETED else ("triton",)
+    try:
+        versions = [importlib.import_module(name).__version__ for name in names]
+    except Exception as error:
+        return f"triton cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
+    return interpreter_fault(*versions) if INTERPRETED else None
+
+
+def interpreter_fault(triton: str, numpy: str) -> str | None:
+    """Why the interpreter of this Triton cannot run with this numpy, or None. numpy 2.4 makes no integer of an array [1]."""
+    if release(triton) < (3, 7) and release(numpy) >= (2, 4):
+        return (
+            f"the interpreter of triton {triton} needs numpy below 2.4, and numpy {numpy} is installed; "
+            "install numpy<2.4 or triton>=3.7"
+        )
+    return None
+
+
+def release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def old_gpu(device: torch.device) -> str | None:
+    """Why no kernel of ours runs on a GPU, or None; a GPU that torch cannot speak to is no error but a reason."""
+    try:
+        recent = capability(device) >= (8, 0)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        return " ".join(str(error).split())
+    return None if recent else "it needs a GPU of compute capability 8.0 or more"
 
 
 @cache

@@ -639,10 +639,15 @@ def environment() -> dict[str, str]:
 
 
 def cuda_build() -> dict[str, Any]:
-    """What the CUDA kernels were built with and whether they load, in words and as data."""
+    """What the CUDA kernels were built with, and whether they load and run on the first GPU, in words and as data."""
+    import torch
+
     from lilora_kernels.cuda_library import build_info, load_error
+    from lilora_kernels.ops.cuda_runtime import unusable
 
     built, error = build_info(), load_error()
+    if error is None and torch.cuda.is_available():
+        error = unusable(torch.device("cuda", 0))
     made = f"CUDA {built['cuda']}, torch {built['torch']}, for {', '.join(built['architectures'])}; "
     state = "loaded" if error is None else error
     return {"cuda build": (made if built["cuda"] else "") + state, "build_info": built}

@@ -15,6 +15,7 @@ void emulation_set(int processors, int shared, unsigned order) {
   emulation::largest_shared = shared;
   emulation::random_state = order;
 }
+void emulation_lacks_code(const char* reason) { emulation::missing_code = reason; }
 int emulation_launches() { return emulation::launches; }
 
 void index_tile_range(int index, int size, int64_t total, int64_t* out) {

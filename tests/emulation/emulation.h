@@ -182,6 +182,7 @@ inline unsigned random_state = 0;  // 0: threads take turns in order
 inline int processors = 3;
 inline int largest_shared = 227 << 10;
 inline int launches = 0;
+inline std::string missing_code;  // what a device without the code says
 
 }  // namespace emulation
 
@@ -358,8 +359,8 @@ inline void allow_next_kernel() {}
 inline int largest_shared_memory() { return emulation::largest_shared; }
 
 template <typename Params>
-bool has_code(void (*)(Params)) {
-  return true;
+std::string missing_code(void (*)(Params)) {
+  return emulation::missing_code;
 }
 
 template <typename Params>

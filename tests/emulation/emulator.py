@@ -51,6 +51,10 @@ class Device:
     def __call__(self, processors: int = 3, shared: int = 227 << 10, order: int = 0) -> None:
         self.library.emulation_set(processors, shared, ctypes.c_uint(order))
 
+    def lacks_code(self, reason: str) -> None:
+        """Say this from now on to whoever asks why the device cannot run the kernels; nothing if it is empty."""
+        self.library.emulation_lacks_code(reason.encode())
+
     @property
     def launches(self) -> int:
         return self.library.emulation_launches()

@@ -245,6 +245,16 @@ def test_a_row_is_the_same_alone_and_in_any_batch(rows, monkeypatch, device):
     assert torch.equal(run(part), together[part])
 
 
+def test_a_device_that_cannot_run_the_code_says_why(device):
+    assert torch.ops.lilora_cuda.missing_code(0) == ""
+    assert torch.ops.lilora_cuda.missing_code(1) == "there is one emulated device"  # what is thrown is a reason too
+    device.lacks_code("CUDA driver version is insufficient for CUDA runtime version")
+    try:
+        assert torch.ops.lilora_cuda.missing_code(0) == "CUDA driver version is insufficient for CUDA runtime version"
+    finally:
+        device.lacks_code("")
+
+
 # --- what must not spread ------------------------------------------------------------------------------------------
 
 

@@ -5,5 +5,16 @@ TRITON_INTERPRET=1 pytest tests/interpreter
 
 import os
 
+import pytest
+
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_configure():
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from lilora_kernels.ops import triton_runtime
+
+    if (fault := triton_runtime.import_fault()) is not None:
+        raise pytest.UsageError(fault)

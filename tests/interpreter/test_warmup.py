@@ -36,6 +36,20 @@ def test_each_distinct_layer_runs_once_for_each_bucket(train, monkeypatch):
     assert {name for name, _ in launches} == ({"delta_forward", "delta_backward"} if train else {"delta_forward"})
 
 
+def test_a_layer_with_parameters_that_lie_elsewhere_is_another_one(monkeypatch):
+    """Views of an optimizer's flat buffer are seldom at multiples of 16 bytes, for which Triton compiles otherwise."""
+    monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [2])
+    bases = [torch.nn.Linear(24, 24).requires_grad_(False) for _ in range(3)]
+    layers = torch.nn.Sequential(*(LiLoRALinear(base, r=8, sub_rank=4, dropout=0.0) for base in bases))
+    for layer in layers:
+        layer.add_task("one")
+    layers.requires_grad_(False)
+    assert lilora_kernels.warmup(layers) == 2  # with the active task and with ids
+    parameter = layers[2].lilora_V["one"]
+    parameter.data = torch.cat([parameter.data.new_zeros(1), parameter.data.flatten()])[1:].view_as(parameter)
+    assert lilora_kernels.warmup(layers) == 4
+
+
 def test_merged_layers_routes_and_other_backends(monkeypatch):
     monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [2])
     layers = model()

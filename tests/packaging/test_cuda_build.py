@@ -13,6 +13,8 @@ import cuda_build
 import pytest
 import torch
 
+from lilora_kernels import cuda_library
+
 ROOT = Path(__file__).parents[2]
 KNOWN = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
@@ -317,6 +319,20 @@ def test_a_library_that_cannot_be_loaded_keeps_its_cause_and_breaks_nothing(inst
     assert "_build_info" in facts["reason"]
 
 
-def test_a_library_that_loads_has_no_cause(installation):
+def test_a_library_without_our_operations_is_of_another_version(installation):
+    """As one that was built from older sources: it loads, but nothing could be called."""
     installation.library.write_bytes(whole_library())
-    assert installation.run(FACTS)[0] is None
+    error, _, eager_is_right = installation.run(FACTS)
+    assert eager_is_right
+    assert error == (
+        f"{installation.library} is of another version: it lacks delta_forward, delta_backward, missing_code; build it again"
+    )
+
+
+def test_a_folder_that_may_not_be_read_is_a_cause(monkeypatch):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied", "liblilora_cuda.so")
+
+    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(Path, "stat", refused)
+    assert "Permission denied" in cuda_library.load_error.__wrapped__()

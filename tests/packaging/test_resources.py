@@ -8,9 +8,11 @@ from cases import make
 
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import create_function_from_signature
 
 from lilora_kernels import resources
-from lilora_kernels.ops import triton_runtime
+from lilora_kernels.ops import barrier, triton_runtime
 from lilora_kernels.ops.call import DIFFERENTIABLE
 from lilora_kernels.ops.delta import triton_backend
 from lilora_kernels.ops.rank_gate import triton_backend as rank_gate
@@ -105,6 +107,65 @@ def test_variants_do_not_multiply_with_the_number_of_rows(monkeypatch):
     assert len(variants) == 2
 
 
+def binder(kernel):
+    """bind(*arguments, **constants)[1]: what Triton compiles them for, its own key, without a GPU."""
+    return create_function_from_signature(kernel.signature, kernel.params, CUDABackend(GPUTarget("cuda", 90, 32)))
+
+
+def slots(count):
+    """The states of `count` streams of one device."""
+    found = []
+    for stream in range(1, count + 1):
+        found.append(barrier.barrier_state(torch.device("cpu")))
+        barrier._states[torch.device("cpu"), stream] = barrier._states.pop((torch.device("cpu"), 0))
+    return found
+
+
+@pytest.fixture
+def fresh_slots(monkeypatch):
+    monkeypatch.setattr(barrier, "_states", {})
+    monkeypatch.setattr(barrier, "_blocks", {})
+
+
+def test_every_stream_has_a_line_of_memory_for_its_barrier(fresh_slots):
+    states = slots(barrier.SLOTS + 2)
+    assert all(state.tolist() == [0, 0] and state.dtype == torch.int32 for state in states)
+    addresses = [state.data_ptr() for state in states]
+    first, second = sorted(addresses[: barrier.SLOTS]), sorted(addresses[barrier.SLOTS :])
+    for block in (first, second):  # a block of CUDA begins at a multiple of 512 bytes
+        assert all((address - block[0]) % 128 == 0 for address in block)
+        assert len(set(block)) == len(block)
+
+
+@pytest.mark.parametrize("shift", range(1, 4))
+def test_calls_of_the_same_shapes_are_one_variant(shift, fresh_slots, monkeypatch):
+    """Another stream, ids, seeds and fusions cut out of longer tensors, other numbers that shapes do not fix."""
+    variants, states = {}, slots(8)
+
+    def recording(kernel, device, first, last, items, tensors, numbers, constants):
+        constants = constants | {"FIRST": first, "LAST": last}
+        constants.pop("PROGRAMS", None)
+        for state in (*states, torch.zeros(8, dtype=torch.int32)[shift:]):
+            key = binder(kernel)(*tensors, state, *numbers, **constants)[1]
+            variants.setdefault(kernel, set()).add(tuple(key))
+
+    def cut(tensor, by):
+        return torch.cat([tensor[:1].expand(by, *tensor.shape[1:]), tensor])[by:]
+
+    monkeypatch.setattr(triton_backend, "run", recording)
+    i = make(rows=40, columns=128, outputs=96, rank=16, sub_rank=8, tasks=3, gate=True, dtype=torch.float16)
+    for by, p, ranks in ((0, 0.5, None), (shift, 0.1, (1, 16)), (shift, 0.3, (0, 1))):
+        task, gate_row, fusion = (cut(t, by) for t in (i.task, i.gate_row, i.fusion))
+        seed = cut(torch.tensor([1]), by)
+        call = triton_backend.Call(i.a, i.b0, i.u, i.v, fusion, task, i.gate, gate_row, seed, 1.0, p, ranks)
+        _, h = triton_backend.forward(i.x, call)
+        triton_backend.backward(torch.randn(40, 96).half(), i.x, h, call, frozenset(DIFFERENTIABLE))
+    assert {kernel.__name__: len(keys) for kernel, keys in variants.items()} == {
+        "delta_forward": 1,
+        "delta_backward": 1,
+    }
+
+
 @pytest.mark.parametrize("arch", resources.SHARED_MEMORY)
 @pytest.mark.parametrize("dtype", resources.TYPES, ids=str)
 def test_the_kernel_of_rank_gate_does_not_spill(dtype, arch):
@@ -115,12 +176,8 @@ def test_the_kernel_of_rank_gate_does_not_spill(dtype, arch):
 
 
 def test_the_kernel_of_rank_gate_is_compiled_once_for_each_dtype():
-    """Scores of any shape, layout and alignment: Triton's own key of what it compiles for, without a GPU."""
-    from triton.backends.nvidia.compiler import CUDABackend
-    from triton.runtime.jit import create_function_from_signature
-
-    kernel = rank_gate.kernels.rank_gate
-    bind = create_function_from_signature(kernel.signature, kernel.params, CUDABackend(GPUTarget("cuda", 90, 32)))
+    """Scores of any shape, layout and alignment."""
+    bind = binder(rank_gate.kernels.rank_gate)
     keys = set()
     for rows, n, r in ((1, 1, 1), (1, 12, 8), (5, 256, 64), (7, 4097, 100)):
         for scores in (torch.randn(rows, n), torch.randn(n, rows).T, torch.randn(rows, n + 1)[:, 1:]):

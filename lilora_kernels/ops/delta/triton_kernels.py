@@ -8,6 +8,9 @@ and a later phase adds the planes in order.
 
 A tile of rows is given by its first row (int64) and the number of rows that exist from there on; offsets within a tile
 are int32. BLOCK_R and BLOCK_S are R and S padded to powers of two (at least 16); both lie whole in every tile.
+
+do_not_specialize names what may differ between two calls of the same shapes and is read an element at a time: ids cut out
+of longer ones, a stream's barrier. Another variant would be compiled and loaded, which a graph capture does not survive.
 """
 
 import triton
@@ -246,7 +249,12 @@ def expand(
         t = next_task(ids, t)
 
 
-@triton.jit(do_not_specialize=["M", "T", "G", "drop_below"])
+@triton.jit(
+    do_not_specialize=[
+        "fusion", "task", "gate_row", "seed", "fusion_2", "state",
+        "M", "T", "G", "drop_below",
+    ]
+)  # fmt: skip
 def delta_forward(
     x, a, b0, u, v, fusion, task, gate, gate_row, bias, seed,
     h, z, planes, y, a_2, fusion_2, v_2, h_2, z_2, planes_2, state,
@@ -599,7 +607,12 @@ def sum_planes(item, planes, present, out, chunks, T, size):
     tl.store(out + t * size + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
-@triton.jit(do_not_specialize=["M", "T", "G", "CHUNK", "drop_below", "low_rank", "high_rank"])
+@triton.jit(
+    do_not_specialize=[
+        "fusion", "task", "gate_row", "seed", "state",
+        "M", "T", "G", "CHUNK", "drop_below", "low_rank", "high_rank",
+    ]
+)  # fmt: skip
 def delta_backward(
     dy, x, h, a, b0, u, v, fusion, task, gate, gate_row, seed,
     dx, da, db0, du, dv, dfusion, dgate,

@@ -165,8 +165,8 @@ $(KIT_DIR)/ready: bench/gpu_kit.txt
 gpu-kit: $(KIT_DIR)/ready
 	$(KIT_DIR)/venv/bin/python -m bench.gpu_kit $(KIT_DIR)
 
-gpu-rehearsal: $(KIT_DIR)/ready
-	$(KIT_DIR)/venv/bin/python -m bench.gpu_rehearsal $(KIT_DIR)/kit.tar.xz
+gpu-rehearsal: $(KIT_DIR)/ready venv
+	$(KIT_DIR)/venv/bin/python -m bench.gpu_rehearsal $(KIT_DIR)/kit.tar.xz --interpreter $(BIN)/python
 
 wheel: .venv/ready
 	rm -rf build dist

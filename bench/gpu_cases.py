@@ -82,6 +82,9 @@ def run_cases(
                     outcome.failed.append(f"{name}: {result['error']}")
             for name in sorted(set(case.must) - found):
                 fail(case, f"no figure of {name}, which may not be missing", implementation=name)
+            if machine.on_gpu:
+                gc.collect()  # models are cycles of objects
+                torch.cuda.empty_cache()
         except Exception as error:
             traceback.print_exc()
             fail(case, f"{type(error).__name__}: {error}")
@@ -89,9 +92,6 @@ def run_cases(
                 outcome.go_on_at = at + 1
                 break
         print(f"  {time.perf_counter() - start:.1f} s", flush=True)
-        if machine.on_gpu:
-            gc.collect()  # models are cycles of objects
-            torch.cuda.empty_cache()
     return outcome
 
 

@@ -26,6 +26,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 
+from lilora_kernels import cuda_library
+
 from . import gpu_kit, gpu_table
 from .environment import LOAD_FIELDS, age_of_process, clocks, environment, under_load
 from .gpu_cases import GO_ON
@@ -193,8 +195,9 @@ def end(process: subprocess.Popen) -> None:
 
 def build_kernels(dry_run: bool, env: dict[str, str], seconds: float) -> dict:
     """The CUDA kernels in this tree, unless they are there or cannot be built: for this machine's GPU alone."""
-    if (ROOT / "lilora_kernels/lib/liblilora_cuda.so").exists():
-        return {"status": "found"}
+    if cuda_library.PATH.exists():
+        error = None if dry_run else cuda_library.load_error()
+        return {"status": "found"} if error is None else {"status": "does not load", "reason": error}
     if dry_run or which("nvcc") is None:
         return {"status": "left out", "reason": "a dry run" if dry_run else "nvcc is not in PATH"}
     # Without CUTLASS's headers no fused product: the build for 9.0 leaves it out.

@@ -137,7 +137,7 @@ def estimate(entries: list[dict]) -> dict[str, dict]:
     return found
 
 
-def plant(title: str, folder: Path) -> str | None:
+def plant(title: str, folder: Path, python: Path) -> str | None:
     """Run one stage with a fault in it, on real numbers in Triton's interpreter; why the fault passed unseen, or None."""
     code, stage = PLANTS[title]
     site, out = folder / title.replace(" ", "-"), folder / f"{title.replace(' ', '-')}-out"
@@ -170,6 +170,9 @@ def plant(title: str, folder: Path) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kit", type=Path)
+    parser.add_argument(
+        "--interpreter", type=Path, default=sys.executable, help="a Python whose Triton can interpret kernels"
+    )
     options = parser.parse_args()
     one, two = (
         line for line in COMMANDS.format(kit=options.kit.resolve(), commit=commit()).splitlines() if "python3" in line
@@ -178,7 +181,7 @@ def main() -> int:
         folder = Path(name)
         rehearsal = Rehearsal(options.kit, folder)
         for title in PLANTS:
-            if (fault := plant(title, folder)) is not None:
+            if (fault := plant(title, folder, options.interpreter.absolute())) is not None:
                 rehearsal.faults.append(fault)
         entries = rehearsal.run("command 1", one, folder / "one")
         content = json.loads((folder / "one/results.json").read_text())

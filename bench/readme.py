@@ -194,7 +194,7 @@ def gpu() -> str:
         return (
             "No GPU result is claimed here: none has been measured yet; the tests run the Triton kernels in Triton's interpreter "
             "and the CUDA kernels on an emulated device. On a machine with a GPU (torch, triton, pytest and peft installed), "
-            "`make gpu-evidence` runs `tests/gpu` and the measurements, and leaves `evidence/results.json`; laid into "
+            "`make gpu-evidence` runs the measurements and `tests/gpu`, and leaves `evidence/results.json`; laid into "
             "`bench/results/<device>/`, `make readme` shows it."
         )
     lines = []

@@ -37,6 +37,8 @@ SHAPE = ("case", "M", "K", "N", "hidden", "layers", "tokens", "R", "S", "p", "dt
 def load(folder: Path) -> tuple[dict, list[dict]]:
     """(environment, rows) of results.json, written by `pytest bench/` or by stages on a GPU."""
     content = json.loads((folder / "results.json").read_text())
+    if "pretended" in str(content["environment"]["device"]):
+        raise SystemExit(f"{folder} has results of a rehearsal: its GPU was pretended, so they may not be shown")
     if "results" in content:
         return content["environment"], content["results"]
     stages = content["stages"].values()

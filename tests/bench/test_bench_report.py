@@ -140,3 +140,10 @@ def test_a_line_holds_ours_against_its_peer():
     assert line == (
         "| linear, gate_up, inference, 8 tasks: M8 4->6 r2 float32 | 1.25 | 1.50 | 1.25, 1.20 .. 1.30 | 50 % | 1.0, 2.0 MiB |"
     )
+
+
+def test_results_of_a_pretended_gpu_are_never_shown(tmp_path):
+    about = {"device": "NVIDIA H100 80GB HBM3 (pretended: nothing was computed)", "driver": "0"}
+    (tmp_path / "results.json").write_text(json.dumps({"environment": about, "stages": {}}))
+    with pytest.raises(SystemExit, match="its GPU was pretended"):
+        report.load(tmp_path)

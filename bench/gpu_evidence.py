@@ -5,9 +5,8 @@ time limit; OUT/results.json and OUT/log.txt are written after each, so that a l
 OUT/clocks.csv while the stages run. Stage 6 leaves OUT/configs.json where it finds better launch configurations. The
 last lines are a table (bench/gpu_table.py). The command fails when a stage did: when ours or the base was wrong, broke
 off or is missing. --kit FILE takes what `make gpu-kit` made: the CUDA kernels, Triton's compiled kernels, packages.
-Without it the CUDA kernels are built first (LILORA_CUDA=1 python setup.py build_ext --inplace), and Triton's are compiled
-when a stage first launches them, which --minutes and --scale have to allow for. --dry-run does every stage on a CPU with
-tiny shapes, the kernels interpreted.
+Without it the CUDA kernels are built first (LILORA_CUDA=1 python setup.py build_ext --inplace) and Triton's compiled ahead,
+which --minutes has to allow for. --dry-run does every stage on a CPU with tiny shapes, the kernels interpreted.
 """
 
 import argparse
@@ -25,6 +24,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
+
+import torch
 
 from lilora_kernels import cuda_library
 
@@ -53,7 +54,7 @@ TITLES = {
     "8": "Nsight Compute on every launch",
     "9": "linear: compiled peers, and kernels from outside the tree",
 }
-BUILD_LIMIT = 200
+BUILD_LIMIT = WARM_LIMIT = 200
 # Seconds: what a stage may take at most, and what is kept for it from those before it (make gpu-rehearsal: what it rests on).
 LIMITS = {FIRST: 60, "0": 130, "1": 30, "2": 25, "3": 170, "4": 60, "5": 75, "6": 300, "7": 240, "8": 120, "9": 300}
 KEPT = {FIRST: 42, "0": 108, "1": 18, "2": 15, "3": 145, "4": 42, "5": 60, "6": 108, "7": 60, "8": 60, "9": 0}
@@ -218,6 +219,22 @@ def build_kernels(dry_run: bool, env: dict[str, str], seconds: float) -> dict:
     return {"status": status, "architecture": architecture, "seconds": took, "output": text[-2000:]}
 
 
+def compile_ahead(names: list[str], folder: Path, env: dict[str, str], seconds: float) -> dict:
+    """What the timed stages launch, into Triton's cache: they are run over a GPU that is pretended, on all cores."""
+    timed = [name for name in names if name in ("3", "4", "5")]
+    command = [sys.executable, "-m", "bench.gpu_kit", str(folder), "--compile-for", torch.cuda.get_device_name()]
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [*command, "--stages", ",".join(timed)], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        status = f"ended with exit code {process.wait(max(seconds, 1))}"
+    except subprocess.TimeoutExpired:
+        status = f"stopped after {seconds:.0f} s"
+    end(process)
+    return {"status": status, "seconds": round(time.monotonic() - start, 1)}
+
+
 @contextmanager
 def sampled_clocks(path: Path) -> Iterator[None]:
     """Clocks, power and the reasons of throttling in a file, twice a second, while the stages run."""
@@ -239,6 +256,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stages", default="2,0,1,3,5,4", help="numbers of stages, in the order in which they run")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--no-warm", action="store_true", help="do not compile ahead; a kit has it already")
     parser.add_argument("--kit", type=Path, help="the file that `make gpu-kit` made")
     parser.add_argument(
         "--only", type=Path, action="append", default=[], help="for stage 0: a test file, to its first failure"
@@ -255,15 +273,25 @@ def main() -> int:
         parser.error(f"--stages is {options.stages!r}; give numbers of {known}, separated by commas")
     if options.kit is not None and not options.kit.is_file():
         parser.error(f"--kit is {options.kit}, which is no file; make gpu-kit makes one, and names it")
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --dry-run does every stage on a CPU, with tiny shapes")
     # --minutes are those of the machine: importing torch is part of them.
     deadline = time.monotonic() - age_of_process() + options.scale * 60 * options.minutes - RESERVE
     with tempfile.TemporaryDirectory() as folder:
-        kit = None if options.kit is None else gpu_kit.unpack(options.kit, Path(folder))
-        env = variables(options.dry_run, kit)
+        kit = Path(folder)
+        if options.kit is not None:
+            gpu_kit.unpack(options.kit, kit)
+        warm = options.kit is None and not (options.no_warm or options.dry_run) and bool({"3", "4", "5"} & set(names))
+        env = variables(options.dry_run, kit if warm or options.kit is not None else None)
         command = shlex.join(["python3", "-m", "bench.gpu_evidence", *sys.argv[1:]])
         head = {"dry_run": options.dry_run, **environment(command, not options.dry_run, options.commit)}
-        head["kit"] = None if kit is None else gpu_kit.facts(kit)
+        head["kit"] = None if options.kit is None else gpu_kit.facts(kit)
         evidence = Evidence(options.out, head)
+        if warm:
+            evidence.content["compiled_ahead"] = compile_ahead(
+                names, kit, env, min(WARM_LIMIT, deadline - time.monotonic())
+            )
+            print(f"compiled ahead: {evidence.content['compiled_ahead']}", flush=True)
         with sampled_clocks(options.out / "clocks.csv"):
             failed = run_all(evidence, names, options, env, deadline)
     return int(bool(failed))

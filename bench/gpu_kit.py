@@ -38,7 +38,7 @@ WHEELS = {  # what is imported -> the package
 }  # fmt: skip
 COMMANDS = """\
 Command 1 (480 s):
-python3 -m bench.gpu_evidence --out $OUT --kit {kit} --commit {commit} --stages 2,0,1,3,5,4 --minutes 7.7
+python3 -m bench.gpu_evidence --out $OUT --kit {kit} --commit {commit} --stages 2,0,1,3,5,4 --minutes 7.7 --no-warm
 
 Command 2 (200 s), once its results lie in bench/results/DEVICE:
 python3 -m bench.gpu_next bench/results/DEVICE/results.json --out $OUT --kit {kit} --commit {commit} --minutes 3.1
@@ -57,7 +57,7 @@ def make(folder: Path, jobs: int) -> Path:
     said("the CUDA kernels for 9.0a (minutes)")
     build_library(content, folder)
     said("what tests and stages launch (minutes)")
-    counts = record(folder, jobs)
+    counts = record(folder, jobs, device_names(), recordings())
     pruned(folder / "triton", content / "triton")
     said("wheels")
     download_wheels(content / "wheels")
@@ -114,9 +114,11 @@ def pretended(device: str, folder: Path, log: Path) -> dict[str, str]:
     return {**os.environ, **own}
 
 
-def recordings() -> list[list[str]]:
-    """The commands whose kernels the kit holds, the longest first."""
+def recordings(stages: tuple[str, ...] | None = None) -> list[list[str]]:
+    """The commands whose kernels the kit holds, the longest first; or those of some stages alone."""
     python = [sys.executable, "-m"]
+    if stages is not None:
+        return [[*python, "bench.gpu_stages", stage] for stage in stages]
     tests = sorted((ROOT / "tests/gpu").glob("test_*.py"), key=lambda path: -path.stat().st_size)
     pytest = [*python, "pytest", "-q", "--assert=plain", "-p", "no:cacheprovider", "--tb=short"]
     found = [[*pytest, str(path)] for path in tests]
@@ -140,7 +142,7 @@ def device_names() -> list[str]:
     return own + [name for name in DEVICES if name not in own][:1]
 
 
-def record(folder: Path, jobs: int) -> dict[str, int]:
+def record(folder: Path, jobs: int, devices: list[str], commands: list[list[str]]) -> dict[str, int]:
     """Run what launches kernels over a pretended GPU; how many kernels each recording compiled first."""
     counts: dict[str, int] = {}
     failed = []
@@ -159,8 +161,8 @@ def record(folder: Path, jobs: int) -> dict[str, int]:
             failed.append(f"{name} ended with {code}: {output}")
 
     with ThreadPoolExecutor(jobs) as pool:
-        for device in device_names():
-            list(pool.map(lambda job, device=device: run(device, *job), enumerate(recordings())))
+        for device in devices:
+            list(pool.map(lambda job, device=device: run(device, *job), enumerate(commands)))
     if failed:
         raise SystemExit("gpu_kit: the kit would lack kernels, for " + "; ".join(failed))
     return counts
@@ -245,7 +247,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="recordings at a time")
+    parser.add_argument(
+        "--compile-for", metavar="GPU", help="compile into FOLDER/triton what --stages launch, and pack nothing"
+    )
+    parser.add_argument("--stages", default="3,4,5")
     options = parser.parse_args()
+    if options.compile_for is not None:
+        record(
+            options.folder.resolve(), options.jobs, [options.compile_for], recordings(tuple(options.stages.split(",")))
+        )
+        return 0
     packed = make(options.folder.resolve(), options.jobs)
     print(COMMANDS.format(kit=os.path.relpath(packed, ROOT), commit=commit()))
     return 0

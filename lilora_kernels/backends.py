@@ -26,6 +26,7 @@ class Implementation:
     `backward` is None where the gradient takes no kernel.
     `refusal(x, rank, sub_rank)` says in a few words why it cannot run on x with factors of these ranks, or None.
     `plan` says in a few words how it runs, `plans` names the ways between which it chooses by the call's sizes.
+    `rows(device)`: numbers of rows that together meet every kernel which it may have to compile or load.
     """
 
     forward: Callable
@@ -33,6 +34,7 @@ class Implementation:
     refusal: Callable[[Tensor, int, int], str | None]
     plan: str
     plans: tuple[str, ...] = ()
+    rows: Callable[[torch.device], list[int]] = lambda device: []
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -46,12 +48,12 @@ def register(op: str, backend: str, implementation: Implementation) -> None:
 def lazy(
     module: str, refusal: Callable[[Tensor, int, int], str | None], plan: str, plans: tuple[str, ...] = ()
 ) -> Implementation:
-    """An implementation whose module (with its functions forward and backward) is imported by the first call."""
+    """An implementation whose module (with its functions forward, backward and rows) is imported by the first call."""
 
     def late(function: str) -> Callable:
         return lambda *args: getattr(importlib.import_module(module), function)(*args)
 
-    return Implementation(late("forward"), late("backward"), refusal, plan, plans)
+    return Implementation(late("forward"), late("backward"), refusal, plan, plans, late("rows"))
 
 
 def requested() -> str | None:

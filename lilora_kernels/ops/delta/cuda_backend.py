@@ -16,6 +16,11 @@ def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: 
     return run_backward(dy, x, h, call, needs, one_launch=True)
 
 
+def rows(device: torch.device) -> list[int]:
+    """In the smaller tiles and in the larger ones (csrc/plan.h)."""
+    return [64, 1024]
+
+
 def run_forward(
     x: Tensor, bias: Tensor | None, call: Call, one_launch: bool, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,10 @@ def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: 
     return run_backward(dy, x, h, call, needs, one_launch=True)
 
 
+def rows(device: torch.device) -> list[int]:
+    return runtime.bucket_rows(device)
+
+
 def run_forward(x: Tensor, bias: Tensor | None, call: Call, one_launch: bool) -> tuple[Tensor, Tensor]:
     """y [M, N] = bias + delta, and h [M, R]."""
     work = Forward(x, bias, call, one_launch)

@@ -1,5 +1,6 @@
 """Two adapters of one x, one after the other."""
 
+import torch
 from torch import Tensor
 
 from ..call import Call
@@ -36,3 +37,7 @@ def backward(
             if weight is not None:
                 first["x"].addmm_(dy, weight.to(dy.dtype))
     return first, second
+
+
+def rows(device: torch.device) -> list[int]:
+    return delta.rows(device)

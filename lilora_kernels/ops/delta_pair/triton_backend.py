@@ -1,7 +1,9 @@
 """One pass over x for two adapters: their h in one launch, and in backward dx with both da in one."""
 
+import torch
 from torch import Tensor
 
+from .. import triton_runtime as runtime
 from ..call import Call
 from ..delta.triton_backend import Backward, Forward
 
@@ -46,3 +48,7 @@ def backward(
             if weight is not None:
                 main.grads["x"].addmm_(dy, weight.to(dy.dtype))
     return (main.grads, other.grads) if first == 0 else (other.grads, main.grads)
+
+
+def rows(device: torch.device) -> list[int]:
+    return runtime.bucket_rows(device)

@@ -88,3 +88,9 @@ def unfit(rows: Tensor, weight: Tensor, call: Call, bias: Tensor | None = None) 
     if tasks and torch.ops.lilora_cuda.slot_bytes(rows.shape[0], tasks, sub_rank) > SLOT_BYTES:
         return "its slots would take too much memory"
     return None
+
+
+def rows(device: torch.device) -> list[int]:
+    """Of every plan, and in both sizes of tiles."""
+    fused = [least for (name, *_), least in FUSED_FROM.items() if name in triton_runtime.table_names(device)]
+    return sorted({DECODE_ROWS, *delta.rows(device), ONE_LAUNCH_ROWS, ONE_LAUNCH_ROWS + 1, *fused})

@@ -1,5 +1,6 @@
 """Expand first, base GEMM on top: the kernels write the adapter's part, cuBLAS adds the base's to it (beta = 1)."""
 
+import torch
 from torch import Tensor
 
 from ... import backends
@@ -26,3 +27,7 @@ def one_launch(rows: Tensor) -> bool:
     """Few rows leave a processor nothing to do but to wait for launches."""
     plan = backends.selected_plan()
     return rows.shape[0] <= runtime.ONE_LAUNCH_ROWS if plan is None else plan == "one launch"
+
+
+def rows(device: torch.device) -> list[int]:
+    return runtime.bucket_rows(device)

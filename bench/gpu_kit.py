@@ -119,9 +119,10 @@ def recordings(stages: tuple[str, ...] | None = None) -> list[list[str]]:
     python = [sys.executable, "-m"]
     if stages is not None:
         return [[*python, "bench.gpu_stages", stage] for stage in stages]
-    tests = sorted((ROOT / "tests/gpu").glob("test_*.py"), key=lambda path: -path.stat().st_size)
+    from .gpu_correctness import test_files
+
     pytest = [*python, "pytest", "-q", "--assert=plain", "-p", "no:cacheprovider", "--tb=short"]
-    found = [[*pytest, str(path)] for path in tests]
+    found = [[*pytest, str(path)] for path in test_files()]
     found += [[*python, "bench.gpu_stages", stage, *(["--seconds", "110"] if stage == "6" else [])] for stage in STAGES]
     found.append([*python, "bench.gpu_correctness", "tiny"])
     return [*found, *([*python, "bench.gpu_stages", "call", "--problem", *sizes] for sizes in profiled_sizes())]

@@ -47,8 +47,8 @@ def problems(dry_run: bool) -> list[Problem]:
 
 
 def tiny(dry_run: bool, write: Callable[[dict], None]) -> int:
-    """Calls each way, in one launch and by phase, by every backend with kernels; how many backends failed."""
-    failed = 0
+    """Calls each way, in one launch and by phase, by every backend with kernels; how many failed, and one if none ran."""
+    failed = ran = 0
     device = "cpu" if dry_run else "cuda"
     for problem in problems(dry_run):
         s = Operands(problem, torch.device("cpu"), 0)  # random numbers from a GPU would be watched too
@@ -61,6 +61,7 @@ def tiny(dry_run: bool, write: Callable[[dict], None]) -> int:
                 call_each_way(name, kernels, moved, call)
                 if not dry_run:
                     torch.cuda.synchronize()
+                ran += 1
             except Exception as error:
                 traceback.print_exc()
                 failed += 1
@@ -71,7 +72,7 @@ def tiny(dry_run: bool, write: Callable[[dict], None]) -> int:
             if reason is not None:
                 write({"case": "tiny", **problem.describe(), "implementation": name, "unavailable": reason})
                 print(f"--- tiny: {name} is not available: {reason}", flush=True)
-    return failed
+    return failed or int(ran == 0)
 
 
 def call_each_way(name: str, kernels: ModuleType, moved: dict[str, Tensor], call: Call) -> None:

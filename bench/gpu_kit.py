@@ -123,7 +123,9 @@ def recordings(stages: tuple[str, ...] | None = None) -> list[list[str]]:
 
     pytest = [*python, "pytest", "-q", "--assert=plain", "-p", "no:cacheprovider", "--tb=short"]
     found = [[*pytest, str(path)] for path in test_files()]
-    found += [[*python, "bench.gpu_stages", stage, *(["--seconds", "110"] if stage == "6" else [])] for stage in STAGES]
+    found += [
+        [*python, "bench.gpu_stages", stage, *(["--seconds", "3600"] if stage == "6" else [])] for stage in STAGES
+    ]
     found.append([*python, "bench.gpu_correctness", "tiny"])
     return [*found, *([*python, "bench.gpu_stages", "call", "--problem", *sizes] for sizes in profiled_sizes())]
 

@@ -390,16 +390,18 @@ def graph_of(name: str, built: Built, sets: int, machine: Machine) -> Callable[[
 def stage_6(
     dry_run: bool, machine: Machine, configs: Path | None, seconds: float, write: Callable[[dict], None]
 ) -> None:
-    """Launch configurations: searched, validated on other problems, and kept where they are better."""
+    """Launch configurations by phase at 8192 rows: searched, validated on other problems, and kept where they are better.
+
+    `python -m bench.tune` searches the others.
+    """
     from . import tune
 
     machine = machine if dry_run else replace(machine, rounds=tune.ROUNDS)
-    short = dry_run or seconds < 200
-    rows = [8192] if short else [8192, 1024, 64, 256]
-    plans = ["by_phase"] if short else ["by_phase", "one_launch"]
     kernels = ["forward"] if dry_run else ["forward", "backward"]
-    minutes = 0.2 if dry_run else min(4.2, seconds / 60)
-    table, _ = tune.tune(machine, plans, kernels, rows, minutes, lambda decision: write({"case": "tune", **decision}))
+    minutes = 0.05 if dry_run else seconds / 60
+    table, _ = tune.tune(
+        machine, ["by_phase"], kernels, [8192], minutes, lambda decision: write({"case": "tune", **decision})
+    )
     if table is not None and configs is not None:
         tune.save(table, configs)
 
@@ -410,7 +412,7 @@ def stage_7(dry_run: bool) -> Iterator[Case]:
 
     memory = 0 if dry_run else torch.cuda.get_device_properties(0).total_memory
     size = models.TINY if dry_run else models.llava_7b(memory)
-    for part in models.PARTS:
+    for part in models.PARTS[:1] if dry_run else models.PARTS:  # `pytest bench/ --tiny` tries all of them
         yield Case(part, partial(time_model, part, size), ("base", "ours"), part not in models.PARTS[:2])
 
 

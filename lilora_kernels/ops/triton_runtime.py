@@ -138,9 +138,10 @@ def _fitted(
 
 
 def bucket_rows(device: torch.device) -> list[int]:
-    """The numbers of rows that have a configuration of their own."""
+    """Numbers of rows that together meet every configuration: their own, and those where `linear` changes its plan."""
     plans = table(table_names(device)).values()
-    return sorted({bucket["rows"] for kernels in plans for buckets in kernels.values() for bucket in buckets})
+    own = {bucket["rows"] for kernels in plans for buckets in kernels.values() for bucket in buckets}
+    return sorted(own | {ONE_LAUNCH_ROWS, ONE_LAUNCH_ROWS + 1})
 
 
 def nearest(buckets: tuple[int, ...], rows: int) -> int:

@@ -90,15 +90,11 @@ def test_every_figure_says_of_what_it_is(dry_run):
     assert all(r["bytes"] <= r["bytes_issued"] and r["flops"] >= 0 for r in launches)
 
 
-def test_the_whole_model_and_the_search_leave_figures(dry_run):
+def test_models_and_the_search_leave_figures(dry_run):
     stages = dry_run[0]["stages"]
     rows = {(r["case"], r["direction"], r["implementation"], r["T"]): r for r in stages["7"]["results"]}
-    for part in ("MLP", "decoder layer"):
-        assert {"saved_bytes", "peak_bytes"} <= set(rows[part, "both", "ours", 1])
-        assert (part, "forward", "peft_names", 2) in rows
-    for name in ("ours", "peft_split"):
-        assert rows["training step", "step", name, 2]["peak_bytes"] > 0
-    assert rows["generate", "generate", "ours", 2]["tokens_per_s"] > 0
+    assert {"saved_bytes", "peak_bytes"} <= set(rows["MLP", "both", "ours", 1])
+    assert ("MLP", "forward", "peft_names", 2) in rows
     (decision,) = stages["6"]["results"]
     assert {"improved", "reason"} <= set(decision)
     assert all("unavailable" in r for r in stages["8"]["results"])

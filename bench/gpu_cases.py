@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from .compare import poisoned
 from .problems import Problem
 from .timing import Ceilings, Machine, ceilings
 
@@ -48,9 +49,14 @@ class Outcome:
 def run_cases(
     cases: list[Case], machine: Machine, write: Callable[[dict], None], seconds: float = float("inf"), start_at: int = 0
 ) -> Outcome:
-    """Every case from `start_at` on, whatever happens to others, while there is time."""
+    """Every case from `start_at` on, whatever happens to others, while there is time for one as long as those so far.
+
+    A row of the case "begin" is written before each, so that whoever started this process knows where another has to go on.
+    """
     outcome = Outcome()
-    until = time.monotonic() + seconds
+    until, longest = time.monotonic() + seconds, 0.0
+    with poisoned(machine.device):  # imports for seconds when it is first entered
+        pass
     ceiling = ceilings(machine, torch.bfloat16 if machine.on_gpu else torch.float32)
 
     def fail(case: Case, reason: str, **more) -> None:
@@ -61,7 +67,7 @@ def run_cases(
         print(f"FAILED: {reason}", flush=True)
 
     for at, case in enumerate(cases[start_at:], start_at):
-        if time.monotonic() > until:
+        if time.monotonic() + longest > until:
             left = cases[at:]
             outcome.left_out = len(left)
             write({"case": "left out", "note": f"{len(left)} cases, for the time was up"})
@@ -69,7 +75,8 @@ def run_cases(
                 if not missed.extra:
                     fail(missed, "there was no time for this case, which may not be missing")
             break
-        start = time.perf_counter()
+        start = time.monotonic()
+        write({"case": "begin", "at": at, "of": len(cases)})
         found = set()
         try:
             for result in case.run(machine, ceiling):
@@ -82,16 +89,17 @@ def run_cases(
                     outcome.failed.append(f"{name}: {result['error']}")
             for name in sorted(set(case.must) - found):
                 fail(case, f"no figure of {name}, which may not be missing", implementation=name)
-            if machine.on_gpu:
-                gc.collect()  # models are cycles of objects
-                torch.cuda.empty_cache()
         except Exception as error:
             traceback.print_exc()
             fail(case, f"{type(error).__name__}: {error}")
             if isinstance(error, LostDevice) or lost(machine):
                 outcome.go_on_at = at + 1
                 break
-        print(f"  {time.perf_counter() - start:.1f} s", flush=True)
+        if machine.on_gpu:
+            gc.collect()  # models are cycles of objects, and an error holds what its case made
+            torch.cuda.empty_cache()
+        longest = max(longest, time.monotonic() - start)
+        print(f"  {time.monotonic() - start:.1f} s", flush=True)
     return outcome
 
 

@@ -103,6 +103,8 @@ def variables(dry_run: bool, kit: Path | None) -> dict[str, str]:
     found["TORCH_CUDA_ARCH_LIST"] = "9.0a"
     if kit is not None:
         found["TRITON_CACHE_DIR"] = str(kit / "triton")
+        if which("file") is None:  # Python asks it for what Triton's cache of launchers is keyed by
+            found["PATH"] = f"{gpu_kit.stand_in_for_file(kit)}{os.pathsep}{found['PATH']}"
     return found | ({"TRITON_INTERPRET": "1"} if dry_run else {})
 
 
@@ -124,13 +126,15 @@ class Evidence:
     def run(self, stage: Stage, seconds: float, env: dict[str, str]) -> bool:
         """One stage within so many seconds; whether all of it went well.
 
-        A process that has lost the device is followed by another, which goes on with the next case.
+        A process that has lost the device, or its life, is followed by another, which goes on with the next case.
         """
         found: dict = {"title": stage.title, "seconds_given": round(seconds, 1), "clocks_before": clocks()}
         until = time.monotonic() + seconds
         start = time.monotonic()
         more: list[str] = []
-        found["results"], text = [], ""
+        found["results"], text, lost, processes = [], "", False, 1
+        cache = Path(env["TRITON_CACHE_DIR"]) if "TRITON_CACHE_DIR" in env else None
+        cached = 0 if cache is None else len(list(cache.glob("*")))
         with tempfile.TemporaryDirectory() as folder:
             while True:
                 into, output = Path(folder) / "results.jsonl", Path(folder) / "output"
@@ -148,18 +152,20 @@ class Evidence:
                     finally:
                         end(process)
                 results = lines(into)
-                found["results"] += results
+                begun = [row for row in results if row.get("case") == "begin"]
+                found["results"] += [row for row in results if row.get("case") != "begin"]
                 text += output.read_bytes()[-LOG_BYTES:].decode(errors="replace")
-                mark = results[-1] if results else {}
-                if (
-                    code != GO_ON
-                    or mark.get("start_at", 0) >= mark.get("of", 0)
-                    or until - time.monotonic() < LEAST_SECONDS
-                ):
+                died = code is not None and (code == GO_ON or code < 0)
+                lost |= died
+                if not died or not begun or begun[-1]["at"] + 1 >= begun[-1]["of"]:
                     break
-                more = ["--start-at", str(mark["start_at"])]
-        found["processes"] = 1 + sum(row.get("case") == "go on" for row in found["results"][:-1])
-        lost = any(row.get("case") == "go on" for row in found["results"])
+                if until - time.monotonic() < LEAST_SECONDS:
+                    break
+                more = ["--start-at", str(begun[-1]["at"] + 1)]
+                processes += 1
+        found["processes"] = processes
+        if cache is not None:
+            found["compiled_here"] = len(list(cache.glob("*"))) - cached
         found["status"] = (
             f"stopped after {seconds:.0f} s" if code is None else "a process lost the device" if lost
             else "ok" if code == 0 else f"failed with exit code {code}"
@@ -169,7 +175,8 @@ class Evidence:
         self.save()
         with self.log.open("a") as log:
             log.write(f"\n===== stage {stage.name}: {stage.title}\n{' '.join(stage.command)}\n{text}\n")
-        print(f"stage {stage.name} ({stage.title}): {found['status']}, {found['seconds']} s", flush=True)
+        compiled = f", {found['compiled_here']} new in Triton's cache" if found.get("compiled_here") else ""
+        print(f"stage {stage.name} ({stage.title}): {found['status']}, {found['seconds']} s{compiled}", flush=True)
         shown = text.splitlines()
         shown = [line for line in shown[:-6] if line.startswith(("---", "FAILED"))] + shown[-6:]
         print(*(f"  {line[:160]}" for line in shown), sep="\n", flush=True)
@@ -276,11 +283,12 @@ def main() -> int:
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --dry-run does every stage on a CPU, with tiny shapes")
     # --minutes are those of the machine: importing torch is part of them.
-    deadline = time.monotonic() - age_of_process() + options.scale * 60 * options.minutes - RESERVE
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what it has started
+    deadline = time.monotonic() - min(age_of_process(), 60.0) + options.scale * 60 * options.minutes - RESERVE
     with tempfile.TemporaryDirectory() as folder:
         kit = Path(folder)
         if options.kit is not None:
-            gpu_kit.unpack(options.kit, kit)
+            gpu_kit.unpack(options.kit, kit, packages="7" in names)
         warm = options.kit is None and not (options.no_warm or options.dry_run) and bool({"3", "4", "5"} & set(names))
         env = variables(options.dry_run, kit if warm or options.kit is not None else None)
         command = shlex.join(["python3", "-m", "bench.gpu_evidence", *sys.argv[1:]])
@@ -317,7 +325,9 @@ def run_all(
             failed.append(stage.name)
     evidence.content["under_load"] = under_load(evidence.file.with_name("clocks.csv"))
     evidence.save()
-    print(gpu_table.table(evidence.content))
+    text = gpu_table.table(evidence.content)
+    evidence.file.with_name("table.txt").write_text(text + "\n")
+    print(text[-gpu_table.PRINTED :])
     print(f"{evidence.file} and {evidence.log} are written; failed stages: {', '.join(failed) or 'none'}")
     return failed
 

@@ -2,7 +2,7 @@
 
 `make gpu-kit` calls it in an environment with the versions of bench/gpu_kit.txt. FOLDER/kit.tar.xz gets
 - the CUDA kernels for compute capability 9.0a, and what they were built with;
-- a Triton cache with every kernel that the GPU tests and the stages of `bench.gpu_evidence` launch. They run here over a
+- a Triton cache with every kernel that the GPU tests, stages 1 to 6 and 8 of `bench.gpu_evidence` launch. They run here over a
   GPU that is pretended (bench/pretended_gpu), so that no list of kernels is kept by hand;
 - wheels of packages that stage 7 needs and that machine may lack.
 
@@ -38,10 +38,10 @@ WHEELS = {  # what is imported -> the package
 }  # fmt: skip
 COMMANDS = """\
 Command 1 (480 s):
-python3 -m bench.gpu_evidence --out $OUT --kit {kit} --commit {commit} --stages 2,0,1,3,5,4 --minutes 7.7 --no-warm
+{}
 
-Command 2 (200 s), once its results lie in bench/results/DEVICE:
-python3 -m bench.gpu_next bench/results/DEVICE/results.json --out $OUT --kit {kit} --commit {commit} --minutes 3.1
+Command 2 (200 s, or what is left less 15), at once on the same machine; on another one with the first results in the tree:
+{}
 
 To carry besides the tree: {kit}"""
 
@@ -73,6 +73,16 @@ def make(folder: Path, jobs: int) -> Path:
         tar.add(content, ".")
     check_sizes(packed)
     return packed
+
+
+def commands(kit: str, commit: str) -> tuple[str, str]:
+    """What to run on a machine with a GPU, in the root of the tree. The first leaves its results for the second."""
+    given = f"--out $OUT --kit {kit} --commit {commit}"
+    first = f"python3 -m bench.gpu_evidence {given} --stages 2,0,1,3,5,4 --minutes 7.7 --no-warm"
+    return (
+        f"{first}; code=$?; cp $OUT/results.json /tmp/first.json; exit $code",
+        f"python3 -m bench.gpu_next /tmp/first.json {given} --minutes 3.1",
+    )
 
 
 def said(what: str) -> None:
@@ -198,8 +208,11 @@ def check_sizes(packed: Path) -> None:
 # --- using it ---------------------------------------------------------------------------------------------------------
 
 
-def unpack(packed: Path, folder: Path) -> Path:
-    """Lay the kit into `folder`, the CUDA kernels into the tree, unless it has some; returns the folder."""
+def unpack(packed: Path, folder: Path, packages: bool = False) -> Path:
+    """Lay the kit into `folder` and the CUDA kernels into the tree, with `packages` also those missing; returns the folder.
+
+    SystemExit when the kernels were made of other sources than the tree's.
+    """
     with tarfile.open(packed) as tar:
         tar.extractall(folder, filter="data")
     for group in (folder / "triton").glob("*/__grp__*.json"):  # Triton names the files of a kernel by absolute paths
@@ -207,14 +220,15 @@ def unpack(packed: Path, folder: Path) -> Path:
         own = {name: str(group.parent / name) for name in names if (group.parent / name).is_file()}
         group.write_text(json.dumps({"child_paths": own}))
     if facts(folder)["sources"] != sources():
-        print(
-            f"the CUDA kernels of {packed} are left out: they were made of other sources than this tree's", flush=True
+        raise SystemExit(
+            f"the CUDA kernels of {packed} were made of other sources than this tree's; make gpu-kit again"
         )
-    elif not (ROOT / LIBRARY).exists():
-        for file in (folder / "lilora_kernels").rglob("*.so"):
-            target = ROOT / file.relative_to(folder)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+    for file in (folder / "lilora_kernels").rglob("*.so"):
+        target = ROOT / file.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+    if not packages:
+        return folder
     missing = [package for name, package in WHEELS.items() if find_spec(name) is None]
     if missing:
         command = [
@@ -231,6 +245,15 @@ def unpack(packed: Path, folder: Path) -> Path:
         command += [str(folder / "wheels"), "--target", str(folder / "site"), *missing]
         subprocess.run(command, check=False)  # stage 7 alone would miss them, and say so
     return folder
+
+
+def stand_in_for_file(folder: Path) -> Path:
+    """A folder with a `file` that says of Python what it says where the kit was made."""
+    script = folder / "bin/file"
+    script.parent.mkdir(exist_ok=True)
+    script.write_text("#!/bin/sh\necho ELF 64-bit LSB pie executable, x86-64\n")
+    script.chmod(0o755)
+    return script.parent
 
 
 def sources() -> str:
@@ -261,7 +284,8 @@ def main() -> int:
         )
         return 0
     packed = make(options.folder.resolve(), options.jobs)
-    print(COMMANDS.format(kit=os.path.relpath(packed, ROOT), commit=commit()))
+    kit = os.path.relpath(packed, ROOT)
+    print(COMMANDS.format(*commands(kit, commit()), kit=kit))
     return 0
 
 

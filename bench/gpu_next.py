@@ -1,8 +1,8 @@
 """The second command on a GPU, chosen by what the first one found: python -m bench.gpu_next RESULTS.JSON --out FOLDER
 
-Red, when a test, a memory checker or a first call failed: the failing test files alone, each up to its first failure, and
-the memory checkers. Green: Nsight Compute on two calls, then a search of launch configurations at 8192 rows; on a GPU with
-room for it the MLP and the decoder layer of a LLaVA instead of the search.
+Red, when tests or a first call failed: the failing test files alone, each up to its first failure, and the memory
+checkers. Green: Nsight Compute on two calls, then a search of launch configurations at 8192 rows; on a GPU with room for
+it the MLP and the decoder layer of a LLaVA instead of the search. Memory checkers that failed alone run again first.
 """
 
 import argparse
@@ -11,17 +11,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .gpu_correctness import CHECKERS
+
 ROOT = Path(__file__).parent.parent
 ROOMY_MIB = 120_000
 
 
-def failing(content: dict) -> list[str] | None:
-    """The test files that failed, perhaps none where a checker or a first call did; None when all was well."""
-    first, tests = (content["stages"].get(name, {"status": "not run"}) for name in ("first", "0"))
-    if first["status"] == tests["status"] == "ok":
-        return None
-    rows = [row for row in tests.get("results", []) if row.get("exit_code") != 0 or "error" in row]
-    return [row["case"] for row in rows if row["case"].startswith("test_")]
+def failing(content: dict) -> list[str]:
+    """The test files and memory checkers that failed."""
+    rows = content["stages"].get("0", {}).get("results", [])
+    wrong = [row["case"] for row in rows if row.get("exit_code", 0) != 0 and "unavailable" not in row]
+    return [case for case in wrong if case.startswith("test_") or case in CHECKERS]
 
 
 def memory_mib(content: dict) -> float:
@@ -31,10 +31,14 @@ def memory_mib(content: dict) -> float:
 
 def choose(content: dict) -> list[str]:
     """Arguments of the next run of bench.gpu_evidence."""
-    files = failing(content)
-    if files is not None:
-        return ["--stages", "0", *(word for name in files for word in ("--only", f"tests/gpu/{name}"))]
-    return ["--stages", "8,7" if memory_mib(content) >= ROOMY_MIB else "8,6"]
+    failed = failing(content)
+    files = [f"tests/gpu/{case}" for case in failed if case not in CHECKERS]
+    green = "8,7" if memory_mib(content) >= ROOMY_MIB else "8,6"
+    if files or content["stages"].get("first", {}).get("status") != "ok":
+        return ["--stages", "0", *(word for file in files for word in ("--only", file))]
+    if failed:
+        return ["--stages", f"0,{green}", *(word for name in failed for word in ("--only", name))]
+    return ["--stages", green]
 
 
 def main() -> int:

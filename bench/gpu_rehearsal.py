@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .environment import commit
 from .gpu_evidence import KEPT, TITLES
-from .gpu_kit import COMMANDS, DEVICES, pretended
+from .gpu_kit import DEVICES, commands, pretended
 
 ROOT = Path(__file__).parent.parent
 SLOWER = (
@@ -81,14 +81,16 @@ class Rehearsal:
     def run(self, title: str, command: str, out: Path, device: str = DEVICES[0]) -> list[dict]:
         """One of the printed commands; what its processes launched."""
         log = out.with_suffix(".log")
-        words = command.replace("$OUT", str(out)).split()
-        words = [sys.executable if word == "python3" else word for word in words]
+        env = self.environment(device, log) | {"OUT": str(out)}
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"  # its python3
+        command = command.replace("/tmp/first.json", str(self.folder / "first.json"))
+        slower = command.replace("--minutes", f"--scale {SLOWER} --minutes")
         start = time.monotonic()
         with out.with_suffix(".txt").open("wb") as stream:
-            code = subprocess.run(
-                [*words, "--scale", str(SLOWER)], cwd=self.checkout, env=self.environment(device, log),
-                stdout=stream, stderr=stream, check=False,
-            ).returncode  # fmt: skip
+            done = subprocess.run(
+                ["bash", "-c", slower], cwd=self.checkout, env=env, stdout=stream, stderr=stream, check=False
+            )
+        code = done.returncode
         print(f"{title}: exit code {code}, {time.monotonic() - start:.0f} s here", flush=True)
         if code:
             self.faults.append(f"{title} ended with {code}")
@@ -168,9 +170,7 @@ def main() -> int:
         "--interpreter", type=Path, default=sys.executable, help="a Python whose Triton can interpret kernels"
     )
     options = parser.parse_args()
-    one, two = (
-        line for line in COMMANDS.format(kit=options.kit.resolve(), commit=commit()).splitlines() if "python3" in line
-    )
+    one, two = commands(str(options.kit.resolve()), commit())
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as name:
         folder = Path(name)
         rehearsal = Rehearsal(options.kit, folder)
@@ -192,7 +192,7 @@ def main() -> int:
             out = folder / title.replace(" ", "-").replace(",", "")
             results = out.with_suffix(".json")
             results.write_text(json.dumps(given))
-            entries += rehearsal.run(title, two.replace("bench/results/DEVICE/results.json", str(results)), out, device)
+            entries += rehearsal.run(title, two.replace("/tmp/first.json", str(results)), out, device)
         text = (folder / "one.txt").read_text(errors="replace")
     print("\nThe last lines of command 1 (its figures are those of a model, not of a GPU):\n" + text[-7000:])
     lines = estimate(entries)

@@ -7,6 +7,7 @@ of a stage come most informative first; after --seconds those that are left over
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -26,7 +27,8 @@ from lilora_kernels.ops.call import Call
 from lilora_kernels.ops.delta import traffic
 from lilora_kernels.ops.philox import keep_mask, keep_scale
 
-from .compare import REGISTRY, compare, error, gated, poisoned, row
+from .compare import REGISTRY, Wrong, compare, error, gated, poisoned, row
+from .environment import age_of_process
 from .gpu_cases import Case, LostDevice, run_cases
 from .gpu_profile import call_once, profile
 from .peers import OURS, Built, lilora_adapter
@@ -296,12 +298,17 @@ def time_delta(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterato
     runs = {}
     for name, kernels in kernels_of(problem, inputs[0]).items():
         for plan, one_launch in (("one launch", True), ("by phase", False)):
-            check_delta(sets[0], calls[0], kernels, one_launch)
-            runs[f"{name}, {plan}"] = candidate(kernels, one_launch)
+            try:
+                check_delta(sets[0], calls[0], kernels, one_launch)
+                runs[f"{name}, {plan}"] = candidate(kernels, one_launch)
+            except Wrong as reason:  # it takes no figure from the others
+                failed = {"implementation": f"ours: {name}, {plan}", "error": str(reason)}
+                yield {**problem.describe(), **failed}
     times = measure(machine, runs, ["forward", "backward"])
     base = Problem(problem.rows, problem.columns, problem.outputs, dtype=problem.dtype)
     for name in runs:
         by_phase = name.split(",")[0] + ", by phase"
+        by_phase = by_phase if by_phase in runs else name
         for direction in ("forward", "backward"):
             result = figures(times[name][direction], times[by_phase][direction])
             result["ratio_to_by_phase"] = result.pop("ratio_to_base")
@@ -341,15 +348,13 @@ def stage_5(dry_run: bool) -> Iterator[Case]:
 
 
 def time_decode(problem: Problem, machine: Machine, ceiling: Ceilings, peers: tuple[str, ...]) -> Iterator[dict]:
-    field = gated("decode", problem, peers, machine, training=False)
+    reasons = {name: REGISTRY[name].no_graph for name in peers}
+    field = gated("decode", problem, [name for name in peers if reasons[name] is None], machine, training=False)
     yield from field.absent
-    replays = {}
-    for name, built in field.built.items():
-        reason = REGISTRY[name].no_graph
-        if reason is not None:
-            yield {**field.about, "implementation": name, "unavailable": f"no CUDA graph of it: {reason}"}
-        else:
-            replays[name] = graph_of(name, built, len(field.sets), machine)
+    for name in peers:
+        if reasons[name] is not None:
+            yield {**field.about, "implementation": name, "unavailable": f"no CUDA graph of it: {reasons[name]}"}
+    replays = {name: graph_of(name, built, len(field.sets), machine) for name, built in field.built.items()}
     runs = {name: marked(lambda _, replay=replay: replay()) for name, replay in replays.items()}
     times = measure(machine, runs, ["forward"], calls=len(field.sets))
     for name in runs:
@@ -387,6 +392,9 @@ def graph_of(name: str, built: Built, sets: int, machine: Machine) -> Callable[[
     return graph.replay
 
 
+TUNE_CLOSING = 8.0  # seconds of stage 6 for a step that takes longer than it should, and for its file
+
+
 def stage_6(
     dry_run: bool, machine: Machine, configs: Path | None, seconds: float, write: Callable[[dict], None]
 ) -> None:
@@ -398,7 +406,7 @@ def stage_6(
 
     machine = machine if dry_run else replace(machine, rounds=tune.ROUNDS)
     kernels = ["forward"] if dry_run else ["forward", "backward"]
-    minutes = 0.05 if dry_run else seconds / 60
+    minutes = 0.05 if dry_run else max(seconds - TUNE_CLOSING, 1.0) / 60
     table, _ = tune.tune(
         machine, ["by_phase"], kernels, [8192], minutes, lambda decision: write({"case": "tune", **decision})
     )
@@ -459,6 +467,7 @@ def main() -> int:
             with options.into.open("a") as file:
                 file.write(json.dumps({k: v for k, v in result.items() if k != "times_us"}) + "\n")
 
+    options.seconds -= age_of_process()  # they count from the start of the process
     torch.manual_seed(0)
     if options.stage == "call":
         call_once(*options.problem)
@@ -469,8 +478,10 @@ def main() -> int:
         return 0
     cases = list(STAGES[int(options.stage)](options.dry_run))
     outcome = run_cases(cases, machine, write, options.seconds, options.start_at)
-    if outcome.go_on_at is not None:
-        write({"case": "go on", "start_at": outcome.go_on_at, "of": len(cases)})
+    if outcome.go_on_at is not None:  # what is left of the device may abort while the interpreter ends
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(outcome.exit_code)
     return outcome.exit_code
 
 

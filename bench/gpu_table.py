@@ -1,7 +1,7 @@
 """What a run of `bench.gpu_evidence` found, in one table for a terminal: python -m bench.gpu_table RESULTS.JSON
 
-A cell is a median ratio of paired times, or WRONG for an implementation that was wrong or broke off; - where there is no
-figure: results.json says why.
+What matters most comes last, where a terminal or a log that keeps the end still has it. A cell is a median ratio of paired
+times, or WRONG for an implementation that was wrong or broke off; - where there is no figure: results.json says why.
 """
 
 import json
@@ -9,26 +9,27 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+PRINTED = 10_000  # characters of its end that bench.gpu_evidence prints
 SHAPE = ("M", "K", "N", "T", "p")
 Rows = list[dict]
 
 
 def table(content: dict) -> str:
     stages = {name: stage.get("results", []) for name, stage in content["stages"].items()}
+    linear = {each: only(stages.get("3", []), "linear", each) for each in ("both", "forward", "backward")}
+    decode = only(stages.get("5", []), "decode")
     parts = [
-        correctness(content["stages"]),
-        ceilings(stages.get("1", []), content.get("under_load")),
-        matrix("addmm_ in place, time / base", stages.get("2", []), "ratio_to_base", addmm),
-        *(
-            matrix(f"linear {direction}, time / base", only(stages.get("3", []), "linear", direction), "ratio_to_base")
-            for direction in ("both", "forward", "backward")
-        ),
-        matrix("linear both, time / PEFT", only(stages.get("3", []), "linear", "both"), "ratio_to_peft"),
-        matrix("each launch, % of its floor", only(stages.get("3", []), "launches"), "percent_of_floor", phase),
-        matrix("decode in a graph, time / base", only(stages.get("5", []), "decode"), "ratio_to_base"),
-        matrix("decode in a graph, time / PEFT", only(stages.get("5", []), "decode"), "ratio_to_peft"),
-        matrix("delta, time / by phase", only(stages.get("4", []), "delta"), "ratio_to_by_phase", direction_of),
         matrix("models, time / base", stages.get("7", []), "ratio_to_base", direction_of, ("case", "T", "tokens")),
+        matrix("decode in a graph, time / PEFT", decode, "ratio_to_peft"),
+        *(matrix(f"linear {each}, time / base", linear[each], "ratio_to_base") for each in ("backward", "forward")),
+        matrix("each launch, % of its floor", only(stages.get("3", []), "launches"), "percent_of_floor", phase),
+        matrix("addmm_ in place, time / base", stages.get("2", []), "ratio_to_base", addmm),
+        matrix("delta, time / by phase", only(stages.get("4", []), "delta"), "ratio_to_by_phase", direction_of),
+        matrix("decode in a graph, time / base", decode, "ratio_to_base"),
+        matrix("linear both, time / PEFT", linear["both"], "ratio_to_peft"),
+        matrix("linear both, time / base", linear["both"], "ratio_to_base"),
+        ceilings(stages.get("1", []), content.get("under_load")),
+        correctness(content["stages"]),
     ]
     return "\n".join(part for part in parts if part)
 

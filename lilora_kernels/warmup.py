@@ -18,8 +18,9 @@ def warmup(model: nn.Module) -> int:
 
     Call it after the tasks are added or loaded and set, in the mode (train or eval) and under the autocast in which the
     model will run; it needs the memory of one forward and backward of 8192 rows through the largest layer. Returns the
-    number of runs: 0 where the backend has nothing to compile or load. Merged layers are left out, and layers with a pool
-    of ranks (RankPoolLinear), whose kernels follow from what is chosen for a batch: run one batch through these.
+    number of runs: 0 where the backend has nothing to compile or load. Raises where a selected backend cannot run. Merged
+    layers are left out, and layers with a pool of ranks (RankPoolLinear), whose kernels follow from what is chosen for a
+    batch: run one batch through these.
     """
     runs, seen = 0, set()
     for module in model.modules():

@@ -19,7 +19,6 @@ CUDA, META = torch.device("cuda:0"), torch.device("meta")
 BYTES_PER_US = 2.7e6
 FLOPS_PER_US = {8: 45e6, 4: 40e6, 2: 600e6}
 KERNEL_US = 3.0  # of the shortest kernel
-HOST_US = {"operations": 7.0, "launches": 45.0}  # of Python and torch; a launch of Triton's with many arguments
 
 CREATE = {"empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "eye", "tensor"}
 
@@ -28,21 +27,19 @@ class Ledger:
     """What was asked of the pretended GPU by this process, and how long a GPU would take for it."""
 
     def __init__(self) -> None:
-        self.gpu_us = self.host_us = 0.0
+        self.gpu_us = 0.0
         self.counts: Counter[str] = Counter()
         self.started = time.perf_counter()
 
     def summary(self) -> dict:
         seconds = {
             "gpu_s": self.gpu_us / 1e6,
-            "host_s": self.host_us / 1e6,
             "here_s": time.perf_counter() - self.started,
         }
         return {**self.counts, **{name: round(value, 3) for name, value in seconds.items()}}
 
     def add(self, bytes_: float, flops: float = 0.0, element: int = 2, kind: str = "operations") -> None:
         self.counts[kind] += 1
-        self.host_us += HOST_US[kind]
         self.gpu_us += KERNEL_US + max(bytes_ / BYTES_PER_US, flops / FLOPS_PER_US.get(element, 40e6))
 
 

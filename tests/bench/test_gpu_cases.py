@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -40,7 +41,8 @@ def run():
 
     def of(cases, **options):
         rows = []
-        return run_cases(cases, MACHINE, rows.append, **options), rows
+        outcome = run_cases(cases, MACHINE, rows.append, **options)
+        return outcome, [row for row in rows if row["case"] != "begin"]
 
     return of
 
@@ -75,6 +77,20 @@ def test_when_the_time_is_up_extra_cases_are_left_out_and_others_fail(run):
     outcome, rows = run([case(*GOOD, extra=True), case(*GOOD)], seconds=-1)
     assert outcome.exit_code == 1
     assert "no time for this case" in rows[-1]["error"]
+
+
+def test_no_case_begins_that_would_be_cut_off(run):
+    """The next one may take as long as the longest so far; a row says which began last."""
+
+    def slow(machine, ceiling):
+        time.sleep(0.5)
+        yield from GOOD
+
+    rows = []
+    cases = [Case("case", slow, ("base",), extra=True)] * 3
+    outcome = run_cases(cases, MACHINE, rows.append, seconds=0.9)
+    assert outcome.left_out == 2
+    assert [row for row in rows if row["case"] == "begin"] == [{"case": "begin", "at": 0, "of": 3}]
 
 
 def test_a_case_that_raises_takes_nothing_from_the_others(run):
@@ -271,6 +287,8 @@ def results(first="ok", tests="ok", memory="81559 MiB", rows=()):
         (results(), ["--stages", "8,6"]),
         (results(memory="143771 MiB"), ["--stages", "8,7"]),
         (results(first="failed with exit code 1"), ["--stages", "0"]),
+        (results(rows=[{"case": "racecheck", "exit_code": 9}]), ["--stages", "0,8,6", "--only", "racecheck"]),
+        (results(rows=[{"case": "memcheck", "exit_code": 9, "unavailable": "no such device"}]), ["--stages", "8,6"]),
         (
             results(
                 tests="stopped after 130 s",

@@ -13,8 +13,9 @@ def warmup(model: nn.Module) -> int:
 
     Compiles what the Triton kernels need for its shapes and loads what the CUDA library and cuBLAS load at their first
     launch: forward with the active task and with task ids, and backward where parameters learn, with and without a gradient
-    of the input. Afterwards neither a forward nor a capture compiles, on any stream. Inputs are random; parameters,
-    gradients, routes and random state stay as they are.
+    of the input. Not yet covered, so that a first call may still compile: evaluation of a layer in train mode,
+    the gradient of x through layers of which nothing learns, a single row. Inputs are random; parameters, gradients, routes
+    and random state stay as they are.
 
     Call it after the tasks are added or loaded and set, in the mode (train or eval) and under the autocast in which the
     model will run; it needs the memory of one forward and backward of 8192 rows through the largest layer. Returns the

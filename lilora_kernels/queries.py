@@ -166,6 +166,14 @@ class PoolRoutes(Routes):
         self.last = route
         return route
 
+    def example(self, x: Tensor, snapshot: bool = False) -> PoolRoute:
+        """The route of a forward with random prompts and images, of which a layer sees x [samples, rows, K]."""
+        samples, rows = x.shape[:2]
+        route = PoolRoute(self, samples, rows, [rows] * samples)
+        route.task, route.snapshot = route.task.to(x.device), snapshot
+        route._query = Query(*(torch.randn(samples, width, device=x.device) for width in self.source.widths))
+        return route
+
     @torch.no_grad()
     def queries(self, model: nn.Module, inputs: Mapping) -> Query:
         """The queries of a batch, by the vision tower alone."""

@@ -1,66 +1,158 @@
 """Compiling and loading ahead, so that no request, no training step and no graph capture waits for a kernel."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import backends
+from .adapted import AdaptedLinear
 from .linear import LiLoRALinear
 from .mlp import apart, gate_and_up, is_fused
+from .queries import PoolRoutes
+from .rank_pool import RankPoolLinear
 
 
 def warmup(model: nn.Module) -> int:
-    """Run every distinct LiLoRALinear and fused MLP of `model` once for each number of rows with kernels of its own.
+    """Run every distinct adapted layer and fused MLP of `model` in each way that compiles or loads kernels of its own.
 
-    Compiles what the Triton kernels need for its shapes and loads what the CUDA library and cuBLAS load at their first
-    launch: forward with the active task and with task ids, and backward where parameters learn, with and without a gradient
-    of the input. Not yet covered, so that a first call may still compile: evaluation of a layer in train mode,
-    the gradient of x through layers of which nothing learns, a single row. Inputs are random; parameters, gradients, routes
-    and random state stay as they are.
+    These are each number of rows with kernels of its own; the active task and task ids, or of a pool of ranks one choice
+    for all rows and one for each sample; evaluation, and training as the parameters now want gradients, with an input that
+    wants one and with one that does not. Compiles what the Triton kernels need for these shapes and loads what the CUDA
+    library and cuBLAS load at their first launch.
 
-    Call it after the tasks are added or loaded and set, in the mode (train or eval) and under the autocast in which the
-    model will run; it needs the memory of one forward and backward of 8192 rows through the largest layer. Returns the
-    number of runs: 0 where the backend has nothing to compile or load. Raises where a selected backend cannot run. Merged
-    layers are left out, and layers with a pool of ranks (RankPoolLinear), whose kernels follow from what is chosen for a
-    batch: run one batch through these.
+    Call it after the tasks are added or loaded and set, in the mode (train or eval) in which the model will run, and again
+    when others learn. Inputs are random, contiguous and of the base weight's dtype, torch's default dtype where that is
+    packed: call it under the autocast of the model's forwards. It runs on the current stream. Another stream and a capture
+    compile and load nothing more; cuBLAS allocates a workspace for each, unless it is called under torch.cuda.stream.
+
+    Parameters, gradients, modes, routes, counts of routers and random state stay as they are. It needs the memory of one
+    forward and backward of 8192 rows through the largest layer. Returns the number of forwards: 0 where the backend has
+    nothing to compile or load. Raises where a selected backend cannot run, and what a function that chooses ranks raises
+    outside the model's forward. Merged layers are left out.
     """
-    runs, seen = 0, set()
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    learns = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+    cases = list(_cases(model))
+    trained = [case for case in cases if case.layer.training]
+    with _no_trace(layers):
+        modes = {module: module.training for module in model.modules()}
+        try:
+            for module in modes:
+                module.training = False  # layers forget by train() what they gathered
+            with torch.no_grad():
+                for case in trained:
+                    case.run(case.x())
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        wanted = (True, False) if learns else (False,)
+        for case in cases:
+            for x_learns in wanted:
+                _step(case, case.x().requires_grad_(x_learns), learning)
+    return len(trained) + len(cases) * len(wanted)
+
+
+@dataclass
+class _Case:
+    """One way to call a layer, or gate_proj and up_proj of a fused MLP as one: see `run`."""
+
+    layer: AdaptedLinear
+    up: LiLoRALinear | None
+    like: Tensor  # [1, K], of the dtype and on the device of the inputs
+    rows: int
+    routed: bool
+    snapshot: bool = False
+
+    def x(self) -> Tensor:
+        """[samples, rows of each, K]; ranks of a pool are chosen for each sample, and for all rows where it is one."""
+        samples = next((n for n in range(2, self.rows + 1) if self.rows % n == 0), 1) if self.routed else 1
+        shape = samples, self.rows // samples, self.layer.in_features
+        return torch.randn(shape, device=self.like.device).to(self.like.dtype)
+
+    def run(self, x: Tensor) -> tuple[Tensor, ...]:
+        layer, routes = self.layer, self.layer.routes
+        if isinstance(layer, RankPoolLinear):
+            route = routes.example(x, self.snapshot) if isinstance(routes, PoolRoutes) else None
+            with routes.use(route):
+                return (layer(x),)
+        task = None
+        if self.routed:
+            task = torch.full((len(x),), routes.tasks.index(layer.tasks[0]), dtype=torch.int32, device=x.device)
+        with routes.use(None):
+            return (layer(x, task=task),) if self.up is None else gate_and_up(layer, self.up, x, task) or ()
+
+
+def _cases(model: nn.Module) -> Iterator[_Case]:
+    seen = set()
     for module in model.modules():
         fused = is_fused(module) and apart(module.gate_proj, module.up_proj) is None
         layer, up = (module.gate_proj, module.up_proj) if fused else (module, None)
-        if not isinstance(layer, LiLoRALinear) or not layer.tasks or layer.merged_task is not None:
+        if not isinstance(layer, AdaptedLinear) or not (ways := _ways(layer)):
             continue
-        x = layer.example()
+        like = layer.example()
         op = "delta_pair" if fused else "delta" if layer.unfused_reason() is not None else "linear"
-        parameters = [*layer.named_parameters(), *(() if up is None else up.named_parameters())]
-        own = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in parameters)
-        # Views into a flat buffer of an optimizer may lie anywhere: Triton compiles for what is aligned.
-        own += tuple(p.data_ptr() % 16 == 0 for name, p in parameters if name.startswith("lilora_"))
-        key = op, x.device, x.dtype, layer.training and layer.dropout > 0, layer.unfused_reason(), layer.active, own
+        key = op, like.device, like.dtype, _identity(layer), up and _identity(up)
         if key in seen:
             continue
         seen.add(key)
-        before = layer.routes.seen, layer.routes.routed
-        with torch.random.fork_rng([x.device] if x.is_cuda else []), layer.routes.use(None):
-            for rows in backends.choose(op, x, layer.rank, layer.sub_rank).rows(x.device):
-                runs += _run(layer, up, torch.randn(rows, 1, layer.in_features, device=x.device).to(x.dtype))
-        layer.routes.seen, layer.routes.routed = before
-    return runs
+        # How many ranks of a pool are chosen shows in its forward.
+        rank = 0 if isinstance(layer, RankPoolLinear) else layer.rank
+        for rows in backends.choose(op, like, rank, layer.sub_rank).rows(like.device):
+            yield from (_Case(layer, up, like, rows, *way) for way in ways)
 
 
-def _run(layer: LiLoRALinear, up: LiLoRALinear | None, x: torch.Tensor) -> int:
-    """Each way in which the layer may be called with so many rows; returns how many these are."""
-    parameters = [p for one in (layer, up) if one is not None for p in one.parameters() if p.requires_grad]
-    ids = torch.full((x.shape[0],), layer.routes.tasks.index(layer.tasks[0]), dtype=torch.int32, device=x.device)
-    # The input of a model's first layer wants no gradient: another set of arguments, hence another kernel.
-    ways = [
-        (t, wanted)
-        for t in ([None, ids] if len(layer.active) == 1 else [ids])
-        for wanted in ([True, False] if parameters else [False])
-    ]
-    for task, wanted in ways:
-        leaf = x.detach().requires_grad_(wanted)
-        ys = (layer(leaf, task=task),) if up is None else gate_and_up(layer, up, leaf, task) or ()
-        if any(y.requires_grad for y in ys):
-            inputs = [leaf, *parameters] if wanted else parameters
-            torch.autograd.grad(ys, inputs, [torch.randn_like(y) for y in ys], allow_unused=True)
-    return len(ways)
+def _ways(layer: AdaptedLinear) -> list[tuple[bool, ...]]:
+    """`routed`, and for a pool `snapshot`, of each case; none where the forward is that of the base."""
+    if isinstance(layer, RankPoolLinear):
+        whole = [False, True] if layer.rank else []
+        return [(way,) for way in whole] + [(way, True) for way in (False, True) if layer.snapshot]
+    if not isinstance(layer, LiLoRALinear) or not layer.tasks or layer.merged_task is not None:
+        return []
+    return [(False,), (True,)] if len(layer.active) == 1 else [(True,)]
+
+
+def _identity(layer: AdaptedLinear) -> tuple:
+    """What decides which kernels a layer takes, beside the device and dtype of x."""
+    # Views into a flat buffer of an optimizer may lie anywhere: Triton compiles for what is aligned.
+    own = tuple((n, p.shape, p.dtype, p.requires_grad, p.data_ptr() % 16 == 0) for n, p in layer.named_parameters())
+    choice: tuple = ()
+    if isinstance(layer, RankPoolLinear):
+        chooser = getattr(layer.choose, "__code__", type(layer.choose))
+        choice = id(layer.routes), chooser, tuple((n, a.shape, a.dtype) for n, (a, _) in layer.snapshot.items())
+    dropout = layer.training and layer.dropout > 0
+    return type(layer), own, dropout, layer.unfused_reason(), getattr(layer, "active", None), choice
+
+
+def _step(case: _Case, x: Tensor, learning: list[nn.Parameter]) -> None:
+    """A forward and, where anything wants gradients, its backward; both leave memory with this frame."""
+    ys = case.run(x)
+    if any(y.requires_grad for y in ys):
+        inputs = [x, *learning] if x.requires_grad else learning
+        torch.autograd.grad(ys, inputs, [y.detach() for y in ys], allow_unused=True)
+
+
+@contextmanager
+def _no_trace(layers: list[AdaptedLinear]) -> Iterator[None]:
+    """Put back what forwards leave behind: random state, what routes and routers have seen, and what layers have gathered."""
+    routes = {layer.routes: (layer.routes.seen, layer.routes.routed) for layer in layers}
+    names = [(layer, "_gathered" if isinstance(layer, RankPoolLinear) else "_bank") for layer in layers]
+    gathered = [(layer, name, getattr(layer, name)) for layer, name in names]
+    routers = [layer.choose for layer in layers if isinstance(layer, RankPoolLinear)]
+    counts = [count for router in routers if isinstance(router, nn.Module) for count in router.buffers()]
+    counted = [count.clone() for count in counts]
+    devices = {layer.example().device for layer in layers}
+    try:
+        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+            yield
+    finally:
+        for one, seen in routes.items():
+            one.seen, one.routed = seen
+        for layer, name, value in gathered:
+            setattr(layer, name, value)
+        with torch.no_grad():
+            for count, value in zip(counts, counted, strict=True):
+                count.copy_(value)

@@ -138,10 +138,13 @@ def _fitted(
 
 
 def bucket_rows(device: torch.device) -> list[int]:
-    """Numbers of rows that together meet every configuration: their own, and those where `linear` changes its plan."""
+    """Numbers of rows that together meet every configuration: their own, and those where `linear` changes its plan.
+
+    One row is among them because cuBLAS has kernels of its own for it.
+    """
     plans = table(table_names(device)).values()
     own = {bucket["rows"] for kernels in plans for buckets in kernels.values() for bucket in buckets}
-    return sorted(own | {ONE_LAUNCH_ROWS, ONE_LAUNCH_ROWS + 1})
+    return sorted(own | {1, ONE_LAUNCH_ROWS, ONE_LAUNCH_ROWS + 1})
 
 
 def nearest(buckets: tuple[int, ...], rows: int) -> int:

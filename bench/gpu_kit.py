@@ -2,8 +2,8 @@
 
 `make gpu-kit` calls it in an environment with the versions of bench/gpu_kit.txt. FOLDER/kit.tar.xz gets
 - the CUDA kernels for compute capability 9.0a, and what they were built with;
-- a Triton cache with every kernel that the GPU tests, stages 1 to 6 and 8 of `bench.gpu_evidence` launch. They run here over a
-  GPU that is pretended (bench/pretended_gpu), so that no list of kernels is kept by hand;
+- a Triton cache with every kernel that the GPU tests and stages 1 to 8 of `bench.gpu_evidence` launch. They run here over a GPU
+  that is pretended (bench/pretended_gpu), so that no list of kernels is kept by hand;
 - wheels of packages that stage 7 needs and that machine may lack.
 
 A cache is hit where the Python packages, the sources and the kind of GPU are the same, whatever the paths.
@@ -27,8 +27,8 @@ from .environment import commit, installed
 
 ROOT = Path(__file__).parent.parent
 PRETENDED = ROOT / "bench/pretended_gpu"
-DEVICES = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")  # a cache for each that has launch configurations of its own
-STAGES = ("2", "1", "3", "4", "5", "6")
+DEVICES = {"NVIDIA H100 80GB HBM3": 81559, "NVIDIA H200": 143771}  # MiB, on which stage 7's batch depends
+STAGES = ("7", "2", "1", "3", "4", "5", "6")
 PACKED_LIMIT, TREE_LIMIT = 45 << 20, 60 << 20  # bytes: of the kit, of kit and tree
 LIBRARY = "lilora_kernels/lib/liblilora_cuda.so"
 WHEELS = {  # what is imported -> the package
@@ -56,11 +56,12 @@ def make(folder: Path, jobs: int) -> Path:
     content.mkdir(parents=True)
     said("the CUDA kernels for 9.0a (minutes)")
     build_library(content, folder)
+    said("wheels")
+    download_wheels(content / "wheels")
+    install_wheels(content / "wheels", list(WHEELS.values()), folder / "site")
     said("what tests and stages launch (minutes)")
     counts = record(folder, jobs, device_names(), recordings())
     pruned(folder / "triton", content / "triton")
-    said("wheels")
-    download_wheels(content / "wheels")
     about = {
         "commit": commit(),
         "sources": sources(),
@@ -113,12 +114,13 @@ def pretended(device: str, folder: Path, log: Path) -> dict[str, str]:
     """The environment in which Python has a GPU of that name that computes nothing, and compiles into folder/triton."""
     own = {
         "LILORA_PRETENDED_GPU": device,
+        "LILORA_PRETENDED_MIB": str(DEVICES.get(device, 81559)),
         "LILORA_PRETENDED_KERNELS": "compile",
         "LILORA_PRETENDED_LIBCUDA": str(folder / "libcuda"),
         "LILORA_PRETENDED_LOG": str(log),
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TRITON_STORE_BINARY_ONLY": "1",
-        "PYTHONPATH": os.pathsep.join([str(PRETENDED), str(ROOT), str(ROOT / "python")]),
+        "PYTHONPATH": os.pathsep.join([str(PRETENDED), str(ROOT), str(ROOT / "python"), str(folder / "site")]),
         "OMP_NUM_THREADS": "1",
     }
     return {**os.environ, **own}
@@ -150,9 +152,9 @@ def profiled_sizes() -> list[list[str]]:
 
 
 def device_names() -> list[str]:
-    """One is enough unless a device has launch configurations of its own."""
+    """One is enough unless a device has launch configurations of its own, and that with more memory runs more."""
     own = [name for name in DEVICES if (ROOT / f"lilora_kernels/configs/{name.replace(' ', '_')}.json").is_file()]
-    return own + [name for name in DEVICES if name not in own][:1]
+    return own + [name for name in DEVICES if name not in own][-1:]
 
 
 def record(folder: Path, jobs: int, devices: list[str], commands: list[list[str]]) -> dict[str, int]:
@@ -193,6 +195,12 @@ def download_wheels(folder: Path) -> None:
         raise SystemExit("gpu_kit: wheels could not be downloaded; the lines above say why")
 
 
+def install_wheels(wheels: Path, packages: list[str], target: Path) -> None:
+    flags = ["-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--find-links", str(wheels)]
+    command = [sys.executable, "-m", "pip", "install", *flags, "--target", str(target), *packages]
+    subprocess.run(command, check=False)
+
+
 def check_sizes(packed: Path) -> None:
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     tree = sum((ROOT / name).stat().st_size for name in tracked.split("\0") if name and (ROOT / name).is_file())
@@ -231,19 +239,7 @@ def unpack(packed: Path, folder: Path, packages: bool = False) -> Path:
         return folder
     missing = [package for name, package in WHEELS.items() if find_spec(name) is None]
     if missing:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-index",
-            "--no-deps",
-            "--no-compile",
-            "--find-links",
-        ]
-        command += [str(folder / "wheels"), "--target", str(folder / "site"), *missing]
-        subprocess.run(command, check=False)  # stage 7 alone would miss them, and say so
+        install_wheels(folder / "wheels", missing, folder / "site")  # stage 7 alone would miss them, and say so
     return folder
 
 

@@ -23,6 +23,7 @@ from .gpu_evidence import KEPT, TITLES
 from .gpu_kit import DEVICES, commands, pretended
 
 ROOT = Path(__file__).parent.parent
+H100, H200 = DEVICES
 SLOWER = (
     30  # how much longer than its limit a stage may take here, where no result is real and two cores do the work of 16
 )
@@ -75,10 +76,9 @@ class Rehearsal:
         bench = self.checkout / "bench/pretended_gpu"
         found["PYTHONPATH"] = os.pathsep.join([str(bench), str(self.checkout), str(self.checkout / "python")])
         found["PATH"] = f"{bench / 'bin'}{os.pathsep}{found['PATH']}"
-        found["LILORA_PRETENDED_MIB"] = "143771" if "H200" in device else "81559"
         return found | {"PYTEST_ADDOPTS": "--assert=plain"}
 
-    def run(self, title: str, command: str, out: Path, device: str = DEVICES[0]) -> list[dict]:
+    def run(self, title: str, command: str, out: Path, device: str = H100) -> list[dict]:
         """One of the printed commands; what its processes launched."""
         log = out.with_suffix(".log")
         env = self.environment(device, log) | {"OUT": str(out)}
@@ -185,9 +185,9 @@ def main() -> int:
             "results": [{"case": "test_gpu_fused.py", "exit_code": 1}],
         }
         for title, device, given in (
-            ("command 2 after a good run, H100", DEVICES[0], content),
-            ("command 2 after a good run, H200", DEVICES[1], content | {"environment": roomy(content)}),
-            ("command 2 after a bad run", DEVICES[0], bad),
+            ("command 2 after a good run, H100", H100, content),
+            ("command 2 after a good run, H200", H200, content | {"environment": roomy(content)}),
+            ("command 2 after a bad run", H100, bad),
         ):
             out = folder / title.replace(" ", "-").replace(",", "")
             results = out.with_suffix(".json")
@@ -223,7 +223,7 @@ def main() -> int:
 
 def roomy(content: dict) -> dict:
     named = "memory, max clocks of SM and memory, power limit"
-    return content["environment"] | {named: ["143771 MiB", *content["environment"][named][1:]]}
+    return content["environment"] | {named: [f"{DEVICES[H200]} MiB", *content["environment"][named][1:]]}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """torch's side of a pretended GPU: what asks for CUDA gets tensors without data, and every wait returns at once."""
 
+import os
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ CUDA, META = torch.device("cuda:0"), torch.device("meta")
 # What the model of time takes for granted: an H100's rates that other programs have reached, by the bytes of an element.
 BYTES_PER_US = 2.7e6
 FLOPS_PER_US = {8: 45e6, 4: 40e6, 2: 600e6}
+MEMORY = int(os.environ.get("LILORA_PRETENDED_MIB", "81559")) << 20
 KERNEL_US = 3.0  # of the shortest kernel
 
 CREATE = {"empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "arange", "eye", "tensor"}
@@ -224,7 +226,7 @@ class CUDADevice(nullcontext):
 
 def patch_torch_cuda(name: str) -> None:
     properties = SimpleNamespace(
-        name=name, major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, warp_size=32,
+        name=name, major=9, minor=0, multi_processor_count=132, total_memory=MEMORY, warp_size=32,
         shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472, L2_cache_size=50 << 20,
         regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, gcnArchName="", uuid="pretended",
     )  # fmt: skip

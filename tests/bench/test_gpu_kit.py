@@ -94,10 +94,10 @@ def test_the_commands_fit_and_name_what_to_carry():
 
 
 def test_a_device_with_configurations_of_its_own_is_recorded_too(tree):
-    assert gpu_kit.device_names() == ["NVIDIA H100 80GB HBM3"]
+    assert gpu_kit.device_names() == ["NVIDIA H200"]
     (tree / "lilora_kernels/configs").mkdir()
-    (tree / "lilora_kernels/configs/NVIDIA_H200.json").write_text("{}")
-    assert gpu_kit.device_names() == ["NVIDIA H200", "NVIDIA H100 80GB HBM3"]
+    (tree / "lilora_kernels/configs/NVIDIA_H100_80GB_HBM3.json").write_text("{}")
+    assert gpu_kit.device_names() == ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
 
 
 # --- the pretended GPU ------------------------------------------------------------------------------------------------

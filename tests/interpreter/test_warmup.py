@@ -120,67 +120,6 @@ def test_a_fused_mlp_runs_as_a_pair(monkeypatch):
     assert pairs == [(2, 24)] * 6
 
 
-# --- what runs after a warm-up has been compiled by it ----------------------------------------------------------------
-
-
-def variant(kernel, device, first, last, items, tensors, numbers, constants):
-    """What decides which compiled kernel a launch takes, but for alignment."""
-    kinds = tuple(None if t is None else t.dtype for t in tensors)
-    return kernel.__name__, first, last, kinds, numbers[5] % 16, tuple(sorted(constants.items()))
-
-
-class Two(torch.nn.Module):
-    """A layer whose input wants no gradient, and a fused MLP behind it."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.mlp = model()[0], GatedMLP()
-        self.between = torch.nn.Linear(20, 24)
-
-    def forward(self, x):
-        return self.mlp(self.between(self.first(x)))
-
-
-def use(made, train):
-    """What users do with a model: the active task and ids of all kinds, few rows and many, and checkpoints."""
-    ids = torch.tensor([0, 1, -1, 1])
-    for tokens, ways in ((1, ({}, {"task_ids": ["one", None, "two", "one"]})), (2, ({"task_ids": ids},))):
-        for options in ways:
-            y = made(torch.randn(4, tokens, 24), **options)
-            if train:
-                y.sum().backward()
-                made.zero_grad()
-    with torch.no_grad():
-        made(torch.randn(1, 1, 24), task_ids=ids[:1])
-    if train:
-        with lilora_kernels.route(made, ids):
-            x = torch.randn(4, 1, 24, requires_grad=True)
-            torch.utils.checkpoint.checkpoint(
-                made.first, x, use_reentrant=False, context_fn=made.first.routes.checkpoint_context
-            ).sum().backward()
-
-
-@pytest.mark.parametrize("train, unfused", [(True, False), (False, True)], ids=["train", "eval-hooked"])
-def test_nothing_that_runs_later_is_new(train, unfused, monkeypatch):
-    monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [4, 8])
-    monkeypatch.setattr(triton_runtime, "ONE_LAUNCH_ROWS", 7)
-    made = Two()
-    lilora_kernels.attach(made)
-    lilora_kernels.fuse_mlps(made)
-    if unfused:  # base and adapter apart
-        made.first.base_layer.register_forward_hook(lambda *_: None)
-    lilora_kernels.set_task(made, "one", train=train)
-    made.train(train)
-    launched, run = [], triton_backend.run
-    monkeypatch.setattr(triton_backend, "run", lambda *a: launched.append(variant(*a)) or run(*a))
-    assert lilora_kernels.warmup(made) > 0
-    known = set(launched)
-    launched.clear()
-    use(made, train)
-    assert len(launched) > 9
-    assert set(launched) <= known
-
-
 def test_the_cuda_library_is_loaded_by_every_plan_and_the_eager_backend_by_none(monkeypatch):
     from lilora_kernels import backends
     from lilora_kernels.ops.linear import cuda_backend

@@ -1,18 +1,20 @@
 """Kernels and layers for continual, multi-task LoRA: x A (B0 + U_i V_i) with a task index per sample."""
 
 from .backends import backend, explain
+from .context import BatchContext
 from .functional import delta, delta_pair, draw_seed, linear, rank_gate
-from .linear import LiLoRALinear, check_task_name, set_task
+from .linear import LiLoRALinear, set_task
 from .mlp import fuse_mlps, unfuse_mlps
+from .parameters import check_task_name
 from .rank_pool import RankPoolLinear
-from .routing import Route, attach, route
+from .routing import attach, route
 from .version import __version__
 from .warmup import warmup
 
 __all__ = [
     "LiLoRALinear",
     "RankPoolLinear",
-    "Route",
+    "BatchContext",
     "__version__",
     "attach",
     "backend",

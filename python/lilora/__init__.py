@@ -4,7 +4,7 @@ Importing it teaches PEFT the method, so that `get_peft_model`, `PeftModel.from_
 `AutoModel.from_pretrained` understand a LiLoRA config.
 """
 
-from lilora_kernels import LiLoRALinear, Route, attach, explain, route, set_task
+from lilora_kernels import BatchContext, LiLoRALinear, attach, explain, route, set_task
 from lilora_kernels.version import __version__
 
 try:
@@ -24,7 +24,7 @@ __all__ = [
     "LiLoRAConfig",
     "LiLoRALinear",
     "LiLoRAModel",
-    "Route",
+    "BatchContext",
     "__version__",
     "attach",
     "explain",

@@ -9,7 +9,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from lilora_kernels import LiLoRALinear
-from lilora_kernels.routing import Routes
+from lilora_kernels.context import Tasks
 
 from .config import LiLoRAConfig
 from .errors import UserError
@@ -22,7 +22,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
     other_param_names = ("lilora_A", "lilora_B")
     cast_input_dtype_enabled = True  # for peft.helpers.disable_input_dtype_casting; we never cast the input
 
-    def __init__(self, base_layer: nn.Module, config: LiLoRAConfig, routes: Routes, **quantization) -> None:
+    def __init__(self, base_layer: nn.Module, config: LiLoRAConfig, tasks: Tasks, **quantization) -> None:
         LiLoRALinear.__init__(
             self,
             base_layer,
@@ -34,7 +34,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
             train_a=config.train_a,
             train_b0=config.train_b0,
         )
-        self.routes = routes
+        self.model_tasks = tasks
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
         self._disable_adapters = False
         self._active_adapter: list[str] = []

@@ -131,24 +131,25 @@ class BatchContext:
         these too: one that is absent gets zeros. Layers in training mode then take no others: ValueError for their ids.
         """
         if torch.compiler.is_compiling():
-            return self._choose(trains, training)
+            return self._choose(trains, training, None)  # a graph must not depend on the values of ids
         if (trains, training) not in self._chosen:
-            self._chosen[trains, training] = self._choose(trains, training)
+            self._chosen[trains, training] = self._choose(trains, training, self.ids)
         return self._chosen[trains, training]
 
-    def _choose(self, trains: bool, training: bool) -> tuple[tuple[str, ...], Tensor]:
+    def _choose(self, trains: bool, training: bool, ids: list[int] | None) -> tuple[tuple[str, ...], Tensor]:
         tasks = self.tasks
         if trains and training:
-            tasks.require_active(self.ids)
+            if ids is not None:
+                tasks.require_active(ids)
             names = tasks.active
-        elif self.ids is not None:
-            wanted = {tasks.names[i] for i in self.ids if i >= 0} | set(tasks.active if trains else ())
+        elif ids is not None:
+            wanted = {tasks.names[i] for i in ids if i >= 0} | set(tasks.active if trains else ())
             names = tuple(sorted(wanted, key=tasks.names.index))
         else:
             names = tasks.known
-        if self.ids is not None:
+        if ids is not None:
             position = {tasks.names.index(name): at for at, name in enumerate(names)}
-            positions = [position.get(i, -1) for i in self.ids]
+            positions = [position.get(i, -1) for i in ids]
             return names, torch.tensor(positions, dtype=torch.int32, device=self.task.device)
         return names, tasks.positions(self.task, trains and training)
 
@@ -182,7 +183,14 @@ class BatchContext:
 # The contexts entered and not left, the innermost last: of a thread or an asyncio task, and, as far as a thread alone can
 # tell, for compiled code, which cannot read the first.
 _entered: ContextVar[tuple[BatchContext, ...]] = ContextVar("lilora_contexts", default=())
-_compiled = local()
+
+
+class _Compiled(local):
+    def __init__(self) -> None:  # in every thread
+        self.contexts: tuple[BatchContext, ...] = ()
+
+
+_compiled = _Compiled()
 
 
 class Tasks:
@@ -265,8 +273,8 @@ class Tasks:
             table = [position.get(name, len(names)) for name in self.names] + [-1]  # -1 and foreign ids read the last
             self._tables[training, device] = torch.tensor(table, dtype=torch.int32, device=device)
 
-    def require_active(self, ids: list[int] | None) -> None:
-        for i in set(ids or ()) - {-1}:
+    def require_active(self, ids: list[int]) -> None:
+        for i in set(ids) - {-1}:
             if self.names[i] not in self.active:
                 raise ValueError(
                     f"the batch has samples of task {self.names[i]!r}, and {list(self.active)} train; make all tasks of a "
@@ -308,7 +316,7 @@ class Tasks:
     @property
     def current(self) -> BatchContext | None:
         """The context of this model's running forward, in this thread or asyncio task."""
-        entered = getattr(_compiled, "contexts", ()) if torch.compiler.is_compiling() else _entered.get()
+        entered = _compiled.contexts if torch.compiler.is_compiling() else _entered.get()
         for context in reversed(entered):
             if context.tasks is self:
                 return context
@@ -321,9 +329,9 @@ class Tasks:
         if torch.is_grad_enabled():
             if context.task is not None:
                 self.routed = True
-            else:
+            elif not torch.compiler.is_compiling():
                 self.seen = self.setting
-        before = getattr(_compiled, "contexts", ())
+        before = _compiled.contexts
         _compiled.contexts = (*before, context)
         if torch.compiler.is_compiling():
             try:
@@ -337,7 +345,7 @@ class Tasks:
         finally:
             _entered.reset(token)
             # Another asyncio task of this thread may have entered one in between.
-            _compiled.contexts = tuple(c for c in getattr(_compiled, "contexts", ()) if c is not context)
+            _compiled.contexts = tuple(c for c in _compiled.contexts if c is not context)
 
     # --- backward ---------------------------------------------------------------------------------------------------
 

@@ -194,7 +194,7 @@ class LiLoRALinear(AdaptedLinear):
         task: [B] int32 ids for x [B, ..., K], -1 for samples without an adapter. Without it the context of the running
         forward decides, and without task ids there the active task. Raises when several tasks are active and nothing decides.
         """
-        if "_hf_hook" in self.lilora_U.__dict__ and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and "_hf_hook" in self.lilora_U.__dict__:
             with onloaded(*(getattr(self, kind) for kind in KINDS)):
                 return self._forward(x, args, kwargs, task)
         return self._forward(x, args, kwargs, task)

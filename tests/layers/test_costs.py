@@ -93,8 +93,9 @@ def test_operations_of_each_further_task(train, forward, backward):
     [
         # seven a layer, in place of the product with the base weight
         (TASKS[:1], None, 8 * 6),
-        # five to turn ids of samples into ids of rows, not for every layer; two a layer to group them; the second task
-        (TASKS, ["read", "count"], 8 * 6 + 5 + 8 * 2 + 38),
+        # five to turn ids of samples into ids of rows, not for every layer; three stacks a layer and two to group the rows;
+        # the second task
+        (TASKS, ["read", "count"], 8 * 6 + 5 + 8 * 5 + 38),
     ],
 )
 def test_operations_of_a_whole_model(active, names, limit):
@@ -105,7 +106,7 @@ def test_operations_of_a_whole_model(active, names, limit):
     for tasks, options in (((), {}), (active, {} if names is None else {"task_ids": names})):
         set_task(model, *tasks)
         with torch.no_grad():
-            model(**inputs, **options)  # gathers the bank
+            model(**inputs, **options)
             with Operations() as found:
                 model(**inputs, **options)
         seen.append(found)

@@ -8,6 +8,7 @@ from .mlp import fuse_mlps, unfuse_mlps
 from .parameters import check_task_name
 from .rank_pool import RankPoolLinear
 from .routing import attach, route
+from .serving import freeze, unfreeze
 from .version import __version__
 from .warmup import warmup
 
@@ -23,11 +24,13 @@ __all__ = [
     "delta_pair",
     "draw_seed",
     "explain",
+    "freeze",
     "fuse_mlps",
     "linear",
     "rank_gate",
     "route",
     "set_task",
+    "unfreeze",
     "unfuse_mlps",
     "warmup",
 ]

@@ -153,6 +153,11 @@ class BatchContext:
             return names, torch.tensor(positions, dtype=torch.int32, device=self.task.device)
         return names, tasks.positions(self.task, trains and training)
 
+    def slots(self) -> Tensor:
+        """The position [B] of each sample's task in the layers of a frozen model, -1 for none."""
+        known = self.ids is not None and not torch.compiler.is_compiling()
+        return self.task if known else self.tasks.slots(self.task)
+
     def of_batch(self, samples: int | None, length: int | None, units: list[int] | Tensor | None) -> "BatchContext":
         """The context of a forward inside this one, whose batch has so many samples (more in a generation with beams)."""
         base = self
@@ -164,13 +169,16 @@ class BatchContext:
             self.generating, self.tasks, self.stacks, _chosen=base._chosen,
         )  # fmt: skip
 
+    def require_samples(self, samples: int) -> None:
+        """ValueError unless the batch of a forward inside this one has so many samples, or in a generation a multiple."""
+        if samples != self.samples and not (self.generating and self.samples and samples % self.samples == 0):
+            raise ValueError(
+                f"task_ids has the shape [{self.samples}]; it must be [{samples}], one id per sample of the batch"
+            )
+
     def _repeat(self, samples: int) -> "BatchContext":
         """Of beams or returned sequences: every sample of the prompt several times, one behind the other."""
-        times, rest = divmod(samples, self.samples)
-        if rest or not times:
-            raise ValueError(
-                f"a forward has {samples} samples, but the route has {self.samples}; pass one task id per sample"
-            )
+        times = samples // self.samples
 
         def each(values):
             return [value for value in values for _ in range(times)] if isinstance(values, list) else values
@@ -208,10 +216,11 @@ class Tasks:
         self.opened = 0  # `route` blocks that are open, in whatever thread
         self.seen: tuple = ()  # `setting` at the last forward without task ids
         self.routed = False  # whether any forward that can be recomputed had task ids
+        self.capacity: int | None = None  # of a frozen model: how many ids its layers have room for
         self._tables: dict[tuple, Tensor] = {}
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"opened": 0}  # a copy has none
+        return self.__dict__ | {"opened": 0, "capacity": None}  # a copy is not frozen, and no route is open on it
 
     # --- names and ids ----------------------------------------------------------------------------------------------
 
@@ -264,7 +273,15 @@ class Tasks:
         """
         if not training and len(self.known) == len(self.names):
             return task
-        return self._tables[training, task.device][task.long().clamp(-1, len(self.names))]
+        return self._looked_up(training, task)
+
+    def slots(self, task: Tensor) -> Tensor:
+        """As `positions`, for a frozen model, in which an id is its own position."""
+        return self._looked_up("frozen", task)
+
+    def _looked_up(self, kind: object, task: Tensor) -> Tensor:
+        table = self._tables[kind, task.device]
+        return table[task.long().clamp(-1, table.shape[0] - 1)]
 
     def settle(self, device: torch.device) -> None:
         """Make what `positions` reads on this device: ahead of a graph, which could not."""
@@ -272,6 +289,11 @@ class Tasks:
             position = {name: i for i, name in enumerate(names)} | {None: -1}
             table = [position.get(name, len(names)) for name in self.names] + [-1]  # -1 and foreign ids read the last
             self._tables[training, device] = torch.tensor(table, dtype=torch.int32, device=device)
+        if self.capacity is not None:  # in place: a captured graph reads it
+            slots = [-1 if name is None else i for i, name in enumerate(self.names)]
+            slots += [-1] * (self.capacity + 1 - len(slots))
+            table = self._tables.setdefault(("frozen", device), torch.empty(len(slots), dtype=torch.int32, device=device))
+            table.copy_(torch.tensor(slots, dtype=torch.int32))
 
     def require_active(self, ids: list[int]) -> None:
         for i in set(ids) - {-1}:
@@ -299,6 +321,8 @@ class Tasks:
         samples = length = None
         if tokens is not None:
             samples = tokens.shape[0]
+            if outer is not None and outer.task is not None and input_ids is not None and not tokens.is_floating_point():
+                outer.require_samples(samples)
             length = tokens.shape[1] if tokens.dim() > 1 + tokens.is_floating_point() else None
         images = any(name.startswith("pixel_values") and value is not None for name, value in kwargs.items())
         if self.unplaced and images:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLinear, described, is_plain
+from .adapted import AdaptedLinear, described, is_plain, is_sharded
 from .context import BatchContext
-from .parameters import SharedParameter, TaskParameters, check_task_name, onloaded, stacked
+from .parameters import SharedParameter, TaskParameters, check_task_name, onloaded, stacked, window
 
 POLICIES = ("always", "first", "never")
 KINDS = ("lilora_A", "lilora_B", "lilora_U", "lilora_V", "lilora_fusion")
@@ -51,6 +51,7 @@ class LiLoRALinear(AdaptedLinear):
         self.lilora_U, self.lilora_V, self.lilora_fusion = (TaskParameters(self) for _ in range(3))
         self.merged_task: str | None = None
         self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
+        self._frozen: tuple[Tensor | None, ...] | None = None  # all tasks' u, v, fusion by id: see serving.freeze
         self._slot: tuple[Tensor | None, ...] | None = None  # a, b0, u, v, fusion of the one active task
         self.register_load_state_dict_post_hook(_loaded)
 
@@ -78,6 +79,12 @@ class LiLoRALinear(AdaptedLinear):
         check_task_name(name)
         if name in self.lilora_U:
             raise ValueError(f"task {name!r} exists already; delete it first or choose another name")
+        names, capacity = self.model_tasks.names, self.model_tasks.capacity
+        if capacity is not None and name not in names and len(names) >= capacity:
+            raise ValueError(
+                f"task {name!r} does not fit: the model was frozen with a capacity of {capacity} ids, all taken; overwrite a "
+                "task, or freeze it again with a larger capacity"
+            )
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(self.empty(*shape))
@@ -103,8 +110,9 @@ class LiLoRALinear(AdaptedLinear):
             nn.init.kaiming_uniform_(self.lilora_V[name], a=math.sqrt(5))
             if self.fusion:
                 nn.init.normal_(self.lilora_fusion[name])
-        if name not in self.model_tasks.names:
-            self.model_tasks.names.append(name)
+        if name not in names:
+            names.append(name)
+        self._fill_windows()
         if self.model_tasks.active in ((), (name,)):
             self.set_task(name)
         else:
@@ -125,6 +133,9 @@ class LiLoRALinear(AdaptedLinear):
         names = self.model_tasks.names
         if name in names:
             names[names.index(name)] = None
+        for stack in self._frozen or ():
+            if stack is not None:
+                stack[[i for i, kept in enumerate(names) if kept is None]] = 0
         if self._first == name:
             self._first = None
         if active or train:  # another layer of the model may have taken it from the active ones
@@ -168,15 +179,62 @@ class LiLoRALinear(AdaptedLinear):
         """A task's Parameter is another object now."""
         if self._slot is not None:
             self._bind_slot()
+        self._fill_windows()
 
     def _apply(self, fn, recurse=True):
+        frozen, self._frozen = self._frozen, None
         super()._apply(fn, recurse)
         self.bind()
+        if frozen is not None:
+            self.freeze()
         return self
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_frozen": None}  # the parameters of a copy are not windows
+
+    # --- serving ----------------------------------------------------------------------------------------------------
+
+    def require_resident(self) -> None:
+        """RuntimeError for parameters that are not here in full outside the layer's forward."""
+        for p in self.lilora_U.values():
+            if p.is_meta or is_sharded(p):
+                raise RuntimeError("a model whose adapters are offloaded or sharded cannot be frozen; load it in full first")
+
+    def freeze(self) -> None:
+        """See `serving.freeze`."""
+        like = self.empty(0)
+        sizes = [(self.out_features, self.sub_rank), (self.sub_rank, self.rank), ()]
+        self._frozen = tuple(
+            next(iter(entries.values()), like).new_zeros(self.model_tasks.capacity, *size) if entries else None
+            for entries, size in zip(self._by_task(), sizes, strict=True)
+        )
+        self._fill_windows()
+        self.bind()
+
+    def unfreeze(self) -> None:
+        self._frozen, self.model_tasks.capacity = None, None
+
+    def train(self, mode: bool = True) -> "LiLoRALinear":
+        if mode:
+            self.unfreeze()
+        return super().train(mode)
+
+    @torch.no_grad()
+    def _fill_windows(self) -> None:
+        """Of a frozen layer, make every task's parameters windows of the stacks, with the values that they have."""
+        for stack, entries in zip(self._frozen or (), self._by_task(), strict=False):
+            for i, name in enumerate(self.model_tasks.names):
+                if name not in entries:
+                    continue
+                own, place = entries[name], stack[i].view_as(entries[name])
+                if own.data_ptr() != place.data_ptr():
+                    own.data = window(place.copy_(own))
+
+    def _by_task(self) -> tuple[TaskParameters, ...]:
+        return self.lilora_U, self.lilora_V, self.lilora_fusion
+
     def _own(self, name: str) -> list[nn.Parameter]:
-        dicts = (self.lilora_U, self.lilora_V, self.lilora_fusion)
-        return [parameters[name] for parameters in dicts if name in parameters]
+        return [parameters[name] for parameters in self._by_task() if name in parameters]
 
     def _parameters_of(self, name: str) -> tuple[Tensor | None, ...]:
         fusion = self.lilora_fusion[name] if self.fusion else None
@@ -244,26 +302,33 @@ class LiLoRALinear(AdaptedLinear):
 
     def _mixed(self, x: Tensor, context: BatchContext, samples: int | None) -> tuple | None:
         """As `_adapter`, for tasks by sample; samples: those of x, where the ids were given for x itself."""
-        names, positions = context.chosen(self._trains(), self.training)
-        if not names:
-            return None
+        trains, frozen = self._trains(), self._frozen
+        if frozen is not None and not trains:
+            names, positions = (), context.slots()
+        else:
+            names, positions = context.chosen(trains, self.training)
+            if not names:
+                return None
         if samples is None:
             rows = context.rows(x, self.vision, positions)
         else:
             rows = positions.unsqueeze(1).expand(samples, x.shape[1:-1].numel()).reshape(-1)
-        if context.generating and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not names:
+            stacks = frozen
+        elif context.generating and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if self not in context.stacks:
-                context.stacks[self] = self._stack(names)
-            factors = context.stacks[self]
+                # A copy even of one task: a sharded one is there while the layer runs only.
+                context.stacks[self] = tuple(t if t is None else t.clone() for t in self._stack(names))
+            stacks = context.stacks[self]
         else:
-            factors = self._stack(names)
-        return factors, rows
+            stacks = self._stack(names)
+        a, b0 = (next(iter(shared._parameters.values())) for shared in (self.lilora_A, self.lilora_B))
+        return (a, b0, *stacks), rows
 
     def _stack(self, names: tuple[str, ...]) -> tuple[Tensor | None, ...]:
-        """a, b0 and, of these tasks, u [T, N, S], v [T, S, R], fusion [T]."""
-        a, b0 = (next(iter(shared._parameters.values())) for shared in (self.lilora_A, self.lilora_B))
+        """Of these tasks u [T, N, S], v [T, S, R], fusion [T]."""
         fusion = stacked(self.lilora_fusion, names).squeeze(1) if self.fusion else None
-        return a, b0, stacked(self.lilora_U, names), stacked(self.lilora_V, names), fusion
+        return stacked(self.lilora_U, names), stacked(self.lilora_V, names), fusion
 
     @property
     def _p(self) -> float:

@@ -66,6 +66,13 @@ def stacked(entries: nn.ParameterDict, names: tuple[str, ...]) -> Tensor:
     return own[names[0]].unsqueeze(0) if len(names) == 1 else torch.stack([own[name] for name in names])
 
 
+def window(place: Tensor) -> Tensor:
+    """The memory of a contiguous tensor under a storage of its own: files and copies then hold it alone, not all around it."""
+    start = place.storage_offset() * place.element_size()
+    storage = place.untyped_storage()[start : start + place.nbytes]
+    return place.new_empty(0).set_(storage, 0, place.shape, place.stride())
+
+
 @contextmanager
 def onloaded(*parameters: nn.ParameterDict) -> Iterator[None]:
     """Bring parameters that accelerate offloads to where they are used, until the end.

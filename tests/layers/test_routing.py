@@ -268,7 +268,7 @@ def test_a_route_without_units_takes_them_from_the_batch(model):
 
 def test_a_batch_of_another_size_than_the_route_raises_with_both_counts(model):
     with (
-        pytest.raises(ValueError, match=r"\[3, 12\] rows, but the route has 2 samples"),
+        pytest.raises(ValueError, match=r"task_ids has the shape \[2\]; it must be \[3\]"),
         route(model, ["read", "count"]),
     ):
         logits(model, batch([0, 0, 0]))

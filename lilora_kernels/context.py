@@ -161,6 +161,9 @@ class BatchContext:
     def of_batch(self, samples: int | None, length: int | None, units: list[int] | Tensor | None) -> "BatchContext":
         """The context of a forward inside this one, whose batch has so many samples (more in a generation with beams)."""
         base = self
+        if torch.compiler.is_compiling():  # a graph must not depend on values that the host knows of this batch alone
+            task = self.task if samples is None else self.task.repeat_interleave(samples // self.samples)
+            return BatchContext(task, self.length if length is None else length, units, tasks=self.tasks)
         if self.generating and samples not in (None, self.samples):
             base = self._repeated.get(samples) or self._repeat(samples)
             self._repeated[samples] = base

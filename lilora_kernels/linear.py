@@ -52,7 +52,7 @@ class LiLoRALinear(AdaptedLinear):
         self.merged_task: str | None = None
         self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
         self._frozen: tuple[Tensor | None, ...] | None = None  # all tasks' u, v, fusion by id: see serving.freeze
-        self._slot: tuple[Tensor | None, ...] | None = None  # a, b0, u, v, fusion of the one active task
+        self._slot: tuple[Tensor | None, ...] | None = None  # a, b0 and, of the one active task, u, v, fusion
         self.register_load_state_dict_post_hook(_loaded)
 
     @property
@@ -172,12 +172,15 @@ class LiLoRALinear(AdaptedLinear):
             self.model_tasks.settle(next(iter(self.lilora_U.values())).device)
 
     def _bind_slot(self) -> None:
-        active = self.model_tasks.active
-        self._slot = self._parameters_of(active[0]) if len(active) == 1 and active[0] in self.lilora_U else None
+        names, active = list(self.lilora_A), self.model_tasks.active
+        if len(active) == 1 and active[0] in names:
+            self._slot = self._parameters_of(active[0])
+        else:
+            self._slot = (self.lilora_A[names[0]], self.lilora_B[names[0]], None, None, None) if names else None
 
     def replaced(self) -> None:
         """A task's Parameter is another object now."""
-        if self._slot is not None:
+        if self._slot is not None and len(self.lilora_A) == len(self.lilora_B):
             self._bind_slot()
         self._fill_windows()
 
@@ -282,26 +285,27 @@ class LiLoRALinear(AdaptedLinear):
                     f"task {self.merged_task!r} is merged into the base weight; unmerge() before routing tasks"
                 )
             return None
-        if routed:
-            return self._mixed(x, context, samples) if self.lilora_U else None
         # Nothing below may look at how many tasks there are: a compiled graph would be made again for each.
         slot = self._slot
-        if not torch.compiler.is_compiling():
-            if context is None:
-                tasks.require_context()
+        if slot is not None and not torch.compiler.is_compiling():
             # Code that swaps Parameters past __setattr__ (offloading) does not tell us.
-            if len(tasks.active) == 1 and (slot is None or slot[2] is not self.lilora_U._parameters.get(tasks.active[0])):
+            active = self.lilora_U._parameters.get(tasks.active[0]) if len(tasks.active) == 1 else None
+            if slot[2] is not active or slot[0] is not next(iter(self.lilora_A._parameters.values())):
                 self._bind_slot()
                 slot = self._slot
-        if slot is None:
+        if routed:
+            return None if slot is None else self._mixed(x, slot[:2], context, samples)
+        if context is None and not torch.compiler.is_compiling():
+            tasks.require_context()
+        if slot is None or slot[2] is None:
             if len(tasks.active) > 1:
                 raise ValueError(f"the tasks {list(tasks.active)} are active together; pass task ids with the batch")
             return None
         a, b0, u, v, fusion = slot
         return (a, b0, u.unsqueeze(0), v.unsqueeze(0), fusion), None
 
-    def _mixed(self, x: Tensor, context: BatchContext, samples: int | None) -> tuple | None:
-        """As `_adapter`, for tasks by sample; samples: those of x, where the ids were given for x itself."""
+    def _mixed(self, x: Tensor, shared: tuple[Tensor, ...], context: BatchContext, samples: int | None) -> tuple | None:
+        """As `_adapter`, for tasks by sample. shared: a and b0; samples: those of x, where the ids were given for x itself."""
         trains, frozen = self._trains(), self._frozen
         if frozen is not None and not trains:
             names, positions = (), context.slots()
@@ -322,8 +326,7 @@ class LiLoRALinear(AdaptedLinear):
             stacks = context.stacks[self]
         else:
             stacks = self._stack(names)
-        a, b0 = (next(iter(shared._parameters.values())) for shared in (self.lilora_A, self.lilora_B))
-        return (a, b0, *stacks), rows
+        return (*shared, *stacks), rows
 
     def _stack(self, names: tuple[str, ...]) -> tuple[Tensor | None, ...]:
         """Of these tasks u [T, N, S], v [T, S, R], fusion [T]."""

@@ -40,6 +40,10 @@ def run(model, names, x):
         return model(x, task_ids=names)
 
 
+def close(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
 NAMES = ["c", None, "a", "c"]
 X = torch.randn(4, 3, K, generator=torch.Generator().manual_seed(1))
 
@@ -101,7 +105,7 @@ def test_tasks_come_and_go_without_another_graph_and_without_moving():
             with torch.no_grad():
                 got = compiled(X, task_ids=task)
             twin = copy.deepcopy(model)
-            torch.testing.assert_close(got, run(twin, [i if i != 1 else -1 for i in ids], X))
+            close(got, run(twin, [i if i != 1 else -1 for i in ids], X))
     assert graphs.frame_count == 1
     assert all(p.data_ptr() == places[name] for name, p in model.named_parameters() if name in places)
     for layer in model:
@@ -125,7 +129,7 @@ def test_files_and_copies_hold_each_task_once():
     assert file.tell() < 4096
     twin = copy.deepcopy(model)
     names = ["t3", "t1", None, "t7"]
-    torch.testing.assert_close(run(twin, names, X), run(model, names, X))
+    close(run(twin, names, X), run(model, names, X))
     with torch.no_grad():
         twin[0].lilora_U["t3"].zero_()
     assert not torch.equal(run(twin, names, X), run(model, names, X))

@@ -262,7 +262,8 @@ def routes(made, rows):
     yield nullcontext(), (1, rows, K)
     if isinstance(made, RankPoolLinear):
         return
-    for ids in (([2, 0, -1, 2] * rows)[:rows], [-1] * rows):
+    # Of the tasks, only that of id 2 trains.
+    for ids in (([2, 2 if made.training else 0, -1, 2] * rows)[:rows], [-1] * rows):
         yield lilora_kernels.route(made, torch.tensor(ids)), (rows, K)
 
 

@@ -337,7 +337,7 @@ class Tasks:
         units = units_of_batch(model, input_ids, kwargs) if self.packed and input_ids is not None else None
         if task_ids is None:
             return outer.of_batch(samples, length, units)
-        task, ids = self.ids(task_ids, samples, next(model.parameters()).device)
+        task, ids = self.ids(task_ids, samples, device_of(model))
         return BatchContext(task, length, units, ids)
 
     @property
@@ -425,6 +425,11 @@ def tokens_of(args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor | None]:
     if input_ids is None and args and isinstance(args[0], Tensor):
         input_ids = args[0]
     return input_ids, kwargs.get("inputs_embeds") if input_ids is None else input_ids
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes: offloaded parameters lie on the meta device meanwhile."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def tasks_of(model: nn.Module) -> Tasks:

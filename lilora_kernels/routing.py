@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from .adapted import AdaptedLinear
-from .context import BatchContext, Recomputation, TaskIds, Tasks, tasks_of
+from .context import BatchContext, Recomputation, TaskIds, Tasks, device_of, tasks_of
 from .mlp import unfuse_mlps
 
 TEXT = {"language_model", "text_model"}
@@ -28,7 +28,7 @@ def route(
     or TypeError for ids that are unknown or of the wrong length or dtype.
     """
     tasks = tasks_of(model)
-    task, ids = tasks.ids(task_ids, None, next(model.parameters()).device)
+    task, ids = tasks.ids(task_ids, None, device_of(model))
     tasks.opened += 1
     try:
         with tasks.use(BatchContext(task, length, None if units is None else list(units), ids)):

@@ -144,7 +144,12 @@ class Linear(LiLoRALinear, BaseTunerLayer):
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:
     """Adapted layers by their path in the base model, without the wrappers that PEFT puts around it."""
     return {
-        name.removeprefix("base_model.model."): module
+        unwrapped(name).removeprefix("base_model.model."): module
         for name, module in model.named_modules()
         if isinstance(module, Linear)
     }
+
+
+def unwrapped(name: str) -> str:
+    """The name of a module or tensor without the wrappers that torch puts around parts of a model in place."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))

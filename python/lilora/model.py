@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from lilora_kernels import LiLoRALinear, attach, check_task_name
 from lilora_kernels.adapted import is_sharded
-from lilora_kernels.context import BatchContext, Tasks
+from lilora_kernels.context import BatchContext, TaskIds, Tasks, device_of
 from lilora_kernels.routing import detach
 
 from .config import LiLoRAConfig
 from .errors import UserError
-from .layer import Linear, adapted_layers
+from .layer import Linear, adapted_layers, unwrapped
 from .loading import OTHER_CHAIN, check_loadable
 from .models import target_modules
 
@@ -156,7 +156,8 @@ class LiLoRAModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         config.taken_with = shared_fingerprint(model)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return {unwrapped(name): tensor for name, tensor in found.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -170,6 +171,9 @@ class LiLoRAModel(BaseTuner):
                 base = model.get_base_model() if isinstance(model, PeftModel) else model
                 take_back(base, model.peft_config, adapter_name)
             raise
+        here = {unwrapped(name): name for name, _ in model.named_modules()}
+        paths = ((name.rpartition("."), tensor) for name, tensor in state_dict.items())
+        state_dict = {f"{here.get(path, path)}.{kind}": tensor for (path, _, kind), tensor in paths}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @contextmanager
@@ -178,10 +182,15 @@ class LiLoRAModel(BaseTuner):
         if names is None:
             yield
             return
-        tasks = [None if name == "__base__" else name for name in names]
-        shared = self.model.lilora_tasks
-        ids, known = shared.ids(tasks, None, next(self.model.parameters()).device)
-        with shared.use(BatchContext(ids, ids=known)):
+        with self.task_ids([None if name == "__base__" else name for name in names]):
+            yield
+
+    @contextmanager
+    def task_ids(self, task_ids: TaskIds) -> Iterator[None]:
+        """Run the forward inside with these tasks, as with its argument `task_ids`."""
+        tasks = self.model.lilora_tasks
+        ids, known = tasks.ids(task_ids, None, device_of(self.model))
+        with tasks.use(BatchContext(ids, ids=known)):
             yield
 
 

@@ -13,9 +13,9 @@ from .version import __version__
 from .warmup import warmup
 
 __all__ = [
+    "BatchContext",
     "LiLoRALinear",
     "RankPoolLinear",
-    "BatchContext",
     "__version__",
     "attach",
     "backend",

@@ -242,7 +242,9 @@ class Tasks:
             raise ValueError(f"task {name!r} is unknown; this model knows {list(self.known)}")
         return self.names.index(name)
 
-    def ids(self, task_ids: TaskIds, samples: int | None, device: torch.device | None) -> tuple[Tensor, list[int] | None]:
+    def ids(
+        self, task_ids: TaskIds, samples: int | None, device: torch.device | None
+    ) -> tuple[Tensor, list[int] | None]:
         """Names or ids, one per sample -> ([B] int32 on `device`, the same as integers, None where the host would wait).
 
         None as a name and -1 as an id stand for no adapter.
@@ -295,7 +297,9 @@ class Tasks:
         if self.capacity is not None:  # in place: a captured graph reads it
             slots = [-1 if name is None else i for i, name in enumerate(self.names)]
             slots += [-1] * (self.capacity + 1 - len(slots))
-            table = self._tables.setdefault(("frozen", device), torch.empty(len(slots), dtype=torch.int32, device=device))
+            table = self._tables.setdefault(
+                ("frozen", device), torch.empty(len(slots), dtype=torch.int32, device=device)
+            )
             table.copy_(torch.tensor(slots, dtype=torch.int32))
 
     def require_active(self, ids: list[int]) -> None:
@@ -324,7 +328,12 @@ class Tasks:
         samples = length = None
         if tokens is not None:
             samples = tokens.shape[0]
-            if outer is not None and outer.task is not None and input_ids is not None and not tokens.is_floating_point():
+            if (
+                outer is not None
+                and outer.task is not None
+                and input_ids is not None
+                and not tokens.is_floating_point()
+            ):
                 outer.require_samples(samples)
             length = tokens.shape[1] if tokens.dim() > 1 + tokens.is_floating_point() else None
         images = any(name.startswith("pixel_values") and value is not None for name, value in kwargs.items())

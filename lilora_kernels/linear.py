@@ -201,7 +201,9 @@ class LiLoRALinear(AdaptedLinear):
         """RuntimeError for parameters that are not here in full outside the layer's forward."""
         for p in self.lilora_U.values():
             if p.is_meta or is_sharded(p):
-                raise RuntimeError("a model whose adapters are offloaded or sharded cannot be frozen; load it in full first")
+                raise RuntimeError(
+                    "a model whose adapters are offloaded or sharded cannot be frozen; load it in full first"
+                )
 
     def freeze(self) -> None:
         """See `serving.freeze`."""
@@ -339,7 +341,9 @@ class LiLoRALinear(AdaptedLinear):
 
     def _trains(self) -> bool:
         own = self.lilora_U._parameters
-        return torch.is_grad_enabled() and any(own[name].requires_grad for name in self.model_tasks.active if name in own)
+        return torch.is_grad_enabled() and any(
+            own[name].requires_grad for name in self.model_tasks.active if name in own
+        )
 
     def _expect_same_tasks(self, y: Tensor) -> None:
         """Let the backward of y raise if the active task is set before it."""
@@ -356,7 +360,9 @@ class LiLoRALinear(AdaptedLinear):
         own, values = self._own(name), [u, v] if fusion is None else [u, v, fusion]
         if [p.shape for p in own] != [value.shape for value in values] or self.merged_task == name:
             got = [list(value.shape) for value in values]
-            state = "is merged; unmerge() it first" if self.merged_task == name else f"has {[list(p.shape) for p in own]}"
+            state = (
+                "is merged; unmerge() it first" if self.merged_task == name else f"has {[list(p.shape) for p in own]}"
+            )
             raise ValueError(f"task {name!r} cannot be overwritten with tensors of the shapes {got}: it {state}")
         for parameter, value in zip(own, values, strict=True):
             parameter.copy_(value)

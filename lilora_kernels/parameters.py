@@ -56,7 +56,7 @@ class SharedParameter(TaskParameters):
         names = list(self._parameters)
         self._parameters = {name: self._parameters[name] for name in names[:1]}
         super()._apply(fn, recurse)
-        self._parameters = {name: self._parameters[names[0]] for name in names}
+        self._parameters = dict.fromkeys(names, self._parameters[names[0]])
         return self
 
 

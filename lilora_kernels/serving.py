@@ -19,7 +19,9 @@ def freeze(model: nn.Module, capacity: int | None = None) -> None:
     taken = len(tasks.names)
     capacity = taken if capacity is None else capacity
     if capacity < max(taken, 1):
-        raise ValueError(f"capacity is {capacity}, but {taken} ids are taken (ids of deleted tasks stay taken); give at least that")
+        raise ValueError(
+            f"capacity is {capacity}, but {taken} ids are taken (ids of deleted tasks stay taken); give at least that"
+        )
     layers = [module for module in model.modules() if isinstance(module, LiLoRALinear)]
     for layer in layers:
         layer.require_resident()

@@ -82,7 +82,9 @@ class _Case:
                 return (layer(x),)
         task = None
         if self.routed:
-            task = torch.full((len(x),), tasks.id_of((layer.active or layer.tasks)[0]), dtype=torch.int32, device=x.device)
+            task = torch.full(
+                (len(x),), tasks.id_of((layer.active or layer.tasks)[0]), dtype=torch.int32, device=x.device
+            )
         with tasks.use(BatchContext(None)):
             return (layer(x, task=task),) if self.up is None else gate_and_up(layer, self.up, x, task) or ()
 

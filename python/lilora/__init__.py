@@ -23,10 +23,10 @@ carry_task_ids()
 
 __all__ = [
     "PRESETS",
+    "BatchContext",
     "LiLoRAConfig",
     "LiLoRALinear",
     "LiLoRAModel",
-    "BatchContext",
     "__version__",
     "attach",
     "explain",

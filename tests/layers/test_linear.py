@@ -144,7 +144,9 @@ def test_ids_on_an_accelerator_that_belong_to_no_task_mean_no_adapter():
 
 def test_samples_of_a_task_that_does_not_train_are_refused_in_training_alone():
     made, x, ids = layer(), torch.randn(3, K), torch.tensor([0, 2, -1])
-    with pytest.raises(ValueError, match=r"samples of task 'birds', and \['cats'\] train; make all tasks of a training batch"):
+    with pytest.raises(
+        ValueError, match=r"samples of task 'birds', and \['cats'\] train; make all tasks of a training batch"
+    ):
         made(x, task=ids)
     wanted = torch.stack([expected(made, row, name) for row, name in zip(x, ("cats", "birds", None), strict=True)])
     with torch.no_grad():
@@ -161,7 +163,9 @@ def test_mixed_training_saves_the_factors_of_the_tasks_that_train():
     for tasks in (("a", "b"), ["a", "b", *(f"t{i}" for i in range(62))]):
         made, saved = layer(tasks), {}
         made.set_task("a", "b")
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t) is None or t, lambda t: t):  # noqa: B023
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.setdefault(t.data_ptr(), t) is None or t, lambda t: t
+        ):  # noqa: B023
             made(torch.randn(4, K), task=torch.tensor([0, 1, -1, 1]))
         sizes.append(sum(t.untyped_storage().nbytes() for t in saved.values()))
     assert sizes[0] == sizes[1]

@@ -8,10 +8,9 @@ from accelerate import dispatch_model
 from tiny_llava import PATCHES, TASKS, batch, randomise, sample, tiny_llava
 from torch import nn
 
-from lilora_kernels import BatchContext, LiLoRALinear, attach, route
-from lilora_kernels.linear import set_task
-from lilora_kernels import linear
+from lilora_kernels import BatchContext, LiLoRALinear, attach, linear, route
 from lilora_kernels.context import tasks_of
+from lilora_kernels.linear import set_task
 from lilora_kernels.routing import detach, sees_images
 
 BATCHES = {

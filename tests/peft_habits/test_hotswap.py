@@ -6,7 +6,6 @@ import pytest
 import torch
 from habits import (
     adapted,
-    adapted_layers,
     assert_close,
     assert_unchanged,
     ids,
@@ -19,10 +18,9 @@ from habits import (
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lilora_kernels import freeze
-
 from lilora import hotswap, route
 from lilora.errors import UserError
+from lilora_kernels import freeze
 
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter name:UserWarning")
 

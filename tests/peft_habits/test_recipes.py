@@ -33,7 +33,12 @@ def typed(kind, folder=None):
         targets = ["wi", "wo"]
     else:
         config = transformers.LlamaConfig(
-            vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=0,
         )
         targets = ["gate_proj", "up_proj", "down_proj"]
     base = HEADS[kind](config).double()
@@ -102,7 +107,9 @@ def test_trainer_and_auto_model_carry_task_ids_through_a_typed_wrapper(evaluate,
 def test_ids_of_a_task_that_does_not_train_stop_a_training_step():
     model = typed("CAUSAL_LM").train()
     x = torch.randint(3, 50, (2, 5))
-    with pytest.raises(ValueError, match=r"samples of task 'b', and \['a'\] train; make all tasks of a training batch active"):
+    with pytest.raises(
+        ValueError, match=r"samples of task 'b', and \['a'\] train; make all tasks of a training batch active"
+    ):
         model(input_ids=x, labels=x, task_ids=["b", "b"])
 
 
@@ -160,7 +167,6 @@ def test_offloaded_to_the_cpu_it_computes_what_it_did(how):
 
 
 def test_data_parallel_is_refused():
-    model = adapted("ab", llama(num_hidden_layers=1))
+    layer, *_ = adapted_layers(adapted("ab", llama(num_hidden_layers=1))).values()
     with pytest.raises(RuntimeError, match=r"nn\.DataParallel copies a model in every forward"):
-        for module in model.modules():  # as torch.nn.parallel.replicate does
-            module._replicate_for_data_parallel()
+        layer._replicate_for_data_parallel()  # what torch.nn.parallel.replicate asks of every module

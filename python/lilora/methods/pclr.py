@@ -234,7 +234,9 @@ class PCLR(Method):
         self.queries = Query(*(torch.cat([old, normalised(new[None])]) for old, new in pairs))
 
     def _switch(self) -> None:
-        self.pool_tasks.task_queries = self.queries if self.options.newest_switch and len(self.queries.text) > 1 else None
+        self.pool_tasks.task_queries = (
+            self.queries if self.options.newest_switch and len(self.queries.text) > 1 else None
+        )
 
     @torch.no_grad()
     def _compress(self) -> None:

@@ -20,7 +20,7 @@ def freeze(model: nn.Module, capacity: int | None = None) -> None:
     capacity = taken if capacity is None else capacity
     if capacity < max(taken, 1):
         raise ValueError(
-            f"capacity is {capacity}, but {taken} ids are taken (ids of deleted tasks stay taken); give at least that"
+            f"capacity is {capacity}, but {taken} ids are taken, those of deleted tasks among them; give more"
         )
     layers = [module for module in model.modules() if isinstance(module, LiLoRALinear)]
     for layer in layers:

@@ -1,4 +1,4 @@
-"""A model frozen for serving computes what it did, without stacking; its tensors stay where they are; copies and files are whole."""
+"""A frozen model computes what it did, without stacking; its tensors stay where they are; copies and files are whole."""
 
 import copy
 import io

@@ -415,18 +415,13 @@ def test_an_order_holds_in_every_thread():
 
 @pytest.mark.parametrize("coefficients", AXES["coefficients"])
 def test_the_path_for_other_devices_gives_the_same(coefficients, monkeypatch):
-    """Without host access every task gets all rows and a mask; forced here on the CPU."""
-
-    def masked(args):
-        tasks = 1 if args.u is None else args.u.shape[0]
-        return None, [(t, slice(None), (args.task == t).unsqueeze(1)) for t in range(tasks)]
-
+    """Where the host does not see ids every task gets all rows and a mask; forced here on the CPU."""
     i = make(coefficients=coefficients, gate=True)
     grouped, all_rows = i.leaves(), i.leaves()
     want = functional.delta(*adapter(grouped), **options(grouped))
     dy = torch.randn_like(want)
     wanted = gradients(want, grouped, NAMES, dy)
-    monkeypatch.setattr(eager, "row_groups", masked)
+    monkeypatch.setattr(eager, "seen_by_host", lambda tensor: False)
     got = functional.delta(*adapter(all_rows), **options(all_rows))
     torch.testing.assert_close(got, want)
     for name, grad in gradients(got, all_rows, NAMES, dy).items():

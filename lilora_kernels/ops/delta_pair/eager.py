@@ -19,9 +19,7 @@ def forward(
     ys, hs = [], []
     for weight, bias, adapter in zip(weights, biases, adapters, strict=True):
         h = delta.scaled_h(dropped, adapter)
-        y = wide.new_empty(x.shape[0], adapter.b0.shape[0])
-        delta.expand(h, adapter, bias, y)
-        y = y.to(x.dtype)
+        y = delta.expand(h, adapter, bias).to(x.dtype)
         ys.append(y if weight is None else y.addmm_(x, weight.to(x.dtype).T))
         hs.append(h.to(x.dtype))
     return (*ys, *hs)

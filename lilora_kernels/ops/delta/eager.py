@@ -36,10 +36,10 @@ def in_given_dtypes(function: Callable) -> Callable:
 @in_given_dtypes
 def forward(x: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y = bias + delta, and h."""
-    wide = x.to(working_dtype(x))
+    wide = cast(x, working_dtype(x))
     h = shrink(wide, adapter)
     y = expand(gated(h, adapter), adapter, bias)
-    return y.to(x.dtype), h.to(x.dtype)
+    return cast(y, x.dtype), cast(h, x.dtype)
 
 
 @in_given_dtypes
@@ -47,14 +47,14 @@ def backward(
     dy: Tensor, x: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     dtype = dy.dtype
-    dy, x, h = (t if t is None else t.to(working_dtype(t)) for t in (dy, x, h))
+    dy, x, h = (t if t is None else cast(t, working_dtype(t)) for t in (dy, x, h))
     grads, dh = backward_up(dy, h, adapter, needs)
     if "x" in needs or "a" in needs:
         keep = dropout_mask(dy.shape[0], adapter.a.shape[1], dy.dtype, adapter)
         if keep is not None:
             dh = dh * keep_scale(adapter.p)
         if "x" in needs:
-            grads["x"] = dx_part(dh, keep, adapter).to(dtype)
+            grads["x"] = cast(dx_part(dh, keep, adapter), dtype)
         if "a" in needs:
             grads["a"] = da(dh, dropped(x, keep), adapter)
     return grads
@@ -73,6 +73,11 @@ def has_fast_products(dtype: torch.dtype) -> bool:
     name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     supported = getattr(torch.ops.mkldnn, name, None)
     return supported is None or supported()
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `to`, which takes microseconds to find that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 # --- the shared first factor ---------------------------------------------------------------------------------------
@@ -102,7 +107,7 @@ def dropped(x: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def scaled_h(dropped_x: Tensor, adapter: AdapterArgs) -> Tensor:
-    h = dropped_x @ adapter.a.to(dropped_x.dtype).T
+    h = dropped_x @ cast(adapter.a, dropped_x.dtype).T
     return h if threshold(adapter.p) == 0 else h.mul_(keep_scale(adapter.p))  # the scale on [M, R], not on [M, K]
 
 
@@ -119,14 +124,14 @@ def row_gates(adapter: AdapterArgs) -> Tensor:
 
 def dx_part(dh: Tensor, keep: Tensor | None, adapter: AdapterArgs) -> Tensor:
     """D'(dh A), [M, K]; dh carries the keep-scale."""
-    dx = dh @ adapter.a.to(dh.dtype)
+    dx = dh @ cast(adapter.a, dh.dtype)
     return dx if keep is None else dx.mul_(keep)
 
 
 def da(dh: Tensor, dropped_x: Tensor, adapter: AdapterArgs) -> Tensor:
     """dh^T D(x), [R, K] in a's dtype; dh carries the keep-scale."""
     if adapter.ranks is None:
-        return (dh.T @ dropped_x).to(adapter.a.dtype)
+        return cast(dh.T @ dropped_x, adapter.a.dtype)
     lo, hi = adapter.ranks
     grad = adapter.a.new_zeros(adapter.a.shape)
     grad[lo:hi] = dh[:, lo:hi].T @ dropped_x
@@ -196,25 +201,25 @@ def shares(adapter: AdapterArgs) -> tuple[Sequence, Sequence]:
     if seen_by_host(adapter.fusion):
         f = [sigmoid(t) for t in adapter.fusion.tolist()]
         return f, [1 - share for share in f]
-    f = torch.sigmoid(adapter.fusion.to(torch.promote_types(adapter.fusion.dtype, torch.float32)))
+    f = torch.sigmoid(cast(adapter.fusion, torch.promote_types(adapter.fusion.dtype, torch.float32)))
     return f, 1 - f
 
 
 def scaled(tensor: Tensor, alpha: float, share: float | Tensor) -> tuple[Tensor, float]:
     """The two factors of tensor * share * alpha: a product takes a number as its alpha."""
-    return (tensor, alpha * share) if isinstance(share, float) else (tensor * share.to(tensor.dtype), alpha)
+    return (tensor, alpha * share) if isinstance(share, float) else (tensor * cast(share, tensor.dtype), alpha)
 
 
 def product(left: Tensor, right: Tensor, alpha: float, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """bias + alpha left right."""
-    start = left.new_empty(1) if bias is None else bias.to(left.dtype)
+    start = left.new_empty(1) if bias is None else cast(bias, left.dtype)
     return torch.addmm(start, left, right, beta=0 if bias is None else 1, alpha=alpha, out=out)
 
 
 def compose(adapter: AdapterArgs, t: int, share: float | Tensor) -> tuple[Tensor, Tensor]:
     """M_t and U_t V_t, [N, R] in fp32 at least."""
     dtype = torch.promote_types(adapter.b0.dtype, torch.float32)
-    b0, uv = adapter.b0.to(dtype), adapter.u[t].to(dtype) @ adapter.v[t].to(dtype)
+    b0, uv = cast(adapter.b0, dtype), cast(adapter.u[t], dtype) @ cast(adapter.v[t], dtype)
     return b0 + uv if adapter.fusion is None else torch.lerp(uv, b0, share), uv
 
 
@@ -223,13 +228,19 @@ def composes(adapter: AdapterArgs, rows: int, runs: list[Run]) -> bool:
     return rows >= adapter.a.shape[0] * len(tasks) and all(run.mask is None for run in runs)
 
 
+def base_part(rows: Tensor, adapter: AdapterArgs, f: Sequence) -> tuple[Tensor, float]:
+    """(rows [M, ...], alpha), which together are s f_t of its task times each row; see `base_share`."""
+    return scaled(rows, adapter.scaling, f[0]) if adapter.task is None else (base_share(rows, adapter, f), 1.0)
+
+
 def base_share(rows: Tensor, adapter: AdapterArgs, f: Sequence) -> Tensor:
-    """f_t of each row's task times the row of [M, ...]; zero for rows without a task, NaN for ids of no task."""
+    """s f_t of each row's task times the row of [M, ...]; zero for rows without a task, NaN for ids of no task."""
+    s = adapter.scaling
     if adapter.task is None:
-        return rows * f[0]
+        return rows * (s * f[0])
     wide = torch.promote_types(rows.dtype, torch.float32)
-    known = torch.tensor(f, dtype=wide, device=rows.device) if isinstance(f, list) else f.to(wide)
-    table = torch.cat([known, known.new_tensor([torch.nan, 0])]).to(rows.dtype)
+    known = torch.tensor(f, dtype=wide, device=rows.device) if isinstance(f, list) else cast(f, wide)
+    table = cast(torch.cat([s * known, known.new_tensor([torch.nan, 0])]), rows.dtype)
     return rows * table[adapter.task.clamp(-2, len(known))].unsqueeze(1)
 
 
@@ -240,7 +251,7 @@ def with_task(rows: Tensor, adapter: AdapterArgs) -> Tensor:
 
 def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None) -> Tensor:
     """bias + s q M_t^T, [M, N]."""
-    b0, s = adapter.b0.to(q.dtype).T, adapter.scaling
+    b0, s = cast(adapter.b0, q.dtype).T, adapter.scaling
     if adapter.u is None:
         return product(with_task(q, adapter), b0, s, bias)
     order, runs = runs_of(adapter)
@@ -256,17 +267,17 @@ def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None) -> Tensor:
                 run.of(y)[:] = 0 if bias is None else bias
                 continue
             if run.task != composed:
-                composed, m = run.task, compose(adapter, run.task, f[run.task])[0].to(q.dtype).T
+                composed, m = run.task, cast(compose(adapter, run.task, f[run.task])[0], q.dtype).T
             product(run.of(q), m, s, bias, out=run.of(y))
     elif adapter.task is None:
-        left, alpha = scaled(q, s, f[0])
+        left, alpha = base_part(q, adapter, f)
         y = product(left, b0, alpha, bias)
         add_second(y, q, adapter, runs[0], e[0])
     else:
-        y = product(base_share(q, adapter, f), b0, s, bias)
+        y = product(base_share(q, adapter, f), b0, 1, bias)
         if (batch := batched(runs)) is not None:
             tasks, rows = batch
-            u, v = adapter.u[tasks].to(q.dtype), adapter.v[tasks].to(q.dtype)
+            u, v = cast(adapter.u[tasks], q.dtype), cast(adapter.v[tasks], q.dtype)
             z = torch.bmm(q[rows].view(len(u), -1, q.shape[1]), v.mT)
             if adapter.fusion is not None:
                 z = z * torch.tensor(e, dtype=z.dtype)[tasks].view(-1, 1, 1)
@@ -280,8 +291,8 @@ def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None) -> Tensor:
 
 def add_second(y: Tensor, q: Tensor, adapter: AdapterArgs, run: Run, share: float | Tensor) -> None:
     """y += s e (q V_t^T) U_t^T."""
-    z, alpha = scaled(q @ adapter.v[run.task].to(q.dtype).T, adapter.scaling, share)
-    y.addmm_(z, adapter.u[run.task].to(q.dtype).T, alpha=alpha)
+    z, alpha = scaled(q @ cast(adapter.v[run.task], q.dtype).T, adapter.scaling, share)
+    y.addmm_(z, cast(adapter.u[run.task], q.dtype).T, alpha=alpha)
 
 
 def batched(runs: list[Run]) -> tuple[slice | list[int], slice] | None:
@@ -320,7 +331,7 @@ def backward_up(
         if "b0" in grads and adapter.ranks is not None:
             lo, hi = adapter.ranks
             grads["b0"][:, :lo], grads["b0"][:, hi:] = 0, 0
-    grads = {name: grad.to(getattr(adapter, name).dtype) for name, grad in grads.items()}
+    grads = {name: cast(grad, getattr(adapter, name).dtype) for name, grad in grads.items()}
     if dq is None:
         return grads, None
     if "gate" in needs:
@@ -330,14 +341,14 @@ def backward_up(
 
 def dgate(dq: Tensor, h: Tensor, adapter: AdapterArgs) -> Tensor:
     """Sum of dq * h over the rows of each gate; on a GPU as a matrix product: its order is fixed, unlike that of atomics."""
-    products = dq.to(torch.promote_types(dq.dtype, torch.float32)) * h
+    products = cast(dq, torch.promote_types(dq.dtype, torch.float32)) * h
     if adapter.gate_row is None:
         return products.sum(0, keepdim=True).to(adapter.gate.dtype)
     if dq.device.type == "cpu":
         sums = products.new_zeros(adapter.gate.shape)
         return sums.index_add_(0, adapter.gate_row, products).to(adapter.gate.dtype)
     one_hot = adapter.gate_row == torch.arange(adapter.gate.shape[0], device=dq.device).unsqueeze(1)
-    return (one_hot.to(products.dtype) @ products).to(adapter.gate.dtype)
+    return (cast(one_hot, products.dtype) @ products).to(adapter.gate.dtype)
 
 
 def plain_backward(
@@ -353,7 +364,7 @@ def plain_backward(
             lo, hi = adapter.ranks
             grads["b0"] = dy.new_zeros(adapter.b0.shape)
             grads["b0"][:, lo:hi] = product(left, q[:, lo:hi], s)
-    return grads, with_task(product(dy, adapter.b0.to(dy.dtype), s), adapter) if wants_dq else None
+    return grads, with_task(product(dy, cast(adapter.b0, dy.dtype), s), adapter) if wants_dq else None
 
 
 def of_tasks(adapter: AdapterArgs, needs: frozenset[str], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -382,20 +393,21 @@ def through_m(
         if wants_dq or "fusion" in needs:
             m, uv = compose(adapter, t, f[t])
         if wants_dq:
-            product(run.of(dy), m.to(dy.dtype), s, out=run.of(dq))
+            product(run.of(dy), cast(m, dy.dtype), s, out=run.of(dq))
         if not grads and "b0" not in needs:
             continue
         dm = run.of(dy).T @ run.of(q)  # [N, R], without s
         if "u" in needs:
-            right, alpha = scaled(adapter.v[t].to(dm.dtype).T, s, e[t])
+            right, alpha = scaled(cast(adapter.v[t], dm.dtype).T, s, e[t])
             product(dm, right, alpha, out=grads["u"][t])
         if "v" in needs:
-            left, alpha = scaled(adapter.u[t].to(dm.dtype).T, s, e[t])
+            left, alpha = scaled(cast(adapter.u[t], dm.dtype).T, s, e[t])
             product(left, dm, alpha, out=grads["v"][t])
         if "fusion" in needs:
-            grads["fusion"][t] = s * f[t] * e[t] * dot(dm, adapter.b0 - uv, grads["fusion"].dtype)
+            slope = dot(dm, adapter.b0 - uv, grads["fusion"].dtype)
+            torch.mul(slope, s * f[t] * e[t], out=grads["fusion"][t])
         if "b0" in needs:
-            term = dm.to(torch.promote_types(dm.dtype, torch.float32)) * (s * f[t])
+            term = cast(dm, torch.promote_types(dm.dtype, torch.float32)) * (s * f[t])
             db0 = term if db0 is None else db0.add_(term)
     if "b0" in needs:
         grads["b0"] = torch.zeros_like(adapter.b0) if db0 is None else db0
@@ -403,7 +415,7 @@ def through_m(
 
 
 def dot(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.dot(left.to(dtype).reshape(-1), right.to(dtype).reshape(-1))
+    return torch.dot(cast(left, dtype).reshape(-1), cast(right, dtype).reshape(-1))
 
 
 def through_factors(
@@ -412,28 +424,28 @@ def through_factors(
     """M_t never formed: P = dy B0 dense over all rows, Q = dy U_t and z = q V_t^T per task."""
     s, (f, e) = adapter.scaling, shares(adapter)
     grads = of_tasks(adapter, needs, dy.dtype)
-    p_rows = dy @ adapter.b0.to(dy.dtype) if wants_dq or "fusion" in needs else None
+    p_rows = dy @ cast(adapter.b0, dy.dtype) if wants_dq or "fusion" in needs else None
     dq = base_share(p_rows, adapter, f) if wants_dq else None
     if "b0" in needs:
-        grads["b0"] = product(dy.T, base_share(q, adapter, f), s)
+        grads["b0"] = product(dy.T, *base_part(q, adapter, f))
     for run in runs:
         t = run.task
         if t < 0:
             continue
-        u, v, rows = adapter.u[t].to(dy.dtype), adapter.v[t].to(dy.dtype), run.of(dy)
+        u, v, rows = cast(adapter.u[t], dy.dtype), cast(adapter.v[t], dy.dtype), run.of(dy)
         if wants_dq or "v" in grads or "fusion" in grads:
             q_rows = run.masked(rows @ u)
-            q_mixed = q_rows if adapter.fusion is None else q_rows * e[t]
+            q_mixed, alpha = scaled(q_rows, s, e[t])
         if wants_dq:
-            run.of(dq).addmm_(q_mixed, v)
+            run.of(dq).addmm_(q_mixed, v, alpha=alpha)
         if "u" in grads or "fusion" in grads:
             z = run.masked(run.of(q) @ v.T)
         if "u" in grads:
-            product(rows.T, z if adapter.fusion is None else z * e[t], s, out=grads["u"][t])
+            product(rows.T, *scaled(z, s, e[t]), out=grads["u"][t])
         if "v" in grads:
-            product(q_mixed.T, run.of(q), s, out=grads["v"][t])
+            product(q_mixed.T, run.of(q), alpha, out=grads["v"][t])
         if "fusion" in grads:
             wide = grads["fusion"].dtype
             slope = dot(run.of(p_rows), run.masked(run.of(q)), wide) - dot(q_rows, z, wide)
-            grads["fusion"][t] = s * f[t] * e[t] * slope
-    return grads, dq.mul_(s) if wants_dq else None
+            torch.mul(slope, s * f[t] * e[t], out=grads["fusion"][t])
+    return grads, dq

@@ -19,9 +19,9 @@ def forward(
     ys, hs = [], []
     for weight, bias, adapter in zip(weights, biases, adapters, strict=True):
         h = delta.scaled_h(dropped, adapter)
-        y = delta.expand(h, adapter, bias).to(x.dtype)
-        ys.append(y if weight is None else y.addmm_(x, weight.to(x.dtype).T))
-        hs.append(h.to(x.dtype))
+        y = delta.cast(delta.expand(h, adapter, bias), x.dtype)
+        ys.append(y if weight is None else y.addmm_(x, delta.cast(weight, x.dtype).T))
+        hs.append(delta.cast(h, x.dtype))
     return (*ys, *hs)
 
 
@@ -47,7 +47,7 @@ def backward(
         dx = delta.dx_part(dhs[0], keep, adapters[0]).add_(delta.dx_part(dhs[1], keep, adapters[1])).to(dys[0].dtype)
         for dy, weight in zip(dys, weights, strict=True):
             if weight is not None:
-                dx.addmm_(dy, weight.to(dy.dtype))
+                dx.addmm_(dy, delta.cast(weight, dy.dtype))
         grads[0]["x"] = dx
     if any("a" in wanted for wanted in needs):
         dropped = delta.dropped(x, keep)

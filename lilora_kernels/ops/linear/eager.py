@@ -8,7 +8,7 @@ from ..schema import AdapterArgs
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
     y, h = delta.forward(x, adapter, bias)
-    return y.addmm_(x, weight.to(x.dtype).T), h
+    return y.addmm_(x, delta.cast(weight, x.dtype).T), h
 
 
 def backward(
@@ -16,5 +16,5 @@ def backward(
 ) -> dict[str, Tensor]:
     grads = delta.backward(dy, x, h, adapter, needs)
     if "x" in needs:
-        grads["x"].addmm_(dy, weight.to(dy.dtype))
+        grads["x"].addmm_(dy, delta.cast(weight, dy.dtype))
     return grads

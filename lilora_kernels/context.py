@@ -143,12 +143,12 @@ class BatchContext:
                 tasks.require_active(ids)
             names = tasks.active
         elif ids is not None:
-            wanted = {tasks.names[i] for i in ids if i >= 0} | set(tasks.active if trains else ())
-            names = tuple(sorted(wanted, key=tasks.names.index))
+            # In the order of the batch: factors of its runs of rows then lie side by side.
+            names = tuple(dict.fromkeys([tasks.names[i] for i in ids if i >= 0] + list(tasks.active if trains else ())))
         else:
             names = tasks.known
         if ids is not None:
-            position = {tasks.names.index(name): at for at, name in enumerate(names)}
+            position = {tasks.id_of(name): at for at, name in enumerate(names)}
             positions = [position.get(i, -1) for i in ids]
             return names, torch.tensor(positions, dtype=torch.int32, device=self.task.device)
         return names, tasks.positions(self.task, trains and training)
@@ -212,6 +212,7 @@ class Tasks:
 
     def __init__(self) -> None:
         self.names: list[str | None] = []
+        self._ids: dict[str, int] = {}
         self.active: tuple[str, ...] = ()
         self.train = True  # whether the active tasks do
         self.packed = False  # whether a layer sees packed images
@@ -230,7 +231,7 @@ class Tasks:
     @property
     def known(self) -> tuple[str, ...]:
         """The names of the tasks that there are, in the order of their ids."""
-        return tuple(name for name in self.names if name is not None)
+        return tuple(self._ids)
 
     @property
     def setting(self) -> tuple:
@@ -238,9 +239,24 @@ class Tasks:
         return self.active, self.train
 
     def id_of(self, name: str) -> int:
-        if name not in self.names:
+        if name not in self._ids:
             raise ValueError(f"task {name!r} is unknown; this model knows {list(self.known)}")
-        return self.names.index(name)
+        return self._ids[name]
+
+    def add(self, name: str) -> None:
+        """Give a task the next id; nothing if it has one."""
+        if name not in self._ids:
+            self._ids[name] = len(self.names)
+            self.names.append(name)
+
+    def remove(self, name: str, forget: bool = False) -> None:
+        """Take a task's id out of use; with `forget`, which undoes `add`, as if there had been none."""
+        if name in self._ids:
+            at = self._ids.pop(name)
+            if forget:
+                del self.names[at]
+            else:
+                self.names[at] = None
 
     def ids(
         self, task_ids: TaskIds, samples: int | None, device: torch.device | None
@@ -276,7 +292,7 @@ class Tasks:
         Ids of no task become -1. In training those of a task that is not active become a position that does not exist,
         for which kernels write NaN: an error would have to wait for the device.
         """
-        if not training and len(self.known) == len(self.names):
+        if not training and len(self._ids) == len(self.names):
             return task
         return self._looked_up(training, task)
 

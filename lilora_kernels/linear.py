@@ -79,8 +79,8 @@ class LiLoRALinear(AdaptedLinear):
         check_task_name(name)
         if name in self.lilora_U:
             raise ValueError(f"task {name!r} exists already; delete it first or choose another name")
-        names, capacity = self.model_tasks.names, self.model_tasks.capacity
-        if capacity is not None and name not in names and len(names) >= capacity:
+        capacity = self.model_tasks.capacity
+        if capacity is not None and name not in self.model_tasks.known and len(self.model_tasks.names) >= capacity:
             raise ValueError(
                 f"task {name!r} does not fit: the model was frozen with a capacity of {capacity} ids, all taken; overwrite a "
                 "task, or freeze it again with a larger capacity"
@@ -110,8 +110,7 @@ class LiLoRALinear(AdaptedLinear):
             nn.init.kaiming_uniform_(self.lilora_V[name], a=math.sqrt(5))
             if self.fusion:
                 nn.init.normal_(self.lilora_fusion[name])
-        if name not in names:
-            names.append(name)
+        self.model_tasks.add(name)
         self._fill_windows()
         if self.model_tasks.active in ((), (name,)):
             self.set_task(name)
@@ -130,12 +129,10 @@ class LiLoRALinear(AdaptedLinear):
         for kind in KINDS:
             if name in getattr(self, kind):
                 del getattr(self, kind)[name]
-        names = self.model_tasks.names
-        if name in names:
-            names[names.index(name)] = None
+        self.model_tasks.remove(name)
         for stack in self._frozen or ():
             if stack is not None:
-                stack[[i for i, kept in enumerate(names) if kept is None]] = 0
+                stack[[i for i, kept in enumerate(self.model_tasks.names) if kept is None]] = 0
         if self._first == name:
             self._first = None
         if active or train:  # another layer of the model may have taken it from the active ones

@@ -38,7 +38,7 @@ class LiLoRAModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         tasks = model.__dict__.get("lilora_tasks") or Tasks()
-        if adapter_name in tasks.names:
+        if adapter_name in tasks.known:
             raise UserError(f"task {adapter_name!r} exists already; delete it first or choose another name")
         model.lilora_tasks = tasks
         try:
@@ -197,15 +197,14 @@ class LiLoRAModel(BaseTuner):
 def take_back(model: nn.Module, configs: dict[str, LiLoRAConfig], adapter_name: str) -> None:
     """Remove a task that could not be added or loaded, as if it had never been there."""
     tasks = model.lilora_tasks
-    before = [task for task in tasks.names if task != adapter_name]
+    tasks.remove(adapter_name, forget=True)
     delete_adapter(model, adapter_name, LiLoRAModel.prefix, Linear)
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear) and not module.lilora_U:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base_layer)
     configs.pop(adapter_name, None)
-    tasks.names[:] = before
-    if not before:
+    if not tasks.known:
         detach(model)
 
 

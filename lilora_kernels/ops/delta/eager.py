@@ -4,7 +4,7 @@ A task's M_t = f B0 + e U V is formed where its rows are many (that costs N R S)
 other (about (N + R) S a row).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, wraps
 from itertools import accumulate
 from math import exp
@@ -193,16 +193,24 @@ def sigmoid(t: float) -> float:
     return 1 / (1 + exp(-t)) if t >= 0 else exp(t) / (1 + exp(t))
 
 
-def shares(adapter: AdapterArgs) -> tuple[Sequence, Sequence]:
-    """f and e of every task: numbers on a CPU, elsewhere scalars in fp32 at least, which the host need not wait for."""
+def shares(adapter: AdapterArgs, runs: list[Run]) -> dict[int, tuple]:
+    """f and e of the runs' tasks: numbers on a CPU, elsewhere scalars in fp32 at least, which the host need not wait for."""
+    tasks = list({run.task for run in runs if run.task >= 0})
     if adapter.fusion is None:
-        ones = [1.0] * adapter.u.shape[0]
-        return ones, ones
+        return dict.fromkeys(tasks, (1.0, 1.0))
     if seen_by_host(adapter.fusion):
-        f = [sigmoid(t) for t in adapter.fusion.tolist()]
-        return f, [1 - share for share in f]
-    f = torch.sigmoid(cast(adapter.fusion, torch.promote_types(adapter.fusion.dtype, torch.float32)))
-    return f, 1 - f
+        chosen = adapter.fusion if len(adapter.fusion) == 1 else adapter.fusion[tasks]
+        found = [sigmoid(t) for t in chosen.tolist()]
+    else:
+        found = mixing(adapter)[tasks]
+    return {t: (f, 1 - f) for t, f in zip(tasks, found, strict=False)}
+
+
+def mixing(adapter: AdapterArgs) -> Tensor:
+    """f of every task, [T] in fp32 at least."""
+    if adapter.fusion is None:
+        return adapter.b0.new_ones(len(adapter.u), dtype=torch.promote_types(adapter.b0.dtype, torch.float32))
+    return torch.sigmoid(cast(adapter.fusion, torch.promote_types(adapter.fusion.dtype, torch.float32)))
 
 
 def scaled(tensor: Tensor, alpha: float, share: float | Tensor) -> tuple[Tensor, float]:
@@ -228,20 +236,16 @@ def composes(adapter: AdapterArgs, rows: int, runs: list[Run]) -> bool:
     return rows >= adapter.a.shape[0] * len(tasks) and all(run.mask is None for run in runs)
 
 
-def base_part(rows: Tensor, adapter: AdapterArgs, f: Sequence) -> tuple[Tensor, float]:
-    """(rows [M, ...], alpha), which together are s f_t of its task times each row; see `base_share`."""
-    return scaled(rows, adapter.scaling, f[0]) if adapter.task is None else (base_share(rows, adapter, f), 1.0)
+def base_part(rows: Tensor, adapter: AdapterArgs, of: dict[int, tuple]) -> tuple[Tensor, float]:
+    """(rows [M, ...], alpha), which together are s f_t of its task times each row.
 
-
-def base_share(rows: Tensor, adapter: AdapterArgs, f: Sequence) -> Tensor:
-    """s f_t of each row's task times the row of [M, ...]; zero for rows without a task, NaN for ids of no task."""
-    s = adapter.scaling
+    Zero for rows without a task, NaN for ids of no task.
+    """
     if adapter.task is None:
-        return rows * (s * f[0])
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    known = torch.tensor(f, dtype=wide, device=rows.device) if isinstance(f, list) else cast(f, wide)
-    table = cast(torch.cat([s * known, known.new_tensor([torch.nan, 0])]), rows.dtype)
-    return rows * table[adapter.task.clamp(-2, len(known))].unsqueeze(1)
+        return scaled(rows, adapter.scaling, of[0][0])
+    f = mixing(adapter)
+    table = cast(torch.cat([f, f.new_tensor([torch.nan, 0])]), rows.dtype)
+    return rows * table[adapter.task.clamp(-2, len(f))].unsqueeze(1), adapter.scaling
 
 
 def with_task(rows: Tensor, adapter: AdapterArgs) -> Tensor:
@@ -255,11 +259,11 @@ def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None) -> Tensor:
     if adapter.u is None:
         return product(with_task(q, adapter), b0, s, bias)
     order, runs = runs_of(adapter)
-    f, e = shares(adapter)
     if order is not None and len(order) >= LONG_RUN * len(stretches := consecutive(adapter.task)):
         order, runs = None, sorted(stretches)
     if order is not None:
         adapter, q = adapter._replace(task=adapter.task[order]), q[order]
+    of = shares(adapter, runs)
     if composes(adapter, len(q), runs):
         y, composed = q.new_empty(len(q), b0.shape[1]), -1
         for run in runs:
@@ -267,25 +271,22 @@ def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None) -> Tensor:
                 run.of(y)[:] = 0 if bias is None else bias
                 continue
             if run.task != composed:
-                composed, m = run.task, cast(compose(adapter, run.task, f[run.task])[0], q.dtype).T
+                composed, m = run.task, cast(compose(adapter, run.task, of[run.task][0])[0], q.dtype).T
             product(run.of(q), m, s, bias, out=run.of(y))
-    elif adapter.task is None:
-        left, alpha = base_part(q, adapter, f)
-        y = product(left, b0, alpha, bias)
-        add_second(y, q, adapter, runs[0], e[0])
     else:
-        y = product(base_share(q, adapter, f), b0, 1, bias)
+        left, alpha = base_part(q, adapter, of)
+        y = product(left, b0, alpha, bias)
         if (batch := batched(runs)) is not None:
             tasks, rows = batch
             u, v = cast(adapter.u[tasks], q.dtype), cast(adapter.v[tasks], q.dtype)
             z = torch.bmm(q[rows].view(len(u), -1, q.shape[1]), v.mT)
             if adapter.fusion is not None:
-                z = z * torch.tensor(e, dtype=z.dtype)[tasks].view(-1, 1, 1)
+                z = z * cast(1 - mixing(adapter)[tasks], z.dtype).view(-1, 1, 1)
             y[rows].view(len(u), -1, y.shape[1]).baddbmm_(z, u.mT, alpha=s)
         else:
             for run in runs:
                 if run.task >= 0:
-                    add_second(run.of(y), run.masked(run.of(q)), adapter, run, e[run.task])
+                    add_second(run.of(y), run.masked(run.of(q)), adapter, run, of[run.task][1])
     return y if order is None else torch.empty_like(y).index_copy_(0, order, y)
 
 
@@ -381,7 +382,7 @@ def through_m(
     dy: Tensor, q: Tensor | None, adapter: AdapterArgs, runs: list[Run], needs: frozenset[str], wants_dq: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Through the gradient of M_t; ops/README.md has the chain."""
-    s, (f, e) = adapter.scaling, shares(adapter)
+    s, of = adapter.scaling, shares(adapter, runs)
     grads, db0 = of_tasks(adapter, needs, dy.dtype), None
     dq = dy.new_empty(len(dy), adapter.a.shape[0]) if wants_dq else None
     for run in runs:
@@ -390,24 +391,25 @@ def through_m(
             if wants_dq:
                 run.of(dq).zero_()
             continue
+        f, e = of[t]
         if wants_dq or "fusion" in needs:
-            m, uv = compose(adapter, t, f[t])
+            m, uv = compose(adapter, t, f)
         if wants_dq:
             product(run.of(dy), cast(m, dy.dtype), s, out=run.of(dq))
         if not grads and "b0" not in needs:
             continue
         dm = run.of(dy).T @ run.of(q)  # [N, R], without s
         if "u" in needs:
-            right, alpha = scaled(cast(adapter.v[t], dm.dtype).T, s, e[t])
+            right, alpha = scaled(cast(adapter.v[t], dm.dtype).T, s, e)
             product(dm, right, alpha, out=grads["u"][t])
         if "v" in needs:
-            left, alpha = scaled(cast(adapter.u[t], dm.dtype).T, s, e[t])
+            left, alpha = scaled(cast(adapter.u[t], dm.dtype).T, s, e)
             product(left, dm, alpha, out=grads["v"][t])
         if "fusion" in needs:
             slope = dot(dm, adapter.b0 - uv, grads["fusion"].dtype)
-            torch.mul(slope, s * f[t] * e[t], out=grads["fusion"][t])
+            torch.mul(slope, s * f * e, out=grads["fusion"][t])
         if "b0" in needs:
-            term = cast(dm, torch.promote_types(dm.dtype, torch.float32)) * (s * f[t])
+            term = cast(dm, torch.promote_types(dm.dtype, torch.float32)) * (s * f)
             db0 = term if db0 is None else db0.add_(term)
     if "b0" in needs:
         grads["b0"] = torch.zeros_like(adapter.b0) if db0 is None else db0
@@ -422,30 +424,33 @@ def through_factors(
     dy: Tensor, q: Tensor | None, adapter: AdapterArgs, runs: list[Run], needs: frozenset[str], wants_dq: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """M_t never formed: P = dy B0 dense over all rows, Q = dy U_t and z = q V_t^T per task."""
-    s, (f, e) = adapter.scaling, shares(adapter)
+    s, of = adapter.scaling, shares(adapter, runs)
     grads = of_tasks(adapter, needs, dy.dtype)
     p_rows = dy @ cast(adapter.b0, dy.dtype) if wants_dq or "fusion" in needs else None
-    dq = base_share(p_rows, adapter, f) if wants_dq else None
+    if wants_dq:
+        left, alpha = base_part(p_rows, adapter, of)
+        dq = left * alpha
     if "b0" in needs:
-        grads["b0"] = product(dy.T, *base_part(q, adapter, f))
+        grads["b0"] = product(dy.T, *base_part(q, adapter, of))
     for run in runs:
         t = run.task
         if t < 0:
             continue
+        f, e = of[t]
         u, v, rows = cast(adapter.u[t], dy.dtype), cast(adapter.v[t], dy.dtype), run.of(dy)
         if wants_dq or "v" in grads or "fusion" in grads:
             q_rows = run.masked(rows @ u)
-            q_mixed, alpha = scaled(q_rows, s, e[t])
+            q_mixed, alpha = scaled(q_rows, s, e)
         if wants_dq:
             run.of(dq).addmm_(q_mixed, v, alpha=alpha)
         if "u" in grads or "fusion" in grads:
             z = run.masked(run.of(q) @ v.T)
         if "u" in grads:
-            product(rows.T, *scaled(z, s, e[t]), out=grads["u"][t])
+            product(rows.T, *scaled(z, s, e), out=grads["u"][t])
         if "v" in grads:
             product(q_mixed.T, run.of(q), alpha, out=grads["v"][t])
         if "fusion" in grads:
             wide = grads["fusion"].dtype
             slope = dot(run.of(p_rows), run.masked(run.of(q)), wide) - dot(q_rows, z, wide)
-            torch.mul(slope, s * f[t] * e[t], out=grads["fusion"][t])
-    return grads, dq
+            torch.mul(slope, s * f * e, out=grads["fusion"][t])
+    return grads, dq if wants_dq else None

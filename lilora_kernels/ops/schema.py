@@ -1,13 +1,14 @@
 """What the operations of adapters receive, and how they are registered: schema, fake, autograd and the choice of a backend."""
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-import torch
 from torch import Tensor
 
 from .. import backends
+from .doors import Operation
 
 FACTORS = ("a", "b0", "u", "v", "fusion")
 # Inputs that may want a gradient, in the order in which the backward operations return them.
@@ -36,19 +37,19 @@ class AdapterArgs(NamedTuple):
         return self.a.shape[0], 0 if self.u is None else self.u.shape[2]
 
 
-def schema_of(fields: Sequence[str], side: str = "") -> str:
-    """These fields of AdapterArgs as a registered schema has them, their names with the ending `side`."""
-    types = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", Sequence[int] | None: "SymInt[]?"}
-    return ", ".join(f"{types[AdapterArgs.__annotations__[field]]} {field}{side}" for field in fields)
+def kinds_of(fields: Sequence[str], side: str = "") -> dict[str, str]:
+    """Name, with the ending `side`, and type of these fields of AdapterArgs in a registered schema."""
+    kinds = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", Sequence[int] | None: "SymInt[]?"}
+    return {field + side: kinds[AdapterArgs.__annotations__[field]] for field in fields}
 
 
 class Arguments:
     """Reads the arguments of an operation by name. Of two adapters, what each has of its own ends in _1 and _2."""
 
-    def __init__(self, schema: str) -> None:
-        self.types = {name: kind for kind, name in (argument.split() for argument in schema.split(", "))}
-        self.sides = ("_1", "_2") if "a_1" in self.types else ("",)
-        at = {name: i for i, name in enumerate(self.types)}
+    def __init__(self, kinds: dict[str, str]) -> None:
+        self.kinds = kinds
+        self.sides = ("_1", "_2") if "a_1" in kinds else ("",)
+        at = {name: i for i, name in enumerate(kinds)}
 
         def places(stem: str) -> list[int]:
             """For each side; the place after the last argument holds None."""
@@ -66,39 +67,40 @@ class Arguments:
 
 
 class AdapterOperation:
-    """`lilora::<name>(<schema>)` -> y [M, N] and h [M, R] in x's dtype, and `lilora::<name>_backward`.
+    """`lilora::<name>` -> y [M, N] and h [M, R] in x's dtype, and `lilora::<name>_backward`.
 
     h = D(x) A^T is saved for backward and not differentiable; two adapters have two y, then two h. Base weights are frozen.
-    `check(op, x, [weight, bias,] adapter)` raises where the arguments are wrong.
+    `kinds`: the schema's arguments. `check(op, x, [weight, bias,] adapter)` raises where they are wrong.
     """
 
-    def __init__(self, name: str, schema: str, check: Callable) -> None:
-        self.name, self.check, self.arguments = name, check, Arguments(schema)
-        types, self.sides = self.arguments.types, self.arguments.sides
-        self.frozen = [n for n in types if n.startswith(("weight", "bias"))]
+    def __init__(self, name: str, kinds: dict[str, str], check: Callable) -> None:
+        self.name, self.check, self.arguments = name, check, Arguments(kinds)
+        self.sides = self.arguments.sides
+        self.frozen = [n for n in kinds if n.startswith(("weight", "bias"))]
         # Inputs that may want a gradient: their names, and of which adapter they are which field.
         self.learned = {"x": (0, "x")}
         self.learned |= {
-            f + side: (i, f) for i, side in enumerate(self.sides) for f in DIFFERENTIABLE if f + side in types
+            f + side: (i, f) for i, side in enumerate(self.sides) for f in DIFFERENTIABLE if f + side in kinds
         }
         # What backward reads beside the adapters' arguments, and for the gradients of which inputs.
         self.readers = {"x": [f"a{side}" for side in self.sides]}
         self.readers |= {n: ["x"] for n in self.frozen if n.startswith("weight")}
         for i, side in enumerate(self.sides):
             self.readers[f"h{side}"] = [n for n, (at, f) in self.learned.items() if at == i and f not in ("x", "a")]
-        kept = {n: kind for n, kind in types.items() if n not in ("x", *self.frozen)}
+        kept = {n: kind for n, kind in kinds.items() if n not in ("x", *self.frozen)}
         self.tensors = [n for n, kind in kept.items() if kind.startswith("Tensor")]
         self.numbers = [n for n, kind in kept.items() if not kind.startswith("Tensor")]
 
-        backward_types = {f"dy{side}": "Tensor" for side in self.sides} | dict.fromkeys(self.readers, "Tensor?") | kept
-        backward_schema = ", ".join(f"{kind} {n}" for n, kind in {**backward_types, "needs": "bool[]"}.items())
-        self.backward_arguments = Arguments(backward_schema)
-        results = ", ".join(["Tensor"] * 2 * len(self.sides))
-        self.op = registered(name, self.forward, f"({schema}) -> ({results})")
-        self.backward_op = registered(f"{name}_backward", self.backward, f"({backward_schema}) -> Tensor[]")
-        self.op.register_fake(self.fake_forward)
-        self.backward_op.register_fake(self.fake_backward)
-        self.op.register_autograd(self.differentiate, setup_context=self.setup_context)
+        read = {f"dy{side}": "Tensor" for side in self.sides} | dict.fromkeys(self.readers, "Tensor?")
+        self.backward_arguments = Arguments({**read, **kept, "needs": "bool[]"})
+        self.op = Operation(
+            name, kinds, f"({', '.join(['Tensor'] * 2 * len(self.sides))})", self.forward, self.fake_forward,
+            setup_context=self.setup_context, backward=self.differentiate, vmap=vmap_over_rows,
+        )  # fmt: skip
+        self.backward_op = Operation(
+            f"{name}_backward", self.backward_arguments.kinds, "Tensor[]", self.backward, self.fake_backward,
+            setup_context=lambda ctx, inputs, output: None, backward=self.differentiate_twice, vmap=vmap_over_rows,
+        )  # fmt: skip
 
     def of_each(self, values: Sequence):
         """As backends take what each adapter has of its own: a pair, or bare where there is one."""
@@ -117,7 +119,7 @@ class AdapterOperation:
         return tuple(given[0].new_empty(given[0].shape[0], width) for width in widths)
 
     def asked(self, needs: Sequence[bool]) -> list[tuple[int, str]]:
-        return [key for key, need in zip(self.learned.values(), needs, strict=True) if need]
+        return list(compress(self.learned.values(), needs))
 
     def backward(self, *args):
         """The gradients asked for by `needs`, in the order of `learned`."""
@@ -136,18 +138,18 @@ class AdapterOperation:
         return [dy.new_empty(dy.shape[0], columns) if t is None else t.new_empty(t.shape) for t in like]
 
     def setup_context(self, ctx, inputs, output):
-        needs = dict(zip(self.arguments.types, ctx.needs_input_grad, strict=False))
-        if any(needs[name] for name in self.frozen):
+        wanted = set(compress(self.arguments.kinds, ctx.needs_input_grad))
+        if not wanted.isdisjoint(self.frozen):
             raise ValueError(
                 f"lilora::{self.name}: weight or bias requires a gradient, but the base is frozen here; "
                 "use F.linear(x, weight, bias) + delta(...) to train it"
             )
         hs = output[len(self.sides) :]
-        given = dict(zip((*self.arguments.types, *(f"h{side}" for side in self.sides)), (*inputs, *hs), strict=True))
-        read = (given[name] if any(needs[n] for n in readers) else None for name, readers in self.readers.items())
+        given = dict(zip((*self.arguments.kinds, *(f"h{side}" for side in self.sides)), (*inputs, *hs), strict=True))
+        read = [None if wanted.isdisjoint(readers) else given[name] for name, readers in self.readers.items()]
         ctx.save_for_backward(*read, *(given[name] for name in self.tensors))
         ctx.numbers = [given[name] for name in self.numbers]
-        ctx.needs = [needs[name] for name in self.learned]
+        ctx.needs = [name in wanted for name in self.learned]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*hs)
 
@@ -155,14 +157,37 @@ class AdapterOperation:
         dys = dys[: len(self.sides)]
         some = next((dy for dy in dys if dy is not None), None)
         if some is None:
-            return (None,) * len(self.arguments.types)
+            return (None,) * len(self.arguments.kinds)
         saved = dict(zip((*self.readers, *self.tensors), ctx.saved_tensors, strict=True))
         widths = (saved[f"b0{side}"].shape[0] for side in self.sides)
         dys = (some.new_zeros(some.shape[0], n) if dy is None else dy for dy, n in zip(dys, widths, strict=True))
         grads = self.backward_op(*dys, *saved.values(), *ctx.numbers, ctx.needs)
-        found = dict(zip((n for n, need in zip(self.learned, ctx.needs, strict=True) if need), grads, strict=True))
-        return tuple(found.get(name) for name in self.arguments.types)
+        found = dict(zip(compress(self.learned, ctx.needs), grads, strict=True))
+        return tuple(map(found.get, self.arguments.kinds))
+
+    def differentiate_twice(self, ctx, *grads) -> NoReturn:
+        raise NotImplementedError(
+            f"lilora::{self.name}: second derivatives are not implemented; "
+            "use lilora_kernels.ops.delta.reference, plain PyTorch, where you need them"
+        )
 
 
-def registered(name: str, function: Callable, schema: str) -> torch.library.CustomOpDef:
-    return torch.library.custom_op(f"lilora::{name}", function, mutates_args=(), schema=schema)
+def vmap_over_rows(operation: Operation, info, in_dims, *args):
+    """torch.func.vmap over x alone, and over dy for the gradient of x: the rows of all samples are one batch."""
+    given, dims = (dict(zip(operation.kinds, values, strict=True)) for values in (args, in_dims))
+    rows = [name for name in operation.kinds if name.startswith("dy")] or ["x"]
+    batched = [name for name, dim in dims.items() if isinstance(dim, int)]
+    if not set(batched) <= set(rows) or given["p"] > 0 or any(given.get("needs", ())[1:]):
+        raise NotImplementedError(
+            f"{operation.name}: torch.func.vmap works over x alone, without dropout and for no gradient but that of x; "
+            "loop over the samples instead"
+        )
+    size = info.batch_size
+    for name in rows:
+        t = given[name]
+        given[name] = (t.movedim(dims[name], 0) if name in batched else t.expand(size, *t.shape)).flatten(0, 1)
+    for name in ("task", "gate_row"):
+        if given.get(name) is not None:
+            given[name] = given[name].repeat(size)
+    results = operation(*given.values())
+    return tuple(t.unflatten(0, (size, len(t) // size)) for t in results), (0,) * len(results)

@@ -3,7 +3,7 @@
 from ... import backends
 from .. import cuda_runtime, triton_runtime
 from ..checks import check_delta
-from ..schema import AdapterArgs, AdapterOperation, schema_of
+from ..schema import AdapterArgs, AdapterOperation, kinds_of
 from . import eager
 
 backends.register(
@@ -13,4 +13,4 @@ backends.register(
     triton=backends.lazy("lilora_kernels.ops.delta.triton_backend", triton_runtime.refusal, "one launch each way"),
 )
 
-delta = AdapterOperation("delta", f"Tensor x, {schema_of(AdapterArgs._fields)}", check_delta).op
+delta = AdapterOperation("delta", {"x": "Tensor", **kinds_of(AdapterArgs._fields)}, check_delta).op

@@ -3,7 +3,7 @@
 from ... import backends
 from .. import cuda_runtime, triton_runtime
 from ..checks import check_pair
-from ..schema import FACTORS, AdapterOperation, schema_of
+from ..schema import FACTORS, AdapterOperation, kinds_of
 from . import eager
 
 backends.register(
@@ -19,6 +19,6 @@ backends.register(
     ),
 )
 
-OWN = (f"Tensor? weight{side}, Tensor? bias{side}, {schema_of(FACTORS, side)}" for side in ("_1", "_2"))
-SCHEMA = ", ".join(["Tensor x", *OWN, schema_of(("task", "seed", "scaling", "p", "ranks"))])
-delta_pair = AdapterOperation("delta_pair", SCHEMA, check_pair).op
+OWN = [{f"weight{side}": "Tensor?", f"bias{side}": "Tensor?", **kinds_of(FACTORS, side)} for side in ("_1", "_2")]
+SHARED = kinds_of(("task", "seed", "scaling", "p", "ranks"))
+delta_pair = AdapterOperation("delta_pair", {"x": "Tensor", **OWN[0], **OWN[1], **SHARED}, check_pair).op

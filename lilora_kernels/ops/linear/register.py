@@ -3,7 +3,7 @@
 from ... import backends
 from .. import cuda_runtime, triton_runtime
 from ..checks import check_linear
-from ..schema import AdapterArgs, AdapterOperation, schema_of
+from ..schema import AdapterArgs, AdapterOperation, kinds_of
 from . import eager
 
 backends.register(
@@ -23,5 +23,5 @@ backends.register(
     ),
 )
 
-SCHEMA = f"Tensor x, Tensor weight, Tensor? bias, {schema_of(AdapterArgs._fields)}"
-linear = AdapterOperation("linear", SCHEMA, check_linear).op
+BASE = {"weight": "Tensor", "bias": "Tensor?"}
+linear = AdapterOperation("linear", {"x": "Tensor", **BASE, **kinds_of(AdapterArgs._fields)}, check_linear).op

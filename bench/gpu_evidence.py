@@ -57,7 +57,7 @@ TITLES = {
 BUILD_LIMIT = WARM_LIMIT = 200
 # Seconds: what a stage may take at most, and what is kept for it from those before it (make gpu-rehearsal: what it rests on).
 LIMITS = {FIRST: 60, "0": 130, "1": 30, "2": 25, "3": 170, "4": 60, "5": 75, "6": 300, "7": 240, "8": 120, "9": 300}
-KEPT = {FIRST: 42, "0": 108, "1": 18, "2": 15, "3": 145, "4": 42, "5": 60, "6": 108, "7": 115, "8": 60, "9": 0}
+KEPT = {FIRST: 42, "0": 108, "1": 18, "2": 15, "3": 145, "4": 42, "5": 60, "6": 108, "7": 60, "8": 60, "9": 0}
 
 
 @dataclass(frozen=True)

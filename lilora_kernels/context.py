@@ -45,7 +45,7 @@ class BatchContext:
     tasks: "Tasks | None" = field(default=None, repr=False)
     stacks: dict = field(default_factory=dict, repr=False)  # of a generation: what each layer's tasks were stacked to
     _rows: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
-    _chosen: dict[tuple[bool, bool], tuple] = field(default_factory=dict, repr=False)
+    _chosen: dict[tuple, tuple] = field(default_factory=dict, repr=False)
     _repeated: dict[int, "BatchContext"] = field(default_factory=dict, repr=False)
 
     @property
@@ -132,9 +132,18 @@ class BatchContext:
         """
         if torch.compiler.is_compiling():
             return self._choose(trains, training, None)  # a graph must not depend on the values of ids
-        if (trains, training) not in self._chosen:
-            self._chosen[trains, training] = self._choose(trains, training, self.ids)
-        return self._chosen[trains, training]
+        key = trains, training, self.tasks.changes
+        if key not in self._chosen:
+            self.require_known()
+            self._chosen[key] = self._choose(trains, training, self.ids)
+        return self._chosen[key]
+
+    def require_known(self) -> None:
+        for i in self.ids or ():
+            if i >= 0 and self.tasks.names[i] is None:
+                raise ValueError(
+                    f"the task with the id {i} was deleted, but a sample of the running batch belongs to it"
+                )
 
     def _choose(self, trains: bool, training: bool, ids: list[int] | None) -> tuple[tuple[str, ...], Tensor]:
         tasks = self.tasks
@@ -155,8 +164,12 @@ class BatchContext:
 
     def slots(self) -> Tensor:
         """The position [B] of each sample's task in the layers of a frozen model, -1 for none."""
-        known = self.ids is not None and not torch.compiler.is_compiling()
-        return self.task if known else self.tasks.slots(self.task)
+        if torch.compiler.is_compiling():
+            return self.tasks.slots(self.task)
+        if (key := ("slots", self.tasks.changes)) not in self._chosen:
+            self.require_known()
+            self._chosen[key] = self.tasks.slots(self.task)
+        return self._chosen[key]
 
     def of_batch(self, samples: int | None, length: int | None, units: list[int] | Tensor | None) -> "BatchContext":
         """The context of a forward inside this one, whose batch has so many samples (more in a generation with beams)."""
@@ -169,7 +182,7 @@ class BatchContext:
             self._repeated[samples] = base
         return BatchContext(
             base.task, self.length if length is None else length, base.units if units is None else units, base.ids,
-            self.generating, self.tasks, self.stacks, _chosen=base._chosen,
+            self.generating, self.tasks, self.stacks if self.generating else {}, _chosen=base._chosen,
         )  # fmt: skip
 
     def require_samples(self, samples: int) -> None:
@@ -204,6 +217,12 @@ class _Compiled(local):
 _compiled = _Compiled()
 
 
+def without(entered: tuple[BatchContext, ...], context: BatchContext) -> tuple[BatchContext, ...]:
+    """The contexts but for the last entry of this one."""
+    at = next((i for i in reversed(range(len(entered))) if entered[i] is context), len(entered))
+    return entered[:at] + entered[at + 1 :]
+
+
 class Tasks:
     """What all adapted layers of one model share: the names of the tasks by id, and which of them are active.
 
@@ -213,6 +232,7 @@ class Tasks:
     def __init__(self) -> None:
         self.names: list[str | None] = []
         self._ids: dict[str, int] = {}
+        self.changes = 0  # how often tasks came, went or became active
         self.active: tuple[str, ...] = ()
         self.train = True  # whether the active tasks do
         self.packed = False  # whether a layer sees packed images
@@ -220,11 +240,10 @@ class Tasks:
         self.opened = 0  # `route` blocks that are open, in whatever thread
         self.seen: tuple = ()  # `setting` at the last forward without task ids
         self.routed = False  # whether any forward that can be recomputed had task ids
-        self.capacity: int | None = None  # of a frozen model: how many ids its layers have room for
         self._tables: dict[tuple, Tensor] = {}
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"opened": 0, "capacity": None}  # a copy is not frozen, and no route is open on it
+        return self.__dict__ | {"opened": 0}  # no route is open on a copy
 
     # --- names and ids ----------------------------------------------------------------------------------------------
 
@@ -248,11 +267,13 @@ class Tasks:
         if name not in self._ids:
             self._ids[name] = len(self.names)
             self.names.append(name)
+            self.changes += 1
 
     def remove(self, name: str, forget: bool = False) -> None:
         """Take a task's id out of use; with `forget`, which undoes `add`, as if there had been none."""
         if name in self._ids:
             at = self._ids.pop(name)
+            self.changes += 1
             if forget:
                 del self.names[at]
             else:
@@ -304,19 +325,29 @@ class Tasks:
         table = self._tables[kind, task.device]
         return table[task.long().clamp(-1, table.shape[0] - 1)]
 
-    def settle(self, device: torch.device) -> None:
-        """Make what `positions` reads on this device: ahead of a graph, which could not."""
+    def activate(self, names: tuple[str, ...], train: bool) -> None:
+        """Of the model: layers have their own, which are these unless one of them alone was told otherwise."""
+        if self.setting != (names, train):
+            self.active, self.train = names, train
+            self.changes += 1
+
+    def settle(self, device: torch.device, capacity: int | None) -> None:
+        """Make what `positions` and, of layers with room for `capacity` ids, `slots` read on this device.
+
+        Ahead of a graph, which could not.
+        """
         for training, names in ((True, self.active), (False, self.known)):
             position = {name: i for i, name in enumerate(names)} | {None: -1}
             table = [position.get(name, len(names)) for name in self.names] + [-1]  # -1 and foreign ids read the last
             self._tables[training, device] = torch.tensor(table, dtype=torch.int32, device=device)
-        if self.capacity is not None:  # in place: a captured graph reads it
+        if capacity is not None:
             slots = [-1 if name is None else i for i, name in enumerate(self.names)]
-            slots += [-1] * (self.capacity + 1 - len(slots))
-            table = self._tables.setdefault(
-                ("frozen", device), torch.empty(len(slots), dtype=torch.int32, device=device)
-            )
-            table.copy_(torch.tensor(slots, dtype=torch.int32))
+            slots = torch.tensor(slots + [-1] * (capacity + 1 - len(slots)), dtype=torch.int32)
+            table = self._tables.get(("frozen", device))
+            if table is None or table.shape != slots.shape:
+                self._tables["frozen", device] = slots.to(device)
+            else:  # in place: a captured graph reads it
+                table.copy_(slots)
 
     def require_active(self, ids: list[int]) -> None:
         for i in set(ids) - {-1}:
@@ -344,12 +375,7 @@ class Tasks:
         samples = length = None
         if tokens is not None:
             samples = tokens.shape[0]
-            if (
-                outer is not None
-                and outer.task is not None
-                and input_ids is not None
-                and not tokens.is_floating_point()
-            ):
+            if task_ids is None and input_ids is not None and not tokens.is_floating_point():
                 outer.require_samples(samples)
             length = tokens.shape[1] if tokens.dim() > 1 + tokens.is_floating_point() else None
         images = any(name.startswith("pixel_values") and value is not None for name, value in kwargs.items())
@@ -391,13 +417,12 @@ class Tasks:
             finally:
                 _compiled.contexts = before
             return
-        token = _entered.set((*_entered.get(), context))
+        _entered.set((*_entered.get(), context))
         try:
             yield
-        finally:
-            _entered.reset(token)
-            # Another asyncio task of this thread may have entered one in between.
-            _compiled.contexts = tuple(c for c in _compiled.contexts if c is not context)
+        finally:  # not to what was before: generators and asyncio tasks may leave in another order
+            _entered.set(without(_entered.get(), context))
+            _compiled.contexts = without(_compiled.contexts, context)
 
     # --- backward ---------------------------------------------------------------------------------------------------
 
@@ -449,12 +474,14 @@ def tokens_of(args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor | None]:
     input_ids = kwargs.get("input_ids")
     if input_ids is None and args and isinstance(args[0], Tensor):
         input_ids = args[0]
-    return input_ids, kwargs.get("inputs_embeds") if input_ids is None else input_ids
+    names = ("inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+    found = (tokens for name in names if (tokens := kwargs.get(name)) is not None)
+    return input_ids, next(found, None) if input_ids is None else input_ids
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model computes: offloaded parameters lie on the meta device meanwhile."""
-    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    return next((p.device for p in model.parameters() if not p.is_meta), next(model.parameters()).device)
 
 
 def tasks_of(model: nn.Module) -> Tasks:

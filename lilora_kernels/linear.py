@@ -50,6 +50,7 @@ class LiLoRALinear(AdaptedLinear):
         self.lilora_A, self.lilora_B = SharedParameter(self), SharedParameter(self)
         self.lilora_U, self.lilora_V, self.lilora_fusion = (TaskParameters(self) for _ in range(3))
         self.merged_task: str | None = None
+        self.active: tuple[str, ...] = ()
         self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
         self._frozen: tuple[Tensor | None, ...] | None = None  # all tasks' u, v, fusion by id: see serving.freeze
         self._slot: tuple[Tensor | None, ...] | None = None  # a, b0 and, of the one active task, u, v, fusion
@@ -66,11 +67,6 @@ class LiLoRALinear(AdaptedLinear):
         """Names of the tasks in the order of their ids."""
         return [name for name in self.model_tasks.names if name in self.lilora_U]
 
-    @property
-    def active(self) -> tuple[str, ...]:
-        """The tasks that are active in the model and that this layer has."""
-        return tuple(name for name in self.model_tasks.active if name in self.lilora_U)
-
     def add_task(self, name: str, init: bool = True) -> None:
         """Create the parameters of a task (and of the shared factors with the first) and register its id.
 
@@ -79,7 +75,7 @@ class LiLoRALinear(AdaptedLinear):
         check_task_name(name)
         if name in self.lilora_U:
             raise ValueError(f"task {name!r} exists already; delete it first or choose another name")
-        capacity = self.model_tasks.capacity
+        capacity = self.capacity
         if capacity is not None and name not in self.model_tasks.known and len(self.model_tasks.names) >= capacity:
             raise ValueError(
                 f"task {name!r} does not fit: the model was frozen with a capacity of {capacity} ids, all taken; overwrite a "
@@ -111,8 +107,8 @@ class LiLoRALinear(AdaptedLinear):
             if self.fusion:
                 nn.init.normal_(self.lilora_fusion[name])
         self.model_tasks.add(name)
-        self._fill_windows()
-        if self.model_tasks.active in ((), (name,)):
+        self._fill_windows(name)
+        if not self.active:
             self.set_task(name)
         else:
             for own in self._own(name):
@@ -125,7 +121,6 @@ class LiLoRALinear(AdaptedLinear):
         if self.merged_task == name:
             self.unmerge()
         train = any(own.requires_grad for own in self._own(name))
-        active = name in self.model_tasks.active
         for kind in KINDS:
             if name in getattr(self, kind):
                 del getattr(self, kind)[name]
@@ -135,8 +130,8 @@ class LiLoRALinear(AdaptedLinear):
                 stack[[i for i, kept in enumerate(self.model_tasks.names) if kept is None]] = 0
         if self._first == name:
             self._first = None
-        if active or train:  # another layer of the model may have taken it from the active ones
-            self.set_task(*(task for task in self.model_tasks.active if task != name), train=train)
+        if name in self.active:
+            self.set_task(*(task for task in self.active if task != name), train=train)
         else:
             self.bind()
 
@@ -147,7 +142,8 @@ class LiLoRALinear(AdaptedLinear):
         """
         for name in names:
             self._require(name)
-        self.model_tasks.active, self.model_tasks.train = tuple(names), train
+        self.active = tuple(names)
+        self.model_tasks.activate(self.active, train)
         for task in self.lilora_U:
             for own in self._own(task):
                 own.requires_grad_(train and task in names)
@@ -166,27 +162,30 @@ class LiLoRALinear(AdaptedLinear):
         """Rebuild what compiled forwards read: a lookup by task name there would recompile for every task."""
         self._bind_slot()
         if self.lilora_U:
-            self.model_tasks.settle(next(iter(self.lilora_U.values())).device)
+            self.model_tasks.settle(next(iter(self.lilora_U.values())).device, self.capacity)
 
     def _bind_slot(self) -> None:
-        names, active = list(self.lilora_A), self.model_tasks.active
-        if len(active) == 1 and active[0] in names:
-            self._slot = self._parameters_of(active[0])
+        if len(self.active) == 1:
+            self._slot = self._parameters_of(self.active[0])
+        elif self.lilora_U:
+            first = next(iter(self.lilora_A))
+            self._slot = self.lilora_A[first], self.lilora_B[first], None, None, None
         else:
-            self._slot = (self.lilora_A[names[0]], self.lilora_B[names[0]], None, None, None) if names else None
+            self._slot = None
 
-    def replaced(self) -> None:
-        """A task's Parameter is another object now."""
-        if self._slot is not None and len(self.lilora_A) == len(self.lilora_B):
+    def replaced(self, name: str) -> None:
+        """A Parameter of the task is another object now."""
+        if self._slot is not None:
             self._bind_slot()
-        self._fill_windows()
+        if self._frozen is not None and name in self.model_tasks.known:
+            self._fill_windows(name)
 
     def _apply(self, fn, recurse=True):
-        frozen, self._frozen = self._frozen, None
+        capacity, self._frozen = self.capacity, None
         super()._apply(fn, recurse)
         self.bind()
-        if frozen is not None:
-            self.freeze()
+        if capacity is not None:
+            self.freeze(capacity)
         return self
 
     def __getstate__(self) -> dict:
@@ -194,27 +193,35 @@ class LiLoRALinear(AdaptedLinear):
 
     # --- serving ----------------------------------------------------------------------------------------------------
 
-    def require_resident(self) -> None:
-        """RuntimeError for parameters that are not here in full outside the layer's forward."""
-        for p in self.lilora_U.values():
-            if p.is_meta or is_sharded(p):
-                raise RuntimeError(
-                    "a model whose adapters are offloaded or sharded cannot be frozen; load it in full first"
-                )
+    @property
+    def capacity(self) -> int | None:
+        """How many ids a frozen layer has room for; None unless it is frozen."""
+        return None if self._frozen is None else len(self._frozen[0])
 
-    def freeze(self) -> None:
+    def require_freezable(self) -> None:
+        """RuntimeError for parameters that are not here in full outside the layer's forward, or differ in dtype."""
+        own = [p for entries in self._by_task() for p in entries.values()]
+        if any(p.is_meta or is_sharded(p) for p in own):
+            raise RuntimeError(
+                "a model whose adapters are offloaded or sharded cannot be frozen; load it in full first"
+            )
+        if len(dtypes := {p.dtype for p in own}) > 1:
+            raise RuntimeError(
+                f"tasks of the dtypes {sorted(map(str, dtypes))} cannot be frozen together; cast them to one"
+            )
+
+    def freeze(self, capacity: int) -> None:
         """See `serving.freeze`."""
-        like = self.empty(0)
-        sizes = [(self.out_features, self.sub_rank), (self.sub_rank, self.rank), ()]
-        self._frozen = tuple(
-            next(iter(entries.values()), like).new_zeros(self.model_tasks.capacity, *size) if entries else None
-            for entries, size in zip(self._by_task(), sizes, strict=True)
-        )
-        self._fill_windows()
+        like = next(iter(self.lilora_U.values()), None)
+        like = self.empty(0) if like is None else like
+        sizes = [(self.out_features, self.sub_rank), (self.sub_rank, self.rank), () if self.fusion else None]
+        self._frozen = tuple(None if size is None else like.new_zeros(capacity, *size) for size in sizes)
+        for name in self.tasks:
+            self._fill_windows(name)
         self.bind()
 
     def unfreeze(self) -> None:
-        self._frozen, self.model_tasks.capacity = None, None
+        self._frozen = None
 
     def train(self, mode: bool = True) -> "LiLoRALinear":
         if mode:
@@ -222,18 +229,21 @@ class LiLoRALinear(AdaptedLinear):
         return super().train(mode)
 
     @torch.no_grad()
-    def _fill_windows(self) -> None:
-        """Of a frozen layer, make every task's parameters windows of the stacks, with the values that they have."""
+    def _fill_windows(self, name: str) -> None:
+        """Of a frozen layer, make the task's parameters windows of the stacks, with the values that they have."""
         for stack, entries in zip(self._frozen or (), self._by_task(), strict=False):
-            for i, name in enumerate(self.model_tasks.names):
-                if name not in entries:
-                    continue
-                own, place = entries[name], stack[i].view_as(entries[name])
+            if name in entries and not entries[name].is_meta:  # else a loader is still to bring it
+                own, place = entries[name], stack[self.model_tasks.id_of(name)].view_as(entries[name])
                 if own.data_ptr() != place.data_ptr():
                     own.data = window(place.copy_(own))
 
+    @property
+    def _kinds(self) -> tuple[TaskParameters, ...]:
+        children = self._modules
+        return tuple(children[kind] for kind in KINDS)
+
     def _by_task(self) -> tuple[TaskParameters, ...]:
-        return self.lilora_U, self.lilora_V, self.lilora_fusion
+        return self._kinds[2:]
 
     def _own(self, name: str) -> list[nn.Parameter]:
         return [parameters[name] for parameters in self._by_task() if name in parameters]
@@ -255,7 +265,7 @@ class LiLoRALinear(AdaptedLinear):
         forward decides, and without task ids there the active task. Raises when several tasks are active and nothing decides.
         """
         if not torch.compiler.is_compiling() and "_hf_hook" in self.lilora_U.__dict__:
-            with onloaded(*(getattr(self, kind) for kind in KINDS)):
+            with onloaded(*self._kinds):
                 return self._forward(x, args, kwargs, task)
         return self._forward(x, args, kwargs, task)
 
@@ -287,29 +297,31 @@ class LiLoRALinear(AdaptedLinear):
         # Nothing below may look at how many tasks there are: a compiled graph would be made again for each.
         slot = self._slot
         if slot is not None and not torch.compiler.is_compiling():
-            # Code that swaps Parameters past __setattr__ (offloading) does not tell us.
-            active = self.lilora_U._parameters.get(tasks.active[0]) if len(tasks.active) == 1 else None
-            if slot[2] is not active or slot[0] is not next(iter(self.lilora_A._parameters.values())):
-                self._bind_slot()
-                slot = self._slot
+            # Code that swaps Parameters past __setattr__ (offloading, functional_call) does not tell us.
+            name = self.active[0] if len(self.active) == 1 else next(iter(self.lilora_A._parameters))
+            for kind, own in zip(self._kinds, slot, strict=True):
+                if own is not None and own is not kind._parameters.get(name):
+                    self._bind_slot()
+                    slot = self._slot
+                    break
         if routed:
             return None if slot is None else self._mixed(x, slot[:2], context, samples)
         if context is None and not torch.compiler.is_compiling():
             tasks.require_context()
         if slot is None or slot[2] is None:
-            if len(tasks.active) > 1:
-                raise ValueError(f"the tasks {list(tasks.active)} are active together; pass task ids with the batch")
+            if len(self.active) > 1:
+                raise ValueError(f"the tasks {list(self.active)} are active together; pass task ids with the batch")
             return None
         a, b0, u, v, fusion = slot
         return (a, b0, u.unsqueeze(0), v.unsqueeze(0), fusion), None
 
     def _mixed(self, x: Tensor, shared: tuple[Tensor, ...], context: BatchContext, samples: int | None) -> tuple | None:
         """As `_adapter`, for tasks by sample. shared: a and b0; samples: those of x, where the ids were given for x itself."""
-        trains, frozen = self._trains(), self._frozen
-        if frozen is not None and not trains:
+        trains, training, frozen = self.stacking()
+        if frozen:
             names, positions = (), context.slots()
         else:
-            names, positions = context.chosen(trains, self.training)
+            names, positions = context.chosen(trains, training)
             if not names:
                 return None
         if samples is None:
@@ -317,12 +329,13 @@ class LiLoRALinear(AdaptedLinear):
         else:
             rows = positions.unsqueeze(1).expand(samples, x.shape[1:-1].numel()).reshape(-1)
         if not names:
-            stacks = frozen
+            stacks = self._frozen
         elif context.generating and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if self not in context.stacks:
+            key = self, self.model_tasks.changes
+            if key not in context.stacks:
                 # A copy even of one task: a sharded one is there while the layer runs only.
-                context.stacks[self] = tuple(t if t is None else t.clone() for t in self._stack(names))
-            stacks = context.stacks[self]
+                context.stacks[key] = tuple(t if t is None else t.clone() for t in self._stack(names))
+            stacks = context.stacks[key]
         else:
             stacks = self._stack(names)
         return (*shared, *stacks), rows
@@ -332,15 +345,18 @@ class LiLoRALinear(AdaptedLinear):
         fusion = stacked(self.lilora_fusion, names).squeeze(1) if self.fusion else None
         return stacked(self.lilora_U, names), stacked(self.lilora_V, names), fusion
 
+    def stacking(self) -> tuple[bool, bool, bool]:
+        """What decides which tasks a mixed forward stacks: see `BatchContext.chosen`; and whether it reads frozen stacks."""
+        trains = self._trains()
+        return trains, self.training, self._frozen is not None and not trains
+
     @property
     def _p(self) -> float:
         return self.dropout if self.training else 0.0
 
     def _trains(self) -> bool:
         own = self.lilora_U._parameters
-        return torch.is_grad_enabled() and any(
-            own[name].requires_grad for name in self.model_tasks.active if name in own
-        )
+        return torch.is_grad_enabled() and any(own[name].requires_grad for name in self.active)
 
     def _expect_same_tasks(self, y: Tensor) -> None:
         """Let the backward of y raise if the active task is set before it."""
@@ -370,7 +386,7 @@ class LiLoRALinear(AdaptedLinear):
     def delta_weight(self, name: str) -> Tensor:
         """scaling * M_t A of one task, [N, K] in the adapter's dtype (computed in fp32 at least)."""
         self._require(name)
-        with onloaded(*(getattr(self, kind) for kind in KINDS)):
+        with onloaded(*self._kinds):
             a, b0, u, v, fusion = self._parameters_of(name)
         wide = torch.promote_types(a.dtype, torch.float32)
         m = b0.to(wide) + u.to(wide) @ v.to(wide)

@@ -37,7 +37,7 @@ class TaskParameters(nn.ParameterDict):
             self._changed(name)
 
     def _changed(self, name: str) -> None:
-        self.__dict__["layer"].replaced()
+        self.__dict__["layer"].replaced(name)
 
 
 class SharedParameter(TaskParameters):
@@ -54,6 +54,8 @@ class SharedParameter(TaskParameters):
 
     def _apply(self, fn, recurse=True):
         names = list(self._parameters)
+        if not names:
+            return super()._apply(fn, recurse)
         self._parameters = {name: self._parameters[name] for name in names[:1]}
         super()._apply(fn, recurse)
         self._parameters = dict.fromkeys(names, self._parameters[names[0]])
@@ -63,6 +65,8 @@ class SharedParameter(TaskParameters):
 def stacked(entries: nn.ParameterDict, names: tuple[str, ...]) -> Tensor:
     """The parameters of these tasks, [tasks, ...]; without a copy for one."""
     own = entries._parameters
+    if missing := [name for name in names if name not in own]:
+        raise ValueError(f"a layer does not have the tasks {missing} of this batch; add every task to every layer")
     return own[names[0]].unsqueeze(0) if len(names) == 1 else torch.stack([own[name] for name in names])
 
 

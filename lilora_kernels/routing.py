@@ -127,7 +127,7 @@ def _generate(self, *args, task_ids=None, **kwargs):
     prompt = (kwargs["inputs"],) if "inputs" in kwargs else args
     context = tasks.context_of(self, task_ids, prompt, kwargs)
     # Beams and returned sequences repeat their sample's task; see BatchContext.of_batch.
-    context.generating = context.task is not None
+    context.generating, context.stacks = context.task is not None, {}
     with tasks.use(context):
         return type(self).generate(self, *args, **kwargs)
 

@@ -11,9 +11,10 @@ def freeze(model: nn.Module, capacity: int | None = None) -> None:
 
     A layer then stacks nothing, whatever the number of tasks. Every U, V and fusion becomes a window of one tensor
     [capacity, ...] of its layer, so no task is held twice, and what is written into one, by `hotswap` or by hand, is seen by
-    compiled and captured forwards too. They stop requiring gradients. The state dict does not change. Adding a task keeps
-    all tensors where they are; beyond `capacity` it raises. `train()` and `unfreeze` end it. Raises RuntimeError before
-    `attach(model)` and for parameters that are offloaded or sharded, ValueError for too small a capacity.
+    compiled and captured forwards too (`parameter.data = other` writes nothing into it, and is not seen). They stop
+    requiring gradients. The state dict does not change. Adding a task keeps all tensors where they are; beyond `capacity`
+    it raises. `train()` and `unfreeze` end it. Raises RuntimeError before `attach(model)` and for parameters that are
+    offloaded, sharded or of several dtypes, ValueError for too small a capacity.
     """
     tasks = tasks_of(model)
     taken = len(tasks.names)
@@ -24,11 +25,10 @@ def freeze(model: nn.Module, capacity: int | None = None) -> None:
         )
     layers = [module for module in model.modules() if isinstance(module, LiLoRALinear)]
     for layer in layers:
-        layer.require_resident()
-    tasks.capacity = capacity
+        layer.require_freezable()
     for layer in layers:
         layer.set_task(*layer.active, train=False)
-        layer.freeze()
+        layer.freeze(capacity)
 
 
 def unfreeze(model: nn.Module) -> None:

@@ -73,7 +73,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
         self.delete_task(adapter_name)
         if was_active and not self.active and self.tasks:
             warnings.warn(f"{adapter_name} was active; {self.tasks[0]} is active now", stacklevel=2)
-            self.set_task(self.tasks[0])
+            self.set_task(self.tasks[0], train=self.model_tasks.train)
         self._active_adapter = list(self.active)
 
     # --- forward and merging ----------------------------------------------------------------------------------------

@@ -369,7 +369,9 @@ def python_calls(function):
 
 
 def served(tasks, deleted=0, frozen=False):
-    model = nn.Sequential(*(LiLoRALinear(nn.Linear(COLUMNS, COLUMNS).requires_grad_(False), R, S) for _ in range(2))).eval()
+    model = nn.Sequential(
+        *(LiLoRALinear(nn.Linear(COLUMNS, COLUMNS).requires_grad_(False), R, S) for _ in range(2))
+    ).eval()
     for layer in model:
         for t in range(deleted):
             layer.add_task(f"old{t}")

@@ -11,7 +11,7 @@ from tiny_llava import randomise
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lilora_kernels import LiLoRALinear, attach, freeze, set_task, unfreeze
+from lilora_kernels import LiLoRALinear, attach, freeze, route, set_task, unfreeze
 
 K, N = 12, 12
 
@@ -157,6 +157,54 @@ def test_a_frozen_model_whose_task_trains_again_gets_its_gradients():
     set_task(model, "a")
     model(X, task_ids=["a", "b", None, "a"]).square().sum().backward()
     assert model[0].lilora_U["a"].grad.abs().sum() > 0
+
+
+def test_freezing_again_with_room_for_more_and_before_any_task():
+    model, wanted = made(), run(made(), NAMES, X)
+    for capacity in (4, 8, 3):
+        freeze(model, capacity)
+        assert torch.equal(run(model, NAMES, X), wanted)
+    model.train().eval()
+    for layer in model:
+        layer.add_task("d")
+    freeze(model)
+    assert torch.equal(run(model, NAMES, X), wanted)
+    empty = made(())
+    freeze(empty, 2)
+    for layer in empty:
+        layer.add_task("a")
+    randomise(empty)
+    plain = copy.deepcopy(empty)
+    close(run(empty, ["a", None, "a", None], X), run(plain, ["a", None, "a", None], X))
+
+
+def test_a_deleted_task_of_an_open_route_is_named():
+    model = made()
+    freeze(model)
+    with route(model, NAMES), torch.no_grad():
+        model(X)
+        for layer in model:
+            layer.delete_task("c")
+        with pytest.raises(ValueError, match="the task with the id 2 was deleted"):
+            model(X)
+
+
+def test_one_layer_that_trains_again_takes_nothing_from_the_others():
+    model, wanted = made(), run(made(), NAMES, X)
+    freeze(model, 5)
+    model[1].train().eval()
+    model.double()
+    close(run(model, NAMES, X.double()), wanted.double())
+    for layer in model:
+        layer.add_task("d")
+
+
+def test_tasks_of_several_dtypes_are_refused():
+    model = made()
+    for layer in model:
+        layer.lilora_U["b"] = nn.Parameter(layer.lilora_U["b"].bfloat16())
+    with pytest.raises(RuntimeError, match=r"of the dtypes .* cannot be frozen together"):
+        freeze(model)
 
 
 def test_what_is_not_here_cannot_be_frozen():

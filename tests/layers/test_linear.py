@@ -539,3 +539,65 @@ def test_a_bank_gathered_in_inference_mode_serves_a_later_backward():
 def test_repr_tells_the_settings():
     assert "r=8, sub_rank=4" in repr(layer())
     assert "tasks=['cats', 'dogs', 'birds'], active=['cats']" in repr(layer())
+
+
+# --- layers of a model -------------------------------------------------------------------------------------------------
+
+
+def two_layers(tasks=("cats", "dogs")):
+    model = nn.Sequential(layer(tasks, nn.Linear(K, K)), layer(tasks, nn.Linear(K, K))).eval()
+    lilora_kernels.attach(model)
+    return model
+
+
+def test_a_task_set_on_one_layer_is_that_layers_alone():
+    model, x = two_layers(), torch.randn(3, K)
+    model[0].set_task("dogs")
+    close(model(x), expected(model[1], expected(model[0], x, "dogs").float(), "cats"))
+    assert model[1].lilora_U["cats"].requires_grad
+    assert not model[0].lilora_U["cats"].requires_grad
+    for each in model:
+        each.add_task("birds")
+        each.set_task("birds")
+    assert [each.active for each in model] == [("birds",)] * 2
+
+
+def test_a_task_of_one_layer_alone_is_named():
+    model = two_layers()
+    model[0].add_task("fish")
+    with pytest.raises(ValueError, match=r"a layer does not have the tasks \['fish'\] of this batch"), torch.no_grad():
+        model(torch.randn(2, K), task_ids=["fish", "cats"])
+
+
+def test_what_changes_inside_a_route_counts():
+    model, x = two_layers(), torch.randn(2, K)
+    with lilora_kernels.route(model, ["cats", "dogs"]), torch.no_grad():
+        model(x)
+        for each in model:
+            each.delete_task("dogs")
+        with pytest.raises(ValueError, match="the task with the id 1 was deleted"):
+            model(x)
+    with lilora_kernels.route(model, ["cats", "cats"]):
+        model.train()(x)
+        for each in model:
+            each.add_task("birds")
+            each.set_task("birds")
+        with pytest.raises(ValueError, match="samples of task 'cats'"):
+            model(x)
+
+
+def test_a_layer_without_tasks_is_cast():
+    made = layer(()).to(torch.float64)
+    made.add_task("cats")
+    assert made.lilora_A["cats"].dtype == torch.float64
+    made.delete_task("cats")
+    made.to(torch.float32)
+
+
+def test_a_factor_replaced_for_one_call_is_seen():
+    made, x = layer(), torch.randn(3, K)
+    for name in ("lilora_A", "lilora_B", "lilora_U", "lilora_V", "lilora_fusion"):
+        before = made(x)
+        values = {f"{name}.cats": torch.randn_like(getattr(made, name)["cats"])}
+        assert not torch.equal(torch.func.functional_call(made, values, (x,)), before)
+        assert torch.equal(made(x), before)

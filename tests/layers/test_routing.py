@@ -184,6 +184,27 @@ def test_generation_stacks_factors_once_and_sees_weights_that_changed_before_it(
     assert not torch.equal(logits(model, inputs, task_ids=["where", "read"])[0, -1], logits_now)
 
 
+def test_generations_inside_a_route_see_what_was_written_between_them():
+    model, inputs, names = tiny_llava(), batch([1, 1]), ["where", "read"]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with route(model, names):
+        first = model.generate(**inputs, **options)
+        with torch.no_grad():
+            for layer in layers_of(model):
+                layer.lilora_U["where"].mul_(-3)
+        second = model.generate(**inputs, **options)
+        assert tasks_of(model).current.stacks == {}
+    assert not torch.equal(first, second)
+    assert torch.equal(second, model.generate(**inputs, task_ids=names, **options))
+
+
+def test_ids_given_inside_a_route_count(model):
+    inputs, more = batch([1, 1]), batch([0, 1, 1])
+    with route(model, ["where", "read"]):
+        close(logits(model, more, task_ids=NAMES[:3]), logits(model, more, task_ids=NAMES[:3]))
+        close(logits(model, inputs), logits(model, inputs, task_ids=["where", "read"]))
+
+
 def test_generation_sees_shared_factors_that_a_loader_replaced():
     model, inputs = tiny_llava(), batch([1, 1])
     options = {"task_ids": ["where", "read"], "max_new_tokens": 3, "do_sample": False}

@@ -1,6 +1,7 @@
 """Task ids belong to the thread or asyncio task that gave them."""
 
 import asyncio
+import contextvars
 import copy
 import pickle
 import threading
@@ -14,6 +15,11 @@ from lilora_kernels import freeze, route, set_task
 from lilora_kernels.context import tasks_of
 
 WAYS = (["a"] * 4, ["c", None, "a", "b"], ["b", "b", None, "c"], [None] * 4)
+
+
+def plain(model):
+    with torch.no_grad():  # grad mode is the thread's: it may not be left open across an await
+        return model(X)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -46,17 +52,42 @@ def test_asyncio_tasks_that_wait_inside_their_route():
     wanted = [run(model, names, X) for names in WAYS]
 
     async def work(at):
-        with route(model, WAYS[at]), torch.no_grad():
+        with route(model, WAYS[at]):
             for _ in range(3):
                 await asyncio.sleep(0)
-                close(model(X), wanted[at])
-            close(await asyncio.to_thread(model, X), wanted[at])
+                close(plain(model), wanted[at])
+            close(await asyncio.to_thread(plain, model), wanted[at])
 
     async def all_of_them():
         await asyncio.gather(*(work(i % len(WAYS)) for i in range(12)))
 
     asyncio.run(all_of_them())
     assert tasks_of(model).current is None
+
+
+def test_contexts_that_are_left_in_another_order():
+    model = made()
+    wanted = [run(model, names, X) for names in WAYS]
+
+    def opened(at):
+        with route(model, WAYS[at]):
+            while True:
+                yield plain(model)
+
+    first, second = opened(0), opened(1)
+    close(next(first), wanted[0])
+    close(next(second), wanted[1])
+    first.close()
+    close(next(second), wanted[1])
+    contextvars.copy_context().run(second.close)
+    assert tasks_of(model).opened == 0
+    with route(model, WAYS[2]), tasks_of(model).use(tasks_of(model).current):
+        pass
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with route(model, WAYS[1]):
+        with tasks_of(model).use(tasks_of(model).current):  # as a recomputation does
+            pass
+        close(plain(compiled), wanted[1])
 
 
 def test_compiled_forwards_of_two_threads():

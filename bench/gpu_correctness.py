@@ -25,8 +25,8 @@ from torch import Tensor
 
 from lilora_kernels import backend, cuda_library, rank_gate
 from lilora_kernels.backends import refusals
-from lilora_kernels.ops.call import DIFFERENTIABLE, Call
 from lilora_kernels.ops.linear.cuda_backend import LARGEST_DECODE_ROWS, unfit
+from lilora_kernels.ops.schema import DIFFERENTIABLE, AdapterArgs
 
 from .environment import age_of_process
 from .gpu_stages import kernels_of
@@ -55,12 +55,12 @@ def tiny(dry_run: bool, write: Callable[[dict], None]) -> int:
     for problem in problems(dry_run):
         s = Operands(problem, torch.device("cpu"), 0)  # random numbers from a GPU would be watched too
         moved = {name: t.detach().to(device) for name, t in vars(s).items() if isinstance(t, Tensor)}
-        adapter = (moved[name] for name in DIFFERENTIABLE[1:6])
-        call = Call(*adapter, moved["task"], None, None, moved["seed"], SCALING, problem.p, None)
+        factors = (moved[name] for name in DIFFERENTIABLE[1:6])
+        adapter = AdapterArgs(*factors, moved["task"], None, None, moved["seed"], SCALING, problem.p, None)
         for name, kernels in kernels_of(problem, moved["x"]).items():
             result = {"case": "tiny", **problem.describe(), "implementation": name}
             try:
-                call_each_way(name, kernels, moved, call)
+                call_each_way(name, kernels, moved, adapter)
                 if not dry_run:
                     torch.cuda.synchronize()
                 ran += 1
@@ -78,15 +78,15 @@ def tiny(dry_run: bool, write: Callable[[dict], None]) -> int:
     return failed or int(ran == 0)
 
 
-def call_each_way(name: str, kernels: ModuleType, moved: dict[str, Tensor], call: Call) -> None:
+def call_each_way(name: str, kernels: ModuleType, moved: dict[str, Tensor], adapter: AdapterArgs) -> None:
     for one_launch in (True, False):
-        kernels.run_forward(moved["x"], None, call, one_launch)
-        kernels.run_backward(moved["dy"], moved["x"], moved["h"], call, frozenset(GRADIENTS), one_launch)
+        kernels.run_forward(moved["x"], None, adapter, one_launch)
+        kernels.run_backward(moved["dy"], moved["x"], moved["h"], adapter, frozenset(GRADIENTS), one_launch)
     if name == "cuda" and len(moved["x"]) <= LARGEST_DECODE_ROWS:  # decoding, with the base's weight
-        kernels.run_forward(moved["x"], None, call, False, moved["weight"])
-    if name == "cuda" and unfit(moved["x"], moved["weight"], call) is None:  # base and adapter in one product
-        _, h = kernels.run_fused_forward(moved["x"], moved["weight"], None, call)
-        kernels.run_backward(moved["dy"], moved["x"], h, call, frozenset(GRADIENTS), False, moved["weight"])
+        kernels.run_forward(moved["x"], None, adapter, False, moved["weight"])
+    if name == "cuda" and unfit(moved["x"], moved["weight"], adapter) is None:  # base and adapter in one product
+        _, h = kernels.run_fused_forward(moved["x"], moved["weight"], None, adapter)
+        kernels.run_backward(moved["dy"], moved["x"], h, adapter, frozenset(GRADIENTS), False, moved["weight"])
     if name == "triton":
         with backend(name):
             rank_gate(moved["x"], 5)

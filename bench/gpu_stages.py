@@ -23,9 +23,9 @@ from torch import Tensor
 
 from lilora_kernels import backend, backends, cuda_library
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.call import Call
 from lilora_kernels.ops.delta import traffic
 from lilora_kernels.ops.philox import keep_mask, keep_scale
+from lilora_kernels.ops.schema import AdapterArgs
 
 from .compare import REGISTRY, Wrong, compare, error, gated, poisoned, row
 from .environment import age_of_process
@@ -193,13 +193,13 @@ def time_launches(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iter
     from lilora_kernels.ops.delta.triton_backend import Backward, Forward
 
     sets = operand_sets(problem, machine)
-    calls = [s.call() for s in sets]
+    adapters = [s.adapter() for s in sets]
     inputs = [s.x.detach() for s in sets]
     needs = frozenset(GRADIENTS)
-    check_delta(sets[0], calls[0], triton_backend, one_launch=False)
+    check_delta(sets[0], adapters[0], triton_backend, one_launch=False)
     makers = {
-        "forward": lambda at: Forward(inputs[at], None, calls[at], one_launch=False),
-        "backward": lambda at: Backward(sets[at].dy, inputs[at], sets[at].h, calls[at], needs, one_launch=False),
+        "forward": lambda at: Forward(inputs[at], None, adapters[at], one_launch=False),
+        "backward": lambda at: Backward(sets[at].dy, inputs[at], sets[at].h, adapters[at], needs, one_launch=False),
     }
     for direction, make in makers.items():
         work = make(0)
@@ -262,7 +262,7 @@ def kernels_of(problem: Problem, x: Tensor) -> dict[str, ModuleType]:
     return {name: import_module(f"lilora_kernels.ops.delta.{name}_backend") for name in able}
 
 
-def check_delta(s: Operands, call: Call, kernels: ModuleType, one_launch: bool) -> None:
+def check_delta(s: Operands, adapter: AdapterArgs, kernels: ModuleType, one_launch: bool) -> None:
     """y and all gradients against fp64, dropout as the kernels draw it."""
     x, *factors = (t.detach().double().requires_grad_() for t in s.gradients())
     dropped = x
@@ -270,27 +270,27 @@ def check_delta(s: Operands, call: Call, kernels: ModuleType, one_launch: bool) 
         dropped = x * keep_mask(s.seed, *x.shape, s.problem.p) * keep_scale(s.problem.p)
     want = lilora_adapter(s.problem)(dropped, factors)
     with poisoned(s.x.device):
-        y, h = kernels.run_forward(s.x.detach(), None, call, one_launch)
+        y, h = kernels.run_forward(s.x.detach(), None, adapter, one_launch)
     error("y of delta", y, want)
     exact = torch.autograd.grad(want, [x, *factors], y.double())
     with poisoned(s.x.device):
-        grads = kernels.run_backward(y, s.x.detach(), h, call, frozenset(GRADIENTS), one_launch)
+        grads = kernels.run_backward(y, s.x.detach(), h, adapter, frozenset(GRADIENTS), one_launch)
     for name, gradient in zip(GRADIENTS, exact, strict=True):
         error(f"gradient of {name} of delta", grads[name], gradient)
 
 
 def time_delta(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterator[dict]:
     sets = operand_sets(problem, machine)
-    calls = [s.call() for s in sets]
+    adapters = [s.adapter() for s in sets]
     inputs = [s.x.detach() for s in sets]
     needs = frozenset(GRADIENTS)
 
     def candidate(kernels: ModuleType, one_launch: bool):
         def run(turn: int, mark: Callable[[], None]) -> None:
             at = turn % len(sets)
-            _, h = kernels.run_forward(inputs[at], None, calls[at], one_launch)
+            _, h = kernels.run_forward(inputs[at], None, adapters[at], one_launch)
             mark()
-            kernels.run_backward(sets[at].dy, inputs[at], h, calls[at], needs, one_launch)
+            kernels.run_backward(sets[at].dy, inputs[at], h, adapters[at], needs, one_launch)
             mark()
 
         return run
@@ -299,7 +299,7 @@ def time_delta(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterato
     for name, kernels in kernels_of(problem, inputs[0]).items():
         for plan, one_launch in (("one launch", True), ("by phase", False)):
             try:
-                check_delta(sets[0], calls[0], kernels, one_launch)
+                check_delta(sets[0], adapters[0], kernels, one_launch)
                 runs[f"{name}, {plan}"] = candidate(kernels, one_launch)
             except Wrong as reason:  # it takes no figure from the others
                 failed = {"implementation": f"ours: {name}, {plan}", "error": str(reason)}

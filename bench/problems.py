@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lilora_kernels.ops.call import Call
+from lilora_kernels.ops.schema import AdapterArgs
 
 from .timing import Machine, nbytes
 
@@ -89,9 +89,9 @@ class Operands:
     def factors(self) -> tuple[Tensor, ...]:
         return self.a, self.b0, self.u, self.v, self.fusion
 
-    def call(self) -> Call:
+    def adapter(self) -> AdapterArgs:
         factors = (t.detach() for t in self.factors())
-        return Call(*factors, self.task, None, None, self.seed, SCALING, self.problem.p, None)
+        return AdapterArgs(*factors, self.task, None, None, self.seed, SCALING, self.problem.p, None)
 
     def gradients(self) -> list[Tensor]:
         return [getattr(self, name) for name in GRADIENTS]

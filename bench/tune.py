@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.call import Call
 from lilora_kernels.ops.delta import reference
 from lilora_kernels.ops.philox import keep_mask, keep_scale
+from lilora_kernels.ops.schema import AdapterArgs
 
 from .compare import error, poisoned
 from .problems import ATTENTION, DOWN, GATE_UP, GRADIENTS, SCALING, TINY, Operands, Problem
@@ -126,9 +126,9 @@ def using(configuration: Configuration) -> Iterator[None]:
     """Every Forward and Backward made here takes this configuration."""
     own = triton_runtime.config
 
-    def config(kernel: str, one_launch: bool, x: Tensor, call: Call) -> dict:
+    def config(kernel: str, one_launch: bool, x: Tensor, adapter: AdapterArgs) -> dict:
         element = x.element_size()  # that of the parameters too
-        return triton_runtime.fitted(configuration, element, element, triton_runtime.padded(call.a.shape[0]))
+        return triton_runtime.fitted(configuration, element, element, triton_runtime.padded(adapter.a.shape[0]))
 
     triton_runtime.config = config
     try:
@@ -143,8 +143,8 @@ def prepared(entry: Entry, configuration: Configuration, s: Operands):
 
     with using(configuration):
         if entry.kernel == "forward":
-            return Forward(s.x.detach(), None, s.call(), entry.one_launch)
-        return Backward(s.dy, s.x.detach(), s.h, s.call(), frozenset(GRADIENTS), entry.one_launch)
+            return Forward(s.x.detach(), None, s.adapter(), entry.one_launch)
+        return Backward(s.dy, s.x.detach(), s.h, s.adapter(), frozenset(GRADIENTS), entry.one_launch)
 
 
 def launches(entry: Entry, work) -> list[tuple[int, int]]:

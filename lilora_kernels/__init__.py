@@ -1,18 +1,21 @@
 """Kernels and layers for continual, multi-task LoRA: x A (B0 + U_i V_i) with a task index per sample."""
 
 from .backends import backend, explain
+from .context import BatchContext
 from .functional import delta, delta_pair, draw_seed, linear, rank_gate
-from .linear import LiLoRALinear, check_task_name, set_task
+from .linear import LiLoRALinear, set_task
 from .mlp import fuse_mlps, unfuse_mlps
+from .parameters import check_task_name
 from .rank_pool import RankPoolLinear
-from .routing import Route, attach, route
+from .routing import attach, route
+from .serving import freeze, unfreeze
 from .version import __version__
 from .warmup import warmup
 
 __all__ = [
+    "BatchContext",
     "LiLoRALinear",
     "RankPoolLinear",
-    "Route",
     "__version__",
     "attach",
     "backend",
@@ -21,11 +24,13 @@ __all__ = [
     "delta_pair",
     "draw_seed",
     "explain",
+    "freeze",
     "fuse_mlps",
     "linear",
     "rank_gate",
     "route",
     "set_task",
+    "unfreeze",
     "unfuse_mlps",
     "warmup",
 ]

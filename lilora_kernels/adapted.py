@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .routing import Routes
+from .context import Tasks
 
 
 class AdaptedLinear(nn.Module):
@@ -28,8 +28,14 @@ class AdaptedLinear(nn.Module):
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.dropout = dropout
-        self.routes = Routes()
+        self.model_tasks = Tasks()
         self.vision = False  # whether the rows are packed images; set by attach()
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise RuntimeError(
+            "nn.DataParallel copies a model in every forward, and the copies' adapters would ask the original for their "
+            "tasks; use DistributedDataParallel (torchrun), or make one GPU visible"
+        )
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised tensor of the dtype and on the device of the base weight."""

@@ -40,9 +40,9 @@ class Implementation:
 _table: dict[str, dict[str, Implementation]] = {}
 
 
-def register(op: str, backend: str, implementation: Implementation) -> None:
-    """Enter an implementation of `lilora::<op>` into the table."""
-    _table.setdefault(op, {})[backend] = implementation
+def register(op: str, **implementations: Implementation) -> None:
+    """Enter the implementations of `lilora::<op>` by backend into the table."""
+    _table[op] = implementations
 
 
 def lazy(

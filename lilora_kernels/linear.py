@@ -1,50 +1,17 @@
 """LiLoRALinear: a frozen linear layer with one small adapter per task on a shared basis."""
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLinear, described, is_plain, is_sharded, version
+from .adapted import AdaptedLinear, described, is_plain, is_sharded
+from .context import BatchContext
+from .parameters import SharedParameter, TaskParameters, check_task_name, onloaded, stacked, window
 
 POLICIES = ("always", "first", "never")
-
-
-def check_task_name(name: str) -> None:
-    """Raise ValueError for a name that cannot be a task: it becomes a key of parameters and a file name."""
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise ValueError(
-            f"task name {name!r} is not allowed; use letters, digits, '-' and '_', starting with a letter or digit"
-        )
-    if (
-        hasattr(nn.ParameterDict, name)
-        or name in ("training", "weight", "bias")
-        or name.startswith(("lilora_", "lora_"))
-    ):
-        raise ValueError(
-            f"task name {name!r} is reserved by torch or PEFT; choose another, for example {'task-' + name!r}"
-        )
-
-
-class TaskParameters(nn.ParameterDict):
-    """Parameters by task that rebind their layer's slot when code puts others in their places, as loaders and sharding do.
-
-    A compiled forward does not look at them by name, so it would go on with the old ones. The stacked bank goes too.
-    """
-
-    def __init__(self, layer: "LiLoRALinear") -> None:
-        super().__init__()
-        self.__dict__["layer"] = layer  # not as a submodule
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        layer = self.__dict__.get("layer")
-        if layer is not None and isinstance(value, nn.Parameter):
-            layer._bank = None
-            if layer.active == (name,):
-                layer.bind()
+KINDS = ("lilora_A", "lilora_B", "lilora_U", "lilora_V", "lilora_fusion")
 
 
 class LiLoRALinear(AdaptedLinear):
@@ -57,8 +24,7 @@ class LiLoRALinear(AdaptedLinear):
     train_a and train_b0 say when the shared factors learn: "always", in the "first" task only, or "never".
 
     Parameters are created by `add_task`, in the dtype and on the device of the base weight. A and B0 lie in
-    ParameterDicts under every task's name, one Parameter object each. Mixed inference reads a stacked copy of U, V and
-    fusion, gathered again when they change; a write through `.data` is no change that torch shows: call `bind()` after it.
+    ParameterDicts under every task's name, one Parameter object each.
     """
 
     def __init__(
@@ -81,16 +47,14 @@ class LiLoRALinear(AdaptedLinear):
         super().__init__(base_layer, dropout)
         self.rank, self.sub_rank, self.alpha, self.fusion = r, sub_rank, alpha, fusion
         self.train_a, self.train_b0 = train_a, train_b0
-        self.lilora_A, self.lilora_B = TaskParameters(self), TaskParameters(self)
+        self.lilora_A, self.lilora_B = SharedParameter(self), SharedParameter(self)
         self.lilora_U, self.lilora_V, self.lilora_fusion = (TaskParameters(self) for _ in range(3))
         self.merged_task: str | None = None
         self.active: tuple[str, ...] = ()
         self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
-        self._tied: dict[str, nn.Parameter] = {}  # the one Parameter behind every entry of lilora_A and lilora_B
-        self._slot: tuple[Tensor, ...] | None = None  # the active task's a, b0, u, v, fusion
-        self._bank: tuple[tuple, tuple[Tensor, ...]] | None = None  # (what it was gathered from, stacked u, v, fusion)
-        self._lookup: tuple[tuple, Tensor] | None = None  # (what it was built for, id -> position in the stack)
-        self.register_load_state_dict_post_hook(_retie)
+        self._frozen: tuple[Tensor | None, ...] | None = None  # all tasks' u, v, fusion by id: see serving.freeze
+        self._slot: tuple[Tensor | None, ...] | None = None  # a, b0 and, of the one active task, u, v, fusion
+        self.register_load_state_dict_post_hook(_loaded)
 
     @property
     def lilora_scaling(self) -> float:
@@ -101,7 +65,7 @@ class LiLoRALinear(AdaptedLinear):
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks in the order of their ids."""
-        return [name for name in self.routes.tasks if name in self.lilora_U]
+        return [name for name in self.model_tasks.names if name in self.lilora_U]
 
     def add_task(self, name: str, init: bool = True) -> None:
         """Create the parameters of a task (and of the shared factors with the first) and register its id.
@@ -111,6 +75,12 @@ class LiLoRALinear(AdaptedLinear):
         check_task_name(name)
         if name in self.lilora_U:
             raise ValueError(f"task {name!r} exists already; delete it first or choose another name")
+        capacity = self.capacity
+        if capacity is not None and name not in self.model_tasks.known and len(self.model_tasks.names) >= capacity:
+            raise ValueError(
+                f"task {name!r} does not fit: the model was frozen with a capacity of {capacity} ids, all taken; overwrite a "
+                "task, or freeze it again with a larger capacity"
+            )
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(self.empty(*shape))
@@ -123,7 +93,7 @@ class LiLoRALinear(AdaptedLinear):
             if init:
                 nn.init.kaiming_uniform_(self.lilora_A[name], a=math.sqrt(5))
                 nn.init.zeros_(self.lilora_B[name])
-            self._first, self._tied = name, {"A": self.lilora_A[name], "B": self.lilora_B[name]}
+            self._first = name
         else:
             self.lilora_A[name] = next(iter(self.lilora_A.values()))
             self.lilora_B[name] = next(iter(self.lilora_B.values()))
@@ -136,8 +106,8 @@ class LiLoRALinear(AdaptedLinear):
             nn.init.kaiming_uniform_(self.lilora_V[name], a=math.sqrt(5))
             if self.fusion:
                 nn.init.normal_(self.lilora_fusion[name])
-        if name not in self.routes.tasks:
-            self.routes.tasks.append(name)
+        self.model_tasks.add(name)
+        self._fill_windows(name)
         if not self.active:
             self.set_task(name)
         else:
@@ -151,11 +121,13 @@ class LiLoRALinear(AdaptedLinear):
         if self.merged_task == name:
             self.unmerge()
         train = any(own.requires_grad for own in self._own(name))
-        for parameters in (self.lilora_A, self.lilora_B, self.lilora_U, self.lilora_V, self.lilora_fusion):
-            if name in parameters:
-                del parameters[name]
-        if name in self.routes.tasks:
-            self.routes.tasks[self.routes.tasks.index(name)] = None
+        for kind in KINDS:
+            if name in getattr(self, kind):
+                del getattr(self, kind)[name]
+        self.model_tasks.remove(name)
+        for stack in self._frozen or ():
+            if stack is not None:
+                stack[[i for i, kept in enumerate(self.model_tasks.names) if kept is None]] = 0
         if self._first == name:
             self._first = None
         if name in self.active:
@@ -170,13 +142,13 @@ class LiLoRALinear(AdaptedLinear):
         """
         for name in names:
             self._require(name)
-        self.routes.setting = names, train
         self.active = tuple(names)
+        self.model_tasks.activate(self.active, train)
         for task in self.lilora_U:
             for own in self._own(task):
                 own.requires_grad_(train and task in names)
         self.train_shared(train)
-        self.retie()
+        self.bind()
 
     def train_shared(self, train: bool = True) -> None:
         """Let A and B0 require gradients as train_a and train_b0 say for the active tasks."""
@@ -186,39 +158,95 @@ class LiLoRALinear(AdaptedLinear):
             for parameter in shared.values():
                 parameter.requires_grad_(train and learns)
 
-    def retie(self) -> None:
-        """Make every task's A and B0 one Parameter again, the newest, after a load, cast or move that replaced some."""
-        for key, shared in (("A", self.lilora_A), ("B", self.lilora_B)):
-            if shared:
-                tied = [p for p in shared.values() if p is self._tied.get(key)]
-                replaced = [p for p in shared.values() if p is not self._tied.get(key)]
-                # A task that is added on the meta device, to be loaded, does not have the values yet.
-                known = [p for p in replaced if not p.is_meta]
-                self._tied[key] = (known or tied or replaced)[-1]
-                for name in shared:
-                    shared[name] = self._tied[key]
-        self.bind()
-
-    def _untied(self) -> bool:
-        """Whether a loader replaced A or B0 under the newest task's name without telling us, as transformers' does."""
-        shared = {"A": self.lilora_A, "B": self.lilora_B}
-        return any(d[next(reversed(d))] is not self._tied[key] for key, d in shared.items())
-
     def bind(self) -> None:
-        """Rebuild the slot that `forward` reads: a lookup by task name there would recompile for every task."""
-        self._slot = self._parameters_of(self.active[0]) if len(self.active) == 1 else None
-        self._bank = None
-        if self.lilora_U and len(self.lilora_U) != len(self.routes.tasks):
-            self._id_to_position(next(iter(self.lilora_U.values())).device)
+        """Rebuild what compiled forwards read: a lookup by task name there would recompile for every task."""
+        self._bind_slot()
+        if self.lilora_U:
+            self.model_tasks.settle(next(iter(self.lilora_U.values())).device, self.capacity)
+
+    def _bind_slot(self) -> None:
+        if len(self.active) == 1:
+            self._slot = self._parameters_of(self.active[0])
+        elif self.lilora_U:
+            first = next(iter(self.lilora_A))
+            self._slot = self.lilora_A[first], self.lilora_B[first], None, None, None
+        else:
+            self._slot = None
+
+    def replaced(self, name: str) -> None:
+        """A Parameter of the task is another object now."""
+        if self._slot is not None:
+            self._bind_slot()
+        if self._frozen is not None and name in self.model_tasks.known:
+            self._fill_windows(name)
 
     def _apply(self, fn, recurse=True):
+        capacity, self._frozen = self.capacity, None
         super()._apply(fn, recurse)
-        self.retie()
+        self.bind()
+        if capacity is not None:
+            self.freeze(capacity)
         return self
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_frozen": None}  # the parameters of a copy are not windows
+
+    # --- serving ----------------------------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int | None:
+        """How many ids a frozen layer has room for; None unless it is frozen."""
+        return None if self._frozen is None else len(self._frozen[0])
+
+    def require_freezable(self) -> None:
+        """RuntimeError for parameters that are not here in full outside the layer's forward, or differ in dtype."""
+        own = [p for entries in self._by_task() for p in entries.values()]
+        if any(p.is_meta or is_sharded(p) for p in own):
+            raise RuntimeError(
+                "a model whose adapters are offloaded or sharded cannot be frozen; load it in full first"
+            )
+        if len(dtypes := {p.dtype for p in own}) > 1:
+            raise RuntimeError(
+                f"tasks of the dtypes {sorted(map(str, dtypes))} cannot be frozen together; cast them to one"
+            )
+
+    def freeze(self, capacity: int) -> None:
+        """See `serving.freeze`."""
+        like = next(iter(self.lilora_U.values()), None)
+        like = self.empty(0) if like is None else like
+        sizes = [(self.out_features, self.sub_rank), (self.sub_rank, self.rank), () if self.fusion else None]
+        self._frozen = tuple(None if size is None else like.new_zeros(capacity, *size) for size in sizes)
+        for name in self.tasks:
+            self._fill_windows(name)
+        self.bind()
+
+    def unfreeze(self) -> None:
+        self._frozen = None
+
+    def train(self, mode: bool = True) -> "LiLoRALinear":
+        if mode:
+            self.unfreeze()
+        return super().train(mode)
+
+    @torch.no_grad()
+    def _fill_windows(self, name: str) -> None:
+        """Of a frozen layer, make the task's parameters windows of the stacks, with the values that they have."""
+        for stack, entries in zip(self._frozen or (), self._by_task(), strict=False):
+            if name in entries and not entries[name].is_meta:  # else a loader is still to bring it
+                own, place = entries[name], stack[self.model_tasks.id_of(name)].view_as(entries[name])
+                if own.data_ptr() != place.data_ptr():
+                    own.data = window(place.copy_(own))
+
+    @property
+    def _kinds(self) -> tuple[TaskParameters, ...]:
+        children = self._modules
+        return tuple(children[kind] for kind in KINDS)
+
+    def _by_task(self) -> tuple[TaskParameters, ...]:
+        return self._kinds[2:]
+
     def _own(self, name: str) -> list[nn.Parameter]:
-        dicts = (self.lilora_U, self.lilora_V, self.lilora_fusion)
-        return [parameters[name] for parameters in dicts if name in parameters]
+        return [parameters[name] for parameters in self._by_task() if name in parameters]
 
     def _parameters_of(self, name: str) -> tuple[Tensor | None, ...]:
         fusion = self.lilora_fusion[name] if self.fusion else None
@@ -233,9 +261,15 @@ class LiLoRALinear(AdaptedLinear):
     def forward(self, x: Tensor, *args, task: Tensor | None = None, **kwargs) -> Tensor:
         """x [..., K] -> [..., N].
 
-        task: [B] int32 ids for x [B, ..., K], -1 for samples without an adapter. Without it the route of the running
-        forward decides, and without a route the active task. Raises when several tasks are active and nothing decides.
+        task: [B] int32 ids for x [B, ..., K], -1 for samples without an adapter. Without it the context of the running
+        forward decides, and without task ids there the active task. Raises when several tasks are active and nothing decides.
         """
+        if not torch.compiler.is_compiling() and "_hf_hook" in self.lilora_U.__dict__:
+            with onloaded(*self._kinds):
+                return self._forward(x, args, kwargs, task)
+        return self._forward(x, args, kwargs, task)
+
+    def _forward(self, x: Tensor, args: tuple, kwargs: dict, task: Tensor | None) -> Tensor:
         adapter = self._adapter(x, task)
         if adapter is None:
             return self.base_layer(x, *args, **kwargs)
@@ -246,131 +280,105 @@ class LiLoRALinear(AdaptedLinear):
 
     def _adapter(self, x: Tensor, task: Tensor | None = None) -> tuple[tuple[Tensor | None, ...], Tensor | None] | None:
         """What this forward adds to the base: (a, b0, u, v, fusion) and the task of each row of x; None for nothing."""
-        routed = task is not None or self.routes.current is not None
+        tasks, samples = self.model_tasks, None
+        if task is None:
+            context = tasks.current
+        else:
+            samples = x.shape[0] if x.dim() > 1 else 1
+            ids, known = tasks.ids(task, samples, x.device)
+            context = BatchContext(ids, ids=known, tasks=tasks)
+        routed = context is not None and context.task is not None
         if self.merged_task is not None:
             if routed:
                 raise RuntimeError(
                     f"task {self.merged_task!r} is merged into the base weight; unmerge() before routing tasks"
                 )
             return None
-        if not routed:
-            # Nothing here may look at how many tasks there are: a compiled graph would be made again for each.
-            self.routes.require_known()
-            if self._slot is None:
-                if self.active:
-                    raise ValueError(f"the tasks {list(self.active)} are active together; pass task ids with the batch")
-                return None
-        elif not self.lilora_U:
-            return None
-        if not torch.compiler.is_compiling() and self._untied():
-            self.retie()
+        # Nothing below may look at how many tasks there are: a compiled graph would be made again for each.
+        slot = self._slot
+        if slot is not None and not torch.compiler.is_compiling():
+            # Code that swaps Parameters past __setattr__ (offloading, functional_call) does not tell us.
+            name = self.active[0] if len(self.active) == 1 else next(iter(self.lilora_A._parameters))
+            for kind, own in zip(self._kinds, slot, strict=True):
+                if own is not None and own is not kind._parameters.get(name):
+                    self._bind_slot()
+                    slot = self._slot
+                    break
         if routed:
-            *factors, rows = self._mixed(self._rows(x, task))
-            return tuple(factors), rows
-        a, b0, u, v, fusion = self._current_slot()
+            return None if slot is None else self._mixed(x, slot[:2], context, samples)
+        if context is None and not torch.compiler.is_compiling():
+            tasks.require_context()
+        if slot is None or slot[2] is None:
+            if len(self.active) > 1:
+                raise ValueError(f"the tasks {list(self.active)} are active together; pass task ids with the batch")
+            return None
+        a, b0, u, v, fusion = slot
         return (a, b0, u.unsqueeze(0), v.unsqueeze(0), fusion), None
+
+    def _mixed(self, x: Tensor, shared: tuple[Tensor, ...], context: BatchContext, samples: int | None) -> tuple | None:
+        """As `_adapter`, for tasks by sample. shared: a and b0; samples: those of x, where the ids were given for x itself."""
+        trains, training, frozen = self.stacking()
+        if frozen:
+            names, positions = (), context.slots()
+        else:
+            names, positions = context.chosen(trains, training)
+            if not names:
+                return None
+        if samples is None:
+            rows = context.rows(x, self.vision, positions)
+        else:
+            rows = positions.unsqueeze(1).expand(samples, x.shape[1:-1].numel()).reshape(-1)
+        if not names:
+            stacks = self._frozen
+        elif context.generating and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            key = self, self.model_tasks.changes
+            if key not in context.stacks:
+                # A copy even of one task: a sharded one is there while the layer runs only.
+                context.stacks[key] = tuple(t if t is None else t.clone() for t in self._stack(names))
+            stacks = context.stacks[key]
+        else:
+            stacks = self._stack(names)
+        return (*shared, *stacks), rows
+
+    def _stack(self, names: tuple[str, ...]) -> tuple[Tensor | None, ...]:
+        """Of these tasks u [T, N, S], v [T, S, R], fusion [T]."""
+        fusion = stacked(self.lilora_fusion, names).squeeze(1) if self.fusion else None
+        return stacked(self.lilora_U, names), stacked(self.lilora_V, names), fusion
+
+    def stacking(self) -> tuple[bool, bool, bool]:
+        """What decides which tasks a mixed forward stacks: see `BatchContext.chosen`; and whether it reads frozen stacks."""
+        trains = self._trains()
+        return trains, self.training, self._frozen is not None and not trains
 
     @property
     def _p(self) -> float:
         return self.dropout if self.training else 0.0
 
+    def _trains(self) -> bool:
+        own = self.lilora_U._parameters
+        return torch.is_grad_enabled() and any(own[name].requires_grad for name in self.active)
+
     def _expect_same_tasks(self, y: Tensor) -> None:
         """Let the backward of y raise if the active task is set before it."""
-        if not torch.compiler.is_compiling() and y.requires_grad and self._learns():
-            y.register_hook(self.routes.unchanged())
-            self._bank = None  # what learns may be sharded, and gathering it again counts no version
-
-    def _rows(self, x: Tensor, task: Tensor | None) -> Tensor:
-        if task is None:
-            return self.routes.current.rows(x, self.vision)
-        samples = x.shape[0] if x.dim() > 1 else 1
-        task = self.routes.ids(task, samples, x.device)
-        per_sample = x.shape[1:-1].numel()
-        return task.unsqueeze(1).expand(samples, per_sample).reshape(-1)
-
-    def _current_slot(self) -> tuple[Tensor, ...]:
-        # Code that swaps Parameters past __setattr__ (offloading) cannot tell us; the check costs nothing inside a graph.
-        if not torch.compiler.is_compiling() and self._slot[2] is not self.lilora_U[self.active[0]]:
-            self.bind()
-        return self._slot
-
-    def _mixed(self, rows: Tensor) -> tuple[Tensor | None, ...]:
-        """Shared factors, stacked factors of all tasks, and rows as positions in the stack."""
-        a, b0 = (next(iter(shared.values())) for shared in (self.lilora_A, self.lilora_B))
-        if self._learns() or (torch.compiler.is_compiling() and not self.routes.published()):
-            stacked = self._stack()
-        else:
-            if not torch.compiler.is_compiling() and (self._bank is None or not self.routes.generating):
-                self.publish()
-            stacked = self._bank[1]
-        if len(self.lilora_U) != len(self.routes.tasks):
-            rows = self._positions(rows)
-        return a, b0, *stacked, rows
-
-    def _learns(self) -> bool:
-        return torch.is_grad_enabled() and any(own.requires_grad for own in self._all_own())
-
-    def _all_own(self) -> Iterator[nn.Parameter]:
-        # Every forward looks at all of them, and ParameterDict's own access works through its list of keys for each.
-        for parameters in (self.lilora_U, self.lilora_V, self.lilora_fusion):
-            yield from parameters._parameters.values()
-
-    def _positions(self, rows: Tensor) -> Tensor:
-        """Ids as positions in the stack, which has no places for deleted tasks; foreign ids become -1."""
-        return self._id_to_position(rows.device)[rows.long().clamp(-1, len(self.routes.tasks))]
-
-    def _id_to_position(self, device: torch.device) -> Tensor:
-        """[tasks + 1] int32; the extra last entry is where -1 and foreign ids point to. Made ahead of a graph by bind()."""
-        key = (tuple(self.routes.tasks), len(self.tasks), device)
-        if self._lookup is None or self._lookup[0] != key:
-            position = {name: i for i, name in enumerate(self.tasks)}
-            lookup = [position.get(name, -1) for name in self.routes.tasks] + [-1]
-            self._lookup = key, torch.tensor(lookup, dtype=torch.int32, device=device)
-        return self._lookup[1]
-
-    def _stack(self) -> tuple[Tensor | None, ...]:
-        dicts = (self.lilora_U, self.lilora_V, self.lilora_fusion)
-        u, v, fusion = (torch.stack([d[name] for name in self.tasks]) if d else None for d in dicts)
-        return u, v, None if fusion is None else fusion.squeeze(1)
-
-    def publish(self) -> None:
-        """Gather all tasks into the stacked bank that mixed inference reads, unless it is current.
-
-        Sharded parameters are whole while the layer runs only: outside it the bank is dropped.
-        """
-        if not self.lilora_U:
-            return
-        if any(is_sharded(own) for own in self._all_own()):
-            self._bank = None
-            return
-        if self._untied():
-            self.retie()
-        if not self._bank_is_current():
-            # Tensors made in inference mode could not be saved for a later backward.
-            with torch.inference_mode(False), torch.no_grad():
-                self._bank = (self._source(), self._stack())
-
-    def _bank_is_current(self) -> bool:
-        return self._bank is not None and self._bank[0] == self._source()
-
-    def _source(self) -> tuple:
-        return tuple((id(own), own.data_ptr(), version(own)) for own in self._all_own())
+        if not torch.compiler.is_compiling() and y.requires_grad and self._trains():
+            y.register_hook(self.model_tasks.unchanged())
 
     @torch.no_grad()
     def overwrite_task(self, name: str, u: Tensor, v: Tensor, fusion: Tensor | None = None) -> None:
-        """Copy u [N, sub_rank], v [sub_rank, r] and fusion [1] over a task's, and over its place in a gathered bank.
+        """Copy u [N, sub_rank], v [sub_rank, r] and fusion [1] over a task's; ValueError, and nothing written, for others.
 
         No tensor moves, so a compiled or captured forward stays valid and sees the new values.
         """
         self._require(name)
-        in_bank, at = self._bank_is_current(), self.tasks.index(name)
-        values = [u, v] if fusion is None else [u, v, fusion]
-        for own, value in zip(self._own(name), values, strict=True):
-            own.copy_(value)
-        if in_bank:
-            for stacked, value in zip(self._bank[1], values, strict=False):
-                stacked[at].copy_(value.reshape(stacked[at].shape))
-            self._bank = (self._source(), self._bank[1])
+        own, values = self._own(name), [u, v] if fusion is None else [u, v, fusion]
+        if [p.shape for p in own] != [value.shape for value in values] or self.merged_task == name:
+            got = [list(value.shape) for value in values]
+            state = (
+                "is merged; unmerge() it first" if self.merged_task == name else f"has {[list(p.shape) for p in own]}"
+            )
+            raise ValueError(f"task {name!r} cannot be overwritten with tensors of the shapes {got}: it {state}")
+        for parameter, value in zip(own, values, strict=True):
+            parameter.copy_(value)
 
     # --- merging ----------------------------------------------------------------------------------------------------
 
@@ -378,7 +386,8 @@ class LiLoRALinear(AdaptedLinear):
     def delta_weight(self, name: str) -> Tensor:
         """scaling * M_t A of one task, [N, K] in the adapter's dtype (computed in fp32 at least)."""
         self._require(name)
-        a, b0, u, v, fusion = self._parameters_of(name)
+        with onloaded(*self._kinds):
+            a, b0, u, v, fusion = self._parameters_of(name)
         wide = torch.promote_types(a.dtype, torch.float32)
         m = b0.to(wide) + u.to(wide) @ v.to(wide)
         if fusion is not None:
@@ -410,8 +419,8 @@ class LiLoRALinear(AdaptedLinear):
         )
 
 
-def _retie(layer: LiLoRALinear, _) -> None:
-    layer.retie()
+def _loaded(layer: LiLoRALinear, _) -> None:
+    layer.bind()
 
 
 def set_task(model: nn.Module, *names: str, train: bool = True) -> None:

@@ -111,7 +111,8 @@ def gate_and_up(
     if any(adapter is None for adapter in adapters):
         return None
     (first, rows), (second, _) = adapters
-    if rows is not None and gate.lilora_U.keys() != up.lilora_U.keys():
+    # Rows are positions among the tasks that a layer stacks.
+    if rows is not None and (gate.lilora_U.keys() != up.lilora_U.keys() or gate.stacking() != up.stacking()):
         return None
     p = gate._p
     ys = functional.delta_pair(

@@ -1,15 +1,15 @@
 """Queries of a batch from the frozen parts of a multimodal model, and the forwards that choose ranks by them."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from .context import BatchContext, Tasks, tokens_of
 from .rank_pool import Choice, Query, RankPool, RankPoolLinear, normalised
-from .routing import Route, Routes, gradient_checkpointing_enable, restore_routes, sees_images
+from .routing import attach
 
 
 class QuerySource:
@@ -55,21 +55,16 @@ def prompt_mean(
     return normalised(embedded.sum(1))
 
 
-class PoolRoute(Route):
+class PoolContext(BatchContext):
     """The samples of one forward, each a row of the gates; pools choose when the first of their layers runs."""
 
-    def __init__(self, routes: "PoolRoutes", samples: int, length: int | None, units: list[int] | None) -> None:
-        super().__init__(torch.arange(samples, dtype=torch.int32), length, units)
-        self.routes = routes
+    def __init__(self, tasks: "PoolTasks", samples: int, length: int | None, units: list[int] | None) -> None:
+        super().__init__(torch.arange(samples, dtype=torch.int32), length, units, tasks=tasks)
         self.text: Tensor | None = None
         self.images: Tensor | None = None
         self.snapshot, self.newest = False, None
         self._query: Query | None = None
         self._choices: dict[RankPool, Choice] = {}
-
-    @property
-    def samples(self) -> int:
-        return self.task.shape[0]
 
     def query(self) -> Query:
         if self._query is None:
@@ -79,7 +74,7 @@ class PoolRoute(Route):
     @torch.no_grad()
     def _vision(self) -> Tensor:
         """Mean over each sample's images, [B, d_vision]; 0 without images."""
-        width = self.routes.source.widths[1]
+        width = self.tasks.source.widths[1]
         if self.images is None:
             return self.text.new_zeros(self.samples, width)
         count, total = self.images.shape[0], sum(self.units or ())
@@ -105,31 +100,38 @@ class PoolRoute(Route):
 
     def _newest(self) -> Tensor | None:
         if self.newest is None and not self.snapshot:
-            return self.routes.newest(self.query())
+            return self.tasks.newest(self.query())
         return self.newest
 
-    def repeated(self, times: int) -> "PoolRoute":
-        """The route of beams or returned sequences: every sample's choice, for `times` rows each."""
+    def of_batch(self, samples: int | None, length: int | None, units: list[int] | None) -> "PoolContext":
+        """The context of a forward inside this one: of beams or returned sequences, every sample's choice for its rows."""
+        if samples in (None, self.samples):
+            return self
+        if samples not in self._repeated:
+            self._repeated[samples] = self._repeat(samples)
+        return self._repeated[samples]
+
+    def _repeat(self, samples: int) -> "PoolContext":
+        times = samples // self.samples
         units = None if self.units is None else [u for u in self.units for _ in range(times)]
-        route = PoolRoute(self.routes, self.samples * times, None, units)
-        route.text, route.snapshot = self.text.repeat_interleave(times, 0), self.snapshot
-        route.newest = None if self.newest is None else self.newest.repeat_interleave(times)
+        context = PoolContext(self.tasks, samples, None, units)
+        context.text, context.snapshot = self.text.repeat_interleave(times, 0), self.snapshot
+        context.newest = None if self.newest is None else self.newest.repeat_interleave(times)
         if self.images is not None:
             query = self.query()
-            route._query = Query(route.text, query.vision.repeat_interleave(times, 0))
-        return route
+            context._query = Query(context.text, query.vision.repeat_interleave(times, 0))
+        return context
 
 
-class PoolRoutes(Routes):
+class PoolTasks(Tasks):
     """What the layers of a model with rank pools share: the queries of the running forward, and its pools' choices."""
 
     def __init__(self, source: QuerySource) -> None:
         super().__init__()
         self.source = source
         self.given: tuple[Query | None, bool, Tensor | None] = None, False, None  # see `querying`
-        self.last: PoolRoute | None = None  # of the newest forward
+        self.last: PoolContext | None = None  # of the newest forward
         self.task_queries: Query | None = None  # set: the newest task's experts serve only samples nearest to its query
-        self.beams: tuple[Route, PoolRoute] | None = None
 
     @contextmanager
     def querying(self, query: Query | None, snapshot: bool = False, newest: Tensor | None = None) -> Iterator[None]:
@@ -148,102 +150,77 @@ class PoolRoutes(Routes):
         near = query.text @ self.task_queries.text.T + query.vision @ self.task_queries.vision.T
         return near.argmax(1) == near.shape[1] - 1
 
-    def route(self, model: nn.Module, args: tuple, kwargs: Mapping) -> PoolRoute:
-        """The route of a forward or generation with these arguments."""
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
+    def context_of(self, model: nn.Module, task_ids: None, args: tuple, kwargs: Mapping) -> PoolContext:
+        """The context of a forward or generation with these arguments, or, inside one, that one for its batch."""
+        if task_ids is not None:
+            raise TypeError("task_ids was given, but a model with rank pools chooses them by the prompt; leave it out")
+        if self.current is None:
+            return self._of_prompt(args, kwargs)
+        return self.current.of_batch(tokens_of(args, kwargs)[1].shape[0], None, None)
+
+    def _of_prompt(self, args: tuple, kwargs: Mapping) -> PoolContext:
+        input_ids, _ = tokens_of(args, kwargs)
         if input_ids is None:
             raise ValueError("a model with rank pools chooses them by the prompt; pass input_ids")
         units = self.source.units(input_ids) if kwargs.get("pixel_values") is not None else None
-        route = PoolRoute(self, *input_ids.shape, units)
-        route.task = route.task.to(input_ids.device)
-        query, route.snapshot, newest = self.given
+        context = PoolContext(self, *input_ids.shape, units)
+        context.task = context.task.to(input_ids.device)
+        query, context.snapshot, newest = self.given
         if query is None:
-            route.text = self.source.text(input_ids, kwargs.get("attention_mask"), kwargs.get("labels"))
+            context.text = self.source.text(input_ids, kwargs.get("attention_mask"), kwargs.get("labels"))
         else:
-            route.text = query.text.expand(route.samples, -1)
-            route._query = Query(route.text, query.vision.expand(route.samples, -1))
-        route.newest = None if newest is None else newest.expand(route.samples)
-        self.last = route
-        return route
+            context.text = query.text.expand(context.samples, -1)
+            context._query = Query(context.text, query.vision.expand(context.samples, -1))
+        context.newest = None if newest is None else newest.expand(context.samples)
+        self.last = context
+        return context
 
-    def example(self, x: Tensor, snapshot: bool = False) -> PoolRoute:
-        """The route of a forward with random prompts and images, of which a layer sees x [samples, rows, K]."""
+    def example(self, x: Tensor, snapshot: bool = False) -> PoolContext:
+        """The context of a forward with random prompts and images, of which a layer sees x [samples, rows, K]."""
         samples, rows = x.shape[:2]
-        route = PoolRoute(self, samples, rows, [rows] * samples)
-        route.task, route.snapshot = route.task.to(x.device), snapshot
-        route._query = Query(*(torch.randn(samples, width, device=x.device) for width in self.source.widths))
-        return route
+        context = PoolContext(self, samples, rows, [rows] * samples)
+        context.task, context.snapshot = context.task.to(x.device), snapshot
+        context._query = Query(*(torch.randn(samples, width, device=x.device) for width in self.source.widths))
+        return context
 
     @torch.no_grad()
     def queries(self, model: nn.Module, inputs: Mapping) -> Query:
         """The queries of a batch, by the vision tower alone."""
-        route = self.route(model, (), inputs)
-        with self.use(route):
+        context = self._of_prompt((), inputs)
+        with self.use(context):
             if inputs.get("pixel_values") is not None:
                 self.source.tower(inputs["pixel_values"])
-        return route.query()
-
-    def choose(self, pool: RankPool):
-        """A chooser for the layers of a pool: see RankPoolLinear."""
-
-        def choose(layer: RankPoolLinear, x: Tensor) -> tuple[Choice | None, Tensor | None]:
-            if not any(pool.sizes().values()) and not self.given[1]:
-                return None, None
-            if self.current is None:
-                raise RuntimeError(
-                    "a layer with a rank pool runs outside the model's forward; call attach_pools(model)"
-                )
-            choice = self.current.choice(pool)
-            return choice, None if choice.gate.shape[0] == 1 else self.current.rows(x, layer.vision)
-
-        return choose
+        return context.query()
 
 
-def attach_pools(model: nn.Module, routes: PoolRoutes) -> None:
-    """Connect the RankPoolLinear layers of `model` to `routes`: its forward and generate then choose by their prompts.
+class PoolChooser:
+    """Chooses for the layers of a pool by the running forward's queries: see RankPoolLinear."""
+
+    def __init__(self, pool: RankPool) -> None:
+        self.pool = pool  # not as a submodule of every layer
+
+    def __call__(self, layer: RankPoolLinear, x: Tensor) -> tuple[Choice | None, Tensor | None]:
+        tasks = layer.model_tasks
+        if not any(self.pool.sizes().values()) and not tasks.given[1]:
+            return None, None
+        context = tasks.current
+        if context is None:
+            raise RuntimeError("a layer with a rank pool runs outside the model's forward; call attach_pools(model)")
+        choice = context.choice(self.pool)
+        return choice, None if choice.gate.shape[0] == 1 else context.rows(x, layer.vision)
+
+
+def attach_pools(model: nn.Module, tasks: PoolTasks) -> None:
+    """Connect the RankPoolLinear layers of `model` to `tasks`: its forward and generate then choose by their prompts.
 
     A generation chooses once, for all its steps; beams and returned sequences use their sample's choice.
     """
-    has_text_part = any("language_model" in name.split(".") for name, _ in model.named_modules())
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, RankPoolLinear)]
-    for name, layer in layers:
-        layer.routes, layer.vision = routes, sees_images(name, has_text_part)
-    model.lilora_routes, model.lilora_layers = routes, [layer for _, layer in layers]
-    forward = type(model).forward
-
-    def pooled_forward(self, *args, **kwargs):
-        with routes.use(_running(self, routes, args, kwargs)):
-            return forward(self, *args, **kwargs)
-
-    pooled_forward.__signature__ = inspect.signature(forward)
-    model.forward = MethodType(pooled_forward, model)
-
-    def generate(self, *args, **kwargs):
-        prompt = (kwargs["inputs"],) if "inputs" in kwargs else args
-        with routes.use(routes.route(self, prompt, kwargs)):
-            return type(self).generate(self, *args, **kwargs)
-
-    model.generate = MethodType(generate, model)
-    model.gradient_checkpointing_enable = MethodType(gradient_checkpointing_enable, model)
-    restore_routes(model)
-    routes.source.layer.register_forward_hook(lambda module, inputs, output: _seen(routes, output))
+    attach(model, tasks)
+    tasks.source.layer.register_forward_hook(partial(_seen, tasks))
 
 
-def _running(model: nn.Module, routes: PoolRoutes, args: tuple, kwargs: Mapping) -> Route:
-    """The route of a forward: its own, or the running generation's, repeated for beams."""
-    outer = routes.current
-    if outer is None:
-        return routes.route(model, args, kwargs)
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    tokens = kwargs["inputs_embeds"] if tokens is None else tokens
-    if tokens.shape[0] == outer.samples:
-        return outer
-    if routes.beams is None or routes.beams[0] is not outer:
-        routes.beams = outer, outer.repeated(tokens.shape[0] // outer.samples)
-    return routes.beams[1]
-
-
-def _seen(routes: PoolRoutes, output: Tensor | tuple) -> None:
-    if routes.current is not None and routes.current.images is None:
+def _seen(tasks: PoolTasks, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+    context = tasks.current
+    if context is not None and context.images is None:
         hidden = output[0] if isinstance(output, tuple) else output
-        routes.current.images = hidden[:, 0].detach().float()
+        context.images = hidden[:, 0].detach().float()

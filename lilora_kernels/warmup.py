@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from . import backends
 from .adapted import AdaptedLinear
+from .context import BatchContext
 from .linear import LiLoRALinear
 from .mlp import apart, gate_and_up, is_fused
-from .queries import PoolRoutes
+from .queries import PoolTasks
 from .rank_pool import RankPoolLinear
 
 
@@ -74,15 +75,17 @@ class _Case:
         return torch.randn(shape, device=self.like.device).to(self.like.dtype)
 
     def run(self, x: Tensor) -> tuple[Tensor, ...]:
-        layer, routes = self.layer, self.layer.routes
+        layer, tasks = self.layer, self.layer.model_tasks
         if isinstance(layer, RankPoolLinear):
-            route = routes.example(x, self.snapshot) if isinstance(routes, PoolRoutes) else None
-            with routes.use(route):
+            context = tasks.example(x, self.snapshot) if isinstance(tasks, PoolTasks) else BatchContext(None)
+            with tasks.use(context):
                 return (layer(x),)
         task = None
         if self.routed:
-            task = torch.full((len(x),), routes.tasks.index(layer.tasks[0]), dtype=torch.int32, device=x.device)
-        with routes.use(None):
+            task = torch.full(
+                (len(x),), tasks.id_of((layer.active or layer.tasks)[0]), dtype=torch.int32, device=x.device
+            )
+        with tasks.use(BatchContext(None)):
             return (layer(x, task=task),) if self.up is None else gate_and_up(layer, self.up, x, task) or ()
 
 
@@ -122,7 +125,7 @@ def _identity(layer: AdaptedLinear) -> tuple:
     choice: tuple = ()
     if isinstance(layer, RankPoolLinear):
         chooser = getattr(layer.choose, "__code__", type(layer.choose))
-        choice = id(layer.routes), chooser, tuple((n, a.shape, a.dtype) for n, (a, _) in layer.snapshot.items())
+        choice = id(layer.model_tasks), chooser, tuple((n, a.shape, a.dtype) for n, (a, _) in layer.snapshot.items())
     dropout = layer.training and layer.dropout > 0
     return type(layer), own, dropout, layer.unfused_reason(), getattr(layer, "active", None), choice
 
@@ -138,9 +141,8 @@ def _step(case: _Case, x: Tensor, learning: list[nn.Parameter]) -> None:
 @contextmanager
 def _no_trace(layers: list[AdaptedLinear]) -> Iterator[None]:
     """Put back what forwards leave behind: random state, what routes and routers have seen, and what layers have gathered."""
-    routes = {layer.routes: (layer.routes.seen, layer.routes.routed) for layer in layers}
-    names = [(layer, "_gathered" if isinstance(layer, RankPoolLinear) else "_bank") for layer in layers]
-    gathered = [(layer, name, getattr(layer, name)) for layer, name in names]
+    tasks = {layer.model_tasks: (layer.model_tasks.seen, layer.model_tasks.routed) for layer in layers}
+    gathered = [(layer, layer._gathered) for layer in layers if isinstance(layer, RankPoolLinear)]
     routers = [layer.choose for layer in layers if isinstance(layer, RankPoolLinear)]
     counts = [count for router in routers if isinstance(router, nn.Module) for count in router.buffers()]
     counted = [count.clone() for count in counts]
@@ -149,10 +151,10 @@ def _no_trace(layers: list[AdaptedLinear]) -> Iterator[None]:
         with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
             yield
     finally:
-        for one, seen in routes.items():
+        for one, seen in tasks.items():
             one.seen, one.routed = seen
-        for layer, name, value in gathered:
-            setattr(layer, name, value)
+        for layer, value in gathered:
+            layer._gathered = value
         with torch.no_grad():
             for count, value in zip(counts, counted, strict=True):
                 count.copy_(value)

@@ -1,27 +1,17 @@
 """Argument checks shared by the real and the fake implementation of every operation."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from .schema import FACTORS, AdapterArgs
 
-def check_delta(
-    op: str,
-    x: Tensor,
-    a: Tensor,
-    b0: Tensor,
-    u: Tensor | None,
-    v: Tensor | None,
-    fusion: Tensor | None,
-    task: Tensor | None,
-    gate: Tensor | None,
-    gate_row: Tensor | None,
-    seed: Tensor | None,
-    p: float,
-    ranks: Sequence[int] | None,
-) -> None:
+OUTPUTS = (("b0", 0), ("u", 1))  # the dimensions that may differ between the adapters of a pair: N
+
+
+def check_delta(op: str, x: Tensor, adapter: AdapterArgs) -> None:
     """Raise ValueError (shapes, ranges) or TypeError (dtypes) in one sentence; never looks at a tensor's values."""
+
+    a, b0, u, v, fusion, task, gate, gate_row, seed, _, p, ranks = adapter
 
     def wrong(argument: str, got: object, wanted: str) -> ValueError:
         return ValueError(f"{op}: {argument} is {got}; {wanted}")
@@ -82,10 +72,12 @@ def check_delta(
             raise wrong(name, f"on {tensor.device}", f"move it to {x.device}, the device of x")
 
 
-def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, b0: Tensor) -> None:
+def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> None:
     """What `linear` adds to the arguments of `delta`: the frozen base weight [N, K] and bias [N]."""
-    if weight.dim() != 2 or weight.shape[0] != b0.shape[0] or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"{op}: weight is {list(weight.shape)}; it must be [N, K] = {[b0.shape[0], x.shape[1]]}")
+    check_delta(op, x, adapter)
+    outputs = adapter.b0.shape[0]
+    if weight.dim() != 2 or weight.shape[0] != outputs or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"{op}: weight is {list(weight.shape)}; it must be [N, K] = {[outputs, x.shape[1]]}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias is {list(bias.shape)}; it must be [N] with N = {weight.shape[0]}")
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -93,3 +85,28 @@ def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, b0: Te
             raise TypeError(f"{op}: {name} is {tensor.dtype}; use base_layer(x) + delta for quantised bases")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}; move it to {x.device}, the device of x")
+
+
+def check_pair(
+    op: str,
+    x: Tensor,
+    weights: tuple[Tensor | None, ...],
+    biases: tuple[Tensor | None, ...],
+    adapters: tuple[AdapterArgs, AdapterArgs],
+) -> None:
+    """Both adapters, with their bases where given; they may differ in N alone."""
+    for weight, bias, adapter in zip(weights, biases, adapters, strict=True):
+        if weight is not None:
+            check_linear(op, x, weight, bias, adapter)
+        elif bias is not None:
+            raise ValueError(f"{op}: a bias is given without its weight; give the weight too")
+        else:
+            check_delta(op, x, adapter)
+    for name in FACTORS:
+        got = [None if t is None else list(t.shape) for t in (getattr(adapter, name) for adapter in adapters)]
+        kept = [None if t is None else [size for i, size in enumerate(t) if (name, i) not in OUTPUTS] for t in got]
+        if kept[0] != kept[1]:
+            raise ValueError(
+                f"{op}: {name}_1 is {got[0]} and {name}_2 is {got[1]}; r, sub_rank and tasks must be equal, "
+                "and u, v, fusion given to both or neither"
+            )

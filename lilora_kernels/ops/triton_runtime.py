@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .call import Call
+from .schema import AdapterArgs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LARGEST_RANK, LARGEST_SUB_RANK = 256, 128
@@ -121,13 +121,13 @@ def table_names(device: torch.device) -> tuple[str, ...]:
     return torch.cuda.get_device_name(device).replace(" ", "_"), "sm_{}{}".format(*capability(device))
 
 
-def config(kernel: str, one_launch: bool, x: Tensor, call: Call) -> dict:
+def config(kernel: str, one_launch: bool, x: Tensor, adapter: AdapterArgs) -> dict:
     """The launch configuration of "forward" or "backward" for the number of rows of x: that of the nearest bucket."""
     plan = "one_launch" if one_launch else "by_phase"
     buckets = table(table_names(x.device))[plan][kernel]
     at = nearest(tuple(bucket["rows"] for bucket in buckets), x.shape[0])
-    masters = max(t.element_size() for t in (x, call.a, call.b0, call.u, call.v) if t is not None)
-    return dict(_fitted(table_names(x.device), plan, kernel, at, x.element_size(), masters, padded(call.a.shape[0])))
+    masters = max(t.element_size() for t in (x, adapter.a, adapter.b0, adapter.u, adapter.v) if t is not None)
+    return dict(_fitted(table_names(x.device), plan, kernel, at, x.element_size(), masters, padded(adapter.a.shape[0])))
 
 
 @cache

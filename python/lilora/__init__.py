@@ -4,7 +4,7 @@ Importing it teaches PEFT the method, so that `get_peft_model`, `PeftModel.from_
 `AutoModel.from_pretrained` understand a LiLoRA config.
 """
 
-from lilora_kernels import LiLoRALinear, Route, attach, explain, route, set_task
+from lilora_kernels import BatchContext, LiLoRALinear, attach, explain, freeze, route, set_task, unfreeze
 from lilora_kernels.version import __version__
 
 try:
@@ -16,20 +16,24 @@ from .config import PRESETS, LiLoRAConfig
 from .io.export_lora import export_lora
 from .loading import hotswap
 from .model import LiLoRAModel
+from .typed import carry_task_ids
 
 register_peft_method(name="lilora", config_cls=LiLoRAConfig, model_cls=LiLoRAModel)
+carry_task_ids()
 
 __all__ = [
     "PRESETS",
+    "BatchContext",
     "LiLoRAConfig",
     "LiLoRALinear",
     "LiLoRAModel",
-    "Route",
     "__version__",
     "attach",
     "explain",
     "export_lora",
+    "freeze",
     "hotswap",
     "route",
     "set_task",
+    "unfreeze",
 ]

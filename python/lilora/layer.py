@@ -9,7 +9,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from lilora_kernels import LiLoRALinear
-from lilora_kernels.routing import Routes
+from lilora_kernels.context import Tasks
 
 from .config import LiLoRAConfig
 from .errors import UserError
@@ -22,7 +22,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
     other_param_names = ("lilora_A", "lilora_B")
     cast_input_dtype_enabled = True  # for peft.helpers.disable_input_dtype_casting; we never cast the input
 
-    def __init__(self, base_layer: nn.Module, config: LiLoRAConfig, routes: Routes, **quantization) -> None:
+    def __init__(self, base_layer: nn.Module, config: LiLoRAConfig, tasks: Tasks, **quantization) -> None:
         LiLoRALinear.__init__(
             self,
             base_layer,
@@ -34,7 +34,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
             train_a=config.train_a,
             train_b0=config.train_b0,
         )
-        self.routes = routes
+        self.model_tasks = tasks
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
         self._disable_adapters = False
         self._active_adapter: list[str] = []
@@ -73,7 +73,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
         self.delete_task(adapter_name)
         if was_active and not self.active and self.tasks:
             warnings.warn(f"{adapter_name} was active; {self.tasks[0]} is active now", stacklevel=2)
-            self.set_task(self.tasks[0])
+            self.set_task(self.tasks[0], train=self.model_tasks.train)
         self._active_adapter = list(self.active)
 
     # --- forward and merging ----------------------------------------------------------------------------------------
@@ -144,7 +144,12 @@ class Linear(LiLoRALinear, BaseTunerLayer):
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:
     """Adapted layers by their path in the base model, without the wrappers that PEFT puts around it."""
     return {
-        name.removeprefix("base_model.model."): module
+        unwrapped(name).removeprefix("base_model.model."): module
         for name, module in model.named_modules()
         if isinstance(module, Linear)
     }
+
+
+def unwrapped(name: str) -> str:
+    """The name of a module or tensor without the wrappers that torch puts around parts of a model in place."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from lilora_kernels import LiLoRALinear, attach, check_task_name
 from lilora_kernels.adapted import is_sharded
-from lilora_kernels.routing import Routes, detach, route_of_batch
+from lilora_kernels.context import BatchContext, TaskIds, Tasks, device_of
+from lilora_kernels.routing import detach
 
 from .config import LiLoRAConfig
 from .errors import UserError
-from .layer import Linear, adapted_layers
+from .layer import Linear, adapted_layers, unwrapped
 from .loading import OTHER_CHAIN, check_loadable
 from .models import target_modules
 
@@ -36,10 +37,10 @@ class LiLoRAModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads it; models.py has the patterns
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        routes = model.__dict__.get("lilora_routes") or Routes()
-        if adapter_name in routes.tasks:
+        tasks = model.__dict__.get("lilora_tasks") or Tasks()
+        if adapter_name in tasks.known:
             raise UserError(f"task {adapter_name!r} exists already; delete it first or choose another name")
-        model.lilora_routes = routes
+        model.lilora_tasks = tasks
         try:
             check_task_name(adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -50,10 +51,10 @@ class LiLoRAModel(BaseTuner):
         attach(model)
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper) and not module._forward_pre_hooks:
-                module.register_forward_pre_hook(partial(_refuse_route, routes))
+                module.register_forward_pre_hook(partial(_refuse_task_ids, tasks))
 
     def _check_same_layers(self, model: nn.Module, adapter_name: str) -> None:
-        tasks = [task for task in model.lilora_routes.tasks if task is not None]
+        tasks = list(model.lilora_tasks.known)
         for name, layer in adapted_layers(model).items():
             if layer.tasks != tasks:
                 raise UserError(
@@ -139,7 +140,7 @@ class LiLoRAModel(BaseTuner):
             raise UserError(
                 f"{current_key} is a {type(base).__name__}; LiLoRA adapts linear layers: leave it out of target_modules"
             )
-        layer = Linear(target, config, self.model.lilora_routes, **self._quantization())
+        layer = Linear(target, config, self.model.lilora_tasks, **self._quantization())
         layer.add_task(adapter_name)
         self._replace_module(parent, target_name, layer, target)
 
@@ -151,14 +152,12 @@ class LiLoRAModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(learning[name])  # PEFT makes new Parameters, and those learn
-        for module in self.model.modules():
-            if isinstance(module, Linear):
-                module.retie()
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         config.taken_with = shared_fingerprint(model)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return {unwrapped(name): tensor for name, tensor in found.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -172,6 +171,9 @@ class LiLoRAModel(BaseTuner):
                 base = model.get_base_model() if isinstance(model, PeftModel) else model
                 take_back(base, model.peft_config, adapter_name)
             raise
+        here = {unwrapped(name): name for name, _ in model.named_modules()}
+        paths = ((name.rpartition("."), tensor) for name, tensor in state_dict.items())
+        state_dict = {f"{here.get(path, path)}.{kind}": tensor for (path, _, kind), tensor in paths}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @contextmanager
@@ -180,28 +182,34 @@ class LiLoRAModel(BaseTuner):
         if names is None:
             yield
             return
-        tasks = [None if name == "__base__" else name for name in names]
-        with self.model.lilora_routes.use(route_of_batch(self.model, tasks, args, kwargs)):
+        with self.task_ids([None if name == "__base__" else name for name in names]):
+            yield
+
+    @contextmanager
+    def task_ids(self, task_ids: TaskIds) -> Iterator[None]:
+        """Run the forward inside with these tasks, as with its argument `task_ids`."""
+        tasks = self.model.lilora_tasks
+        ids, known = tasks.ids(task_ids, None, device_of(self.model))
+        with tasks.use(BatchContext(ids, ids=known)):
             yield
 
 
 def take_back(model: nn.Module, configs: dict[str, LiLoRAConfig], adapter_name: str) -> None:
     """Remove a task that could not be added or loaded, as if it had never been there."""
-    tasks = model.lilora_routes.tasks
-    before = [task for task in tasks if task != adapter_name]
+    tasks = model.lilora_tasks
+    tasks.remove(adapter_name, forget=True)
     delete_adapter(model, adapter_name, LiLoRAModel.prefix, Linear)
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear) and not module.lilora_U:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base_layer)
     configs.pop(adapter_name, None)
-    tasks[:] = before
-    if not before:
+    if not tasks.known:
         detach(model)
 
 
-def _refuse_route(routes: Routes, module: nn.Module, args: tuple) -> None:
-    if routes.current is not None:
+def _refuse_task_ids(tasks: Tasks, module: nn.Module, args: tuple) -> None:
+    if tasks.current is not None and tasks.current.task is not None:
         raise UserError(
             "a module in modules_to_save follows the active adapter only; call set_adapter and leave out task_ids, or adapt "
             "without modules_to_save"

@@ -212,16 +212,16 @@ class Kernels:
 
     seen: list = []  # noqa: RUF012
 
-    def run_forward(self, x, bias, call, one_launch):
+    def run_forward(self, x, bias, adapter, one_launch):
         self.seen.append(is_poisoned())
-        return x.new_empty(x.shape[0], call.b0.shape[0]), x.new_empty(x.shape[0], call.a.shape[0])
+        return x.new_empty(x.shape[0], adapter.b0.shape[0]), x.new_empty(x.shape[0], adapter.a.shape[0])
 
 
 def test_the_gate_of_delta_refuses_what_was_never_written():
     s = operand_sets(TINY, MACHINE)[0]
     kernels = Kernels()
     with pytest.raises(compare.Wrong, match="y of delta is wrong by nan"):
-        gpu_stages.check_delta(s, s.call(), kernels, one_launch=True)
+        gpu_stages.check_delta(s, s.adapter(), kernels, one_launch=True)
     assert kernels.seen == [True]
 
 

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from kernel_cases import ANY_DROPOUT, ANY_SHAPE, AXES, SUBSETS
 
 from lilora_kernels import LiLoRALinear, backends, functional
-from lilora_kernels.ops.call import Call
 from lilora_kernels.ops.delta import cuda_backend
 from lilora_kernels.ops.linear import cuda_backend as cuda_linear
 from lilora_kernels.ops.philox import keep_mask, keep_scale
+from lilora_kernels.ops.schema import AdapterArgs
 
 DEVICES = {
     "one-block": {"processors": 1},
@@ -157,27 +157,27 @@ def test_forward_and_backward_draw_the_mask_of_the_reference(seed, p, rows, dtyp
 # --- what a launch does --------------------------------------------------------------------------------------------
 
 
-def call_of(i, p=0.0):
+def args_of(i, p=0.0):
     seed = torch.tensor([3]) if p else None
-    return Call(i.a, i.b0, i.u, i.v, i.fusion, i.task, i.gate, i.gate_row, seed, SCALING, p, None)
+    return AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, i.task, i.gate, i.gate_row, seed, SCALING, p, None)
 
 
 @pytest.mark.parametrize("rows", [40, 300])
 def test_delta_is_one_launch_forward_and_one_launch_backward(rows, device):
     i = make(rows, 64, 48, 16, 8, gate=True, dtype=torch.float16)
     before = device.launches
-    _, h = cuda_backend.forward(i.x, call_of(i))
+    _, h = cuda_backend.forward(i.x, args_of(i))
     assert device.launches == before + 1
-    cuda_backend.backward(torch.randn(rows, 48).half(), i.x, h, call_of(i), frozenset(NAMES))
+    cuda_backend.backward(torch.randn(rows, 48).half(), i.x, h, args_of(i), frozenset(NAMES))
     assert device.launches == before + 2
 
 
 @pytest.mark.parametrize("needs, phases", [(("x",), 3), (("u",), 3), (("a",), 4), (("x", "u", "v", "fusion"), 5)])
 def test_phases_without_work_are_not_launched(needs, phases, device):
     i = make(100, 64, 48, 16, 8, dtype=torch.float16)
-    _, h = cuda_backend.forward(i.x, call_of(i))
+    _, h = cuda_backend.forward(i.x, args_of(i))
     before = device.launches
-    cuda_backend.run_backward(torch.randn(100, 48).half(), i.x, h, call_of(i), frozenset(needs), one_launch=False)
+    cuda_backend.run_backward(torch.randn(100, 48).half(), i.x, h, args_of(i), frozenset(needs), one_launch=False)
     assert device.launches == before + phases
 
 
@@ -210,11 +210,11 @@ def test_results_do_not_depend_on_the_order_in_which_threads_run(op, rows, devic
 @pytest.mark.parametrize("rows", [50, 300])
 def test_one_launch_equals_a_launch_for_each_phase(rows):
     i = make(rows, 136, 200, 24, 8, gate=True, dtype=torch.bfloat16)
-    call, dy = call_of(i, 0.1), torch.randn(rows, 200).bfloat16()
+    args, dy = args_of(i, 0.1), torch.randn(rows, 200).bfloat16()
     results = []
     for one_launch in (True, False):
-        y, h = cuda_backend.run_forward(i.x, None, call, one_launch)
-        results.append([y, h, *cuda_backend.run_backward(dy, i.x, h, call, frozenset(NAMES), one_launch).values()])
+        y, h = cuda_backend.run_forward(i.x, None, args, one_launch)
+        results.append([y, h, *cuda_backend.run_backward(dy, i.x, h, args, frozenset(NAMES), one_launch).values()])
     assert_equal(*results)
 
 
@@ -235,8 +235,8 @@ def test_a_row_is_the_same_alone_and_in_any_batch(rows, monkeypatch, device):
     i = make(rows, 136, 264, 24, 8, dtype=torch.bfloat16)
 
     def run(at):
-        call = Call(*adapter(i)[1:], i.task[at], None, None, None, SCALING, 0.0, None)
-        return cuda_backend.forward(i.x[at], call)[0]
+        args = AdapterArgs(*adapter(i)[1:], i.task[at], None, None, None, SCALING, 0.0, None)
+        return cuda_backend.forward(i.x[at], args)[0]
 
     together = run(torch.arange(rows))
     order = torch.randperm(rows)
@@ -339,7 +339,7 @@ def test_linear_takes_its_plan_by_the_number_of_rows(device, monkeypatch):
         seen = []
         monkeypatch.setattr(torch.Tensor, "addmm_", lambda y, *_, seen=seen: seen.append(1) or y)
         before = device.launches
-        cuda_linear.forward(i.x, weight, bias, call_of(i))
+        cuda_linear.forward(i.x, weight, bias, args_of(i))
         assert (device.launches - before, len(seen)) == (launches, products)
         monkeypatch.undo()
 
@@ -399,7 +399,7 @@ def test_what_the_fused_product_is_given(coefficients, mix, gate, p):
         for seed in range(2):
             i = make(300, 64, 48, 16, 8, 3, coefficients, mix, gate, torch.bfloat16, seed)
             add_errors(errors, i, "linear", p=p, seed=torch.tensor([seed]))
-            assert cuda_linear.plan_of(i.x, base(i)[0], call_of(i)) == "fused"
+            assert cuda_linear.plan_of(i.x, base(i)[0], args_of(i)) == "fused"
     errors.check()
 
 
@@ -411,14 +411,14 @@ def test_the_fused_product_leaves_what_it_cannot_do_to_the_other_plans(monkeypat
         "multiples of 8": (make(30, 60, 48, 16, 8, dtype=torch.bfloat16), torch.zeros(48, 60).bfloat16()),
         "multiples of 16 bytes": (i, torch.zeros(48, 65).bfloat16()[:, :64]),
     }
-    assert "one 16-bit type" in cuda_linear.unfit(i.x, weight, call_of(i), torch.zeros(48))
-    assert cuda_linear.unfit(i.x, weight, call_of(i)) is None
+    assert "one 16-bit type" in cuda_linear.unfit(i.x, weight, args_of(i), torch.zeros(48))
+    assert cuda_linear.unfit(i.x, weight, args_of(i)) is None
     for reason, (inputs, w) in reasons.items():
-        assert reason in cuda_linear.unfit(inputs.x, w, call_of(inputs))
+        assert reason in cuda_linear.unfit(inputs.x, w, args_of(inputs))
     monkeypatch.setattr(cuda_linear, "SLOT_BYTES", 1000)
-    assert "memory" in cuda_linear.unfit(i.x, weight, call_of(i))
-    assert cuda_linear.plan_of(i.x, weight, call_of(i)) == "decode"
+    assert "memory" in cuda_linear.unfit(i.x, weight, args_of(i))
+    assert cuda_linear.plan_of(i.x, weight, args_of(i)) == "decode"
     with backends.plan("fused"), pytest.raises(backends.Unsupported, match="fused product cannot run here"):
-        cuda_linear.forward(i.x, weight, None, call_of(i))
+        cuda_linear.forward(i.x, weight, None, args_of(i))
     with backends.plan("decode"), pytest.raises(backends.Unsupported, match="decode takes up to 64 rows, here are 65"):
-        cuda_linear.forward(torch.zeros(65, 64).bfloat16(), weight, None, call_of(i))
+        cuda_linear.forward(torch.zeros(65, 64).bfloat16(), weight, None, args_of(i))

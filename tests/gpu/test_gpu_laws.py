@@ -9,7 +9,7 @@ from gpu_cases import IDS, assert_equal, base_on_gpu, leaves, make_on_gpu, ours,
 
 import lilora_kernels
 from lilora_kernels import LiLoRALinear, functional
-from lilora_kernels.ops.call import Call
+from lilora_kernels.ops.schema import AdapterArgs
 
 
 @pytest.mark.parametrize("op, rows", [("delta", 200), ("delta", 3000), ("linear", 64), ("linear", 3000)])
@@ -28,8 +28,8 @@ def test_a_row_is_the_same_alone_and_in_any_batch(rows, one_launch, kernels):
     i = make_on_gpu(rows, 256, 384, 128, 64, 8, dtype=torch.bfloat16)
 
     def run(at):
-        call = Call(*adapter(i)[1:], i.task[at].contiguous(), None, None, None, 0.7, 0.0, None)
-        return kernels.run_forward(i.x[at].contiguous(), None, call, one_launch)[0]
+        args = AdapterArgs(*adapter(i)[1:], i.task[at].contiguous(), None, None, None, 0.7, 0.0, None)
+        return kernels.run_forward(i.x[at].contiguous(), None, args, one_launch)[0]
 
     together = run(torch.arange(rows, device="cuda"))
     order = torch.randperm(rows, device="cuda")

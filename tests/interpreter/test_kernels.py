@@ -33,6 +33,7 @@ from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.delta import reference, traffic, triton_backend
 from lilora_kernels.ops.delta.triton_kernels import kept
 from lilora_kernels.ops.philox import keep_mask, keep_scale, philox, threshold
+from lilora_kernels.ops.schema import AdapterArgs
 
 SPLIT = {
     "forward": {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_N": 32, "SPLIT_K": 3, "TILES_N": 1},
@@ -179,13 +180,11 @@ class Recorder(TorchDispatchMode):
 def test_delta_is_one_launch_forward_and_one_launch_backward(name, plan, monkeypatch):
     plan(PLANS[name])
     i = make(rows=130, columns=128, outputs=96, rank=16, sub_rank=8, gate=True, dtype=torch.float16)
-    call = triton_backend.Call(
-        i.a, i.b0, i.u, i.v, i.fusion, i.task, i.gate, i.gate_row, torch.tensor([1]), SCALING, 0.1, None
-    )
+    args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, i.task, i.gate, i.gate_row, torch.tensor([1]), SCALING, 0.1, None)
     dy, h = torch.randn(130, 96).half(), torch.randn(130, 16).half()
     with Recorder(monkeypatch) as seen:
-        triton_backend.forward(i.x, call)
-        triton_backend.backward(dy, i.x, h, call, frozenset(NAMES))
+        triton_backend.forward(i.x, args)
+        triton_backend.backward(dy, i.x, h, args, frozenset(NAMES))
     assert seen.launches == [triton_backend.kernels.delta_forward, triton_backend.kernels.delta_backward]
     allowed = {"new_empty.default", "empty_like.default", "empty.memory_format"}
     assert set(seen.operations) <= allowed, set(seen.operations) - allowed
@@ -194,12 +193,12 @@ def test_delta_is_one_launch_forward_and_one_launch_backward(name, plan, monkeyp
 def test_gradients_nobody_asked_for_take_no_memory(plan, monkeypatch):
     plan(WHOLE)
     i = make(rows=130, columns=128, outputs=96, rank=16, sub_rank=8, dtype=torch.float16)
-    call = triton_backend.Call(i.a, i.b0, i.u, i.v, i.fusion, i.task, None, None, None, SCALING, 0.0, None)
+    args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, i.task, None, None, None, SCALING, 0.0, None)
     dy, h = torch.randn(130, 96).half(), torch.randn(130, 16).half()
     expected = {("x",): 2, ("b0",): 2, ("u",): 3, ("x", "u", "v", "fusion"): 4 + 6}
     for needs, tensors in expected.items():  # the gradients and what they are summed from
         with Recorder(monkeypatch) as seen:
-            triton_backend.backward(dy, i.x, h, call, frozenset(needs))
+            triton_backend.backward(dy, i.x, h, args, frozenset(needs))
         assert len(seen.operations) == tensors, needs
 
 
@@ -246,7 +245,7 @@ def test_bytes_moved_are_those_of_the_plan(name, direction, tasks, plan, monkeyp
     rows, columns, outputs, rank, sub_rank = 256, 192, 128, 16, 16
     i = make(rows, columns, outputs, rank, sub_rank, tasks, dtype=torch.float32)
     task = (torch.arange(rows) * tasks // rows).to(torch.int32) if tasks > 1 else None
-    call = triton_backend.Call(i.a, i.b0, i.u, i.v, i.fusion, task, None, None, None, SCALING, 0.0, None)
+    args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, task, None, None, None, SCALING, 0.0, None)
     dy, h = torch.randn(rows, outputs), torch.randn(rows, rank)
     counter = Counter(monkeypatch)
     run, seen = triton_backend.run, {}
@@ -263,9 +262,9 @@ def test_bytes_moved_are_those_of_the_plan(name, direction, tasks, plan, monkeyp
 
     monkeypatch.setattr(triton_backend, "run", counted)
     if direction == "forward":
-        triton_backend.run_forward(i.x, None, call, one_launch=False)
+        triton_backend.run_forward(i.x, None, args, one_launch=False)
     else:
-        triton_backend.run_backward(dy, i.x, h, call, frozenset(NAMES) - {"gate"}, one_launch=False)
+        triton_backend.run_backward(dy, i.x, h, args, frozenset(NAMES) - {"gate"}, one_launch=False)
     shape = traffic.Shape(rows, columns, outputs, rank, sub_rank, tasks, 4, 4)
     planned = list(getattr(traffic, direction)(shape, sizes))
     for item in planned:

@@ -15,9 +15,9 @@ from triton.runtime.interpreter import GridExecutor
 import lilora_kernels
 from lilora_kernels import LiLoRALinear, functional
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.call import Call
 from lilora_kernels.ops.delta import triton_backend
 from lilora_kernels.ops.linear import triton_backend as linear_backend
+from lilora_kernels.ops.schema import AdapterArgs
 
 TILES = {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_N": 32, "phases": {}}
 PLANS = {
@@ -176,12 +176,12 @@ def test_memory_beyond_the_results(rows, tasks, forward, backward, work):
     a, b0 = like.new_empty(RANK, HIDDEN), like.new_empty(INNER, RANK)
     u, v = like.new_empty(tasks, INNER, SUB_RANK), like.new_empty(tasks, SUB_RANK, RANK)
     task = like.new_empty(rows, dtype=torch.int32)
-    call = Call(a, b0, u, v, like.new_empty(tasks), task, None, None, None, 2.0, 0.0, None)
+    args = AdapterArgs(a, b0, u, v, like.new_empty(tasks), task, None, None, None, 2.0, 0.0, None)
     x, weight, dy = like.new_empty(rows, HIDDEN), like.new_empty(INNER, HIDDEN), like.new_empty(rows, INNER)
     with work() as up:
-        y, h = linear_backend.forward(x, weight, None, call)
+        y, h = linear_backend.forward(x, weight, None, args)
     with work() as down:
-        grads = linear_backend.backward(dy, x, weight, h, call, frozenset(NAMES) - {"gate"})
+        grads = linear_backend.backward(dy, x, weight, h, args, frozenset(NAMES) - {"gate"})
     for found, results, limit in ((up, (y, h), forward), (down, grads.values(), backward)):
         assert found.bytes - sum(result.nbytes for result in results) <= limit * MIB
         assert set(found.seen) <= {"delta_forward", "delta_backward", "addmm_"}  # nothing that allocates unseen
@@ -231,7 +231,7 @@ def test_bytes_of_each_phase(direction, tiles, tasks, plan, monkeypatch):
     rows = 32 * tiles
     i = make(rows, columns=96, outputs=64, rank=32, sub_rank=16, tasks=tasks, dtype=torch.float32)
     task = (torch.arange(rows) * tasks // rows).to(torch.int32)
-    call = Call(i.a, i.b0, i.u, i.v, i.fusion, task, None, None, None, SCALING, 0.0, None)
+    args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, task, None, None, None, SCALING, 0.0, None)
     dy, h = torch.randn(rows, 64), torch.randn(rows, 32)
     counter, run, found = Bytes(monkeypatch), triton_backend.run, []
 
@@ -246,9 +246,9 @@ def test_bytes_of_each_phase(direction, tiles, tasks, plan, monkeypatch):
 
     monkeypatch.setattr(triton_backend, "run", counted)
     if direction == "forward":
-        triton_backend.run_forward(i.x, None, call, one_launch=False)
+        triton_backend.run_forward(i.x, None, args, one_launch=False)
     else:
-        triton_backend.run_backward(dy, i.x, h, call, frozenset(NAMES) - {"gate"}, one_launch=False)
+        triton_backend.run_backward(dy, i.x, h, args, frozenset(NAMES) - {"gate"}, one_launch=False)
     tensors = (i.x, dy, h, h[:, :16], i.a, i.b0, i.u[0], i.v[0])
     limits = PHASES[direction](tiles, tasks, *(t.numel() * t.element_size() for t in tensors))
     for phase, (got, most) in enumerate(zip(found, limits, strict=True)):

@@ -13,13 +13,13 @@ from triton.runtime.jit import native_specialize_impl
 
 import lilora_kernels
 from lilora_kernels import LiLoRALinear, RankPoolLinear
+from lilora_kernels.context import tasks_of
 from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.delta import triton_backend
 from lilora_kernels.ops.delta_pair import triton_backend as delta_pair
 from lilora_kernels.ops.rank_gate import eager
-from lilora_kernels.queries import PoolRoutes
+from lilora_kernels.queries import PoolChooser, PoolTasks
 from lilora_kernels.rank_pool import Choice, GateRule, RankPool
-from lilora_kernels.routing import routes_of
 
 
 def model():
@@ -125,8 +125,8 @@ def test_the_cuda_library_is_loaded_by_every_plan_and_the_eager_backend_by_none(
     from lilora_kernels.ops.linear import cuda_backend
 
     rows = cuda_backend.rows(torch.device("cpu"))
-    call = SimpleNamespace(rank_sizes=(8, 4))
-    plans = {cuda_backend.plan_of(torch.empty(m, 24), torch.empty(20, 24), call) for m in rows}
+    args = SimpleNamespace(rank_sizes=(8, 4))
+    plans = {cuda_backend.plan_of(torch.empty(m, 24), torch.empty(20, 24), args) for m in rows}
     assert plans == {"decode", "one launch", "by phase"}
     asked = []
     monkeypatch.setattr(cuda_backend, "rows", lambda device: asked.append(device) or [3])
@@ -206,10 +206,10 @@ def unfused(**options):
 
 
 def pooled(scope="sample", value="score", snapshot=False):
-    routes, rule = PoolRoutes(SimpleNamespace(widths=(6, 4))), GateRule(3, scope, value)
-    pool = RankPool(rule, *routes.source.widths)
-    layer = RankPoolLinear(torch.nn.Linear(K, N).requires_grad_(False), routes.choose(pool), dropout=0.1)
-    layer.routes, layer.pool = routes, pool
+    tasks, rule = PoolTasks(SimpleNamespace(widths=(6, 4))), GateRule(3, scope, value)
+    pool = RankPool(rule, *tasks.source.widths)
+    layer = RankPoolLinear(torch.nn.Linear(K, N).requires_grad_(False), PoolChooser(pool), dropout=0.1)
+    layer.model_tasks, layer.pool = tasks, pool
     for part, n in (("old", 9), ("new", 5)):
         pool.put(part, torch.randn(n, 6), torch.randn(n, 4), train=part == "new")
         layer.put(part, torch.randn(n, K), torch.randn(N, n), train=part == "new")
@@ -253,16 +253,17 @@ MODELS = {
 
 def routes(made, rows):
     """The contexts in which a model sees `rows` rows, and the shape of x in each."""
-    if isinstance(getattr(made, "routes", None), PoolRoutes):
+    if isinstance(getattr(made, "model_tasks", None), PoolTasks):
         for samples in {1, 5 if rows % 5 == 0 else 1}:
             x = torch.empty(samples, rows // samples, K)
             for snapshot in (False, True) if made.snapshot else (False,):
-                yield made.routes.use(made.routes.example(x, snapshot)), x.shape
+                yield made.model_tasks.use(made.model_tasks.example(x, snapshot)), x.shape
         return
     yield nullcontext(), (1, rows, K)
     if isinstance(made, RankPoolLinear):
         return
-    for ids in (([2, 0, -1, 2] * rows)[:rows], [-1] * rows):
+    # Of the tasks, only that of id 2 trains.
+    for ids in (([2, 2 if made.training else 0, -1, 2] * rows)[:rows], [-1] * rows):
         yield lilora_kernels.route(made, torch.tensor(ids)), (rows, K)
 
 
@@ -280,7 +281,7 @@ def use_all(made, rows, dtype):
     if isinstance(made, torch.nn.Sequential) and rows < 64:
         for reentrant in (True, False):
             x = torch.randn(rows, K, dtype=dtype, requires_grad=True)
-            shared = routes_of(made)
+            shared = tasks_of(made)
             shared.routed = False  # an earlier forward's route is not this one's
             context = {} if reentrant else {"context_fn": shared.checkpoint_context}
             torch.utils.checkpoint.checkpoint(made, x, use_reentrant=reentrant, **context).sum().backward()
@@ -312,7 +313,7 @@ def test_pools_are_left_as_they_were(variants, monkeypatch):
     for layer in (routed_by_row(), pooled(snapshot=True)):
         layer.train()
         before = {n: t.clone() for n, t in layer.state_dict().items()}, torch.get_rng_state(), layer._gathered
-        seen = layer.routes.seen, layer.routes.routed, layer.routes.current
+        seen = layer.model_tasks.seen, layer.model_tasks.routed, layer.model_tasks.current
         # One choice and one for each sample, of the layer and of its teacher; in evaluation, and in training with an input
         # that wants a gradient and with one that does not.
         assert lilora_kernels.warmup(layer) == 3 * (4 if layer.snapshot else 2)
@@ -320,7 +321,7 @@ def test_pools_are_left_as_they_were(variants, monkeypatch):
             assert torch.equal(tensor, before[0][name])
         assert torch.equal(torch.get_rng_state(), before[1])
         assert layer._gathered is before[2]
-        assert (layer.routes.seen, layer.routes.routed, layer.routes.current) == seen
+        assert (layer.model_tasks.seen, layer.model_tasks.routed, layer.model_tasks.current) == seen
         assert all(module.training for module in layer.modules())
         assert all(parameter.grad is None for parameter in layer.parameters())
 

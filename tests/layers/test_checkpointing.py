@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lilora_kernels import LiLoRALinear, attach, route
+from lilora_kernels.context import tasks_of
 from lilora_kernels.linear import set_task
-from lilora_kernels.routing import routes_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
@@ -82,7 +82,7 @@ def test_a_forward_without_ids_between_routed_ones(reentrant):
     for kind in (None, reentrant):
         model = trained(reentrant=kind)
         set_task(model, "where")
-        losses = [loss(model, inputs, names) for names in (FIRST, None, SECOND)]
+        losses = [loss(model, inputs, names) for names in ([None, "where"], None, SECOND)]
         for value in losses:
             value.backward()
         found.append(gradients(model))
@@ -90,7 +90,7 @@ def test_a_forward_without_ids_between_routed_ones(reentrant):
 
 
 @REENTRANT
-@pytest.mark.parametrize("names", [FIRST, None], ids=["routed", "active"])
+@pytest.mark.parametrize("names", [["count", None], None], ids=["routed", "active"])
 def test_a_task_set_between_forward_and_backward_raises(reentrant, names):
     model = trained(reentrant=reentrant)
     set_task(model, "count")
@@ -98,8 +98,8 @@ def test_a_task_set_between_forward_and_backward_raises(reentrant, names):
     set_task(model, "where")
     with pytest.raises(RuntimeError, match="active task was set between a forward and its backward"):
         value.backward()
-    assert routes_of(model).current is None
-    loss(model, batch([1, 1]), names).backward()
+    assert tasks_of(model).current is None
+    loss(model, batch([1, 1]), names and SECOND).backward()
 
 
 def test_without_checkpointing_it_raises_too():
@@ -187,7 +187,7 @@ def by_hand(model, **options):
 @DROPOUT
 def test_by_hand_with_the_context_of_the_routes(dropout):
     x, found = torch.randn(2, 3, 12, requires_grad=True), []
-    for kind in (stack, lambda p: (m := stack(p)) and by_hand(m, context_fn=routes_of(m).checkpoint_context)):
+    for kind in (stack, lambda p: (m := stack(p)) and by_hand(m, context_fn=tasks_of(m).checkpoint_context)):
         model = kind(dropout)
         torch.manual_seed(2)
         losses = [model(x, task_ids=names).square().mean() for names in (FIRST, SECOND)]
@@ -203,7 +203,7 @@ def test_by_hand_without_it_raises(reentrant):
     model, x = stack(), torch.randn(2, 3, 12, requires_grad=True)
     model.wrapper = functools.partial(checkpoint, use_reentrant=reentrant)
     value = model(x, task_ids=FIRST).square().mean()
-    with pytest.raises(RuntimeError, match=r"recomputed without the route of its forward.*context_fn=routes_of"):
+    with pytest.raises(RuntimeError, match=r"recomputed without the route of its forward.*context_fn=tasks_of"):
         value.backward()
 
 
@@ -212,7 +212,7 @@ def test_by_hand_without_it_raises_even_after_a_forward_without_route(reentrant)
     model, x = stack(), torch.randn(2, 3, 12, requires_grad=True)
     set_task(model, "count")
     model.wrapper = functools.partial(checkpoint, use_reentrant=reentrant)
-    value = model(x, task_ids=FIRST).square().mean()
+    value = model(x, task_ids=["count", None]).square().mean()
     model(x)
     with pytest.raises(RuntimeError, match="recomputed without the route of its forward"):
         value.backward()

@@ -3,6 +3,8 @@
 Every figure is a ceiling. Lower it when a change does better; raise it only with a reason.
 """
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +14,11 @@ from tiny_llava import IMAGE, TASKS, batch, randomise, tiny_llava
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from lilora_kernels import LiLoRALinear, attach, route
+from lilora_kernels import LiLoRALinear, attach, freeze, route
 from lilora_kernels.linear import set_task
 
 R, S = 8, 4
+COLUMNS = 24
 FLOAT, ID, SEED = 4, 4, 8  # bytes of an fp32 element, of a row's task id, of a dropout seed
 
 
@@ -93,8 +96,9 @@ def test_operations_of_each_further_task(train, forward, backward):
     [
         # seven a layer, in place of the product with the base weight
         (TASKS[:1], None, 8 * 6),
-        # five to turn ids of samples into ids of rows, not for every layer; two a layer to group them; the second task
-        (TASKS, ["read", "count"], 8 * 6 + 5 + 8 * 2 + 38),
+        # five to turn ids of samples into ids of rows, not for every layer; three stacks a layer and two to group the rows;
+        # the second task
+        (TASKS, ["read", "count"], 8 * 6 + 5 + 8 * 5 + 38),
     ],
 )
 def test_operations_of_a_whole_model(active, names, limit):
@@ -105,7 +109,7 @@ def test_operations_of_a_whole_model(active, names, limit):
     for tasks, options in (((), {}), (active, {} if names is None else {"task_ids": names})):
         set_task(model, *tasks)
         with torch.no_grad():
-            model(**inputs, **options)  # gathers the bank
+            model(**inputs, **options)
             with Operations() as found:
                 model(**inputs, **options)
         seen.append(found)
@@ -347,3 +351,47 @@ def test_images_cost_no_graph_break():
     found = torch._dynamo.explain(model)(**inputs, task_ids=torch.tensor([0, 1]))
     assert found.break_reasons == []
     assert found.graph_count == 1
+
+
+# --- the host -----------------------------------------------------------------------------------------------------------
+
+
+def python_calls(function):
+    """How many Python functions a call of `function` enters, the second time."""
+    function()
+    calls = []
+    sys.setprofile(lambda frame, event, argument: calls.append(frame.f_code) if event == "call" else None)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return len(calls)
+
+
+def served(tasks, deleted=0, frozen=False):
+    model = nn.Sequential(
+        *(LiLoRALinear(nn.Linear(COLUMNS, COLUMNS).requires_grad_(False), R, S) for _ in range(2))
+    ).eval()
+    for layer in model:
+        for t in range(deleted):
+            layer.add_task(f"old{t}")
+            layer.delete_task(f"old{t}")
+        for t in range(tasks):
+            layer.add_task(f"t{t}")
+    attach(model)
+    if frozen:
+        freeze(model)
+    ids = torch.tensor([deleted + t % tasks for t in range(8)], dtype=torch.int32)
+
+    def run(**options):
+        with torch.no_grad():
+            model(torch.zeros(8, 1, COLUMNS), **options)
+
+    return python_calls(run), python_calls(lambda: run(task_ids=ids))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_python_calls_of_a_forward_do_not_grow_with_tasks(frozen):
+    one, mixed = served(8, frozen=frozen)
+    assert served(64, frozen=frozen) == (one, mixed)
+    assert served(8, deleted=64, frozen=frozen) == (one, mixed)

@@ -89,9 +89,9 @@ def test_fp32_adapters_on_a_bf16_base():
 
 
 def test_task_ids_mix_tasks_row_by_row():
-    made, x = layer(), torch.randn(5, 3, K)
+    made, x = layer().eval(), torch.randn(5, 3, K)
     names = ["birds", None, "cats", "dogs", "cats"]
-    ids = torch.tensor([-1 if n is None else made.routes.id_of(n) for n in names], dtype=torch.int32)
+    ids = torch.tensor([-1 if n is None else made.model_tasks.id_of(n) for n in names], dtype=torch.int32)
     y = made(x, task=ids)
     close(y, torch.stack([expected(made, row, name) for row, name in zip(x, names, strict=True)]))
     close(made(x[:, 0], task=ids), y[:, 0])
@@ -119,11 +119,11 @@ def test_dropout_acts_in_training_only_and_follows_the_generator():
 
 
 def test_ids_stay_when_another_task_is_deleted():
-    made, x = layer(), torch.randn(3, K)
+    made, x = layer().eval(), torch.randn(3, K)
     birds = expected(made, x[:1], "birds")
     made.delete_task("dogs")
     made.add_task("fish")
-    assert [made.routes.id_of(name) for name in made.tasks] == [0, 2, 3]
+    assert [made.model_tasks.id_of(name) for name in made.tasks] == [0, 2, 3]
     close(
         made(x, task=torch.tensor([2, -1, 3])),
         torch.cat([birds, made.base_layer(x[1:2]), expected(made, x[2:], "fish")]),
@@ -136,8 +136,42 @@ def test_ids_on_an_accelerator_that_belong_to_no_task_mean_no_adapter():
     made = layer()
     made.delete_task("dogs")
     # Values of ids on an accelerator are never read, so the table itself has to be safe.
-    rows = torch.tensor([0, 1, 2, 3, 99, -1, -7], dtype=torch.int32)
-    assert made._positions(rows).tolist() == [0, -1, 1, -1, -1, -1, -1]
+    ids = torch.tensor([0, 1, 2, 3, 99, -1, -7], dtype=torch.int32)
+    assert made.model_tasks.positions(ids, training=False).tolist() == [0, -1, 1, -1, -1, -1, -1]
+    # In training a task that is not active gets a position that does not exist: its rows become NaN.
+    assert made.model_tasks.positions(ids, training=True).tolist() == [0, -1, 1, -1, -1, -1, -1]
+
+
+def test_samples_of_a_task_that_does_not_train_are_refused_in_training_alone():
+    made, x, ids = layer(), torch.randn(3, K), torch.tensor([0, 2, -1])
+    with pytest.raises(
+        ValueError, match=r"samples of task 'birds', and \['cats'\] train; make all tasks of a training batch"
+    ):
+        made(x, task=ids)
+    wanted = torch.stack([expected(made, row, name) for row, name in zip(x, ("cats", "birds", None), strict=True)])
+    with torch.no_grad():
+        close(made(x, task=ids), wanted)
+    close(made.eval()(x, task=ids), wanted)
+    made.train().set_task("cats", train=False)
+    close(made(x, task=ids), wanted)
+    made.set_task("cats", "birds")
+    close(made(x, task=ids), wanted)
+
+
+def test_mixed_training_saves_the_factors_of_the_tasks_that_train():
+    def saved(tasks):
+        made, found = layer(tasks), {}
+
+        def pack(tensor):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        made.set_task("a", "b")
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            made(torch.randn(4, K), task=torch.tensor([0, 1, -1, 1]))
+        return sum(found.values())
+
+    assert saved(("a", "b")) == saved(("a", "b", *(f"t{i}" for i in range(62))))
 
 
 def test_deleting_the_active_task_leaves_the_base_and_deleting_another_leaves_grads_alone():
@@ -156,7 +190,7 @@ def test_a_name_can_be_used_again_under_a_new_id():
     made = layer()
     made.delete_task("dogs")
     made.add_task("dogs")
-    assert made.routes.id_of("dogs") == 3
+    assert made.model_tasks.id_of("dogs") == 3
     assert made.tasks == ["cats", "birds", "dogs"]
 
 
@@ -279,7 +313,7 @@ def test_inactive_tasks_get_no_gradient():
 def test_tasks_that_train_together_but_are_absent_get_zeros():
     made = layer()
     made.set_task("cats", "birds")
-    made(torch.randn(4, K), task=torch.tensor([0, -1, 0, 1])).square().sum().backward()
+    made(torch.randn(4, K), task=torch.tensor([0, -1, 0, 0])).square().sum().backward()
     for factors in (made.lilora_U, made.lilora_V, made.lilora_fusion):
         assert factors["cats"].grad.abs().sum() > 0
         assert torch.count_nonzero(factors["birds"].grad) == 0
@@ -505,3 +539,65 @@ def test_a_bank_gathered_in_inference_mode_serves_a_later_backward():
 def test_repr_tells_the_settings():
     assert "r=8, sub_rank=4" in repr(layer())
     assert "tasks=['cats', 'dogs', 'birds'], active=['cats']" in repr(layer())
+
+
+# --- layers of a model -------------------------------------------------------------------------------------------------
+
+
+def two_layers(tasks=("cats", "dogs")):
+    model = nn.Sequential(layer(tasks, nn.Linear(K, K)), layer(tasks, nn.Linear(K, K))).eval()
+    lilora_kernels.attach(model)
+    return model
+
+
+def test_a_task_set_on_one_layer_is_that_layers_alone():
+    model, x = two_layers(), torch.randn(3, K)
+    model[0].set_task("dogs")
+    close(model(x), expected(model[1], expected(model[0], x, "dogs").float(), "cats"))
+    assert model[1].lilora_U["cats"].requires_grad
+    assert not model[0].lilora_U["cats"].requires_grad
+    for each in model:
+        each.add_task("birds")
+        each.set_task("birds")
+    assert [each.active for each in model] == [("birds",)] * 2
+
+
+def test_a_task_of_one_layer_alone_is_named():
+    model = two_layers()
+    model[0].add_task("fish")
+    with pytest.raises(ValueError, match=r"a layer does not have the tasks \['fish'\] of this batch"), torch.no_grad():
+        model(torch.randn(2, K), task_ids=["fish", "cats"])
+
+
+def test_what_changes_inside_a_route_counts():
+    model, x = two_layers(), torch.randn(2, K)
+    with lilora_kernels.route(model, ["cats", "dogs"]), torch.no_grad():
+        model(x)
+        for each in model:
+            each.delete_task("dogs")
+        with pytest.raises(ValueError, match="the task with the id 1 was deleted"):
+            model(x)
+    with lilora_kernels.route(model, ["cats", "cats"]):
+        model.train()(x)
+        for each in model:
+            each.add_task("birds")
+            each.set_task("birds")
+        with pytest.raises(ValueError, match="samples of task 'cats'"):
+            model(x)
+
+
+def test_a_layer_without_tasks_is_cast():
+    made = layer(()).to(torch.float64)
+    made.add_task("cats")
+    assert made.lilora_A["cats"].dtype == torch.float64
+    made.delete_task("cats")
+    made.to(torch.float32)
+
+
+def test_a_factor_replaced_for_one_call_is_seen():
+    made, x = layer(), torch.randn(3, K)
+    for name in ("lilora_A", "lilora_B", "lilora_U", "lilora_V", "lilora_fusion"):
+        before = made(x)
+        values = {f"{name}.cats": torch.randn_like(getattr(made, name)["cats"])}
+        assert not torch.equal(torch.func.functional_call(made, values, (x,)), before)
+        assert torch.equal(made(x), before)

@@ -425,3 +425,14 @@ def test_any_activation_module_will_do():
         each[0].act_fn = nn.PReLU(dtype=torch.float64)
     x = torch.randn(4, K).double()
     same(step(fused, x), step(apart, x))
+
+
+def test_layers_that_stack_other_tasks_are_computed_apart():
+    fused, apart = twins()
+    for each in (fused, apart):
+        tasks = each[0].gate_proj.tasks[:2]
+        set_task(each, *tasks)
+        for parameter in each[0].gate_proj.parameters():
+            parameter.requires_grad_(False)
+    x, ids = torch.randn(4, K).double(), torch.tensor([1, 0, 1, 1])
+    same((fused.train()(x, task_ids=ids),), (apart.train()(x, task_ids=ids),))

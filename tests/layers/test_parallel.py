@@ -122,7 +122,6 @@ def mixed_inference(rank: int) -> None:
         for m, optimizer in zip((model, twin), optimizers, strict=True):
             optimizer.zero_grad()
             m(x[0], task_ids=tasks[0]).square().mean().backward()
-            assert m[0]._bank is None  # FSDP2 may gather the new values at the old address, under the old version
             optimizer.step()
     with torch.no_grad(), route(model, tasks[1]):
         torch.testing.assert_close(model(x[0]), twin(x[0], task_ids=tasks[1]), rtol=1e-5, atol=1e-6)

@@ -8,9 +8,10 @@ from accelerate import dispatch_model
 from tiny_llava import PATCHES, TASKS, batch, randomise, sample, tiny_llava
 from torch import nn
 
-from lilora_kernels import LiLoRALinear, Route, attach, route
+from lilora_kernels import BatchContext, LiLoRALinear, attach, linear, route
+from lilora_kernels.context import tasks_of
 from lilora_kernels.linear import set_task
-from lilora_kernels.routing import detach, layers_of, routes_of, sees_images
+from lilora_kernels.routing import detach, sees_images
 
 BATCHES = {
     "one image each": [1, 1, 1, 1],
@@ -20,6 +21,10 @@ BATCHES = {
     "no image at all": [0, 0, 0, 0],
 }
 NAMES = ["where", "read", None, "count"]
+
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, LiLoRALinear)]
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +163,13 @@ def test_generation_follows_the_tasks(model, images, options):
         assert torch.equal(model.generate(**inputs, **options), got)
 
 
-def test_generation_gathers_the_bank_once_and_sees_weights_that_changed_before_it(monkeypatch):
+def test_generation_stacks_factors_once_and_sees_weights_that_changed_before_it(monkeypatch):
     model, inputs = tiny_llava(), batch([1, 1])
-    calls = []
-    publish = LiLoRALinear.publish
-    monkeypatch.setattr(LiLoRALinear, "publish", lambda layer: (calls.append(layer), publish(layer)))
+    calls, stack = [], linear.stacked
+    monkeypatch.setattr(linear, "stacked", lambda *arguments: calls.append(arguments) or stack(*arguments))
     options = {"task_ids": ["where", "read"], "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     first = model.generate(**inputs, **options)
-    assert len(calls) == len(layers_of(model))  # not once for each of five tokens
+    assert len(calls) == 3 * len(layers_of(model))  # of U, V and fusion, not once for each of five tokens
     with torch.no_grad():
         for layer in layers_of(model):
             layer.lilora_U["where"].mul_(-3)
@@ -178,6 +182,27 @@ def test_generation_gathers_the_bank_once_and_sees_weights_that_changed_before_i
         for layer in layers_of(model):
             layer.lilora_U["where"].mul_(-3)
     assert not torch.equal(logits(model, inputs, task_ids=["where", "read"])[0, -1], logits_now)
+
+
+def test_generations_inside_a_route_see_what_was_written_between_them():
+    model, inputs, names = tiny_llava(), batch([1, 1]), ["where", "read"]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with route(model, names):
+        first = model.generate(**inputs, **options)
+        with torch.no_grad():
+            for layer in layers_of(model):
+                layer.lilora_U["where"].mul_(-3)
+        second = model.generate(**inputs, **options)
+        assert tasks_of(model).current.stacks == {}
+    assert not torch.equal(first, second)
+    assert torch.equal(second, model.generate(**inputs, task_ids=names, **options))
+
+
+def test_ids_given_inside_a_route_count(model):
+    inputs, more = batch([1, 1]), batch([0, 1, 1])
+    with route(model, ["where", "read"]):
+        close(logits(model, more, task_ids=NAMES[:3]), logits(model, more, task_ids=NAMES[:3]))
+        close(logits(model, inputs), logits(model, inputs, task_ids=["where", "read"]))
 
 
 def test_generation_sees_shared_factors_that_a_loader_replaced():
@@ -244,7 +269,7 @@ def test_bad_task_ids(model, ids, error, why):
         logits(model, inputs, task_ids=ids)
     with pytest.raises(error, match=why):
         model.generate(**inputs, task_ids=ids, max_new_tokens=2)
-    assert routes_of(model).current is None
+    assert tasks_of(model).current is None
 
 
 def test_images_that_the_route_does_not_explain_raise_with_both_counts(model):
@@ -252,16 +277,18 @@ def test_images_that_the_route_does_not_explain_raise_with_both_counts(model):
     inputs["input_ids"][0, 1] = 5
     with pytest.raises(ValueError, match=r"\[2, 4\] rows.*\[3, 4\] image tokens or tiles \(in all 7\) in 2 samples"):
         logits(model, inputs, task_ids=["read", "count"])
-    with (
-        pytest.raises(ValueError, match=r"\[2, 4\] rows.*does not know how many image tokens"),
-        route(model, ["read", "count"]),
-    ):
-        logits(model, batch([1, 1]))
+
+
+def test_a_route_without_units_takes_them_from_the_batch(model):
+    inputs, names = batch([2, 0]), ["read", "count"]
+    wanted = logits(model, inputs, task_ids=names)
+    with route(model, names):
+        close(logits(model, inputs), wanted)
 
 
 def test_a_batch_of_another_size_than_the_route_raises_with_both_counts(model):
     with (
-        pytest.raises(ValueError, match=r"\[3, 12\] rows, but the route has 2 samples"),
+        pytest.raises(ValueError, match=r"task_ids has the shape \[2\]; it must be \[3\]"),
         route(model, ["read", "count"]),
     ):
         logits(model, batch([0, 0, 0]))
@@ -285,25 +312,25 @@ def test_layers_with_other_tasks_cannot_share_a_route():
 
 @pytest.mark.parametrize("units", [[8, 0, 4], torch.tensor([8, 0, 4])], ids=["eager", "in-graph"])
 def test_packed_rows(units):
-    r = Route(torch.tensor([7, 8, 9], dtype=torch.int32), units=units)
-    assert r.vision_rows(torch.empty(3, 4, 5)).tolist() == [7] * 8 + [9] * 4
-    assert r.vision_rows(torch.empty(12, 5)).tolist() == [7] * 8 + [9] * 4
-    assert r.vision_rows(torch.empty(24, 5)).tolist() == [7] * 16 + [9] * 8
+    r = BatchContext(torch.tensor([7, 8, 9], dtype=torch.int32), units=units)
+    assert r.rows(torch.empty(3, 4, 5), vision=True).tolist() == [7] * 8 + [9] * 4
+    assert r.rows(torch.empty(12, 5), vision=True).tolist() == [7] * 8 + [9] * 4
+    assert r.rows(torch.empty(24, 5), vision=True).tolist() == [7] * 16 + [9] * 8
     # A vision tower's class token: 5 rows per image for 4 image tokens.
-    assert r.vision_rows(torch.empty(3, 5, 5)).tolist() == [7] * 10 + [9] * 5
+    assert r.rows(torch.empty(3, 5, 5), vision=True).tolist() == [7] * 10 + [9] * 5
     for shape in [(2, 4, 5), (13, 5), (5, 5, 5)]:
         with pytest.raises((ValueError, RuntimeError), match=r"image tokens .* do not explain"):
-            r.vision_rows(torch.empty(*shape))
+            r.rows(torch.empty(*shape), vision=True)
 
 
 def test_flattened_text_rows():
-    r = Route(torch.tensor([1, 0], dtype=torch.int32), length=3)
-    assert r.text_rows(torch.empty(2, 3, 4)).tolist() == [1, 1, 1, 0, 0, 0]
-    assert r.text_rows(torch.empty(6, 4)).tolist() == [1, 1, 1, 0, 0, 0]
-    assert r.text_rows(torch.empty(2, 3, 2, 4)).tolist() == [1] * 6 + [0] * 6
+    r = BatchContext(torch.tensor([1, 0], dtype=torch.int32), length=3)
+    assert r.rows(torch.empty(2, 3, 4), vision=False).tolist() == [1, 1, 1, 0, 0, 0]
+    assert r.rows(torch.empty(6, 4), vision=False).tolist() == [1, 1, 1, 0, 0, 0]
+    assert r.rows(torch.empty(2, 3, 2, 4), vision=False).tolist() == [1] * 6 + [0] * 6
     for shape in [(2, 4), (5, 4), (3, 2, 4)]:
         with pytest.raises(ValueError, match="but the route has 2 samples of 3 tokens"):
-            r.text_rows(torch.empty(*shape))
+            r.rows(torch.empty(*shape), vision=False)
 
 
 # --- models apart -----------------------------------------------------------------------------------------------------
@@ -320,15 +347,15 @@ def test_a_copy_of_an_attached_model_routes_on_its_own(model):
     twin, inputs, names = copy.deepcopy(model), batch([2, 0]), ["count", "where"]
     wanted = logits(model, inputs, task_ids=names)
     close(logits(twin, inputs, task_ids=names), wanted)
-    assert routes_of(twin) is not routes_of(model)
-    assert {layer.routes for layer in layers_of(twin)} == {routes_of(twin)}
+    assert tasks_of(twin) is not tasks_of(model)
+    assert {layer.model_tasks for layer in layers_of(twin)} == {tasks_of(twin)}
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
     assert torch.count_nonzero(logits(twin, inputs, task_ids=names)) == 0
     close(logits(model, inputs, task_ids=names), wanted)
     with route(model, ["count"]):
-        assert routes_of(twin).current is None
+        assert tasks_of(twin).current is None
 
 
 def test_a_forward_that_accelerate_put_on_the_instance_is_routed_too():

@@ -96,7 +96,7 @@ def test_queries_are_the_mean_of_the_prompts_words_and_of_the_images_class_token
     method, images = pclr(), [1, 0, 2]
     inputs = batch(images)
     inputs["attention_mask"][1, :3] = 0
-    query = method.routes.queries(method.model, inputs)
+    query = method.pool_tasks.queries(method.model, inputs)
     embedding = method.model.get_input_embeddings().weight
     tower = method.model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 0]
     pictures = iter(tower)
@@ -118,7 +118,7 @@ def test_a_forward_sees_the_queries_of_its_own_batch():
     method, inputs = learned(1), batch([1, 0, 1])
     with torch.no_grad():
         method.model(**inputs)
-    seen, wanted = method.routes.last.query(), method.routes.queries(method.model, inputs)
+    seen, wanted = method.pool_tasks.last.query(), method.pool_tasks.queries(method.model, inputs)
     assert torch.equal(seen.text, wanted.text)
     assert torch.equal(seen.vision, wanted.vision)
 
@@ -321,16 +321,16 @@ def test_teacher_of_an_integration_is_the_pool_as_it_was(fake_queries):
     inputs = {name: value for name, value in batch().items() if name != "labels"}
     before = method.experts()
     query = Query(method.queries.text[:1], method.queries.vision[:1])
-    with torch.no_grad(), method.routes.querying(query):
+    with torch.no_grad(), method.pool_tasks.querying(query):
         wanted = method.model(**inputs).logits
     integrate, _ = method.stages("next")
     assert integrate.name == "integrate"
     method.begin(integrate, lambda samples: iter([]))
     assert method.experts() < before
     with torch.no_grad():
-        with method.routes.querying(query, snapshot=True):
+        with method.pool_tasks.querying(query, snapshot=True):
             teacher = method.model(**inputs).logits
-        with method.routes.querying(query):
+        with method.pool_tasks.querying(query):
             student = method.model(**inputs).logits
     torch.testing.assert_close(teacher, wanted)
     assert (student - wanted).abs().max() > 1e-4
@@ -338,7 +338,7 @@ def test_teacher_of_an_integration_is_the_pool_as_it_was(fake_queries):
         for parameter in method.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        with method.routes.querying(query, snapshot=True):
+        with method.pool_tasks.querying(query, snapshot=True):
             torch.testing.assert_close(method.model(**inputs).logits, wanted)
 
 
@@ -401,9 +401,9 @@ def test_integration_brings_the_student_to_the_teacher():
         for i in range(len(method.fakes.text)):
             query = Query(method.fakes.text[i : i + 1], method.fakes.vision[i : i + 1])
             with torch.no_grad():
-                with method.routes.querying(query, snapshot=True):
+                with method.pool_tasks.querying(query, snapshot=True):
                     teacher = method.model(**data[0]).logits
-                with method.routes.querying(query):
+                with method.pool_tasks.querying(query):
                     total += divergence(method.model(**data[0]).logits, teacher).mean().item() / len(method.fakes.text)
         return total
 
@@ -441,7 +441,7 @@ def test_new_ranks_start_as_the_nearest_old_ones():
     method = learned(1, key_init="mean", query="two")
     data = [batch() for _ in range(3)]
     old = {path: [t.clone() for t in layer.part("new")] for path, layer in method.layers.items()}
-    found = [method.routes.queries(method.model, inputs) for inputs in data]
+    found = [method.pool_tasks.queries(method.model, inputs) for inputs in data]
     text = normalize(torch.cat([q.text for q in found]).mean(0), dim=0)
     vision = normalize(torch.cat([q.vision for q in found]).mean(0), dim=0)
     scores = {}
@@ -461,7 +461,7 @@ def test_new_ranks_start_as_the_nearest_old_ones():
 @pytest.mark.parametrize("key_loss", ["top_r", "all_new"])
 def test_key_loss(key_loss):
     method = learned(2, key_loss=key_loss, query="two")
-    query = method.routes.queries(method.model, batch([1, 0, 1]))
+    query = method.pool_tasks.queries(method.model, batch([1, 0, 1]))
     total = 0.0
     for pool in method.pools.values():
         if key_loss == "all_new":

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 
 import lilora_kernels
 from lilora_kernels import backends, functional
-from lilora_kernels.ops.call import Call
 from lilora_kernels.ops.delta import eager, reference
 from lilora_kernels.ops.philox import keep_scale
+from lilora_kernels.ops.schema import AdapterArgs
 
 AXES = {
     "rows": [0, 1, 2, 17, 63, 64, 65, 127, 300],
@@ -94,8 +94,8 @@ def test_any_shape_any_subset_of_gradients(
     names = [n for n in i.differentiable() if n in wanted]
     ours, wide = i.leaves(names), i.leaves(names)
     seed = torch.tensor([rows * 7 + columns])
-    call = Call(i.a, i.b0, i.u, i.v, i.fusion, i.task, i.gate, i.gate_row, seed, SCALING, p, None)
-    keep = None if p == 0 else eager.dropout_mask(rows, columns, i.x.dtype, call).bool()
+    args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, i.task, i.gate, i.gate_row, seed, SCALING, p, None)
+    keep = None if p == 0 else eager.dropout_mask(rows, columns, i.x.dtype, args).bool()
     truth = oracle(wide, SCALING, keep, keep_scale(p))
     if op == "linear":
         weight, bias = base(i)
@@ -415,18 +415,13 @@ def test_an_order_holds_in_every_thread():
 
 @pytest.mark.parametrize("coefficients", AXES["coefficients"])
 def test_the_path_for_other_devices_gives_the_same(coefficients, monkeypatch):
-    """Without host access every task gets all rows and a mask; forced here on the CPU."""
-
-    def masked(call):
-        tasks = 1 if call.u is None else call.u.shape[0]
-        return None, [(t, slice(None), (call.task == t).unsqueeze(1)) for t in range(tasks)]
-
+    """Where the host does not see ids every task gets all rows and a mask; forced here on the CPU."""
     i = make(coefficients=coefficients, gate=True)
     grouped, all_rows = i.leaves(), i.leaves()
     want = functional.delta(*adapter(grouped), **options(grouped))
     dy = torch.randn_like(want)
     wanted = gradients(want, grouped, NAMES, dy)
-    monkeypatch.setattr(eager, "row_groups", masked)
+    monkeypatch.setattr(eager, "seen_by_host", lambda tensor: False)
     got = functional.delta(*adapter(all_rows), **options(all_rows))
     torch.testing.assert_close(got, want)
     for name, grad in gradients(got, all_rows, NAMES, dy).items():

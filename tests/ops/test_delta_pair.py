@@ -116,5 +116,5 @@ def test_bases_that_do_not_fit():
         run(bases=[bases[1], bases[0]])
     with pytest.raises(TypeError, match=r"use torch\.autocast"):
         run(bases=[(bases[0][0].bfloat16(), None), bases[1]])
-    with pytest.raises(ValueError, match="the bases are frozen here"):
+    with pytest.raises(ValueError, match="the base is frozen here"):
         run(bases=[(bases[0][0].requires_grad_(), None), bases[1]])

@@ -13,9 +13,9 @@ from triton.runtime.jit import create_function_from_signature
 
 from lilora_kernels import resources
 from lilora_kernels.ops import barrier, triton_runtime
-from lilora_kernels.ops.call import DIFFERENTIABLE
 from lilora_kernels.ops.delta import triton_backend
 from lilora_kernels.ops.rank_gate import triton_backend as rank_gate
+from lilora_kernels.ops.schema import DIFFERENTIABLE, AdapterArgs
 
 LAUNCHES = [(arch, *launch) for arch in resources.SHARED_MEMORY for launch in resources.launches(arch)]
 
@@ -101,9 +101,9 @@ def test_variants_do_not_multiply_with_the_number_of_rows(monkeypatch):
     monkeypatch.setattr(triton_backend, "run", recording)
     for rows in range(1, 65):
         i = make(rows=rows, columns=128, outputs=96, rank=16, sub_rank=8, tasks=1 + rows % 7, dtype=torch.float16)
-        call = triton_backend.Call(i.a, i.b0, i.u, i.v, i.fusion, i.task, None, None, None, 1.0, 0.0, None)
-        _, h = triton_backend.forward(i.x, call)
-        triton_backend.backward(torch.randn(rows, 96).half(), i.x, h, call, frozenset(DIFFERENTIABLE) - {"gate"})
+        args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, i.task, None, None, None, 1.0, 0.0, None)
+        _, h = triton_backend.forward(i.x, args)
+        triton_backend.backward(torch.randn(rows, 96).half(), i.x, h, args, frozenset(DIFFERENTIABLE) - {"gate"})
     assert len(variants) == 2
 
 
@@ -157,9 +157,9 @@ def test_calls_of_the_same_shapes_are_one_variant(shift, fresh_slots, monkeypatc
     for by, p, ranks in ((0, 0.5, None), (shift, 0.1, (1, 16)), (shift, 0.3, (0, 1))):
         task, gate_row, fusion = (cut(t, by) for t in (i.task, i.gate_row, i.fusion))
         seed = cut(torch.tensor([1]), by)
-        call = triton_backend.Call(i.a, i.b0, i.u, i.v, fusion, task, i.gate, gate_row, seed, 1.0, p, ranks)
-        _, h = triton_backend.forward(i.x, call)
-        triton_backend.backward(torch.randn(40, 96).half(), i.x, h, call, frozenset(DIFFERENTIABLE))
+        args = AdapterArgs(i.a, i.b0, i.u, i.v, fusion, task, i.gate, gate_row, seed, 1.0, p, ranks)
+        _, h = triton_backend.forward(i.x, args)
+        triton_backend.backward(torch.randn(40, 96).half(), i.x, h, args, frozenset(DIFFERENTIABLE))
     assert {kernel.__name__: len(keys) for kernel, keys in variants.items()} == {
         "delta_forward": 1,
         "delta_backward": 1,

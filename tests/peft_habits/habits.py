@@ -203,13 +203,13 @@ def expected_learning(model, *what):
 def state_of(model):
     """All that a refused change must leave as it was."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    routes = inner.__dict__.get("lilora_routes")
+    tasks = inner.__dict__.get("lilora_tasks")
     return {
         "values": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "learning": {name: p.requires_grad for name, p in model.named_parameters()},
         "modules": {name: type(module) for name, module in model.named_modules()},
         "attributes": set(inner.__dict__),
-        "tasks": None if routes is None else list(routes.tasks),
+        "tasks": None if tasks is None else list(tasks.names),
         "configs": list(getattr(model, "peft_config", {})),
         "active": {name: layer.active for name, layer in adapted_layers(model).items()},
     }

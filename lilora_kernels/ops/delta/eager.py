@@ -1,17 +1,21 @@
-"""The fast torch path: dense h over all rows whatever the mix of tasks, and a second factor per group of rows."""
+"""The composed plan in torch operations: dense products over all rows, and a second factor for every run of rows of one task.
+
+A task's M_t = f B0 + e U V is formed where its rows are many (that costs N R S); else the factors are applied one after the
+other (about (N + R) S a row).
+"""
 
 from collections.abc import Callable
 from functools import cache, wraps
-from itertools import accumulate, pairwise
+from itertools import accumulate
+from math import exp
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..call import Call
 from ..philox import keep_mask, keep_scale, threshold
+from ..schema import AdapterArgs
 
-Group = tuple[int, slice, Tensor | None]
-FEW_ROWS = 64  # up to here tasks of unequal length are padded to one batched product
 LONG_RUN = 32  # mean rows per run of equal ids from which a product per run is cheaper than permuting [M, N]
 
 
@@ -30,28 +34,29 @@ def in_given_dtypes(function: Callable) -> Callable:
 
 
 @in_given_dtypes
-def forward(x: Tensor, call: Call, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y = bias + delta, and h."""
-    wide = x.to(working_dtype(x))
-    h = shrink(wide, call)
-    y = wide.new_empty(x.shape[0], call.b0.shape[0])
-    expand(gated(h, call), call, bias, y)
-    return y.to(x.dtype), h.to(x.dtype)
+    wide = cast(x, working_dtype(x))
+    h = shrink(wide, adapter)
+    y = expand(gated(h, adapter), adapter, bias)
+    return cast(y, x.dtype), cast(h, x.dtype)
 
 
 @in_given_dtypes
-def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str]) -> dict[str, Tensor]:
+def backward(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
+) -> dict[str, Tensor]:
     dtype = dy.dtype
-    dy, x, h = (t if t is None else t.to(working_dtype(t)) for t in (dy, x, h))
-    grads, dh = backward_up(dy, h, call, needs)
+    dy, x, h = (t if t is None else cast(t, working_dtype(t)) for t in (dy, x, h))
+    grads, dh = backward_up(dy, h, adapter, needs)
     if "x" in needs or "a" in needs:
-        keep = dropout_mask(dy.shape[0], call.a.shape[1], dy.dtype, call)
+        keep = dropout_mask(dy.shape[0], adapter.a.shape[1], dy.dtype, adapter)
         if keep is not None:
-            dh = dh * keep_scale(call.p)
+            dh = dh * keep_scale(adapter.p)
         if "x" in needs:
-            grads["x"] = dx_part(dh, keep, call).to(dtype)
+            grads["x"] = cast(dx_part(dh, keep, adapter), dtype)
         if "a" in needs:
-            grads["a"] = da(dh, dropped(x, keep), call)
+            grads["a"] = da(dh, dropped(x, keep), adapter)
     return grads
 
 
@@ -70,25 +75,30 @@ def has_fast_products(dtype: torch.dtype) -> bool:
     return supported is None or supported()
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `to`, which takes microseconds to find that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 # --- the shared first factor ---------------------------------------------------------------------------------------
 
 
-def dropout_mask(rows: int, columns: int, dtype: torch.dtype, call: Call) -> Tensor | None:
+def dropout_mask(rows: int, columns: int, dtype: torch.dtype, adapter: AdapterArgs) -> Tensor | None:
     """1 where the element is kept, [rows, columns] in `dtype`; None without dropout."""
-    if threshold(call.p) == 0:
+    if threshold(adapter.p) == 0:
         return None
-    if call.seed.device.type != "cpu":
-        return keep_mask(call.seed, rows, columns, call.p).to(dtype)
+    if adapter.seed.device.type != "cpu":
+        return keep_mask(adapter.seed, rows, columns, adapter.p).to(dtype)
     # Four 16-bit draws from each 64-bit word: bernoulli_ takes one word or more for every element.
-    generator = torch.Generator().manual_seed(int(call.seed))
+    generator = torch.Generator().manual_seed(int(adapter.seed))
     words = torch.empty((rows * columns + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     draws = words.view(torch.int16)[: rows * columns].view(rows, columns)
-    return (draws >= threshold(call.p) - 32768).to(dtype)
+    return (draws >= threshold(adapter.p) - 32768).to(dtype)
 
 
-def shrink(x: Tensor, call: Call) -> Tensor:
+def shrink(x: Tensor, adapter: AdapterArgs) -> Tensor:
     """h = D(x) A^T, [M, R] in x's dtype."""
-    return scaled_h(dropped(x, dropout_mask(*x.shape, x.dtype, call)), call)
+    return scaled_h(dropped(x, dropout_mask(*x.shape, x.dtype, adapter)), adapter)
 
 
 def dropped(x: Tensor, keep: Tensor | None) -> Tensor:
@@ -96,34 +106,34 @@ def dropped(x: Tensor, keep: Tensor | None) -> Tensor:
     return x if keep is None else keep.mul_(x)
 
 
-def scaled_h(dropped_x: Tensor, call: Call) -> Tensor:
-    h = dropped_x @ call.a.to(dropped_x.dtype).T
-    return h if threshold(call.p) == 0 else h.mul_(keep_scale(call.p))  # the scale on [M, R], not on [M, K]
+def scaled_h(dropped_x: Tensor, adapter: AdapterArgs) -> Tensor:
+    h = dropped_x @ cast(adapter.a, dropped_x.dtype).T
+    return h if threshold(adapter.p) == 0 else h.mul_(keep_scale(adapter.p))  # the scale on [M, R], not on [M, K]
 
 
-def gated(h: Tensor, call: Call) -> Tensor:
+def gated(h: Tensor, adapter: AdapterArgs) -> Tensor:
     """q = h * g."""
-    if call.gate is None:
+    if adapter.gate is None:
         return h
-    return h * row_gates(call).to(h.dtype)
+    return h * row_gates(adapter).to(h.dtype)
 
 
-def row_gates(call: Call) -> Tensor:
-    return call.gate if call.gate_row is None else call.gate[call.gate_row]
+def row_gates(adapter: AdapterArgs) -> Tensor:
+    return adapter.gate if adapter.gate_row is None else adapter.gate[adapter.gate_row]
 
 
-def dx_part(dh: Tensor, keep: Tensor | None, call: Call) -> Tensor:
+def dx_part(dh: Tensor, keep: Tensor | None, adapter: AdapterArgs) -> Tensor:
     """D'(dh A), [M, K]; dh carries the keep-scale."""
-    dx = dh @ call.a.to(dh.dtype)
+    dx = dh @ cast(adapter.a, dh.dtype)
     return dx if keep is None else dx.mul_(keep)
 
 
-def da(dh: Tensor, dropped_x: Tensor, call: Call) -> Tensor:
+def da(dh: Tensor, dropped_x: Tensor, adapter: AdapterArgs) -> Tensor:
     """dh^T D(x), [R, K] in a's dtype; dh carries the keep-scale."""
-    if call.ranks is None:
-        return (dh.T @ dropped_x).to(call.a.dtype)
-    lo, hi = call.ranks
-    grad = call.a.new_zeros(call.a.shape)
+    if adapter.ranks is None:
+        return cast(dh.T @ dropped_x, adapter.a.dtype)
+    lo, hi = adapter.ranks
+    grad = adapter.a.new_zeros(adapter.a.shape)
     grad[lo:hi] = dh[:, lo:hi].T @ dropped_x
     return grad
 
@@ -131,278 +141,316 @@ def da(dh: Tensor, dropped_x: Tensor, call: Call) -> Tensor:
 # --- the second factor, per task -----------------------------------------------------------------------------------
 
 
-def row_groups(call: Call) -> tuple[Tensor | None, list[Group]]:
-    """Rows of each task as (task, rows, mask), and the permutation that makes tasks contiguous, if one is needed.
+class Run(NamedTuple):
+    """Rows of one task: a slice on a CPU; elsewhere, where the host would have to wait for ids, all rows and a mask [M, 1]."""
 
-    On a CPU the rows of a task are a slice. Elsewhere that would need the host to wait for the device, so every task
-    gets all rows and a mask [M, 1]; the second factor then costs T times as much.
+    task: int
+    rows: slice = slice(None)
+    mask: Tensor | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its rows of a tensor [M, ...]."""
+        return tensor if self.rows == slice(None) else tensor[self.rows]
+
+    def masked(self, tensor: Tensor) -> Tensor:
+        return tensor if self.mask is None else tensor * self.mask
+
+
+def runs_of(adapter: AdapterArgs) -> tuple[Tensor | None, list[Run]]:
+    """The runs of rows of one task, none for rows without a task, and the permutation that makes each task one run.
+
+    Raises ValueError for ids of no task; where the host does not see them their rows become NaN (see `base_share`).
     """
-    if call.task is None:
-        return None, [(0, slice(None), None)]
-    tasks = 1 if call.u is None else call.u.shape[0]
-    if call.task.device.type != "cpu":
-        return None, [(t, slice(None), (call.task == t).unsqueeze(1)) for t in range(tasks)]
-    order, groups = None, runs(call.task)
-    if len({t for t, _, _ in groups}) < len(groups):
-        order = torch.argsort(call.task, stable=True)
-        groups = runs(call.task[order])
-    for t, _, _ in groups:
-        if not -1 <= t < tasks and call.u is not None:
-            raise ValueError(f"task has the id {t}; ids must be in 0..{tasks - 1}, or -1 for rows without an adapter")
-    return order, groups
+    if adapter.task is None:
+        return None, [Run(0)]
+    tasks = adapter.u.shape[0]
+    if not seen_by_host(adapter.task):
+        return None, [Run(t, mask=(adapter.task == t).unsqueeze(1)) for t in range(tasks)]
+    order, runs = None, consecutive(adapter.task)
+    if len({run.task for run in runs}) < len(runs):
+        order = torch.argsort(adapter.task, stable=True)
+        runs = consecutive(adapter.task[order])
+    for run in runs:
+        if not -1 <= run.task < tasks:
+            raise ValueError(
+                f"task has the id {run.task}; ids must be in 0..{tasks - 1}, or -1 for rows without an adapter"
+            )
+    return order, runs
 
 
-def runs(task: Tensor) -> list[Group]:
-    """Stretches of rows with equal ids, in the order of the rows."""
+def seen_by_host(tensor: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def consecutive(task: Tensor) -> list[Run]:
     ids, counts = torch.unique_consecutive(task, return_counts=True)
-    ends = accumulate(lengths := counts.tolist())
-    return [(t, slice(end - n, end), None) for t, n, end in zip(ids.tolist(), lengths, ends, strict=True)]
+    lengths = counts.tolist()
+    return [Run(t, slice(end - n, end)) for t, n, end in zip(ids.tolist(), lengths, accumulate(lengths), strict=True)]
 
 
-def mixing(call: Call) -> tuple[Tensor | None, Tensor | None]:
-    """f [T] and e [T], in fp32 at least; (None, None) stands for 1 and 1."""
-    if call.fusion is None:
-        return None, None
-    f = torch.sigmoid(call.fusion.to(torch.promote_types(call.fusion.dtype, torch.float32)))
-    return f, 1 - f
+def sigmoid(t: float) -> float:
+    return 1 / (1 + exp(-t)) if t >= 0 else exp(t) / (1 + exp(t))
 
 
-def compose(call: Call, t: int, f: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """M_t and, with fusion, U_t V_t; both [N, R] in fp32 at least."""
-    dtype = torch.promote_types(call.b0.dtype, torch.float32)
-    b0, u, v = call.b0.to(dtype), call.u[t].to(dtype), call.v[t].to(dtype)
-    if f is None:
-        return torch.addmm(b0, u, v), None
-    uv = u @ v
-    return torch.lerp(uv, b0, f[t].to(dtype)), uv
-
-
-def composing_pays(call: Call, rows: int, groups: list[Group]) -> bool:
-    """Composing M_t costs N R S per task; keeping it factored costs about (N + R) S per row."""
-    tasks = {t for t, _, _ in groups if t >= 0}
-    return call.u is None or (all(mask is None for _, _, mask in groups) and rows >= call.a.shape[0] * len(tasks))
-
-
-def base_share(q: Tensor, call: Call, f: Tensor | None) -> Tensor:
-    """f q per row, zero for rows without an adapter."""
-    if call.task is None:
-        return q if f is None else q * f.to(q.dtype)
-    if f is None:
-        return q * (call.task >= 0).unsqueeze(1)
-    shares = torch.cat([f.to(q.dtype), q.new_tensor([torch.nan, 0])])  # an id of no task gets NaN, -1 the last
-    return q * shares[call.task.clamp(-2, len(f))].unsqueeze(1)
-
-
-def expand(q: Tensor, call: Call, bias: Tensor | None, y: Tensor) -> None:
-    """Overwrite y [M, N] with bias + s q M_t^T."""
-
-    def product(rows: slice, left: Tensor, right: Tensor) -> None:
-        if bias is None:
-            torch.addmm(out[rows], left, right, beta=0, alpha=call.scaling, out=out[rows])
-        else:
-            torch.addmm(bias.to(q.dtype), left, right, alpha=call.scaling, out=out[rows])
-
-    order, groups = row_groups(call)
-    if order is not None and len(order) >= LONG_RUN * len(stretches := runs(call.task)):
-        order, groups = None, sorted(stretches, key=lambda group: group[0])
-    if order is not None:
-        call, q = sorted_rows(call, order), q[order]
-    out = y if order is None else torch.empty_like(y)
-    f, e = mixing(call)
-    if call.u is None:
-        product(slice(None), base_share(q, call, None), call.b0.to(q.dtype).T)
-    elif composing_pays(call, q.shape[0], groups):
-        composed, m = None, None
-        for t, rows, _ in groups:
-            if t < 0:
-                out[rows] = 0 if bias is None else bias.to(q.dtype)
-                continue
-            if t != composed:
-                composed, m = t, compose(call, t, f)[0].to(q.dtype)
-            product(rows, q[rows], m.T)
+def shares(adapter: AdapterArgs, runs: list[Run]) -> dict[int, tuple]:
+    """f and e of the runs' tasks: numbers on a CPU, elsewhere scalars in fp32 at least, which the host need not wait for."""
+    tasks = list({run.task for run in runs if run.task >= 0})
+    if adapter.fusion is None:
+        return dict.fromkeys(tasks, (1.0, 1.0))
+    if seen_by_host(adapter.fusion):
+        chosen = adapter.fusion if len(adapter.fusion) == 1 else adapter.fusion[tasks]
+        found = [sigmoid(t) for t in chosen.tolist()]
     else:
-        product(slice(None), base_share(q, call, f), call.b0.to(q.dtype).T)
-        together = batched(groups, q.shape[0])
-        if together is not None:
-            add_batched(out, q, call, e, *together)
-        for t, rows, mask in groups if together is None else ():
-            if t >= 0:
-                z = scaled(q[rows] @ call.v[t].to(q.dtype).T, e, t, mask)
-                out[rows].addmm_(z, call.u[t].to(q.dtype).T, alpha=call.scaling)
-    if order is not None:
-        y.index_copy_(0, order, out)
+        found = mixing(adapter)[tasks]
+    return {t: (f, 1 - f) for t, f in zip(tasks, found, strict=False)}
 
 
-def batched(groups: list[Group], rows: int) -> tuple[list[int], slice | Tensor, Tensor | None] | None:
-    """Several tasks as one batch: the tasks, their rows, and which of these count; None where a loop is better.
+def mixing(adapter: AdapterArgs) -> Tensor:
+    """f of every task, [T] in fp32 at least."""
+    if adapter.fusion is None:
+        return adapter.b0.new_ones(len(adapter.u), dtype=torch.promote_types(adapter.b0.dtype, torch.float32))
+    return torch.sigmoid(cast(adapter.fusion, torch.promote_types(adapter.fusion.dtype, torch.float32)))
 
-    Rows are a slice, the same number of each task, or [tasks, longest] with rows of others in the places that do not count.
+
+def scaled(tensor: Tensor, alpha: float, share: float | Tensor) -> tuple[Tensor, float]:
+    """The two factors of tensor * share * alpha: a product takes a number as its alpha."""
+    return (tensor, alpha * share) if isinstance(share, float) else (tensor * cast(share, tensor.dtype), alpha)
+
+
+def product(left: Tensor, right: Tensor, alpha: float, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """bias + alpha left right."""
+    start = left.new_empty(1) if bias is None else cast(bias, left.dtype)
+    return torch.addmm(start, left, right, beta=0 if bias is None else 1, alpha=alpha, out=out)
+
+
+def compose(adapter: AdapterArgs, t: int, share: float | Tensor) -> tuple[Tensor, Tensor]:
+    """M_t and U_t V_t, [N, R] in fp32 at least."""
+    dtype = torch.promote_types(adapter.b0.dtype, torch.float32)
+    b0, uv = cast(adapter.b0, dtype), cast(adapter.u[t], dtype) @ cast(adapter.v[t], dtype)
+    return b0 + uv if adapter.fusion is None else torch.lerp(uv, b0, share), uv
+
+
+def composes(adapter: AdapterArgs, rows: int, runs: list[Run]) -> bool:
+    tasks = {run.task for run in runs if run.task >= 0}
+    return rows >= adapter.a.shape[0] * len(tasks) and all(run.mask is None for run in runs)
+
+
+def base_part(rows: Tensor, adapter: AdapterArgs, of: dict[int, tuple]) -> tuple[Tensor, float]:
+    """(rows [M, ...], alpha), which together are s f_t of its task times each row.
+
+    Zero for rows without a task, NaN for ids of no task.
     """
-    groups = [group for group in groups if group[0] >= 0]
-    tasks = [t for t, _, _ in groups]
-    if len(set(tasks)) < 2 or len(tasks) > len(set(tasks)) or groups[0][2] is not None:
-        return None
-    counts = [at.stop - at.start for _, at, _ in groups]
-    longest = max(counts)
-    adjacent = all(before.stop == after.start for (_, before, _), (_, after, _) in pairwise(groups))
-    if longest == min(counts) and adjacent:
-        return tasks, slice(groups[0][1].start, groups[-1][1].stop), None
-    if rows > FEW_ROWS or longest * len(tasks) > 2 * rows:
-        return None
-    places = torch.arange(longest)
-    starts = torch.tensor([[at.start] for _, at, _ in groups])
-    return tasks, (starts + places).clamp(max=rows - 1), places < torch.tensor(counts).unsqueeze(1)
+    if adapter.task is None:
+        return scaled(rows, adapter.scaling, of[0][0])
+    f = mixing(adapter)
+    table = cast(torch.cat([f, f.new_tensor([torch.nan, 0])]), rows.dtype)
+    return rows * table[adapter.task.clamp(-2, len(f))].unsqueeze(1), adapter.scaling
 
 
-def add_batched(
-    out: Tensor, q: Tensor, call: Call, e: Tensor | None, tasks: list[int], rows: slice | Tensor, counted: Tensor | None
-) -> None:
-    """Add s e_t (q V_t^T) U_t^T to the rows of every task."""
-    adjacent = tasks == list(range(tasks[0], tasks[0] + len(tasks)))
-    which = slice(tasks[0], tasks[0] + len(tasks)) if adjacent else tasks  # a slice copies nothing
-    u, v = call.u[which].to(q.dtype), call.v[which].to(q.dtype)
-    z = torch.bmm(q[rows].view(len(tasks), -1, q.shape[1]), v.transpose(1, 2))
-    if e is not None:
-        z = z * e[which].to(z.dtype).view(-1, 1, 1)
-    if counted is None:
-        out[rows].view(len(tasks), -1, out.shape[1]).baddbmm_(z, u.transpose(1, 2), alpha=call.scaling)
+def with_task(rows: Tensor, adapter: AdapterArgs) -> Tensor:
+    """Without factors of tasks: zero for rows without a task."""
+    return rows if adapter.task is None else rows * (adapter.task >= 0).unsqueeze(1)
+
+
+def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None) -> Tensor:
+    """bias + s q M_t^T, [M, N]."""
+    b0, s = cast(adapter.b0, q.dtype).T, adapter.scaling
+    if adapter.u is None:
+        return product(with_task(q, adapter), b0, s, bias)
+    order, runs = runs_of(adapter)
+    if order is not None and len(order) >= LONG_RUN * len(stretches := consecutive(adapter.task)):
+        order, runs = None, sorted(stretches)
+    if order is not None:
+        adapter, q = adapter._replace(task=adapter.task[order]), q[order]
+    of = shares(adapter, runs)
+    if composes(adapter, len(q), runs):
+        y, composed = q.new_empty(len(q), b0.shape[1]), -1
+        for run in runs:
+            if run.task < 0:
+                run.of(y)[:] = 0 if bias is None else bias
+                continue
+            if run.task != composed:
+                composed, m = run.task, cast(compose(adapter, run.task, of[run.task][0])[0], q.dtype).T
+            product(run.of(q), m, s, bias, out=run.of(y))
     else:
-        out.index_add_(0, rows[counted], torch.bmm(z, u.transpose(1, 2))[counted], alpha=call.scaling)
+        left, alpha = base_part(q, adapter, of)
+        y = product(left, b0, alpha, bias)
+        if (batch := batched(runs)) is not None:
+            tasks, rows = batch
+            u, v = cast(adapter.u[tasks], q.dtype), cast(adapter.v[tasks], q.dtype)
+            z = torch.bmm(q[rows].view(len(u), -1, q.shape[1]), v.mT)
+            if adapter.fusion is not None:
+                z = z * cast(1 - mixing(adapter)[tasks], z.dtype).view(-1, 1, 1)
+            y[rows].view(len(u), -1, y.shape[1]).baddbmm_(z, u.mT, alpha=s)
+        else:
+            for run in runs:
+                if run.task >= 0:
+                    add_second(run.of(y), run.masked(run.of(q)), adapter, run, of[run.task][1])
+    return y if order is None else torch.empty_like(y).index_copy_(0, order, y)
 
 
-def scaled(rows: Tensor, e: Tensor | None, t: int, mask: Tensor | None) -> Tensor:
-    if e is not None:
-        rows = rows * e[t].to(rows.dtype)
-    return rows if mask is None else rows * mask
+def add_second(y: Tensor, q: Tensor, adapter: AdapterArgs, run: Run, share: float | Tensor) -> None:
+    """y += s e (q V_t^T) U_t^T."""
+    z, alpha = scaled(q @ cast(adapter.v[run.task], q.dtype).T, adapter.scaling, share)
+    y.addmm_(z, cast(adapter.u[run.task], q.dtype).T, alpha=alpha)
 
 
-def sorted_rows(call: Call, order: Tensor) -> Call:
-    return Call(**{**call.__dict__, "task": call.task[order]})
+def batched(runs: list[Run]) -> tuple[slice | list[int], slice] | None:
+    """Runs of equal length side by side: their tasks, for an index that copies nothing if it can, and all their rows."""
+    runs = [run for run in runs if run.task >= 0]
+    if len(runs) < 2 or runs[0].mask is not None:
+        return None
+    first, last = runs[0], runs[-1]
+    rows = slice(first.rows.start, last.rows.stop)
+    length = first.rows.stop - first.rows.start
+    if any(run.rows != slice(rows.start + i * length, rows.start + (i + 1) * length) for i, run in enumerate(runs)):
+        return None
+    tasks = [run.task for run in runs]
+    together = slice(first.task, first.task + len(runs))
+    return together if tasks == list(range(together.start, together.stop)) else tasks, rows
 
 
 def backward_up(
-    dy: Tensor, h: Tensor | None, call: Call, needs: frozenset[str]
+    dy: Tensor, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Gradients of b0, u, v, fusion and gate, as far as asked for, and dh [M, R] for those of x and a."""
-    q = None if h is None else gated(h, call)
-    order, groups = row_groups(call)
-    sorted_call = call
-    if order is not None:
-        sorted_call, dy = sorted_rows(call, order), dy[order]
-        q = None if q is None else q[order]
-    wants_dq = bool(needs & {"x", "a", "gate"})
-    if composing_pays(call, dy.shape[0], groups):
-        grads, dq = composed_backward(dy, q, sorted_call, groups, needs, wants_dq)
+    q = None if h is None else gated(h, adapter)
+    wants_dq = not needs.isdisjoint(("x", "a", "gate"))
+    if adapter.u is None:
+        grads, dq = plain_backward(dy, q, adapter, needs, wants_dq)
     else:
-        grads, dq = factored_backward(dy, q, sorted_call, groups, needs, wants_dq)
-    if "b0" in grads and call.ranks is not None:
-        lo, hi = call.ranks
-        grads["b0"][:, :lo] = 0
-        grads["b0"][:, hi:] = 0
-    grads = {name: grad.to(getattr(call, name).dtype) for name, grad in grads.items()}
-    if not wants_dq:
+        order, runs = runs_of(adapter)
+        ordered = adapter
+        if order is not None:
+            ordered, dy = adapter._replace(task=adapter.task[order]), dy[order]
+            q = None if q is None else q[order]
+        through = through_m if composes(adapter, len(dy), runs) else through_factors
+        grads, dq = through(dy, q, ordered, runs, needs, wants_dq)
+        if order is not None and dq is not None:
+            dq = torch.empty_like(dq).index_copy_(0, order, dq)
+        if "b0" in grads and adapter.ranks is not None:
+            lo, hi = adapter.ranks
+            grads["b0"][:, :lo], grads["b0"][:, hi:] = 0, 0
+    grads = {name: cast(grad, getattr(adapter, name).dtype) for name, grad in grads.items()}
+    if dq is None:
         return grads, None
-    if order is not None:
-        dq = torch.empty_like(dq).index_copy_(0, order, dq)
     if "gate" in needs:
-        grads["gate"] = dgate(dq, h, call)
-    return grads, dq if call.gate is None else dq * row_gates(call).to(dq.dtype)
+        grads["gate"] = dgate(dq, h, adapter)
+    return grads, dq if adapter.gate is None else dq * row_gates(adapter).to(dq.dtype)
 
 
-def dgate(dq: Tensor, h: Tensor, call: Call) -> Tensor:
+def dgate(dq: Tensor, h: Tensor, adapter: AdapterArgs) -> Tensor:
     """Sum of dq * h over the rows of each gate; on a GPU as a matrix product: its order is fixed, unlike that of atomics."""
-    products = dq.to(torch.promote_types(dq.dtype, torch.float32)) * h
-    if call.gate_row is None:
-        return products.sum(0, keepdim=True).to(call.gate.dtype)
+    products = cast(dq, torch.promote_types(dq.dtype, torch.float32)) * h
+    if adapter.gate_row is None:
+        return products.sum(0, keepdim=True).to(adapter.gate.dtype)
     if dq.device.type == "cpu":
-        sums = products.new_zeros(call.gate.shape)
-        return sums.index_add_(0, call.gate_row, products).to(call.gate.dtype)
-    one_hot = call.gate_row == torch.arange(call.gate.shape[0], device=dq.device).unsqueeze(1)
-    return (one_hot.to(products.dtype) @ products).to(call.gate.dtype)
+        sums = products.new_zeros(adapter.gate.shape)
+        return sums.index_add_(0, adapter.gate_row, products).to(adapter.gate.dtype)
+    one_hot = adapter.gate_row == torch.arange(adapter.gate.shape[0], device=dq.device).unsqueeze(1)
+    return (cast(one_hot, products.dtype) @ products).to(adapter.gate.dtype)
 
 
-def gradient_buffers(call: Call, dtype: torch.dtype, needs: frozenset[str]) -> dict[str, Tensor]:
-    """Zeros for every parameter asked for: a task without rows keeps them. Sums over tasks run in fp32 at least."""
-    wide = torch.promote_types(dtype, torch.float32)
-    dtypes = {"b0": wide, "u": dtype, "v": dtype, "fusion": wide}
-    shapes = {name: getattr(call, name) for name in dtypes if name in needs}
-    return {name: t.new_zeros(t.shape, dtype=dtypes[name]) for name, t in shapes.items()}
+def plain_backward(
+    dy: Tensor, q: Tensor | None, adapter: AdapterArgs, needs: frozenset[str], wants_dq: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Without factors of tasks."""
+    grads, s = {}, adapter.scaling
+    if "b0" in needs:
+        left = with_task(dy, adapter).T
+        if adapter.ranks is None:
+            grads["b0"] = product(left, q, s)
+        else:
+            lo, hi = adapter.ranks
+            grads["b0"] = dy.new_zeros(adapter.b0.shape)
+            grads["b0"][:, lo:hi] = product(left, q[:, lo:hi], s)
+    return grads, with_task(product(dy, cast(adapter.b0, dy.dtype), s), adapter) if wants_dq else None
 
 
-def composed_backward(
-    dy: Tensor, q: Tensor | None, call: Call, groups: list[Group], needs: frozenset[str], wants_dq: bool
+def of_tasks(adapter: AdapterArgs, needs: frozenset[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Room for the gradients of u, v and fusion, as far as asked for; a task without rows keeps the zeros."""
+    dtypes = {"u": dtype, "v": dtype, "fusion": torch.promote_types(dtype, torch.float32)}
+    wanted = {name: getattr(adapter, name) for name in dtypes if name in needs}
+    make = torch.empty_like if adapter.task is None else torch.zeros_like
+    return {
+        name: make(like, dtype=dtypes[name], memory_format=torch.contiguous_format) for name, like in wanted.items()
+    }
+
+
+def through_m(
+    dy: Tensor, q: Tensor | None, adapter: AdapterArgs, runs: list[Run], needs: frozenset[str], wants_dq: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Through the gradient of M_t; ops/README.md has the chain."""
-    grads = gradient_buffers(call, dy.dtype, needs)
-    dq = dy.new_empty(dy.shape[0], call.a.shape[0]) if wants_dq else None
-    f, e = mixing(call)
-    s = call.scaling
-    if call.u is None:
-        if wants_dq:
-            torch.mm(dy, call.b0.to(dy.dtype), out=dq)
-            dq = base_share(dq, call, None) * s
-        if "b0" in needs:
-            lo, hi = call.ranks or (0, call.a.shape[0])
-            grads["b0"][:, lo:hi] = dy.T @ (base_share(q[:, lo:hi], call, None) * s)
-        return grads, dq
-    for t, rows, _ in groups:
+    s, of = adapter.scaling, shares(adapter, runs)
+    grads, db0 = of_tasks(adapter, needs, dy.dtype), None
+    dq = dy.new_empty(len(dy), adapter.a.shape[0]) if wants_dq else None
+    for run in runs:
+        t = run.task
         if t < 0:
             if wants_dq:
-                dq[rows] = 0
+                run.of(dq).zero_()
             continue
-        if wants_dq or "fusion" in grads:
-            m, uv = compose(call, t, f)
+        f, e = of[t]
+        if wants_dq or "fusion" in needs:
+            m, uv = compose(adapter, t, f)
         if wants_dq:
-            torch.addmm(dq[rows], dy[rows], m.to(dy.dtype), beta=0, alpha=s, out=dq[rows])
-        if not grads:
+            product(run.of(dy), cast(m, dy.dtype), s, out=run.of(dq))
+        if not grads and "b0" not in needs:
             continue
-        dm = dy[rows].T @ q[rows]  # [N, R], without s
-        fs, es = (s, s) if f is None else (s * f[t].to(dm.dtype), s * e[t].to(dm.dtype))
-        if "u" in grads:
-            torch.mm(dm, (es * call.v[t].to(dm.dtype)).T, out=grads["u"][t])
-        if "v" in grads:
-            torch.mm(call.u[t].to(dm.dtype).T, dm, out=grads["v"][t]).mul_(es)
-        if "fusion" in grads:
-            wide = grads["fusion"].dtype
-            grads["fusion"][t] = s * f[t].to(wide) * e[t].to(wide) * dot(dm, call.b0 - uv, wide)
-        if "b0" in grads:
-            grads["b0"].add_(dm.mul_(fs))
+        dm = run.of(dy).T @ run.of(q)  # [N, R], without s
+        if "u" in needs:
+            right, alpha = scaled(cast(adapter.v[t], dm.dtype).T, s, e)
+            product(dm, right, alpha, out=grads["u"][t])
+        if "v" in needs:
+            left, alpha = scaled(cast(adapter.u[t], dm.dtype).T, s, e)
+            product(left, dm, alpha, out=grads["v"][t])
+        if "fusion" in needs:
+            slope = dot(dm, adapter.b0 - uv, grads["fusion"].dtype)
+            torch.mul(slope, s * f * e, out=grads["fusion"][t])
+        if "b0" in needs:
+            term = cast(dm, torch.promote_types(dm.dtype, torch.float32)) * (s * f)
+            db0 = term if db0 is None else db0.add_(term)
+    if "b0" in needs:
+        grads["b0"] = torch.zeros_like(adapter.b0) if db0 is None else db0
     return grads, dq
 
 
 def dot(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.dot(left.to(dtype).reshape(-1), right.to(dtype).reshape(-1))
+    return torch.dot(cast(left, dtype).reshape(-1), cast(right, dtype).reshape(-1))
 
 
-def factored_backward(
-    dy: Tensor, q: Tensor | None, call: Call, groups: list[Group], needs: frozenset[str], wants_dq: bool
+def through_factors(
+    dy: Tensor, q: Tensor | None, adapter: AdapterArgs, runs: list[Run], needs: frozenset[str], wants_dq: bool
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """M_t never formed: P = dy B0 dense over all rows, Q = dy U_t and z = q V_t^T per task."""
-    grads = gradient_buffers(call, dy.dtype, needs)
-    f, e = mixing(call)
-    s = call.scaling
-    p_rows = dy @ call.b0.to(dy.dtype) if wants_dq or "fusion" in needs else None
-    dq = base_share(p_rows, call, f) if wants_dq else None
-    if "b0" in grads:
-        grads["b0"].copy_(dy.T @ (base_share(q, call, f) * s))
-    for t, rows, mask in groups:
+    s, of = adapter.scaling, shares(adapter, runs)
+    grads = of_tasks(adapter, needs, dy.dtype)
+    p_rows = dy @ cast(adapter.b0, dy.dtype) if wants_dq or "fusion" in needs else None
+    if wants_dq:
+        left, alpha = base_part(p_rows, adapter, of)
+        dq = left * alpha
+    if "b0" in needs:
+        grads["b0"] = product(dy.T, *base_part(q, adapter, of))
+    for run in runs:
+        t = run.task
         if t < 0:
             continue
-        u, v = call.u[t].to(dy.dtype), call.v[t].to(dy.dtype)
+        f, e = of[t]
+        u, v, rows = cast(adapter.u[t], dy.dtype), cast(adapter.v[t], dy.dtype), run.of(dy)
         if wants_dq or "v" in grads or "fusion" in grads:
-            q_rows = dy[rows] @ u
-            q_mixed = scaled(q_rows, e, t, mask)
+            q_rows = run.masked(rows @ u)
+            q_mixed, alpha = scaled(q_rows, s, e)
         if wants_dq:
-            dq[rows].addmm_(q_mixed, v)
+            run.of(dq).addmm_(q_mixed, v, alpha=alpha)
         if "u" in grads or "fusion" in grads:
-            z = q[rows] @ v.T
+            z = run.masked(run.of(q) @ v.T)
         if "u" in grads:
-            grads["u"][t] = dy[rows].T @ (scaled(z, e, t, mask) * s)
+            product(rows.T, *scaled(z, s, e), out=grads["u"][t])
         if "v" in grads:
-            grads["v"][t] = (q_mixed * s).T @ q[rows]
+            product(q_mixed.T, run.of(q), alpha, out=grads["v"][t])
         if "fusion" in grads:
             wide = grads["fusion"].dtype
-            chosen = q[rows] if mask is None else q[rows] * mask
-            slope = dot(p_rows[rows], chosen, wide) - dot(q_rows, z if mask is None else z * mask, wide)
-            grads["fusion"][t] = s * f[t].to(wide) * e[t].to(wide) * slope
-    return grads, dq.mul_(s) if wants_dq else None
+            slope = dot(run.of(p_rows), run.masked(run.of(q)), wide) - dot(q_rows, z, wide)
+            torch.mul(slope, s * f * e, out=grads["fusion"][t])
+    return grads, dq if wants_dq else None

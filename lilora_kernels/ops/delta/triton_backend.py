@@ -7,35 +7,37 @@ from torch import Tensor
 
 from .. import triton_runtime as runtime
 from ..barrier import barrier_state
-from ..call import Call
 from ..philox import keep_scale, threshold
+from ..schema import AdapterArgs
 from . import triton_kernels as kernels
 
 
-def forward(x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    return run_forward(x, None, call, one_launch=True)
+def forward(x: Tensor, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
+    return run_forward(x, None, adapter, one_launch=True)
 
 
-def backward(dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str]) -> dict[str, Tensor]:
-    return run_backward(dy, x, h, call, needs, one_launch=True)
+def backward(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    return run_backward(dy, x, h, adapter, needs, one_launch=True)
 
 
 def rows(device: torch.device) -> list[int]:
     return runtime.bucket_rows(device)
 
 
-def run_forward(x: Tensor, bias: Tensor | None, call: Call, one_launch: bool) -> tuple[Tensor, Tensor]:
+def run_forward(x: Tensor, bias: Tensor | None, adapter: AdapterArgs, one_launch: bool) -> tuple[Tensor, Tensor]:
     """y [M, N] = bias + delta, and h [M, R]."""
-    work = Forward(x, bias, call, one_launch)
+    work = Forward(x, bias, adapter, one_launch)
     run_phases(work, one_launch)
     return work.y, work.h
 
 
 def run_backward(
-    dy: Tensor, x: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str], one_launch: bool
+    dy: Tensor, x: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str], one_launch: bool
 ) -> dict[str, Tensor]:
     """The gradients in `needs`; dx without the part through the base weight."""
-    work = Backward(dy, x, h, call, needs, one_launch)
+    work = Backward(dy, x, h, adapter, needs, one_launch)
     run_phases(work, one_launch)
     return work.grads
 
@@ -62,34 +64,34 @@ class Forward:
     LAST = 2
 
     def __init__(
-        self, x: Tensor, bias: Tensor | None, call: Call, one_launch: bool, like: "Forward | None" = None
+        self, x: Tensor, bias: Tensor | None, adapter: AdapterArgs, one_launch: bool, like: "Forward | None" = None
     ) -> None:
         self.x = x if x.stride(1) == 1 else x.contiguous()
         self.bias = contiguous(bias)
-        self.call = call = contiguous_call(call)
-        self.sizes = Sizes.of(call)
+        self.adapter = adapter = contiguous_adapter(adapter)
+        self.sizes = Sizes.of(adapter)
         rows, columns = x.shape
-        self.config = runtime.config("forward", one_launch, x, call) if like is None else dict(like.config)
+        self.config = runtime.config("forward", one_launch, x, adapter) if like is None else dict(like.config)
         split = self.config["SPLIT_K"] = max(1, min(self.config["SPLIT_K"], columns // self.config["BLOCK_K"]))
         self.y, self.h = x.new_empty(rows, self.sizes.outputs), x.new_empty(rows, self.sizes.rank)
-        self.z = None if call.u is None else x.new_empty(rows, self.sizes.sub_rank)
+        self.z = None if adapter.u is None else x.new_empty(rows, self.sizes.sub_rank)
         self.planes = None if split == 1 else x.new_empty(split, rows, self.sizes.rank, dtype=torch.float32)
         self.phases = [(phase, phase) for phase in ((0, 2) if split == 1 else (0, 1, 2))]
 
     def launch(self, first: int, last: int, second: "Forward | None" = None) -> None:
         """Run the phases first..last; phase 0 may compute the h of a second adapter of the same x too."""
-        call, sizes, drop_below = self.call, self.sizes, threshold(self.call.p)
+        adapter, sizes, drop_below = self.adapter, self.sizes, threshold(self.adapter.p)
         other = (None,) * 6
         if second is not None:
-            other = (second.call.a, second.call.fusion, second.call.v, second.h, second.z, second.planes)
+            other = (second.adapter.a, second.adapter.fusion, second.adapter.v, second.h, second.z, second.planes)
         tensors = (
-            self.x, call.a, call.b0, call.u, call.v, call.fusion, call.task, call.gate, call.gate_row, self.bias,
-            call.seed if drop_below else None, self.h, self.z, self.planes, self.y, *other,
+            self.x, adapter.a, adapter.b0, adapter.u, adapter.v, adapter.fusion, adapter.task, adapter.gate,
+            adapter.gate_row, self.bias, adapter.seed if drop_below else None, self.h, self.z, self.planes, self.y, *other,
         )  # fmt: skip
         rows, columns = self.x.shape
         numbers = (
             rows, columns, sizes.outputs, sizes.tasks, sizes.gates, self.x.stride(0),
-            call.scaling, drop_below, keep_scale(call.p),
+            adapter.scaling, drop_below, keep_scale(adapter.p),
         )  # fmt: skip
         if rows > 0:
             constants = sizes.constants | runtime.phase_config(self.config, first, last, second is not None)
@@ -112,7 +114,7 @@ class Backward:
         dy: Tensor,
         x: Tensor | None,
         h: Tensor | None,
-        call: Call,
+        adapter: AdapterArgs,
         needs: frozenset[str],
         one_launch: bool,
         like: "Backward | None" = None,
@@ -121,17 +123,19 @@ class Backward:
         self.x = x if x is None or x.stride(1) == 1 else x.contiguous()
         self.h = h
         self.needs = needs
-        self.call = call = contiguous_call(call)
-        self.sizes = sizes = Sizes.of(call)
+        self.adapter = adapter = contiguous_adapter(adapter)
+        self.sizes = sizes = Sizes.of(adapter)
         rows, rank, sub_rank, outputs = dy.shape[0], sizes.rank, sizes.sub_rank, sizes.outputs
-        self.config = config = runtime.config("backward", one_launch, dy, call) if like is None else dict(like.config)
+        self.config = config = (
+            runtime.config("backward", one_launch, dy, adapter) if like is None else dict(like.config)
+        )
         split = config["SPLIT_N"] = max(1, min(config["SPLIT_N"], outputs // config["BLOCK_N"]))
         self.chunk = config.pop("CHUNK") if like is None else like.chunk
-        if call.u is not None and like is None:
-            while self.chunk < rows and ceil(rows, self.chunk) * call.u.numel() * 4 > runtime.PLANE_BYTES:
+        if adapter.u is not None and like is None:
+            while self.chunk < rows and ceil(rows, self.chunk) * adapter.u.numel() * 4 > runtime.PLANE_BYTES:
                 self.chunk *= 2
         chunks = ceil(rows, self.chunk)
-        self.grads = {name: torch.empty_like(getattr(call, name)) for name in needs - {"x"}}
+        self.grads = {name: torch.empty_like(getattr(adapter, name)) for name in needs - {"x"}}
         self.reads_x = like is None
         if "x" in needs and like is None:
             self.grads["x"] = dy.new_empty(rows, sizes.columns)
@@ -153,7 +157,7 @@ class Backward:
             empty("b0" in needs, chunks, outputs, rank),
             empty("u" in needs, chunks, sizes.tasks, outputs, sub_rank),
             empty("v" in needs, chunks, sizes.tasks, sub_rank, rank),
-            empty(call.task is not None and bool(needs & {"u", "v"}), chunks, sizes.tasks, dtype=torch.int32),
+            empty(adapter.task is not None and bool(needs & {"u", "v"}), chunks, sizes.tasks, dtype=torch.int32),
         )
         phases = [0, 1] if wants_dh and split > 1 else [0]
         phases += [2] if needs & ({"x", "a", "v", "fusion", "gate"} if like is None else {"v", "fusion"}) else []
@@ -162,19 +166,19 @@ class Backward:
 
     def launch(self, first: int, last: int, second: "Backward | None" = None) -> None:
         """Run the phases first..last; phase 2 may add the dx of a second adapter of the same x, and sum its da too."""
-        call, sizes, drop_below = self.call, self.sizes, threshold(self.call.p)
+        adapter, sizes, drop_below = self.adapter, self.sizes, threshold(self.adapter.p)
         da_planes = self.da_planes if self.reads_x or first == 3 else None
-        other = (None,) * 3 if second is None else (second.call.a, second.dh, second.da_planes)
+        other = (None,) * 3 if second is None else (second.adapter.a, second.dh, second.da_planes)
         tensors = (
-            self.dy, self.x, self.h, call.a, call.b0, call.u, call.v, call.fusion, call.task, call.gate, call.gate_row,
-            call.seed if drop_below else None,
+            self.dy, self.x, self.h, adapter.a, adapter.b0, adapter.u, adapter.v, adapter.fusion, adapter.task,
+            adapter.gate, adapter.gate_row, adapter.seed if drop_below else None,
             *(self.grads.get(name) for name in ("x", "a", "b0", "u", "v", "fusion", "gate")),
             *self.before, da_planes, *self.after, *other,
         )  # fmt: skip
-        low, high = call.ranks or (0, sizes.rank)
+        low, high = adapter.ranks or (0, sizes.rank)
         numbers = (
             self.dy.shape[0], sizes.columns, sizes.outputs, sizes.tasks, sizes.gates,
-            0 if self.x is None else self.x.stride(0), self.chunk, call.scaling, drop_below, keep_scale(call.p), low, high,
+            0 if self.x is None else self.x.stride(0), self.chunk, adapter.scaling, drop_below, keep_scale(adapter.p), low, high,
         )  # fmt: skip
         constants = sizes.constants | runtime.phase_config(self.config, first, last, second is not None)
         items = self.items(first, constants) if first == last else 0
@@ -198,7 +202,7 @@ class Backward:
 
 @dataclass(frozen=True)
 class Sizes:
-    """K, N, R, S (0 without task factors), T and G of a call."""
+    """K, N, R, S (0 without task factors), T and G of one adapter."""
 
     columns: int
     outputs: int
@@ -208,10 +212,10 @@ class Sizes:
     gates: int
 
     @classmethod
-    def of(cls, call: Call) -> "Sizes":
-        tasks, _, sub_rank = (1, 0, 0) if call.u is None else call.u.shape
-        gates = 0 if call.gate is None else call.gate.shape[0]
-        return cls(call.a.shape[1], call.b0.shape[0], call.a.shape[0], sub_rank, tasks, gates)
+    def of(cls, adapter: AdapterArgs) -> "Sizes":
+        tasks, _, sub_rank = (1, 0, 0) if adapter.u is None else adapter.u.shape
+        gates = 0 if adapter.gate is None else adapter.gate.shape[0]
+        return cls(adapter.a.shape[1], adapter.b0.shape[0], adapter.a.shape[0], sub_rank, tasks, gates)
 
     @property
     def constants(self) -> dict[str, int]:
@@ -231,9 +235,8 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def contiguous_call(call: Call) -> Call:
-    tensors = ("a", "b0", "u", "v", "fusion", "task", "gate", "gate_row")
-    return Call(**{**call.__dict__, **{name: contiguous(getattr(call, name)) for name in tensors}})
+def contiguous_adapter(adapter: AdapterArgs) -> AdapterArgs:
+    return AdapterArgs._make(t.contiguous() if isinstance(t, Tensor) else t for t in adapter)
 
 
 def run(

@@ -3,15 +3,19 @@
 import torch
 from torch import Tensor
 
-from ..call import Call
 from ..delta import cuda_backend as delta
+from ..schema import AdapterArgs
 
 
 def forward(
-    x: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], calls: tuple[Call, Call]
+    x: Tensor,
+    weights: tuple[Tensor | None, ...],
+    biases: tuple[Tensor | None, ...],
+    adapters: tuple[AdapterArgs, AdapterArgs],
 ) -> tuple[Tensor, ...]:
     ys, hs = zip(
-        *(delta.run_forward(x, bias, call, False) for bias, call in zip(biases, calls, strict=True)), strict=True
+        *(delta.run_forward(x, bias, adapter, False) for bias, adapter in zip(biases, adapters, strict=True)),
+        strict=True,
     )
     for y, weight in zip(ys, weights, strict=True):
         if weight is not None:
@@ -24,12 +28,12 @@ def backward(
     x: Tensor | None,
     weights: tuple[Tensor | None, ...],
     hs: tuple[Tensor | None, ...],
-    calls: tuple[Call, Call],
+    adapters: tuple[AdapterArgs, AdapterArgs],
     needs: tuple[frozenset[str], frozenset[str]],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     first, second = (
-        delta.run_backward(dy, x, h, call, wanted, False)
-        for dy, h, call, wanted in zip(dys, hs, calls, needs, strict=True)
+        delta.run_backward(dy, x, h, adapter, wanted, False)
+        for dy, h, adapter, wanted in zip(dys, hs, adapters, needs, strict=True)
     )
     if "x" in first:
         first["x"] += second.pop("x")

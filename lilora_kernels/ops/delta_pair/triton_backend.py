@@ -4,15 +4,18 @@ import torch
 from torch import Tensor
 
 from .. import triton_runtime as runtime
-from ..call import Call
 from ..delta.triton_backend import Backward, Forward
+from ..schema import AdapterArgs
 
 
 def forward(
-    x: Tensor, weights: tuple[Tensor | None, ...], biases: tuple[Tensor | None, ...], calls: tuple[Call, Call]
+    x: Tensor,
+    weights: tuple[Tensor | None, ...],
+    biases: tuple[Tensor | None, ...],
+    adapters: tuple[AdapterArgs, AdapterArgs],
 ) -> tuple[Tensor, ...]:
-    main = Forward(x, biases[0], calls[0], one_launch=False)
-    other = Forward(x, biases[1], calls[1], one_launch=False, like=main)
+    main = Forward(x, biases[0], adapters[0], one_launch=False)
+    other = Forward(x, biases[1], adapters[1], one_launch=False, like=main)
     main.launch(0, 0, second=other)
     for work, weight in zip((main, other), weights, strict=True):
         for first, last in work.phases[1:]:
@@ -27,14 +30,14 @@ def backward(
     x: Tensor | None,
     weights: tuple[Tensor | None, ...],
     hs: tuple[Tensor | None, ...],
-    calls: tuple[Call, Call],
+    adapters: tuple[AdapterArgs, AdapterArgs],
     needs: tuple[frozenset[str], frozenset[str]],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     reads_x = [bool(wanted & {"x", "a"}) for wanted in needs]
     first = 0 if reads_x[0] else 1
     second = 1 - first
-    main = Backward(dys[first], x, hs[first], calls[first], needs[first], one_launch=False)
-    other = Backward(dys[second], x, hs[second], calls[second], needs[second], one_launch=False, like=main)
+    main = Backward(dys[first], x, hs[first], adapters[first], needs[first], one_launch=False)
+    other = Backward(dys[second], x, hs[second], adapters[second], needs[second], one_launch=False, like=main)
     for work in (main, other):
         for phase, _ in work.phases:
             if phase < 2:

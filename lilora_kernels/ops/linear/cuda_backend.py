@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ... import backends, cuda_library
 from .. import triton_runtime
-from ..call import Call
 from ..delta import cuda_backend as delta
+from ..schema import AdapterArgs
 
 LARGEST_DECODE_ROWS = 64  # that its kernels take: kFewRowsUpTo of csrc/plan.h
 DECODE_ROWS = 64  # up to here a launch for each phase, base included, each starting while the one before it ends
@@ -20,32 +20,32 @@ SLOT_BYTES = 1 << 28  # how much memory the slots of the fused product may take
 FUSED_FROM: dict[tuple[str, int, int], int] = {}
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-    plan = plan_of(x, weight, call, bias)
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
+    plan = plan_of(x, weight, adapter, bias)
     if plan == "fused":
-        return delta.run_fused_forward(x, weight, bias, call)
+        return delta.run_fused_forward(x, weight, bias, adapter)
     weight = weight.to(x.dtype)
     if plan == "decode":
-        return delta.run_forward(x, bias, call, False, weight)
-    y, h = delta.run_forward(x, bias, call, plan == "one launch")
+        return delta.run_forward(x, bias, adapter, False, weight)
+    y, h = delta.run_forward(x, bias, adapter, plan == "one launch")
     return y.addmm_(x, weight.T), h
 
 
 def backward(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str]
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    if "x" in needs and plan_of(dy, weight, call) == "fused":
-        return delta.run_backward(dy, x, h, call, needs, one_launch(dy), weight)
-    grads = delta.run_backward(dy, x, h, call, needs, one_launch(dy))
+    if "x" in needs and plan_of(dy, weight, adapter) == "fused":
+        return delta.run_backward(dy, x, h, adapter, needs, one_launch(dy), weight)
+    grads = delta.run_backward(dy, x, h, adapter, needs, one_launch(dy))
     if "x" in needs:
         grads["x"].addmm_(dy, weight.to(dy.dtype))
     return grads
 
 
-def plan_of(rows: Tensor, weight: Tensor, call: Call, bias: Tensor | None = None) -> str:
+def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> str:
     """The plan that is selected, or the one for so many rows. The fused product is chosen where it was measured faster."""
     plan = backends.selected_plan()
-    if plan == "fused" and (reason := unfit(rows, weight, call, bias)) is not None:
+    if plan == "fused" and (reason := unfit(rows, weight, adapter, bias)) is not None:
         raise backends.Unsupported(f"the fused product cannot run here: {reason}")
     if plan == "decode" and rows.shape[0] > LARGEST_DECODE_ROWS:
         raise backends.Unsupported(f"decode takes up to {LARGEST_DECODE_ROWS} rows, here are {rows.shape[0]}")
@@ -53,7 +53,7 @@ def plan_of(rows: Tensor, weight: Tensor, call: Call, bias: Tensor | None = None
         return plan
     device = triton_runtime.table_names(rows.device)
     fused_from = FUSED_FROM.get((device[0], *weight.shape[::-1])) if device else None
-    if fused_from is not None and rows.shape[0] >= fused_from and unfit(rows, weight, call, bias) is None:
+    if fused_from is not None and rows.shape[0] >= fused_from and unfit(rows, weight, adapter, bias) is None:
         return "fused"
     if rows.shape[0] <= DECODE_ROWS:
         return "decode"
@@ -66,14 +66,14 @@ def one_launch(rows: Tensor) -> bool:
     return rows.shape[0] <= ONE_LAUNCH_ROWS if plan in (None, "decode", "fused") else plan == "one launch"
 
 
-def unfit(rows: Tensor, weight: Tensor, call: Call, bias: Tensor | None = None) -> str | None:
+def unfit(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> str | None:
     """Why the fused product cannot run on x or dy [M, ...], or None."""
     if not cuda_library.has_hopper() or (rows.is_cuda and triton_runtime.capability(rows.device) != (9, 0)):
         return "it needs a GPU of compute capability 9.0 and a build for 9.0a"
-    factors = [t for t in (weight, bias, call.a, call.b0, call.u) if t is not None]
+    factors = [t for t in (weight, bias, adapter.a, adapter.b0, adapter.u) if t is not None]
     if rows.dtype not in (torch.float16, torch.bfloat16) or any(t.dtype != rows.dtype for t in factors):
         return "it takes x, weight, bias, a, b0 and u in one 16-bit type"
-    rank, sub_rank = call.rank_sizes
+    rank, sub_rank = adapter.rank_sizes
     if 0 in (*rows.shape, *weight.shape) or any(size % 8 for size in (*weight.shape, rank, sub_rank)):
         return "its K, N, r and sub_rank must be multiples of 8, and there must be rows"
     tensors = [rows, *factors]
@@ -82,9 +82,9 @@ def unfit(rows: Tensor, weight: Tensor, call: Call, bias: Tensor | None = None) 
         for t in tensors
     ):
         return "its tensors must be rows that begin at multiples of 16 bytes"
-    if call.u is not None and call.u.shape[0] == 0:
+    if adapter.u is not None and adapter.u.shape[0] == 0:
         return "its factors must have a task"
-    tasks = 0 if call.u is None else call.u.shape[0]
+    tasks = 0 if adapter.u is None else adapter.u.shape[0]
     if tasks and torch.ops.lilora_cuda.slot_bytes(rows.shape[0], tasks, sub_rank) > SLOT_BYTES:
         return "its slots would take too much memory"
     return None

@@ -5,19 +5,19 @@ from torch import Tensor
 
 from ... import backends
 from .. import triton_runtime as runtime
-from ..call import Call
 from ..delta import triton_backend as delta
+from ..schema import AdapterArgs
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
-    y, h = delta.run_forward(x, bias, call, one_launch(x))
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
+    y, h = delta.run_forward(x, bias, adapter, one_launch(x))
     return y.addmm_(x, weight.to(x.dtype).T), h
 
 
 def backward(
-    dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, call: Call, needs: frozenset[str]
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    grads = delta.run_backward(dy, x, h, call, needs, one_launch(dy))
+    grads = delta.run_backward(dy, x, h, adapter, needs, one_launch(dy))
     if "x" in needs:
         grads["x"].addmm_(dy, weight.to(dy.dtype))
     return grads

@@ -9,12 +9,11 @@ from . import eager
 
 NAME = "lilora::rank_gate"
 
-backends.register("rank_gate", "eager", backends.Implementation(eager.forward, None, lambda *_: None, "a stable sort"))
-# No CUDA C++ kernel: the operation is tiny and runs once per pool and step.
 backends.register(
     "rank_gate",
-    "triton",
-    backends.lazy(
+    # No CUDA C++ kernel: the operation is tiny and runs once per pool and step.
+    eager=backends.Implementation(eager.forward, None, lambda *_: None, "a stable sort"),
+    triton=backends.lazy(
         "lilora_kernels.ops.rank_gate.triton_backend",
         lambda scores, *_: triton_runtime.refusal(scores, 0, 0),  # pools of any size
         "one launch",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lilora.errors import UserError
 from lilora.models import query_source
 from lilora_kernels.functional import rank_gate
-from lilora_kernels.queries import PoolRoutes, attach_pools
+from lilora_kernels.queries import PoolChooser, PoolTasks, attach_pools
 from lilora_kernels.rank_pool import EXPERTS, GateRule, Query, RankPool, RankPoolLinear, normalised
 
 from .base import Batches, Inputs, Method, Stage, Tensors
@@ -158,7 +158,7 @@ class PCLR(Method):
         super().__init__(base, settings)
         s = self.options = PCLRSettings.read(self.name, settings)
         source = query_source(base)
-        self.model, self.routes = base, PoolRoutes(source)
+        self.model, self.pool_tasks = base, PoolTasks(source)
         weight = source.widths[1] / source.widths[0] if s.vision_weight is None else s.vision_weight
         scales = {"shared_scaling": s.alpha / max(s.shared, 1), "expert_scaling": s.alpha / s.r}
         self.rule = GateRule(s.r, s.scope, s.value, s.reuse, s.query, weight, **scales)
@@ -170,11 +170,11 @@ class PCLR(Method):
             self.members.setdefault(name, []).append(path)
             if name not in self.pools:
                 self.pools[name] = RankPool(self.rule, *source.widths).to(linear.weight.device)
-            return self.routes.choose(self.pools[name])
+            return PoolChooser(self.pools[name])
 
         self.layers = put_pools(base, s.target_modules, chooser, 1.0, s.dropout)
         base.lora_pools = nn.ModuleDict(self.pools)  # their keys learn and are saved with the model's parameters
-        attach_pools(base, self.routes)
+        attach_pools(base, self.pool_tasks)
         learn_only(base)
         self.queries = Query(*(torch.empty(0, width, device=base.device) for width in source.widths))
         self.chances = torch.ones(0, device=base.device)  # how a fake query is drawn, before division by the sum
@@ -205,7 +205,7 @@ class PCLR(Method):
 
     def begin(self, stage: Stage, batches: Batches) -> None:
         self.integrating = stage.name == "integrate"
-        self.routes.task_queries = None  # the switch is for inference
+        self.pool_tasks.task_queries = None  # the switch is for inference
         if self.integrating:
             self._compress()
             self._begin_integration()
@@ -234,7 +234,9 @@ class PCLR(Method):
         self.queries = Query(*(torch.cat([old, normalised(new[None])]) for old, new in pairs))
 
     def _switch(self) -> None:
-        self.routes.task_queries = self.queries if self.options.newest_switch and len(self.queries.text) > 1 else None
+        self.pool_tasks.task_queries = (
+            self.queries if self.options.newest_switch and len(self.queries.text) > 1 else None
+        )
 
     @torch.no_grad()
     def _compress(self) -> None:
@@ -284,7 +286,7 @@ class PCLR(Method):
             raise RuntimeError(f"the pool would have {old + new} ranks, more than its cap {self.options.cap}")
         was_training = self.model.training
         self.model.eval()
-        found = [self.routes.queries(self.model, inputs) for inputs in batches(max(256, new))]
+        found = [self.pool_tasks.queries(self.model, inputs) for inputs in batches(max(256, new))]
         self.model.train(was_training)
         text, vision = torch.cat([q.text for q in found]), torch.cat([q.vision for q in found])
         mean = Query(normalised(text.mean(0, keepdim=True)), normalised(vision.mean(0, keepdim=True)))
@@ -332,10 +334,10 @@ class PCLR(Method):
         if self.integrating:
             return share * self._integration_loss(inputs)
         loss, outputs = cross_entropy()
-        route = self.routes.last
+        route = self.pool_tasks.last
         loss = loss + share * self.options.key_weight * self._key_loss(route.query(), "new")
         if self.options.lwf and len(self.tasks) > 1:
-            with torch.no_grad(), self.routes.querying(None, snapshot=True):
+            with torch.no_grad(), self.pool_tasks.querying(None, snapshot=True):
                 teacher = self.model(**inputs).logits
             answered = answer_positions(inputs["labels"])
             told = divergence(outputs.logits[answered], teacher[answered], 2.0, self.options.vocabulary).mean()
@@ -379,9 +381,9 @@ class PCLR(Method):
         drawn = torch.multinomial(self.chances, 1 if by_task else len(inputs["input_ids"]), replacement=True)
         query = Query(self.fakes.text[drawn], self.fakes.vision[drawn])
         newest = drawn == len(self.fakes.text) - 1 if by_task else None
-        with torch.no_grad(), self.routes.querying(query, snapshot=True, newest=newest):
+        with torch.no_grad(), self.pool_tasks.querying(query, snapshot=True, newest=newest):
             teacher = self.model(**inputs).logits
-        with self.routes.querying(query):
+        with self.pool_tasks.querying(query):
             student = self.model(**inputs).logits
         losses = divergence(student, teacher, self.options.temperature, self.options.vocabulary)
         if self.options.distil_padding or inputs.get("attention_mask") is None:

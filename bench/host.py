@@ -1,0 +1,159 @@
+"""What a layer costs the host: python -m bench.host [--out FOLDER]
+
+Microseconds of CPU time of one call of a small linear (64 -> 64, R 16, S 8), where Python and torch's own dispatch are all
+there is to see: thread time, the minimum over blocks of calls, all implementations alternating in one process. Of ours with
+the eager backend on a CPU. With --out, host.json goes there.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from lilora_kernels import LiLoRALinear, attach, backend, freeze, set_task
+
+from .environment import environment
+
+WIDTH, R, S = 64, 16, 8
+CALLS, BLOCKS = 50, 60
+TASKS = (1, 8, 64, 512)
+DELETED = 1000
+
+
+def ours(tasks: int = 1, deleted: int = 0) -> nn.Module:
+    layer = LiLoRALinear(nn.Linear(WIDTH, WIDTH).requires_grad_(False), r=R, sub_rank=S, dropout=0.0)
+    for t in range(deleted):
+        layer.add_task(f"deleted{t}")
+        layer.delete_task(f"deleted{t}")
+    for t in range(tasks):
+        layer.add_task(f"t{t}")
+    model = nn.Sequential(layer)
+    attach(model)
+    return model
+
+
+def peft_lora() -> nn.Module:
+    config = peft.LoraConfig(r=R, target_modules=["0"])
+    return peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(WIDTH, WIDTH).requires_grad_(False)), "t0")
+
+
+class Function(torch.autograd.Function):
+    """What any function with a gradient of its own costs: y = x W^T, of seven tensors."""
+
+    @staticmethod
+    def forward(ctx, x, weight, *others):
+        ctx.save_for_backward(x, weight, *others)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, *others = ctx.saved_tensors
+        return dy @ weight, dy.T @ x, *(None for _ in others)
+
+
+def forward_of(model: nn.Module, x: Tensor, **options) -> Callable[[], object]:
+    def run():
+        with torch.no_grad():
+            model(x, **options)
+
+    return run
+
+
+def step_of(model: nn.Module, x: Tensor, dy: Tensor, **options) -> Callable[[], object]:
+    inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return lambda: torch.autograd.grad(model(x, **options), inputs, dy)
+
+
+def situations() -> dict[str, dict[str, Callable[[], object]]]:
+    """For each situation the implementations by name."""
+    one, batch = torch.randn(1, 1, WIDTH), torch.randn(8, 1, WIDTH)
+    x, dy = torch.randn(8, 1, WIDTH, requires_grad=True), torch.randn(8, 1, WIDTH)
+    weight = torch.randn(WIDTH, WIDTH, requires_grad=True)
+    more = [torch.randn(4) for _ in range(5)]
+
+    def ids(tasks: int, first: int = 0) -> Tensor:
+        return torch.tensor([first + t % tasks for t in range(len(batch))], dtype=torch.int32)
+
+    linear, lora, learner, lora_learner = nn.Linear(WIDTH, WIDTH), peft_lora(), ours().train(), peft_lora().train()
+    mixed = {f"ours, {t} tasks": forward_of(ours(t).eval(), batch, task_ids=ids(t)) for t in TASKS}
+    after = forward_of(ours(8, DELETED).eval(), batch, task_ids=ids(8, DELETED))
+    served = {}
+    for t in TASKS:
+        model = ours(t).eval()
+        freeze(model)
+        served[f"ours, {t} tasks"] = forward_of(model, batch, task_ids=ids(t))
+    both = ours(8).train()
+    set_task(both, *(f"t{t}" for t in range(8)))
+    return {
+        "forward, one task": {
+            "F.linear": forward_of(linear, one),
+            "PEFT LoRA": forward_of(lora.eval(), one),
+            "ours": forward_of(ours().eval(), one),
+        },
+        "forward, 8 rows of several tasks": mixed | {f"ours, 8 tasks after {DELETED} deleted": after},
+        "forward, 8 rows of several tasks, frozen": served,
+        "training forward": {
+            "PEFT LoRA": lambda: lora_learner(x),
+            "ours": lambda: learner(x),
+        },
+        "training forward and backward": {
+            "autograd.Function": lambda: torch.autograd.grad(
+                Function.apply(x[:, 0], weight, *more), [x, weight], dy[:, 0]
+            ),
+            "PEFT LoRA": step_of(lora_learner, x, dy),
+            "ours": step_of(learner, x, dy),
+            "ours, 8 rows of 8 tasks": step_of(both, x, dy, task_ids=ids(8)),
+        },
+    }
+
+
+def measure(runs: dict[tuple[str, str], Callable[[], object]], calls: int, blocks: int) -> dict[tuple[str, str], float]:
+    """Microseconds of this thread for a call of each, the least over the blocks."""
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(blocks):
+        for name, run in runs.items():
+            start = time.thread_time_ns()
+            for _ in range(calls):
+                run()
+            best[name] = min(best[name], (time.thread_time_ns() - start) / calls / 1e3)
+    return best
+
+
+def rows(calls: int = CALLS, blocks: int = BLOCKS) -> list[dict]:
+    with backend("eager"):
+        found = measure({(s, n): run for s, of in situations().items() for n, run in of.items()}, calls, blocks)
+    base = {s: us for (s, n), us in found.items() if n == "PEFT LoRA"}
+    return [
+        {"situation": s, "implementation": n, "us": round(us, 1)}
+        | ({"ratio": round(us / base[s], 2)} if s in base else {})
+        for (s, n), us in found.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where host.json goes")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = rows()
+    for row in found:
+        ratio = f"{row['ratio']:6.2f} x PEFT LoRA" if "ratio" in row else ""
+        print(f"{row['us']:9.1f} us  {row['situation']:42} {row['implementation']:32} {ratio}")
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        content = {
+            "environment": environment("python -m bench.host", on_gpu=False),
+            "calls": CALLS,
+            "blocks": BLOCKS,
+            "results": found,
+        }
+        (options.out / "host.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,493 @@
+"""The tasks of a model, and the context of its running forward: which task each sample of the batch belongs to.
+
+What holds at all times:
+- The layers of a model share one `Tasks`; id i is the i-th name ever added, and no id is used twice.
+- Every forward of an attached model runs in a `BatchContext`. Contexts belong to the thread or asyncio task that entered
+  them; a layer sees the innermost one of its own model.
+- Factors are read when a layer runs, so no write to a parameter is missed. Only a generation keeps the stacks that its
+  first step made, and a frozen model has one copy, of which its parameters are windows.
+- A backward that would recompute a layer without the context of its forward raises.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from threading import local
+
+import torch
+from torch import Tensor, nn
+
+from .units import units_of_batch
+
+SET_IN_BETWEEN = (
+    "the active task was set between a forward and its backward; set it after the backward, or train several tasks "
+    "together with set_task(*names) and task_ids"
+)
+TaskIds = Tensor | Sequence[int] | Sequence[str]
+
+
+@dataclass(eq=False)
+class BatchContext:
+    """What one forward's batch says to the adapted layers.
+
+    task: [B] int32, -1 for samples without an adapter; None for the active task. ids: its values, where the host knows
+    them. length: tokens per sample where text layers see flattened [B * length, K] rows. units: image tokens of each sample
+    (or tiles, see units.py), which explain the packed rows ahead of the language model; a tensor [B] inside a compiled
+    graph, where the host does not see them. generating: the context is that of a whole generation.
+    """
+
+    task: Tensor | None
+    length: int | None = None
+    units: list[int] | Tensor | None = None
+    ids: list[int] | None = None
+    generating: bool = False
+    tasks: "Tasks | None" = field(default=None, repr=False)
+    stacks: dict = field(default_factory=dict, repr=False)  # of a generation: what each layer's tasks were stacked to
+    _rows: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+    _chosen: dict[tuple, tuple] = field(default_factory=dict, repr=False)
+    _repeated: dict[int, "BatchContext"] = field(default_factory=dict, repr=False)
+
+    @property
+    def samples(self) -> int:
+        return self.task.shape[0]
+
+    # --- which task a row belongs to --------------------------------------------------------------------------------
+
+    def rows(self, x: Tensor, vision: bool, of: Tensor | None = None) -> Tensor:
+        """`of` [B] (default: `task`) of each row of x, [M] int32 on its device; ValueError when nothing explains the rows."""
+        of = self.task if of is None else of
+        resolve = self.vision_rows if vision else self.text_rows
+        if torch.compiler.is_compiling():
+            return resolve(x, of).to(x.device)
+        key = id(of), vision, x.device, *x.shape[:-1]
+        if key not in self._rows:
+            self._rows[key] = resolve(x, of).to(x.device)
+        return self._rows[key]
+
+    def text_rows(self, x: Tensor, of: Tensor) -> Tensor:
+        """For each row of x [B, L, K] (or [B, K], or flattened [B * length, K]) -> [M]."""
+        samples = of.shape[0]
+        if x.dim() >= 3 and x.shape[0] == samples:
+            per_sample = x[0, ..., 0].numel() if samples else 0
+        elif x.dim() == 2 and self.length is None and x.shape[0] == samples:
+            per_sample = 1
+        elif x.dim() == 2 and self.length is not None and x.shape[0] == samples * self.length:
+            per_sample = self.length
+        else:
+            tokens = "" if self.length is None else f" of {self.length} tokens"
+            raise ValueError(
+                f"a layer sees {list(x.shape[:-1])} rows, but the route has {samples} samples{tokens}; "
+                "pass one task id per sample of the batch"
+            )
+        return of.unsqueeze(1).expand(samples, per_sample).reshape(-1)
+
+    def vision_rows(self, x: Tensor, of: Tensor) -> Tensor:
+        """For each row of x [images, patches, K] or [sum of patches, K], packed sample by sample -> [M]."""
+        if self.units is None:
+            raise ValueError(
+                f"a layer ahead of the language model sees {list(x.shape[:-1])} rows, but the route does not know how many "
+                "image tokens each sample has; pass input_ids with the images, or route(..., units=...)"
+            )
+        if isinstance(self.units, Tensor):
+            return self._vision_rows_in_graph(x, of)
+        rows, total = x.shape[:-1].numel(), sum(self.units)
+        if total and rows % total == 0:
+            counts = [units * (rows // total) for units in self.units]
+        elif total and x.dim() == 3 and total % x.shape[0] == 0 and self._whole_images(total // x.shape[0]):
+            counts = [units // (total // x.shape[0]) * x.shape[1] for units in self.units]
+        else:
+            raise ValueError(
+                f"a layer ahead of the language model sees {list(x.shape[:-1])} rows, which {self.units} image tokens "
+                f"or tiles (in all {total}) in {len(self.units)} samples do not explain; check the images of the batch"
+            )
+        repeats = torch.tensor(counts, device=of.device)
+        return of.repeat_interleave(repeats, output_size=rows)
+
+    def _vision_rows_in_graph(self, x: Tensor, of: Tensor) -> Tensor:
+        rows, images, units = x.shape[:-1].numel(), x.shape[0], self.units.to(x.device)
+        total = units.sum().clamp(min=1)  # no image tokens explain no rows: the last end is 0 then
+        explained = rows % total == 0
+        if x.dim() == 3:
+            explained |= (total % images == 0) & (units % (total // images).clamp(min=1) == 0).all()
+        ends = units.cumsum(0) * rows // total
+        torch._assert_async(
+            explained & (ends[-1] == rows),
+            f"the image tokens of the batch do not explain the {rows} rows that a layer ahead of the language model sees; "
+            "check the images of the batch",
+        )
+        sample = torch.bucketize(torch.arange(rows, device=x.device), ends, right=True)
+        return of.to(x.device)[sample]
+
+    def _whole_images(self, tokens_per_image: int) -> bool:
+        return all(units % tokens_per_image == 0 for units in self.units)
+
+    # --- whose factors a layer needs --------------------------------------------------------------------------------
+
+    def chosen(self, trains: bool, training: bool) -> tuple[tuple[str, ...], Tensor]:
+        """(tasks whose factors a layer stacks, position [B] int32 of each sample's task among them, -1 for none).
+
+        These are the tasks of the batch, as far as the host knows them, and, where the active ones want gradients (`trains`),
+        these too: one that is absent gets zeros. Layers in training mode then take no others: ValueError for their ids.
+        """
+        if torch.compiler.is_compiling():
+            return self._choose(trains, training, None)  # a graph must not depend on the values of ids
+        key = trains, training, self.tasks.changes
+        if key not in self._chosen:
+            self.require_known()
+            self._chosen[key] = self._choose(trains, training, self.ids)
+        return self._chosen[key]
+
+    def require_known(self) -> None:
+        for i in self.ids or ():
+            if i >= 0 and self.tasks.names[i] is None:
+                raise ValueError(
+                    f"the task with the id {i} was deleted, but a sample of the running batch belongs to it"
+                )
+
+    def _choose(self, trains: bool, training: bool, ids: list[int] | None) -> tuple[tuple[str, ...], Tensor]:
+        tasks = self.tasks
+        if trains and training:
+            if ids is not None:
+                tasks.require_active(ids)
+            names = tasks.active
+        elif ids is not None:
+            # In the order of the batch: factors of its runs of rows then lie side by side.
+            names = tuple(dict.fromkeys([tasks.names[i] for i in ids if i >= 0] + list(tasks.active if trains else ())))
+        else:
+            names = tasks.known
+        if ids is not None:
+            position = {tasks.id_of(name): at for at, name in enumerate(names)}
+            positions = [position.get(i, -1) for i in ids]
+            return names, torch.tensor(positions, dtype=torch.int32, device=self.task.device)
+        return names, tasks.positions(self.task, trains and training)
+
+    def slots(self) -> Tensor:
+        """The position [B] of each sample's task in the layers of a frozen model, -1 for none."""
+        if torch.compiler.is_compiling():
+            return self.tasks.slots(self.task)
+        if (key := ("slots", self.tasks.changes)) not in self._chosen:
+            self.require_known()
+            self._chosen[key] = self.tasks.slots(self.task)
+        return self._chosen[key]
+
+    def of_batch(self, samples: int | None, length: int | None, units: list[int] | Tensor | None) -> "BatchContext":
+        """The context of a forward inside this one, whose batch has so many samples (more in a generation with beams)."""
+        base = self
+        if torch.compiler.is_compiling():  # a graph must not depend on values that the host knows of this batch alone
+            task = self.task if samples is None else self.task.repeat_interleave(samples // self.samples)
+            return BatchContext(task, self.length if length is None else length, units, tasks=self.tasks)
+        if self.generating and samples not in (None, self.samples):
+            base = self._repeated.get(samples) or self._repeat(samples)
+            self._repeated[samples] = base
+        return BatchContext(
+            base.task, self.length if length is None else length, base.units if units is None else units, base.ids,
+            self.generating, self.tasks, self.stacks if self.generating else {}, _chosen=base._chosen,
+        )  # fmt: skip
+
+    def require_samples(self, samples: int) -> None:
+        """ValueError unless the batch of a forward inside this one has so many samples, or in a generation a multiple."""
+        if samples != self.samples and not (self.generating and self.samples and samples % self.samples == 0):
+            raise ValueError(
+                f"task_ids has the shape [{self.samples}]; it must be [{samples}], one id per sample of the batch"
+            )
+
+    def _repeat(self, samples: int) -> "BatchContext":
+        """Of beams or returned sequences: every sample of the prompt several times, one behind the other."""
+        times = samples // self.samples
+
+        def each(values):
+            return [value for value in values for _ in range(times)] if isinstance(values, list) else values
+
+        return BatchContext(
+            self.task.repeat_interleave(times), self.length, each(self.units), each(self.ids), tasks=self.tasks
+        )
+
+
+# The contexts entered and not left, the innermost last: of a thread or an asyncio task, and, as far as a thread alone can
+# tell, for compiled code, which cannot read the first.
+_entered: ContextVar[tuple[BatchContext, ...]] = ContextVar("lilora_contexts", default=())
+
+
+class _Compiled(local):
+    def __init__(self) -> None:  # in every thread
+        self.contexts: tuple[BatchContext, ...] = ()
+
+
+_compiled = _Compiled()
+
+
+def without(entered: tuple[BatchContext, ...], context: BatchContext) -> tuple[BatchContext, ...]:
+    """The contexts but for the last entry of this one."""
+    at = next((i for i in reversed(range(len(entered))) if entered[i] is context), len(entered))
+    return entered[:at] + entered[at + 1 :]
+
+
+class Tasks:
+    """What all adapted layers of one model share: the names of the tasks by id, and which of them are active.
+
+    `names[i]` is the name of task i, None once deleted: ids are never used twice.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str | None] = []
+        self._ids: dict[str, int] = {}
+        self.changes = 0  # how often tasks came, went or became active
+        self.active: tuple[str, ...] = ()
+        self.train = True  # whether the active tasks do
+        self.packed = False  # whether a layer sees packed images
+        self.unplaced: list[str] = []  # layers of which nothing tells whether they do
+        self.opened = 0  # `route` blocks that are open, in whatever thread
+        self.seen: tuple = ()  # `setting` at the last forward without task ids
+        self.routed = False  # whether any forward that can be recomputed had task ids
+        self._tables: dict[tuple, Tensor] = {}
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"opened": 0}  # no route is open on a copy
+
+    # --- names and ids ----------------------------------------------------------------------------------------------
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names of the tasks that there are, in the order of their ids."""
+        return tuple(self._ids)
+
+    @property
+    def setting(self) -> tuple:
+        """What a recomputation must find as its forward left it."""
+        return self.active, self.train
+
+    def id_of(self, name: str) -> int:
+        if name not in self._ids:
+            raise ValueError(f"task {name!r} is unknown; this model knows {list(self.known)}")
+        return self._ids[name]
+
+    def add(self, name: str) -> None:
+        """Give a task the next id; nothing if it has one."""
+        if name not in self._ids:
+            self._ids[name] = len(self.names)
+            self.names.append(name)
+            self.changes += 1
+
+    def remove(self, name: str, forget: bool = False) -> None:
+        """Take a task's id out of use; with `forget`, which undoes `add`, as if there had been none."""
+        if name in self._ids:
+            at = self._ids.pop(name)
+            self.changes += 1
+            if forget:
+                del self.names[at]
+            else:
+                self.names[at] = None
+
+    def ids(
+        self, task_ids: TaskIds, samples: int | None, device: torch.device | None
+    ) -> tuple[Tensor, list[int] | None]:
+        """Names or ids, one per sample -> ([B] int32 on `device`, the same as integers, None where the host would wait).
+
+        None as a name and -1 as an id stand for no adapter.
+        """
+        if not isinstance(task_ids, Tensor):
+            if isinstance(task_ids, str):
+                raise TypeError(f"task_ids is the string {task_ids!r}; pass one name or id per sample, in a list")
+            named = [-1 if t is None else self.id_of(t) if isinstance(t, str) else t for t in task_ids]
+            if not all(isinstance(t, int) and not isinstance(t, bool) for t in named):
+                raise TypeError(f"task_ids is {list(task_ids)!r}; it must hold task names or integer ids")
+            task_ids = torch.tensor(named, dtype=torch.int32)
+        if task_ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"task_ids is {task_ids.dtype}; it must be torch.int32 or torch.int64")
+        if task_ids.dim() != 1 or (samples is not None and task_ids.shape[0] != samples):
+            wanted = "one id per sample" if samples is None else f"[{samples}], one id per sample of the batch"
+            raise ValueError(f"task_ids has the shape {list(task_ids.shape)}; it must be {wanted}")
+        values = None
+        if task_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            values = task_ids.tolist()
+            for t in set(values):
+                if t != -1 and not (0 <= t < len(self.names) and self.names[t] is not None):
+                    known = {i: name for i, name in enumerate(self.names) if name is not None}
+                    raise ValueError(f"task_ids holds {t}; known ids are {known}, and -1 for no adapter")
+        return task_ids.to(device=device, dtype=torch.int32), values
+
+    def positions(self, task: Tensor, training: bool) -> Tensor:
+        """Ids whose values the host does not know -> positions among the active tasks in training, else among `known`.
+
+        Ids of no task become -1. In training those of a task that is not active become a position that does not exist,
+        for which kernels write NaN: an error would have to wait for the device.
+        """
+        if not training and len(self._ids) == len(self.names):
+            return task
+        return self._looked_up(training, task)
+
+    def slots(self, task: Tensor) -> Tensor:
+        """As `positions`, for a frozen model, in which an id is its own position."""
+        return self._looked_up("frozen", task)
+
+    def _looked_up(self, kind: object, task: Tensor) -> Tensor:
+        table = self._tables[kind, task.device]
+        return table[task.long().clamp(-1, table.shape[0] - 1)]
+
+    def activate(self, names: tuple[str, ...], train: bool) -> None:
+        """Of the model: layers have their own, which are these unless one of them alone was told otherwise."""
+        if self.setting != (names, train):
+            self.active, self.train = names, train
+            self.changes += 1
+
+    def settle(self, device: torch.device, capacity: int | None) -> None:
+        """Make what `positions` and, of layers with room for `capacity` ids, `slots` read on this device.
+
+        Ahead of a graph, which could not.
+        """
+        for training, names in ((True, self.active), (False, self.known)):
+            position = {name: i for i, name in enumerate(names)} | {None: -1}
+            table = [position.get(name, len(names)) for name in self.names] + [-1]  # -1 and foreign ids read the last
+            self._tables[training, device] = torch.tensor(table, dtype=torch.int32, device=device)
+        if capacity is not None:
+            slots = [-1 if name is None else i for i, name in enumerate(self.names)]
+            slots = torch.tensor(slots + [-1] * (capacity + 1 - len(slots)), dtype=torch.int32)
+            table = self._tables.get(("frozen", device))
+            if table is None or table.shape != slots.shape:
+                self._tables["frozen", device] = slots.to(device)
+            else:  # in place: a captured graph reads it
+                table.copy_(slots)
+
+    def require_active(self, ids: list[int]) -> None:
+        for i in set(ids) - {-1}:
+            if self.names[i] not in self.active:
+                raise ValueError(
+                    f"the batch has samples of task {self.names[i]!r}, and {list(self.active)} train; make all tasks of a "
+                    "training batch active with set_task(model, *names), or run it under torch.no_grad() or model.eval()"
+                )
+
+    # --- the running forward ----------------------------------------------------------------------------------------
+
+    def context_of(self, model: nn.Module, task_ids: TaskIds | None, args: tuple, kwargs: dict) -> BatchContext:
+        """The context of a forward or generation of `model` with these arguments: by its task ids, or those around it."""
+        outer = self.current
+        if task_ids is None and outer is None:
+            if self.opened:
+                raise RuntimeError(
+                    "route(model, ...) is open in another thread or asyncio task, and this one has none; pass task_ids, or "
+                    "open a route here"
+                )
+            return BatchContext(None)
+        if task_ids is None and outer.task is None:
+            return outer
+        input_ids, tokens = tokens_of(args, kwargs)
+        samples = length = None
+        if tokens is not None:
+            samples = tokens.shape[0]
+            if task_ids is None and input_ids is not None and not tokens.is_floating_point():
+                outer.require_samples(samples)
+            length = tokens.shape[1] if tokens.dim() > 1 + tokens.is_floating_point() else None
+        images = any(name.startswith("pixel_values") and value is not None for name, value in kwargs.items())
+        if self.unplaced and images:
+            raise ValueError(
+                f"{type(model).__name__} names its parts in its own way, so it is unknown whether {self.unplaced[0]} sees "
+                "images or text, and the batch has images; adapt layers of its decoder only, or pass batches of one task "
+                "without task_ids"
+            )
+        units = units_of_batch(model, input_ids, kwargs) if self.packed and input_ids is not None else None
+        if task_ids is None:
+            return outer.of_batch(samples, length, units)
+        task, ids = self.ids(task_ids, samples, device_of(model))
+        return BatchContext(task, length, units, ids)
+
+    @property
+    def current(self) -> BatchContext | None:
+        """The context of this model's running forward, in this thread or asyncio task."""
+        entered = _compiled.contexts if torch.compiler.is_compiling() else _entered.get()
+        for context in reversed(entered):
+            if context.tasks is self:
+                return context
+        return None
+
+    @contextmanager
+    def use(self, context: BatchContext) -> Iterator[None]:
+        """Run the forwards inside in this context."""
+        context.tasks = self
+        if torch.is_grad_enabled():
+            if context.task is not None:
+                self.routed = True
+            elif not torch.compiler.is_compiling():
+                self.seen = self.setting
+        before = _compiled.contexts
+        _compiled.contexts = (*before, context)
+        if torch.compiler.is_compiling():
+            try:
+                yield
+            finally:
+                _compiled.contexts = before
+            return
+        _entered.set((*_entered.get(), context))
+        try:
+            yield
+        finally:  # not to what was before: generators and asyncio tasks may leave in another order
+            _entered.set(without(_entered.get(), context))
+            _compiled.contexts = without(_compiled.contexts, context)
+
+    # --- backward ---------------------------------------------------------------------------------------------------
+
+    def unchanged(self) -> Callable[[Tensor], None]:
+        """A hook on an output: torch would drop the gradients of a task that stopped training before the backward."""
+        setting = self.setting
+
+        def check(_: Tensor) -> None:
+            if setting != self.setting:
+                raise RuntimeError(SET_IN_BETWEEN)
+
+        return check
+
+    def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """`context_fn` for torch.utils.checkpoint.checkpoint(use_reentrant=False) called by hand."""
+        return nullcontext(), Recomputation(self)
+
+    def require_context(self) -> None:
+        """Raise when a layer is recomputed in backward by a checkpoint that does not restore its forward's context."""
+        if torch._C._current_graph_task_id() == -1:
+            self.seen = self.setting
+        elif self.routed or self.seen != self.setting:
+            raise RuntimeError(
+                "a checkpointed layer is recomputed without the route of its forward; enable checkpointing through "
+                "model.gradient_checkpointing_enable(), or pass context_fn=tasks_of(model).checkpoint_context"
+            )
+
+
+class Recomputation(AbstractContextManager):
+    """Remembers the context of the running forward; `with` it, a recomputation sees that one, as often as needed."""
+
+    def __init__(self, tasks: Tasks) -> None:
+        self.tasks, self.context, self.setting = tasks, tasks.current or BatchContext(None), tasks.setting
+        self._open: list = []
+
+    def __enter__(self) -> None:
+        if self.setting != self.tasks.setting:
+            raise RuntimeError(SET_IN_BETWEEN)
+        used = self.tasks.use(self.context)
+        used.__enter__()
+        self._open.append(used)
+
+    def __exit__(self, *exception) -> None:
+        self._open.pop().__exit__(*exception)
+
+
+def tokens_of(args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor | None]:
+    """(input_ids, what tells the batch's samples and lengths) of a model's arguments."""
+    input_ids = kwargs.get("input_ids")
+    if input_ids is None and args and isinstance(args[0], Tensor):
+        input_ids = args[0]
+    names = ("inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+    found = (tokens for name in names if (tokens := kwargs.get(name)) is not None)
+    return input_ids, next(found, None) if input_ids is None else input_ids
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes: offloaded parameters lie on the meta device meanwhile."""
+    return next((p.device for p in model.parameters() if not p.is_meta), next(model.parameters()).device)
+
+
+def tasks_of(model: nn.Module) -> Tasks:
+    """The Tasks that the adapted layers of `model` share; RuntimeError before `attach(model)`."""
+    for module in model.modules():
+        tasks = module.__dict__.get("lilora_tasks")
+        if tasks is not None:
+            return tasks
+    raise RuntimeError("this model has no task routing yet; call attach(model) once after adding LiLoRALinear layers")

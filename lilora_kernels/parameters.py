@@ -1,0 +1,93 @@
+"""The parameters of an adapted layer, by task."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def check_task_name(name: str) -> None:
+    """Raise ValueError for a name that cannot be a task: it becomes a key of parameters and a file name."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(
+            f"task name {name!r} is not allowed; use letters, digits, '-' and '_', starting with a letter or digit"
+        )
+    if (
+        hasattr(nn.ParameterDict, name)
+        or name in ("training", "weight", "bias")
+        or name.startswith(("lilora_", "lora_"))
+    ):
+        raise ValueError(
+            f"task name {name!r} is reserved by torch or PEFT; choose another, for example {'task-' + name!r}"
+        )
+
+
+class TaskParameters(nn.ParameterDict):
+    """Parameters by task, which tell their layer when code puts others in their places, as loaders and sharding do."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # not as a submodule
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter):
+            self._changed(name)
+
+    def _changed(self, name: str) -> None:
+        self.__dict__["layer"].replaced(name)
+
+
+class SharedParameter(TaskParameters):
+    """One Parameter under every task's name: written under one name, it is the new one under all."""
+
+    def _changed(self, name: str) -> None:
+        entries = self._parameters
+        new = entries[name]
+        if new.is_meta:  # a task added on the meta device, to be loaded, does not have the values yet
+            new = next((p for p in entries.values() if not p.is_meta), new)
+        for key in entries:
+            entries[key] = new
+        super()._changed(name)
+
+    def _apply(self, fn, recurse=True):
+        names = list(self._parameters)
+        if not names:
+            return super()._apply(fn, recurse)
+        self._parameters = {name: self._parameters[name] for name in names[:1]}
+        super()._apply(fn, recurse)
+        self._parameters = dict.fromkeys(names, self._parameters[names[0]])
+        return self
+
+
+def stacked(entries: nn.ParameterDict, names: tuple[str, ...]) -> Tensor:
+    """The parameters of these tasks, [tasks, ...]; without a copy for one."""
+    own = entries._parameters
+    if missing := [name for name in names if name not in own]:
+        raise ValueError(f"a layer does not have the tasks {missing} of this batch; add every task to every layer")
+    return own[names[0]].unsqueeze(0) if len(names) == 1 else torch.stack([own[name] for name in names])
+
+
+def window(place: Tensor) -> Tensor:
+    """The memory of a contiguous tensor under a storage of its own: files and copies then hold it alone, not all around it."""
+    start = place.storage_offset() * place.element_size()
+    storage = place.untyped_storage()[start : start + place.nbytes]
+    return place.new_empty(0).set_(storage, 0, place.shape, place.stride())
+
+
+@contextmanager
+def onloaded(*parameters: nn.ParameterDict) -> Iterator[None]:
+    """Bring parameters that accelerate offloads to where they are used, until the end.
+
+    Its hooks wait for a forward of the module that holds them, and a ParameterDict has none.
+    """
+    hooks = [(module._hf_hook, module) for module in parameters if hasattr(module, "_hf_hook")]
+    for hook, module in hooks:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for hook, module in hooks:
+            hook.post_forward(module, None)

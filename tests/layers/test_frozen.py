@@ -1,0 +1,216 @@
+"""A frozen model computes what it did, without stacking; its tensors stay where they are; copies and files are whole."""
+
+import copy
+import io
+
+import pytest
+import torch
+from counting import Operations
+from safetensors.torch import load, save
+from tiny_llava import randomise
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lilora_kernels import LiLoRALinear, attach, freeze, route, set_task, unfreeze
+
+K, N = 12, 12
+
+
+class Model(nn.Sequential):
+    """x [B, L, K] -> [B, L, N]."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def made(tasks=("a", "b", "c"), **options):
+    torch.manual_seed(0)
+    options = {"r": 4, "sub_rank": 2, "dropout": 0.0} | options
+    model = Model(*(LiLoRALinear(nn.Linear(K, N).requires_grad_(False), **options) for _ in range(2)))
+    for layer in model:
+        for task in tasks:
+            layer.add_task(task)
+    randomise(model)
+    attach(model)
+    return model.eval()
+
+
+def run(model, names, x):
+    with torch.no_grad():
+        return model(x, task_ids=names)
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+NAMES = ["c", None, "a", "c"]
+X = torch.randn(4, 3, K, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("fusion", [True, False])
+def test_it_computes_what_it_did_and_stacks_nothing(fusion):
+    model = made(fusion=fusion)
+    wanted, state = run(model, NAMES, X), {name: t.clone() for name, t in model.state_dict().items()}
+    freeze(model, capacity=5)
+    with Operations() as found:
+        assert torch.equal(run(model, NAMES, X), wanted)
+    assert found.seen["stack"] == 0
+    assert {name: p.requires_grad for name, p in model.named_parameters() if p.requires_grad} == {}
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(model.state_dict()[name], t) for name, t in state.items())
+
+
+@pytest.mark.parametrize("write", ["copy_", ".data", "load_state_dict", "assign", "setattr", "cast"])
+def test_what_is_written_is_seen(write):
+    model, plain = made(), made()
+    freeze(model)
+    for one in (model, plain):
+        torch.manual_seed(2)
+        state = {n: torch.randn_like(t) if "lilora" in n else t for n, t in plain.state_dict().items()}
+        with torch.no_grad():
+            if write == "copy_":
+                for name, p in one.named_parameters():
+                    p.copy_(state[name])
+            elif write == ".data":
+                for name, p in one.named_parameters():
+                    p.data.copy_(state[name])
+            elif write == "cast":
+                one.double()
+            elif write == "setattr":
+                one[0].lilora_U["c"] = nn.Parameter(state["0.lilora_U.c"].clone())
+            else:
+                one.load_state_dict(state, assign=write == "assign")
+    x = X.double() if write == "cast" else X
+    assert torch.equal(run(model, NAMES, x), run(plain, NAMES, x))
+    assert not torch.equal(run(model, NAMES, x).float(), run(made(), NAMES, X))
+
+
+def test_tasks_come_and_go_without_another_graph_and_without_moving():
+    model = made()
+    freeze(model, capacity=6)
+    graphs = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    for layer in model:
+        layer.delete_task("b")
+    for step, name in enumerate(("d", "e")):
+        for layer in model:
+            layer.add_task(name)
+            with torch.no_grad():
+                for own in layer._own(name):
+                    own.normal_()
+        for ids in ([0, -1, 2, 3 + step], [3, 1, 1, 2]):
+            task = torch.tensor(ids, dtype=torch.int32)
+            with torch.no_grad():
+                got = compiled(X, task_ids=task)
+            twin = copy.deepcopy(model)
+            close(got, run(twin, [i if i != 1 else -1 for i in ids], X))
+    assert graphs.frame_count == 1
+    assert all(p.data_ptr() == places[name] for name, p in model.named_parameters() if name in places)
+    for layer in model:
+        layer.add_task("f")
+    for layer in model:
+        with pytest.raises(ValueError, match=r"'g' does not fit: the model was frozen with a capacity of 6 ids"):
+            layer.add_task("g")
+    assert "g" not in model[0].tasks
+    with pytest.raises(ValueError, match="capacity is 3, but 6 ids are taken"):
+        freeze(model, capacity=3)
+
+
+def test_files_and_copies_hold_each_task_once():
+    model = made([f"t{i}" for i in range(8)])
+    state = {name: t.clone() for name, t in model.state_dict().items() if "lilora_U" in name or "lilora_V" in name}
+    freeze(model, capacity=64)
+    windows = {name: t for name, t in model.state_dict().items() if name in state}
+    assert all(torch.equal(load(save(windows))[name], t) for name, t in state.items())
+    file = io.BytesIO()
+    torch.save(windows["0.lilora_U.t3"], file)
+    assert file.tell() < 4096
+    twin = copy.deepcopy(model)
+    names = ["t3", "t1", None, "t7"]
+    close(run(twin, names, X), run(model, names, X))
+    with torch.no_grad():
+        twin[0].lilora_U["t3"].zero_()
+    assert not torch.equal(run(twin, names, X), run(model, names, X))
+
+
+@pytest.mark.parametrize("end", [unfreeze, nn.Module.train], ids=["unfreeze", "train"])
+def test_afterwards_it_learns_again(end):
+    model = made()
+    freeze(model)
+    end(model)
+    set_task(model, "a", "b")
+    for _ in range(2):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        before = run(model, NAMES, X)
+        model(X, task_ids=["a", "b", None, "a"]).square().sum().backward()
+        optimizer.step()
+        assert not torch.equal(run(model, NAMES, X)[2], before[2])
+        assert torch.equal(run(model, ["c"] * 4, X)[0], run(made(), ["c"] * 4, X)[0]) == (model[0].train_a == "never")
+    model[0].add_task("d")
+
+
+def test_a_frozen_model_whose_task_trains_again_gets_its_gradients():
+    model = made()
+    freeze(model)
+    set_task(model, "a")
+    model(X, task_ids=["a", "b", None, "a"]).square().sum().backward()
+    assert model[0].lilora_U["a"].grad.abs().sum() > 0
+
+
+def test_freezing_again_with_room_for_more_and_before_any_task():
+    model, wanted = made(), run(made(), NAMES, X)
+    for capacity in (4, 8, 3):
+        freeze(model, capacity)
+        assert torch.equal(run(model, NAMES, X), wanted)
+    model.train().eval()
+    for layer in model:
+        layer.add_task("d")
+    freeze(model)
+    assert torch.equal(run(model, NAMES, X), wanted)
+    empty = made(())
+    freeze(empty, 2)
+    for layer in empty:
+        layer.add_task("a")
+    randomise(empty)
+    plain = copy.deepcopy(empty)
+    close(run(empty, ["a", None, "a", None], X), run(plain, ["a", None, "a", None], X))
+
+
+def test_a_deleted_task_of_an_open_route_is_named():
+    model = made()
+    freeze(model)
+    with route(model, NAMES), torch.no_grad():
+        model(X)
+        for layer in model:
+            layer.delete_task("c")
+        with pytest.raises(ValueError, match="the task with the id 2 was deleted"):
+            model(X)
+
+
+def test_one_layer_that_trains_again_takes_nothing_from_the_others():
+    model, wanted = made(), run(made(), NAMES, X)
+    freeze(model, 5)
+    model[1].train().eval()
+    model.double()
+    close(run(model, NAMES, X.double()), wanted.double())
+    for layer in model:
+        layer.add_task("d")
+
+
+def test_tasks_of_several_dtypes_are_refused():
+    model = made()
+    for layer in model:
+        layer.lilora_U["b"] = nn.Parameter(layer.lilora_U["b"].bfloat16())
+    with pytest.raises(RuntimeError, match=r"of the dtypes .* cannot be frozen together"):
+        freeze(model)
+
+
+def test_what_is_not_here_cannot_be_frozen():
+    with torch.device("meta"):
+        model = Model(LiLoRALinear(nn.Linear(K, N), r=4, sub_rank=2))
+        model[0].add_task("a")
+    attach(model)
+    with pytest.raises(RuntimeError, match="offloaded or sharded cannot be frozen"):
+        freeze(model)

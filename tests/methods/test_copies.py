@@ -1,0 +1,56 @@
+"""A copy or a pickle of a method's model computes the same and lives on its own: it asks nothing of the original."""
+
+import copy
+import io
+
+import pytest
+import torch
+from test_pclr import TARGETS, batch, llava
+
+from lilora.methods import METHODS, make_method
+
+SIZES = {
+    "lilora": {"r": 4, "sub_rank": 2},
+    "dac": {"r": 4, "active": 2, "merged": 2, "critical": 2},
+    "pclr": {"r": 4, "cap": 12, "shared": 2},
+    "moelora": {"r": 4, "experts": 2},
+}
+
+
+def method(name):
+    made = make_method(name, llava(), {"r": 4, "target_modules": TARGETS} | SIZES.get(name, {}))
+    stage = made.stages("one")[0]
+    data = [batch()]
+    made.begin(stage, lambda samples, size=None: iter(data))
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    return made.model.eval()
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_copy_of_a_methods_model(name, copied):
+    model, inputs = method(name), batch()
+    twin = copied(model)  # before a forward: in it transformers adds hooks that cannot be pickled
+    wanted = logits(model, inputs)
+    assert torch.equal(logits(twin, inputs), wanted)
+    with torch.no_grad():
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                parameter.zero_()
+    assert torch.count_nonzero(logits(model, inputs)) == 0
+    assert torch.equal(logits(twin, inputs), wanted)

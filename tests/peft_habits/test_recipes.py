@@ -1,0 +1,172 @@
+"""What recipes around PEFT do: typed wrappers, parts compiled in place, offloading, copies by averaging weights."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from accelerate import cpu_offload
+from habits import adapted, assert_close, ids, llama, logits, of_task, randomise
+from peft import AutoPeftModelForCausalLM, PeftModelForCausalLM, get_peft_model
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import lilora
+from lilora.layer import adapted_layers
+
+HEADS = {
+    "CAUSAL_LM": transformers.LlamaForCausalLM,
+    "FEATURE_EXTRACTION": transformers.LlamaModel,
+    "SEQ_2_SEQ_LM": transformers.T5ForConditionalGeneration,
+    "SEQ_CLS": transformers.LlamaForSequenceClassification,
+    "TOKEN_CLS": transformers.LlamaForTokenClassification,
+    "QUESTION_ANS": transformers.LlamaForQuestionAnswering,
+}
+WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT trains a head of the task's own there
+
+
+def typed(kind, folder=None):
+    torch.manual_seed(0)
+    if kind == "SEQ_2_SEQ_LM":
+        config = transformers.T5Config(
+            vocab_size=50, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+        )
+        targets = ["wi", "wo"]
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=0,
+        )
+        targets = ["gate_proj", "up_proj", "down_proj"]
+    base = HEADS[kind](config).double()
+    if folder is not None:
+        base.save_pretrained(folder)
+    made = lilora.LiLoRAConfig(r=4, sub_rank=2, dropout=0.0, target_modules=targets, task_type=kind)
+    model = get_peft_model(base, made, adapter_name="a")
+    model.add_adapter("b", copy.deepcopy(made))
+    randomise(model)
+    model.set_adapter("a")
+    return model.eval()
+
+
+def first(model, x, **options):
+    more = {"decoder_input_ids": x} if isinstance(model.get_base_model(), transformers.T5PreTrainedModel) else {}
+    with torch.no_grad():
+        return model(input_ids=x, **more, **options)[0]
+
+
+@pytest.mark.parametrize("argument", ["task_ids", "adapter_names"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_typed_wrappers_take_task_ids(kind, argument):
+    model, x = typed(kind), torch.randint(3, 50, (3, 5))
+    if kind in WITH_HEADS:
+        with pytest.raises(lilora.errors.UserError, match="modules_to_save follows the active adapter only"):
+            first(model, x, **{argument: ["a", "b", "a"]})
+        return
+    mixed = first(model, x, **{argument: ["a", "b", "a"]})
+    for task, rows in (("a", [0, 2]), ("b", [1])):
+        model.set_adapter(task)
+        assert_close(mixed[rows], first(model, x)[rows])
+    with pytest.raises(ValueError, match="'fly' is unknown"):
+        first(model, x, **{argument: ["a", "fly", "a"]})
+    with pytest.raises(ValueError, match=r"task_ids has the shape \[2\]; it must be \[3\]"):
+        first(model, x, **{argument: ["a", "b"]})
+    if argument == "task_ids":
+        assert torch.equal(first(model, x, task_ids=torch.tensor([0, 1, 0])), mixed)
+
+
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_trainer_and_auto_model_carry_task_ids_through_a_typed_wrapper(evaluate, tmp_path):
+    model = typed("CAUSAL_LM", tmp_path / "base")
+    model.save_pretrained(tmp_path / "saved", selected_adapters=["a"])
+    config = lilora.LiLoRAConfig.from_pretrained(tmp_path / "saved/a")
+    config.base_model_name_or_path = str(tmp_path / "base")
+    config.save_pretrained(tmp_path / "saved/a")
+    assert isinstance(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved/a"), PeftModelForCausalLM)
+    model.base_model.set_adapter(["a", "b"])
+    rows = [{"input_ids": row, "labels": row, "task_ids": i % 2} for i, row in enumerate(torch.randint(3, 50, (4, 5)))]
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=4, per_device_eval_batch_size=4, report_to=[], use_cpu=True
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    batch = {"input_ids": torch.stack([r["input_ids"] for r in rows]), "task_ids": torch.tensor([0, 1, 0, 1])}
+    with torch.no_grad():
+        wanted = model(**batch, labels=batch["input_ids"]).loss.item()
+    if evaluate:
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(wanted, rel=1e-6)
+    else:
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        assert trainer.train().training_loss == pytest.approx(wanted, rel=1e-6)
+        moved = {name.split(".")[-1] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        assert {"a", "b"} <= moved
+
+
+def test_ids_of_a_task_that_does_not_train_stop_a_training_step():
+    model = typed("CAUSAL_LM").train()
+    x = torch.randint(3, 50, (2, 5))
+    with pytest.raises(
+        ValueError, match=r"samples of task 'b', and \['a'\] train; make all tasks of a training batch active"
+    ):
+        model(input_ids=x, labels=x, task_ids=["b", "b"])
+
+
+def test_averaged_weights_are_what_the_next_mixed_batch_sees():
+    model, x = adapted("ab", llama(num_hidden_layers=1)).eval(), ids()
+    names = (["a", "b"] * len(x))[: len(x)]
+    logits(model, x, task_ids=names)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    average.update_parameters(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+    average.update_parameters(model)
+    before = logits(model, x, task_ids=names)
+    for own, mean in zip(model.parameters(), average.module.parameters(), strict=True):
+        own.data.copy_(mean.data)
+    after = logits(model, x, task_ids=names)
+    assert not torch.equal(after, before)
+    for i, name in enumerate(names):
+        assert_close(after[i], of_task(model, name, x)[i])
+
+
+def test_saved_names_hold_no_wrapper_of_parts_compiled_in_place(tmp_path):
+    model, x = adapted("ab", llama(num_hidden_layers=1)), ids()
+    wanted, plain = of_task(model, "b", x), copy.deepcopy(model)
+    layer = model.get_base_model().model.layers[0]
+    layer.mlp = torch.compile(layer.mlp, backend="eager")
+    assert all("_orig_mod" not in path for path in adapted_layers(model))
+    model.save_pretrained(tmp_path)
+    for one in (plain, model):
+        one.delete_adapter("b")
+        one.load_adapter(tmp_path / "b", "b")
+        assert_close(of_task(one, "b", x), wanted)
+
+
+@pytest.mark.parametrize("how", ["mixed", "generate", "merge"])
+def test_offloaded_to_the_cpu_it_computes_what_it_did(how):
+    model, x = adapted("ab", llama(num_hidden_layers=1)).eval(), ids()
+    names = (["a", "b", None] * len(x))[: len(x)]
+
+    def run():
+        if how == "generate":
+            return model.generate(input_ids=x, task_ids=names, max_new_tokens=4, do_sample=False)
+        if how == "merge":
+            model.merge_adapter(["b"])
+            y = logits(model, x)
+            model.unmerge_adapter()
+            return y
+        return logits(model, x, task_ids=names)
+
+    wanted = run()
+    cpu_offload(model, execution_device="cpu")
+    assert next(p for n, p in model.named_parameters() if "lilora_U" in n).is_meta
+    torch.testing.assert_close(run(), wanted, rtol=0, atol=1e-9 if wanted.is_floating_point() else 0)
+
+
+def test_data_parallel_is_refused():
+    layer, *_ = adapted_layers(adapted("ab", llama(num_hidden_layers=1))).values()
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel copies a model in every forward"):
+        layer._replicate_for_data_parallel()  # what torch.nn.parallel.replicate asks of every module

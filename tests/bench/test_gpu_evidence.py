@@ -24,7 +24,12 @@ def dry_run(tmp_path_factory):
     """Results of one dry run of all stages, its log, and what it printed."""
     out = tmp_path_factory.mktemp("evidence")
     command = [sys.executable, "-m", "bench.gpu_evidence", "--out", str(out), "--dry-run", "--commit", "abc"]
-    command += ["--stages", ",".join(STAGES)]
+    command += [
+        "--stages",
+        ",".join(STAGES),
+        "--minutes",
+        "30",
+    ]  # so that every stage has all its time, beside other work too
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     log = (out / "log.txt").read_text()
     assert result.returncode == 0, result.stdout + log[-5000:]

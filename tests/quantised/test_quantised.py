@@ -99,6 +99,7 @@ def test_a_packed_weight_behind_a_method():
     for task in TASKS:
         layer.add_task(task)
     randomise(layer)
+    layer.set_task(*TASKS)
     x = torch.randn(4, K)
     assert "because the base is a Linear" in explain(layer)
     y = layer(x, task=MIXED)

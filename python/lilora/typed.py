@@ -11,8 +11,7 @@ from .model import LiLoRAModel
 def carry_task_ids() -> None:
     """Let `forward` of PeftModelForCausalLM and the like hand task_ids to a LiLoRA model, as PeftModel's does."""
     for wrapper in set(MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()):
-        if not hasattr(wrapper.forward, "__wrapped__"):
-            wrapper.forward = _carrying(wrapper.forward)
+        wrapper.forward = _carrying(wrapper.forward)
 
 
 def _carrying(forward: Callable) -> Callable:

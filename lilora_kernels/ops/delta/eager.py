@@ -159,7 +159,7 @@ class Run(NamedTuple):
 def runs_of(adapter: AdapterArgs) -> tuple[Tensor | None, list[Run]]:
     """The runs of rows of one task, none for rows without a task, and the permutation that makes each task one run.
 
-    Raises ValueError for ids of no task; where the host does not see them their rows become NaN (see `base_share`).
+    Raises ValueError for ids of no task; where the host does not see them their rows become NaN (see `base_part`).
     """
     if adapter.task is None:
         return None, [Run(0)]
@@ -199,11 +199,11 @@ def shares(adapter: AdapterArgs, runs: list[Run]) -> dict[int, tuple]:
     if adapter.fusion is None:
         return dict.fromkeys(tasks, (1.0, 1.0))
     if seen_by_host(adapter.fusion):
-        chosen = adapter.fusion if len(adapter.fusion) == 1 else adapter.fusion[tasks]
+        chosen = adapter.fusion if len(tasks) == len(adapter.fusion) == 1 else adapter.fusion[tasks]
         found = [sigmoid(t) for t in chosen.tolist()]
     else:
         found = mixing(adapter)[tasks]
-    return {t: (f, 1 - f) for t, f in zip(tasks, found, strict=False)}
+    return {t: (f, 1 - f) for t, f in zip(tasks, found, strict=True)}
 
 
 def mixing(adapter: AdapterArgs) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache, wraps
 from itertools import accumulate
 from math import exp
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,9 @@ def in_given_dtypes(function: Callable) -> Callable:
 
     @wraps(function)
     def run(*args):
-        x = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        if not torch._C._is_any_autocast_enabled():
             return function(*args)
+        x = args[0] if isinstance(args[0], Tensor) else args[0][0]
         with torch.autocast(x.device.type, enabled=False):
             return function(*args)
 
@@ -141,76 +142,167 @@ def da(dh: Tensor, dropped_x: Tensor, adapter: AdapterArgs) -> Tensor:
 # --- the second factor, per task -----------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
-    """Rows of one task: a slice on a CPU; elsewhere, where the host would have to wait for ids, all rows and a mask [M, 1]."""
+class Group(NamedTuple):
+    """Rows of one task, or of several whose runs of rows are equally long and lie one behind the other.
 
-    task: int
-    rows: slice = slice(None)
+    Where the host would have to wait for a device to see ids: all rows, and a mask [M, 1].
+    """
+
+    tasks: int | slice | Tensor
+    rows: slice | None = None  # None for all
+    count: int = 1  # of tasks
     mask: Tensor | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Its rows of a tensor [M, ...]."""
-        return tensor if self.rows == slice(None) else tensor[self.rows]
+        """Its rows of a tensor [M, n]: [m, n], of several tasks [count, m, n]."""
+        tensor = tensor if self.rows is None else tensor[self.rows]
+        return tensor if self.count == 1 else tensor.view(self.count, -1, tensor.shape[1])
 
-    def masked(self, tensor: Tensor) -> Tensor:
-        return tensor if self.mask is None else tensor * self.mask
+    def masked(self, rows: Tensor) -> Tensor:
+        return rows if self.mask is None else rows * self.mask
+
+    def own(self, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of u, v or fusion [T, ...] that of its task, of several tasks [count, ...]."""
+        own = factor.index_select(0, self.tasks) if isinstance(self.tasks, Tensor) else factor[self.tasks]
+        return cast(own, dtype)
 
 
-def runs_of(adapter: AdapterArgs) -> tuple[Tensor | None, list[Run]]:
-    """The runs of rows of one task, none for rows without a task, and the permutation that makes each task one run.
+class Layout(NamedTuple):
+    """Which rows belong to which task.
 
-    Raises ValueError for ids of no task; where the host does not see them their rows become NaN (see `base_part`).
+    order: the permutation that makes each task one run, None where it is so already; task: [M] in this order, None for one
+    task. runs: a Group for each task; groups: those of equal length joined. bare: rows without a task. stretches: the runs
+    before the permutation, by task, where they are so long that a product for each is cheaper than to permute [M, N].
     """
-    if adapter.task is None:
-        return None, [Run(0)]
-    tasks = adapter.u.shape[0]
-    if not seen_by_host(adapter.task):
-        return None, [Run(t, mask=(adapter.task == t).unsqueeze(1)) for t in range(tasks)]
-    order, runs = None, consecutive(adapter.task)
-    if len({run.task for run in runs}) < len(runs):
-        order = torch.argsort(adapter.task, stable=True)
-        runs = consecutive(adapter.task[order])
-    for run in runs:
-        if not -1 <= run.task < tasks:
-            raise ValueError(
-                f"task has the id {run.task}; ids must be in 0..{tasks - 1}, or -1 for rows without an adapter"
-            )
-    return order, runs
+
+    order: Tensor | None
+    task: Tensor | None
+    runs: list[Group]
+    groups: list[Group]
+    bare: tuple[slice, ...] = ()
+    stretches: list[Group] | None = None
+
+    def ordered(self, tensor: Tensor | None) -> Tensor | None:
+        return tensor if self.order is None or tensor is None else tensor[self.order]
+
+    def restored(self, tensor: Tensor) -> Tensor:
+        return tensor if self.order is None else torch.empty_like(tensor).index_copy_(0, self.order, tensor)
+
+    @property
+    def one(self) -> bool:
+        """Whether all rows belong to one task."""
+        return len(self.runs) == 1 and self.runs[0].rows is None and self.runs[0].mask is None
+
+    def composes(self, rows: int, rank: int) -> bool:
+        """Whether rows are so many that forming every M_t costs less than two more factors for each row."""
+        return rows >= rank * len(self.runs) and all(run.mask is None for run in self.runs)
+
+
+ONE_TASK = [Group(0)]
+
+
+def layout_of(adapter: AdapterArgs) -> Layout:
+    """Raises ValueError for ids of no task; where the host does not see them their rows become NaN (see `shares`)."""
+    task = adapter.task
+    if task is None:
+        return Layout(None, None, ONE_TASK, ONE_TASK)
+    if not seen_by_host(task):
+        runs = [Group(t, mask=(task == t).unsqueeze(1)) for t in range(adapter.u.shape[0])]
+        return Layout(None, task, runs, runs)
+    kept = getattr(task, "layouts", None)  # of a BatchContext, whose rows do not change
+    if kept:
+        return kept[0]
+    found = layout(task, adapter.u.shape[0])
+    if kept is not None:
+        kept.append(found)
+    return found
+
+
+def layout(task: Tensor, tasks: int) -> Layout:
+    order, stretches, found = None, None, runs_of(task)
+    if len({t for t, _ in found}) < len(found):
+        if len(task) >= LONG_RUN * len(found):
+            stretches = [Group(t, rows) for t, rows in sorted(found, key=itemgetter(0)) if t >= 0]
+        order = torch.argsort(task, stable=True)
+        task = task[order]
+        found = runs_of(task)
+    for t, _ in found:
+        if not -1 <= t < tasks:
+            raise ValueError(f"task has the id {t}; ids must be in 0..{tasks - 1}, or -1 for rows without an adapter")
+    runs = [Group(t, None if len(found) == 1 else rows) for t, rows in found if t >= 0]
+    bare = tuple(rows for t, rows in found if t < 0)
+    return Layout(order, task, runs, joined(runs), bare, stretches)
 
 
 def seen_by_host(tensor: Tensor) -> bool:
     """Whether its values can be read without waiting for a device."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
-def consecutive(task: Tensor) -> list[Run]:
+def runs_of(task: Tensor) -> list[tuple[int, slice]]:
     ids, counts = torch.unique_consecutive(task, return_counts=True)
     lengths = counts.tolist()
-    return [Run(t, slice(end - n, end)) for t, n, end in zip(ids.tolist(), lengths, accumulate(lengths), strict=True)]
+    return [(t, slice(end - n, end)) for t, n, end in zip(ids.tolist(), lengths, accumulate(lengths), strict=True)]
+
+
+def joined(runs: list[Group]) -> list[Group]:
+    """Neighbours of equal length in one group."""
+    groups = []
+    for run in runs:
+        last = groups[-1][-1].rows if groups else None
+        if last is not None and run.rows == slice(last.stop, 2 * last.stop - last.start):
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    return [group[0] if len(group) == 1 else side_by_side(group) for group in groups]
+
+
+def side_by_side(runs: list[Group]) -> Group:
+    tasks, rows = [run.tasks for run in runs], slice(runs[0].rows.start, runs[-1].rows.stop)
+    together = slice(tasks[0], tasks[-1] + 1)  # indexes without a copy
+    return Group(
+        together if tasks == list(range(together.start, together.stop)) else torch.tensor(tasks), rows, len(runs)
+    )
 
 
 def sigmoid(t: float) -> float:
     return 1 / (1 + exp(-t)) if t >= 0 else exp(t) / (1 + exp(t))
 
 
-def shares(adapter: AdapterArgs, runs: list[Run]) -> dict[int, tuple]:
-    """f and e of the runs' tasks: numbers on a CPU, elsewhere scalars in fp32 at least, which the host need not wait for."""
-    tasks = list({run.task for run in runs if run.task >= 0})
+def share(adapter: AdapterArgs, t: int) -> tuple[float, float] | tuple[Tensor, Tensor]:
+    """f and e of a task: numbers on a CPU, elsewhere [1, 1] in fp32 at least, for which the host need not wait."""
     if adapter.fusion is None:
-        return dict.fromkeys(tasks, (1.0, 1.0))
-    if seen_by_host(adapter.fusion):
-        chosen = adapter.fusion if len(tasks) == len(adapter.fusion) == 1 else adapter.fusion[tasks]
-        found = [sigmoid(t) for t in chosen.tolist()]
+        return 1.0, 1.0
+    own = adapter.fusion if len(adapter.fusion) == 1 else adapter.fusion[t]
+    f = sigmoid(own.item()) if seen_by_host(own) else torch.sigmoid(cast(own, wide(own.dtype))).view(1, 1)
+    return f, 1 - f
+
+
+def shares(adapter: AdapterArgs, layout: Layout, dtype: torch.dtype) -> tuple[float, float] | tuple[Tensor, Tensor]:
+    """f and e of all rows: as `share` where they belong to one task, else [M, 1] in `dtype`.
+
+    Zero for rows without a task, NaN for ids of no task.
+    """
+    if layout.one:
+        return share(adapter, layout.runs[0].tasks)
+    seen = all(run.mask is None for run in layout.runs)
+    if seen and adapter.fusion is None and not layout.bare:
+        return 1.0, 1.0
+    like = adapter.b0 if adapter.fusion is None else adapter.fusion
+    if adapter.fusion is None:
+        f = like.new_ones(len(adapter.u), dtype=wide(like.dtype))
     else:
-        found = mixing(adapter)[tasks]
-    return {t: (f, 1 - f) for t, f in zip(tasks, found, strict=True)}
+        f = torch.sigmoid(cast(like, wide(like.dtype)))
+    if seen and not layout.bare:
+        f = f.index_select(0, layout.task)
+    else:
+        f = torch.cat([f, f.new_tensor([torch.nan, 0])])[layout.task.clamp(-2, len(f))]
+    f = f.unsqueeze(1)
+    return cast(f, dtype), cast(f if adapter.fusion is None else 1 - f, dtype)
 
 
-def mixing(adapter: AdapterArgs) -> Tensor:
-    """f of every task, [T] in fp32 at least."""
-    if adapter.fusion is None:
-        return adapter.b0.new_ones(len(adapter.u), dtype=torch.promote_types(adapter.b0.dtype, torch.float32))
-    return torch.sigmoid(cast(adapter.fusion, torch.promote_types(adapter.fusion.dtype, torch.float32)))
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def scaled(tensor: Tensor, alpha: float, share: float | Tensor) -> tuple[Tensor, float]:
@@ -219,33 +311,22 @@ def scaled(tensor: Tensor, alpha: float, share: float | Tensor) -> tuple[Tensor,
 
 
 def product(left: Tensor, right: Tensor, alpha: float, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """bias + alpha left right."""
+    """bias + alpha left right, of matrices or of batches of them."""
+    multiply = torch.addmm if left.dim() == 2 else torch.baddbmm
     start = left.new_empty(1) if bias is None else cast(bias, left.dtype)
-    return torch.addmm(start, left, right, beta=0 if bias is None else 1, alpha=alpha, out=out)
+    return multiply(start, left, right, beta=0 if bias is None else 1, alpha=alpha, out=out)
 
 
-def compose(adapter: AdapterArgs, t: int, share: float | Tensor) -> tuple[Tensor, Tensor]:
-    """M_t and U_t V_t, [N, R] in fp32 at least."""
-    dtype = torch.promote_types(adapter.b0.dtype, torch.float32)
-    b0, uv = cast(adapter.b0, dtype), cast(adapter.u[t], dtype) @ cast(adapter.v[t], dtype)
-    return b0 + uv if adapter.fusion is None else torch.lerp(uv, b0, share), uv
+def add_product(result: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """result += alpha left right."""
+    (result.addmm_ if left.dim() == 2 else result.baddbmm_)(left, right, alpha=alpha)
 
 
-def composes(adapter: AdapterArgs, rows: int, runs: list[Run]) -> bool:
-    tasks = {run.task for run in runs if run.task >= 0}
-    return rows >= adapter.a.shape[0] * len(tasks) and all(run.mask is None for run in runs)
-
-
-def base_part(rows: Tensor, adapter: AdapterArgs, of: dict[int, tuple]) -> tuple[Tensor, float]:
-    """(rows [M, ...], alpha), which together are s f_t of its task times each row.
-
-    Zero for rows without a task, NaN for ids of no task.
-    """
-    if adapter.task is None:
-        return scaled(rows, adapter.scaling, of[0][0])
-    f = mixing(adapter)
-    table = cast(torch.cat([f, f.new_tensor([torch.nan, 0])]), rows.dtype)
-    return rows * table[adapter.task.clamp(-2, len(f))].unsqueeze(1), adapter.scaling
+def compose(adapter: AdapterArgs, run: Group, f: float | Tensor, e: float | Tensor) -> Tensor:
+    """M_t, [N, R] in fp32 at least."""
+    dtype = wide(adapter.b0.dtype)
+    b0, u, v = cast(adapter.b0, dtype), run.own(adapter.u, dtype), run.own(adapter.v, dtype)
+    return torch.addmm(b0, u, v, beta=f, alpha=e) if isinstance(f, float) else torch.lerp(u @ v, b0, f)
 
 
 def with_task(rows: Tensor, adapter: AdapterArgs) -> Tensor:
@@ -255,60 +336,35 @@ def with_task(rows: Tensor, adapter: AdapterArgs) -> Tensor:
 
 def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None) -> Tensor:
     """bias + s q M_t^T, [M, N]."""
-    b0, s = cast(adapter.b0, q.dtype).T, adapter.scaling
+    s = adapter.scaling
     if adapter.u is None:
-        return product(with_task(q, adapter), b0, s, bias)
-    order, runs = runs_of(adapter)
-    if order is not None and len(order) >= LONG_RUN * len(stretches := consecutive(adapter.task)):
-        order, runs = None, sorted(stretches)
-    if order is not None:
-        adapter, q = adapter._replace(task=adapter.task[order]), q[order]
-    of = shares(adapter, runs)
-    if composes(adapter, len(q), runs):
-        y, composed = q.new_empty(len(q), b0.shape[1]), -1
-        for run in runs:
-            if run.task < 0:
-                run.of(y)[:] = 0 if bias is None else bias
-                continue
-            if run.task != composed:
-                composed, m = run.task, cast(compose(adapter, run.task, of[run.task][0])[0], q.dtype).T
-            product(run.of(q), m, s, bias, out=run.of(y))
-    else:
-        left, alpha = base_part(q, adapter, of)
-        y = product(left, b0, alpha, bias)
-        if (batch := batched(runs)) is not None:
-            tasks, rows = batch
-            u, v = cast(adapter.u[tasks], q.dtype), cast(adapter.v[tasks], q.dtype)
-            z = torch.bmm(q[rows].view(len(u), -1, q.shape[1]), v.mT)
-            if adapter.fusion is not None:
-                z = z * cast(1 - mixing(adapter)[tasks], z.dtype).view(-1, 1, 1)
-            y[rows].view(len(u), -1, y.shape[1]).baddbmm_(z, u.mT, alpha=s)
-        else:
-            for run in runs:
-                if run.task >= 0:
-                    add_second(run.of(y), run.masked(run.of(q)), adapter, run, of[run.task][1])
-    return y if order is None else torch.empty_like(y).index_copy_(0, order, y)
+        return product(with_task(q, adapter), cast(adapter.b0, q.dtype).T, s, bias)
+    layout = layout_of(adapter)
+    if layout.composes(*q.shape):
+        return expand_by_m(q, adapter, layout, bias)
+    q = layout.ordered(q)
+    f, e = shares(adapter, layout, q.dtype)
+    left, alpha = scaled(q, s, f)
+    y = product(left, cast(adapter.b0, q.dtype).T, alpha, bias)
+    q_e, alpha = scaled(q, s, e)
+    for group in layout.groups:
+        z = group.masked(group.of(q_e)) @ group.own(adapter.v, q.dtype).mT
+        add_product(group.of(y), z, group.own(adapter.u, q.dtype).mT, alpha)
+    return layout.restored(y)
 
 
-def add_second(y: Tensor, q: Tensor, adapter: AdapterArgs, run: Run, share: float | Tensor) -> None:
-    """y += s e (q V_t^T) U_t^T."""
-    z, alpha = scaled(q @ cast(adapter.v[run.task], q.dtype).T, adapter.scaling, share)
-    y.addmm_(z, cast(adapter.u[run.task], q.dtype).T, alpha=alpha)
-
-
-def batched(runs: list[Run]) -> tuple[slice | list[int], slice] | None:
-    """Runs of equal length side by side: their tasks, for an index that copies nothing if it can, and all their rows."""
-    runs = [run for run in runs if run.task >= 0]
-    if len(runs) < 2 or runs[0].mask is not None:
-        return None
-    first, last = runs[0], runs[-1]
-    rows = slice(first.rows.start, last.rows.stop)
-    length = first.rows.stop - first.rows.start
-    if any(run.rows != slice(rows.start + i * length, rows.start + (i + 1) * length) for i, run in enumerate(runs)):
-        return None
-    tasks = [run.task for run in runs]
-    together = slice(first.task, first.task + len(runs))
-    return together if tasks == list(range(together.start, together.stop)) else tasks, rows
+def expand_by_m(q: Tensor, adapter: AdapterArgs, layout: Layout, bias: Tensor | None) -> Tensor:
+    order, runs = (layout.order, layout.runs) if layout.stretches is None else (None, layout.stretches)
+    q = q if order is None else q[order]
+    y = q.new_empty(len(q), len(adapter.b0))
+    if layout.bare:
+        y[:] = 0 if bias is None else bias
+    composed = None
+    for run in runs:
+        if run.tasks != composed:
+            composed, m = run.tasks, cast(compose(adapter, run, *share(adapter, run.tasks)), q.dtype).T
+        product(run.of(q), m, adapter.scaling, bias, out=run.of(y))
+    return y if order is None else layout.restored(y)
 
 
 def backward_up(
@@ -320,15 +376,13 @@ def backward_up(
     if adapter.u is None:
         grads, dq = plain_backward(dy, q, adapter, needs, wants_dq)
     else:
-        order, runs = runs_of(adapter)
-        ordered = adapter
-        if order is not None:
-            ordered, dy = adapter._replace(task=adapter.task[order]), dy[order]
-            q = None if q is None else q[order]
-        through = through_m if composes(adapter, len(dy), runs) else through_factors
-        grads, dq = through(dy, q, ordered, runs, needs, wants_dq)
-        if order is not None and dq is not None:
-            dq = torch.empty_like(dq).index_copy_(0, order, dq)
+        layout = layout_of(adapter)
+        through = through_m if layout.composes(len(dy), adapter.a.shape[0]) else through_factors
+        grads, dq = through(layout.ordered(dy), layout.ordered(q), adapter, layout, needs, wants_dq)
+        for name in needs & {"b0", "u", "v", "fusion"} - grads.keys():  # no row has a task
+            grads[name] = torch.zeros_like(getattr(adapter, name))
+        if dq is not None:
+            dq = layout.restored(dq)
         if "b0" in grads and adapter.ranks is not None:
             lo, hi = adapter.ranks
             grads["b0"][:, :lo], grads["b0"][:, hi:] = 0, 0
@@ -342,7 +396,7 @@ def backward_up(
 
 def dgate(dq: Tensor, h: Tensor, adapter: AdapterArgs) -> Tensor:
     """Sum of dq * h over the rows of each gate; on a GPU as a matrix product: its order is fixed, unlike that of atomics."""
-    products = cast(dq, torch.promote_types(dq.dtype, torch.float32)) * h
+    products = cast(dq, wide(dq.dtype)) * h
     if adapter.gate_row is None:
         return products.sum(0, keepdim=True).to(adapter.gate.dtype)
     if dq.device.type == "cpu":
@@ -350,6 +404,92 @@ def dgate(dq: Tensor, h: Tensor, adapter: AdapterArgs) -> Tensor:
         return sums.index_add_(0, adapter.gate_row, products).to(adapter.gate.dtype)
     one_hot = adapter.gate_row == torch.arange(adapter.gate.shape[0], device=dq.device).unsqueeze(1)
     return (cast(one_hot, products.dtype) @ products).to(adapter.gate.dtype)
+
+
+def place(grads: dict[str, Tensor], name: str, group: Group, value: float | Tensor, like: Tensor) -> None:
+    """Make `value` the gradient of a group's tasks in that of `like` [T, ...]; a task without rows keeps zeros."""
+    if isinstance(value, Tensor) and value.numel() == like.numel() and not isinstance(group.tasks, Tensor):
+        grads[name] = value.view(like.shape)
+        return
+    if name not in grads:
+        grads[name] = torch.zeros_like(like, dtype=wide(like.dtype), memory_format=torch.contiguous_format)
+    grads[name][group.tasks] = value
+
+
+def through_m(
+    dy: Tensor, q: Tensor | None, adapter: AdapterArgs, layout: Layout, needs: frozenset[str], wants_dq: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Through the gradient of M_t; ops/README.md has the chain."""
+    s, grads = adapter.scaling, {}
+    dq = dy.new_empty(len(dy), adapter.a.shape[0]) if wants_dq else None
+    if wants_dq and layout.bare:
+        dq.zero_()
+    for run in layout.runs:
+        f, e = share(adapter, run.tasks)
+        if wants_dq:
+            product(run.of(dy), cast(compose(adapter, run, f, e), dy.dtype), s, out=run.of(dq))
+        if needs.isdisjoint(("b0", "u", "v", "fusion")):
+            continue
+        dm = run.of(dy).T @ run.of(q)  # [N, R], without s
+        v = run.own(adapter.v, dm.dtype)
+        if "u" in needs:
+            right, alpha = scaled(v.T, s, e)
+            place(grads, "u", run, product(dm, right, alpha), adapter.u)
+        if "v" in needs or "fusion" in needs:
+            dv = run.own(adapter.u, dm.dtype).T @ dm  # without s e
+        if "v" in needs:
+            place(grads, "v", run, dv * (s * e), adapter.v)
+        if "fusion" in needs:
+            place(grads, "fusion", run, s * f * e * (dot(dm, adapter.b0) - dot(dv, v)), adapter.fusion)
+        if "b0" in needs:
+            term = cast(dm, wide(dm.dtype)) * (s * f)
+            grads["b0"] = term if "b0" not in grads else grads["b0"].add_(term)
+    return grads, dq
+
+
+def dot(left: Tensor, right: Tensor) -> float | Tensor:
+    """<left, right> in fp32 at least: a number on a CPU, elsewhere a tensor [1, 1]."""
+    left, right = (cast(t, wide(t.dtype)).reshape(-1) for t in (left, right))
+    found = torch.dot(left, right)
+    return found.item() if seen_by_host(found) else found.view(1, 1)
+
+
+def through_factors(
+    dy: Tensor, q: Tensor | None, adapter: AdapterArgs, layout: Layout, needs: frozenset[str], wants_dq: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """M_t never formed: s f dy B0 dense over all rows, dy U_t and q V_t^T per task."""
+    s, grads, dq = adapter.scaling, {}, None
+    f, e = shares(adapter, layout, dy.dtype)
+    if wants_dq or "fusion" in needs:
+        b0 = cast(adapter.b0, dy.dtype)
+        dq = product(dy, b0, s * f) if isinstance(f, float) else product(dy, b0, s).mul_(f)
+    if q is not None:
+        q_e, alpha = scaled(q, s, e)
+    if "b0" in needs:
+        grads["b0"] = product(dy.T, *scaled(q, s, f))
+    if "fusion" in needs and not isinstance(f, float):
+        of_rows = (dq * q).sum(1, keepdim=True, dtype=wide(q.dtype)) * e
+    for group in layout.groups:
+        u, v, rows = group.own(adapter.u, dy.dtype), group.own(adapter.v, dy.dtype), group.of(dy)
+        if wants_dq or "v" in needs or "fusion" in needs:
+            dz = group.masked(rows @ u)  # without s e
+        if "u" in needs or "fusion" in needs:
+            z = group.masked(group.of(q_e)) @ v.mT
+        if "u" in needs:
+            place(grads, "u", group, product(rows.mT, z, alpha), adapter.u)
+        if "v" in needs:
+            place(grads, "v", group, product(dz.mT, group.of(q_e), alpha), adapter.v)
+        if "fusion" in needs:
+            if isinstance(f, float):
+                slope = e * dot(dq, q) - alpha * f * dot(dz, z)
+            else:
+                own = (dz * z).sum(-1, keepdim=True, dtype=wide(z.dtype)) * (alpha * group.of(f))
+                slope = (group.masked(group.of(of_rows)) - own).sum((-2, -1))
+            place(grads, "fusion", group, slope, adapter.fusion)
+        if wants_dq:
+            own, factor = scaled(dz, s, e if isinstance(e, float) else group.of(e))
+            add_product(group.of(dq), own, v, factor)
+    return grads, dq if wants_dq else None
 
 
 def plain_backward(
@@ -366,91 +506,3 @@ def plain_backward(
             grads["b0"] = dy.new_zeros(adapter.b0.shape)
             grads["b0"][:, lo:hi] = product(left, q[:, lo:hi], s)
     return grads, with_task(product(dy, cast(adapter.b0, dy.dtype), s), adapter) if wants_dq else None
-
-
-def of_tasks(adapter: AdapterArgs, needs: frozenset[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Room for the gradients of u, v and fusion, as far as asked for; a task without rows keeps the zeros."""
-    dtypes = {"u": dtype, "v": dtype, "fusion": torch.promote_types(dtype, torch.float32)}
-    wanted = {name: getattr(adapter, name) for name in dtypes if name in needs}
-    make = torch.empty_like if adapter.task is None else torch.zeros_like
-    return {
-        name: make(like, dtype=dtypes[name], memory_format=torch.contiguous_format) for name, like in wanted.items()
-    }
-
-
-def through_m(
-    dy: Tensor, q: Tensor | None, adapter: AdapterArgs, runs: list[Run], needs: frozenset[str], wants_dq: bool
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Through the gradient of M_t; ops/README.md has the chain."""
-    s, of = adapter.scaling, shares(adapter, runs)
-    grads, db0 = of_tasks(adapter, needs, dy.dtype), None
-    dq = dy.new_empty(len(dy), adapter.a.shape[0]) if wants_dq else None
-    for run in runs:
-        t = run.task
-        if t < 0:
-            if wants_dq:
-                run.of(dq).zero_()
-            continue
-        f, e = of[t]
-        if wants_dq or "fusion" in needs:
-            m, uv = compose(adapter, t, f)
-        if wants_dq:
-            product(run.of(dy), cast(m, dy.dtype), s, out=run.of(dq))
-        if not grads and "b0" not in needs:
-            continue
-        dm = run.of(dy).T @ run.of(q)  # [N, R], without s
-        if "u" in needs:
-            right, alpha = scaled(cast(adapter.v[t], dm.dtype).T, s, e)
-            product(dm, right, alpha, out=grads["u"][t])
-        if "v" in needs:
-            left, alpha = scaled(cast(adapter.u[t], dm.dtype).T, s, e)
-            product(left, dm, alpha, out=grads["v"][t])
-        if "fusion" in needs:
-            slope = dot(dm, adapter.b0 - uv, grads["fusion"].dtype)
-            torch.mul(slope, s * f * e, out=grads["fusion"][t])
-        if "b0" in needs:
-            term = cast(dm, torch.promote_types(dm.dtype, torch.float32)) * (s * f)
-            db0 = term if db0 is None else db0.add_(term)
-    if "b0" in needs:
-        grads["b0"] = torch.zeros_like(adapter.b0) if db0 is None else db0
-    return grads, dq
-
-
-def dot(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.dot(cast(left, dtype).reshape(-1), cast(right, dtype).reshape(-1))
-
-
-def through_factors(
-    dy: Tensor, q: Tensor | None, adapter: AdapterArgs, runs: list[Run], needs: frozenset[str], wants_dq: bool
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """M_t never formed: P = dy B0 dense over all rows, Q = dy U_t and z = q V_t^T per task."""
-    s, of = adapter.scaling, shares(adapter, runs)
-    grads = of_tasks(adapter, needs, dy.dtype)
-    p_rows = dy @ cast(adapter.b0, dy.dtype) if wants_dq or "fusion" in needs else None
-    if wants_dq:
-        left, alpha = base_part(p_rows, adapter, of)
-        dq = left * alpha
-    if "b0" in needs:
-        grads["b0"] = product(dy.T, *base_part(q, adapter, of))
-    for run in runs:
-        t = run.task
-        if t < 0:
-            continue
-        f, e = of[t]
-        u, v, rows = cast(adapter.u[t], dy.dtype), cast(adapter.v[t], dy.dtype), run.of(dy)
-        if wants_dq or "v" in grads or "fusion" in grads:
-            q_rows = run.masked(rows @ u)
-            q_mixed, alpha = scaled(q_rows, s, e)
-        if wants_dq:
-            run.of(dq).addmm_(q_mixed, v, alpha=alpha)
-        if "u" in grads or "fusion" in grads:
-            z = run.masked(run.of(q) @ v.T)
-        if "u" in grads:
-            product(rows.T, *scaled(z, s, e), out=grads["u"][t])
-        if "v" in grads:
-            product(q_mixed.T, run.of(q), alpha, out=grads["v"][t])
-        if "fusion" in grads:
-            wide = grads["fusion"].dtype
-            slope = dot(run.of(p_rows), run.masked(run.of(q)), wide) - dot(q_rows, z, wide)
-            torch.mul(slope, s * f * e, out=grads["fusion"][t])
-    return grads, dq if wants_dq else None

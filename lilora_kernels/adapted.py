@@ -1,10 +1,34 @@
 """What the adapted linear layers have in common: a frozen base layer and one operation that adds the adapter to it."""
 
+import operator
+
 import torch
 from torch import Tensor, nn
 
 from . import functional
 from .context import Tasks
+from .ops.delta.register import delta
+from .ops.doors import Operation
+from .ops.linear.register import linear
+
+
+class Factors(tuple):
+    """(a, b0, u, v, fusion) of one call, or of many: what is checked in the first need not be again."""
+
+    checked: tuple = (), ()
+
+    def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
+        """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: the other arguments."""
+        if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+            return functional.of_rows(operation, x, *base, *self, *rest)
+        # Code that shards or offloads changes the memory behind a Parameter.
+        kind = x.dtype, x.device, x.shape[-1], *[t.data_ptr() for t in self if t is not None]
+        accepted, of_kind = self.checked
+        known = len(accepted) == len(base) and all(map(operator.is_, accepted, base)) and of_kind == kind
+        y = functional.of_rows(operation, x, *base, *self, *rest, known=known)
+        if not known:
+            self.checked = base, kind
+        return y
 
 
 class AdaptedLinear(nn.Module):
@@ -53,22 +77,40 @@ class AdaptedLinear(nn.Module):
         base = self.base_layer
         if not is_plain(base):
             return f"the base is a {described(base)}"
-        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        weight, bias = base.weight, base.bias
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
             return "the base is being trained"
         if has_hooks(base):
             return "the base has hooks"
         return None
 
     def _adapted(
-        self, x: Tensor, factors: tuple, scaling: float, p: float, args: tuple, kwargs: dict, **adapter
+        self,
+        x: Tensor,
+        factors: Factors,
+        scaling: float,
+        p: float,
+        args: tuple,
+        kwargs: dict,
+        task: Tensor | None = None,
+        gate: Tensor | None = None,
+        gate_row: Tensor | None = None,
+        ranks: tuple[int, int] | None = None,
     ) -> Tensor:
-        """base_layer(x) + the adapter of `factors` (a, b0, u, v, fusion), in one operation where the base allows it."""
-        adapter |= {"scaling": scaling, "p": p, "seed": functional.draw_seed(x.device) if p else None}
-        if self.unfused_reason() is None and not args and not kwargs:
-            return functional.linear(x, self.base_layer.weight, self.base_layer.bias, *factors, **adapter)
-        y = self.base_layer(x, *args, **kwargs)
-        d = functional.delta(x if x.is_floating_point() else x.to(factors[0].dtype), *factors, **adapter)
-        return y + d.to(y.dtype)
+        """base_layer(x) + the adapter of `factors`, in one operation where the base allows it."""
+        base, weight, bias = self.base_layer, None, None
+        apart = args or kwargs or self.unfused_reason() is not None
+        if apart:
+            y = base(x, *args, **kwargs)
+            x = x if x.is_floating_point() else x.to(factors[0].dtype)
+        else:
+            weight, bias = base.weight, base.bias
+        cast = functional.autocast(x)
+        functional.check_dtypes("linear", x, cast, weight)
+        rest = task, gate, gate_row, functional.draw_seed(x.device) if p else None, scaling, p, ranks
+        if apart:
+            return y + factors.run(delta, cast, (), *rest).to(y.dtype)
+        return factors.run(linear, cast, (weight, bias), *rest)
 
 
 def is_plain(base: nn.Module) -> bool:

@@ -62,7 +62,13 @@ class BatchContext:
             return resolve(x, of).to(x.device)
         key = id(of), vision, x.device, *x.shape[:-1]
         if key not in self._rows:
-            self._rows[key] = resolve(x, of).to(x.device)
+            rows = resolve(x, of).to(x.device)
+            on_host = of if of.is_cpu else getattr(of, "on_host", None)
+            if on_host is not None:  # plans made of library products want to know where which task's rows lie
+                rows.layouts = []
+                if not rows.is_cpu:
+                    rows.on_host = resolve(x, on_host)
+            self._rows[key] = rows
         return self._rows[key]
 
     def text_rows(self, x: Tensor, of: Tensor) -> Tensor:
@@ -158,8 +164,11 @@ class BatchContext:
             names = tasks.known
         if ids is not None:
             position = {tasks.id_of(name): at for at, name in enumerate(names)}
-            positions = [position.get(i, -1) for i in ids]
-            return names, torch.tensor(positions, dtype=torch.int32, device=self.task.device)
+            on_host = torch.tensor([position.get(i, -1) for i in ids], dtype=torch.int32)
+            positions = on_host.to(self.task.device)
+            if positions is not on_host:
+                positions.on_host = on_host
+            return names, positions
         return names, tasks.positions(self.task, trains and training)
 
     def slots(self) -> Tensor:

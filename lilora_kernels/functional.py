@@ -1,7 +1,8 @@
 """The public functions. Shapes and formula: ops/README.md.
 
 x [..., K] rows, M of them; weight [N, K], bias [N]; a [R, K] and b0 [N, R] shared by all tasks; u [T, N, S], v [T, S, R],
-fusion [T] per task; task [M] int32, the row's task or -1 for rows without an adapter; gate [G, R] and gate_row [M] int32.
+fusion [T] per task, or u [N, S], v [S, R], fusion [1] of one task for all rows; task [M] int32, the row's task or -1 for
+rows without an adapter; gate [G, R] and gate_row [M] int32.
 Parameters may have another floating dtype than x (fp32 masters under bf16 activations): they are cast inside.
 """
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .ops.delta.register import delta as _delta
 from .ops.delta_pair.register import delta_pair as _delta_pair
+from .ops.doors import Operation
 from .ops.linear.register import linear as _linear
 from .ops.rank_gate.register import rank_gate as _rank_gate
 
@@ -41,10 +43,7 @@ def delta(
     Under autocast x is cast to the autocast dtype. Deterministic; gradients nobody asks for are not computed.
     Raises ValueError for shapes and ranges, TypeError for dtypes.
     """
-    x = autocast(x)
-    flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
-    y, _ = _delta(flat, a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
-    return y.view(*lead, y.shape[-1])
+    return of_rows(_delta, autocast(x), a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
 
 
 def linear(
@@ -71,9 +70,7 @@ def linear(
     """
     cast = autocast(x)
     check_dtypes("linear", x, cast, weight)
-    flat, lead = cast.reshape(-1, x.shape[-1]), x.shape[:-1]
-    y, _ = _linear(flat, weight, bias, a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
-    return y.view(*lead, y.shape[-1])
+    return of_rows(_linear, cast, weight, bias, a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
 
 
 def delta_pair(
@@ -123,12 +120,22 @@ def rank_gate(scores: Tensor, r: int, *, straight_through: bool = False) -> tupl
     return _rank_gate(scores if straight_through else scores.detach(), r)
 
 
+def of_rows(operation: Operation, x: Tensor, *args, known: bool = False) -> Tensor:
+    """The y of an operation that takes x [..., K] as [M, K]; `known` as for the operation."""
+    if x.dim() == 2:
+        return operation(x, *args, known=known)[0]
+    y = operation(x.reshape(-1, x.shape[-1]), *args, known=known)[0]
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 def check_dtypes(op: str, x: Tensor, cast: Tensor, weight: Tensor | None) -> None:
     if weight is not None and cast.dtype != weight.dtype and not autocasts(x):
         raise TypeError(f"{op}: x is {x.dtype} and weight is {weight.dtype}; cast one of them or use torch.autocast")
 
 
 def autocasts(x: Tensor) -> bool:
+    if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
+        return False
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # torch raises for the meta device
 
 

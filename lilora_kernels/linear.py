@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLinear, described, is_plain, is_sharded
+from .adapted import AdaptedLinear, Factors, described, is_plain, is_sharded
 from .context import BatchContext
 from .parameters import SharedParameter, TaskParameters, check_task_name, onloaded, stacked, window
 
@@ -52,8 +52,8 @@ class LiLoRALinear(AdaptedLinear):
         self.merged_task: str | None = None
         self.active: tuple[str, ...] = ()
         self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
-        self._frozen: tuple[Tensor | None, ...] | None = None  # all tasks' u, v, fusion by id: see serving.freeze
-        self._slot: tuple[Tensor | None, ...] | None = None  # a, b0 and, of the one active task, u, v, fusion
+        self._frozen: Factors | None = None  # with all tasks' u, v, fusion by id: see serving.freeze
+        self._slot: Factors | None = None  # with u, v, fusion of the one active task; without for several
         self.register_load_state_dict_post_hook(_loaded)
 
     @property
@@ -125,7 +125,7 @@ class LiLoRALinear(AdaptedLinear):
             if name in getattr(self, kind):
                 del getattr(self, kind)[name]
         self.model_tasks.remove(name)
-        for stack in self._frozen or ():
+        for stack in (self._frozen or ())[2:]:
             if stack is not None:
                 stack[[i for i, kept in enumerate(self.model_tasks.names) if kept is None]] = 0
         if self._first == name:
@@ -166,12 +166,14 @@ class LiLoRALinear(AdaptedLinear):
 
     def _bind_slot(self) -> None:
         if len(self.active) == 1:
-            self._slot = self._parameters_of(self.active[0])
+            self._slot = Factors(self._parameters_of(self.active[0]))
         elif self.lilora_U:
             first = next(iter(self.lilora_A))
-            self._slot = self.lilora_A[first], self.lilora_B[first], None, None, None
+            self._slot = Factors((self.lilora_A[first], self.lilora_B[first], None, None, None))
         else:
             self._slot = None
+        if self._frozen is not None and self._slot is not None:
+            self._frozen = Factors((*self._slot[:2], *self._frozen[2:]))
 
     def replaced(self, name: str) -> None:
         """A Parameter of the task is another object now."""
@@ -196,7 +198,7 @@ class LiLoRALinear(AdaptedLinear):
     @property
     def capacity(self) -> int | None:
         """How many ids a frozen layer has room for; None unless it is frozen."""
-        return None if self._frozen is None else len(self._frozen[0])
+        return None if self._frozen is None else len(self._frozen[2])
 
     def require_freezable(self) -> None:
         """RuntimeError for parameters that are not here in full outside the layer's forward, or differ in dtype."""
@@ -215,7 +217,9 @@ class LiLoRALinear(AdaptedLinear):
         like = next(iter(self.lilora_U.values()), None)
         like = self.empty(0) if like is None else like
         sizes = [(self.out_features, self.sub_rank), (self.sub_rank, self.rank), () if self.fusion else None]
-        self._frozen = tuple(None if size is None else like.new_zeros(capacity, *size) for size in sizes)
+        self._frozen = Factors(
+            (None, None, *(None if size is None else like.new_zeros(capacity, *size) for size in sizes))
+        )
         for name in self.tasks:
             self._fill_windows(name)
         self.bind()
@@ -231,7 +235,7 @@ class LiLoRALinear(AdaptedLinear):
     @torch.no_grad()
     def _fill_windows(self, name: str) -> None:
         """Of a frozen layer, make the task's parameters windows of the stacks, with the values that they have."""
-        for stack, entries in zip(self._frozen or (), self._by_task(), strict=False):
+        for stack, entries in zip((self._frozen or ())[2:], self._by_task(), strict=False):
             if name in entries and not entries[name].is_meta:  # else a loader is still to bring it
                 own, place = entries[name], stack[self.model_tasks.id_of(name)].view_as(entries[name])
                 if own.data_ptr() != place.data_ptr():
@@ -278,8 +282,8 @@ class LiLoRALinear(AdaptedLinear):
         self._expect_same_tasks(y)
         return y
 
-    def _adapter(self, x: Tensor, task: Tensor | None = None) -> tuple[tuple[Tensor | None, ...], Tensor | None] | None:
-        """What this forward adds to the base: (a, b0, u, v, fusion) and the task of each row of x; None for nothing."""
+    def _adapter(self, x: Tensor, task: Tensor | None = None) -> tuple[Factors, Tensor | None] | None:
+        """What this forward adds to the base: factors and the task of each row of x; None for nothing."""
         tasks, samples = self.model_tasks, None
         if task is None:
             context = tasks.current
@@ -312,8 +316,7 @@ class LiLoRALinear(AdaptedLinear):
             if len(self.active) > 1:
                 raise ValueError(f"the tasks {list(self.active)} are active together; pass task ids with the batch")
             return None
-        a, b0, u, v, fusion = slot
-        return (a, b0, u.unsqueeze(0), v.unsqueeze(0), fusion), None
+        return slot, None
 
     def _mixed(self, x: Tensor, shared: tuple[Tensor, ...], context: BatchContext, samples: int | None) -> tuple | None:
         """As `_adapter`, for tasks by sample. shared: a and b0; samples: those of x, where the ids were given for x itself."""
@@ -329,16 +332,17 @@ class LiLoRALinear(AdaptedLinear):
         else:
             rows = positions.unsqueeze(1).expand(samples, x.shape[1:-1].numel()).reshape(-1)
         if not names:
-            stacks = self._frozen
+            factors = self._frozen
         elif context.generating and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             key = self, self.model_tasks.changes
             if key not in context.stacks:
                 # A copy even of one task: a sharded one is there while the layer runs only.
-                context.stacks[key] = tuple(t if t is None else t.clone() for t in self._stack(names))
-            stacks = context.stacks[key]
+                stacks = (t if t is None else t.clone() for t in self._stack(names))
+                context.stacks[key] = Factors((*shared, *stacks))
+            factors = context.stacks[key]
         else:
-            stacks = self._stack(names)
-        return (*shared, *stacks), rows
+            factors = Factors((*shared, *self._stack(names)))
+        return factors, rows
 
     def _stack(self, names: tuple[str, ...]) -> tuple[Tensor | None, ...]:
         """Of these tasks u [T, N, S], v [T, S, R], fusion [T]."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLinear, version
+from .adapted import AdaptedLinear, Factors, version
 from .functional import rank_gate
 
 Group = tuple[tuple[str, ...], Tensor | None]
@@ -44,7 +44,7 @@ class RankPoolLinear(AdaptedLinear):
         self.choose, self.scaling = choose, scaling
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.snapshot: dict[str, tuple[Tensor, Tensor]] = {}  # frozen parts of a teacher, no parameters
-        self._gathered: tuple[tuple, Choice, tuple[Tensor, Tensor]] | None = None
+        self._gathered: tuple[tuple, Choice, Factors] | None = None
 
     @property
     def rank(self) -> int:
@@ -83,26 +83,26 @@ class RankPoolLinear(AdaptedLinear):
         choice, rows = self.choose(self, x)
         if choice is None:
             return self.base_layer(x, *args, **kwargs)
-        a, b = self._gather(choice)
+        factors = self._gather(choice)
         adapter = {"gate": choice.gate, "gate_row": rows, "ranks": self._trained(choice)}
         p = self.dropout if self.training and not choice.snapshot else 0.0
-        return self._adapted(x, (a, b, None, None, None), self.scaling, p, args, kwargs, **adapter)
+        return self._adapted(x, factors, self.scaling, p, args, kwargs, **adapter)
 
     def train(self, mode: bool = True) -> "RankPoolLinear":
         self._gathered = None
         return super().train(mode)
 
-    def _gather(self, choice: Choice) -> tuple[Tensor, Tensor]:
+    def _gather(self, choice: Choice) -> Factors:
         parts = {n: self.part(n, choice.snapshot) for names, _ in choice.groups for n in names}
         if torch.is_grad_enabled() and any(a.requires_grad for a, _ in parts.values()):
-            return gather(parts, choice.groups)
+            return Factors((*gather(parts, choice.groups), None, None, None))
         # Decoding asks for the same ranks at every step.
         source = tuple((t.data_ptr(), version(t)) for part in parts.values() for t in part)
         source += tuple((names, id(ranks)) for names, ranks in choice.groups)
         if self._gathered is None or self._gathered[0] != source:
             # Tensors made in inference mode could not be saved for a later backward.
             with torch.inference_mode(False), torch.no_grad():
-                self._gathered = source, choice, gather(parts, choice.groups)
+                self._gathered = source, choice, Factors((*gather(parts, choice.groups), None, None, None))
         return self._gathered[2]
 
     def _trained(self, choice: Choice) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .schema import FACTORS, AdapterArgs
 
-OUTPUTS = (("b0", 0), ("u", 1))  # the dimensions that may differ between the adapters of a pair: N
+OUTPUTS = {("b0", 0), ("u", -2)}  # the dimensions that may differ between the adapters of a pair: N
 
 
 def check_delta(op: str, x: Tensor, adapter: AdapterArgs) -> None:
@@ -29,21 +29,28 @@ def check_delta(op: str, x: Tensor, adapter: AdapterArgs) -> None:
     if (u is None) != (v is None):
         raise wrong("u and v", "one of them None", "give both or neither")
     if u is not None and v is not None:
-        if u.dim() != 3 or u.shape[1] != b0.shape[0]:
-            raise wrong("u", list(u.shape), f"it must be [T, N, S] with N = {b0.shape[0]}, the rows of b0")
-        if u.shape[2] < 1:
+        tasks, one = u.shape[:-2], u.dim() == 2
+        if u.dim() not in (2, 3) or u.shape[-2] != b0.shape[0]:
+            raise wrong("u", list(u.shape), f"it must be [T, N, S], or [N, S], with N = {b0.shape[0]}, the rows of b0")
+        if u.shape[-1] < 1:
             raise wrong(
                 "u", list(u.shape), "S, its last dimension, must be at least 1; leave u and v out for plain LoRA"
             )
-        if v.dim() != 3 or v.shape[0] != u.shape[0] or v.shape[1] != u.shape[2] or v.shape[2] != rank:
-            raise wrong("v", list(v.shape), f"it must be [T, S, R] = {[u.shape[0], u.shape[2], rank]}")
-        if task is None and u.shape[0] != 1:
+        if v.shape != (*tasks, u.shape[-1], rank):
+            form = "[S, R]" if one else "[T, S, R]"
+            raise wrong("v", list(v.shape), f"it must be {form} = {[*tasks, u.shape[-1], rank]}")
+        if task is None and not one and u.shape[0] != 1:
             raise wrong("task", "None", f"with {u.shape[0]} tasks every row needs a task: pass task [M] int32")
+        if task is not None and one:
+            raise wrong(
+                "task", "given", "u [N, S] is that of one task for all rows: leave task out, or give u [T, N, S]"
+            )
     if fusion is not None:
         if u is None:
             raise wrong("fusion", "given", "it mixes b0 with u v: give u and v too")
-        if fusion.shape != u.shape[:1]:
-            raise wrong("fusion", list(fusion.shape), f"it must be [T] with T = {u.shape[0]}")
+        count = u.shape[0] if u.dim() == 3 else 1
+        if fusion.shape != (count,):
+            raise wrong("fusion", list(fusion.shape), f"it must be [T] with T = {count}")
     if gate is not None and (gate.dim() != 2 or gate.shape[1] != rank):
         raise wrong("gate", list(gate.shape), f"it must be [G, R] with R = {rank}")
     if gate_row is not None and gate is None:
@@ -104,7 +111,10 @@ def check_pair(
             check_delta(op, x, adapter)
     for name in FACTORS:
         got = [None if t is None else list(t.shape) for t in (getattr(adapter, name) for adapter in adapters)]
-        kept = [None if t is None else [size for i, size in enumerate(t) if (name, i) not in OUTPUTS] for t in got]
+        kept = [
+            None if t is None else [n for i, n in enumerate(t) if not {(name, i), (name, i - len(t))} & OUTPUTS]
+            for t in got
+        ]
         if kept[0] != kept[1]:
             raise ValueError(
                 f"{op}: {name}_1 is {got[0]} and {name}_2 is {got[1]}; r, sub_rank and tasks must be equal, "

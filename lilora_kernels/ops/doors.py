@@ -19,9 +19,9 @@ PLAIN = {
 
 
 class Operation:
-    """Both doors call `run`, and save, differentiate and refuse in the same way. Without a gradient `run` is called at once.
+    """Both doors compute, save, differentiate and refuse in the same way.
 
-    `kinds`: the schema's arguments. `run` computes and `fake` makes empty results; both check the arguments.
+    `kinds`: the schema's arguments. `check` raises where they are wrong; `run` computes and `fake` makes empty results.
     setup_context, backward and vmap: of a torch.autograd.Function; vmap gets this operation first.
     """
 
@@ -30,6 +30,7 @@ class Operation:
         name: str,
         kinds: dict[str, str],
         results: str,
+        check: Callable,
         run: Callable,
         fake: Callable,
         *,
@@ -37,28 +38,37 @@ class Operation:
         backward: Callable,
         vmap: Callable,
     ) -> None:
-        self.name, self.kinds, self.run = f"lilora::{name}", kinds, run
+        self.name, self.kinds, self.check, self.run = f"lilora::{name}", kinds, check, run
         self.plain = [PLAIN[kind] for kind in kinds.values()]
         schema = ", ".join(f"{kind} {argument}" for argument, kind in kinds.items())
-        self.registered = torch.library.custom_op(self.name, run, mutates_args=(), schema=f"({schema}) -> {results}")
-        self.registered.register_fake(fake)
+        self.registered = torch.library.custom_op(
+            self.name, checked(check, run), mutates_args=(), schema=f"({schema}) -> {results}"
+        )
+        self.registered.register_fake(checked(check, fake))
         self.registered.register_autograd(backward, setup_context=setup_context)
         self.function = function_of(self, setup_context, backward, vmap)
         # Outside of torch.func all that Function.apply adds is to bind the arguments to a signature, for 35 us.
         self.apply = super(torch.autograd.Function, self.function).apply
 
-    def __call__(self, *args):
-        if forward_ad._current_level >= 0:
-            return self.function.apply(*args)  # the registered one would drop tangents without a word
-        if torch.compiler.is_compiling():
+    def __call__(self, *args, known: bool = False):
+        """known: that the arguments are right; a caller who has had the same checked before need not wait for it again."""
+        if torch.compiler.is_compiling() and forward_ad._current_level < 0:
             return self.registered(*args)
-        if torch._C._are_functorch_transforms_active():
-            return self.function.apply(*args)
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            self.check(*args)
+            return self.function.apply(*args)  # the registered one would drop the tangents of forward_ad without a word
         if self.is_watched(args):
             return self.registered(*args)
+        if not known:
+            self.check(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self.apply(*args)
-        return self.run(*args)
+        return self.compute(*args)
+
+    def compute(self, *args):
+        """`run` as the dispatcher calls it, below autograd: every torch operation inside costs less."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.run(*args)
 
     def is_watched(self, args: tuple) -> bool:
         """Whether a mode, a tracer, a subclass of Tensor or the meta device takes part in the call."""
@@ -71,13 +81,21 @@ class Operation:
         )
 
 
+def checked(check: Callable, run: Callable) -> Callable:
+    def both(*args):
+        check(*args)
+        return run(*args)
+
+    return both
+
+
 def function_of(operation: Operation, setup_context: Callable, backward: Callable, vmap: Callable) -> type:
     """The autograd.Function of an operation, by whose name profilers show it. Dynamo wants its methods to be functions."""
 
     class Plain(torch.autograd.Function):
         @staticmethod
         def forward(*args):
-            return tuple((operation.registered if operation.is_watched(args) else operation.run)(*args))
+            return tuple((operation.registered if operation.is_watched(args) else operation.compute)(*args))
 
         @staticmethod
         def setup_context(ctx, inputs, output):

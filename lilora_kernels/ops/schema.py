@@ -1,6 +1,7 @@
 """What the operations of adapters receive, and how they are registered: schema, fake, autograd and the choice of a backend."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import compress
 from operator import itemgetter
 from typing import NamedTuple, NoReturn
@@ -34,7 +35,7 @@ class AdapterArgs(NamedTuple):
     @property
     def rank_sizes(self) -> tuple[int, int]:
         """R, and S or 0 without task factors."""
-        return self.a.shape[0], 0 if self.u is None else self.u.shape[2]
+        return self.a.shape[0], 0 if self.u is None else self.u.shape[-1]
 
 
 def kinds_of(fields: Sequence[str], side: str = "") -> dict[str, str]:
@@ -74,7 +75,7 @@ class AdapterOperation:
     """
 
     def __init__(self, name: str, kinds: dict[str, str], check: Callable) -> None:
-        self.name, self.check, self.arguments = name, check, Arguments(kinds)
+        self.name, self.check_arguments, self.arguments = name, check, Arguments(kinds)
         self.sides = self.arguments.sides
         self.frozen = [n for n in kinds if n.startswith(("weight", "bias"))]
         # Inputs that may want a gradient: their names, and of which adapter they are which field.
@@ -90,15 +91,16 @@ class AdapterOperation:
         kept = {n: kind for n, kind in kinds.items() if n not in ("x", *self.frozen)}
         self.tensors = [n for n, kind in kept.items() if kind.startswith("Tensor")]
         self.numbers = [n for n, kind in kept.items() if not kind.startswith("Tensor")]
+        self.wanted, self.saving = cache(self.wanted), cache(self.saving)
 
         read = {f"dy{side}": "Tensor" for side in self.sides} | dict.fromkeys(self.readers, "Tensor?")
         self.backward_arguments = Arguments({**read, **kept, "needs": "bool[]"})
         self.op = Operation(
-            name, kinds, f"({', '.join(['Tensor'] * 2 * len(self.sides))})", self.forward, self.fake_forward,
+            name, kinds, f"({', '.join(['Tensor'] * 2 * len(self.sides))})", self.check, self.forward, self.fake_forward,
             setup_context=self.setup_context, backward=self.differentiate, vmap=vmap_over_rows,
         )  # fmt: skip
         self.backward_op = Operation(
-            f"{name}_backward", self.backward_arguments.kinds, "Tensor[]", self.backward, self.fake_backward,
+            f"{name}_backward", self.backward_arguments.kinds, "Tensor[]", lambda *_: None, self.backward, self.fake_backward,
             setup_context=lambda ctx, inputs, output: None, backward=self.differentiate_twice, vmap=vmap_over_rows,
         )  # fmt: skip
 
@@ -106,26 +108,29 @@ class AdapterOperation:
         """As backends take what each adapter has of its own: a pair, or bare where there is one."""
         return values if len(self.sides) > 1 else values[0]
 
+    def check(self, *args) -> None:
+        given, adapters = self.arguments.split(args)
+        self.check_arguments(f"lilora::{self.name}", *given, self.of_each(adapters))
+
     def forward(self, *args):
         given, adapters = self.arguments.split(args)
-        given.append(self.of_each(adapters))
-        self.check(f"lilora::{self.name}", *given)
-        return backends.choose(self.name, given[0], *adapters[0].rank_sizes).forward(*given)
+        chosen = backends.choose(self.name, given[0], *adapters[0].rank_sizes)
+        return chosen.forward(*given, self.of_each(adapters))
 
     def fake_forward(self, *args):
         given, adapters = self.arguments.split(args)
-        self.check(f"lilora::{self.name}", *given, self.of_each(adapters))
         widths = [*(adapter.b0.shape[0] for adapter in adapters), *(adapter.a.shape[0] for adapter in adapters)]
         return tuple(given[0].new_empty(given[0].shape[0], width) for width in widths)
 
-    def asked(self, needs: Sequence[bool]) -> list[tuple[int, str]]:
-        return list(compress(self.learned.values(), needs))
+    def wanted(self, needs: tuple[bool, ...]) -> tuple[list[tuple[int, str]], list[frozenset[str]]]:
+        """Of which adapter's which fields gradients are wanted, in the order of `learned`; the same for each adapter."""
+        asked = list(compress(self.learned.values(), needs))
+        return asked, [frozenset(f for at, f in asked if f == "x" or at == side) for side in range(len(self.sides))]
 
     def backward(self, *args):
         """The gradients asked for by `needs`, in the order of `learned`."""
         (dy, *given, needs), adapters = self.backward_arguments.split(args)
-        asked = self.asked(needs)
-        wanted = [frozenset(f for at, f in asked if f == "x" or at == side) for side in range(len(self.sides))]
+        asked, wanted = self.wanted(tuple(needs))
         backend = backends.choose(self.name, args[0], *adapters[0].rank_sizes)
         grads = backend.backward(dy, *given, self.of_each(adapters), self.of_each(wanted))
         grads = grads if len(self.sides) > 1 else [grads]
@@ -134,36 +139,48 @@ class AdapterOperation:
     def fake_backward(self, *args):
         (*_, needs), adapters = self.backward_arguments.split(args)
         dy, columns = args[0], adapters[0].a.shape[1]
-        like = [getattr(adapters[side], field, None) for side, field in self.asked(needs)]  # None: x
+        like = [getattr(adapters[side], field, None) for side, field in self.wanted(tuple(needs))[0]]  # None: x
         return [dy.new_empty(dy.shape[0], columns) if t is None else t.new_empty(t.shape) for t in like]
 
-    def setup_context(self, ctx, inputs, output):
-        wanted = set(compress(self.arguments.kinds, ctx.needs_input_grad))
+    def saving(self, needs_input_grad: tuple[bool, ...]) -> tuple[Callable, list[bool], list[int]]:
+        """What to take of (*inputs, *h, None) for backward, which of `learned` want gradients, and their places in the inputs."""
+        names = (*self.arguments.kinds, *(f"h{side}" for side in self.sides))
+        wanted = set(compress(names, needs_input_grad))
         if not wanted.isdisjoint(self.frozen):
             raise ValueError(
                 f"lilora::{self.name}: weight or bias requires a gradient, but the base is frozen here; "
                 "use F.linear(x, weight, bias) + delta(...) to train it"
             )
+        read = [len(names) if wanted.isdisjoint(of) else names.index(name) for name, of in self.readers.items()]
+        needs = [name in wanted for name in self.learned]
+        places = [names.index(name) for name in compress(self.learned, needs)]
+        return itemgetter(*read, *map(names.index, self.tensors)), needs, places
+
+    def setup_context(self, ctx, inputs, output):
         hs = output[len(self.sides) :]
-        given = dict(zip((*self.arguments.kinds, *(f"h{side}" for side in self.sides)), (*inputs, *hs), strict=True))
-        read = [None if wanted.isdisjoint(readers) else given[name] for name, readers in self.readers.items()]
-        ctx.save_for_backward(*read, *(given[name] for name in self.tensors))
-        ctx.numbers = [given[name] for name in self.numbers]
-        ctx.needs = [name in wanted for name in self.learned]
+        saved, ctx.needs, ctx.places = self.saving(tuple(ctx.needs_input_grad))
+        ctx.save_for_backward(*saved((*inputs, *hs, None)))
+        ctx.numbers = inputs[-len(self.numbers) :]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*hs)
 
     def differentiate(self, ctx, *dys):
-        dys = dys[: len(self.sides)]
-        some = next((dy for dy in dys if dy is not None), None)
-        if some is None:
-            return (None,) * len(self.arguments.kinds)
-        saved = dict(zip((*self.readers, *self.tensors), ctx.saved_tensors, strict=True))
-        widths = (saved[f"b0{side}"].shape[0] for side in self.sides)
-        dys = (some.new_zeros(some.shape[0], n) if dy is None else dy for dy, n in zip(dys, widths, strict=True))
-        grads = self.backward_op(*dys, *saved.values(), *ctx.numbers, ctx.needs)
-        found = dict(zip(compress(self.learned, ctx.needs), grads, strict=True))
-        return tuple(map(found.get, self.arguments.kinds))
+        given = [dy for dy in dys[: len(self.sides)] if dy is not None]
+        found: list[Tensor | None] = [None] * len(self.arguments.kinds)
+        if not given:
+            return tuple(found)
+        saved = ctx.saved_tensors
+        if len(given) < len(self.sides):
+            given = self.filled(dys, given[0], saved)
+        for at, grad in zip(ctx.places, self.backward_op(*given, *saved, *ctx.numbers, ctx.needs), strict=True):
+            found[at] = grad
+        return tuple(found)
+
+    def filled(self, dys: Sequence[Tensor | None], some: Tensor, saved: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients of both y, zeros for the one that nothing used."""
+        named = dict(zip((*self.readers, *self.tensors), saved, strict=True))
+        widths = [named[f"b0{side}"].shape[0] for side in self.sides]
+        return [some.new_zeros(some.shape[0], n) if dy is None else dy for dy, n in zip(dys, widths, strict=False)]
 
     def differentiate_twice(self, ctx, *grads) -> NoReturn:
         raise NotImplementedError(

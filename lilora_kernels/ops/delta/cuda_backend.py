@@ -52,7 +52,11 @@ def run_backward(
         adapter.scaling, threshold(adapter.p), keep_scale(adapter.p), low, high, bits, one_launch,
     )  # fmt: skip
     found = dict(zip(wanted, gradients, strict=True))
-    return {name: g if name == "x" else g.to(getattr(adapter, name).dtype) for name, g in found.items()}
+    return {name: g if name == "x" else like(g, getattr(adapter, name)) for name, g in found.items()}
+
+
+def like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    return gradient.to(parameter.dtype).view(parameter.shape)
 
 
 def run_fused_forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
@@ -77,6 +81,7 @@ def fitting(tensor: Tensor | None, x: Tensor) -> Tensor | None:
 
 def operands(adapter: AdapterArgs, x: Tensor) -> tuple[Tensor | None, ...]:
     """a, b0, u, v, fusion, task, gate, gate_row and seed as the kernels take them."""
-    parameters = (fitting(t, x) for t in (adapter.a, adapter.b0, adapter.u, adapter.v, adapter.fusion))
+    of_tasks = (t if t is None or t.dim() == 3 else t.unsqueeze(0) for t in (adapter.u, adapter.v))
+    parameters = (fitting(t, x) for t in (adapter.a, adapter.b0, *of_tasks, adapter.fusion))
     task, gate_row = (None if t is None else t.contiguous() for t in (adapter.task, adapter.gate_row))
     return (*parameters, task, fitting(adapter.gate, x), gate_row, adapter.seed)

@@ -162,9 +162,10 @@ class Group(NamedTuple):
         return rows if self.mask is None else rows * self.mask
 
     def own(self, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of u, v or fusion [T, ...] that of its task, of several tasks [count, ...]."""
-        own = factor.index_select(0, self.tasks) if isinstance(self.tasks, Tensor) else factor[self.tasks]
-        return cast(own, dtype)
+        """Of u or v [T, n, m] that of its task, [n, m], of several tasks [count, n, m]."""
+        if factor.dim() == 3:
+            factor = factor.index_select(0, self.tasks) if isinstance(self.tasks, Tensor) else factor[self.tasks]
+        return cast(factor, dtype)
 
 
 class Layout(NamedTuple):
@@ -206,19 +207,26 @@ def layout_of(adapter: AdapterArgs) -> Layout:
     task = adapter.task
     if task is None:
         return Layout(None, None, ONE_TASK, ONE_TASK)
-    if not seen_by_host(task):
+    kept = getattr(task, "layouts", None)  # of a BatchContext, whose rows do not change
+    if kept and not is_captured(task):
+        return kept[0]
+    on_host = task if seen_by_host(task) else getattr(task, "on_host", None)
+    if on_host is None or is_captured(task):
         runs = [Group(t, mask=(task == t).unsqueeze(1)) for t in range(adapter.u.shape[0])]
         return Layout(None, task, runs, runs)
-    kept = getattr(task, "layouts", None)  # of a BatchContext, whose rows do not change
-    if kept:
-        return kept[0]
-    found = layout(task, adapter.u.shape[0])
+    found = layout(on_host, adapter.u.shape[0], task.device)
     if kept is not None:
         kept.append(found)
     return found
 
 
-def layout(task: Tensor, tasks: int) -> Layout:
+def is_captured(task: Tensor) -> bool:
+    """Whether a CUDA graph records the call, which will be run again with other ids."""
+    return task.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def layout(task: Tensor, tasks: int, device: torch.device) -> Layout:
+    """That of the rows' tasks, [M] on the host; its tensors lie on `device`."""
     order, stretches, found = None, None, runs_of(task)
     if len({t for t, _ in found}) < len(found):
         if len(task) >= LONG_RUN * len(found):
@@ -231,7 +239,8 @@ def layout(task: Tensor, tasks: int) -> Layout:
             raise ValueError(f"task has the id {t}; ids must be in 0..{tasks - 1}, or -1 for rows without an adapter")
     runs = [Group(t, None if len(found) == 1 else rows) for t, rows in found if t >= 0]
     bare = tuple(rows for t, rows in found if t < 0)
-    return Layout(order, task, runs, joined(runs), bare, stretches)
+    order = None if order is None else order.to(device)
+    return Layout(order, task.to(device), runs, joined(runs, device), bare, stretches)
 
 
 def seen_by_host(tensor: Tensor) -> bool:
@@ -245,7 +254,7 @@ def runs_of(task: Tensor) -> list[tuple[int, slice]]:
     return [(t, slice(end - n, end)) for t, n, end in zip(ids.tolist(), lengths, accumulate(lengths), strict=True)]
 
 
-def joined(runs: list[Group]) -> list[Group]:
+def joined(runs: list[Group], device: torch.device) -> list[Group]:
     """Neighbours of equal length in one group."""
     groups = []
     for run in runs:
@@ -254,15 +263,14 @@ def joined(runs: list[Group]) -> list[Group]:
             groups[-1].append(run)
         else:
             groups.append([run])
-    return [group[0] if len(group) == 1 else side_by_side(group) for group in groups]
+    return [group[0] if len(group) == 1 else side_by_side(group, device) for group in groups]
 
 
-def side_by_side(runs: list[Group]) -> Group:
+def side_by_side(runs: list[Group], device: torch.device) -> Group:
     tasks, rows = [run.tasks for run in runs], slice(runs[0].rows.start, runs[-1].rows.stop)
     together = slice(tasks[0], tasks[-1] + 1)  # indexes without a copy
-    return Group(
-        together if tasks == list(range(together.start, together.stop)) else torch.tensor(tasks), rows, len(runs)
-    )
+    neighbours = tasks == list(range(together.start, together.stop))
+    return Group(together if neighbours else torch.tensor(tasks, device=device), rows, len(runs))
 
 
 def sigmoid(t: float) -> float:
@@ -407,7 +415,7 @@ def dgate(dq: Tensor, h: Tensor, adapter: AdapterArgs) -> Tensor:
 
 
 def place(grads: dict[str, Tensor], name: str, group: Group, value: float | Tensor, like: Tensor) -> None:
-    """Make `value` the gradient of a group's tasks in that of `like` [T, ...]; a task without rows keeps zeros."""
+    """Make `value` the gradient of a group's tasks in that of `like`; a task without rows keeps zeros."""
     if isinstance(value, Tensor) and value.numel() == like.numel() and not isinstance(group.tasks, Tensor):
         grads[name] = value.view(like.shape)
         return

@@ -5,11 +5,14 @@ from torch import Tensor
 
 
 def up_projections(b0: Tensor, u: Tensor | None, v: Tensor | None, fusion: Tensor | None) -> Tensor:
-    """M_t for every task: [T, N, R] from b0 [N, R], u [T, N, S], v [T, S, R], fusion [T]; [1, N, R] without u and v."""
+    """M_t for every task: [T, N, R] from b0 [N, R], u [T, N, S], v [T, S, R], fusion [T].
+
+    [1, N, R] without u and v, and for u [N, S] and v [S, R] of one task.
+    """
     if u is None:
         return b0.unsqueeze(0)
     if fusion is None:
-        return b0 + u @ v
+        return (b0 + u @ v).reshape(-1, *b0.shape)
     f = torch.sigmoid(fusion)[:, None, None]
     return f * b0 + (1 - f) * (u @ v)
 

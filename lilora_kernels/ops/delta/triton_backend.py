@@ -213,7 +213,7 @@ class Sizes:
 
     @classmethod
     def of(cls, adapter: AdapterArgs) -> "Sizes":
-        tasks, _, sub_rank = (1, 0, 0) if adapter.u is None else adapter.u.shape
+        tasks, _, sub_rank = (1, 0, 0) if adapter.u is None else (1, *adapter.u.shape)[-3:]
         gates = 0 if adapter.gate is None else adapter.gate.shape[0]
         return cls(adapter.a.shape[1], adapter.b0.shape[0], adapter.a.shape[0], sub_rank, tasks, gates)
 

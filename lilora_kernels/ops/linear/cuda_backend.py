@@ -82,9 +82,9 @@ def unfit(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | Non
         for t in tensors
     ):
         return "its tensors must be rows that begin at multiples of 16 bytes"
-    if adapter.u is not None and adapter.u.shape[0] == 0:
+    tasks = 0 if adapter.u is None else (1, *adapter.u.shape)[-3]
+    if adapter.u is not None and tasks == 0:
         return "its factors must have a task"
-    tasks = 0 if adapter.u is None else adapter.u.shape[0]
     if tasks and torch.ops.lilora_cuda.slot_bytes(rows.shape[0], tasks, sub_rank) > SLOT_BYTES:
         return "its slots would take too much memory"
     return None

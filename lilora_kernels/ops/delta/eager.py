@@ -416,6 +416,9 @@ def dgate(dq: Tensor, h: Tensor, adapter: AdapterArgs) -> Tensor:
 
 def place(grads: dict[str, Tensor], name: str, group: Group, value: float | Tensor, like: Tensor) -> None:
     """Make `value` the gradient of a group's tasks in that of `like`; a task without rows keeps zeros."""
+    if not isinstance(value, Tensor) and len(like) == 1:
+        grads[name] = torch.full_like(like, value, dtype=wide(like.dtype))
+        return
     if isinstance(value, Tensor) and value.numel() == like.numel() and not isinstance(group.tasks, Tensor):
         grads[name] = value.view(like.shape)
         return
@@ -456,10 +459,10 @@ def through_m(
 
 
 def dot(left: Tensor, right: Tensor) -> float | Tensor:
-    """<left, right> in fp32 at least: a number on a CPU, elsewhere a tensor [1, 1]."""
-    left, right = (cast(t, wide(t.dtype)).reshape(-1) for t in (left, right))
-    found = torch.dot(left, right)
-    return found.item() if seen_by_host(found) else found.view(1, 1)
+    """<left, right> in fp32 at least: a number on a CPU, elsewhere a tensor []."""
+    dtype = wide(left.dtype)
+    found = (cast(left, dtype) * cast(right, dtype)).sum()
+    return found.item() if seen_by_host(found) else found
 
 
 def through_factors(

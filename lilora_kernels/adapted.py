@@ -74,7 +74,7 @@ class AdaptedLinear(nn.Module):
 
     def unfused_reason(self) -> str | None:
         """Why the base product cannot be part of our operation; None if it can."""
-        base = self.base_layer
+        base = self._modules["base_layer"]
         if not is_plain(base):
             return f"the base is a {described(base)}"
         weight, bias = base.weight, base.bias
@@ -98,7 +98,7 @@ class AdaptedLinear(nn.Module):
         ranks: tuple[int, int] | None = None,
     ) -> Tensor:
         """base_layer(x) + the adapter of `factors`, in one operation where the base allows it."""
-        base, weight, bias = self.base_layer, None, None
+        base, weight, bias = self._modules["base_layer"], None, None
         apart = args or kwargs or self.unfused_reason() is not None
         if apart:
             y = base(x, *args, **kwargs)

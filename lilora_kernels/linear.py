@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from .parameters import SharedParameter, TaskParameters, check_task_name, onload
 
 POLICIES = ("always", "first", "never")
 KINDS = ("lilora_A", "lilora_B", "lilora_U", "lilora_V", "lilora_fusion")
+_of_kinds = itemgetter(*KINDS)
 
 
 class LiLoRALinear(AdaptedLinear):
@@ -243,8 +245,7 @@ class LiLoRALinear(AdaptedLinear):
 
     @property
     def _kinds(self) -> tuple[TaskParameters, ...]:
-        children = self._modules
-        return tuple(children[kind] for kind in KINDS)
+        return _of_kinds(self._modules)
 
     def _by_task(self) -> tuple[TaskParameters, ...]:
         return self._kinds[2:]
@@ -268,7 +269,7 @@ class LiLoRALinear(AdaptedLinear):
         task: [B] int32 ids for x [B, ..., K], -1 for samples without an adapter. Without it the context of the running
         forward decides, and without task ids there the active task. Raises when several tasks are active and nothing decides.
         """
-        if not torch.compiler.is_compiling() and "_hf_hook" in self.lilora_U.__dict__:
+        if "_hf_hook" in self._modules["lilora_U"].__dict__ and not torch.compiler.is_compiling():
             with onloaded(*self._kinds):
                 return self._forward(x, args, kwargs, task)
         return self._forward(x, args, kwargs, task)
@@ -299,8 +300,8 @@ class LiLoRALinear(AdaptedLinear):
                 )
             return None
         # Nothing below may look at how many tasks there are: a compiled graph would be made again for each.
-        slot = self._slot
-        if slot is not None and not torch.compiler.is_compiling():
+        slot, compiling = self._slot, torch.compiler.is_compiling()
+        if slot is not None and not compiling:
             # Code that swaps Parameters past __setattr__ (offloading, functional_call) does not tell us.
             name = self.active[0] if len(self.active) == 1 else next(iter(self.lilora_A._parameters))
             for kind, own in zip(self._kinds, slot, strict=True):
@@ -310,7 +311,7 @@ class LiLoRALinear(AdaptedLinear):
                     break
         if routed:
             return None if slot is None else self._mixed(x, slot[:2], context, samples)
-        if context is None and not torch.compiler.is_compiling():
+        if context is None and not compiling:
             tasks.require_context()
         if slot is None or slot[2] is None:
             if len(self.active) > 1:
@@ -364,7 +365,7 @@ class LiLoRALinear(AdaptedLinear):
 
     def _expect_same_tasks(self, y: Tensor) -> None:
         """Let the backward of y raise if the active task is set before it."""
-        if not torch.compiler.is_compiling() and y.requires_grad and self._trains():
+        if y.requires_grad and not torch.compiler.is_compiling() and self._trains():
             y.register_hook(self.model_tasks.unchanged())
 
     @torch.no_grad()

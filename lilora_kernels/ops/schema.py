@@ -61,10 +61,10 @@ class Arguments:
         self._others = [itemgetter(*dict.fromkeys(places(stem))) for stem in others]
         self._adapters = [itemgetter(*own) for own in zip(*map(places, AdapterArgs._fields), strict=True)]
 
-    def split(self, args: Sequence) -> tuple[list, tuple[AdapterArgs, ...]]:
+    def split(self, args: Sequence) -> tuple[list, list[AdapterArgs]]:
         """What is no adapter's, a pair where each side has its own; and the adapters."""
         args = (*args, None)
-        return [get(args) for get in self._others], tuple(AdapterArgs._make(get(args)) for get in self._adapters)
+        return [get(args) for get in self._others], [tuple.__new__(AdapterArgs, get(args)) for get in self._adapters]
 
 
 class AdapterOperation:
@@ -106,7 +106,7 @@ class AdapterOperation:
 
     def of_each(self, values: Sequence):
         """As backends take what each adapter has of its own: a pair, or bare where there is one."""
-        return values if len(self.sides) > 1 else values[0]
+        return tuple(values) if len(self.sides) > 1 else values[0]
 
     def check(self, *args) -> None:
         given, adapters = self.arguments.split(args)

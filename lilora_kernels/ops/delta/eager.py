@@ -86,7 +86,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def dropout_mask(rows: int, columns: int, dtype: torch.dtype, adapter: AdapterArgs) -> Tensor | None:
     """1 where the element is kept, [rows, columns] in `dtype`; None without dropout."""
-    if threshold(adapter.p) == 0:
+    if adapter.p == 0 or threshold(adapter.p) == 0:
         return None
     if adapter.seed.device.type != "cpu":
         return keep_mask(adapter.seed, rows, columns, adapter.p).to(dtype)
@@ -99,6 +99,8 @@ def dropout_mask(rows: int, columns: int, dtype: torch.dtype, adapter: AdapterAr
 
 def shrink(x: Tensor, adapter: AdapterArgs) -> Tensor:
     """h = D(x) A^T, [M, R] in x's dtype."""
+    if adapter.p == 0:
+        return x @ cast(adapter.a, x.dtype).T
     return scaled_h(dropped(x, dropout_mask(*x.shape, x.dtype, adapter)), adapter)
 
 
@@ -190,23 +192,28 @@ class Layout(NamedTuple):
         return tensor if self.order is None else torch.empty_like(tensor).index_copy_(0, self.order, tensor)
 
     @property
+    def is_seen(self) -> bool:
+        """Whether the host knows it."""
+        return not self.runs or self.runs[0].mask is None
+
+    @property
     def one(self) -> bool:
         """Whether all rows belong to one task."""
-        return len(self.runs) == 1 and self.runs[0].rows is None and self.runs[0].mask is None
+        return self is ONE_TASK or (len(self.runs) == 1 and self.runs[0].rows is None and self.is_seen)
 
     def composes(self, rows: int, rank: int) -> bool:
         """Whether rows are so many that forming every M_t costs less than two more factors for each row."""
-        return rows >= rank * len(self.runs) and all(run.mask is None for run in self.runs)
+        return rows >= rank * len(self.runs) and self.is_seen
 
 
-ONE_TASK = [Group(0)]
+ONE_TASK = Layout(None, None, [Group(0)], [Group(0)])
 
 
 def layout_of(adapter: AdapterArgs) -> Layout:
     """Raises ValueError for ids of no task; where the host does not see them their rows become NaN (see `shares`)."""
     task = adapter.task
     if task is None:
-        return Layout(None, None, ONE_TASK, ONE_TASK)
+        return ONE_TASK
     kept = getattr(task, "layouts", None)  # of a BatchContext, whose rows do not change
     if kept and not is_captured(task):
         return kept[0]
@@ -281,7 +288,7 @@ def share(adapter: AdapterArgs, t: int) -> tuple[float, float] | tuple[Tensor, T
     """f and e of a task: numbers on a CPU, elsewhere [1, 1] in fp32 at least, for which the host need not wait."""
     if adapter.fusion is None:
         return 1.0, 1.0
-    own = adapter.fusion if len(adapter.fusion) == 1 else adapter.fusion[t]
+    own = adapter.fusion if adapter.fusion.numel() == 1 else adapter.fusion[t]
     f = sigmoid(own.item()) if seen_by_host(own) else torch.sigmoid(cast(own, wide(own.dtype))).view(1, 1)
     return f, 1 - f
 
@@ -293,7 +300,7 @@ def shares(adapter: AdapterArgs, layout: Layout, dtype: torch.dtype) -> tuple[fl
     """
     if layout.one:
         return share(adapter, layout.runs[0].tasks)
-    seen = all(run.mask is None for run in layout.runs)
+    seen = layout.is_seen
     if seen and adapter.fusion is None and not layout.bare:
         return 1.0, 1.0
     like = adapter.b0 if adapter.fusion is None else adapter.fusion
@@ -306,7 +313,7 @@ def shares(adapter: AdapterArgs, layout: Layout, dtype: torch.dtype) -> tuple[fl
     else:
         f = torch.cat([f, f.new_tensor([torch.nan, 0])])[layout.task.clamp(-2, len(f))]
     f = f.unsqueeze(1)
-    return cast(f, dtype), cast(f if adapter.fusion is None else 1 - f, dtype)
+    return cast(f, dtype), cast(f if adapter.fusion is None else torch.rsub(f, 1), dtype)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -323,6 +330,11 @@ def product(left: Tensor, right: Tensor, alpha: float, bias: Tensor | None = Non
     multiply = torch.addmm if left.dim() == 2 else torch.baddbmm
     start = left.new_empty(1) if bias is None else cast(bias, left.dtype)
     return multiply(start, left, right, beta=0 if bias is None else 1, alpha=alpha, out=out)
+
+
+def times(left: Tensor, right: Tensor) -> Tensor:
+    """left right, of matrices or of batches of them; `@` first looks for broadcasting."""
+    return torch.mm(left, right) if left.dim() == 2 else torch.bmm(left, right)
 
 
 def add_product(result: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
@@ -356,7 +368,7 @@ def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None) -> Tensor:
     y = product(left, cast(adapter.b0, q.dtype).T, alpha, bias)
     q_e, alpha = scaled(q, s, e)
     for group in layout.groups:
-        z = group.masked(group.of(q_e)) @ group.own(adapter.v, q.dtype).mT
+        z = times(group.masked(group.of(q_e)), group.own(adapter.v, q.dtype).mT)
         add_product(group.of(y), z, group.own(adapter.u, q.dtype).mT, alpha)
     return layout.restored(y)
 
@@ -483,9 +495,9 @@ def through_factors(
     for group in layout.groups:
         u, v, rows = group.own(adapter.u, dy.dtype), group.own(adapter.v, dy.dtype), group.of(dy)
         if wants_dq or "v" in needs or "fusion" in needs:
-            dz = group.masked(rows @ u)  # without s e
+            dz = group.masked(times(rows, u))  # without s e
         if "u" in needs or "fusion" in needs:
-            z = group.masked(group.of(q_e)) @ v.mT
+            z = times(group.masked(group.of(q_e)), v.mT)
         if "u" in needs:
             place(grads, "u", group, product(rows.mT, z, alpha), adapter.u)
         if "v" in needs:

@@ -601,3 +601,40 @@ def test_a_factor_replaced_for_one_call_is_seen():
         values = {f"{name}.cats": torch.randn_like(getattr(made, name)["cats"])}
         assert not torch.equal(torch.func.functional_call(made, values, (x,)), before)
         assert torch.equal(made(x), before)
+
+
+# --- what was checked once -----------------------------------------------------------------------------------------------
+
+
+def other_memory(made):
+    """As sharding does between the forwards."""
+    made.lilora_A[TASKS[0]].data = torch.empty(0)
+
+
+def another_rank(made):
+    made.lilora_V[TASKS[0]] = nn.Parameter(torch.randn(3, made.rank))
+
+
+def another_base(made):
+    made.base_layer.weight = nn.Parameter(torch.randn(N + 1, K), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [other_memory, another_rank, another_base], ids=lambda f: f.__name__)
+def test_a_change_after_the_first_forward_is_checked_again(change):
+    made, x = layer().eval(), torch.randn(2, K)
+    with torch.no_grad():
+        made(x)
+        made(x)
+        change(made)
+        with pytest.raises(ValueError, match=r"lilora::linear: \w+ is \["):
+            made(x)
+
+
+def test_another_kind_of_x_is_checked_again():
+    made = layer().eval()
+    with torch.no_grad():
+        made(torch.randn(2, K))
+        with pytest.raises(ValueError, match=f"it must be .R, K. with K = {K + 1}, the columns of x"):
+            made(torch.randn(2, K + 1))
+        with pytest.raises(TypeError, match=r"x is torch.float64 and weight is torch.float32"):
+            made(torch.randn(2, K, dtype=torch.float64))

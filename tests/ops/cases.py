@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,9 @@ class Inputs:
                 for t in [getattr(self, f.name)]
             }
         )
+
+    def with_(self, **changes) -> "Inputs":
+        return replace(self, **changes)
 
     def differentiable(self) -> list[str]:
         return [name for name in NAMES if getattr(self, name) is not None]

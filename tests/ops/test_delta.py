@@ -354,6 +354,16 @@ WRONG = {
     "gate": ({"gate": torch.randn(4, 7)}, ValueError, "gate is"),
     "gate_row": ({"gate": torch.randn(4, 8)}, ValueError, "gate_row is None"),
     "p": ({"p": 1.0}, ValueError, "p is 1.0"),
+    "task of one": (
+        {"u": torch.randn(20, 4), "v": torch.randn(4, 8), "fusion": torch.randn(1)},
+        ValueError,
+        "task is given; u .* is that of one task for all rows",
+    ),
+    "v of one": (
+        {"u": torch.randn(20, 4), "task": None},
+        ValueError,
+        r"v is \[3, 4, 8\]; it must be \[S, R\] = \[4, 8\]",
+    ),
     "seed": ({"p": 0.5}, ValueError, "seed is None"),
     "ranks": ({"ranks": (3, 9)}, ValueError, r"ranks is \[3, 9\]"),
     "integer x": ({"x": torch.ones(17, 24, dtype=torch.int64)}, TypeError, "x is torch.int64"),
@@ -426,6 +436,47 @@ def test_the_path_for_other_devices_gives_the_same(coefficients, monkeypatch):
     torch.testing.assert_close(got, want)
     for name, grad in gradients(got, all_rows, NAMES, dy).items():
         torch.testing.assert_close(grad, wanted[name])
+
+
+@pytest.mark.parametrize("ids", [[0, 2, 2, 1], [1, 1, -1, 0], [2, 0, 2, -1]], ids=str)
+@pytest.mark.parametrize("rank", [2, 16], ids=["by-m", "by-factors"])
+def test_ids_that_the_host_knows_beside_a_device_give_the_same(ids, rank, monkeypatch):
+    """As a BatchContext hands them over: the runs of rows are found once, and no row gets a mask."""
+    i = make(rows=12, rank=rank).with_(task=torch.tensor(ids, dtype=torch.int32).repeat_interleave(3))
+    one, other = i.leaves(), i.leaves()
+    want = functional.delta(*adapter(one), **options(one))
+    dy = torch.randn_like(want)
+    wanted = gradients(want, one, NAMES, dy)
+    other.task.layouts, other.task.on_host = [], other.task.clone()
+    monkeypatch.setattr(eager, "seen_by_host", lambda tensor: False)
+    found = []
+    monkeypatch.setattr(eager, "layout", lambda *args, make=eager.layout: found.append(make(*args)) or found[-1])
+    got = functional.delta(*adapter(other), **options(other))
+    grads = gradients(got, other, NAMES, dy)
+    assert len(found) == 1
+    assert all(run.mask is None for run in found[0].runs)
+    torch.testing.assert_close(got, want)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, wanted[name])
+
+
+@pytest.mark.parametrize("op", ["delta", "linear"])
+@pytest.mark.parametrize("rows", [3, 40], ids=["by-factors", "by-m"])
+def test_one_task_needs_no_dimension_of_tasks(op, rows):
+    i = make(rows=rows, tasks=1).with_(task=None)
+    flat = i.with_(u=i.u[0], v=i.v[0])
+
+    def run(i):
+        i = i.leaves()
+        given = adapter(i) if op == "delta" else (i.x, *base(i), *adapter(i)[1:])
+        y = getattr(functional, op)(*given, **options(i))
+        return y, gradients(y, i, NAMES, torch.ones_like(y))
+
+    (want, wanted), (got, grads) = run(i), run(flat)
+    torch.testing.assert_close(got, want)
+    for name, grad in grads.items():
+        assert grad.shape == getattr(flat, name).shape
+        torch.testing.assert_close(grad.reshape(wanted[name].shape), wanted[name])
 
 
 @pytest.mark.parametrize("ids", [[0, -1, 2, -1, 1], [2, 0, 1, -1, -1], [1, -1, 0, 2, -1], [-1, 2, 1, 0, -1]], ids=str)

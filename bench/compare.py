@@ -255,16 +255,21 @@ def candidate(built: Built, sets: list[Operands], turns: Iterator[int], training
 def removed(times: Times, name: str, direction: str, tasks: int) -> dict:
     """Ratio to PEFT, and the share of PEFT's overhead over the base that is gone: (PEFT - ours) / (PEFT - base).
 
+    `ours` also has its ratio to each peer.
     For several tasks against adapter_names where it could run, else against one adapter for all rows. The share is taken
     of the median ratios to the base, and only where PEFT has an overhead to speak of.
     """
     peer = next((peer for peer in ("peft_names", "peft")[tasks == 1 :] if peer in times), None)
+    each = {}
+    if name == "ours":
+        peers = [n for n in times if not n.startswith(("base", "ours"))]
+        each["ratio_to_peers"] = {n: ratio(times[name][direction], times[n][direction]) for n in peers}
     if peer is None or name in ("base", peer):
-        return {}
+        return each
     base, theirs, mine = (times[n][direction] for n in ("base", peer, name))
     overhead = ratio(theirs, base)["median"] - 1
     gone = ratio(theirs, base)["median"] - ratio(mine, base)["median"]
-    return {
+    return each | {
         "against": peer,
         "ratio_to_peft": ratio(mine, theirs),
         "overhead_removed": round(gone / overhead, 3) if overhead > 0.05 else None,

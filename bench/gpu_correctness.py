@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lilora_kernels import backend, cuda_library, rank_gate
 from lilora_kernels.backends import refusals
-from lilora_kernels.ops.linear.cuda_backend import LARGEST_DECODE_ROWS, unfit
+from lilora_kernels.ops.linear.cuda_backend import DECODE_ROWS, unfit
 from lilora_kernels.ops.schema import DIFFERENTIABLE, AdapterArgs
 
 from .environment import age_of_process
@@ -82,7 +82,7 @@ def call_each_way(name: str, kernels: ModuleType, moved: dict[str, Tensor], adap
     for one_launch in (True, False):
         kernels.run_forward(moved["x"], None, adapter, one_launch)
         kernels.run_backward(moved["dy"], moved["x"], moved["h"], adapter, frozenset(GRADIENTS), one_launch)
-    if name == "cuda" and len(moved["x"]) <= LARGEST_DECODE_ROWS:  # decoding, with the base's weight
+    if name == "cuda" and len(moved["x"]) <= DECODE_ROWS:  # decoding, with the base's weight
         kernels.run_forward(moved["x"], None, adapter, False, moved["weight"])
     if name == "cuda" and unfit(moved["x"], moved["weight"], adapter) is None:  # base and adapter in one product
         _, h = kernels.run_fused_forward(moved["x"], moved["weight"], None, adapter)

@@ -47,7 +47,7 @@ TITLES = {
     "1": "ceilings, and F.linear from 1 to 16384 rows",
     "2": "addmm_ in place, beta 0 and 1",
     "3": "linear: forward, backward and both; every launch alone",
-    "4": "delta in one launch and by phase",
+    "4": "delta, one_launch and by_phase",
     "5": "decoding in a CUDA graph",
     "6": "search of launch configurations",
     "7": "a LLaVA: layers, training step, generation",

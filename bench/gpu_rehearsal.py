@@ -58,7 +58,7 @@ peers.PEERS["ours"] = replace(peers.PEERS["ours"], build=unavailable)
 """
 PLANTS = {  # the fault, the stage that it is planted in, and what has to be said of it
     "a wrong kernel": (WRONG, "4", "y of delta is wrong by"),
-    "a kernel that hangs": (HANGS, "4", "stage 4 (delta in one launch and by phase): stopped after"),
+    "a kernel that hangs": (HANGS, "4", "stage 4 (delta, one_launch and by_phase): stopped after"),
     "a missing figure": (MISSING, "5", "no figure of ours, which may not be missing"),
 }
 PLANT_MINUTES = 1.2

@@ -237,14 +237,14 @@ def time_launches(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iter
 
 
 def stage_4(dry_run: bool) -> Iterator[Case]:
-    """`delta` in one launch each way against a launch for each phase, by every backend with kernels."""
+    """`delta` by its plans one_launch and by_phase, of every backend with kernels."""
 
     def case(m: int, shape: tuple[int, int], tasks: int, extra: bool) -> Case:
         given = problem(dry_run, m, shape, tasks, 0.05)
         return Case("delta", partial(time_delta, given), must, extra)
 
     names = ["triton"] if dry_run or cuda_library.load_error() is not None else ["triton", "cuda"]
-    must = tuple(f"{name}, {plan}" for name in names for plan in ("one launch", "by phase"))
+    must = tuple(f"{name}, {plan}" for name in names for plan in ("one_launch", "by_phase"))
     if dry_run:
         yield case(20, TINY, 2, False)
         return
@@ -297,7 +297,7 @@ def time_delta(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterato
 
     runs = {}
     for name, kernels in kernels_of(problem, inputs[0]).items():
-        for plan, one_launch in (("one launch", True), ("by phase", False)):
+        for plan, one_launch in (("one_launch", True), ("by_phase", False)):
             try:
                 check_delta(sets[0], adapters[0], kernels, one_launch)
                 runs[f"{name}, {plan}"] = candidate(kernels, one_launch)
@@ -307,7 +307,7 @@ def time_delta(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterato
     times = measure(machine, runs, ["forward", "backward"])
     base = Problem(problem.rows, problem.columns, problem.outputs, dtype=problem.dtype)
     for name in runs:
-        by_phase = name.split(",")[0] + ", by phase"
+        by_phase = name.split(",")[0] + ", by_phase"
         by_phase = by_phase if by_phase in runs else name
         for direction in ("forward", "backward"):
             result = figures(times[name][direction], times[by_phase][direction])
@@ -398,7 +398,7 @@ TUNE_CLOSING = 8.0  # seconds of stage 6 for a step that takes longer than it sh
 def stage_6(
     dry_run: bool, machine: Machine, configs: Path | None, seconds: float, write: Callable[[dict], None]
 ) -> None:
-    """Launch configurations by phase at 8192 rows: searched, validated on other problems, and kept where they are better.
+    """Launch configurations of by_phase at 8192 rows: searched, validated on other problems, and kept where they are better.
 
     `python -m bench.tune` searches the others.
     """

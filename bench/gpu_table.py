@@ -24,7 +24,7 @@ def table(content: dict) -> str:
         *(matrix(f"linear {each}, time / base", linear[each], "ratio_to_base") for each in ("backward", "forward")),
         matrix("each launch, % of its floor", only(stages.get("3", []), "launches"), "percent_of_floor", phase),
         matrix("addmm_ in place, time / base", stages.get("2", []), "ratio_to_base", addmm),
-        matrix("delta, time / by phase", only(stages.get("4", []), "delta"), "ratio_to_by_phase", direction_of),
+        matrix("delta, time / by_phase", only(stages.get("4", []), "delta"), "ratio_to_by_phase", direction_of),
         matrix("decode in a graph, time / base", decode, "ratio_to_base"),
         matrix("linear both, time / PEFT", linear["both"], "ratio_to_peft"),
         matrix("linear both, time / base", linear["both"], "ratio_to_base"),

@@ -30,7 +30,7 @@ class Built:
     """A peer on its operands, by set: `forward(at)` -> y; `leaves[at]` is x and the parameters that learn.
 
     adapter(dropped x, parameters): the formula of its adapter, for the gate, in the dtype of what it gets. The parameters
-    are those that learn, or in inference those of set 0. ordered(): what orders a backend or plan.
+    are those that learn, or in inference those of set 0. ordered(): what forces a backend or plan.
     """
 
     forward: Callable[[int], Tensor]
@@ -354,9 +354,10 @@ PEERS = {
     "ours_operation": Peer("lilora::linear on stacked factors", ours_operation),
     **{f"ours_{name}": Peer(f"LiLoRALinear, backend {name}", ours_by(name)) for name in backends.ORDER},
     **{
-        f"ours_{name}_{plan.replace(' ', '_')}": Peer(f"lilora::linear, {name}, {plan}", ours_by_plan(name, plan))
+        f"ours_{name}_{plan}": Peer(f"lilora::linear, {name}, {plan}", ours_by_plan(name, plan))
         for name, plans in backends.plans("linear").items()
         for plan in plans
+        if len(plans) > 1  # else it is what the layer runs
     },
     "formula": Peer("LiLoRA's formula in PyTorch", formula),
     "formula_compiled": Peer("the formula under torch.compile", formula_compiled),

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from .report import RESULTS, SHAPE, folders, kind, load, only, percent, shape
+from .report import RESULTS, folders, kind, load, only, peer_row, percent, shape
 
 ROOT = Path(__file__).parent.parent
 
@@ -171,9 +171,7 @@ def headlines(rows: list[dict]) -> list[dict]:
 
 def line_of(ours: dict, rows: list[dict]) -> str:
     """Ours against what it is measured against, of one case."""
-    same = {key: ours.get(key) for key in (*SHAPE, "direction")}
-    close = [row for row in only(rows, implementation=ours["against"], **same) if "us" in row]
-    theirs = next((row for row in close if row["T"] == ours["T"]), close[0])
+    theirs = peer_row(ours, ours["against"], rows)
     ratio = ours["ratio_to_peft"]
     level = ratio["p20"] <= 1 <= ratio["p80"]
     share = "level" if level else percent(ours["overhead_removed"])

@@ -121,9 +121,59 @@ def table(rows: list[dict], columns: Iterable[str] = COLUMNS) -> list[str]:
     return lines + [f"| {' | '.join(values)} |" for values in zip(*cells.values(), strict=True)]
 
 
+LEVEL = 1.02  # median ratio up to which ours is ahead or level
+
+
+def peer_row(ours: dict, name: str, rows: list[dict]) -> dict | None:
+    """The figures of a peer in our cell; for a mixed batch PEFT may have trained one task."""
+    same = {key: ours.get(key) for key in (*SHAPE, "direction")}
+    close = [row for row in only(rows, implementation=name, **same) if "us" in row]
+    other = close[0] if close and name == ours.get("against") else None
+    return next((row for row in close if row.get("T") == ours.get("T")), other)
+
+
+def over_peer(ours: dict, peer: dict) -> tuple[dict, str]:
+    """Our time over a peer's, round by round; or, marked ~, the ratio of two medians with the widest interval."""
+    name = peer["implementation"]
+    paired = ours.get("ratio_to_peers", {}).get(name) or (ours.get("against") == name and ours["ratio_to_peft"])
+    if paired:
+        return paired, ""
+    a, b = (row.get("ratio_to_base", row["us"]) for row in (ours, peer))
+    return {at: a[at] / b[other] for at, other in (("median", "median"), ("p20", "p80"), ("p80", "p20"))}, "~ "
+
+
+def losses(rows: list[dict]) -> list[str]:
+    """The cells in which the formula in PyTorch or PEFT takes less time than ours."""
+    count, lost = 0, []
+    for ours in only(rows, implementation="ours"):
+        for name in (name for name in TITLES if name.startswith(("formula", "peft")) and "us" in ours):
+            if (peer := peer_row(ours, name, rows)) is None:
+                continue
+            ratio, mark = over_peer(ours, peer)
+            count += 1
+            if ratio["median"] > LEVEL:
+                tasks = f" T{ours['T']}" if "T" in ours else ""
+                cell = f"{kind(ours)}: {shape(ours)}{tasks}, {ours['direction']} | {TITLES[name]}"
+                word = "unclear" if ratio["p20"] <= 1 <= ratio["p80"] else ""
+                lost.append((word, -ratio["median"], f"| {cell} | {mark}{interval(ratio, 3)} | {word} |"))
+    if not lost:
+        return [f"In none of {count} cells does the formula in PyTorch or PEFT take less time than ours."]
+    return [
+        f"In {len(lost)} of {count} cells the formula in PyTorch or PEFT takes less time than ours, in "
+        f"{sum(bool(each[0]) for each in lost)} of them unclearly so. A cell is a case, a direction and a peer; the ratio is "
+        f"our time over the peer's, and ours is ahead or level up to a median of {LEVEL}. Unclear: p20 and p80 lie on both "
+        "sides of 1. ~: no rounds of this pair were kept; it is the ratio of two medians with the widest interval.",
+        "",
+        "| cell | peer | ours / peer | |",
+        "|---|---|--:|---|",
+        *(line for *_, line in sorted(lost)),
+    ]
+
+
 def document(environment: dict, rows: list[dict]) -> str:
-    """Every figure, case by case; what could not run, with its reason."""
-    lines = [f"# {environment['device']}", "", "Written by `python -m bench.report` from `results.json`.", ""]
+    """Where a peer is faster, then every figure, case by case; what could not run, with its reason."""
+    lines = [f"# {environment['device']}", "", *losses(rows)]
+    lines += ["", "Written by `python -m bench.report` from `results.json`.", ""]
     lines += [f"- {key}: {value}" for key, value in environment.items() if value not in (None, "", [])]
     lines += [
         "",

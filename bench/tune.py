@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lilora_kernels.backends import ONE_LAUNCH_ROWS
 from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.delta import reference
 from lilora_kernels.ops.philox import keep_mask, keep_scale
@@ -95,7 +96,7 @@ def entries(table: dict, plans: list[str], kernels: list[str], rows: list[int]) 
         one_launch = plan == "one_launch"
         buckets = [bucket["rows"] for bucket in table[plan][kernel]]
         edges = [math.isqrt(low * high) for low, high in itertools.pairwise(buckets)]
-        fewest = [1 if one_launch else triton_runtime.ONE_LAUNCH_ROWS + 1, *(edge + 1 for edge in edges)]
+        fewest = [1 if one_launch else ONE_LAUNCH_ROWS + 1, *(edge + 1 for edge in edges)]
         most = [*edges, 2 * buckets[-1]]
         found = [Entry(plan, kernel, *each) for each in zip(buckets, fewest, most, strict=True)]
         for rank, entry in enumerate(found if one_launch else reversed(found)):

@@ -1,6 +1,6 @@
 """Kernels and layers for continual, multi-task LoRA: x A (B0 + U_i V_i) with a task index per sample."""
 
-from .backends import backend, explain
+from .backends import backend, explain, plan
 from .context import BatchContext
 from .functional import delta, delta_pair, draw_seed, linear, rank_gate
 from .linear import LiLoRALinear, set_task
@@ -27,6 +27,7 @@ __all__ = [
     "freeze",
     "fuse_mlps",
     "linear",
+    "plan",
     "rank_gate",
     "route",
     "set_task",

@@ -1,22 +1,26 @@
 """Which implementation runs an operation: the table, the choice, and why a backend is not used."""
 
 import importlib
+import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 ORDER = ("cuda", "triton", "eager")
+PLANS = ("composed", "one_launch", "by_phase", "decode", "fused")
+COMPOSED = {"composed": "for all rows"}  # library products around what is ours
+CHOICES = {"backend": ORDER, "plan": PLANS}
+ONE_LAUNCH_ROWS = 255  # up to here `linear` takes one launch: with few rows a processor only waits for launches
 # For all threads: autograd runs backward on a GPU in threads of its own.
-_forced: str | None = None
-_plan: str | None = None
+_forced: dict[str, str | None] = dict.fromkeys(CHOICES)
 
 
 class Unsupported(RuntimeError):
-    """The selected backend or plan cannot run this call."""
+    """The forced backend or plan cannot run this call."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,14 @@ class Implementation:
 
     `backward` is None where the gradient takes no kernel.
     `refusal(x, rank, sub_rank)` says in a few words why it cannot run on x with factors of these ranks, or None.
-    `plan` says in a few words how it runs, `plans` names the ways between which it chooses by the call's sizes.
+    `plans`: the algorithms it has, and for which rows each is taken; empty where an operation has no choice of them.
     `rows(device)`: numbers of rows that together meet every kernel which it may have to compile or load.
     """
 
     forward: Callable
     backward: Callable | None
     refusal: Callable[[Tensor, int, int], str | None]
-    plan: str
-    plans: tuple[str, ...] = ()
+    plans: dict[str, str]
     rows: Callable[[torch.device], list[int]] = lambda device: []
 
 
@@ -45,111 +48,114 @@ def register(op: str, **implementations: Implementation) -> None:
     _table[op] = implementations
 
 
-def lazy(
-    module: str, refusal: Callable[[Tensor, int, int], str | None], plan: str, plans: tuple[str, ...] = ()
-) -> Implementation:
+def lazy(module: str, refusal: Callable[[Tensor, int, int], str | None], plans: dict[str, str]) -> Implementation:
     """An implementation whose module (with its functions forward, backward and rows) is imported by the first call."""
 
     def late(function: str) -> Callable:
         return lambda *args: getattr(importlib.import_module(module), function)(*args)
 
-    return Implementation(late("forward"), late("backward"), refusal, plan, plans, late("rows"))
+    return Implementation(late("forward"), late("backward"), refusal, plans, late("rows"))
 
 
-def requested() -> str | None:
-    """The backend ordered by `backend(...)` or LILORA_BACKEND; None leaves the choice to us."""
-    name = _forced or os.environ.get("LILORA_BACKEND") or None
-    if name is not None and name not in ORDER:
-        raise ValueError(f"LILORA_BACKEND is {name!r}; it must be one of {list(ORDER)}")
+def forced(kind: str) -> str | None:
+    """The "backend" or "plan" that the context of that name or LILORA_<KIND> forces; None leaves the choice to us."""
+    name = _forced[kind] or os.environ.get(f"LILORA_{kind.upper()}") or None
+    if name is not None and name not in CHOICES[kind]:
+        raise ValueError(f"LILORA_{kind.upper()} is {name!r}; it must be one of {list(CHOICES[kind])}")
     return name
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Order a backend for all calls, of every thread, until the end; one that it cannot run raises instead of falling back."""
-    if name not in ORDER:
-        raise ValueError(f"backend is {name!r}; it must be one of {list(ORDER)}")
-    global _forced
-    before, _forced = _forced, name
+def _force(kind: str, name: str) -> Iterator[None]:
+    if name not in CHOICES[kind]:
+        raise ValueError(f"{kind} is {name!r}; it must be one of {list(CHOICES[kind])}")
+    before, _forced[kind] = _forced[kind], name
     try:
         yield
     finally:
-        _forced = before
+        _forced[kind] = before
 
 
-def plans(op: str) -> dict[str, tuple[str, ...]]:
-    """The plans of each backend that has a choice of them, in order of preference of the backends."""
-    return {name: _table[op][name].plans for name in ORDER if name in _table[op] and _table[op][name].plans}
+def backend(name: str) -> AbstractContextManager[None]:
+    """Force a backend for all calls, of every thread, until the end; one that it cannot run raises instead of falling back."""
+    return _force("backend", name)
 
 
-@contextmanager
-def plan(name: str) -> Iterator[None]:
-    """Select a plan for all calls, of every thread, until the end: for benchmarks and tests, which also select the backend.
+def plan(name: str) -> AbstractContextManager[None]:
+    """Force a plan for all calls, of every thread, until the end: of the forced backend, or of the first that has it.
 
-    A backend that does not have it, and a call that it cannot run, raises Unsupported.
+    A backend without this plan, and a call that the plan cannot run, raise Unsupported.
     """
-    global _plan
-    before, _plan = _plan, name
-    try:
-        yield
-    finally:
-        _plan = before
+    return _force("plan", name)
 
 
-def selected_plan() -> str | None:
-    """The plan that `plan(...)` selects; None leaves the choice to the backend."""
-    return _plan
+def one_launch(rows: int, most: float = math.inf) -> bool:
+    """Whether the phases share a launch: where that is forced, and up to `most` rows where neither it nor by_phase is."""
+    plan = forced("plan")
+    return plan == "one_launch" if plan in ("one_launch", "by_phase") else rows <= most
+
+
+def plans(op: str) -> dict[str, dict[str, str]]:
+    """The plans of each backend of `op`, in order of preference of the backends."""
+    return {name: _table[op][name].plans for name in ORDER if name in _table[op]}
 
 
 def refusals(op: str, x: Tensor, rank: int, sub_rank: int) -> dict[str, str | None]:
-    """For each backend in order of preference, why it cannot run `op` on x; None if it can."""
-    table = _table[op]
-    return {
-        name: table[name].refusal(x, rank, sub_rank)
-        if name in table
-        else "this operation has no kernel of its own there"
-        for name in ORDER
-    }
+    """For each backend in order of preference, why it cannot run `op` on x by the forced plan; None if it can."""
+    return {name: _refusal(op, name, x, rank, sub_rank, forced("plan")) for name in ORDER}
+
+
+def _refusal(op: str, name: str, x: Tensor, rank: int, sub_rank: int, plan: str | None) -> str | None:
+    if (implementation := _table[op].get(name)) is None:
+        return "this operation has no kernel of its own there"
+    if plan is not None and implementation.plans and plan not in implementation.plans:
+        return f"it has no plan {plan!r}"
+    return implementation.refusal(x, rank, sub_rank)
 
 
 def choose(op: str, x: Tensor, rank: int, sub_rank: int) -> Implementation:
-    """The first backend that can run `op` on x, or the one that was ordered, unless `op` has no kernel there at all."""
-    table = _table[op]
-    wanted = requested() if requested() in table else None
-    for name in ORDER if wanted is None else (wanted,):
-        if name in table and table[name].refusal(x, rank, sub_rank) is None:
-            if _plan is not None and _plan not in table[name].plans and plans(op):
-                raise Unsupported(
-                    f"{op}: the backend {name!r} has no plan {_plan!r}; its plans: {list(table[name].plans)}"
-                )
-            return table[name]
+    """The first backend that can run `op` on x, or the one that is forced, unless `op` has no kernel there at all."""
+    wanted, plan = forced("backend"), forced("plan")
+    for name in (wanted,) if wanted in _table[op] else ORDER:
+        if _refusal(op, name, x, rank, sub_rank, plan) is None:
+            return _table[op][name]
+    what = " and ".join(f"the {kind} {name!r}" for kind, name in (("backend", wanted), ("plan", plan)) if name)
     reasons = refusals(op, x, rank, sub_rank)
-    usable = [name for name, reason in reasons.items() if reason is None]
-    raise Unsupported(f"{op}: the backend {wanted!r} cannot run on {x.device}: {reasons[wanted]}; available: {usable}")
+    why = reasons[wanted] if wanted else "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    available = {name: list(has) for name, has in plans(op).items() if not _table[op][name].refusal(x, rank, sub_rank)}
+    raise Unsupported(f"{op}: {what} cannot run on {x.device}: {why}; available: {available}")
 
 
 def explain(model: torch.nn.Module) -> str:
     """One line per adapted linear: the backend and plan that will run, and why the other backends will not.
 
-    A layer is judged by its base weight's device and dtype: that of the activations it expects.
+    A layer is judged by its base weight's device and dtype: that of the activations it expects. Below them, the plans that
+    each backend has for `linear` and `delta`.
     """
     from .adapted import AdaptedLinear
     from .mlp import pairs
 
-    lines, paired = [], pairs(model)
-    for name, layer in model.named_modules():
+    lines, paired, wanted, plan = [], pairs(model), forced("backend"), forced("plan")
+    for path, layer in model.named_modules():
         if not isinstance(layer, AdaptedLinear):
             continue
         reason = layer.unfused_reason()
         partner, apart = paired.get(layer, (None, None))
         op = "delta" if reason is not None else "delta_pair" if partner and apart is None else "linear"
         reasons = refusals(op, layer.example(), layer.rank, layer.sub_rank)
-        wanted = requested()
         chosen = next((b for b, why in reasons.items() if why is None and wanted in (None, b)), None)
-        runs = f"{wanted} CANNOT RUN" if chosen is None else f"{chosen} ({_table[op][chosen].plan})"
+        taken = {plan: "as forced"} if plan else plans(op).get(chosen, {})
+        runs = f"{chosen or wanted or 'NO BACKEND'} ({', '.join(map(' '.join, taken.items()))})"
+        runs += " CANNOT RUN" if chosen is None else ""
         fused = "base and adapter in one operation" if reason is None else f"base_layer(x) + delta, because {reason}"
         if partner:
             fused += f", together with {partner}" if apart is None else f", apart from {partner}, because {apart}"
         others = "; ".join(f"{b}: {why}" for b, why in reasons.items() if why is not None)
-        lines.append(f"{name or type(layer).__name__}: {runs}, {fused} [{others}]")
-    return "\n".join(lines) or "no adapted layer in this model"
+        lines.append(f"{path or type(layer).__name__}: {runs}, {fused} [{others}]")
+    if not lines:
+        return "no adapted layer in this model"
+    for name in ("plans", *ORDER):
+        ops = [[op for op in ("linear", "delta") if plan in plans(op).get(name, [])] for plan in PLANS]
+        cells = PLANS if name == "plans" else [", ".join(has) or "-" for has in ops]
+        lines.append("  ".join(f"{cell:13}" for cell in (name, *cells)).rstrip())
+    return "\n".join(lines)

@@ -31,7 +31,7 @@ def warmup(model: nn.Module) -> int:
 
     Parameters, gradients, modes, routes, counts of routers and random state stay as they are. It needs the memory of one
     forward and backward of 8192 rows through the largest layer. Returns the number of forwards: 0 where the backend has
-    nothing to compile or load. Raises where a selected backend cannot run, and what a function that chooses ranks raises
+    nothing to compile or load. Raises where a forced backend or plan cannot run, and what a function that chooses ranks raises
     outside the model's forward. Merged layers are left out.
     """
     layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]

@@ -6,6 +6,8 @@ from torch import Tensor
 from .. import cuda_library
 from .triton_runtime import LARGEST_RANK, LARGEST_SUB_RANK, capability, old_gpu
 
+DECODE_ROWS = 64  # the most that the plan decode takes: kFewRowsUpTo of csrc/plan.h
+
 
 def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
     """Why the CUDA kernels cannot run on x, or None."""

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..backends import ONE_LAUNCH_ROWS
 from .schema import AdapterArgs
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LARGEST_RANK, LARGEST_SUB_RANK = 256, 128
 PLANE_BYTES = 1 << 28  # how much memory the partial sums of du may take before chunks of rows grow
-ONE_LAUNCH_ROWS = 255  # up to here `linear` runs all phases of its adapter in one launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -142,6 +142,57 @@ def test_a_line_holds_ours_against_its_peer():
     )
 
 
+def spread(median, p20, p80):
+    return {"median": median, "p20": p20, "p80": p80}
+
+
+def test_the_first_lines_name_the_cells_in_which_a_peer_is_faster():
+    def cell(rows, formula, peft, paired=None, tasks=2, peft_tasks=2):
+        """Rows of one cell in which the formula and PEFT take such a part of our time."""
+        shared = {"case": "linear", "M": rows, "K": 4, "N": 6, "training": True, "T": tasks, "direction": "both"}
+        ours = {
+            "implementation": "ours",
+            "ratio_to_base": spread(2, 1.9, 2.1),
+            "against": "peft",
+            "ratio_to_peft": peft,
+        }
+        theirs = {"ratio_to_base": spread(2 / formula, 1.9 / formula, 2.1 / formula)}
+        return [
+            {**shared, **ours, "us": spread(1, 1, 1)} | ({"ratio_to_peers": {"formula": paired}} if paired else {}),
+            {**shared, **theirs, "implementation": "formula", "us": spread(1, 1, 1)},
+            {**shared, "T": peft_tasks, "implementation": "peft", "us": spread(1, 1, 1)},
+            {**shared, **theirs, "implementation": "grouped_mm", "us": spread(0.1, 0.1, 0.1)},
+        ]
+
+    ahead, level = spread(0.8, 0.7, 0.9), spread(1.02, 0.9, 1.1)
+    environment = {"device": "a CPU"}
+    rows = cell(1, 1.5, ahead) + cell(2, 0.5, spread(1.3, 1.2, 1.4)) + cell(3, 0.9, spread(1.1, 0.9, 1.3))
+    rows += (
+        cell(4, 1.01, level)
+        + cell(5, 3, ahead, paired=spread(0.9, 0.8, 1))
+        + cell(6, 0.7, spread(1.2, 1.1, 1.3), peft_tasks=1)
+    )
+    first = report.document(environment, rows).splitlines()
+    assert first[:2] == ["# a CPU", ""]
+    assert first[2].startswith("In 4 of 12 cells")
+    assert "in 1 of them unclearly so" in first[2]
+    size = "linear, training: M{} 4->6 T2, both".format
+    assert first[6:11] == [
+        f"| {size(1)} | LiLoRA's formula in PyTorch | ~ 1.500 (1.357 .. 1.658) |  |",
+        f"| {size(2)} | {report.TITLES['peft']} | 1.300 (1.200 .. 1.400) |  |",
+        f"| {size(6)} | {report.TITLES['peft']} | 1.200 (1.100 .. 1.300) |  |",
+        f"| {size(3)} | {report.TITLES['peft']} | 1.100 (0.900 .. 1.300) | unclear |",
+        "",
+    ]
+    lines = report.document(environment, cell(4, 1.01, level)).splitlines()
+    assert lines[2] == "In none of 2 cells does the formula in PyTorch or PEFT take less time than ours."
+
+
+def test_the_committed_document_is_that_of_the_committed_results():
+    for folder in report.folders():
+        assert (folder / "RESULTS.md").read_text() == report.document(*report.load(folder))
+
+
 def test_results_of_a_pretended_gpu_are_never_shown(tmp_path):
     about = {"device": "NVIDIA H100 80GB HBM3 (pretended: nothing was computed)", "driver": "0"}
     (tmp_path / "results.json").write_text(json.dumps({"environment": about, "stages": {}}))

@@ -93,7 +93,7 @@ def test_every_figure_says_of_what_it_is(dry_run):
     for direction in ("forward", "backward"):
         for beta in (0, 1):
             assert ("2", "addmm_", f"beta {beta}", direction) in compared
-        for plan in ("triton, one launch", "triton, by phase"):
+        for plan in ("triton, one_launch", "triton, by_phase"):
             assert ("4", "delta", plan, direction) in compared
     assert ("5", "decode", "ours", "forward") in compared
     launches = [r for _, r in timed if r["case"] == "launches"]
@@ -116,7 +116,7 @@ def test_the_last_lines_are_one_table(dry_run):
     titles = [
         "each launch, % of its floor",
         "addmm_ in place",
-        "delta, time / by phase",
+        "delta, time / by_phase",
         "decode in a graph, time / base",
     ]
     titles += ["linear both, time / PEFT", "linear both, time / base", "first call: triton ok, cuda unavailable"]

@@ -141,7 +141,7 @@ print(sorted({row["implementation"] for row in rows if "unavailable" not in row}
 def test_stages_run_to_their_ends_on_a_gpu_that_computes_nothing(tmp_path):
     done = on_a_pretended_gpu(WORK, tmp_path / "log")
     assert done.returncode == 0, done.stderr
-    assert "'triton, by phase', 'triton, one launch'" in done.stdout.splitlines()[-1]
+    assert "'triton, by_phase', 'triton, one_launch'" in done.stdout.splitlines()[-1]
     (entry,) = gpu_rehearsal.processes(tmp_path / "log")
     assert entry["launches"] > 50
     assert entry["operations"] > 100

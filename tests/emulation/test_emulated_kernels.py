@@ -19,8 +19,9 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import ANY_DROPOUT, ANY_SHAPE, AXES, SUBSETS
+from plan_cases import CHECKS
 
-from lilora_kernels import LiLoRALinear, backends, functional
+from lilora_kernels import backends, functional
 from lilora_kernels.ops.delta import cuda_backend
 from lilora_kernels.ops.linear import cuda_backend as cuda_linear
 from lilora_kernels.ops.philox import keep_mask, keep_scale
@@ -344,28 +345,11 @@ def test_linear_takes_its_plan_by_the_number_of_rows(device, monkeypatch):
         monkeypatch.undo()
 
 
-def test_a_layer_equals_the_eager_backend(monkeypatch):
-    layer = LiLoRALinear(torch.nn.Linear(40, 24).requires_grad_(False), r=16, sub_rank=8, alpha=32.0, dropout=0.0)
-    for name in ("one", "two"):
-        layer.add_task(name)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    x, ids = torch.randn(3, 5, 40), torch.tensor([0, 1, -1], dtype=torch.int32)
-    results = {}
-    import lilora_kernels
-
-    for name in ("eager", "cuda"):
-        with lilora_kernels.backend(name):
-            found = results[name] = []
-            for active, more in ((("one",), {}), (("one", "two"), {"task": ids})):
-                layer.set_task(*active)
-                layer.zero_grad()
-                y = layer(x, **more)
-                y.square().mean().backward()
-                found += [y.detach(), *(p.grad.clone() for p in layer.parameters() if p.requires_grad)]
-    for got, want in zip(results["cuda"], results["eager"], strict=True):
-        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
-    assert "cuda (" in lilora_kernels.explain(layer)
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("plan", ["decode", "one_launch", "by_phase"])
+def test_a_layer(plan, check):
+    with backends.plan(plan):
+        check("cpu")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -418,7 +402,8 @@ def test_the_fused_product_leaves_what_it_cannot_do_to_the_other_plans(monkeypat
     monkeypatch.setattr(cuda_linear, "SLOT_BYTES", 1000)
     assert "memory" in cuda_linear.unfit(i.x, weight, args_of(i))
     assert cuda_linear.plan_of(i.x, weight, args_of(i)) == "decode"
-    with backends.plan("fused"), pytest.raises(backends.Unsupported, match="fused product cannot run here"):
+    others = r"its slots .*; 'cuda' has \['decode', 'one_launch', 'by_phase', 'fused'\]"
+    with backends.plan("fused"), pytest.raises(backends.Unsupported, match=f"'fused' cannot run here: {others}"):
         cuda_linear.forward(i.x, weight, None, args_of(i))
-    with backends.plan("decode"), pytest.raises(backends.Unsupported, match="decode takes up to 64 rows, here are 65"):
+    with backends.plan("decode"), pytest.raises(backends.Unsupported, match="it takes up to 64 rows, here are 65"):
         cuda_linear.forward(torch.zeros(65, 64).bfloat16(), weight, None, args_of(i))

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from lilora_kernels import backends, cuda_library
+import lilora_kernels
+from lilora_kernels import cuda_library
 
 BACKENDS = ["triton"]
 if not torch.cuda.is_available():
@@ -43,6 +44,6 @@ def _device_that_answers():
 
 @pytest.fixture
 def plan():
-    """plan(one_launch) says whether the phases of `linear` share a launch; the configurations are those shipped."""
+    """plan(name) forces a plan until the end of the test."""
     with ExitStack() as stack:
-        yield lambda one_launch: stack.enter_context(backends.plan("one launch" if one_launch else "by phase"))
+        yield lambda name: stack.enter_context(lilora_kernels.plan(name))

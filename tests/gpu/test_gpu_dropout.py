@@ -9,10 +9,10 @@ from lilora_kernels.ops.philox import keep_mask
 
 
 @pytest.mark.parametrize("rows", [70, 300, 3000])
-@pytest.mark.parametrize("op", ["delta", "linear"])
-def test_forward_and_backward_draw_the_mask_of_the_reference(op, rows, plan):
+@pytest.mark.parametrize("op, name", [("delta", "one_launch"), ("linear", "by_phase")])
+def test_forward_and_backward_draw_the_mask_of_the_reference(op, name, rows, plan):
     """Bit for bit, hence both backends the same: with ones or identities as factors, what is not zero is the mask."""
-    plan(one_launch=op == "delta")
+    plan(name)
     rank, columns = 64, 200
     ones = lambda *shape: torch.ones(*shape, dtype=torch.bfloat16, device="cuda")  # noqa: E731
     eye = lambda *shape: torch.eye(*shape, dtype=torch.bfloat16, device="cuda")  # noqa: E731

@@ -20,13 +20,13 @@ def test_a_pair_of_layers_of_a_large_model():
 
 @pytest.mark.parametrize("case", pairwise(AXES, seed=1), ids=kind_id)
 def test_outputs_and_gradients_by_phase(case, plan):
-    plan(one_launch=False)
+    plan("by_phase")
     check_variant("linear", **case)
 
 
 @pytest.mark.parametrize("rows", [1, 64, 200, 1000])
 def test_outputs_and_gradients_of_one_launch(rows, plan):
-    plan(one_launch=True)
+    plan("one_launch")
     check_shape("linear", rows, 256, 384, 128, 64, 8, dtype=torch.bfloat16)
 
 

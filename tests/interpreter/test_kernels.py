@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ WHOLE = {
     "forward": {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_N": 32, "SPLIT_K": 1, "TILES_N": 2},
     "backward": {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_N": 32, "SPLIT_N": 1, "CHUNK": 256},
 }
-PLANS = {"split": SPLIT, "whole": WHOLE}
+CONFIGS = {"split": SPLIT, "whole": WHOLE}
 
 
 @pytest.fixture(autouse=True)
@@ -53,27 +54,28 @@ def _triton():
 
 
 @pytest.fixture
-def plan(monkeypatch):
-    """Pins the launch configuration, and for `linear` whether the phases share a launch."""
+def pinned(monkeypatch):
+    """Pins the launch configuration, and forces the plan."""
+    with ExitStack() as stack:
 
-    def pin(sizes, one_launch=True):
-        monkeypatch.setattr(triton_runtime, "config", lambda kernel, *_: {"phases": {}} | sizes[kernel])
-        monkeypatch.setattr(triton_runtime, "ONE_LAUNCH_ROWS", 1 << 30 if one_launch else -1)
+        def pin(sizes, one_launch=True):
+            monkeypatch.setattr(triton_runtime, "config", lambda kernel, *_: {"phases": {}} | sizes[kernel])
+            stack.enter_context(lilora_kernels.plan("one_launch" if one_launch else "by_phase"))
 
-    return pin
+        yield pin
 
 
 CASES = AXES | {
     "dtype": [torch.float32, torch.float16],
     "op": ["delta", "linear-one", "linear-many"],
-    "plan": list(PLANS),
+    "config": list(CONFIGS),
 }
-OTHERS = ("op", "plan", "p", "wanted")
+OTHERS = ("op", "config", "p", "wanted")
 
 
 @pytest.mark.parametrize("case", pairwise(CASES), ids=case_id)
-def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case, plan):
-    plan(PLANS[case["plan"]], one_launch=case["op"] != "linear-many")
+def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case, pinned):
+    pinned(CONFIGS[case["config"]], one_launch=case["op"] != "linear-many")
     shape = {name: value for name, value in case.items() if name not in OTHERS}
     errors = Errors()
     for seed in range(2):
@@ -83,19 +85,19 @@ def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case, plan):
 
 
 @settings(max_examples=14, deadline=None, derandomize=True)
-@given(shape=st.fixed_dictionaries(ANY_SHAPE), name=st.sampled_from(list(PLANS)), **ANY_DROPOUT)
+@given(shape=st.fixed_dictionaries(ANY_SHAPE), name=st.sampled_from(list(CONFIGS)), **ANY_DROPOUT)
 def test_any_shape(shape, name, p, seed):
     errors = Errors()
     i = make(**shape, dtype=torch.float32, seed=seed % 1000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_runtime, "config", lambda kernel, *_: {"phases": {}} | PLANS[name][kernel])
+        patch.setattr(triton_runtime, "config", lambda kernel, *_: {"phases": {}} | CONFIGS[name][kernel])
         add_errors(errors, i, "delta", NAMES, p, torch.tensor([seed]))
     errors.check()
 
 
-@pytest.mark.parametrize("name", list(PLANS))
-def test_sixty_four_rows_of_as_many_tasks(name, plan):
-    plan(PLANS[name])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_sixty_four_rows_of_as_many_tasks(name, pinned):
+    pinned(CONFIGS[name])
     errors = Errors()
     add_errors(errors, make(64, 64, 48, 16, 8, 64, mix="distinct", dtype=torch.float32), "linear")
     errors.check()
@@ -111,8 +113,8 @@ def shipped():
 
 
 @pytest.mark.parametrize("one_launch, kernel, bucket", list(shipped()))
-def test_every_shipped_configuration_is_right(one_launch, kernel, bucket, plan):
-    plan(SPLIT | {kernel: triton_runtime.fitted(bucket, 2, 2, 32)}, one_launch)
+def test_every_shipped_configuration_is_right(one_launch, kernel, bucket, pinned):
+    pinned(SPLIT | {kernel: triton_runtime.fitted(bucket, 2, 2, 32)}, one_launch)
     errors = Errors()
     add_errors(errors, make(150, 160, 100, 20, 17, 3, dtype=torch.float16, mix="sorted"), "linear")
     errors.check()
@@ -123,10 +125,10 @@ def test_every_shipped_configuration_is_right(one_launch, kernel, bucket, plan):
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 7, -(2**63)])
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
-@pytest.mark.parametrize("name", list(PLANS))
-def test_forward_and_backward_draw_the_mask_of_the_reference(seed, p, name, plan):
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_forward_and_backward_draw_the_mask_of_the_reference(seed, p, name, pinned):
     """With identities for a and b0, y and dx are the mask itself, and so is da for one-hot rows of dy."""
-    plan(PLANS[name])
+    pinned(CONFIGS[name])
     rows, columns = 70, 44
     seed = torch.tensor([seed])
     eye = torch.eye(columns)
@@ -176,9 +178,9 @@ class Recorder(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", list(PLANS))
-def test_delta_is_one_launch_forward_and_one_launch_backward(name, plan, monkeypatch):
-    plan(PLANS[name])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_delta_is_one_launch_forward_and_one_launch_backward(name, pinned, monkeypatch):
+    pinned(CONFIGS[name])
     i = make(rows=130, columns=128, outputs=96, rank=16, sub_rank=8, gate=True, dtype=torch.float16)
     args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, i.task, i.gate, i.gate_row, torch.tensor([1]), SCALING, 0.1, None)
     dy, h = torch.randn(130, 96).half(), torch.randn(130, 16).half()
@@ -190,8 +192,8 @@ def test_delta_is_one_launch_forward_and_one_launch_backward(name, plan, monkeyp
     assert set(seen.operations) <= allowed, set(seen.operations) - allowed
 
 
-def test_gradients_nobody_asked_for_take_no_memory(plan, monkeypatch):
-    plan(WHOLE)
+def test_gradients_nobody_asked_for_take_no_memory(pinned, monkeypatch):
+    pinned(WHOLE)
     i = make(rows=130, columns=128, outputs=96, rank=16, sub_rank=8, dtype=torch.float16)
     args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, i.task, None, None, None, SCALING, 0.0, None)
     dy, h = torch.randn(130, 96).half(), torch.randn(130, 16).half()
@@ -235,13 +237,13 @@ class Counter:
         return len(addresses) * size, len(np.unique(addresses)) * size
 
 
-@pytest.mark.parametrize("name", list(PLANS))
+@pytest.mark.parametrize("name", list(CONFIGS))
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("tasks", [1, 4])
-def test_bytes_moved_are_those_of_the_plan(name, direction, tasks, plan, monkeypatch):
+def test_bytes_moved_are_those_of_the_plan(name, direction, tasks, pinned, monkeypatch):
     """Counted at the kernels' own loads and stores: a second pass over any tensor would show."""
-    plan(PLANS[name], one_launch=False)
-    sizes = PLANS[name][direction]
+    pinned(CONFIGS[name], one_launch=False)
+    sizes = CONFIGS[name][direction]
     rows, columns, outputs, rank, sub_rank = 256, 192, 128, 16, 16
     i = make(rows, columns, outputs, rank, sub_rank, tasks, dtype=torch.float32)
     task = (torch.arange(rows) * tasks // rows).to(torch.int32) if tasks > 1 else None
@@ -292,22 +294,22 @@ def run_all(i, p=0.0, op="delta"):
     return [y, *gradients(y, i, NAMES, dy).values()]
 
 
-@pytest.mark.parametrize("name", list(PLANS))
-def test_two_runs_are_equal_bit_for_bit_whatever_the_number_of_programs(name, plan):
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_two_runs_are_equal_bit_for_bit_whatever_the_number_of_programs(name, pinned):
     """linear runs three programs a phase, delta one for all: the order of the sums must not depend on it."""
     i = make(rows=70, columns=64, outputs=48, rank=16, gate=True, dtype=torch.float32).leaves()
     results = []
     for one_launch in (True, True, False):
-        plan(PLANS[name], one_launch)
+        pinned(CONFIGS[name], one_launch)
         results.append(run_all(i, p=0.1, op="linear"))
     for tensors in zip(*results, strict=True):
         assert torch.equal(tensors[0], tensors[1])
         assert torch.equal(tensors[0], tensors[2])
 
 
-@pytest.mark.parametrize("name", list(PLANS))
+@pytest.mark.parametrize("name", list(CONFIGS))
 @pytest.mark.parametrize("coefficients", AXES["coefficients"])
-def test_a_row_is_the_same_alone_and_in_any_batch(name, coefficients, plan, monkeypatch):
+def test_a_row_is_the_same_alone_and_in_any_batch(name, coefficients, pinned, monkeypatch):
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def dot(builder, a, b, c, *_):
@@ -316,7 +318,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch(name, coefficients, plan, monk
         return TensorHandle(products.sum(1, dtype=np.float32) + c.data, c.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
-    plan(PLANS[name])
+    pinned(CONFIGS[name])
     i = make(rows=70, columns=128, tasks=4, coefficients=coefficients, dtype=torch.float32)
     together = functional.delta(*adapter(i), **options(i))
     order = torch.randperm(70)
@@ -327,9 +329,9 @@ def test_a_row_is_the_same_alone_and_in_any_batch(name, coefficients, plan, monk
         assert torch.equal(alone, together[row : row + 1])
 
 
-@pytest.mark.parametrize("name", list(PLANS))
-def test_uninitialised_memory_is_never_read(name, plan, monkeypatch):
-    plan(PLANS[name])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_uninitialised_memory_is_never_read(name, pinned, monkeypatch):
+    pinned(CONFIGS[name])
     empties = (torch.Tensor, "new_empty"), (torch, "empty_like")
 
     def poisoned(make_empty):
@@ -347,9 +349,9 @@ def test_uninitialised_memory_is_never_read(name, plan, monkeypatch):
             assert result.isfinite().all()
 
 
-def test_a_broken_task_stays_alone(plan):
+def test_a_broken_task_stays_alone(pinned):
     """NaN in one task's factors and gradients reaches that task's rows and gradients only."""
-    plan(SPLIT)
+    pinned(SPLIT)
     i = make(rows=100, tasks=3, dtype=torch.float32, mix="random")
     i.u[1] = float("nan")
     i.v[1] = float("inf")
@@ -364,8 +366,8 @@ def test_a_broken_task_stays_alone(plan):
         assert others.isfinite().all(), name
 
 
-def test_ids_that_do_not_exist_give_nan_and_touch_nothing(plan):
-    plan(SPLIT)
+def test_ids_that_do_not_exist_give_nan_and_touch_nothing(pinned):
+    pinned(SPLIT)
     i = make(rows=40, tasks=3, dtype=torch.float32)
     good = functional.delta(*adapter(i), **options(i))
     i.task[7], i.task[20] = 3, 2**31 - 1
@@ -380,8 +382,8 @@ def test_ids_that_do_not_exist_give_nan_and_touch_nothing(plan):
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
-def test_gates_that_do_not_exist_give_nan(plan):
-    plan(SPLIT)
+def test_gates_that_do_not_exist_give_nan(pinned):
+    pinned(SPLIT)
     i = make(rows=40, tasks=3, gate=True, dtype=torch.float32)
     good = functional.delta(*adapter(i), **options(i))
     i.task[7] = i.task[20] = 1
@@ -392,8 +394,8 @@ def test_gates_that_do_not_exist_give_nan(plan):
     assert torch.equal(y[others], good[others])
 
 
-def test_strided_inputs(plan):
-    plan(SPLIT)
+def test_strided_inputs(pinned):
+    pinned(SPLIT)
     i = make(rows=40, dtype=torch.float32)
     want = functional.delta(*adapter(i), **options(i))
     wide = torch.randn(40, 100)
@@ -404,8 +406,8 @@ def test_strided_inputs(plan):
         assert torch.equal(functional.delta(x, i.a.T.contiguous().T, *adapter(i)[2:], **options(i)), want)
 
 
-def test_ranks_limit_the_shared_gradients(plan):
-    plan(SPLIT)
+def test_ranks_limit_the_shared_gradients(pinned):
+    pinned(SPLIT)
     i = make(rows=70, rank=8, dtype=torch.float32)
     every, some = i.leaves(), i.leaves()
     functional.delta(*adapter(every), **options(i)).sum().backward()
@@ -417,8 +419,8 @@ def test_ranks_limit_the_shared_gradients(plan):
     assert torch.equal(some.x.grad, every.x.grad)
 
 
-def test_fp32_masters_under_fp16_activations(plan):
-    plan(WHOLE)
+def test_fp32_masters_under_fp16_activations(pinned):
+    pinned(WHOLE)
     i = make(rows=70, columns=64, rank=16, dtype=torch.float32).leaves()
     x = i.x.detach().half().requires_grad_()
     y = functional.delta(x, *adapter(i)[1:], **options(i))
@@ -439,25 +441,6 @@ def test_fp32_masters_under_fp16_activations(plan):
         assert grad.dtype == torch.float32
         errors.add(f"d{name}", grad, plain[name], want[name])
     errors.check()
-
-
-def test_a_layer_with_mixed_tasks_equals_the_eager_backend():
-    layer = LiLoRALinear(torch.nn.Linear(40, 30), r=16, sub_rank=8, alpha=32.0, dropout=0.0)
-    for name in ("one", "two"):
-        layer.add_task(name)
-    layer.set_task("one", "two")
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    x, ids = torch.randn(3, 5, 40), torch.tensor([0, 1, -1], dtype=torch.int32)
-    results = {}
-    for name in ("eager", "triton"):
-        with lilora_kernels.backend(name):
-            layer.zero_grad()
-            y = layer(x, task=ids)
-            y.square().sum().backward()
-        results[name] = [y.detach(), *(p.grad for p in layer.parameters() if p.requires_grad)]
-    for got, want in zip(results["triton"], results["eager"], strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_kernels_refuse():

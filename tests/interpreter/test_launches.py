@@ -3,6 +3,8 @@
 Every figure is a ceiling or exact. Lower it when a change does better; raise it only with a reason.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from cases import NAMES, SCALING, adapter, base, make, options
@@ -20,7 +22,7 @@ from lilora_kernels.ops.linear import triton_backend as linear_backend
 from lilora_kernels.ops.schema import AdapterArgs
 
 TILES = {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_N": 32, "phases": {}}
-PLANS = {
+CONFIGS = {
     "split": {"forward": {**TILES, "SPLIT_K": 2, "TILES_N": 1}, "backward": {**TILES, "SPLIT_N": 2, "CHUNK": 64}},
     "whole": {"forward": {**TILES, "SPLIT_K": 1, "TILES_N": 1}, "backward": {**TILES, "SPLIT_N": 1, "CHUNK": 64}},
 }
@@ -33,9 +35,9 @@ def _triton():
 
 
 @pytest.fixture
-def plan(monkeypatch):
+def pinned(monkeypatch):
     """Pins the launch configuration: "split" has a phase more each way, which sums planes of h or dh."""
-    return lambda name: monkeypatch.setattr(triton_runtime, "config", lambda kernel, *_: dict(PLANS[name][kernel]))
+    return lambda name: monkeypatch.setattr(triton_runtime, "config", lambda kernel, *_: dict(CONFIGS[name][kernel]))
 
 
 @pytest.fixture
@@ -83,22 +85,28 @@ def test_delta_is_one_launch_each_way(tasks, gate, p, rows, work):
 
 
 @pytest.mark.parametrize(
-    "rows, name, launches",
+    "rows, name, forced, launches",
     [
-        (255, "split", (1, 1)),
-        (255, "whole", (1, 1)),
-        (256, "split", (3, 4)),  # one for each phase
-        (256, "whole", (2, 3)),  # without that which sums planes
+        (255, "split", None, (1, 1)),
+        (255, "whole", None, (1, 1)),
+        (256, "split", None, (3, 4)),  # one for each phase
+        (256, "whole", None, (2, 3)),  # without that which sums planes
+        (255, "split", "by_phase", (3, 4)),
+        (256, "split", "one_launch", (1, 1)),
     ],
 )
-def test_launches_of_linear(rows, name, launches, plan, work):
-    plan(name)
+def test_launches_of_linear(rows, name, forced, launches, pinned, work):
+    pinned(name)
     i = make(rows, columns=128, outputs=96, rank=16, sub_rank=8, gate=True, dtype=torch.float16).leaves()
     more = options(i, p=0.1, seed=torch.tensor([1]))
     frozen = base(i)
-    forward, backward = both(work, lambda: functional.linear(i.x, *frozen, *adapter(i)[1:], **more), i)
+    with lilora_kernels.plan(forced) if forced else nullcontext():
+        forward, backward = both(work, lambda: functional.linear(i.x, *frozen, *adapter(i)[1:], **more), i)
+        alone = both(work, lambda: functional.delta(*adapter(i), **more), i)
     assert forward == {"delta_forward": launches[0], "addmm_": 1}  # the base on top of the adapter
     assert backward == {"delta_backward": launches[1], "addmm_": 1}
+    if forced:
+        assert [each.total() for each in alone] == list(launches)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +116,8 @@ def test_launches_of_linear(rows, name, launches, plan, work):
         ("whole", (1 + 2 * 1, 2 * 3)),
     ],
 )
-def test_launches_of_delta_pair(name, launches, plan, work):
-    plan(name)
+def test_launches_of_delta_pair(name, launches, pinned, work):
+    pinned(name)
     one, two = (make(70, 128, outputs, 16, 8, dtype=torch.float16).leaves() for outputs in (80, 96))
     two.x, bases = one.x, (base(one), base(two))
     more = {"bases": bases, "task": one.task, "p": 0.1, "seed": torch.tensor([1])}
@@ -227,8 +235,8 @@ PHASES = {"forward": forward_phases, "backward": backward_phases}
 @pytest.mark.parametrize(
     "direction, tiles, tasks", [("forward", 8, 1), ("forward", 8, 8), ("backward", 4, 1), ("backward", 4, 4)]
 )
-def test_bytes_of_each_phase(direction, tiles, tasks, plan, monkeypatch):
-    plan("split")
+def test_bytes_of_each_phase(direction, tiles, tasks, pinned, monkeypatch):
+    pinned("split")
     rows = 32 * tiles
     i = make(rows, columns=96, outputs=64, rank=32, sub_rank=16, tasks=tasks, dtype=torch.float32)
     task = (torch.arange(rows) * tasks // rows).to(torch.int32)

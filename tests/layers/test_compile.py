@@ -5,8 +5,9 @@ import torch
 from tiny_llava import TASKS, batch, randomise, tiny_llava
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import StaticCache
 
-from lilora_kernels import LiLoRALinear, attach, route
+from lilora_kernels import LiLoRALinear, attach, fuse_mlps, route
 from lilora_kernels.linear import set_task
 
 
@@ -190,3 +191,27 @@ def test_twenty_forwards_of_a_whole_model_with_images_compile_once(compiled):
             got = run(**inputs, task_ids=ids, use_cache=False).logits
             torch.testing.assert_close(got, model(**inputs, task_ids=ids).logits, rtol=1e-4, atol=1e-4)
     assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+def test_decode_steps_with_a_static_cache_are_one_graph(compiled, fused):
+    """Whatever the tasks, and nothing in it asks the device for a value."""
+    model = tiny_llava(layers=1)
+    if fused:
+        fuse_mlps(model)
+    run, graphs = compiled(model.forward)
+    caches = [StaticCache(model.config.text_config, max_cache_len=32) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            torch.manual_seed(0)
+            model(**batch([1, 1]), task_ids=torch.tensor([0, 2]), past_key_values=cache)
+        for i in range(6):
+            step = {"input_ids": torch.randint(3, 30, (2, 1)), "task_ids": torch.randint(-1, 3, (2,))}
+            with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+                got = run(**step, past_key_values=caches[0]).logits
+            torch.testing.assert_close(got, model(**step, past_key_values=caches[1]).logits, rtol=1e-4, atol=1e-4)
+    assert graphs.frame_count == 1
+    (graph,) = graphs.graphs
+    called = {str(node.target) for node in graph.graph.nodes if node.op.startswith("call")}
+    assert any("lilora" in name for name in called)
+    assert not called & {"item", "tolist", "cpu", "numpy", "nonzero"}

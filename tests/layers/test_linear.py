@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -381,12 +382,23 @@ def test_explain_names_the_plan_of_every_layer():
     text = lilora_kernels.explain(
         nn.ModuleDict({"plain": layer(), "quantised": layer(base=Quantised()), "hooked": hooked})
     )
-    plain, quantised, hooks = text.splitlines()
-    assert plain.startswith("plain: eager (torch operations), base and adapter in one operation")
+    plain, quantised, hooks, *table = text.splitlines()
+    assert plain.startswith("plain: eager (composed for all rows), base and adapter in one operation")
     assert quantised.startswith(
-        "quantised: eager (torch operations), base_layer(x) + delta, because the base is a Quantised"
+        "quantised: eager (composed for all rows), base_layer(x) + delta, because the base is a Quantised"
     )
     assert "because the base has hooks" in hooks
+    both = "linear, delta"
+    assert [re.split(r"  +", line) for line in table] == [
+        ["plans", "composed", "one_launch", "by_phase", "decode", "fused"],
+        ["cuda", "-", both, both, "linear", "linear"],
+        ["triton", "-", both, both, "-", "-"],
+        ["eager", both, "-", "-", "-", "-"],
+    ]
+    with lilora_kernels.plan("composed"):
+        assert "eager (composed as forced), base" in lilora_kernels.explain(layer())
+    with lilora_kernels.plan("decode"):
+        assert "NO BACKEND (decode as forced) CANNOT RUN" in lilora_kernels.explain(layer())
     assert lilora_kernels.explain(nn.Linear(2, 2)) == "no adapted layer in this model"
 
 

@@ -2,6 +2,8 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lilora_kernels
-from lilora_kernels import backends, functional
+from lilora_kernels import backends, functional, rank_gate
 from lilora_kernels.ops.delta import eager, reference
 from lilora_kernels.ops.philox import keep_scale
 from lilora_kernels.ops.schema import AdapterArgs
@@ -400,7 +402,7 @@ def test_an_ordered_backend_that_cannot_run_raises(monkeypatch):
         want = functional.delta(*adapter(i), **options(i))
     with (
         lilora_kernels.backend("triton"),
-        pytest.raises(RuntimeError, match=r"'triton' cannot run on cpu.*\['eager'\]"),
+        pytest.raises(RuntimeError, match=r"'triton' cannot run on cpu.*\{'eager': \['composed'\]\}"),
     ):
         functional.delta(*adapter(i), **options(i))
     monkeypatch.setenv("LILORA_BACKEND", "cuda")
@@ -413,14 +415,60 @@ def test_an_ordered_backend_that_cannot_run_raises(monkeypatch):
     assert torch.equal(functional.delta(*adapter(i), **options(i)), want)
 
 
+def test_a_forced_plan(monkeypatch):
+    """Alone it takes the first backend that has it; a pair that does not exist, and a plan that cannot run here, raise."""
+    i = make(dtype=torch.float32)
+    frozen, seen = base(i), []
+    run = {name: backends._table["linear"][name].forward for name in ("triton", "eager")}
+
+    def watched(name):
+        able = replace(backends._table["linear"][name], forward=lambda *a: seen.append(name) or run["eager"](*a))
+        return able if name == "eager" else replace(able, refusal=lambda *_: None)
+
+    for name in run:
+        monkeypatch.setitem(backends._table["linear"], name, watched(name))
+
+    def linear():
+        return functional.linear(i.x, *frozen, *adapter(i)[1:], **options(i))
+
+    for forced in (None, "composed", "by_phase", "one_launch"):
+        with lilora_kernels.plan(forced) if forced else nullcontext():
+            linear()
+    assert seen == ["triton", "eager", "triton", "triton"]
+    plans = r"available: \{'triton': \['one_launch', 'by_phase'\], 'eager': \['composed'\]\}"
+    with (
+        lilora_kernels.backend("triton"),
+        lilora_kernels.plan("composed"),
+        pytest.raises(
+            backends.Unsupported,
+            match=f"backend 'triton' and the plan 'composed' cannot run on cpu: it has no .*{plans}",
+        ),
+    ):
+        linear()
+    monkeypatch.setenv("LILORA_PLAN", "decode")
+    with pytest.raises(
+        backends.Unsupported,
+        match=f"linear: the plan 'decode' cannot run on cpu: cuda: .*; triton: it has no plan .*{plans}",
+    ):
+        linear()
+    rank_gate(torch.randn(1, 4), 2)  # it has no choice of plans
+    with lilora_kernels.plan("composed"):
+        linear()
+    monkeypatch.setenv("LILORA_PLAN", "quick")
+    with pytest.raises(ValueError, match="LILORA_PLAN is 'quick'; it must be one of"):
+        linear()
+    with pytest.raises(ValueError, match="plan is 'quick'; it must be one of"), lilora_kernels.plan("quick"):
+        pass
+
+
 def test_an_order_holds_in_every_thread():
     """On a GPU autograd calls backward from threads of its own."""
     with ThreadPoolExecutor(1) as pool, lilora_kernels.backend("eager"):
-        assert pool.submit(backends.requested).result() == "eager"
+        assert pool.submit(backends.forced, "backend").result() == "eager"
         with lilora_kernels.backend("triton"):
-            assert pool.submit(backends.requested).result() == "triton"
-        assert backends.requested() == "eager"
-    assert backends.requested() is None
+            assert pool.submit(backends.forced, "backend").result() == "triton"
+        assert backends.forced("backend") == "eager"
+    assert backends.forced("backend") is None
 
 
 @pytest.mark.parametrize("coefficients", AXES["coefficients"])

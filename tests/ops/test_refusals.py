@@ -71,8 +71,9 @@ def test_a_build_with_code_for_the_gpu_is_chosen(gpu, x):
 def test_explain_says_it(gpu, x, monkeypatch):
     gpu.missing = OLD_DRIVER
     monkeypatch.setattr(LiLoRALinear, "example", lambda self: x)
-    explained = lilora_kernels.explain(LiLoRALinear(torch.nn.Linear(64, 64), r=16, sub_rank=8))
+    explained = lilora_kernels.explain(LiLoRALinear(torch.nn.Linear(64, 64).requires_grad_(False), r=16, sub_rank=8))
     assert f"[cuda: it cannot run on sm_90: {OLD_DRIVER}]" in explained
+    assert "triton (one_launch up to 255 rows, by_phase beyond)" in explained
 
 
 def test_lilora_info_says_it(gpu, monkeypatch):

@@ -3,19 +3,20 @@
 import torch
 from torch import Tensor
 
+from ... import backends
 from ..barrier import barrier_state
 from ..philox import keep_scale, threshold
 from ..schema import DIFFERENTIABLE, AdapterArgs
 
 
 def forward(x: Tensor, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
-    return run_forward(x, None, adapter, one_launch=True)
+    return run_forward(x, None, adapter, backends.one_launch(x.shape[0]))
 
 
 def backward(
     dy: Tensor, x: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    return run_backward(dy, x, h, adapter, needs, one_launch=True)
+    return run_backward(dy, x, h, adapter, needs, backends.one_launch(dy.shape[0]))
 
 
 def rows(device: torch.device) -> list[int]:

@@ -6,11 +6,13 @@ from ..checks import check_delta
 from ..schema import AdapterArgs, AdapterOperation, kinds_of
 from . import eager
 
+PLANS = {"one_launch": "for all rows", "by_phase": "if forced"}
+
 backends.register(
     "delta",
-    eager=backends.Implementation(eager.forward, eager.backward, lambda *_: None, "torch operations"),
-    cuda=backends.lazy("lilora_kernels.ops.delta.cuda_backend", cuda_runtime.refusal, "one launch each way"),
-    triton=backends.lazy("lilora_kernels.ops.delta.triton_backend", triton_runtime.refusal, "one launch each way"),
+    eager=backends.Implementation(eager.forward, eager.backward, lambda *_: None, backends.COMPOSED),
+    cuda=backends.lazy("lilora_kernels.ops.delta.cuda_backend", cuda_runtime.refusal, PLANS),
+    triton=backends.lazy("lilora_kernels.ops.delta.triton_backend", triton_runtime.refusal, PLANS),
 )
 
 delta = AdapterOperation("delta", {"x": "Tensor", **kinds_of(AdapterArgs._fields)}, check_delta).op

@@ -6,17 +6,13 @@ from ..checks import check_pair
 from ..schema import FACTORS, AdapterOperation, kinds_of
 from . import eager
 
+PLANS = {"by_phase": "for all rows"}
+
 backends.register(
     "delta_pair",
-    eager=backends.Implementation(eager.forward, eager.backward, lambda *_: None, "torch operations"),
-    cuda=backends.lazy(
-        "lilora_kernels.ops.delta_pair.cuda_backend", cuda_runtime.refusal, "one launch per phase of each adapter"
-    ),
-    triton=backends.lazy(
-        "lilora_kernels.ops.delta_pair.triton_backend",
-        triton_runtime.refusal,
-        "one launch per phase, x read once each way",
-    ),
+    eager=backends.Implementation(eager.forward, eager.backward, lambda *_: None, backends.COMPOSED),
+    cuda=backends.lazy("lilora_kernels.ops.delta_pair.cuda_backend", cuda_runtime.refusal, PLANS),
+    triton=backends.lazy("lilora_kernels.ops.delta_pair.triton_backend", triton_runtime.refusal, PLANS),
 )
 
 OWN = [{f"weight{side}": "Tensor?", f"bias{side}": "Tensor?", **kinds_of(FACTORS, side)} for side in ("_1", "_2")]

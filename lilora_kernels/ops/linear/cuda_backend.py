@@ -1,7 +1,7 @@
-"""Three plans, by the number of rows and where the fused product has been measured to be the faster one.
+"""Four plans, by the number of rows and where the fused product has been measured to be the faster one.
 
-decode: the kernels stream the base weight too. expand first: they write the adapter's part and cuBLAS adds the base's
-(beta = 1). fused (sm_90a): one product whose inner dimension has the adapter's steps too, forward and for dx.
+decode: the kernels stream the base weight too. one_launch and by_phase: they write the adapter's part and cuBLAS adds the
+base's (beta = 1). fused (sm_90a): one product whose inner dimension has the adapter's steps too, forward and for dx.
 """
 
 import torch
@@ -9,12 +9,10 @@ from torch import Tensor
 
 from ... import backends, cuda_library
 from .. import triton_runtime
+from ..cuda_runtime import DECODE_ROWS
 from ..delta import cuda_backend as delta
 from ..schema import AdapterArgs
 
-LARGEST_DECODE_ROWS = 64  # that its kernels take: kFewRowsUpTo of csrc/plan.h
-DECODE_ROWS = 64  # up to here a launch for each phase, base included, each starting while the one before it ends
-ONE_LAUNCH_ROWS = 255  # up to here, and in backward, all phases of the adapter in one launch
 SLOT_BYTES = 1 << 28  # how much memory the slots of the fused product may take
 # (device, K, N) -> the number of rows from which the fused product was faster in a paired benchmark. None is measured yet.
 FUSED_FROM: dict[tuple[str, int, int], int] = {}
@@ -27,43 +25,42 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs
     weight = weight.to(x.dtype)
     if plan == "decode":
         return delta.run_forward(x, bias, adapter, False, weight)
-    y, h = delta.run_forward(x, bias, adapter, plan == "one launch")
+    y, h = delta.run_forward(x, bias, adapter, plan == "one_launch")
     return y.addmm_(x, weight.T), h
 
 
 def backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
 ) -> dict[str, Tensor]:
+    together = backends.one_launch(dy.shape[0], backends.ONE_LAUNCH_ROWS)
     if "x" in needs and plan_of(dy, weight, adapter) == "fused":
-        return delta.run_backward(dy, x, h, adapter, needs, one_launch(dy), weight)
-    grads = delta.run_backward(dy, x, h, adapter, needs, one_launch(dy))
+        return delta.run_backward(dy, x, h, adapter, needs, together, weight)
+    grads = delta.run_backward(dy, x, h, adapter, needs, together)
     if "x" in needs:
         grads["x"].addmm_(dy, weight.to(dy.dtype))
     return grads
 
 
 def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> str:
-    """The plan that is selected, or the one for so many rows. The fused product is chosen where it was measured faster."""
-    plan = backends.selected_plan()
-    if plan == "fused" and (reason := unfit(rows, weight, adapter, bias)) is not None:
-        raise backends.Unsupported(f"the fused product cannot run here: {reason}")
-    if plan == "decode" and rows.shape[0] > LARGEST_DECODE_ROWS:
-        raise backends.Unsupported(f"decode takes up to {LARGEST_DECODE_ROWS} rows, here are {rows.shape[0]}")
+    """The plan that is forced, or the one for so many rows. The fused product is chosen where it was measured faster."""
+    count, plan, reason = rows.shape[0], backends.forced("plan"), None
+    if plan == "fused":
+        reason = unfit(rows, weight, adapter, bias)
+    elif plan == "decode" and count > DECODE_ROWS:
+        reason = f"it takes up to {DECODE_ROWS} rows, here are {count}"
+    if reason is not None:
+        raise backends.Unsupported(
+            f"linear: the plan {plan!r} cannot run here: {reason}; 'cuda' has {list(backends.plans('linear')['cuda'])}"
+        )
     if plan is not None:
         return plan
     device = triton_runtime.table_names(rows.device)
     fused_from = FUSED_FROM.get((device[0], *weight.shape[::-1])) if device else None
-    if fused_from is not None and rows.shape[0] >= fused_from and unfit(rows, weight, adapter, bias) is None:
+    if fused_from is not None and count >= fused_from and unfit(rows, weight, adapter, bias) is None:
         return "fused"
-    if rows.shape[0] <= DECODE_ROWS:
+    if count <= DECODE_ROWS:
         return "decode"
-    return "one launch" if one_launch(rows) else "by phase"
-
-
-def one_launch(rows: Tensor) -> bool:
-    """Few rows leave a processor nothing to do but to wait for launches. Decode and the fused product have it in backward."""
-    plan = backends.selected_plan()
-    return rows.shape[0] <= ONE_LAUNCH_ROWS if plan in (None, "decode", "fused") else plan == "one launch"
+    return "one_launch" if count <= backends.ONE_LAUNCH_ROWS else "by_phase"
 
 
 def unfit(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> str | None:
@@ -93,4 +90,4 @@ def unfit(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | Non
 def rows(device: torch.device) -> list[int]:
     """Of every plan, and in both sizes of tiles."""
     fused = [least for (name, *_), least in FUSED_FROM.items() if name in triton_runtime.table_names(device)]
-    return sorted({DECODE_ROWS, *delta.rows(device), ONE_LAUNCH_ROWS, ONE_LAUNCH_ROWS + 1, *fused})
+    return sorted({DECODE_ROWS, *delta.rows(device), backends.ONE_LAUNCH_ROWS, backends.ONE_LAUNCH_ROWS + 1, *fused})

@@ -6,21 +6,17 @@ from ..checks import check_linear
 from ..schema import AdapterArgs, AdapterOperation, kinds_of
 from . import eager
 
+PLANS = {"one_launch": f"up to {backends.ONE_LAUNCH_ROWS} rows", "by_phase": "beyond"}
+
 backends.register(
     "linear",
-    eager=backends.Implementation(eager.forward, eager.backward, lambda *_: None, "torch operations"),
+    eager=backends.Implementation(eager.forward, eager.backward, lambda *_: None, backends.COMPOSED),
     cuda=backends.lazy(
         "lilora_kernels.ops.linear.cuda_backend",
         cuda_runtime.refusal,
-        "base included up to 64 rows, then cuBLAS and one launch each way, one per phase beyond 255 rows",
-        ("decode", "one launch", "by phase", "fused"),
+        {"decode": f"up to {cuda_runtime.DECODE_ROWS} rows", **PLANS, "fused": "where it was measured to be faster"},
     ),
-    triton=backends.lazy(
-        "lilora_kernels.ops.linear.triton_backend",
-        triton_runtime.refusal,
-        "cuBLAS and one launch each way up to 255 rows, one per phase beyond",
-        ("one launch", "by phase"),
-    ),
+    triton=backends.lazy("lilora_kernels.ops.linear.triton_backend", triton_runtime.refusal, PLANS),
 )
 
 BASE = {"weight": "Tensor", "bias": "Tensor?"}

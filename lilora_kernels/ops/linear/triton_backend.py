@@ -10,23 +10,18 @@ from ..schema import AdapterArgs
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
-    y, h = delta.run_forward(x, bias, adapter, one_launch(x))
+    y, h = delta.run_forward(x, bias, adapter, backends.one_launch(x.shape[0], backends.ONE_LAUNCH_ROWS))
     return y.addmm_(x, weight.to(x.dtype).T), h
 
 
 def backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    grads = delta.run_backward(dy, x, h, adapter, needs, one_launch(dy))
+    together = backends.one_launch(dy.shape[0], backends.ONE_LAUNCH_ROWS)
+    grads = delta.run_backward(dy, x, h, adapter, needs, together)
     if "x" in needs:
         grads["x"].addmm_(dy, weight.to(dy.dtype))
     return grads
-
-
-def one_launch(rows: Tensor) -> bool:
-    """Few rows leave a processor nothing to do but to wait for launches."""
-    plan = backends.selected_plan()
-    return rows.shape[0] <= runtime.ONE_LAUNCH_ROWS if plan is None else plan == "one launch"
 
 
 def rows(device: torch.device) -> list[int]:

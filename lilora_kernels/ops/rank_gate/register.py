@@ -12,11 +12,11 @@ NAME = "lilora::rank_gate"
 backends.register(
     "rank_gate",
     # No CUDA C++ kernel: the operation is tiny and runs once per pool and step.
-    eager=backends.Implementation(eager.forward, None, lambda *_: None, "a stable sort"),
+    eager=backends.Implementation(eager.forward, None, lambda *_: None, {}),
     triton=backends.lazy(
         "lilora_kernels.ops.rank_gate.triton_backend",
         lambda scores, *_: triton_runtime.refusal(scores, 0, 0),  # pools of any size
-        "one launch",
+        {},
     ),
 )
 

@@ -14,6 +14,7 @@ ORDER = ("cuda", "triton", "eager")
 PLANS = ("composed", "one_launch", "by_phase", "decode", "fused")
 COMPOSED = {"composed": "for all rows"}  # library products around what is ours
 CHOICES = {"backend": ORDER, "plan": PLANS}
+VARIABLES = {"backend": "LILORA_BACKEND", "plan": "LILORA_PLAN"}
 ONE_LAUNCH_ROWS = 255  # up to here `linear` takes one launch: with few rows a processor only waits for launches
 # For all threads: autograd runs backward on a GPU in threads of its own.
 _forced: dict[str, str | None] = dict.fromkeys(CHOICES)
@@ -59,9 +60,9 @@ def lazy(module: str, refusal: Callable[[Tensor, int, int], str | None], plans: 
 
 def forced(kind: str) -> str | None:
     """The "backend" or "plan" that the context of that name or LILORA_<KIND> forces; None leaves the choice to us."""
-    name = _forced[kind] or os.environ.get(f"LILORA_{kind.upper()}") or None
+    name = _forced[kind] or os.environ.get(VARIABLES[kind]) or None
     if name is not None and name not in CHOICES[kind]:
-        raise ValueError(f"LILORA_{kind.upper()} is {name!r}; it must be one of {list(CHOICES[kind])}")
+        raise ValueError(f"{VARIABLES[kind]} is {name!r}; it must be one of {list(CHOICES[kind])}")
     return name
 
 

@@ -508,6 +508,22 @@ def test_ids_that_the_host_knows_beside_a_device_give_the_same(ids, rank, monkey
         torch.testing.assert_close(grad, wanted[name])
 
 
+def test_a_gradient_of_m_beyond_the_range_of_fp16_is_summed_in_fp32(monkeypatch):
+    """As under a GradScaler; on a machine with fast products of 16 bits, for which nothing is widened beforehand."""
+    monkeypatch.setattr(eager, "working_dtype", lambda x: x.dtype)
+    i = make(rows=64, tasks=1, dtype=torch.float32).with_(task=None)
+    i = i.with_(v=i.v * 2**-10, u=i.u * 2**-10)
+    half = i.to(torch.float16).leaves()
+    wide = half.to(torch.float32).leaves()
+    dy = torch.full((64, half.b0.shape[0]), 2.0**15)
+    wanted = gradients(functional.delta(*adapter(wide), **options(wide)), wide, ("u", "v"), dy)
+    dm = dy.T @ (wide.x @ wide.a.T)
+    assert dm.abs().max() > torch.finfo(torch.float16).max
+    grads = gradients(functional.delta(*adapter(half), **options(half)), half, ("u", "v"), dy.half())
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad.float(), wanted[name], rtol=2**-7, atol=2**-7 * wanted[name].abs().max().item())
+
+
 @pytest.mark.parametrize("op", ["delta", "linear"])
 @pytest.mark.parametrize("rows", [3, 40], ids=["by-factors", "by-m"])
 def test_one_task_needs_no_dimension_of_tasks(op, rows):

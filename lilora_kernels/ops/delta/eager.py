@@ -337,6 +337,13 @@ def times(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right) if left.dim() == 2 else torch.bmm(left, right)
 
 
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left right in fp32 at least: sums over many rows leave fp16's range before what is made of them does."""
+    if left.is_cuda and left.dtype != wide(left.dtype):
+        return torch.mm(left, right, out_dtype=wide(left.dtype))
+    return cast(left, wide(left.dtype)) @ cast(right, wide(left.dtype))
+
+
 def add_product(result: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     """result += alpha left right."""
     (result.addmm_ if left.dim() == 2 else result.baddbmm_)(left, right, alpha=alpha)
@@ -453,7 +460,7 @@ def through_m(
             product(run.of(dy), cast(compose(adapter, run, f, e), dy.dtype), s, out=run.of(dq))
         if needs.isdisjoint(("b0", "u", "v", "fusion")):
             continue
-        dm = run.of(dy).T @ run.of(q)  # [N, R], without s
+        dm = wide_product(run.of(dy).T, run.of(q))  # [N, R], without s
         v = run.own(adapter.v, dm.dtype)
         if "u" in needs:
             right, alpha = scaled(v.T, s, e)
@@ -465,7 +472,7 @@ def through_m(
         if "fusion" in needs:
             place(grads, "fusion", run, s * f * e * (dot(dm, adapter.b0) - dot(dv, v)), adapter.fusion)
         if "b0" in needs:
-            term = cast(dm, wide(dm.dtype)) * (s * f)
+            term = dm * (s * f)
             grads["b0"] = term if "b0" not in grads else grads["b0"].add_(term)
     return grads, dq
 

@@ -201,9 +201,15 @@ class Layout(NamedTuple):
         """Whether all rows belong to one task."""
         return self is ONE_TASK or (len(self.runs) == 1 and self.runs[0].rows is None and self.is_seen)
 
-    def composes(self, rows: int, rank: int) -> bool:
-        """Whether rows are so many that forming every M_t costs less than two more factors for each row."""
-        return rows >= rank * len(self.runs) and self.is_seen
+    def composes(self, rows: Tensor, rank: int) -> bool:
+        """Whether the rows [M, ...] are so many that forming every M_t costs less than two more factors for each of them.
+
+        In bytes: U_t costs another pass over y or dy, 2 N a row. M_t on a CPU, where f and e are numbers, is read and written
+        once, 2 N R; elsewhere and in 16 bits it is made in fp32 and rounded, about 14 N R forward and 50 N R backward
+        (`python -m bench.plans` counts both ways).
+        """
+        per_task = rank if rows.is_cpu else 16 * rank
+        return len(rows) >= per_task * len(self.runs) and self.is_seen
 
 
 ONE_TASK = Layout(None, None, [Group(0)], [Group(0)])
@@ -339,7 +345,7 @@ def times(left: Tensor, right: Tensor) -> Tensor:
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
     """left right in fp32 at least: sums over many rows leave fp16's range before what is made of them does."""
-    if left.is_cuda and left.dtype != wide(left.dtype):
+    if not left.is_cpu and left.dtype != wide(left.dtype):
         return torch.mm(left, right, out_dtype=wide(left.dtype))
     return cast(left, wide(left.dtype)) @ cast(right, wide(left.dtype))
 
@@ -367,7 +373,7 @@ def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None) -> Tensor:
     if adapter.u is None:
         return product(with_task(q, adapter), cast(adapter.b0, q.dtype).T, s, bias)
     layout = layout_of(adapter)
-    if layout.composes(*q.shape):
+    if layout.composes(q, adapter.a.shape[0]):
         return expand_by_m(q, adapter, layout, bias)
     q = layout.ordered(q)
     f, e = shares(adapter, layout, q.dtype)
@@ -404,7 +410,7 @@ def backward_up(
         grads, dq = plain_backward(dy, q, adapter, needs, wants_dq)
     else:
         layout = layout_of(adapter)
-        through = through_m if layout.composes(len(dy), adapter.a.shape[0]) else through_factors
+        through = through_m if layout.composes(dy, adapter.a.shape[0]) else through_factors
         grads, dq = through(layout.ordered(dy), layout.ordered(q), adapter, layout, needs, wants_dq)
         for name in needs & {"b0", "u", "v", "fusion"} - grads.keys():  # no row has a task
             grads[name] = torch.zeros_like(getattr(adapter, name))

@@ -1,10 +1,10 @@
 """Triton's interpreter at twice its speed."""
 
-from triton.runtime import interpreter
-
 
 def patch_once_a_launch() -> None:
     """The interpreter patches Triton's language at every call of a device function; the first of each module is enough."""
+    from triton.runtime import interpreter
+
     patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
     def patch_first(function):

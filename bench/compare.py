@@ -59,8 +59,8 @@ def gate(name: str, built: Built, sets: list[Operands], training: bool) -> float
 @contextmanager
 def poisoned(device: torch.device) -> Iterator[None]:
     """Torch fills what it allocates with NaN and huge integers: an old right answer cannot stand in for one not written."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # the switch that filling hangs on
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # filling hangs on it; use_deterministic_algorithms loads the compiler
     try:
         if not torch.empty(8, device=device).isnan().all():
             raise RuntimeError("torch does not fill the memory that it allocates, so a gate could pass on old results")
@@ -68,7 +68,7 @@ def poisoned(device: torch.device) -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*deterministic.*")
             yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.set_deterministic_debug_mode(before)
 
 
 def seed() -> None:

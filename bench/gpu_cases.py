@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 
-from .compare import poisoned
 from .problems import Problem
 from .timing import Ceilings, Machine, ceilings
 
@@ -55,8 +54,6 @@ def run_cases(
     """
     outcome = Outcome()
     until, longest = time.monotonic() + seconds, 0.0
-    with poisoned(machine.device):  # imports for seconds when it is first entered
-        pass
     ceiling = ceilings(machine, torch.bfloat16 if machine.on_gpu else torch.float32)
 
     def fail(case: Case, reason: str, **more) -> None:

@@ -31,6 +31,7 @@ from .compare import REGISTRY, Wrong, compare, error, gated, poisoned, row
 from .environment import age_of_process
 from .gpu_cases import Case, LostDevice, run_cases
 from .gpu_profile import call_once, profile
+from .interpreter import patch_once_a_launch
 from .peers import OURS, Built, lilora_adapter
 from .problems import ATTENTION, DOWN, GATE_UP, GRADIENTS, TINY, Operands, Problem, operand_sets
 from .timing import Ceilings, Machine, figures, marked, measure
@@ -472,6 +473,8 @@ def main() -> int:
     if options.stage == "call":
         call_once(*options.problem)
         return 0
+    if options.dry_run:
+        patch_once_a_launch()
     machine = Machine.here(options.rounds, options.dry_run)
     if options.stage == "6":
         stage_6(options.dry_run, machine, options.configs, options.seconds, write)

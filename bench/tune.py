@@ -38,6 +38,7 @@ from lilora_kernels.ops.philox import keep_mask, keep_scale
 from lilora_kernels.ops.schema import AdapterArgs
 
 from .compare import error, poisoned
+from .interpreter import patch_once_a_launch
 from .problems import ATTENTION, DOWN, GATE_UP, GRADIENTS, SCALING, TINY, Operands, Problem
 from .timing import Candidate, Machine, measure, nbytes, ratio
 
@@ -584,6 +585,8 @@ def main(arguments: list[str] | None = None) -> int:
     machine = Machine.here(ROUNDS, options.tiny)
     if options.tiny and not triton_runtime.INTERPRETED:
         parser.error("--tiny runs in Triton's interpreter; set TRITON_INTERPRET=1 in the environment")
+    if options.tiny:
+        patch_once_a_launch()
     dtype = torch.float32 if options.tiny else torch.bfloat16
     why_not = triton_runtime.refusal(torch.empty(0, dtype=dtype, device=machine.device), 128, 64)
     if why_not is not None:

@@ -7,10 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 from bench import readme, report
 
 ROOT = Path(__file__).parents[2]
+
+
+def alone() -> dict[str, str]:
+    """The environment without xdist's: pytest-benchmark stands back when it finds itself in one of several processes."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +24,7 @@ def results(tmp_path_factory):
     """The folder of a tiny run of everything in bench/."""
     folder = tmp_path_factory.mktemp("bench") / "results"
     command = [sys.executable, "-m", "pytest", "bench/", "--tiny", "-q", "-p", "no:cacheprovider", "--out", str(folder)]
-    # pytest-benchmark stands back when it finds itself in one of several processes.
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    result = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:]
     assert "test_linear[training-tiny-M20-T2-p0.05-float32-both-ours]" in result.stdout
     return folder
@@ -63,39 +67,40 @@ bench.growth.step_memory = step_memory
 """
 WRONG = """
 import dataclasses
-import bench.peers
+import bench.compare
 
-RIGHT = bench.peers.PEERS["{peer}"]
+RIGHT = bench.compare.REGISTRY["{peer}"]
 
 def built(sets, training):
     right = RIGHT.build(sets, training)
     return dataclasses.replace(right, forward=lambda at: right.forward(at) + 1)
 
-bench.peers.PEERS["{peer}"] = dataclasses.replace(RIGHT, build=built)
+bench.compare.REGISTRY["{peer}"] = dataclasses.replace(RIGHT, build=built)
 """
 
 
-def faulty(tmp_path, plugin: str, case: str) -> tuple[subprocess.CompletedProcess, Path]:
+def faulty(tmp_path, plugin: str, case: str) -> tuple[str, Path]:
+    """What a run with the plugin prints, and the folder for its results. It must fail."""
     (tmp_path / "fault.py").write_text(plugin)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "fault", "bench/", "-k", case]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    result = subprocess.run(
-        [*command, "--tiny", "--out", str(out)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 1, result.stdout
-    return result, out
+    with (tmp_path / "printed").open("w") as printed, pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        code = Forked([*command, "--tiny", "--out", str(out)], cwd=ROOT, env=alone(), stdout=printed).wait()
+    text = (tmp_path / "printed").read_text()
+    assert code == 1, text
+    return text, out
 
 
 def test_a_case_that_breaks_off_leaves_no_results(tmp_path):
-    result, out = faulty(tmp_path, BROKEN_OFF, "memory")
-    assert "broken off" in result.stdout
+    printed, out = faulty(tmp_path, BROKEN_OFF, "memory")
+    assert "broken off" in printed
     assert not out.exists()
 
 
 def test_a_wrong_peer_fails_and_its_error_is_in_the_results(tmp_path):
-    result, out = faulty(tmp_path, WRONG.format(peer="formula"), "tiny and M6")
-    assert "1 failed" in result.stdout
+    printed, out = faulty(tmp_path, WRONG.format(peer="formula"), "tiny and M6")
+    assert "1 failed" in printed
     _, rows = report.load(out)
     wrong = [row for row in rows if "error" in row]
     assert {row["implementation"] for row in wrong} == {"formula"}

@@ -2,7 +2,8 @@
 
 import json
 import math
-import subprocess
+import runpy
+import sys
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -296,12 +297,14 @@ def test_the_second_command_follows_from_the_first_one_s_results(content, chosen
     assert gpu_next.choose(content) == chosen
 
 
-def test_a_file_of_results_that_is_none_is_refused(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_a_file_of_results_that_is_none_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "results.json").write_text("{}")
-    command = [gpu_next.sys.executable, "-m", "bench.gpu_next", str(tmp_path / "results.json"), "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=gpu_next.ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "is no results.json of bench.gpu_evidence" in " ".join(done.stderr.split())
+    monkeypatch.setattr(sys, "argv", ["gpu_next", str(tmp_path / "results.json"), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("bench.gpu_next", run_name="__main__")
+    assert ended.value.code == 2
+    assert "is no results.json of bench.gpu_evidence" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_table_shows_what_was_wrong_and_where_a_peer_wins():

@@ -19,6 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lilora.continual import report
+
+WRITE_REPORT = report.write_report
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} :"
@@ -107,6 +110,20 @@ def make_data(folder, samples=12):
                 turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
                 records.append({"id": f"{i}", "image": name, "conversations": turns})
             (folder / f"{task}-{split}.json").write_text(json.dumps(records))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _unreported():
+    """Runs without their reports, whose plots take as long as the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_report", lambda *_: "none")
+        yield
+
+
+@pytest.fixture
+def reported(monkeypatch):
+    """Runs with their reports."""
+    monkeypatch.setattr(report, "write_report", WRITE_REPORT)
 
 
 @pytest.fixture(scope="session")

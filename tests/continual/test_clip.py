@@ -384,7 +384,7 @@ def command(images, out, method="dac"):
     return ["train", images / "clip.yaml", "--out", out, *options]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(images, tmp_path_factory):
     import lilora.cli as cli
 
@@ -393,14 +393,8 @@ def finished(images, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def unreported(monkeypatch):
-    """Spares the plots."""
-    monkeypatch.setattr("lilora.continual.report.write_report", lambda *_: None)
-
-
 @pytest.mark.parametrize("method", ["lora", "dirlora", "lilora", "olora", "moelora"])
-def test_every_method_scores_all_tasks_after_each(method, images, tmp_path, lilora, unreported):
+def test_every_method_scores_all_tasks_after_each(method, images, tmp_path, lilora):
     code, out, err = lilora(*command(images, tmp_path / "run", method), "--max-steps", "2", "--json")
     assert code == 0, err
     run = json.loads(out)
@@ -415,7 +409,7 @@ def test_every_method_scores_all_tasks_after_each(method, images, tmp_path, lilo
     assert len(list((tmp_path / "run" / "predictions").iterdir())) == 9 - sum(c is not None for r in carried for c in r)
 
 
-def test_eval_and_report_of_a_bank(images, finished, tmp_path, lilora):
+def test_eval_and_report_of_a_bank(images, finished, tmp_path, lilora, reported):
     code, out, err = lilora("eval", finished, "--tasks", images / "clip.yaml", "--device", "cpu", "--json")
     assert code == 0, err
     matrix = ScoreMatrix.from_dict(Bank.open(finished / "bank").scores["matrix"])
@@ -432,7 +426,7 @@ def test_eval_and_report_of_a_bank(images, finished, tmp_path, lilora):
     assert "Transfer" in json.loads((tmp_path / "metrics.json").read_text())["definitions"]
 
 
-def test_images_of_any_task_are_routed_by_the_frozen_encoder(images, tmp_path, lilora, unreported):
+def test_images_of_any_task_are_routed_by_the_frozen_encoder(images, tmp_path, lilora):
     options = ("--order", "colour,count", "--max-steps", "2", "--lr", "0.1")
     code, _, err = lilora(*command(images, tmp_path / "run", "lilora"), *options)
     assert code == 0, err
@@ -480,9 +474,7 @@ def test_images_of_any_task_are_routed_by_the_frozen_encoder(images, tmp_path, l
     assert got == [said[name][i] for i, name in enumerate(mixed)]
 
 
-def test_interrupted_in_steps_and_evaluations_the_run_ends_the_same(
-    images, finished, tmp_path, lilora, monkeypatch, unreported
-):
+def test_interrupted_in_steps_and_evaluations_the_run_ends_the_same(images, finished, tmp_path, lilora, monkeypatch):
     def stopping(method, call):
         """The method, stopped in its call of this number, from 1."""
         calls = []
@@ -533,7 +525,7 @@ def test_what_does_not_go_together_is_one_sentence(images, suite, finished, tmp_
         assert not out.exists()
 
 
-def test_a_longer_sequence_wants_a_new_run(images, tmp_path, lilora, unreported):
+def test_a_longer_sequence_wants_a_new_run(images, tmp_path, lilora):
     run = tmp_path / "run"
     train = [*command(images, run), "--max-steps", "1"]
     assert lilora(*train, "--order", "colour,count")[0] == 0

@@ -11,7 +11,6 @@ from lilora.io.bank import Bank
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_stopped_in_a_task_the_run_ends_with_the_same_bank(preset, suite, tmp_path, lilora, train_options, monkeypatch):
-    monkeypatch.setattr("lilora.continual.report.write_report", lambda *_: None)
     step, calls = TaskTrainer.training_step, []
 
     def stopping(*args, **kwargs):

@@ -160,7 +160,7 @@ def single(long, tmp_path_factory):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_two_processes_learn_what_one_learns(engine, single, long, tmp_path):
+def test_two_processes_learn_what_one_learns(engine, single, long, tmp_path, reported):
     run, losses = single
     assert two(tmp_path / "log", [*long, "--out", tmp_path / "run"], engine) == [0, 0]
     got = losses_in(tmp_path / "log")

@@ -248,13 +248,6 @@ def quick(train_options):
     return [*train_options, "--max-steps", "2", "--save-steps", "9", "--lr", "0.1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_report():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lilora.continual.report.write_report", lambda *_: "none")
-        yield
-
-
 @pytest.fixture(scope="module")
 def runs(suite, tmp_path_factory, quick):
     folder = tmp_path_factory.mktemp("routed")

@@ -26,40 +26,53 @@ METHODS = {
 
 
 @pytest.fixture(scope="session")
-def finished(suite, tmp_path_factory, train_options):
-    """A finished run of lilora-frozen, for commands that only read."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    cli.app(["train", str(suite / "tasks.yaml"), "--out", str(folder), *train_options], standalone_mode=False)
-    return folder
+def runs():
+    return {}
+
+
+@pytest.fixture
+def trained(runs, suite, tmp_path_factory, train_options, lilora, reported):
+    """trained(method): the folder of a finished run, for tests that only read, and what it printed; each is made once."""
+
+    def run(method):
+        if method not in runs:
+            folder = tmp_path_factory.mktemp("trained") / "run"
+            options = ["--out", folder, "--json", *METHODS[method], *train_options]
+            code, out, err = lilora("train", suite / "tasks.yaml", *options)
+            assert code == 0, err
+            runs[method] = folder, json.loads(out)
+        return runs[method]
+
+    return run
+
+
+@pytest.fixture
+def finished(trained):
+    return trained("lilora-frozen")[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_train_evaluates_after_every_task_and_reports(method, suite, tmp_path, lilora, train_options):
-    code, out, err = lilora(
-        "train", suite / "tasks.yaml", "--out", tmp_path / "run", "--json", *METHODS[method], *train_options
-    )
-    assert code == 0, err
-    run = json.loads(out)
+def test_train_evaluates_after_every_task_and_reports(method, trained):
+    folder, run = trained(method)
     assert run["method"] == method
     scores = run["matrix"]["scores"]
     assert [len(row) for row in scores] == [1, 2, 3]
     assert all(0 <= cell <= 100 for row in scores for cell in row)
     carried = [cell for row in run["matrix"]["carried_from"] for cell in row if cell is not None]
     assert len(carried) == {"lilora-frozen": 3, "dirlora": 3}.get(method, 0)  # only where the function is unchanged
-    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
-    assert Bank.open(tmp_path / "run" / "bank").tasks == ["colour", "count", "name"]
-    assert "| after | colour | count | name |" in (tmp_path / "run" / "bank" / "README.md").read_text()
+    assert (folder / "report.html").stat().st_size > 10_000
+    bank = Bank.open(folder / "bank")
+    assert bank.tasks == ["colour", "count", "name"]
+    assert "| after | colour | count | name |" in (folder / "bank" / "README.md").read_text()
     if method == "lilora-frozen":
-        bank = Bank.open(tmp_path / "run" / "bank")
         assert len({bank.shared_fingerprint(task) for task in bank.tasks}) == 1
         assert run["params_per_task"] < sum(t.numel() for t in bank.load_task("name")[1].values())
 
 
-def test_old_tasks_stay_bit_for_bit_under_frozen_and_drift_under_released(suite, tmp_path, lilora, train_options):
+def test_old_tasks_stay_bit_for_bit_under_frozen_and_drift_under_released(trained):
     shared = {}
     for preset in ("frozen", "released"):
-        lilora("train", suite / "tasks.yaml", "--out", tmp_path / preset, "--preset", preset, *train_options)
-        bank = Bank.open(tmp_path / preset / "bank")
+        bank = Bank.open(trained(f"lilora-{preset}")[0] / "bank")
         shared[preset] = [bank.load_task(task)[1] for task in bank.tasks]
     for name, tensor in shared["frozen"][0].items():
         assert torch.equal(tensor, shared["frozen"][2][name])
@@ -103,9 +116,8 @@ def test_eval_of_a_bank_gives_the_scores_of_its_last_stage(suite, finished, lilo
         assert [cell["score"] for cell in json.loads(out).values()] == want
 
 
-def test_report_of_several_runs(finished, suite, tmp_path, lilora, train_options):
-    lilora("train", suite / "tasks.yaml", "--out", tmp_path / "lora", "--method", "lora", *train_options)
-    code, out, err = lilora("report", finished, tmp_path / "lora", "--out", tmp_path / "report")
+def test_report_of_several_runs(finished, trained, tmp_path, lilora):
+    code, out, err = lilora("report", finished, trained("lora")[0], "--out", tmp_path / "report")
     assert code == 0, err
     assert "lilora-frozen" in out
     page = (tmp_path / "report" / "report.html").read_text()
@@ -165,10 +177,8 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_scores(method, suit
     def command(folder):
         return ["train", str(suite / "tasks.yaml"), "--out", str(folder), *METHODS[method], *train_options]
 
-    code, _, err = lilora(*command(tmp_path / "whole"))
-    assert code == 0, err
     started = time.monotonic()
-    assert os.waitpid(spawn(command(tmp_path / "timed")), 0)[1] == 0
+    assert os.waitpid(spawn(command(tmp_path / "whole")), 0)[1] == 0
     duration = time.monotonic() - started
     rng = random.Random(method)
     killed, folder = 0, tmp_path / "killed"

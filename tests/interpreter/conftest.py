@@ -4,6 +4,8 @@ TRITON_INTERPRET=1 pytest tests/interpreter
 """
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,3 +20,7 @@ def pytest_configure():
 
     if (fault := triton_runtime.import_fault()) is not None:
         raise pytest.UsageError(fault)
+    sys.path.append(str(Path(__file__).parents[2]))
+    from bench.interpreter import patch_once_a_launch
+
+    patch_once_a_launch()

@@ -57,7 +57,9 @@ def plan(monkeypatch):
     """Pins the launch configuration, and for `linear` whether the phases share a launch."""
 
     def pin(sizes, one_launch=True):
-        monkeypatch.setattr(triton_runtime, "config", lambda kernel, *_: {"phases": {}} | sizes[kernel])
+        monkeypatch.setattr(
+            triton_runtime, "config", lambda kernel, *_: triton_runtime.Configuration({"phases": {}} | sizes[kernel])
+        )
         monkeypatch.setattr(triton_runtime, "ONE_LAUNCH_ROWS", 1 << 30 if one_launch else -1)
 
     return pin
@@ -88,7 +90,11 @@ def test_any_shape(shape, name, p, seed):
     errors = Errors()
     i = make(**shape, dtype=torch.float32, seed=seed % 1000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_runtime, "config", lambda kernel, *_: {"phases": {}} | PLANS[name][kernel])
+        patch.setattr(
+            triton_runtime,
+            "config",
+            lambda kernel, *_: triton_runtime.Configuration({"phases": {}} | PLANS[name][kernel]),
+        )
         add_errors(errors, i, "delta", NAMES, p, torch.tensor([seed]))
     errors.check()
 

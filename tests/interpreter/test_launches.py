@@ -35,7 +35,9 @@ def _triton():
 @pytest.fixture
 def plan(monkeypatch):
     """Pins the launch configuration: "split" has a phase more each way, which sums planes of h or dh."""
-    return lambda name: monkeypatch.setattr(triton_runtime, "config", lambda kernel, *_: dict(PLANS[name][kernel]))
+    return lambda name: monkeypatch.setattr(
+        triton_runtime, "config", lambda kernel, *_: triton_runtime.Configuration(PLANS[name][kernel])
+    )
 
 
 @pytest.fixture

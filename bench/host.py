@@ -1,8 +1,9 @@
-"""What a layer costs the host: python -m bench.host [--out FOLDER]
+"""What a layer costs the host: python -m bench.host [--backends triton cuda] [--out FOLDER]
 
 Microseconds of CPU time of one call of a small linear (64 -> 64, R 16, S 8), where Python and torch's own dispatch are all
 there is to see: thread time, the minimum over blocks of calls, all implementations alternating in one process. Of ours with
-the eager backend on a CPU. With --out, host.json goes there.
+the eager backend on a CPU, and with the backends named whose launches then cost nothing (host_stub.py). With --out, host.json
+goes there.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from lilora_kernels import LiLoRALinear, attach, backend, freeze, set_task
 
+from . import host_stub
 from .environment import environment
 
 WIDTH, R, S = 64, 16, 8
@@ -124,9 +126,12 @@ def measure(runs: dict[tuple[str, str], Callable[[], object]], calls: int, block
     return best
 
 
-def rows(calls: int = CALLS, blocks: int = BLOCKS) -> list[dict]:
+def rows(backends: list[str], calls: int = CALLS, blocks: int = BLOCKS) -> list[dict]:
+    for name in backends:
+        host_stub.INSTALL[name]()
+    runs = {s: of | host_stub.by_kernels(of, backends) for s, of in situations().items()}
     with backend("eager"):
-        found = measure({(s, n): run for s, of in situations().items() for n, run in of.items()}, calls, blocks)
+        found = measure({(s, n): run for s, of in runs.items() for n, run in of.items()}, calls, blocks)
     base = {s: us for (s, n), us in found.items() if n == "PEFT LoRA"}
     return [
         {"situation": s, "implementation": n, "us": round(us, 1)}
@@ -138,12 +143,13 @@ def rows(calls: int = CALLS, blocks: int = BLOCKS) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where host.json goes")
+    parser.add_argument("--backends", nargs="*", choices=host_stub.INSTALL, default=["triton"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = rows()
+    found = rows(options.backends)
     for row in found:
         ratio = f"{row['ratio']:6.2f} x PEFT LoRA" if "ratio" in row else ""
-        print(f"{row['us']:9.1f} us  {row['situation']:42} {row['implementation']:32} {ratio}")
+        print(f"{row['us']:9.1f} us  {row['situation']:42} {row['implementation']:40} {ratio}")
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         content = {

@@ -114,8 +114,8 @@ def refusals(op: str, x: Tensor, rank: int, sub_rank: int) -> dict[str, str | No
 
 def choose(op: str, x: Tensor, rank: int, sub_rank: int) -> Implementation:
     """The first backend that can run `op` on x, or the one that was ordered, unless `op` has no kernel there at all."""
-    table = _table[op]
-    wanted = requested() if requested() in table else None
+    table, wanted = _table[op], requested()
+    wanted = wanted if wanted in table else None
     for name in ORDER if wanted is None else (wanted,):
         if name in table and table[name].refusal(x, rank, sub_rank) is None:
             if _plan is not None and _plan not in table[name].plans and plans(op):

@@ -220,8 +220,10 @@ def time_launches(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iter
         finish = 1 if 1 in phases else 0
         for phase in phases:
             sizes = triton_runtime.phase_config(work.config, phase, phase)
-            if direction == "backward":
-                sizes["CHUNK"] = work.chunk  # may have grown for many tasks
+            if direction == "forward":
+                sizes["SPLIT_K"] = work.split  # may be less for few columns
+            else:
+                sizes |= {"SPLIT_N": work.split, "CHUNK": work.chunk}  # chunks may have grown for many tasks
             moved = [found for found in getattr(traffic, direction)(shape, sizes) if found.phase == phase]
             result = figures(times[str(phase)])
             flops = phase_flops(direction, phase, problem, finish)

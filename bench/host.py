@@ -1,13 +1,15 @@
-"""What a layer costs the host: python -m bench.host [--out FOLDER]
+"""What a layer costs the host: python -m bench.host [--backends triton cuda] [--callgrind] [--out FOLDER]
 
 Microseconds of CPU time of one small linear (64 -> 64, R 16, S 8), where Python and torch's own dispatch are all there is to
 see: that of a call of a model of eight, divided by eight, for a model of ours settles its batch once for all layers. Thread
 time, the minimum over blocks of calls, all implementations alternating in one process. Of ours with the eager backend on a
-CPU. With --out, host.json goes there.
+CPU, and with the backends named whose launches then cost nothing (host_stub.py). With --callgrind thousands of instructions
+instead, counted by valgrind in minutes. With --out, host.json goes there.
 """
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from lilora_kernels import LiLoRALinear, attach, backend, freeze, set_task
 
+from . import callgrind, host_stub
 from .environment import environment
 
 WIDTH, R, S = 64, 16, 8
@@ -136,26 +139,35 @@ def measure(runs: dict[tuple[str, str], Callable[[], object]], calls: int, block
     return best
 
 
-def rows(calls: int = CALLS, blocks: int = BLOCKS) -> list[dict]:
+def rows(backends: list[str], calls: int = CALLS, blocks: int = BLOCKS, unit: str = "us") -> list[dict]:
+    for name in backends:
+        host_stub.INSTALL[name]()
+    each = {s: of | host_stub.by_kernels(of, backends) for s, of in situations().items()}
+    runs = {(s, n): run for s, of in each.items() for n, run in of.items()}
     with backend("eager"):
-        found = measure({(s, n): run for s, of in situations().items() for n, run in of.items()}, calls, blocks)
-    base = {s: us for (s, n), us in found.items() if n == "PEFT LoRA"}
+        found = measure(runs, calls, blocks) if unit == "us" else callgrind.instructions(runs)
+    base = {s: cost for (s, n), cost in found.items() if n == "PEFT LoRA"}
     return [
-        {"situation": s, "implementation": n, "us": round(us, 1)}
-        | ({"ratio": round(us / base[s], 2)} if s in base else {})
-        for (s, n), us in found.items()
+        {"situation": s, "implementation": n, unit: round(cost, 1)}
+        | ({"ratio": round(cost / base[s], 2)} if s in base else {})
+        for (s, n), cost in found.items()
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where host.json goes")
+    parser.add_argument("--backends", nargs="*", choices=host_stub.INSTALL, default=["triton"])
+    parser.add_argument("--callgrind", action="store_true", help="count instructions")
     options = parser.parse_args()
+    if options.callgrind and callgrind.FOLDER not in os.environ:
+        raise SystemExit(callgrind.again("bench.host"))
     torch.set_num_threads(1)
-    found = rows()
+    unit = "kinstr" if options.callgrind else "us"
+    found = rows(options.backends, unit=unit)
     for row in found:
         ratio = f"{row['ratio']:6.2f} x PEFT LoRA" if "ratio" in row else ""
-        print(f"{row['us']:9.1f} us  {row['situation']:42} {row['implementation']:32} {ratio}")
+        print(f"{row[unit]:9.1f} {unit}  {row['situation']:42} {row['implementation']:40} {ratio}")
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         content = {

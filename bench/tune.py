@@ -128,9 +128,10 @@ def using(configuration: Configuration) -> Iterator[None]:
     """Every Forward and Backward made here takes this configuration."""
     own = triton_runtime.config
 
-    def config(kernel: str, one_launch: bool, x: Tensor, adapter: AdapterArgs) -> dict:
+    def config(kernel: str, one_launch: bool, x: Tensor, adapter: AdapterArgs) -> triton_runtime.Configuration:
         element = x.element_size()  # that of the parameters too
-        return triton_runtime.fitted(configuration, element, element, triton_runtime.padded(adapter.a.shape[0]))
+        sizes = triton_runtime.fitted(configuration, element, element, triton_runtime.padded(adapter.a.shape[0]))
+        return triton_runtime.Configuration(sizes)
 
     triton_runtime.config = config
     try:

@@ -249,6 +249,7 @@ def patch_torch_cuda(name: str) -> None:
     for attribute, value in replaced.items():
         setattr(torch.cuda, attribute, value)
     torch.cuda.memory.empty_cache = nothing
+    torch._C._cuda_getCurrentRawStream = lambda device: _streams[-1].cuda_stream
     torch.version.cuda = torch.version.cuda or "13.0"
     torch.compile = lambda function=None, **_: function if function is not None else (lambda f: f)
 

@@ -9,6 +9,7 @@ enum { SUCCESS = 0, NO_DEVICE = 100 };
 static int handle;
 
 Result cuInit(unsigned flags) { return NO_DEVICE; }
+Result cuDriverGetVersion(int* version) { *version = 13000; return SUCCESS; }
 Result cuGetErrorString(Result error, const char** text) { *text = "there is no driver here"; return SUCCESS; }
 Result cuCtxGetCurrent(void** context) { *context = &handle; return SUCCESS; }
 Result cuCtxSetCurrent(void* context) { return SUCCESS; }

@@ -22,7 +22,9 @@ def barrier_state(device: torch.device) -> Tensor:
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros(2, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+    if (state := _states.get((device, stream))) is not None:
+        return state
     with _lock:  # autograd runs backward in threads of its own
         if (device, stream) not in _states:
             blocks = _blocks.setdefault(device, [])

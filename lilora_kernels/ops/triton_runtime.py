@@ -8,7 +8,7 @@ import importlib.util
 import json
 import math
 import os
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -121,20 +121,32 @@ def table_names(device: torch.device) -> tuple[str, ...]:
     return torch.cuda.get_device_name(device).replace(" ", "_"), "sm_{}{}".format(*capability(device))
 
 
-def config(kernel: str, one_launch: bool, x: Tensor, adapter: AdapterArgs) -> dict:
+class Configuration(dict):
+    """Of a kernel for calls of one kind. `launches` belongs to the backend, which makes each launch of it once."""
+
+    def __init__(self, sizes: dict) -> None:
+        super().__init__(sizes)
+        self.launches = {}
+
+
+def config(kernel: str, one_launch: bool, x: Tensor, adapter: AdapterArgs) -> Configuration:
     """The launch configuration of "forward" or "backward" for the number of rows of x: that of the nearest bucket."""
-    plan = "one_launch" if one_launch else "by_phase"
-    buckets = table(table_names(x.device))[plan][kernel]
-    at = nearest(tuple(bucket["rows"] for bucket in buckets), x.shape[0])
-    masters = max(t.element_size() for t in (x, adapter.a, adapter.b0, adapter.u, adapter.v) if t is not None)
-    return dict(_fitted(table_names(x.device), plan, kernel, at, x.element_size(), masters, padded(adapter.a.shape[0])))
+    names, plan = table_names(x.device), "one_launch" if one_launch else "by_phase"
+    masters = max([t.element_size() for t in (x, *adapter[:4]) if t is not None])
+    at = _nearest(names, plan, kernel, x.shape[0])
+    return _fitted(names, plan, kernel, at, x.element_size(), masters, padded(adapter.a.shape[0]))
 
 
 @cache
 def _fitted(
     names: tuple[str, ...], plan: str, kernel: str, at: int, activation: int, parameter: int, block_r: int
-) -> dict:
-    return fitted(table(names)[plan][kernel][at], activation, parameter, block_r)
+) -> Configuration:
+    return Configuration(fitted(table(names)[plan][kernel][at], activation, parameter, block_r))
+
+
+@lru_cache(1 << 14)
+def _nearest(names: tuple[str, ...], plan: str, kernel: str, rows: int) -> int:
+    return nearest(tuple(bucket["rows"] for bucket in table(names)[plan][kernel]), rows)
 
 
 def bucket_rows(device: torch.device) -> list[int]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from bench import plans
 
 RESULTS = Path(plans.__file__).parent / "results/plans"

@@ -16,6 +16,7 @@ void emulation_set(int processors, int shared, unsigned order) {
   emulation::random_state = order;
 }
 void emulation_lacks_code(const char* reason) { emulation::missing_code = reason; }
+void emulation_launches_nothing() { emulation::launches_nothing = true; }
 int emulation_launches() { return emulation::launches; }
 
 void index_tile_range(int index, int size, int64_t total, int64_t* out) {

@@ -182,6 +182,7 @@ inline unsigned random_state = 0;  // 0: threads take turns in order
 inline int processors = 3;
 inline int largest_shared = 227 << 10;
 inline int launches = 0;
+inline bool launches_nothing = false;  // to measure what the host does
 inline std::string missing_code;  // what a device without the code says
 
 }  // namespace emulation
@@ -375,6 +376,7 @@ template <typename Params>
 bool launch(void (*kernel)(Params), const Params& params, int blocks, int threads, int shared, Together, Stream) {
   using namespace emulation;
   ++launches;
+  if (launches_nothing) return true;
   Grid all;
   grid = &all;
   all.threads = threads;

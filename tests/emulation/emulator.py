@@ -55,6 +55,10 @@ class Device:
         """Say this from now on to whoever asks why the device cannot run the kernels; nothing if it is empty."""
         self.library.emulation_lacks_code(reason.encode())
 
+    def launches_nothing(self) -> None:
+        """Kernels do not run from now on: what the host does is left."""
+        self.library.emulation_launches_nothing()
+
     @property
     def launches(self) -> int:
         return self.library.emulation_launches()

@@ -37,7 +37,9 @@ def _triton():
 @pytest.fixture
 def pinned(monkeypatch):
     """Pins the launch configuration: "split" has a phase more each way, which sums planes of h or dh."""
-    return lambda name: monkeypatch.setattr(triton_runtime, "config", lambda kernel, *_: dict(CONFIGS[name][kernel]))
+    return lambda name: monkeypatch.setattr(
+        triton_runtime, "config", lambda kernel, *_: triton_runtime.Configuration(CONFIGS[name][kernel])
+    )
 
 
 @pytest.fixture

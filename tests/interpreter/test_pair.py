@@ -19,7 +19,7 @@ def test_equals_two_calls(at, monkeypatch):
         "forward": {**tiles, "SPLIT_K": splits, "TILES_N": 2},
         "backward": {**tiles, "SPLIT_N": splits, "CHUNK": 32},
     }
-    monkeypatch.setattr(triton_runtime, "config", lambda kernel, *_: dict(plans[kernel]))
+    monkeypatch.setattr(triton_runtime, "config", lambda kernel, *_: triton_runtime.Configuration(plans[kernel]))
     with lilora_kernels.backend("triton"):
         check_pair(**PAIR_CASES[at])
 

@@ -60,4 +60,4 @@ def test_one_launch_and_nothing_beside_it(rows, launches, layout, monkeypatch):
     with Operations() as work:
         functional.rank_gate(scores, 64)
     assert not work.seen
-    assert grids == [(rows, 5)] * launches
+    assert grids == [(rows, 5, 1)] * launches

@@ -1,6 +1,6 @@
 """Launches the Triton kernels of `delta`: all phases in one launch, or one launch for each phase."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from .. import triton_runtime as runtime
 from ..barrier import barrier_state
 from ..philox import keep_scale, threshold
 from ..schema import AdapterArgs
+from ..triton_launcher import Launch, current, launch
 from . import triton_kernels as kernels
 
 
@@ -72,8 +73,8 @@ class Forward:
         self.adapter = adapter = contiguous_adapter(adapter)
         self.sizes = Sizes.of(adapter)
         rows, columns = x.shape
-        self.config = runtime.config("forward", one_launch, x, adapter) if like is None else dict(like.config)
-        split = self.config["SPLIT_K"] = max(1, min(self.config["SPLIT_K"], columns // self.config["BLOCK_K"]))
+        self.config = runtime.config("forward", one_launch, x, adapter) if like is None else like.config
+        self.split = split = max(1, min(self.config["SPLIT_K"], columns // self.config["BLOCK_K"]))
         self.y, self.h = x.new_empty(rows, self.sizes.outputs), x.new_empty(rows, self.sizes.rank)
         self.z = None if adapter.u is None else x.new_empty(rows, self.sizes.sub_rank)
         self.planes = None if split == 1 else x.new_empty(split, rows, self.sizes.rank, dtype=torch.float32)
@@ -86,16 +87,15 @@ class Forward:
         if second is not None:
             other = (second.adapter.a, second.adapter.fusion, second.adapter.v, second.h, second.z, second.planes)
         tensors = (
-            self.x, adapter.a, adapter.b0, adapter.u, adapter.v, adapter.fusion, adapter.task, adapter.gate,
-            adapter.gate_row, self.bias, adapter.seed if drop_below else None, self.h, self.z, self.planes, self.y, *other,
+            self.x, *adapter[:8], self.bias, adapter.seed if drop_below else None, self.h, self.z, self.planes, self.y, *other,
         )  # fmt: skip
         rows, columns = self.x.shape
         numbers = (
             rows, columns, sizes.outputs, sizes.tasks, sizes.gates, self.x.stride(0),
-            adapter.scaling, drop_below, keep_scale(adapter.p),
+            float(adapter.scaling), drop_below, keep_scale(adapter.p),
         )  # fmt: skip
         if rows > 0:
-            constants = sizes.constants | runtime.phase_config(self.config, first, last, second is not None)
+            constants = constants_of(kernels.delta_forward, self, first, last, second is not None)
             blocks = ceil(rows, constants["BLOCK_M"])
             groups = ceil(sizes.outputs, constants["BLOCK_N"] * constants["TILES_N"])
             items = blocks * (constants["SPLIT_K"], 1, groups)[first]
@@ -127,11 +127,9 @@ class Backward:
         self.adapter = adapter = contiguous_adapter(adapter)
         self.sizes = sizes = Sizes.of(adapter)
         rows, rank, sub_rank, outputs = dy.shape[0], sizes.rank, sizes.sub_rank, sizes.outputs
-        self.config = config = (
-            runtime.config("backward", one_launch, dy, adapter) if like is None else dict(like.config)
-        )
-        split = config["SPLIT_N"] = max(1, min(config["SPLIT_N"], outputs // config["BLOCK_N"]))
-        self.chunk = config.pop("CHUNK") if like is None else like.chunk
+        self.config = config = runtime.config("backward", one_launch, dy, adapter) if like is None else like.config
+        self.split = split = max(1, min(config["SPLIT_N"], outputs // config["BLOCK_N"]))
+        self.chunk = config["CHUNK"] if like is None else like.chunk
         if adapter.u is not None and like is None:
             while self.chunk < rows and ceil(rows, self.chunk) * adapter.u.numel() * 4 > runtime.PLANE_BYTES:
                 self.chunk *= 2
@@ -142,24 +140,21 @@ class Backward:
             self.grads["x"] = dy.new_empty(rows, sizes.columns)
         wants_dh = bool(needs & {"x", "a", "v", "fusion", "gate"})
 
-        def empty(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
-            return dy.new_empty(shape, dtype=dtype) if wanted else None
-
-        self.dh = empty(wants_dh, rows, rank, dtype=dy.dtype)
-        self.da_planes = empty("a" in needs, chunks, rank, sizes.columns)
-        self.before = (
-            self.dh,
-            empty("gate" in needs, rows, rank),  # dq * h
-            empty("v" in needs, rows, sub_rank, dtype=dy.dtype),  # s e Q
-            empty("fusion" in needs, rows),  # each row's share of dfusion
-            empty(wants_dh and split > 1, split, rows, rank + sub_rank),
+        self.dh = dy.new_empty(rows, rank) if wants_dh else None
+        scaled_q_u = dy.new_empty(rows, sub_rank) if "v" in needs else None
+        dq_h, dfusion_rows, planes, self.da_planes, *self.after = scratch(
+            dy,
+            rows * rank if "gate" in needs else None,
+            rows if "fusion" in needs else None,
+            split * rows * (rank + sub_rank) if wants_dh and split > 1 else None,
+            chunks * rank * sizes.columns if "a" in needs else None,
+            chunks * outputs * rank if "b0" in needs else None,
+            chunks * sizes.tasks * outputs * sub_rank if "u" in needs else None,
+            chunks * sizes.tasks * sub_rank * rank if "v" in needs else None,
         )
-        self.after = (
-            empty("b0" in needs, chunks, outputs, rank),
-            empty("u" in needs, chunks, sizes.tasks, outputs, sub_rank),
-            empty("v" in needs, chunks, sizes.tasks, sub_rank, rank),
-            empty(adapter.task is not None and bool(needs & {"u", "v"}), chunks, sizes.tasks, dtype=torch.int32),
-        )
+        self.before = self.dh, dq_h, scaled_q_u, dfusion_rows, planes
+        marks = adapter.task is not None and bool(needs & {"u", "v"})
+        self.after.append(dy.new_empty(chunks, sizes.tasks, dtype=torch.int32) if marks else None)
         phases = [0, 1] if wants_dh and split > 1 else [0]
         phases += [2] if needs & ({"x", "a", "v", "fusion", "gate"} if like is None else {"v", "fusion"}) else []
         phases += [3] if needs & {"a", "b0", "u", "v"} else []
@@ -171,17 +166,17 @@ class Backward:
         da_planes = self.da_planes if self.reads_x or first == 3 else None
         other = (None,) * 3 if second is None else (second.adapter.a, second.dh, second.da_planes)
         tensors = (
-            self.dy, self.x, self.h, adapter.a, adapter.b0, adapter.u, adapter.v, adapter.fusion, adapter.task,
-            adapter.gate, adapter.gate_row, adapter.seed if drop_below else None,
+            self.dy, self.x, self.h, *adapter[:8], adapter.seed if drop_below else None,
             *(self.grads.get(name) for name in ("x", "a", "b0", "u", "v", "fusion", "gate")),
             *self.before, da_planes, *self.after, *other,
         )  # fmt: skip
         low, high = adapter.ranks or (0, sizes.rank)
         numbers = (
             self.dy.shape[0], sizes.columns, sizes.outputs, sizes.tasks, sizes.gates,
-            0 if self.x is None else self.x.stride(0), self.chunk, adapter.scaling, drop_below, keep_scale(adapter.p), low, high,
+            0 if self.x is None else self.x.stride(0), self.chunk,
+            float(adapter.scaling), drop_below, keep_scale(adapter.p), low, high,
         )  # fmt: skip
-        constants = sizes.constants | runtime.phase_config(self.config, first, last, second is not None)
+        constants = constants_of(kernels.delta_backward, self, first, last, second is not None)
         items = self.items(first, constants) if first == last else 0
         run(kernels.delta_backward, self.dy.device, first, last, items, tensors, numbers, constants)
 
@@ -201,8 +196,7 @@ class Backward:
         return sum(ceil(self.grads[name].numel(), kernels.SUM_BLOCK.value) for name in names) + 2 * sizes.tasks
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """K, N, R, S (0 without task factors), T and G of one adapter."""
 
     columns: int
@@ -215,17 +209,33 @@ class Sizes:
     @classmethod
     def of(cls, adapter: AdapterArgs) -> "Sizes":
         tasks, _, sub_rank = (1, 0, 0) if adapter.u is None else (1, *adapter.u.shape)[-3:]
+        rank, columns = adapter.a.shape
         gates = 0 if adapter.gate is None else adapter.gate.shape[0]
-        return cls(adapter.a.shape[1], adapter.b0.shape[0], adapter.a.shape[0], sub_rank, tasks, gates)
+        return cls(columns, adapter.b0.shape[0], rank, sub_rank, tasks, gates)
 
-    @property
-    def constants(self) -> dict[str, int]:
-        return {
-            "R": self.rank,
-            "S": self.sub_rank,
-            "BLOCK_R": runtime.padded(self.rank),
-            "BLOCK_S": runtime.padded(max(self.sub_rank, 1)),
-        }
+
+def constants_of(kernel, work: Forward | Backward, first: int, last: int, pair: bool) -> Launch:
+    """The constants of a launch of the phases first..last."""
+    config, rank, sub_rank = work.config, work.sizes.rank, work.sizes.sub_rank
+    key = first, last, pair, work.split, rank, sub_rank
+    if key not in config.launches:
+        split = "SPLIT_K" if kernel is kernels.delta_forward else "SPLIT_N"
+        sizes = {name: size for name, size in config.items() if name != "CHUNK"} | {split: work.split}
+        config.launches[key] = Launch(
+            kernel,
+            {"R": rank, "S": sub_rank, "BLOCK_R": runtime.padded(rank), "BLOCK_S": runtime.padded(max(sub_rank, 1))}
+            | runtime.phase_config(sizes, first, last, pair)
+            | {"FIRST": first, "LAST": last},
+            cooperative=first < last,
+        )
+    return config.launches[key]
+
+
+def scratch(like: Tensor, *sizes: int | None) -> list[Tensor | None]:
+    """fp32 tensors of these numbers of elements in one allocation, each at a multiple of 128 bytes; None for None."""
+    padded = [-(-size // 32) * 32 for size in sizes if size is not None]
+    parts = iter(like.new_empty(sum(padded), dtype=torch.float32).split_with_sizes(padded) if padded else ())
+    return [None if size is None else next(parts) for size in sizes]
 
 
 def ceil(a: int, b: int) -> int:
@@ -237,21 +247,17 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def contiguous_adapter(adapter: AdapterArgs) -> AdapterArgs:
-    return AdapterArgs._make(t.contiguous() if isinstance(t, Tensor) else t for t in adapter)
+    return AdapterArgs._make([t.contiguous() if isinstance(t, Tensor) else t for t in adapter])
 
 
 def run(
-    kernel, device: torch.device, first: int, last: int, items: int, tensors: tuple, numbers: tuple, constants: dict
+    kernel, device: torch.device, first: int, last: int, items: int, tensors: tuple, numbers: tuple, constants: Launch
 ) -> None:
     """One launch of the phases first..last. A single phase has a program for each item; more need all resident at once."""
-    constants = constants | {"FIRST": first, "LAST": last}
-    per_processor = constants.pop("PROGRAMS", 1)
-    if runtime.INTERPRETED:
-        # Programs run one after another there: a barrier can wait for no more than one.
+    with current(tensors[0]):
         state = barrier_state(device) if first < last else None
-        kernel[(1 if first < last else 3,)](*tensors, state, *numbers, **constants)
-        return
-    with torch.cuda.device(device):
-        state = barrier_state(device) if first < last else None
-        programs = runtime.processors(device) * per_processor if first < last else max(items, 1)
-        kernel[(programs,)](*tensors, state, *numbers, **constants, launch_cooperative_grid=first < last)
+        if runtime.INTERPRETED:  # programs run one after another there: a barrier can wait for no more than one
+            programs = 1 if first < last else 3
+        else:
+            programs = runtime.processors(device) * constants.programs if first < last else max(items, 1)
+        launch(constants, (programs, 1, 1), (*tensors, state), numbers)

@@ -1,0 +1,85 @@
+"""Launches Triton kernels: one like an earlier one goes straight to what Triton compiled for that.
+
+JITFunction.run binds and specialises all arguments anew and costs ten times what the launch itself does. It makes the first
+launch of each kind, so that compiling and Triton's caches stay its own.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from math import gcd
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+
+from . import triton_runtime as runtime
+
+# Versions whose CompiledKernel.run takes what is passed to it here. Others launch by JITFunction.run alone.
+BOUND = runtime.release(triton.__version__) in ((3, 6), (3, 7))
+NOTHING = nullcontext()
+
+
+class Launch(dict):
+    """A kernel's launch but for its grid and arguments: the constants by name, and what was compiled. Read only."""
+
+    def __init__(self, kernel, constants: dict[str, int], cooperative: bool = False) -> None:
+        super().__init__(constants)
+        self.kernel = kernel
+        self.options = {} if runtime.INTERPRETED else {"launch_cooperative_grid": cooperative}
+        self.programs = self.pop("PROGRAMS", 1)  # of a cooperative launch, for each processor
+        self.values = [self[name] for name in kernel.arg_names if name in self]
+        self.bound: dict[tuple, tuple] = {}
+        self.integers: list[tuple[int, bool]] | None = None
+
+    def specialisation(self, tensors: tuple, pointers: list[int], numbers: tuple) -> tuple:
+        """Different wherever Triton would compile differently: None, types, multiples of 16, integers that are 1 or large."""
+        if self.integers is None:
+            names = [name for name in self.kernel.arg_names if name not in self][len(tensors) :]
+            apart = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
+            self.integers = [(i, names[i] in apart) for i, n in enumerate(numbers) if isinstance(n, int)]
+        return (
+            tuple([None if t is None else t.dtype for t in tensors]),
+            gcd(16, *pointers) < 16 and tuple([pointer & 15 for pointer in pointers]),
+            tuple(
+                [n >> 31 if apart else n == 1 or (n & 15, n >> 31) for i, apart in self.integers for n in [numbers[i]]]
+            ),
+        )
+
+
+def current(tensor: Tensor) -> AbstractContextManager:
+    """Makes the device of `tensor` the current one."""
+    device = tensor.get_device()
+    return NOTHING if runtime.INTERPRETED or device == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+def launch(made: Launch, grid: tuple[int, int, int], tensors: tuple, numbers: tuple) -> None:
+    """Launch on the current device; `tensors` (or None) and `numbers` are the kernel's arguments in its order."""
+    if runtime.INTERPRETED or not BOUND or observed(made.kernel):
+        made.kernel[grid](*tensors, *numbers, **made, **made.options)
+        return
+    device = tensors[0].get_device()
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    key = device, made.specialisation(tensors, pointers, numbers)
+    if (bound := made.bound.get(key)) is None:
+        compiled = made.kernel[grid](*tensors, *numbers, **made, **made.options)
+        if isinstance(compiled, CompiledKernel):
+            made.bound[key] = compiled.run, compiled.function, compiled.packed_metadata
+        return
+    run, function, metadata = bound
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    run(*grid, stream, function, metadata, None, None, None, *pointers, *numbers, *made.values)
+
+
+def observed(kernel) -> bool:
+    """Whether a profiler or debugger has to see the launch, or may change what is compiled for it."""
+    watch = knobs.runtime
+    enter, leave = watch.launch_enter_hook, watch.launch_exit_hook
+    return bool(
+        getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
+        or kernel.pre_run_hooks
+        or watch.debug
+        or watch.add_stages_inspection_hook
+        or knobs.compilation.instrumentation_mode
+    )

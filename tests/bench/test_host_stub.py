@@ -1,0 +1,40 @@
+"""Launches that cost nothing: Triton's own compiler and launcher, without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+
+WORK = """
+import torch
+from bench import host_stub
+
+host_stub.install_triton()
+import lilora_kernels
+from lilora_kernels.ops.delta import triton_kernels as kernels
+
+runs = []
+for kernel in (kernels.delta_forward, kernels.delta_backward):
+    own = kernel.run
+    kernel.run = lambda *args, own=own, **more: runs.append(1) or own(*args, **more)
+a, b0 = torch.randn(16, 32), torch.randn(32, 16)
+with lilora_kernels.backend("triton"):
+    for rows in (5, 5, 9, 5):
+        x = torch.randn(rows, 32, requires_grad=True)
+        y = lilora_kernels.delta(x, a, b0)
+        torch.autograd.grad(y, x, torch.randn(rows, 32))
+        print(len(runs), y.shape[0])
+"""
+
+
+def test_only_the_first_step_goes_through_jit_function_run():
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", WORK]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "5", "2", "5", "2", "9", "2", "5"]

@@ -1,0 +1,201 @@
+"""Launches that go past JITFunction.run, compared with those that it makes, over a driver without a GPU."""
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+from triton.runtime.jit import create_function_from_signature
+
+from lilora_kernels.ops import triton_launcher
+from lilora_kernels.ops.delta.triton_kernels import delta_backward, delta_forward
+from lilora_kernels.ops.rank_gate.triton_kernels import rank_gate
+from lilora_kernels.ops.triton_launcher import Launch, launch
+
+TILES = {"R": 16, "S": 8, "BLOCK_R": 16, "BLOCK_S": 16, "BLOCK_M": 16, "BLOCK_K": 16, "BLOCK_N": 16, "num_warps": 4}
+KERNELS = {  # its tensors come first
+    delta_forward: (22, {**TILES, "SPLIT_K": 2, "TILES_N": 1, "FIRST": 0, "LAST": 2}),
+    delta_backward: (33, {**TILES, "SPLIT_N": 2, "FIRST": 0, "LAST": 3}),
+    rank_gate: (3, {"BLOCK": 64, "num_warps": 8}),
+}
+FLOATS = ("scaling", "keep_scale")
+INTEGERS = (0, 1, 2, 15, 16, 17, 48, 4096, 2**31 - 16, 2**31, 2**31 + 1, 2**40)
+MEMORY = {dtype: torch.empty(64, dtype=dtype) for dtype in (torch.float16, torch.float32, torch.bfloat16, torch.int32)}
+MISALIGNED = {dtype: [memory[i:] for i in range(1, 9)] for dtype, memory in MEMORY.items()}
+by_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+
+
+def any_tensor(draw, first):
+    dtype = draw.choice(list(MEMORY))
+    tensor = draw.choice([MEMORY[dtype], *MISALIGNED[dtype]])
+    return tensor if first or draw.random() < 0.7 else None
+
+
+def any_number(draw, name):
+    return draw.choice([0.5, 1.0, 16.0]) if name in FLOATS else draw.choice(INTEGERS)
+
+
+def neighbours(kernel, draw):
+    """Arguments, and each time the same but for one of them: (tensors, numbers)."""
+    count, constants = KERNELS[kernel]
+    names = [name for name in kernel.arg_names if name not in constants]
+    given = [any_tensor(draw, at == 0) if at < count else any_number(draw, name) for at, name in enumerate(names)]
+    for _ in range(60):
+        at = draw.randrange(len(given))
+        given[at] = any_tensor(draw, at == 0) if at < count else any_number(draw, names[at])
+        yield tuple(given[:count]), tuple(given[count:])
+
+
+def one_apart(kernel):
+    """Aligned tensors and multiples of 16; then the same but for one argument."""
+    count, constants = KERNELS[kernel]
+    names = [name for name in kernel.arg_names if name not in constants]
+    base = [MEMORY[torch.float32]] * count + [0.5 if name in FLOATS else 48 for name in names[count:]]
+    tensors = [None, *(t for dtype in MEMORY for t in (MEMORY[dtype], MISALIGNED[dtype][0]))]
+    for at, name in enumerate(names):
+        for other in tensors[at == 0 :] if at < count else (2.0,) if name in FLOATS else INTEGERS:
+            given = [*base[:at], other, *base[at + 1 :]]
+            yield tuple(given[:count]), tuple(given[count:])
+
+
+def addresses(tensors):
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+@by_kernel
+@pytest.mark.parametrize("draws", ["one argument apart", *map(str, range(8))])
+def test_what_triton_tells_apart_has_different_keys(kernel, draws):
+    backend = CUDABackend(GPUTarget("cuda", 90, 32))
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    constants, found = KERNELS[kernel][1], {}
+    made = Launch(kernel, constants)
+    for tensors, numbers in neighbours(kernel, random.Random(int(draws))) if draws.isdigit() else one_apart(kernel):
+        key = made.specialisation(tensors, addresses(tensors), numbers)
+        specialised = tuple(binder(*tensors, *numbers, **constants)[1])
+        assert found.setdefault(key, specialised) == specialised
+    assert len(found) > 10
+
+
+@by_kernel
+def test_numbers_of_rows_and_tasks_share_a_key(kernel):
+    """Every key takes JITFunction.run once."""
+    count, constants = KERNELS[kernel]
+    made, tensors = Launch(kernel, constants), (MEMORY[torch.float32],) * count
+    names = [name for name in kernel.arg_names if name not in constants][count:]
+    free = {"M", "T", "G", "CHUNK", "drop_below", "low_rank", "high_rank", "n", "r", "row_stride", "stride"}
+    keys = set()
+    for n in range(40):
+        numbers = tuple(0.5 if name in FLOATS else n if name in free else 64 for name in names)
+        keys.add(made.specialisation(tensors, addresses(tensors), numbers))
+    assert len(keys) == 1
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """(compiled kernel, what it was called with) of every launch; nothing is compiled."""
+    calls = []
+
+    class Driver:
+        get_current_device = staticmethod(lambda: -1)  # that of CPU tensors
+        get_current_stream = staticmethod(lambda device: 7)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+    class Compiled(CompiledKernel):
+        def __init__(self, src, options):
+            self.src, self.name, self.module, self.function, self.packed_metadata = src, "", True, object(), object()
+            self.cooperative = options["launch_cooperative_grid"]
+            self._run = lambda *given: calls.append((self, given))
+
+    monkeypatch.setattr(driver, "_active", Driver())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+        kernel.device_caches[-1]  # sets `compile`
+        monkeypatch.setattr(kernel, "compile", lambda src, target, options: Compiled(src, options))
+    yield calls
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+
+
+@pytest.fixture
+def by_triton(monkeypatch):
+    """by_triton(kernel): counts the calls of JITFunction.run from here on."""
+
+    def count(kernel):
+        runs, own = [], kernel.run
+        monkeypatch.setattr(kernel, "run", lambda *args, **more: runs.append(1) or own(*args, **more))
+        return runs
+
+    return count
+
+
+def plain(call):
+    """Of a launch, but for its hooks: what C reads from the arguments. None is compiled in."""
+    compiled, given = call
+    values = [v.data_ptr() if isinstance(v, torch.Tensor) else v or 0 for v in given[9:]]
+    return compiled, given[:6], values
+
+
+@by_kernel
+@pytest.mark.parametrize("seed", range(4))
+def test_a_second_launch_is_what_triton_would_launch(kernel, seed, launched, by_triton, monkeypatch):
+    made = Launch(kernel, KERNELS[kernel][1], cooperative=kernel is not rank_gate)
+    runs = by_triton(kernel)
+    for tensors, numbers in neighbours(kernel, random.Random(seed)):
+        launch(made, (5, 2, 1), tensors, numbers)
+        runs.clear()
+        launch(made, (5, 2, 1), tensors, numbers)
+        assert not runs
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_launcher, "BOUND", False)
+            launch(made, (5, 2, 1), tensors, numbers)
+        assert runs == [1]
+        bound, wanted = map(plain, launched[-2:])
+        assert bound == wanted
+        assert bound[0].cooperative == (kernel is not rank_gate)
+
+
+def test_hooks_and_other_versions_go_through_triton(launched, by_triton, monkeypatch):
+    count, constants = KERNELS[rank_gate]
+    made, arguments = Launch(rank_gate, constants), ((MEMORY[torch.float32],) * count, (64, 16, 64, 1))
+    runs = by_triton(rank_gate)
+
+    def goes_through_triton():
+        runs.clear()
+        launch(made, (1, 1, 1), *arguments)
+        return bool(runs)
+
+    assert [goes_through_triton(), goes_through_triton()] == [True, False]
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        chain, hook = getattr(knobs.runtime, name), lambda metadata: None
+        chain.add(hook)
+        assert goes_through_triton()
+        assert chain in launched[-1][1]
+        chain.remove(hook)
+        assert not goes_through_triton()
+        with monkeypatch.context() as patch:
+            patch.setattr(knobs.runtime, name, hook)
+            assert goes_through_triton()
+        with monkeypatch.context() as patch:
+            patch.setattr(knobs.runtime, name, None)
+            assert not goes_through_triton()
+    for holder, name, value in (
+        (knobs.runtime, "debug", True),
+        (knobs.compilation, "instrumentation_mode", "iir"),
+        (rank_gate, "pre_run_hooks", [lambda *_, **__: None]),
+        (triton_launcher, "BOUND", False),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(holder, name, value)
+            assert goes_through_triton(), name
+        assert not goes_through_triton()

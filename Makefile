@@ -133,6 +133,7 @@ lint: .venv/ready
 
 cpu-evidence: venv
 	OMP_NUM_THREADS=2 $(BIN)/pytest bench/ -q --out bench/results/cpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.host --out bench/results/host
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.readme
 

@@ -29,7 +29,7 @@ def again(module: str) -> int:
 
 
 def instructions(runs: dict[tuple[str, str], Callable[[], object]], calls: int = 10) -> dict[tuple[str, str], float]:
-    """Thousands of instructions for a call of each; under valgrind alone."""
+    """Thousands of instructions for a call of each; works under valgrind alone."""
     folder = Path(os.environ[FOLDER])
     requests = ctypes.CDLL(str(folder / "requests.so"))
     names = dict(enumerate(runs))

@@ -1,10 +1,10 @@
-"""What a layer costs the host: python -m bench.host [--backends triton cuda] [--callgrind] [--out FOLDER]
+"""What a layer costs the host: python -m bench.host [--backends triton cuda] [--int8] [--callgrind] [--out FOLDER]
 
 Microseconds of CPU time of one small linear (64 -> 64, R 16, S 8), where Python and torch's own dispatch are all there is to
 see: that of a call of a model of eight, divided by eight, for a model of ours settles its batch once for all layers. Thread
 time, the minimum over blocks of calls, all implementations alternating in one process. Of ours with the eager backend on a
-CPU, and with the backends named whose launches then cost nothing (host_stub.py). With --callgrind thousands of instructions
-instead, counted by valgrind in minutes. With --out, host.json goes there.
+CPU, and with the backends named whose launches then cost nothing (host_stub.py). With --int8 the bases are torchao's. With
+--callgrind thousands of instructions instead, counted by valgrind in minutes. With --out, host.json and host.png go there.
 """
 
 import argparse
@@ -30,8 +30,16 @@ TASKS = (1, 8, 64, 512)
 DELETED = 1000
 
 
+INT8 = False  # whether the bases are quantised
+
+
 def bases() -> nn.Module:
-    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))).requires_grad_(False)
+    made = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))).requires_grad_(False)
+    if INT8:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(made, Int8WeightOnlyConfig())
+    return made
 
 
 def ours(tasks: int = 1, deleted: int = 0) -> nn.Module:
@@ -47,9 +55,11 @@ def ours(tasks: int = 1, deleted: int = 0) -> nn.Module:
     return model
 
 
-def peft_lora() -> nn.Module:
-    config = peft.LoraConfig(r=R, target_modules=[str(i) for i in range(LAYERS)])
-    return peft.inject_adapter_in_model(config, bases(), "t0")
+def peft_lora(tasks: int = 1) -> nn.Module:
+    config, model = peft.LoraConfig(r=R, target_modules=[str(i) for i in range(LAYERS)]), bases()
+    for t in range(tasks):
+        model = peft.inject_adapter_in_model(config, model, f"t{t}")
+    return model
 
 
 class Function(torch.autograd.Function):
@@ -100,6 +110,14 @@ def situations() -> dict[str, dict[str, Callable[[], object]]]:
     both = ours(8).train()
     set_task(both, *(f"t{t}" for t in range(8)))
 
+    several, names = peft_lora(8).eval(), [f"t{t}" for t in range(8)]
+
+    @torch.no_grad()
+    def by_names():
+        y = batch
+        for layer in several:
+            y = layer(y, adapter_names=names)
+
     def functions():
         y = x[:, 0]
         for _ in range(LAYERS):
@@ -112,7 +130,11 @@ def situations() -> dict[str, dict[str, Callable[[], object]]]:
             "PEFT LoRA": forward_of(lora.eval(), one),
             "ours": forward_of(ours().eval(), one),
         },
-        "forward, 8 rows of several tasks": mixed | {f"ours, 8 tasks after {DELETED} deleted": after},
+        "forward, 8 rows of several tasks": {
+            "PEFT LoRA, adapter_names of 8": by_names,
+            **mixed,
+            f"ours, 8 tasks after {DELETED} deleted": after,
+        },
         "forward, 8 rows of several tasks, frozen": served,
         "training forward": {
             "PEFT LoRA": lambda: lora_learner(x),
@@ -145,8 +167,11 @@ def rows(backends: list[str], calls: int = CALLS, blocks: int = BLOCKS, unit: st
     each = {s: of | host_stub.by_kernels(of, backends) for s, of in situations().items()}
     runs = {(s, n): run for s, of in each.items() for n, run in of.items()}
     with backend("eager"):
-        found = measure(runs, calls, blocks) if unit == "us" else callgrind.instructions(runs)
-    base = {s: cost for (s, n), cost in found.items() if n == "PEFT LoRA"}
+        if unit == "us":
+            found = measure(runs, calls, blocks)
+        else:
+            found = {name: count / LAYERS for name, count in callgrind.instructions(runs).items()}
+    base = {s: cost for (s, n), cost in found.items() if n.startswith("PEFT LoRA")}
     return [
         {"situation": s, "implementation": n, unit: round(cost, 1)}
         | ({"ratio": round(cost / base[s], 2)} if s in base else {})
@@ -154,29 +179,56 @@ def rows(backends: list[str], calls: int = CALLS, blocks: int = BLOCKS, unit: st
     ]
 
 
+def plot(found: list[dict], unit: str, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    groups = {
+        s: [row for row in found if row["situation"] == s] for s in dict.fromkeys(row["situation"] for row in found)
+    }
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(9, 0.28 * len(found) + 3), layout="constrained", sharex=True,
+        height_ratios=[len(group) for group in groups.values()],
+    )  # fmt: skip
+    for axis, (situation, group) in zip(axes, groups.items(), strict=True):
+        names = [row["implementation"] for row in group]
+        colours = ["#1f77b4" if name.startswith("ours") else "#bbbbbb" for name in names]
+        bars = axis.barh(names, [row[unit] for row in group], color=colours)
+        axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+        axis.invert_yaxis()
+        axis.set_title(situation, fontsize=9, loc="left")
+    axes[-1].set_xlabel(f"{unit} of one thread, each layer and call")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where host.json goes")
     parser.add_argument("--backends", nargs="*", choices=host_stub.INSTALL, default=["triton"])
+    parser.add_argument("--int8", action="store_true", help="bases quantised by torchao")
     parser.add_argument("--callgrind", action="store_true", help="count instructions")
     options = parser.parse_args()
+    global INT8
+    INT8 = options.int8
     if options.callgrind and callgrind.FOLDER not in os.environ:
         raise SystemExit(callgrind.again("bench.host"))
     torch.set_num_threads(1)
     unit = "kinstr" if options.callgrind else "us"
     found = rows(options.backends, unit=unit)
     for row in found:
-        ratio = f"{row['ratio']:6.2f} x PEFT LoRA" if "ratio" in row else ""
+        ratio = f"{row['ratio']:6.2f} x PEFT's" if "ratio" in row else ""
         print(f"{row[unit]:9.1f} {unit}  {row['situation']:42} {row['implementation']:40} {ratio}")
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         content = {
             "environment": environment("python -m bench.host", on_gpu=False),
+            "int8": INT8,
             "calls": CALLS,
             "blocks": BLOCKS,
             "results": found,
         }
         (options.out / "host.json").write_text(json.dumps(content, indent=1) + "\n")
+        plot(found, unit, options.out / "host.png")
 
 
 if __name__ == "__main__":

@@ -155,6 +155,25 @@ HEADER = [
 SHOWN_ROWS = {"float32": (8, 512), "bfloat16": (8, 64, 512, 8192)}
 
 
+def host() -> str:
+    """What a layer costs the host."""
+    content = json.loads((RESULTS / "host" / "host.json").read_text())
+    lines = ["| us of one thread, each layer and call | | | x PEFT's |", "|---|---|--:|--:|"]
+    for row in content["results"]:
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+        lines.append(f"| {row['situation']} | {row['implementation']} | {row['us']:.0f} | {ratio} |")
+    environment = content["environment"]
+    lines += [
+        "",
+        "A linear of 64 x 64 with r 16, sub-rank 8, in a model of eight: what Python and dispatch cost, whatever the size. "
+        "ours: the eager backend; triton: its launches cost nothing here. From `bench/results/host/host.json`, written by "
+        f"`python -m bench.host --out bench/results/host` on {environment['device']} with torch {environment['torch']}.",
+        "",
+        "![host](bench/results/host/host.png)",
+    ]
+    return "\n".join(lines)
+
+
 def headlines(rows: list[dict]) -> list[dict]:
     """Inference by its forward, training by forward and backward together, of gate and up projections and whole models."""
     found = []
@@ -256,7 +275,7 @@ def families() -> str:
 
 def updated(text: str) -> str:
     """README with every marked table written anew; a table without results yet stays empty."""
-    for table in (digits, long, ablations, families, params, cpu, gpu):
+    for table in (digits, long, ablations, families, params, cpu, host, gpu):
         mark = table.__name__
         try:
             body = f"\n{table()}\n"

@@ -146,7 +146,7 @@ readme: .venv/ready
 	$(BIN)/python -m bench.readme
 
 resources: venv
-	$(BIN)/python -m lilora_kernels.resources > lilora_kernels/ops/RESOURCES.md
+	$(BIN)/python -m tools.resources > lilora_kernels/ops/RESOURCES.md
 
 # On a machine with a GPU: straight from the sources, with the Python that is there. OUT=folder COMMIT=hash KIT=file DRY_RUN=1
 STAGES := 2,0,1,3,5,4

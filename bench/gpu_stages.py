@@ -23,9 +23,9 @@ from torch import Tensor
 
 from lilora_kernels import backend, backends, cuda_library
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import traffic
 from lilora_kernels.ops.philox import keep_mask, keep_scale
 from lilora_kernels.ops.schema import AdapterArgs
+from tools import traffic
 
 from .compare import REGISTRY, Wrong, compare, error, gated, poisoned, row
 from .environment import age_of_process

@@ -2,7 +2,7 @@
 
 Of one adapted linear in bf16 with R 128 and S 64, all gradients wanted, rows of the tasks one behind the other. A launch is
 a torch operation that computes or copies, or one of our kernels; a byte counts once for each launch that reads or writes it.
-The composed plan runs on the meta device, as on any but a CPU; of the Triton plans delta/traffic.py says the
+The composed plan runs on the meta device, as on any but a CPU; of the Triton plans tools/traffic.py says the
 bytes. The floor: every tensor of the call read or written once. With --out, plans.json and RESULTS.md go there.
 """
 
@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.delta import eager as composed
-from lilora_kernels.ops.delta import traffic
 from lilora_kernels.ops.linear import eager as linear
 from lilora_kernels.ops.schema import AdapterArgs
+from tools import traffic
 
 from .problems import ATTENTION, DOWN, GATE_UP, SCALING, Problem
 

@@ -31,10 +31,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lilora_kernels
 from lilora_kernels import LiLoRALinear, functional
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import reference, traffic, triton_backend
+from lilora_kernels.ops.delta import reference, triton_backend
 from lilora_kernels.ops.delta.triton_kernels import kept
 from lilora_kernels.ops.philox import keep_mask, keep_scale, philox, threshold
 from lilora_kernels.ops.schema import AdapterArgs
+from tools import traffic
 
 SPLIT = {
     "forward": {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_N": 32, "SPLIT_K": 3, "TILES_N": 1},

@@ -11,11 +11,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import create_function_from_signature
 
-from lilora_kernels import resources
 from lilora_kernels.ops import barrier, triton_runtime
 from lilora_kernels.ops.delta import triton_backend
 from lilora_kernels.ops.rank_gate import triton_backend as rank_gate
 from lilora_kernels.ops.schema import DIFFERENTIABLE, AdapterArgs
+from tools import resources
 
 LAUNCHES = [(arch, *launch) for arch in resources.SHARED_MEMORY for launch in resources.launches(arch)]
 

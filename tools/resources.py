@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of the Triton kernels, compiled ahead of time: no GPU needed.
 
-python -m lilora_kernels.resources          the table of lilora_kernels/ops/RESOURCES.md
+python -m tools.resources          the table of lilora_kernels/ops/RESOURCES.md
 """
 
 import re
@@ -15,9 +15,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .ops import triton_runtime as runtime
-from .ops.delta import triton_kernels as kernels
-from .ops.rank_gate import triton_backend as rank_gate
+from lilora_kernels.ops import triton_runtime as runtime
+from lilora_kernels.ops.delta import triton_kernels as kernels
+from lilora_kernels.ops.rank_gate import triton_backend as rank_gate
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one block may have
@@ -184,7 +184,7 @@ HEADER = """\
 # What the Triton kernels take
 
 Compiled ahead of time for bf16, R = 128, S = 64, dropout and all gradients but that of a gate. Rows: the bucket of the
-configuration; phases: those of one launch. Written by `python -m lilora_kernels.resources`.
+configuration; phases: those of one launch. Written by `python -m tools.resources`.
 
 | architecture | kernel | rows | phases | registers | spilling instructions | shared memory |
 |---|---|--:|---|--:|--:|--:|"""

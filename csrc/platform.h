@@ -18,6 +18,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define DEVICE __device__ __forceinline__
@@ -273,11 +274,29 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device, value;
+inline int current_device() {
+  int device;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-  return value;
+  return device;
+}
+
+// What `ask(key)` says, asked once for each key: the runtime takes longer than a look into a table.
+template <typename Key, typename Ask>
+int asked_once(std::map<Key, int>& known, const Key& key, Ask ask) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  return found != known.end() ? found->second : known[key] = ask();
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  static std::map<std::pair<int, int>, int> known;
+  const int device = current_device();
+  return asked_once(known, std::make_pair(device, static_cast<int>(attribute)), [&] {
+    int value;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+  });
 }
 inline int processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 inline int largest_shared_memory() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
@@ -300,27 +319,29 @@ std::string missing_code(void (*kernel)(Params)) {
 // whatever the device.
 template <typename Params>
 bool waits_for_previous_kernel(void (*kernel)(Params)) {
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
-  return attributes.ptxVersion >= 90 && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  static std::map<std::pair<const void*, int>, int> known;
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  const int version = asked_once(known, std::make_pair(function, current_device()), [&] {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, function), "cudaFuncGetAttributes");
+    return attributes.ptxVersion;
+  });
+  return version >= 90 && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
 }
 
 // How many blocks of `kernel` the device holds at once.
 template <typename Params>
 int resident_blocks(void (*kernel)(Params), int threads, int shared) {
-  int device, blocks;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  static std::mutex mutex;
   static std::map<std::tuple<const void*, int, int>, int> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_tuple(reinterpret_cast<const void*>(kernel), shared, device);
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
-  // The attribute is the kernel's, not the launch's: the last value set holds for all.
-  check(cudaFuncSetAttribute(std::get<0>(key), cudaFuncAttributeMaxDynamicSharedMemorySize, largest_shared_memory()),
-        "cudaFuncSetAttribute");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "an occupancy query");
-  return known[key] = blocks * processors();
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  const int most = largest_shared_memory(), of_device = processors();
+  return asked_once(known, std::make_tuple(function, shared, current_device()), [&] {
+    // The attribute is the kernel's, not the launch's: the last value set holds for all.
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
+    int blocks;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "an occupancy query");
+    return blocks * of_device;
+  });
 }
 
 enum class Together { kNo, kCooperative, kDependent };  // kDependent: may start while the kernel before it ends

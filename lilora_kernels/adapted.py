@@ -12,6 +12,9 @@ from .ops.doors import Operation
 from .ops.linear.register import linear
 
 
+PLAIN = {Tensor, nn.Parameter, type(None)}  # a subclass may have no memory of its own
+
+
 class Factors(tuple):
     """(a, b0, u, v, fusion) of one call, or of many: what is checked in the first need not be again."""
 
@@ -19,7 +22,7 @@ class Factors(tuple):
 
     def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
         """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: the other arguments."""
-        if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+        if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, (x, *self))):
             return functional.of_rows(operation, x, *base, *self, *rest)
         # Code that shards or offloads changes the memory behind a Parameter.
         kind = x.dtype, x.device, x.shape[-1], *[t.data_ptr() for t in self if t is not None]

@@ -341,6 +341,8 @@ class LiLoRALinear(AdaptedLinear):
                 stacks = (t if t is None else t.clone() for t in self._stack(names))
                 context.stacks[key] = Factors((*shared, *stacks))
             factors = context.stacks[key]
+            if factors[0] is not shared[0] or factors[1] is not shared[1]:  # brought anew for every step
+                factors = context.stacks[key] = Factors((*shared, *factors[2:]))
         else:
             factors = Factors((*shared, *self._stack(names)))
         return factors, rows

@@ -1,6 +1,7 @@
 """Which row belongs to which task, through a whole LLaVA: text rows, packed images, beams, copies, bad ids."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -234,6 +235,24 @@ def test_generation_with_offloaded_factors_gathers_them_in_every_forward(monkeyp
         layer.register_forward_pre_hook(lambda layer, _, values=values: move(layer, values))
         layer.register_forward_hook(lambda layer, *_, away=away: move(layer, away))
         move(layer, away)
+    assert torch.equal(model.generate(**inputs, **options), wanted)
+
+
+def test_generation_reads_shared_factors_that_are_brought_anew_for_every_step():
+    model, inputs = tiny_llava(), batch([0, 0])
+    options = {"task_ids": ["where", "read"], "max_new_tokens": 4, "do_sample": False}
+    wanted = model.generate(**inputs, **options)
+
+    def bring(layer, _, values):
+        layer.lilora_A[layer.tasks[0]] = nn.Parameter(values.clone(), requires_grad=False)
+
+    def take(layer, *_):
+        layer.lilora_A[layer.tasks[0]].data.fill_(torch.nan)
+
+    for layer in layers_of(model):
+        values = layer.lilora_A[layer.tasks[0]].detach().clone()
+        layer.register_forward_pre_hook(partial(bring, values=values))
+        layer.register_forward_hook(take)
     assert torch.equal(model.generate(**inputs, **options), wanted)
 
 

@@ -11,7 +11,6 @@ from .ops.delta.register import delta
 from .ops.doors import Operation
 from .ops.linear.register import linear
 
-
 PLAIN = {Tensor, nn.Parameter, type(None)}  # a subclass may have no memory of its own
 
 

@@ -114,16 +114,14 @@ def test_frozen_experts_cost_no_gradient(suite, monkeypatch):
     method = METHODS["pclr"](base, {"r": 4, "cap": 12, "shared": 2, "target_modules": pattern})
     ids = torch.tensor([[5, 4, 4, 4, 4, 6, 7], [8, 4, 4, 4, 4, 7, 9]])
     inputs = {"input_ids": ids, "labels": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
-    seen, linear = [], functional.linear
+    seen, of_rows = [], functional.of_rows
     for task in ("one", "two"):
         (stage,) = method.stages(task)
         method.begin(stage, lambda samples: iter([inputs]))
         if task == "one":
             method.end(stage, lambda samples: iter([]))
     method.model.train()
-    monkeypatch.setattr(
-        functional, "linear", lambda *a, **k: seen.append((a[3].shape[0], k["ranks"])) or linear(*a, **k)
-    )
+    monkeypatch.setattr(functional, "of_rows", lambda *a, **k: seen.append((a[4].shape[0], a[-1])) or of_rows(*a, **k))
     method.model(**inputs)
     assert set(seen) == {(4 + 4, (4, 8))}  # old and new ranks; shared ones come with the first integration
     assert len(seen) == len(method.layers)

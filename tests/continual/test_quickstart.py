@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoProcessor
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-QUICKSTART, PLAIN, BANK, ROUTER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+QUICKSTART, STATIC, PLAIN, BANK, ROUTER = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_readme_quickstart_runs(suite):
@@ -30,6 +30,10 @@ def test_readme_quickstart_runs(suite):
     model.set_adapter("scienceqa")
     torch.testing.assert_close(together[1], model(**inputs).logits[1], rtol=1e-4, atol=1e-4)
     assert (together[0] - together[1]).abs().max() > 1e-2
+    wanted = model.generate(**inputs, task_ids=["textvqa", "scienceqa", None])
+    static = STATIC.replace("model.generate(", "got = model.generate(")
+    exec(static, names)  # transformers compiles it on an accelerator alone: see tests/layers/test_compile.py
+    assert torch.equal(names["got"], wanted)
 
 
 def test_a_plain_layer_takes_tasks():

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lilora_kernels import freeze
 from lilora_kernels.linear import set_task
 
 from .compare import Wrong, peak_bytes, poisoned, removed, saved_bytes
@@ -188,12 +189,13 @@ class Variant:
 
 
 def variant(base: nn.Module, name: str, part: str, size: Size, p: float, mixed: bool) -> Variant:
-    """`ours`, `peft` or `peft_default`; with `mixed` every sample in another task, by adapter_names for PEFT."""
+    """`ours`, `peft` or `peft_default`; with `mixed` every sample in another task, by adapter_names for PEFT, ours frozen."""
     model = adapted(base, name, part, size, p)
     if not mixed:
         return Variant(model, [0] * size.samples, {})
     tasks = [i % size.tasks for i in range(size.samples)]
     if name == "ours":
+        freeze(model)  # as it is served; training ends it
         device = next(model.parameters()).device
         return Variant(model, tasks, {"task_ids": torch.tensor(tasks, dtype=torch.int32, device=device)})
     return Variant(model, tasks, {"adapter_names": [task_names(size)[t] for t in tasks]})

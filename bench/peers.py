@@ -130,10 +130,13 @@ def lilora_layer(s: Operands, training: bool) -> tuple[LiLoRALinear, list[Tensor
 
 
 def ours(sets: list[Operands], training: bool) -> Built:
-    """LiLoRALinear, the row's task given for a mixed batch."""
+    """LiLoRALinear, the row's task given for a mixed batch; in inference as `freeze` lays the tasks out to be served."""
     problem = sets[0].problem
     tasks = problem.tasks
     layers = [lilora_layer(s, training) for s in sets]
+    if tasks > 1 and not training:
+        for layer, _ in layers:
+            layer.freeze(tasks)
     formula = lilora_adapter(problem)
 
     def adapter(x: Tensor, parameters: list[Tensor]) -> Tensor:

@@ -524,6 +524,29 @@ def test_a_gradient_of_m_beyond_the_range_of_fp16_is_summed_in_fp32(monkeypatch)
         torch.testing.assert_close(grad.float(), wanted[name], rtol=2**-7, atol=2**-7 * wanted[name].abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fusion", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("seen", [True, False], ids=["seen", "beside-a-device"])
+@pytest.mark.parametrize("rank", [2, 16], ids=["by-m", "by-factors"])
+def test_runs_of_equal_length_in_every_dtype(dtype, fusion, seen, rank, monkeypatch):
+    """Without widening beforehand, as on a GPU."""
+    monkeypatch.setattr(eager, "working_dtype", lambda x: x.dtype)
+    i = make(rows=6, rank=rank).with_(task=torch.tensor([2, 2, 2, 0, 0, 0], dtype=torch.int32))
+    wide = i.leaves()
+    got = i.to(dtype).with_(fusion=i.fusion.to(fusion)).leaves()
+    y = functional.delta(*adapter(wide), **options(wide))
+    dy = torch.randn_like(y)
+    wanted = gradients(y, wide, NAMES, dy)
+    if not seen:
+        got.task.layouts, got.task.on_host = [], got.task.clone()
+        monkeypatch.setattr(eager, "seen_by_host", lambda tensor: False)
+    y = functional.delta(*adapter(got), **options(got))
+    tolerance = 40 * torch.finfo(dtype).eps
+    for name, grad in gradients(y, got, NAMES, dy.to(dtype)).items():
+        want = wanted[name]
+        torch.testing.assert_close(grad.to(want.dtype), want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
 @pytest.mark.parametrize("op", ["delta", "linear"])
 @pytest.mark.parametrize("rows", [3, 40], ids=["by-factors", "by-m"])
 def test_one_task_needs_no_dimension_of_tasks(op, rows):

@@ -359,7 +359,7 @@ def compose(adapter: AdapterArgs, run: Group, f: float | Tensor, e: float | Tens
     """M_t, [N, R] in fp32 at least."""
     dtype = wide(adapter.b0.dtype)
     b0, u, v = cast(adapter.b0, dtype), run.own(adapter.u, dtype), run.own(adapter.v, dtype)
-    return torch.addmm(b0, u, v, beta=f, alpha=e) if isinstance(f, float) else torch.lerp(u @ v, b0, f)
+    return torch.addmm(b0, u, v, beta=f, alpha=e) if isinstance(f, float) else torch.lerp(u @ v, b0, cast(f, dtype))
 
 
 def with_task(rows: Tensor, adapter: AdapterArgs) -> Tensor:
@@ -442,14 +442,15 @@ def dgate(dq: Tensor, h: Tensor, adapter: AdapterArgs) -> Tensor:
 def place(grads: dict[str, Tensor], name: str, group: Group, value: float | Tensor, like: Tensor) -> None:
     """Make `value` the gradient of a group's tasks in that of `like`; a task without rows keeps zeros."""
     if not isinstance(value, Tensor) and len(like) == 1:
-        grads[name] = torch.full_like(like, value, dtype=wide(like.dtype))
+        grads[name] = torch.full_like(like, value)
         return
     if isinstance(value, Tensor) and value.numel() == like.numel() and not isinstance(group.tasks, Tensor):
         grads[name] = value.view(like.shape)
         return
     if name not in grads:
-        grads[name] = torch.zeros_like(like, dtype=wide(like.dtype), memory_format=torch.contiguous_format)
-    grads[name][group.tasks] = value
+        grads[name] = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    # Indexing with a tensor does not cast.
+    grads[name][group.tasks] = cast(value, like.dtype) if isinstance(group.tasks, Tensor) else value
 
 
 def through_m(

@@ -20,13 +20,16 @@ class Factors(tuple):
     checked: tuple = (), ()
 
     def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
-        """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: the other arguments."""
-        if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, (x, *self))):
+        """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: task to ranks."""
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if transformed or not PLAIN.issuperset(map(type, (x, *self))):
             return functional.of_rows(operation, x, *base, *self, *rest)
         # Code that shards or offloads changes the memory behind a Parameter.
-        kind = x.dtype, x.device, x.shape[-1], *[t.data_ptr() for t in self if t is not None]
+        memory = [t.data_ptr() for t in (*base, *self) if t is not None]
+        kind = x.dtype, x.device, x.shape[-1], *rest[-2:], *memory
         accepted, of_kind = self.checked
-        known = len(accepted) == len(base) and all(map(operator.is_, accepted, base)) and of_kind == kind
+        same = len(accepted) == len(base) and all(map(operator.is_, accepted, base)) and of_kind == kind
+        known = same and rest[1] is None  # gates are others in every call
         y = functional.of_rows(operation, x, *base, *self, *rest, known=known)
         if not known:
             self.checked = base, kind

@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+import weakref
 
 import pytest
 import torch
@@ -656,6 +657,14 @@ def test_another_kind_of_x_is_checked_again():
             made(torch.randn(2, K + 1))
         with pytest.raises(TypeError, match=r"x is torch.float64 and weight is torch.float32"):
             made(torch.randn(2, K, dtype=torch.float64))
+
+
+def test_a_replaced_base_is_let_go():
+    made = layer()
+    made(torch.randn(2, K))
+    before = weakref.ref(made.base_layer.weight)
+    made.base_layer = nn.Linear(K, N).requires_grad_(False)
+    assert before() is None
 
 
 def test_another_dropout_is_checked_again():

@@ -1,6 +1,8 @@
 """`delta` and `linear` with the eager backend against an independent fp64 oracle, per output and per gradient."""
 
+import gc
 import itertools
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -506,6 +508,21 @@ def test_ids_that_the_host_knows_beside_a_device_give_the_same(ids, rank, monkey
     torch.testing.assert_close(got, want)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, wanted[name])
+
+
+def test_rows_whose_layout_is_kept_need_no_garbage_collector():
+    i = make(rows=4, rank=16)
+    task = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
+    task.layouts = []
+    functional.delta(*adapter(i), **options(i) | {"task": task})
+    assert len(task.layouts) == 1
+    kept = weakref.ref(task)
+    gc.disable()
+    try:
+        del task
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_a_gradient_of_m_beyond_the_range_of_fp16_is_summed_in_fp32(monkeypatch):

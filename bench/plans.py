@@ -69,7 +69,7 @@ def of_composed(problem: Problem) -> dict[str, tuple[int, int]]:
     task = None
     if tasks > 1:
         task = made(m, dtype=torch.int32)
-        task.layouts = [layout._replace(task=task)]
+        task.layouts = [layout]
     x, weight, dy, h = made(m, k), made(n, k), made(m, n), made(m, r)
     factors = made(r, k), made(n, r), made(tasks, n, s), made(tasks, s, r), made(tasks)
     adapter = AdapterArgs(*factors, task, None, None, None, SCALING, 0.0, None)

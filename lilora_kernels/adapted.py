@@ -1,7 +1,5 @@
 """What the adapted linear layers have in common: a frozen base layer and one operation that adds the adapter to it."""
 
-import operator
-
 import torch
 from torch import Tensor, nn
 
@@ -17,19 +15,21 @@ PLAIN = {Tensor, nn.Parameter, type(None)}  # a subclass may have no memory of i
 class Factors(tuple):
     """(a, b0, u, v, fusion) of one call, or of many: what is checked in the first need not be again."""
 
-    checked: tuple = (), ()
+    checked: tuple = ()
 
     def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
-        """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: the other arguments."""
-        if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, (x, *self))):
+        """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: task to ranks."""
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if transformed or not PLAIN.issuperset(map(type, (x, *self))):
             return functional.of_rows(operation, x, *base, *self, *rest)
-        # Code that shards or offloads changes the memory behind a Parameter.
-        kind = x.dtype, x.device, x.shape[-1], *[t.data_ptr() for t in self if t is not None]
-        accepted, of_kind = self.checked
-        known = len(accepted) == len(base) and all(map(operator.is_, accepted, base)) and of_kind == kind
+        # Code that shards or offloads changes the memory behind a Parameter; that of a base replaced goes to others.
+        memory = [t.data_ptr() for t in self if t is not None]
+        memory += [(t.data_ptr(), t.shape) for t in base if t is not None]
+        kind = x.dtype, x.device, x.shape[-1], *rest[-2:], *memory
+        known = self.checked == kind and rest[1] is None  # gates are others in every call
         y = functional.of_rows(operation, x, *base, *self, *rest, known=known)
         if not known:
-            self.checked = base, kind
+            self.checked = kind
         return y
 
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+import weakref
 
 import pytest
 import torch
@@ -631,7 +632,13 @@ def another_base(made):
     made.base_layer.weight = nn.Parameter(torch.randn(N + 1, K), requires_grad=False)
 
 
-@pytest.mark.parametrize("change", [other_memory, another_rank, another_base], ids=lambda f: f.__name__)
+def other_memory_of_the_base(made):
+    made.base_layer.weight.data = torch.empty(0)
+
+
+@pytest.mark.parametrize(
+    "change", [other_memory, other_memory_of_the_base, another_rank, another_base], ids=lambda f: f.__name__
+)
 def test_a_change_after_the_first_forward_is_checked_again(change):
     made, x = layer().eval(), torch.randn(2, K)
     with torch.no_grad():
@@ -650,3 +657,33 @@ def test_another_kind_of_x_is_checked_again():
             made(torch.randn(2, K + 1))
         with pytest.raises(TypeError, match=r"x is torch.float64 and weight is torch.float32"):
             made(torch.randn(2, K, dtype=torch.float64))
+
+
+def test_a_replaced_base_is_let_go():
+    made = layer()
+    made(torch.randn(2, K))
+    before = weakref.ref(made.base_layer.weight)
+    made.base_layer = nn.Linear(K, N).requires_grad_(False)
+    assert before() is None
+
+
+def test_another_dropout_is_checked_again():
+    made = layer()
+    made.dropout = 0.5
+    made(torch.randn(2, K))
+    made.dropout = 1.0
+    with pytest.raises(ValueError, match=r"p is 1.0; the dropout probability must be in \[0, 1\)"):
+        made(torch.randn(2, K))
+
+
+def test_gradients_by_torch_func_of_factors():
+    made, x = layer(), torch.randn(3, K)
+    values = {f"{name}.cats": getattr(made, name)["cats"].detach() for name in ("lilora_U", "lilora_V")}
+
+    def loss(values):
+        return torch.func.functional_call(made, values, (x,)).square().sum()
+
+    got = torch.func.grad(loss)(values)
+    made(x).square().sum().backward()
+    for path, grad in got.items():
+        torch.testing.assert_close(grad, made.get_parameter(path).grad)

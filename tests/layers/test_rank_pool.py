@@ -120,6 +120,17 @@ def test_inference_gathers_the_same_choice_once(monkeypatch):
         assert len(calls) == 2
 
 
+def test_rows_of_the_gate_are_checked_in_every_forward():
+    choice, rows = CHOICES["per sample"]()
+    layer = make_layer(lambda layer, x: (choice, rows)).eval()
+    x = torch.randn(SAMPLES * TOKENS, K, dtype=torch.float64)
+    with torch.no_grad():
+        layer(x)
+        rows = rows[:1]
+        with pytest.raises(ValueError, match=r"gate_row is \[1\]; it must be \[M\] with M = 12"):
+            layer(x)
+
+
 def test_put_owns_contiguous_memory_in_fp32_at_least():
     layer = RankPoolLinear(nn.Linear(K, N).bfloat16(), lambda *_: (None, None))
     a = torch.randn(1, K).expand(4, K)

@@ -1,6 +1,8 @@
 """`delta` and `linear` with the eager backend against an independent fp64 oracle, per output and per gradient."""
 
+import gc
 import itertools
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -508,6 +510,21 @@ def test_ids_that_the_host_knows_beside_a_device_give_the_same(ids, rank, monkey
         torch.testing.assert_close(grad, wanted[name])
 
 
+def test_rows_whose_layout_is_kept_need_no_garbage_collector():
+    i = make(rows=4, rank=16)
+    task = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
+    task.layouts = []
+    functional.delta(*adapter(i), **options(i) | {"task": task})
+    assert len(task.layouts) == 1
+    kept = weakref.ref(task)
+    gc.disable()
+    try:
+        del task
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
 def test_a_gradient_of_m_beyond_the_range_of_fp16_is_summed_in_fp32(monkeypatch):
     """As under a GradScaler; on a machine with fast products of 16 bits, for which nothing is widened beforehand."""
     monkeypatch.setattr(eager, "working_dtype", lambda x: x.dtype)
@@ -522,6 +539,29 @@ def test_a_gradient_of_m_beyond_the_range_of_fp16_is_summed_in_fp32(monkeypatch)
     grads = gradients(functional.delta(*adapter(half), **options(half)), half, ("u", "v"), dy.half())
     for name, grad in grads.items():
         torch.testing.assert_close(grad.float(), wanted[name], rtol=2**-7, atol=2**-7 * wanted[name].abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fusion", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("seen", [True, False], ids=["seen", "beside-a-device"])
+@pytest.mark.parametrize("rank", [2, 16], ids=["by-m", "by-factors"])
+def test_runs_of_equal_length_in_every_dtype(dtype, fusion, seen, rank, monkeypatch):
+    """Without widening beforehand, as on a GPU."""
+    monkeypatch.setattr(eager, "working_dtype", lambda x: x.dtype)
+    i = make(rows=6, rank=rank).with_(task=torch.tensor([2, 2, 2, 0, 0, 0], dtype=torch.int32))
+    wide = i.leaves()
+    got = i.to(dtype).with_(fusion=i.fusion.to(fusion)).leaves()
+    y = functional.delta(*adapter(wide), **options(wide))
+    dy = torch.randn_like(y)
+    wanted = gradients(y, wide, NAMES, dy)
+    if not seen:
+        got.task.layouts, got.task.on_host = [], got.task.clone()
+        monkeypatch.setattr(eager, "seen_by_host", lambda tensor: False)
+    y = functional.delta(*adapter(got), **options(got))
+    tolerance = 40 * torch.finfo(dtype).eps
+    for name, grad in gradients(y, got, NAMES, dy.to(dtype)).items():
+        want = wanted[name]
+        torch.testing.assert_close(grad.to(want.dtype), want, rtol=tolerance, atol=tolerance * want.abs().max().item())
 
 
 @pytest.mark.parametrize("op", ["delta", "linear"])

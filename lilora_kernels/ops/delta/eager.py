@@ -173,8 +173,8 @@ class Group(NamedTuple):
 class Layout(NamedTuple):
     """Which rows belong to which task.
 
-    order: the permutation that makes each task one run, None where it is so already; task: [M] in this order, None for one
-    task. runs: a Group for each task; groups: those of equal length joined. bare: rows without a task. stretches: the runs
+    order: the permutation that makes each task one run, None where it is so already; task: [M] in this order, None without
+    one. runs: a Group for each task; groups: those of equal length joined. bare: rows without a task. stretches: the runs
     before the permutation, by task, where they are so long that a product for each is cheaper than to permute [M, N].
     """
 
@@ -199,7 +199,7 @@ class Layout(NamedTuple):
     @property
     def one(self) -> bool:
         """Whether all rows belong to one task."""
-        return self is ONE_TASK or (len(self.runs) == 1 and self.runs[0].rows is None and self.is_seen)
+        return len(self.runs) == 1 and self.runs[0].rows is None and self.is_seen
 
     def composes(self, rows: Tensor, rank: int) -> bool:
         """Whether the rows [M, ...] are so many that forming every M_t costs less than two more factors for each of them.
@@ -226,7 +226,7 @@ def layout_of(adapter: AdapterArgs) -> Layout:
     on_host = task if seen_by_host(task) else getattr(task, "on_host", None)
     if on_host is None or is_captured(task):
         runs = [Group(t, mask=(task == t).unsqueeze(1)) for t in range(adapter.u.shape[0])]
-        return Layout(None, task, runs, runs)
+        return Layout(None, None, runs, runs)
     found = layout(on_host, adapter.u.shape[0], task.device)
     if kept is not None:
         kept.append(found)
@@ -252,8 +252,8 @@ def layout(task: Tensor, tasks: int, device: torch.device) -> Layout:
             raise ValueError(f"task has the id {t}; ids must be in 0..{tasks - 1}, or -1 for rows without an adapter")
     runs = [Group(t, None if len(found) == 1 else rows) for t, rows in found if t >= 0]
     bare = tuple(rows for t, rows in found if t < 0)
-    order = None if order is None else order.to(device)
-    return Layout(order, task.to(device), runs, joined(runs, device), bare, stretches)
+    order, task = (None, None) if order is None else (order.to(device), task.to(device))
+    return Layout(order, task, runs, joined(runs, device), bare, stretches)
 
 
 def seen_by_host(tensor: Tensor) -> bool:
@@ -314,10 +314,11 @@ def shares(adapter: AdapterArgs, layout: Layout, dtype: torch.dtype) -> tuple[fl
         f = like.new_ones(len(adapter.u), dtype=wide(like.dtype))
     else:
         f = torch.sigmoid(cast(like, wide(like.dtype)))
+    task = adapter.task if layout.order is None else layout.task
     if seen and not layout.bare:
-        f = f.index_select(0, layout.task)
+        f = f.index_select(0, task)
     else:
-        f = torch.cat([f, f.new_tensor([torch.nan, 0])])[layout.task.clamp(-2, len(f))]
+        f = torch.cat([f, f.new_tensor([torch.nan, 0])])[task.clamp(-2, len(f))]
     f = f.unsqueeze(1)
     return cast(f, dtype), cast(f if adapter.fusion is None else torch.rsub(f, 1), dtype)
 
@@ -359,7 +360,7 @@ def compose(adapter: AdapterArgs, run: Group, f: float | Tensor, e: float | Tens
     """M_t, [N, R] in fp32 at least."""
     dtype = wide(adapter.b0.dtype)
     b0, u, v = cast(adapter.b0, dtype), run.own(adapter.u, dtype), run.own(adapter.v, dtype)
-    return torch.addmm(b0, u, v, beta=f, alpha=e) if isinstance(f, float) else torch.lerp(u @ v, b0, f)
+    return torch.addmm(b0, u, v, beta=f, alpha=e) if isinstance(f, float) else torch.lerp(u @ v, b0, cast(f, dtype))
 
 
 def with_task(rows: Tensor, adapter: AdapterArgs) -> Tensor:
@@ -442,14 +443,15 @@ def dgate(dq: Tensor, h: Tensor, adapter: AdapterArgs) -> Tensor:
 def place(grads: dict[str, Tensor], name: str, group: Group, value: float | Tensor, like: Tensor) -> None:
     """Make `value` the gradient of a group's tasks in that of `like`; a task without rows keeps zeros."""
     if not isinstance(value, Tensor) and len(like) == 1:
-        grads[name] = torch.full_like(like, value, dtype=wide(like.dtype))
+        grads[name] = torch.full_like(like, value)
         return
     if isinstance(value, Tensor) and value.numel() == like.numel() and not isinstance(group.tasks, Tensor):
         grads[name] = value.view(like.shape)
         return
     if name not in grads:
-        grads[name] = torch.zeros_like(like, dtype=wide(like.dtype), memory_format=torch.contiguous_format)
-    grads[name][group.tasks] = value
+        grads[name] = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    # Indexing with a tensor does not cast.
+    grads[name][group.tasks] = cast(value, like.dtype) if isinstance(group.tasks, Tensor) else value
 
 
 def through_m(

@@ -210,7 +210,7 @@ def variant_once(
     arch: int, shared: int, entry: Entry, configuration: Configuration, launch: tuple[int, int], variant: dict
 ) -> str | None:
     """Compile one launch of another variant for sm_<arch>; why it does not fit `shared` bytes of shared memory, or None."""
-    from lilora_kernels.resources import compile_kernel
+    from tools.resources import compile_kernel
 
     try:
         needed = compile_kernel(entry.kernel, arch, configuration, *launch, **variant).shared
@@ -240,7 +240,7 @@ def changed_launches(entry: Entry, present: Configuration, found: Configuration)
 
 def variants() -> list[dict]:
     """Of the kernels, as arguments of compile_kernel: each needs more than what is timed."""
-    from lilora_kernels.resources import PAIR
+    from tools.resources import PAIR
 
     masters, ranks = {"masters": torch.float32}, {"rank": 256, "sub_rank": 128}
     return [masters, {"dtype": torch.float32}, {"absent": PAIR}, ranks, masters | ranks]
@@ -340,7 +340,7 @@ def solve(s: Operands, kernel: str) -> dict[str, Tensor]:
 
 def groups(entry: Entry) -> list[tuple[int | None, tuple[str, ...]]]:
     """Constants that are tuned together, each group with the phase whose time decides, or None for that of all."""
-    from lilora_kernels.resources import READ
+    from tools.resources import READ
 
     shared = SHARED[entry.kernel]
     own = {

@@ -280,7 +280,7 @@ inline int current_device() {
   return device;
 }
 
-// What `ask(key)` says, asked once for each key: the runtime takes longer than a look into a table.
+// What `ask()` says for `key`, asked once for each: the runtime takes longer than a look into a table.
 template <typename Key, typename Ask>
 int asked_once(std::map<Key, int>& known, const Key& key, Ask ask) {
   static std::mutex mutex;

@@ -60,7 +60,8 @@ class BatchContext:
         resolve = self.vision_rows if vision else self.text_rows
         if torch.compiler.is_compiling():
             return resolve(x, of).to(x.device)
-        key = id(of), vision, x.device, *x.shape[:-1]
+        # Tensors made in inference mode could not be saved for a later backward.
+        key = torch.is_inference_mode_enabled(), id(of), vision, x.device, *x.shape[:-1]
         if key not in self._rows:
             rows = resolve(x, of).to(x.device)
             on_host = of if of.is_cpu else getattr(of, "on_host", None)
@@ -138,7 +139,7 @@ class BatchContext:
         """
         if torch.compiler.is_compiling():
             return self._choose(trains, training, None)  # a graph must not depend on the values of ids
-        key = trains, training, self.tasks.changes
+        key = torch.is_inference_mode_enabled(), trains, training, self.tasks.changes
         if key not in self._chosen:
             self.require_known()
             self._chosen[key] = self._choose(trains, training, self.ids)
@@ -175,7 +176,7 @@ class BatchContext:
         """The position [B] of each sample's task in the layers of a frozen model, -1 for none."""
         if torch.compiler.is_compiling():
             return self.tasks.slots(self.task)
-        if (key := ("slots", self.tasks.changes)) not in self._chosen:
+        if (key := (torch.is_inference_mode_enabled(), "slots", self.tasks.changes)) not in self._chosen:
             self.require_known()
             self._chosen[key] = self.tasks.slots(self.task)
         return self._chosen[key]

@@ -23,7 +23,8 @@ def route(
     """Run the forwards inside with these tasks: one name, id or -1 per sample.
 
     It holds in the thread or asyncio task that entered it; a forward of another one without task ids raises meanwhile.
-    (Compiled code can tell threads apart, not asyncio tasks: pass it task_ids.) `units`, the image tokens (or tiles) of
+    (Compiled code can tell threads apart, not asyncio tasks: pass it task_ids.) Ids are read when it is entered; what is
+    written into their tensor afterwards is not seen. `units`, the image tokens (or tiles) of
     each sample, is needed only where adapted layers see packed images and the model gets no input_ids. Raises ValueError
     or TypeError for ids that are unknown or of the wrong length or dtype.
     """

@@ -206,6 +206,18 @@ def test_ids_given_inside_a_route_count(model):
         close(logits(model, more, task_ids=NAMES[:3]), wanted)
 
 
+def test_a_route_serves_inference_mode_and_then_a_backward():
+    model = tiny_llava()
+    layer = layers_of(model)[-1]
+    x = torch.randn(2, 3, layer.in_features)
+    with route(model, ["where", "read"]):
+        with torch.inference_mode():
+            layer(x)
+        x.requires_grad_()
+        layer(x).sum().backward()
+    assert x.grad is not None
+
+
 def test_generation_sees_shared_factors_that_a_loader_replaced():
     model, inputs = tiny_llava(), batch([1, 1])
     options = {"task_ids": ["where", "read"], "max_new_tokens": 3, "do_sample": False}

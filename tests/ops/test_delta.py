@@ -488,6 +488,15 @@ def test_the_path_for_other_devices_gives_the_same(coefficients, monkeypatch):
         torch.testing.assert_close(grad, wanted[name])
 
 
+def test_a_row_of_no_task_that_the_host_does_not_see_leaves_the_tasks_gradients_alone(monkeypatch):
+    monkeypatch.setattr(eager, "seen_by_host", lambda tensor: False)
+    i = make(rows=4, tasks=2).with_(task=torch.tensor([0, 7, 1, 0], dtype=torch.int32)).leaves()
+    y = functional.delta(*adapter(i), **options(i))
+    assert y[1].isnan().all()
+    grads = gradients(y, i, ("u", "v"), torch.randn_like(y))
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
 @pytest.mark.parametrize("ids", [[0, 2, 2, 1], [1, 1, -1, 0], [2, 0, 2, -1]], ids=str)
 @pytest.mark.parametrize("rank", [2, 16], ids=["by-m", "by-factors"])
 def test_ids_that_the_host_knows_beside_a_device_give_the_same(ids, rank, monkeypatch):

@@ -161,7 +161,7 @@ class Group(NamedTuple):
         return tensor if self.count == 1 else tensor.view(self.count, -1, tensor.shape[1])
 
     def masked(self, rows: Tensor) -> Tensor:
-        return rows if self.mask is None else rows * self.mask
+        return rows if self.mask is None else torch.where(self.mask, rows, 0)  # NaN of other rows too
 
     def own(self, factor: Tensor, dtype: torch.dtype) -> Tensor:
         """Of u or v [T, n, m] that of its task, [n, m], of several tasks [count, n, m]."""
@@ -511,12 +511,14 @@ def through_factors(
         u, v, rows = group.own(adapter.u, dy.dtype), group.own(adapter.v, dy.dtype), group.of(dy)
         if wants_dq or "v" in needs or "fusion" in needs:
             dz = group.masked(times(rows, u))  # without s e
+        if not needs.isdisjoint(("u", "v", "fusion")):
+            own_q = group.masked(group.of(q_e))
         if "u" in needs or "fusion" in needs:
-            z = times(group.masked(group.of(q_e)), v.mT)
+            z = times(own_q, v.mT)
         if "u" in needs:
             place(grads, "u", group, product(rows.mT, z, alpha), adapter.u)
         if "v" in needs:
-            place(grads, "v", group, product(dz.mT, group.of(q_e), alpha), adapter.v)
+            place(grads, "v", group, product(dz.mT, own_q, alpha), adapter.v)
         if "fusion" in needs:
             if isinstance(f, float):
                 slope = e * dot(dq, q) - alpha * f * dot(dz, z)

@@ -208,6 +208,7 @@ def test_ids_given_inside_a_route_count(model):
 
 def test_a_route_serves_inference_mode_and_then_a_backward():
     model = tiny_llava()
+    set_task(model, "read", train=False)
     layer = layers_of(model)[-1]
     x = torch.randn(2, 3, layer.in_features)
     with route(model, ["where", "read"]):

@@ -1,7 +1,10 @@
 import gc
 import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))  # bench and tools; behind the packages that are installed
 
 
 @pytest.fixture(autouse=True, scope="module")

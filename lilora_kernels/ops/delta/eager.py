@@ -94,7 +94,7 @@ def dropout_mask(rows: int, columns: int, dtype: torch.dtype, adapter: AdapterAr
     generator = torch.Generator().manual_seed(int(adapter.seed))
     words = torch.empty((rows * columns + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     draws = words.view(torch.int16)[: rows * columns].view(rows, columns)
-    return torch.ge(draws, threshold(adapter.p) - 32768, out=torch.empty(rows, columns, dtype=dtype))
+    return (draws >= threshold(adapter.p) - 32768).to(dtype)
 
 
 def shrink(x: Tensor, adapter: AdapterArgs) -> Tensor:

@@ -4,7 +4,8 @@ Microseconds of CPU time of one small linear (64 -> 64, R 16, S 8), where Python
 see: that of a call of a model of eight, divided by eight, for a model of ours settles its batch once for all layers. Thread
 time, the minimum over blocks of calls, all implementations alternating in one process. Of ours with the eager backend on a
 CPU, and with the backends named whose launches then cost nothing (host_stub.py). With --int8 the bases are torchao's. With
---callgrind thousands of instructions instead, counted by valgrind in minutes. With --out, host.json and host.png go there.
+--callgrind thousands of instructions instead, counted by valgrind in minutes. A generation's time, all that the model does in it
+included, is divided by its adapted linears and tokens. With --out, host.json and host.png go there.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from .environment import environment
 WIDTH, R, S = 64, 16, 8
 LAYERS = 8
 CALLS, BLOCKS = 10, 60
+TARGETS = ["gate_proj", "up_proj", "down_proj"]
+GENERATED, TOKENS, GENERATIONS = 96, 12, 6  # adapted linears, new tokens and repetitions of a generation
 TASKS = (1, 8, 64, 512)
 DELETED = 1000
 
@@ -89,6 +92,10 @@ def step_of(model: nn.Module, x: Tensor, dy: Tensor, **options) -> Callable[[], 
     return lambda: torch.autograd.grad(model(x, **options), inputs, dy)
 
 
+def count(tasks: int) -> str:
+    return f"{tasks} task{'s' * (tasks > 1)}"
+
+
 def situations() -> dict[str, dict[str, Callable[[], object]]]:
     """For each situation the implementations by name."""
     one, batch = torch.randn(1, 1, WIDTH), torch.randn(8, 1, WIDTH)
@@ -100,13 +107,13 @@ def situations() -> dict[str, dict[str, Callable[[], object]]]:
         return torch.tensor([first + t % tasks for t in range(len(batch))], dtype=torch.int32)
 
     linear, lora, learner, lora_learner = bases(), peft_lora(), ours().train(), peft_lora().train()
-    mixed = {f"ours, {t} tasks": forward_of(ours(t).eval(), batch, task_ids=ids(t)) for t in TASKS}
+    mixed = {f"ours, {count(t)}": forward_of(ours(t).eval(), batch, task_ids=ids(t)) for t in TASKS}
     after = forward_of(ours(8, DELETED).eval(), batch, task_ids=ids(8, DELETED))
     served = {}
     for t in TASKS:
         model = ours(t).eval()
         freeze(model)
-        served[f"ours, {t} tasks"] = forward_of(model, batch, task_ids=ids(t))
+        served[f"ours, {count(t)}"] = forward_of(model, batch, task_ids=ids(t))
     both = ours(8).train()
     set_task(both, *(f"t{t}" for t in range(8)))
 
@@ -149,7 +156,58 @@ def situations() -> dict[str, dict[str, Callable[[], object]]]:
     }
 
 
-def measure(runs: dict[tuple[str, str], Callable[[], object]], calls: int, blocks: int) -> dict[tuple[str, str], float]:
+def generations() -> dict[str, dict[str, Callable[[], object]]]:
+    """Greedy decoding by a Llama of 96 adapted linears, as narrow as the others here: one prompt, and eight of eight tasks."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=GENERATED // len(TARGETS), num_attention_heads=2,
+        vocab_size=128, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+
+    def llama() -> nn.Module:
+        return transformers.LlamaForCausalLM(config).requires_grad_(False).eval()
+
+    def with_lora(tasks: int) -> nn.Module:
+        lora = peft.LoraConfig(r=R, target_modules=TARGETS)
+        model = peft.get_peft_model(llama(), lora, adapter_name="t0")
+        for t in range(1, tasks):
+            model.add_adapter(f"t{t}", lora)
+        return model.eval()
+
+    def with_ours(tasks: int) -> nn.Module:
+        model = llama()
+        for block in model.model.layers:
+            for name in TARGETS:
+                layer = LiLoRALinear(getattr(block.mlp, name), r=R, sub_rank=S, dropout=0.0)
+                setattr(block.mlp, name, layer)
+                for t in range(tasks):
+                    layer.add_task(f"t{t}")
+        attach(model)
+        freeze(model)
+        return model.eval()
+
+    def run(model: nn.Module, samples: int, **options) -> Callable[[], object]:
+        prompt = torch.randint(1, 128, (samples, 8))
+        return lambda: model.generate(input_ids=prompt, max_new_tokens=TOKENS, do_sample=False, **options)
+
+    names = [f"t{t}" for t in range(8)]
+    return {
+        "generate, one task": {
+            "no adapter": run(llama(), 1),
+            "PEFT LoRA": run(with_lora(1), 1),
+            "ours": run(with_ours(1), 1),
+        },
+        "generate, 8 samples of 8 tasks": {
+            "PEFT LoRA, adapter_names of 8": run(with_lora(8), 8, adapter_names=names),
+            "ours": run(with_ours(8), 8, task_ids=names),
+        },
+    }
+
+
+def measure(
+    runs: dict[tuple[str, str], Callable[[], object]], calls: int, blocks: int, layers: int = LAYERS
+) -> dict[tuple[str, str], float]:
     """Microseconds of this thread for a layer in a call of each, the least over the blocks."""
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(blocks):
@@ -157,7 +215,7 @@ def measure(runs: dict[tuple[str, str], Callable[[], object]], calls: int, block
             start = time.thread_time_ns()
             for _ in range(calls):
                 run()
-            best[name] = min(best[name], (time.thread_time_ns() - start) / calls / LAYERS / 1e3)
+            best[name] = min(best[name], (time.thread_time_ns() - start) / calls / layers / 1e3)
     return best
 
 
@@ -169,6 +227,8 @@ def rows(backends: list[str], calls: int = CALLS, blocks: int = BLOCKS, unit: st
     with backend("eager"):
         if unit == "us":
             found = measure(runs, calls, blocks)
+            decoding = {(s, n): run for s, of in generations().items() for n, run in of.items()}
+            found |= measure(decoding, 1, GENERATIONS, GENERATED * TOKENS)
         else:
             found = {name: count / LAYERS for name, count in callgrind.instructions(runs).items()}
     base = {s: cost for (s, n), cost in found.items() if n.startswith("PEFT LoRA")}

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import eager as composed
+from lilora_kernels.ops.delta import task_rows
 from lilora_kernels.ops.linear import eager as linear
 from lilora_kernels.ops.schema import AdapterArgs
 from tools import traffic
@@ -60,7 +60,7 @@ def of_composed(problem: Problem) -> dict[str, tuple[int, int]]:
         problem.tasks,
     )
     ids = torch.arange(m, dtype=torch.int32) * tasks // m
-    layout = composed.layout(ids, tasks, ids.device)
+    layout = task_rows.layout(ids, tasks, ids.device)
     found = {}
 
     def made(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:

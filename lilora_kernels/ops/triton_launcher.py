@@ -28,7 +28,7 @@ class Launch(dict):
         self.kernel = kernel
         self.options = {} if runtime.INTERPRETED else {"launch_cooperative_grid": cooperative}
         self.programs = self.pop("PROGRAMS", 1)  # of a cooperative launch, for each processor
-        self.values = [self[name] for name in kernel.arg_names if name in self]
+        self.in_order = [self[name] for name in kernel.arg_names if name in self]
         self.bound: dict[tuple, tuple] = {}
         self.integers: list[tuple[int, bool]] | None = None
 
@@ -68,7 +68,7 @@ def launch(made: Launch, grid: tuple[int, int, int], tensors: tuple, numbers: tu
         return
     run, function, metadata = bound
     stream = torch._C._cuda_getCurrentRawStream(device)
-    run(*grid, stream, function, metadata, None, None, None, *pointers, *numbers, *made.values)
+    run(*grid, stream, function, metadata, None, None, None, *pointers, *numbers, *made.in_order)
 
 
 def observed(kernel) -> bool:

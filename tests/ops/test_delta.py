@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 import lilora_kernels
 from lilora_kernels import backends, functional, rank_gate
-from lilora_kernels.ops.delta import eager, reference
+from lilora_kernels.ops.delta import eager, reference, task_rows
 from lilora_kernels.ops.philox import keep_scale
 from lilora_kernels.ops.schema import AdapterArgs
 
@@ -481,7 +481,7 @@ def test_the_path_for_other_devices_gives_the_same(coefficients, monkeypatch):
     want = functional.delta(*adapter(grouped), **options(grouped))
     dy = torch.randn_like(want)
     wanted = gradients(want, grouped, NAMES, dy)
-    monkeypatch.setattr(eager, "seen_by_host", lambda tensor: False)
+    monkeypatch.setattr(task_rows, "seen_by_host", lambda tensor: False)
     got = functional.delta(*adapter(all_rows), **options(all_rows))
     torch.testing.assert_close(got, want)
     for name, grad in gradients(got, all_rows, NAMES, dy).items():
@@ -489,7 +489,7 @@ def test_the_path_for_other_devices_gives_the_same(coefficients, monkeypatch):
 
 
 def test_a_row_of_no_task_that_the_host_does_not_see_leaves_the_tasks_gradients_alone(monkeypatch):
-    monkeypatch.setattr(eager, "seen_by_host", lambda tensor: False)
+    monkeypatch.setattr(task_rows, "seen_by_host", lambda tensor: False)
     i = make(rows=4, tasks=2).with_(task=torch.tensor([0, 7, 1, 0], dtype=torch.int32)).leaves()
     y = functional.delta(*adapter(i), **options(i))
     assert y[1].isnan().all()
@@ -507,9 +507,11 @@ def test_ids_that_the_host_knows_beside_a_device_give_the_same(ids, rank, monkey
     dy = torch.randn_like(want)
     wanted = gradients(want, one, NAMES, dy)
     other.task.layouts, other.task.on_host = [], other.task.clone()
-    monkeypatch.setattr(eager, "seen_by_host", lambda tensor: False)
+    monkeypatch.setattr(task_rows, "seen_by_host", lambda tensor: False)
     found = []
-    monkeypatch.setattr(eager, "layout", lambda *args, make=eager.layout: found.append(make(*args)) or found[-1])
+    monkeypatch.setattr(
+        task_rows, "layout", lambda *args, make=task_rows.layout: found.append(make(*args)) or found[-1]
+    )
     got = functional.delta(*adapter(other), **options(other))
     grads = gradients(got, other, NAMES, dy)
     assert len(found) == 1
@@ -565,7 +567,7 @@ def test_runs_of_equal_length_in_every_dtype(dtype, fusion, seen, rank, monkeypa
     wanted = gradients(y, wide, NAMES, dy)
     if not seen:
         got.task.layouts, got.task.on_host = [], got.task.clone()
-        monkeypatch.setattr(eager, "seen_by_host", lambda tensor: False)
+        monkeypatch.setattr(task_rows, "seen_by_host", lambda tensor: False)
     y = functional.delta(*adapter(got), **options(got))
     tolerance = 40 * torch.finfo(dtype).eps
     for name, grad in gradients(y, got, NAMES, dy.to(dtype)).items():

@@ -6,18 +6,15 @@ other (about (N + R) S a row).
 
 from collections.abc import Callable
 from functools import cache, wraps
-from itertools import accumulate
 from math import exp
-from operator import itemgetter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..philox import keep_mask, keep_scale, threshold
 from ..schema import AdapterArgs
-
-LONG_RUN = 32  # mean rows per run of equal ids from which a product per run is cheaper than permuting [M, N]
+from . import task_rows
+from .task_rows import Group, Layout
 
 
 def in_given_dtypes(function: Callable) -> Callable:
@@ -144,148 +141,6 @@ def da(dh: Tensor, dropped_x: Tensor, adapter: AdapterArgs) -> Tensor:
 # --- the second factor, per task -----------------------------------------------------------------------------------
 
 
-class Group(NamedTuple):
-    """Rows of one task, or of several whose runs of rows are equally long and lie one behind the other.
-
-    Where the host would have to wait for a device to see ids: all rows, and a mask [M, 1].
-    """
-
-    tasks: int | slice | Tensor
-    rows: slice | None = None  # None for all
-    count: int = 1  # of tasks
-    mask: Tensor | None = None
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Its rows of a tensor [M, n]: [m, n], of several tasks [count, m, n]."""
-        tensor = tensor if self.rows is None else tensor[self.rows]
-        return tensor if self.count == 1 else tensor.view(self.count, -1, tensor.shape[1])
-
-    def masked(self, rows: Tensor) -> Tensor:
-        return rows if self.mask is None else torch.where(self.mask, rows, 0)  # NaN of other rows too
-
-    def own(self, factor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of u or v [T, n, m] that of its task, [n, m], of several tasks [count, n, m]."""
-        if factor.dim() == 3:
-            factor = factor.index_select(0, self.tasks) if isinstance(self.tasks, Tensor) else factor[self.tasks]
-        return cast(factor, dtype)
-
-
-class Layout(NamedTuple):
-    """Which rows belong to which task.
-
-    order: the permutation that makes each task one run, None where it is so already; task: [M] in this order, None without
-    one. runs: a Group for each task; groups: those of equal length joined. bare: rows without a task. stretches: the runs
-    before the permutation, by task, where they are so long that a product for each is cheaper than to permute [M, N].
-    """
-
-    order: Tensor | None
-    task: Tensor | None
-    runs: list[Group]
-    groups: list[Group]
-    bare: tuple[slice, ...] = ()
-    stretches: list[Group] | None = None
-
-    def ordered(self, tensor: Tensor | None) -> Tensor | None:
-        return tensor if self.order is None or tensor is None else tensor[self.order]
-
-    def restored(self, tensor: Tensor) -> Tensor:
-        return tensor if self.order is None else torch.empty_like(tensor).index_copy_(0, self.order, tensor)
-
-    @property
-    def is_seen(self) -> bool:
-        """Whether the host knows it."""
-        return not self.runs or self.runs[0].mask is None
-
-    @property
-    def one(self) -> bool:
-        """Whether all rows belong to one task."""
-        return len(self.runs) == 1 and self.runs[0].rows is None and self.is_seen
-
-    def composes(self, rows: Tensor, rank: int) -> bool:
-        """Whether the rows [M, ...] are so many that forming every M_t costs less than two more factors for each of them.
-
-        In bytes: U_t costs another pass over y or dy, 2 N a row. M_t on a CPU, where f and e are numbers, is read and written
-        once, 2 N R; elsewhere and in 16 bits it is made in fp32 and rounded, about 14 N R forward and 50 N R backward
-        (`python -m bench.plans` counts both ways).
-        """
-        per_task = rank if rows.is_cpu else 16 * rank
-        return len(rows) >= per_task * len(self.runs) and self.is_seen
-
-
-ONE_TASK = Layout(None, None, [Group(0)], [Group(0)])
-
-
-def layout_of(adapter: AdapterArgs) -> Layout:
-    """Raises ValueError for ids of no task; where the host does not see them their rows become NaN (see `shares`)."""
-    task = adapter.task
-    if task is None:
-        return ONE_TASK
-    kept = getattr(task, "layouts", None)  # of a BatchContext, whose rows do not change
-    if kept and not is_captured(task):
-        return kept[0]
-    on_host = task if seen_by_host(task) else getattr(task, "on_host", None)
-    if on_host is None or is_captured(task):
-        runs = [Group(t, mask=(task == t).unsqueeze(1)) for t in range(adapter.u.shape[0])]
-        return Layout(None, None, runs, runs)
-    found = layout(on_host, adapter.u.shape[0], task.device)
-    if kept is not None:
-        kept.append(found)
-    return found
-
-
-def is_captured(task: Tensor) -> bool:
-    """Whether a CUDA graph records the call, which will be run again with other ids."""
-    return task.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def layout(task: Tensor, tasks: int, device: torch.device) -> Layout:
-    """That of the rows' tasks, [M] on the host; its tensors lie on `device`."""
-    order, stretches, found = None, None, runs_of(task)
-    if len({t for t, _ in found}) < len(found):
-        if len(task) >= LONG_RUN * len(found):
-            stretches = [Group(t, rows) for t, rows in sorted(found, key=itemgetter(0)) if t >= 0]
-        order = torch.argsort(task, stable=True)
-        task = task[order]
-        found = runs_of(task)
-    for t, _ in found:
-        if not -1 <= t < tasks:
-            raise ValueError(f"task has the id {t}; ids must be in 0..{tasks - 1}, or -1 for rows without an adapter")
-    runs = [Group(t, None if len(found) == 1 else rows) for t, rows in found if t >= 0]
-    bare = tuple(rows for t, rows in found if t < 0)
-    order, task = (None, None) if order is None else (order.to(device), task.to(device))
-    return Layout(order, task, runs, joined(runs, device), bare, stretches)
-
-
-def seen_by_host(tensor: Tensor) -> bool:
-    """Whether its values can be read without waiting for a device."""
-    return tensor.is_cpu
-
-
-def runs_of(task: Tensor) -> list[tuple[int, slice]]:
-    ids, counts = torch.unique_consecutive(task, return_counts=True)
-    lengths = counts.tolist()
-    return [(t, slice(end - n, end)) for t, n, end in zip(ids.tolist(), lengths, accumulate(lengths), strict=True)]
-
-
-def joined(runs: list[Group], device: torch.device) -> list[Group]:
-    """Neighbours of equal length in one group."""
-    groups = []
-    for run in runs:
-        last = groups[-1][-1].rows if groups else None
-        if last is not None and run.rows == slice(last.stop, 2 * last.stop - last.start):
-            groups[-1].append(run)
-        else:
-            groups.append([run])
-    return [group[0] if len(group) == 1 else side_by_side(group, device) for group in groups]
-
-
-def side_by_side(runs: list[Group], device: torch.device) -> Group:
-    tasks, rows = [run.tasks for run in runs], slice(runs[0].rows.start, runs[-1].rows.stop)
-    together = slice(tasks[0], tasks[-1] + 1)  # indexes without a copy
-    neighbours = tasks == list(range(together.start, together.stop))
-    return Group(together if neighbours else torch.tensor(tasks, device=device), rows, len(runs))
-
-
 def sigmoid(t: float) -> float:
     return 1 / (1 + exp(-t)) if t >= 0 else exp(t) / (1 + exp(t))
 
@@ -295,7 +150,7 @@ def share(adapter: AdapterArgs, t: int) -> tuple[float, float] | tuple[Tensor, T
     if adapter.fusion is None:
         return 1.0, 1.0
     own = adapter.fusion if adapter.fusion.numel() == 1 else adapter.fusion[t]
-    f = sigmoid(own.item()) if seen_by_host(own) else torch.sigmoid(cast(own, wide(own.dtype))).view(1, 1)
+    f = sigmoid(own.item()) if task_rows.seen_by_host(own) else torch.sigmoid(cast(own, wide(own.dtype))).view(1, 1)
     return f, 1 - f
 
 
@@ -373,7 +228,7 @@ def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None) -> Tensor:
     s = adapter.scaling
     if adapter.u is None:
         return product(with_task(q, adapter), cast(adapter.b0, q.dtype).T, s, bias)
-    layout = layout_of(adapter)
+    layout = task_rows.layout_of(adapter)
     if layout.composes(q, adapter.a.shape[0]):
         return expand_by_m(q, adapter, layout, bias)
     q = layout.ordered(q)
@@ -410,7 +265,7 @@ def backward_up(
     if adapter.u is None:
         grads, dq = plain_backward(dy, q, adapter, needs, wants_dq)
     else:
-        layout = layout_of(adapter)
+        layout = task_rows.layout_of(adapter)
         through = through_m if layout.composes(dy, adapter.a.shape[0]) else through_factors
         grads, dq = through(layout.ordered(dy), layout.ordered(q), adapter, layout, needs, wants_dq)
         for name in needs & {"b0", "u", "v", "fusion"} - grads.keys():  # no row has a task
@@ -489,7 +344,7 @@ def dot(left: Tensor, right: Tensor) -> float | Tensor:
     """<left, right> in fp32 at least: a number on a CPU, elsewhere a tensor []."""
     dtype = wide(left.dtype)
     found = (cast(left, dtype) * cast(right, dtype)).sum()
-    return found.item() if seen_by_host(found) else found
+    return found.item() if task_rows.seen_by_host(found) else found
 
 
 def through_factors(

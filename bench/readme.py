@@ -175,8 +175,9 @@ def host() -> str:
         "A linear of 64 x 64 with r 16, sub-rank 8, in a model of eight: what Python and dispatch cost, whatever the size. "
         "ours: the eager backend; triton: its launches cost nothing here. Eight rows of a model that has 1, 8, 64 and 512 "
         f"tasks, and 8 after 1000 were deleted: {mixed}; frozen, of 1, 8, 64 and 512: {frozen}. "
-        "A generation's time is divided by its 96 adapted linears and its tokens, all else that it does included. From `bench/results/host/host.json`, written by "
-        f"`python -m bench.host --out bench/results/host` on {environment['device']} (load {environment['load']}) with torch "
+        "A generation's time is divided by its 96 adapted linears and its tokens, all else that it does included. "
+        "From `bench/results/host/host.json`, written by `python -m bench.host --out bench/results/host` on "
+        f"{environment['device']} (load {environment['load']}) with torch "
         f"{environment['torch']}.",
         "",
         "![host](bench/results/host/host.png)",

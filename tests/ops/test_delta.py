@@ -589,6 +589,8 @@ def test_one_task_needs_no_dimension_of_tasks(op, rows):
 
     (want, wanted), (got, grads) = run(i), run(flat)
     torch.testing.assert_close(got, want)
+    exact = oracle(i, SCALING) + (F.linear(i.x, *base(i)) if op == "linear" else 0)
+    torch.testing.assert_close(got, exact)
     for name, grad in grads.items():
         assert grad.shape == getattr(flat, name).shape
         torch.testing.assert_close(grad.reshape(wanted[name].shape), wanted[name])

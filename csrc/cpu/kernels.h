@@ -81,7 +81,7 @@ TARGET static void add_tile(const float* x, int64_t x_stride, const T* w, int64_
   int64_t k = 0;
   for (; k + LANES <= length; k += LANES) {
     for (int n = 0; n < N; ++n) {
-      __builtin_prefetch(w + n * w_stride + k + kAhead);
+      __builtin_prefetch(w + (n + N) * w_stride + k, 0, 2);  // the next item's, into the second cache
       column[n] = widened(w + n * w_stride + k);
     }
     add(s, x + k, x_stride, column);

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t kMostRows = 32;
 constexpr int64_t kBlock = 512;         // elements of a row worked on together
-constexpr int64_t kAhead = 256;         // elements of a row asked for ahead
 constexpr int64_t kProducts = 1 << 15;  // multiplications that are worth a thread
 
 enum Type : int64_t { kFloat, kBfloat16, kHalf };

@@ -1,6 +1,6 @@
 """Builds the distribution: two import packages, `lilora_kernels` (torch only) and `lilora` (transformers and peft).
 
-LILORA_CUDA=1 adds the CUDA kernels of csrc; without it nothing is compiled.
+The CPU kernels of csrc/cpu are compiled where there is a C++ compiler, unless LILORA_CPU=0. LILORA_CUDA=1 adds the CUDA kernels.
 """
 
 import os
@@ -20,19 +20,34 @@ if int(setuptools_version.split(".")[0]) < 77:
         f"lilora-kernels: setuptools is {setuptools_version}; 77 or newer is needed: pip install -U setuptools"
     )
 
-cuda = {}
-wanted = os.environ.get("LILORA_CUDA") or "0"
-if wanted not in ("0", "1"):
-    raise SystemExit(f"lilora-kernels: LILORA_CUDA is {wanted!r}; it must be 1 for a GPU build, or 0")
-if wanted == "1":
-    sys.path.insert(0, str(ROOT / "csrc"))
+
+def wanted(variable: str, default: str, meaning: str) -> bool:
+    value = os.environ.get(variable) or default
+    if value not in ("0", "1"):
+        raise SystemExit(f"lilora-kernels: {variable} is {value!r}; it must be 1 for {meaning}, or 0")
+    return value == "1"
+
+
+sys.path.insert(0, str(ROOT / "csrc"))
+native = {"ext_modules": [], "cmdclass": {}}
+if wanted("LILORA_CPU", "1", "the CPU kernels"):
+    import cpu_build
+
+    native = {
+        "ext_modules": [cpu_build.EXTENSION],
+        "cmdclass": {"build_ext": cpu_build.BuildExt, "bdist_wheel": cpu_build.BdistWheel},
+    }
+if wanted("LILORA_CUDA", "0", "a GPU build"):
     import cuda_build
 
-    cuda = {"ext_modules": cuda_build.EXTENSIONS, "cmdclass": {"build_ext": cuda_build.BuildExt}}
+    native = {
+        "ext_modules": [*native["ext_modules"], *cuda_build.EXTENSIONS],
+        "cmdclass": {"build_ext": cuda_build.BuildExt},
+    }
 
 setup(
     version=VERSION,
     packages=find_packages(include=["lilora_kernels*"]) + find_packages("python"),
     package_data={"lilora_kernels": ["configs/*.json"], "lilora": ["**/*.html", "**/*.json"]},
-    **cuda,
+    **native,
 )

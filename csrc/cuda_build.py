@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+import cpu_build
 from setuptools import Extension
-from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path("build/cuda")
@@ -33,24 +33,18 @@ FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden"
 TORCH_DEFINES = ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
 
 
-class BuildExt(build_ext):
+class BuildExt(cpu_build.BuildExt):
     """`build_ext` that makes both files with ninja and puts them where setuptools wants them."""
 
     def build_extensions(self) -> None:
         files = build()
         for extension in self.extensions:
+            if extension.name not in files:
+                self.build_extension(extension)
+                continue
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(files[extension.name], target)
-
-    def copy_extensions_to_source(self) -> None:
-        (ROOT / "lilora_kernels/lib").mkdir(exist_ok=True)
-        super().copy_extensions_to_source()
-
-    def get_ext_filename(self, fullname: str) -> str:
-        # The library of operations has no Python symbols, so no Python version in its name. Also called with the last part alone.
-        library = LIBRARY.endswith(fullname)
-        return fullname.replace(".", "/") + ".so" if library else super().get_ext_filename(fullname)
 
 
 def build() -> dict[str, Path]:

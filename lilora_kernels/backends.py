@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ORDER = ("cuda", "triton", "eager")
+ORDER = ("cuda", "triton", "cpu", "eager")
 PLANS = ("composed", "one_launch", "by_phase", "decode", "fused")
 COMPOSED = {"composed": "for all rows"}  # library products around what is ours
 CHOICES = {"backend": ORDER, "plan": PLANS}

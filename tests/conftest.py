@@ -23,6 +23,14 @@ def _seeded():
 
 
 @pytest.fixture
+def no_cpu_kernels(monkeypatch):
+    """As in an installation without them: eager is the first backend on a CPU."""
+    from lilora_kernels import cpu_library
+
+    monkeypatch.setattr(cpu_library, "load", lambda: cpu_library.NO_BUILD)
+
+
+@pytest.fixture
 def lilora(monkeypatch, capsys):
     """Run the command in this process: (exit code, standard output, standard error)."""
     from lilora import cli

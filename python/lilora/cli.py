@@ -342,7 +342,7 @@ def info(as_json: Json = False) -> None:
 
     from lilora_kernels.backends import refusals
 
-    facts: dict[str, Any] = {**environment(), **cuda_build(), "backends": {}}
+    facts: dict[str, Any] = {**environment(), "cpu build": cpu_build(), **cuda_build(), "backends": {}}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for op in ("delta", "linear", "delta_pair", "rank_gate"):
         facts["backends"][op] = {
@@ -636,6 +636,14 @@ def environment() -> dict[str, str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores"
     packages = ("lilora-kernels", "torch", "triton", "transformers", "peft", "accelerate")
     return {"python": platform.python_version(), **{name: installed(name) for name in packages}, "device": device}
+
+
+def cpu_build() -> str:
+    """The instructions that the CPU kernels use here, or why they are missing."""
+    from lilora_kernels.cpu_library import INSTRUCTIONS, load
+
+    kernels = load()
+    return kernels if isinstance(kernels, str) else f"loaded, {INSTRUCTIONS[kernels.instructions - 1]}"
 
 
 def cuda_build() -> dict[str, Any]:

@@ -162,7 +162,7 @@ def test_a_plan_that_a_backend_registers_later_is_measured_without_being_named(m
         for plan in plans if len(plans) > 1 else ():
             assert f"ours_{name}_{plan}" in gpu_stages.TRAINING
             assert f"ours_{name}_{plan}" in gpu_stages.DECODING
-    assert {name for name, plans in backends.plans("linear").items() if len(plans) > 1} == {"cuda", "triton"}
+    assert {name for name, plans in backends.plans("linear").items() if len(plans) > 1} == {"cuda", "triton", "cpu"}
 
 
 def test_a_plan_that_cannot_run_is_unavailable_with_its_reason():

@@ -143,6 +143,7 @@ def test_bank_ls_and_info_and_params(finished, lilora):
     facts = json.loads(out)
     assert facts["torch"] == torch.__version__
     assert facts["backends"]["linear"]["eager"] == "available"
+    assert (facts["backends"]["linear"]["cpu"] == "available") == facts["cpu build"].startswith("loaded, ")
     code, out, _ = lilora("params", "--json")
     assert code == 0
     assert json.loads(out)["per_task"] == 54_804_578

@@ -377,7 +377,7 @@ def test_a_base_that_trains_gets_its_gradients():
     close(made.base_layer.bias.grad, torch.full((N,), 3.0))
 
 
-def test_explain_names_the_plan_of_every_layer():
+def test_explain_names_the_plan_of_every_layer(no_cpu_kernels):
     hooked = layer()
     hooked.base_layer.register_forward_pre_hook(lambda module, inputs: None)
     text = lilora_kernels.explain(
@@ -394,6 +394,7 @@ def test_explain_names_the_plan_of_every_layer():
         ["plans", "composed", "one_launch", "by_phase", "decode", "fused"],
         ["cuda", "-", both, both, "linear", "linear"],
         ["triton", "-", both, both, "-", "-"],
+        ["cpu", both, "-", "-", both, "-"],
         ["eager", both, "-", "-", "-", "-"],
     ]
     with lilora_kernels.plan("composed"):

@@ -33,6 +33,7 @@ from lilora_kernels.ops.delta import eager, reference, task_rows
 from lilora_kernels.ops.philox import keep_scale
 from lilora_kernels.ops.schema import AdapterArgs
 
+pytestmark = pytest.mark.usefixtures("no_cpu_kernels")
 AXES = {
     "rows": [0, 1, 2, 17, 63, 64, 65, 127, 300],
     "columns": [24, 33, 128],

@@ -72,7 +72,7 @@ def test_explain_says_it(gpu, x, monkeypatch):
     gpu.missing = OLD_DRIVER
     monkeypatch.setattr(LiLoRALinear, "example", lambda self: x)
     explained = lilora_kernels.explain(LiLoRALinear(torch.nn.Linear(64, 64).requires_grad_(False), r=16, sub_rank=8))
-    assert f"[cuda: it cannot run on sm_90: {OLD_DRIVER}]" in explained
+    assert f"[cuda: it cannot run on sm_90: {OLD_DRIVER}; cpu: it needs tensors on the CPU]" in explained
     assert "triton (one_launch up to 255 rows, by_phase beyond)" in explained
 
 
@@ -94,7 +94,12 @@ def test_a_gpu_that_torch_cannot_speak_to_leaves_eager(error, gpu, x, monkeypatc
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", broken)
     reason = " ".join(str(error).split())
-    assert backends.refusals("delta", x, 128, 64) == {"cuda": reason, "triton": reason, "eager": None}
+    assert backends.refusals("delta", x, 128, 64) == {
+        "cuda": reason,
+        "triton": reason,
+        "cpu": "it needs tensors on the CPU",
+        "eager": None,
+    }
     assert chosen("delta", x) == "eager"
 
 
@@ -115,7 +120,7 @@ def test_a_stand_in_for_triton_is_no_triton(monkeypatch):
     "triton, numpy, works",
     [("3.6.0", "2.3.5", True), ("3.6.0", "2.4.0", False), ("3.6.0+git1", "2.5.2", False), ("3.7.1", "2.5.2", True)],
 )
-def test_the_interpreter_says_which_numpy_it_needs(triton, numpy, works, gpu, monkeypatch):
+def test_the_interpreter_says_which_numpy_it_needs(triton, numpy, works, gpu, no_cpu_kernels, monkeypatch):
     monkeypatch.setattr(triton_runtime, "INTERPRETED", True)
     monkeypatch.setattr(sys.modules["triton"], "__version__", triton)
     monkeypatch.setattr(sys.modules["numpy"], "__version__", numpy)

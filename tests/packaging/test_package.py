@@ -40,7 +40,8 @@ def test_kernels_never_depend_on_the_learners_side():
             assert module.split(".")[0] not in ("lilora", "transformers", "peft", "accelerate"), path
 
 
-def test_the_wheel_holds_code_and_data_of_both_packages_and_nothing_else(tmp_path):
+def test_the_wheel_holds_code_and_data_of_both_packages_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("LILORA_CPU", "0")
     # Built from a copy: setuptools leaves its build folder beside the sources.
     files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
     source = tmp_path / "source"

@@ -1,16 +1,17 @@
 """`lilora::linear`: the frozen base linear and its adapter in one operation."""
 
 from ... import backends
-from .. import cuda_runtime, triton_runtime
+from .. import cpu_runtime, cuda_runtime, triton_runtime
 from ..checks import check_linear
 from ..schema import AdapterArgs, AdapterOperation, kinds_of
-from . import eager
+from . import cpu_backend, eager
 
 PLANS = {"one_launch": f"up to {backends.ONE_LAUNCH_ROWS} rows", "by_phase": "beyond"}
 
 backends.register(
     "linear",
     eager=backends.Implementation(eager.forward, eager.backward, lambda *_: None, backends.COMPOSED),
+    cpu=backends.Implementation(cpu_backend.forward, eager.backward, cpu_runtime.refusal, cpu_runtime.PLANS),
     cuda=backends.lazy(
         "lilora_kernels.ops.linear.cuda_backend",
         cuda_runtime.refusal,

@@ -1,0 +1,206 @@
+// The kernels of one instruction set. Included once for each, inside a namespace, with these macros:
+// TARGET    the attribute that compiles a function for it
+// LANES     floats in a register
+// HALVES    a function from LANES numbers in fp16 to fp32, where it has one
+// ROWS, COLUMNS    rows of x and of a matrix whose products are summed in registers at once
+
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halfwords __attribute__((vector_size(2 * LANES)));
+typedef Vector Sums[kMostRows][COLUMNS];
+
+INLINE Words words(const void* from) {
+  Halfwords lanes;
+  memcpy(&lanes, from, sizeof lanes);
+  return __builtin_convertvector(lanes, Words);
+}
+
+INLINE Vector widened(const float* from) {
+  Vector lanes;
+  memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+INLINE Vector widened(const Bfloat16* from) { return (Vector)(words(from) << 16); }
+
+INLINE Vector widened(const Half* from) {
+#ifdef HALVES
+  Halfwords lanes;
+  memcpy(&lanes, from, sizeof lanes);
+  return HALVES(lanes);
+#else
+  const Words bits = words(from), magnitude = (bits & 0x7fff) << 13;
+  const Words special = (Words)(magnitude >= 0x0f800000) & 0x7f800000;  // inf and NaN
+  return (Vector)((Words)((Vector)magnitude * 0x1p112f) | special | (bits & 0x8000) << 16);
+#endif
+}
+
+// The last count < LANES elements, then zeros.
+template <class T>
+INLINE Vector widened(const T* from, int64_t count) {
+  T lanes[LANES] = {};
+  memcpy(lanes, from, count * sizeof(T));
+  return widened(lanes);
+}
+
+template <class T>
+INLINE void widen(float* to, const T* from, int64_t count) {
+  for (int64_t k = 0; k < count; k += LANES) {
+    const Vector lanes = count - k >= LANES ? widened(from + k) : widened(from + k, count - k);
+    memcpy(to + k, &lanes, sizeof lanes);
+  }
+}
+
+INLINE float total(const Vector& lanes) {
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad parts[LANES / 4];
+  memcpy(parts, &lanes, sizeof lanes);
+  for (int half = LANES / 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
+}
+
+template <int M, int N>
+INLINE void add(Vector (&s)[M][N], const float* x, int64_t x_stride, const Vector (&column)[N]) {
+  for (int m = 0; m < M; ++m) {
+    const Vector row = widened(x + m * x_stride);
+    for (int n = 0; n < N; ++n) s[m][n] += row * column[n];
+  }
+}
+
+// sums[m][n] += x[m] . w[n] over `length` elements, m < M, n < N. Every sum has a register of its own: its order, hence its
+// bits, depend on neither M nor N.
+template <int M, int N, class T>
+TARGET static void add_tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t length,
+                            Vector (*sums)[COLUMNS]) {
+  Vector s[M][N], column[N];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) s[m][n] = sums[m][n];
+  int64_t k = 0;
+  for (; k + LANES <= length; k += LANES) {
+    for (int n = 0; n < N; ++n) {
+      __builtin_prefetch(w + (n + N) * w_stride + k, 0, 2);  // the next item's, into the second cache
+      column[n] = widened(w + n * w_stride + k);
+    }
+    add(s, x + k, x_stride, column);
+  }
+  if (k < length) {
+    for (int n = 0; n < N; ++n) column[n] = widened(w + n * w_stride + k, length - k);
+    add(s, x + k, x_stride, column);
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) sums[m][n] = s[m][n];
+}
+
+// The same for rows [first, last) of x, by blocks of elements that stay in the first cache.
+template <int N, class T>
+TARGET static void add_rows(const Rows& x, int64_t first, int64_t last, const T* w, int64_t length, Vector (*sums)[COLUMNS]) {
+  for (int64_t k = 0; k < length; k += kBlock) {
+    const int64_t block = length - k < kBlock ? length - k : kBlock;
+    int64_t m = first;
+    for (; m + ROWS <= last; m += ROWS) add_tile<ROWS, N>(&x.at(m, k), x.width, w + k, length, block, sums + m);
+    for (; m + 2 <= last; m += 2) add_tile<2, N>(&x.at(m, k), x.width, w + k, length, block, sums + m);
+    for (; m < last; ++m) add_tile<1, N>(&x.at(m, k), x.width, w + k, length, block, sums + m);
+  }
+}
+
+template <class T>
+INLINE void add_columns(const Rows& x, int64_t first, int64_t last, const T* w, int64_t count, int64_t length, Sums sums) {
+  if (count == COLUMNS) add_rows<COLUMNS>(x, first, last, w, length, sums);
+  else for (int64_t n = 0; n < count; ++n) add_rows<1>(x, first, last, w + n * length, length, (Vector(*)[COLUMNS])&sums[0][n]);
+}
+
+// sums[m][n] += x[m] . w[w_row + n], first <= m < last, n < count <= COLUMNS.
+TARGET static void add_products(const Rows& x, int64_t first, int64_t last, const Matrix& w, int64_t w_row, int64_t count,
+                                int64_t length, Sums sums) {
+  const int64_t at = w_row * length;
+  if (w.type == kFloat) add_columns(x, first, last, (const float*)w.data + at, count, length, sums);
+  else if (w.type == kBfloat16) add_columns(x, first, last, (const Bfloat16*)w.data + at, count, length, sums);
+  else add_columns(x, first, last, (const Half*)w.data + at, count, length, sums);
+}
+
+// What threads share is items of COLUMNS outputs, the last of them with less.
+INLINE int64_t outputs_of(int64_t first, int64_t all) { return all - first < COLUMNS ? all - first : COLUMNS; }
+
+// h = x A^T, q = h * gate and f s q.
+TARGET static void shrink(const Work& work, int64_t item) {
+  const Call& call = *work.call;
+  const int64_t first = item * COLUMNS, count = outputs_of(first, call.rank);
+  Sums sums;
+  memset(sums, 0, call.rows * sizeof sums[0]);
+  add_products(work.x, 0, call.rows, call.a, first, count, call.columns, sums);
+  for (int64_t m = 0; m < call.rows; ++m)
+    for (int64_t n = 0, r = first; n < count; ++n, ++r) {
+      const float h = total(sums[m][n]), gate = call.gate.data ? value(call.gate, work.gate_row[m] * call.rank + r) : 1;
+      store(call.h, work.row[m] * call.rank + r, call.x.type, h);
+      work.q.at(m, r) = h * gate;
+      work.scaled_q.at(m, r) = h * gate * work.of_shared[m];
+    }
+}
+
+// e s z with z = q V_t^T, for the rows of one task.
+TARGET static void reduce(const Work& work, int64_t item) {
+  const Call& call = *work.call;
+  const int64_t of_run = (call.sub_rank + COLUMNS - 1) / COLUMNS;
+  const Run& run = work.run[item / of_run];
+  const int64_t first = item % of_run * COLUMNS, count = outputs_of(first, call.sub_rank);
+  Sums sums;
+  memset(sums, 0, call.rows * sizeof sums[0]);
+  add_products(work.q, run.first, run.last, call.v, run.task * call.sub_rank + first, count, call.rank, sums);
+  for (int64_t m = run.first; m < run.last; ++m)
+    for (int64_t n = 0; n < count; ++n) work.z.at(m, first + n) = total(sums[m][n]) * work.of_task[m];
+}
+
+// y = x W^T + bias + f s q B0^T + e s z U_t^T.
+TARGET static void expand(const Work& work, int64_t item) {
+  const Call& call = *work.call;
+  const int64_t first = item * COLUMNS, count = outputs_of(first, call.outputs);
+  Sums sums;
+  memset(sums, 0, call.rows * sizeof sums[0]);
+  if (call.weight.data) add_products(work.x, 0, call.rows, call.weight, first, count, call.columns, sums);
+  add_products(work.scaled_q, 0, work.adapted, call.b0, first, count, call.rank, sums);
+  for (int64_t i = 0; i < work.runs && call.u.data; ++i) {
+    const Run& run = work.run[i];
+    add_products(work.z, run.first, run.last, call.u, run.task * call.outputs + first, count, call.sub_rank, sums);
+  }
+  for (int64_t m = 0; m < call.rows; ++m)
+    for (int64_t n = 0; n < count; ++n) {
+      const float bias = call.bias.data ? value(call.bias, first + n) : 0;
+      store(call.y, work.row[m] * call.outputs + first + n, call.x.type, total(sums[m][n]) + bias);
+    }
+}
+
+template <void run_item(const Work&, int64_t)>
+TARGET static void run_items(int64_t begin, int64_t end, void* work) {
+  for (int64_t item = begin; item < end; ++item) run_item(*(const Work*)work, item);
+}
+
+template <class T>
+TARGET static void widen_rows(const Work& work, const T* x) {
+  const int64_t columns = work.call->columns;
+  for (int64_t m = 0; m < work.call->rows; ++m)
+    for (int64_t k = 0; k < columns; k += kBlock)
+      widen(&work.x.at(m, k), x + work.row[m] * work.call->x_stride + k, columns - k < kBlock ? columns - k : kBlock);
+}
+
+TARGET static void run(const Work& work) {
+  const Call& call = *work.call;
+  if (call.x.type == kFloat) widen_rows(work, (const float*)call.x.data);
+  else if (call.x.type == kBfloat16) widen_rows(work, (const Bfloat16*)call.x.data);
+  else widen_rows(work, (const Half*)call.x.data);
+  auto items = [](int64_t outputs) { return (outputs + COLUMNS - 1) / COLUMNS; };
+  const int64_t products = call.rows * COLUMNS;
+  share(work, run_items<shrink>, items(call.rank), products * call.columns);
+  if (call.u.data) share(work, run_items<reduce>, work.runs * items(call.sub_rank), products * call.rank);
+  const int64_t length = (call.weight.data ? call.columns : 0) + call.rank + call.sub_rank;
+  share(work, run_items<expand>, items(call.outputs), products * length);
+}
+
+#undef INLINE
+#undef TARGET
+#undef LANES
+#undef ROWS
+#undef COLUMNS
+#undef HALVES

@@ -1,0 +1,218 @@
+// `lilora::linear` and `lilora::delta` for few rows on a CPU: every matrix is read from memory once. Formula: ops/README.md.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t kMostRows = 32;
+constexpr int64_t kBlock = 512;         // elements of a row worked on together
+constexpr int64_t kProducts = 1 << 15;  // multiplications that are worth a thread
+
+enum Type : int64_t { kFloat, kBfloat16, kHalf };
+struct Bfloat16 { uint16_t bits; };
+struct Half { uint16_t bits; };
+
+struct Matrix {
+  const void* data;  // nullptr where it is not given
+  int64_t type;
+};
+
+typedef void (*Items)(int64_t begin, int64_t end, void* context);
+
+}  // namespace
+
+// As packed by lilora_kernels/cpu_library.py. Shapes in ops/README.md; rows of x lie x_stride apart, the rest is contiguous.
+struct Call {
+  int64_t rows, columns, outputs, rank, sub_rank, tasks, gates, x_stride;
+  Matrix x, weight, bias, a, b0, u, v, fusion, gate;
+  const int32_t *task, *gate_row;
+  void *y, *h;  // in x's type
+  int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, Items items, void* context);  // nullptr: one thread
+  int64_t instructions;
+  double scaling;
+};
+
+namespace {
+
+// fp32 rows, padded with zeros to a multiple of 16 elements: a block of all rows, then the next one, so that no two rows of a
+// block compete for a place in the cache.
+struct Rows {
+  float* data;
+  int64_t width, count;  // width of a block: kBlock, or less where there is only one
+
+  float& at(int64_t row, int64_t k) const { return data[(k / kBlock * count + row) * width + k % kBlock]; }
+};
+
+struct Run {
+  int64_t task, first, last;
+};
+
+// The rows in the order of their tasks, rows without an adapter last.
+struct Work {
+  const Call* call;
+  Rows x, q, scaled_q, z;
+  int64_t row[kMostRows], gate_row[kMostRows];
+  float of_shared[kMostRows], of_task[kMostRows];  // f s and e s
+  Run run[kMostRows];
+  int64_t runs, adapted;
+};
+
+template <class To, class From>
+To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+float value(const Matrix& matrix, int64_t at) {
+  if (matrix.type == kFloat) return ((const float*)matrix.data)[at];
+  const uint32_t bits = ((const uint16_t*)matrix.data)[at];
+  if (matrix.type == kBfloat16) return bits_as<float>(bits << 16);
+  const uint32_t magnitude = (bits & 0x7fff) << 13, special = magnitude >= 0x0f800000 ? 0x7f800000 : 0;
+  return bits_as<float>(bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f) | special | (bits & 0x8000) << 16);
+}
+
+uint16_t bfloat16(float number) {
+  const uint32_t bits = bits_as<uint32_t>(number);
+  return number != number ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+uint16_t half(float number) {
+  const uint32_t bits = bits_as<uint32_t>(number), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return sign | 0x7e00;
+  if (magnitude >= 0x47800000) return sign | 0x7c00;
+  if (magnitude < 0x38800000)  // subnormal: the addition rounds
+    return sign | (bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000);
+  return sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+}
+
+void store(void* to, int64_t at, int64_t type, float number) {
+  if (type == kFloat) ((float*)to)[at] = number;
+  else ((uint16_t*)to)[at] = type == kBfloat16 ? bfloat16(number) : half(number);
+}
+
+void share(const Work& work, Items items, int64_t count, int64_t products) {
+  void* context = (void*)&work;
+  if (work.call->parallel_for == nullptr || count * products < 2 * kProducts) return items(0, count, context);
+  work.call->parallel_for(0, count, 1 + kProducts / (1 + products), items, context);
+}
+
+namespace baseline {
+#define TARGET
+#define LANES 4
+#define ROWS 4
+#define COLUMNS 2
+#include "kernels.h"
+}  // namespace baseline
+
+#ifdef __x86_64__
+namespace avx2 {
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define LANES 8
+#define HALVES(lanes) (Vector)_mm256_cvtph_ps((__m128i)lanes)
+#define ROWS 4
+#define COLUMNS 3
+#include "kernels.h"
+}  // namespace avx2
+
+namespace avx512 {
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define LANES 16
+#define HALVES(lanes) (Vector)_mm512_maskz_cvtph_ps(0xffff, (__m256i)lanes)
+#define ROWS 4
+#define COLUMNS 4
+#include "kernels.h"
+}  // namespace avx512
+#endif
+
+double sigmoid(double t) { return t >= 0 ? 1 / (1 + exp(-t)) : exp(t) / (1 + exp(t)); }
+
+// Where every row goes, and its coefficients. False for an id of no task or of no gate.
+bool place_rows(Work& work) {
+  const Call& call = *work.call;
+  int64_t id[kMostRows];
+  for (int64_t m = 0; m < call.rows; ++m) {
+    id[m] = call.task ? call.task[m] : 0;
+    if (call.u.data == nullptr) id[m] = id[m] >= 0 ? 0 : -1;  // no factors of tasks
+    else if (id[m] < -1 || id[m] >= call.tasks) return false;
+    if (call.gate_row && (call.gate_row[m] < 0 || call.gate_row[m] >= call.gates)) return false;
+  }
+  int64_t placed = 0;
+  auto place = [&](int64_t task, float of_shared, float of_task) {
+    for (int64_t m = 0; m < call.rows; ++m) {
+      if (id[m] != task) continue;
+      work.row[placed] = m;
+      work.gate_row[placed] = call.gate_row ? call.gate_row[m] : 0;
+      work.of_shared[placed] = of_shared;
+      work.of_task[placed++] = of_task;
+    }
+  };
+  work.runs = 0;
+  for (int64_t m = 0; m < call.rows; ++m) {
+    bool seen = id[m] < 0;
+    for (int64_t i = 0; i < work.runs; ++i) seen |= work.run[i].task == id[m];
+    if (seen) continue;
+    const double f = call.fusion.data ? sigmoid(value(call.fusion, id[m])) : 1;
+    const double e = call.fusion.data ? 1 - f : 1;
+    const int64_t first = placed;
+    place(id[m], f * call.scaling, e * call.scaling);
+    work.run[work.runs++] = {id[m], first, placed};
+  }
+  work.adapted = placed;
+  place(-1, 0, 0);
+  return true;
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int64_t lilora_cpu_call_size() { return sizeof(Call); }
+
+// How many of the instruction sets baseline, avx2, avx512 this processor has.
+EXPORT int64_t lilora_cpu_instructions() {
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 1;
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return wide ? 3 : 2;
+#else
+  return 1;
+#endif
+}
+
+// 0, or another number where nothing was computed: 1 for an id of no task or no gate, 2 without memory.
+EXPORT int32_t lilora_cpu_forward(const Call* call) {
+  Work work;
+  work.call = call;
+  if (!place_rows(work)) return 1;
+  const int64_t lengths[] = {call->columns, call->rank, call->rank, call->sub_rank};
+  Rows* const matrices[] = {&work.x, &work.q, &work.scaled_q, &work.z};
+  int64_t floats = 0, starts[4];
+  for (int i = 0; i < 4; ++i) {
+    const int64_t width = lengths[i] < kBlock ? (lengths[i] + 15) / 16 * 16 : kBlock;
+    starts[i] = floats;
+    *matrices[i] = {nullptr, width, call->rows};
+    floats += (lengths[i] + kBlock - 1) / kBlock * width * call->rows;
+  }
+  void* const memory = calloc(floats + 16, sizeof(float));
+  if (memory == nullptr) return 2;
+  float* const aligned = (float*)(((uintptr_t)memory + 63) / 64 * 64);
+  for (int i = 0; i < 4; ++i) matrices[i]->data = aligned + starts[i];
+#ifdef __x86_64__
+  if (call->instructions == 3) avx512::run(work);
+  else if (call->instructions == 2) avx2::run(work);
+  else
+#endif
+    baseline::run(work);
+  free(memory);
+  return 0;
+}

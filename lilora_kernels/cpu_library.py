@@ -1,0 +1,60 @@
+"""The compiled library of the CPU kernels: loading it, and why it is not there."""
+
+import ctypes
+import functools
+import os
+import struct
+from pathlib import Path
+
+import torch
+
+from .cuda_library import one_line, truncated
+
+PATH = Path(__file__).parent / "lib" / "liblilora_cpu.so"
+NOT_BUILT = PATH.with_suffix(".txt")  # why, in one line
+NO_BUILD = "this installation has no CPU build; pip install . makes one where it finds a C++ compiler"
+INSTRUCTIONS = ("baseline", "avx2", "avx512")  # numbered from 1
+CALL = struct.Struct("=8q18q6qd")  # struct Call of csrc/cpu/linear.cpp
+
+
+class Kernels:
+    """The library's functions. Raises OSError or AttributeError where it cannot be loaded, ValueError for LILORA_CPU_ISA."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        library.lilora_cpu_call_size.restype = ctypes.c_int64
+        if library.lilora_cpu_call_size() != CALL.size:
+            raise OSError(f"{path} is of another version; build it again")
+        self.forward = library.lilora_cpu_forward
+        self.forward.argtypes = (ctypes.c_char_p,)
+        self.instructions = min(library.lilora_cpu_instructions(), most_instructions())
+        self.parallel_for = parallel_for()
+
+
+def most_instructions() -> int:
+    name = os.environ.get("LILORA_CPU_ISA") or INSTRUCTIONS[-1]
+    if name not in INSTRUCTIONS:
+        raise ValueError(f"LILORA_CPU_ISA is {name!r}; it must be one of {list(INSTRUCTIONS)}")
+    return INSTRUCTIONS.index(name) + 1
+
+
+def parallel_for() -> int:
+    """The address of torch's own, so that there is one pool of threads; 0 where this torch does not export it."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
+        function = getattr(ctypes.CDLL(str(path)), "torch_parallel_for", None)
+        if function is not None:
+            return ctypes.cast(function, ctypes.c_void_p).value
+    return 0
+
+
+@functools.cache
+def load() -> Kernels | str:
+    """The library, loaded once per process, or in a few words why it is missing."""
+    try:
+        if truncated(PATH):
+            raise OSError(f"{PATH} is truncated")
+        return Kernels(PATH)
+    except FileNotFoundError:
+        return NOT_BUILT.read_text().strip() if NOT_BUILT.exists() else NO_BUILD
+    except (OSError, AttributeError) as error:
+        return one_line(error)

@@ -1,11 +1,11 @@
-"""What a layer costs the host: python -m bench.host [--backends triton cuda] [--int8] [--callgrind] [--out FOLDER]
+"""What a layer costs the host: python -m bench.host [--backends eager triton cuda] [--int8] [--callgrind] [--out FOLDER]
 
 Microseconds of CPU time of one small linear (64 -> 64, R 16, S 8), where Python and torch's own dispatch are all there is to
 see: that of a call of a model of eight, divided by eight, for a model of ours settles its batch once for all layers. Thread
-time, the minimum over blocks of calls, all implementations alternating in one process. Of ours with the eager backend on a
-CPU, and with the backends named whose launches then cost nothing (host_stub.py). With --int8 the bases are torchao's. With
---callgrind thousands of instructions instead, counted by valgrind in minutes. A generation's time, all that the model does in it
-included, is divided by its adapted linears and tokens. With --out, host.json and host.png go there.
+time, the minimum over blocks of calls, all implementations alternating in one process. Of ours with the CPU kernels, with
+the eager backend, and with the others named, whose launches then cost nothing (host_stub.py). With --int8 the bases are
+torchao's. With --callgrind thousands of instructions instead, counted by valgrind in minutes. A generation's time, all that
+the model does in it included, is divided by its adapted linears and tokens. With --out, host.json and host.png go there.
 """
 
 import argparse
@@ -222,9 +222,14 @@ def measure(
 def rows(backends: list[str], calls: int = CALLS, blocks: int = BLOCKS, unit: str = "us") -> list[dict]:
     for name in backends:
         host_stub.INSTALL[name]()
-    each = {s: of | host_stub.by_kernels(of, backends) for s, of in situations().items()}
-    runs = {(s, n): run for s, of in each.items() for n, run in of.items()}
-    with backend("eager"):
+    runs = {(s, n): run for s, of in situations().items() for n, run in of.items()}
+    for name in backends:  # with models of their own: a layer settles its calls for one backend
+        for s, of in situations().items():
+            ours_by = {f"{n}, {name}": host_stub.through(name, run) for n, run in of.items() if n.startswith("ours")}
+            runs |= {(s, n): run for n, run in ours_by.items()}
+    order = list(dict.fromkeys(s for s, _ in runs))
+    runs = dict(sorted(runs.items(), key=lambda run: order.index(run[0][0])))
+    with backend("cpu"):
         if unit == "us":
             found = measure(runs, calls, blocks)
             decoding = {(s, n): run for s, of in generations().items() for n, run in of.items()}
@@ -264,7 +269,7 @@ def plot(found: list[dict], unit: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where host.json goes")
-    parser.add_argument("--backends", nargs="*", choices=host_stub.INSTALL, default=["triton"])
+    parser.add_argument("--backends", nargs="*", choices=host_stub.INSTALL, default=["eager", "triton"])
     parser.add_argument("--int8", action="store_true", help="bases quantised by torchao")
     parser.add_argument("--callgrind", action="store_true", help="count instructions")
     options = parser.parse_args()

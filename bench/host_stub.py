@@ -51,7 +51,7 @@ def install_cuda() -> None:
     device.launches_nothing()
 
 
-INSTALL = {"triton": install_triton, "cuda": install_cuda}
+INSTALL = {"eager": lambda: None, "triton": install_triton, "cuda": install_cuda}
 
 
 def through(backend: str, run: Callable[[], object]) -> Callable[[], object]:
@@ -65,9 +65,3 @@ def through(backend: str, run: Callable[[], object]) -> Callable[[], object]:
             backends.forced["backend"] = before
 
     return selected
-
-
-def by_kernels(runs: dict[str, Callable[[], object]], names: list[str]) -> dict[str, Callable[[], object]]:
-    """Ours among `runs` once more by each of these backends."""
-    ours = {name: run for name, run in runs.items() if name.startswith("ours")}
-    return {f"{name}, {backend}": through(backend, run) for backend in names for name, run in ours.items()}

@@ -92,8 +92,13 @@ def merged_weight(s: Operands, t: int) -> Tensor:
 # --- ours and the base ------------------------------------------------------------------------------------------------
 
 
+def base_alone(sets: list[Operands], forward: Callable[[int], Tensor]) -> Built:
+    """A peer without an adapter."""
+    return Built(forward, [[s.x] for s in sets], lambda x, _: 0 * x[:, :1])
+
+
 def base(sets: list[Operands], training: bool) -> Built:
-    return Built(lambda at: F.linear(sets[at].x, sets[at].weight), [[s.x] for s in sets], lambda x, _: 0 * x[:, :1])
+    return base_alone(sets, lambda at: F.linear(sets[at].x, sets[at].weight))
 
 
 def frozen_linear(s: Operands) -> nn.Linear:

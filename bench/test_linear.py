@@ -69,7 +69,7 @@ def decode_on_cpu() -> list[Comparison]:
     ):
         for m in rows:
             mixed = min(m, 8)
-            for tasks in sorted({1, mixed}):
+            for tasks in sorted({mixed if dtype == bf16 else 1, mixed}):
                 peers = ("base", "ours", *DECODE)
                 if m in against_all:
                     peers += ("formula", "peft") if tasks == 1 else ("formula", "peft_names", "grouped_mm")

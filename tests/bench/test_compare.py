@@ -9,6 +9,7 @@ import torch
 from bench import compare, models, peers
 from bench.bases import BASES
 from bench.problems import Problem, samples
+from bench.test_linear import on_cpu
 from bench.timing import Ceilings, Machine, measure
 from lilora_kernels import cpu_library
 
@@ -140,6 +141,11 @@ def test_the_base_by_others_is_compared_as_the_base():
     assert found["ours"]["ratio_to_peers"]["base_mkl"]["median"] == 3
     assert "overhead_removed" not in found["base_mkl"]
     assert found["base_mkl"]["bytes"] == found["base"]["bytes"] < found["ours"]["bytes"]
+
+
+def test_every_case_on_a_cpu_has_a_name_of_its_own():
+    names = [str(case) for case in on_cpu()]
+    assert len(set(names)) == len(names)
 
 
 def test_bytes_over_the_rate_of_reading_alone():

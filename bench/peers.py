@@ -274,8 +274,9 @@ def peft_layers(sets: list[Operands], training: bool, tasks: int, wide: bool) ->
 
     problem = sets[0].problem
     config = peft.LoraConfig(
-        r=problem.rank, lora_alpha=SCALING * problem.rank, lora_dropout=problem.p, target_modules=["0"]
-    )
+        r=problem.rank, lora_alpha=SCALING * problem.rank, lora_dropout=problem.p, target_modules=["0"],
+        init_lora_weights=False,  # they are set below
+    )  # fmt: skip
     names = [f"task{t}" for t in range(tasks)]
     found = []
     for s in sets:

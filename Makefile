@@ -146,6 +146,8 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 
 cpu-evidence: venv
+	$(BIN)/pip install -q -c constraints.txt onnx onnxruntime
+	$(BIN)/pip install -q -c constraints.txt --no-deps openvino
 	OMP_NUM_THREADS=2 $(BIN)/pytest bench/ -q --out bench/results/cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.host --out bench/results/host
 	$(BIN)/python -m bench.report

@@ -11,12 +11,13 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
+from .bases import BASES
 from .external import EXTERNAL
 from .peers import PEERS, Built, Unavailable
 from .problems import Operands, Problem, operand_sets
 from .timing import Candidate, Ceilings, Machine, Times, figures, measure, ratio, spread
 
-REGISTRY = PEERS | EXTERNAL
+REGISTRY = PEERS | BASES | EXTERNAL  # those named base... have no adapter
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # of the largest value
 
 
@@ -38,9 +39,7 @@ def gate(name: str, built: Built, sets: list[Operands], training: bool) -> float
     if not training:
         with torch.no_grad():
             y = built.forward(0)
-            exact = base_product(s, s.x.double()) + built.adapter(
-                s.x.double(), [p.double() for p in built.leaves[0][1:]]
-            )
+            exact = s.product + built.adapter(s.x.double(), [p.double() for p in built.leaves[0][1:]])
         return error(f"y of {name}", y, exact)
     if not problem.p or name == "base":
         return gate_training(name, built, s, None)
@@ -77,10 +76,6 @@ def seed() -> None:
     random.seed(1)
 
 
-def base_product(s: Operands, x: Tensor) -> Tensor:
-    return x @ s.weight.double().T
-
-
 def gate_training(name: str, built: Built, s: Operands, keep: Tensor | None) -> float:
     leaves = built.leaves[0]
     y = built.forward(0)
@@ -89,7 +84,7 @@ def gate_training(name: str, built: Built, s: Operands, keep: Tensor | None) -> 
     got = torch.autograd.grad(y, leaves, dy)
     x, *parameters = (leaf.detach().double().requires_grad_() for leaf in leaves)
     dropped = x if keep is None else x * keep / (1 - s.problem.p)
-    exact = base_product(s, x) + built.adapter(dropped, parameters)
+    exact = x @ s.weight.double().T + built.adapter(dropped, parameters)
     want = torch.autograd.grad(exact, [x, *parameters], dy.double(), materialize_grads=True)
     errors = [error(f"y of {name}", y, exact)]
     errors += [error(f"gradient {i} of {name}", g, w) for i, (g, w) in enumerate(zip(got, want, strict=True))]
@@ -224,7 +219,7 @@ def compare(
 def row(field: Field, problem: Problem, times: Times, name: str, direction: str, ceiling: Ceilings) -> dict:
     """All figures of one peer in one direction."""
     found = figures(times[name][direction], times["base"][direction])
-    bytes_, flops = problem.least(direction, adapted=name not in ("base", "merged"))
+    bytes_, flops = problem.least(direction, adapted=not name.startswith(("base", "merged")))
     return {
         **field.about,
         "implementation": name,
@@ -262,9 +257,9 @@ def removed(times: Times, name: str, direction: str, tasks: int) -> dict:
     peer = next((peer for peer in ("peft_names", "peft")[tasks == 1 :] if peer in times), None)
     each = {}
     if name == "ours":
-        peers = [n for n in times if not n.startswith(("base", "ours"))]
+        peers = [n for n in times if n != "base" and not n.startswith("ours")]
         each["ratio_to_peers"] = {n: ratio(times[name][direction], times[n][direction]) for n in peers}
-    if peer is None or name in ("base", peer):
+    if peer is None or name == peer or name.startswith("base"):
         return each
     base, theirs, mine = (times[n][direction] for n in ("base", peer, name))
     overhead = ratio(theirs, base)["median"] - 1

@@ -117,8 +117,8 @@ def report(benchmark) -> Callable[[list[dict], str, str], None]:
 def pytest_sessionfinish(session, exitstatus):
     """Write results.json, unless a case broke off or ours was wrong: a wrong peer stands in it with its error."""
     folder = session.config.getoption("out")
-    ours = [row for row in session.config.stash[ROWS] if row["implementation"].startswith(("base", "ours"))]
-    broken = session.config.stash[BROKEN] or any("error" in row for row in ours)
+    wrong = [row["implementation"] for row in session.config.stash[ROWS] if "error" in row]
+    broken = session.config.stash[BROKEN] or any(w in ("base", "base_streamed") or w.startswith("ours") for w in wrong)
     if folder is None or broken or exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return
     torch.set_num_threads(THREADS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "numpy", "lilora-kernels")
+PACKAGES = ("torch", "triton", "transformers", "peft", "numpy", "openvino", "onnxruntime", "lilora-kernels")
 
 
 def environment(command: str, on_gpu: bool, given_commit: str | None = None) -> dict:

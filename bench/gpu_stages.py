@@ -60,6 +60,7 @@ def stage_1(dry_run: bool) -> Iterator[Case]:
 def measured_ceilings(machine: Machine, ceiling: Ceilings) -> Iterator[dict]:
     yield {
         "copy_gb_per_s": round(ceiling.bytes_per_second / 1e9, 1),
+        "read_gb_per_s": round(ceiling.read_per_second / 1e9, 1),
         "matmul_tflop_per_s": round(ceiling.flops_per_second / 1e12, 3),
     }
 

@@ -92,8 +92,13 @@ def merged_weight(s: Operands, t: int) -> Tensor:
 # --- ours and the base ------------------------------------------------------------------------------------------------
 
 
+def base_alone(sets: list[Operands], forward: Callable[[int], Tensor]) -> Built:
+    """A peer without an adapter."""
+    return Built(forward, [[s.x] for s in sets], lambda x, _: 0 * x[:, :1])
+
+
 def base(sets: list[Operands], training: bool) -> Built:
-    return Built(lambda at: F.linear(sets[at].x, sets[at].weight), [[s.x] for s in sets], lambda x, _: 0 * x[:, :1])
+    return base_alone(sets, lambda at: F.linear(sets[at].x, sets[at].weight))
 
 
 def frozen_linear(s: Operands) -> nn.Linear:
@@ -269,8 +274,9 @@ def peft_layers(sets: list[Operands], training: bool, tasks: int, wide: bool) ->
 
     problem = sets[0].problem
     config = peft.LoraConfig(
-        r=problem.rank, lora_alpha=SCALING * problem.rank, lora_dropout=problem.p, target_modules=["0"]
-    )
+        r=problem.rank, lora_alpha=SCALING * problem.rank, lora_dropout=problem.p, target_modules=["0"],
+        init_lora_weights=False,  # they are set below
+    )  # fmt: skip
     names = [f"task{t}" for t in range(tasks)]
     found = []
     for s in sets:

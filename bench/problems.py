@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -82,6 +83,12 @@ class Operands:
         self.seed = torch.tensor([seed + 1], device=device) if problem.p else None
         with torch.no_grad():
             self.h = (self.x @ self.a.T).contiguous()
+
+    @cached_property
+    @torch.no_grad()
+    def product(self) -> Tensor:
+        """Of the base in fp64."""
+        return self.x.double() @ self.weight.double().T
 
     def nbytes(self) -> int:
         return nbytes(vars(self).values())

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from .report import RESULTS, folders, kind, load, only, peer_row, percent, shape
+from .report import RESULTS, TITLES, folders, kind, load, only, peer_row, percent, shape
 
 ROOT = Path(__file__).parent.parent
 
@@ -122,7 +122,7 @@ def cpu() -> str:
     """The CPU's comparisons with PEFT, and how costs grow."""
     folder = RESULTS / "cpu"
     environment, rows = load(folder)
-    lines = HEADER + [line_of(row, rows) for row in headlines(rows)]
+    lines = decoding(rows) + HEADER + [line_of(row, rows) for row in headlines(rows)]
     first, last = (only(rows, case="mixed batch over tasks", T=t) for t in (1, 64))
     grown = {
         name: only(last, implementation=name)[0]["us"]["median"] / only(first, implementation=name)[0]["us"]["median"]
@@ -144,6 +144,27 @@ def cpu() -> str:
         "before it was timed. Every peer and figure: [RESULTS.md](bench/results/cpu/RESULTS.md), written by `make cpu-evidence`.",
     ]
     return "\n".join(lines)
+
+
+def decoding(rows: list[dict]) -> list[str]:
+    """One row each of eight tasks against the frozen layer by F.linear, by our kernels, and by whatever computes it fastest."""
+    lines = []
+    for row in only(rows, implementation="ours", training=False, M=8, T=8):
+        bases = {name: ratio["median"] for name, ratio in row["ratio_to_peers"].items() if name.startswith("base")}
+        if "base_streamed" not in bases:
+            continue
+        bases["base"] = row["ratio_to_base"]["median"]
+        fastest = max(bases, key=bases.get)
+        lines.append(
+            f"| {row['case']}: {shape(row)} | {bases['base']:.2f} | {bases['base_streamed']:.2f} | {bases[fastest]:.2f}, "
+            f"{TITLES[fastest].removeprefix('frozen base, ')} | {row['gb_per_s']:.1f} | {row['percent_of_read']:.0f} % |"
+        )
+    header = [
+        "| decoding 8 rows of 8 tasks | ours / frozen layer, F.linear | ours / frozen layer, our kernels | "
+        "ours / fastest frozen layer | GB/s | of the read rate |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    return [*header, *lines, "", "![decoding](bench/results/cpu/decode.png)", ""] if lines else []
 
 
 HEADER = [

@@ -81,6 +81,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "overhead removed": lambda r: percent(r.get("overhead_removed")),
     "% of floor": lambda r: number(r.get("percent_of_floor"), 0),
     "GB/s": lambda r: number(r.get("gb_per_s"), 1),
+    "% of read": lambda r: number(r.get("percent_of_read"), 0),
     "TFLOP/s": lambda r: number(r.get("tflop_per_s"), 3),
     "saved MiB": lambda r: mib(r.get("saved_bytes")),
     "peak MiB": lambda r: mib(r.get("peak_bytes")),
@@ -178,7 +179,8 @@ def document(environment: dict, rows: list[dict]) -> str:
     lines += [
         "",
         "Times are medians with p20 and p80 of alternating rounds, ratios are taken round by round. Floor: the least time for "
-        "the bytes and operations that have to be, at the copy and product rates measured in the same process. Overhead removed: "
+        "the bytes and operations that have to be, at the copy and product rates measured in the same process. % of read: GB/s "
+        "over the rate of reading alone, measured there too. Overhead removed: "
         "(PEFT - it) / (PEFT - base), PEFT by adapter_names in a mixed inference, else one adapter for all rows. Error: largest "
         "error of outputs and gradients against fp64, as a share of the largest value (whole models: RMS of the outputs).",
     ]
@@ -332,7 +334,36 @@ def roofline(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-PLOTS = {"bars": bars, "rows": over_rows, "growth": growth, "roofline": roofline}
+def decode_lines(rows: list[dict]) -> list[dict]:
+    """The frozen layer by F.linear and by our kernels, ours with one task and with up to eight, of the shape measured first."""
+    streamed = [row for row in only(rows, implementation="base_streamed") if "us" in row]
+    if not streamed:
+        return []
+    same = {key: streamed[0][key] for key in ("case", "K", "N", "dtype", "training")}
+    few = [row for row in only(rows, **same) if "us" in row and row["M"] <= max(other["M"] for other in streamed)]
+    mixed = [row for row in few if row["T"] == min(row["M"], 8)]
+    lines = [row for row in mixed if row["implementation"] in ("base", "base_streamed")]
+    for name, found in (("ours, one task", only(few, T=1)), ("ours, up to 8 tasks", mixed)):
+        lines += [row | {"implementation": name} for row in only(found, implementation="ours")]
+    return lines
+
+
+def decode(rows: list[dict], path: Path) -> None:
+    """Time and share of the read rate over few rows."""
+    lines = decode_lines(rows)
+    if not lines:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    lines_of(axes[0], lines, "M", lambda row: row["us"]["median"] / 1e3, "ms")
+    lines_of(axes[1], lines, "M", lambda row: row["percent_of_read"], "% of the rate of reading alone")
+    for axis in axes:
+        axis.set_ylim(bottom=0)
+    figure.suptitle("{case}, {K} -> {N}, {dtype}".format(**lines[0]), fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+PLOTS = {"bars": bars, "rows": over_rows, "decode": decode, "growth": growth, "roofline": roofline}
 
 
 def write(folder: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from .bases import BASES
 from .compare import compare
 from .peers import OURS
 from .problems import ATTENTION, DOWN, GATE_UP, TINY, Problem
@@ -19,6 +20,9 @@ MIXED_TRAINING = (*TRAINING, "grouped_mm")
 SERVING = ("vllm", "sglang")
 LORA_TRAINING = ("lorafusion", "nemo_automodel")
 COMPILED = ("formula_compiled", "peft_compiled")
+# For the rows of our CPU kernels.
+DECODE = ("base_streamed", "ours_cpu_composed")
+OTHER_BASES = tuple(name for name in BASES if name not in DECODE)
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Comparison:
     def __str__(self) -> str:
         p = self.problem
         kind = "training" if self.training else "inference"
-        return f"{kind}-{self.name}-M{p.rows}-T{p.tasks}-p{p.p}-{p.dtype_name}"
+        return f"{kind}-{self.name}-M{p.rows}-K{p.columns}-T{p.tasks}-p{p.p}-{p.dtype_name}"
 
 
 def on_gpu() -> list[Comparison]:
@@ -53,38 +57,62 @@ def on_gpu() -> list[Comparison]:
     return found
 
 
+def decode_on_cpu() -> list[Comparison]:
+    """LLaVA's edges, and half of them, with its ranks; one task, and up to eight mixed."""
+    half, fp32, bf16, found = (2048, 5504), torch.float32, torch.bfloat16, []
+    for name, shape, dtype, rows, against_all in (
+        ("gate_up", half, fp32, (1, 2, 4, 8, 16, 32), (1, 8, 32)),
+        ("down", half[::-1], fp32, (1, 4, 8, 32), (8,)),
+        ("gate_up", GATE_UP, fp32, (1, 4, 8, 32), (8,)),
+        ("down", DOWN, fp32, (1, 4, 8, 32), (8,)),
+        ("gate_up", half, bf16, (1, 4, 8, 16, 32), (8,)),
+    ):
+        for m in rows:
+            mixed = min(m, 8)
+            for tasks in sorted({mixed if dtype == bf16 else 1, mixed}):
+                peers = ("base", "ours", *DECODE)
+                if m in against_all:
+                    peers += ("formula", "peft") if tasks == 1 else ("formula", "peft_names", "grouped_mm")
+                    peers += OTHER_BASES if tasks == mixed else ()
+                if m == tasks == 8 and (shape, dtype) == (half, fp32):
+                    peers += ("peft", "formula_compiled")
+                found.append(Comparison(name, Problem(m, *shape, tasks, dtype=dtype), False, peers))
+    return found
+
+
 def on_cpu() -> list[Comparison]:
     """Half of LLaVA's edges with its ranks in fp32; less in bf16, which most CPUs only emulate."""
-    half = {"gate_up": (2048, 5504), "down": (5504, 2048), "attention": (2048, 2048)}
+    gate_up = (2048, 5504)
     fp32, quarter, eighth = (
         {"rank": r, "sub_rank": r // 2, "dtype": dtype}
         for r, dtype in ((128, torch.float32), (64, torch.bfloat16), (32, torch.bfloat16))
     )
-    alone = ("base", "ours", "formula", "peft_names")
-    mixed = (*alone, "grouped_mm")
-    found = [Comparison("gate_up", Problem(8, *half["gate_up"], 8, **fp32), False, MIXED_INFERENCE)]
-    for name in ("down", "attention"):
-        found.append(Comparison(name, Problem(8, *half[name], 8, **fp32), False, mixed))
-    for m in (1, 32, 128, 512):
-        peers = alone if m == 1 else mixed
-        found.append(Comparison("gate_up", Problem(m, *half["gate_up"], min(m, 8), **fp32), False, peers))
-    for m in (8, 512):
-        found.append(Comparison("gate_up", Problem(m, 1024, 2752, 8, **quarter), False, mixed))
+    mixed = ("base", "ours", "formula", "peft_names", "grouped_mm")
+    found = decode_on_cpu()
+    found.append(Comparison("attention", Problem(8, 2048, 2048, 8, **fp32), False, mixed))
+    for m in (128, 512):
+        found.append(Comparison("gate_up", Problem(m, *gate_up, 8, **fp32), False, mixed))
+    found.append(Comparison("gate_up", Problem(8, 1024, 2752, 8, **quarter), False, (*mixed, "merged")))
+    found.append(Comparison("gate_up", Problem(512, 1024, 2752, 8, **quarter), False, mixed))
     for m, tasks, p in ((512, 1, 0.0), (512, 1, 0.05), (512, 8, 0.05), (128, 1, 0.05), (32, 1, 0.05)):
         peers = TRAINING if tasks == 1 else MIXED_TRAINING
-        found.append(Comparison("gate_up", Problem(m, *half["gate_up"], tasks, p, **fp32), True, peers))
+        found.append(Comparison("gate_up", Problem(m, *gate_up, tasks, p, **fp32), True, peers))
     for p in (0.0, 0.05):
         found.append(Comparison("gate_up", Problem(64, 512, 1376, 1, p, **eighth), True, (*TRAINING, "peft_default")))
     small = quarter | {"dtype": torch.float32}
     found.append(Comparison("gate_up", Problem(512, 1024, 2752, 1, 0.05, **small), True, (*TRAINING, *COMPILED)))
-    found.append(Comparison("gate_up", Problem(8, 1024, 2752, 8, **small), False, (*mixed, *COMPILED)))
     return found
 
 
 def tiny() -> list[Comparison]:
     ranks = {"rank": 16, "sub_rank": 8, "dtype": torch.float32}
     return [
-        Comparison("tiny", Problem(6, *TINY, 3, **ranks), False, (*MIXED_INFERENCE, "ours_operation", *SERVING)),
+        Comparison(
+            "tiny",
+            Problem(6, *TINY, 3, **ranks),
+            False,
+            (*MIXED_INFERENCE, "ours_operation", "ours_cpu_composed", *BASES, *SERVING),
+        ),
         Comparison("tiny", Problem(20, *TINY, 2, 0.05, **ranks), True, (*MIXED_TRAINING, "ours_operation")),
         Comparison("tiny", Problem(20, *TINY, **ranks), True, (*TRAINING, *LORA_TRAINING)),
         Comparison("tiny", Problem(40, *TINY, dtype=torch.bfloat16), True, ("base", "ours", "peft", "peft_default")),

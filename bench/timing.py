@@ -11,6 +11,7 @@ from torch import Tensor
 COLD_BYTES = (
     256 << 20
 )  # several times a GPU's L2 cache: inputs that add up to this are cold when their turn comes again
+COLD_BYTES_CPU = 128 << 20  # of an L3 cache
 CYCLES_PER_US = 2000  # about, of a GPU's clock
 LONGEST_HOLD_US = 30_000
 FEWEST_ROUNDS = 5
@@ -56,15 +57,17 @@ class Machine:
 
     def copies(self, bytes_each: int) -> int:
         """How many sets of inputs to rotate."""
-        return max(2, min(16, -(-COLD_BYTES // bytes_each))) if self.on_gpu else 2
+        cold, most = (COLD_BYTES, 16) if self.on_gpu else (COLD_BYTES_CPU, 2 if self.tiny else 6)
+        return max(2, min(most, -(-cold // bytes_each)))
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches: bytes per second of a large copy, operations per second of a large matrix product."""
+    """The most that this machine reaches: bytes per second of a large copy, operations of a large product, bytes only read."""
 
     bytes_per_second: float
     flops_per_second: float
+    read_per_second: float
 
     def floor_us(self, bytes_: float, flops: float) -> float:
         return 1e6 * max(bytes_ / self.bytes_per_second, flops / self.flops_per_second)
@@ -76,6 +79,7 @@ class Ceilings:
             "bytes": bytes_,
             "flops": flops,
             "gb_per_s": round(bytes_ / us / 1e3, 1),
+            "percent_of_read": round(1e8 * bytes_ / us / self.read_per_second, 1),
             "tflop_per_s": round(flops / us / 1e6, 3),
             "floor_us": round(floor, 2),
             "percent_of_floor": round(100 * floor / us, 1),
@@ -88,10 +92,16 @@ def ceilings(machine: Machine, dtype: torch.dtype, rounds: int = 5) -> Ceilings:
     source = torch.empty(elements, dtype=dtype, device=machine.device).normal_()
     target = torch.empty_like(source)
     left, right = (torch.randn(edge, edge, dtype=dtype, device=machine.device) for _ in range(2))
-    candidates = {"copy": marked(lambda _: target.copy_(source)), "product": marked(lambda _: left @ right.T)}
+    words = source.view(torch.float32)  # bf16 sums are bound by their conversion
+    candidates = {
+        "copy": marked(lambda _: target.copy_(source)),
+        "product": marked(lambda _: left @ right.T),
+        "read": marked(lambda _: words.sum()),
+    }
     times = measure(machine, candidates, ["all"], rounds)
-    seconds = {name: 1e-6 * statistics.median(found["all"]) for name, found in times.items()}
-    return Ceilings(2 * source.nbytes / seconds["copy"], 2 * edge**3 / seconds["product"])
+    seconds = {name: 1e-6 * min(found["all"]) for name, found in times.items()}
+    bytes_ = source.nbytes
+    return Ceilings(2 * bytes_ / seconds["copy"], 2 * edge**3 / seconds["product"], bytes_ / seconds["read"])
 
 
 def marked(function: Callable[[int], object]) -> Candidate:

@@ -26,7 +26,7 @@ def results(tmp_path_factory):
     command = [sys.executable, "-m", "pytest", "bench/", "--tiny", "-q", "-p", "no:cacheprovider", "--out", str(folder)]
     result = subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:]
-    assert "test_linear[training-tiny-M20-T2-p0.05-float32-both-ours]" in result.stdout
+    assert "test_linear[training-tiny-M20-K32-T2-p0.05-float32-both-ours]" in result.stdout
     return folder
 
 
@@ -98,12 +98,13 @@ def test_a_case_that_breaks_off_leaves_no_results(tmp_path):
     assert not out.exists()
 
 
-def test_a_wrong_peer_fails_and_its_error_is_in_the_results(tmp_path):
-    printed, out = faulty(tmp_path, WRONG.format(peer="formula"), "tiny and M6")
+@pytest.mark.parametrize("peer", ["formula", "base_mkl"])
+def test_a_wrong_peer_fails_and_its_error_is_in_the_results(tmp_path, peer):
+    printed, out = faulty(tmp_path, WRONG.format(peer=peer), "tiny and M6")
     assert "1 failed" in printed
     _, rows = report.load(out)
     wrong = [row for row in rows if "error" in row]
-    assert {row["implementation"] for row in wrong} == {"formula"}
+    assert {row["implementation"] for row in wrong} == {peer}
     assert not any("us" in row for row in wrong)
 
 
@@ -145,6 +146,45 @@ def test_a_line_holds_ours_against_its_peer():
     assert line == (
         "| linear, gate_up, inference, 8 tasks: M8 4->6 r2 float32 | 1.25 | 1.50 | 1.25, 1.20 .. 1.30 | 50 % | 1.0, 2.0 MiB |"
     )
+
+
+def decoded(implementation, rows, tasks, us, columns=4, **more):
+    problem = {"case": "linear, gate_up", "M": rows, "K": columns, "N": 6, "T": tasks, "dtype": "float32"}
+    given = problem | {"training": False, "implementation": implementation, "direction": "forward"}
+    return given | {"us": spread(us, us, us), "percent_of_read": 50.0} | more
+
+
+def test_decoding_stands_against_the_frozen_layer_by_its_fastest_implementation():
+    peers = {"base_streamed": 1.25, "base_mkl": 1.5, "peft_names": 2.0}
+    peers = {name: spread(median, median, median) for name, median in peers.items()}
+    figures = {"ratio_to_base": spread(0.5, 0.4, 0.6), "gb_per_s": 7.0, "ratio_to_peers": peers}
+    ours = decoded("ours", 8, 8, 2.0, **figures)
+    others = [ours | {"T": 1}, ours | {"M": 32}, ours | {"ratio_to_peers": {"peft_names": peers["peft_names"]}}]
+    lines = readme.decoding([*others, ours])
+    assert lines[2:4] == [
+        "| linear, gate_up: M8 4->6 float32 | 0.50 | 1.25 | 1.50, prepacked for MKL | 7.0 | 50 % |",
+        "",
+    ]
+    assert readme.decoding(others) == []
+
+
+def test_the_plot_of_decoding_has_the_frozen_layer_once_and_ours_with_one_and_with_several_tasks(tmp_path):
+    rows = [
+        decoded(name, m, tasks, 10.0 * m + tasks)
+        for m, tasks in ((1, 1), (4, 1), (4, 4), (32, 1), (32, 8), (64, 8))
+        for name in ("base", "base_streamed", "ours", "formula")
+        if (m, name) != (64, "base_streamed")
+    ]
+    rows += [decoded("base_streamed", 4, 4, 1.0, columns=5), decoded("ours", 4, 4, 1.0, columns=5)]
+    points = {}
+    for row in report.decode_lines(rows):
+        points.setdefault(row["implementation"], []).append((row["M"], row["T"]))
+    mixed = [(1, 1), (4, 4), (32, 8)]
+    assert points == {
+        "base": mixed, "base_streamed": mixed, "ours, one task": [(1, 1), (4, 1), (32, 1)], "ours, up to 8 tasks": mixed,
+    }  # fmt: skip
+    report.decode(rows, tmp_path / "decode.png")
+    assert (tmp_path / "decode.png").exists()
 
 
 def spread(median, p20, p80):

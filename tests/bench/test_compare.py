@@ -1,17 +1,21 @@
 """The gate before every figure, and what becomes of times."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from bench import compare, models, peers
+from bench.bases import BASES
 from bench.problems import Problem, samples
+from bench.test_linear import on_cpu
 from bench.timing import Ceilings, Machine, measure
+from lilora_kernels import cpu_library
 
 TINY = Problem(12, 16, 20, 3, rank=4, sub_rank=2, dtype=torch.float32)
 MACHINE = Machine.here(2, tiny=True)
-CEILING = Ceilings(1e9, 1e9)
+CEILING = Ceilings(1e9, 1e9, 2e9)
 
 
 def rows(monkeypatch, problem, training, **changed):
@@ -124,6 +128,44 @@ def test_overhead_removed_is_taken_against_peft_at_the_same_dropout():
     assert mixed["overhead_removed"] == 0.875
     assert mixed["ratio_to_peft"]["median"] == round(110 / 180, 4)
     assert compare.removed(times, "base", "forward", 1) == {}
+
+
+def test_the_base_by_others_is_compared_as_the_base():
+    names = ("base", "base_mkl", "peft", "ours")
+    times = {
+        name: {"forward": [time] * 5, "host": [time] * 5}
+        for name, time in zip(names, (4.0, 2.0, 8.0, 6.0), strict=True)
+    }
+    field = compare.Field({}, [], False, {}, dict.fromkeys(names, 0.0), [])
+    found = {name: compare.row(field, TINY, times, name, "forward", CEILING) for name in names}
+    assert found["ours"]["ratio_to_peers"]["base_mkl"]["median"] == 3
+    assert "overhead_removed" not in found["base_mkl"]
+    assert found["base_mkl"]["bytes"] == found["base"]["bytes"] < found["ours"]["bytes"]
+
+
+def test_every_case_on_a_cpu_has_a_name_of_its_own():
+    names = [str(case) for case in on_cpu()]
+    assert len(set(names)) == len(names)
+
+
+def test_bytes_over_the_rate_of_reading_alone():
+    assert CEILING.rates(2.0, 1000, 1)["percent_of_read"] == 25
+
+
+def test_an_absent_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    found = rows(monkeypatch, TINY, False, base_openvino=BASES["base_openvino"])
+    assert found["base_openvino", None]["unavailable"] == "openvino is not installed"
+
+
+def test_the_kernels_of_few_rows_alone_refuse_more(monkeypatch):
+    found = rows(monkeypatch, replace(TINY, rows=33), False, base_streamed=BASES["base_streamed"])
+    assert found["base_streamed", None]["unavailable"] in (cpu_library.load(), "it takes up to 32 rows, here are 33")
+
+
+@pytest.mark.parametrize("mib, sets", [(45, 3), (180, 2), (10, 6)])
+def test_inputs_that_take_turns_on_a_cpu_do_not_fit_into_its_cache(mib, sets):
+    assert Machine(torch.device("cpu"), 2).copies(mib << 20) == sets
 
 
 def test_rounds_alternate_and_stop_in_time():

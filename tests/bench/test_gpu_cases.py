@@ -19,7 +19,7 @@ from bench.timing import Ceilings, Machine
 from lilora_kernels import backends
 
 MACHINE = Machine.here(2, tiny=True)
-CEILING = Ceilings(1e9, 1e9)
+CEILING = Ceilings(1e9, 1e9, 1e9)
 TINY = Problem(12, 16, 20, 3, rank=4, sub_rank=2, dtype=torch.float32)
 FIGURE = {"us": {"median": 1.0, "p20": 1.0, "p80": 1.0}}
 

@@ -132,7 +132,7 @@ assert found[0].is_cuda and torch.ones(2).sum().item() == 2
 
 given = Problem(300, 256, 384, 3, 0.1)
 machine = Machine.here(3)
-rows = [row for time in (time_addmm, time_delta) for row in time(given, machine, Ceilings(3e12, 8e14))]
+rows = [row for time in (time_addmm, time_delta) for row in time(given, machine, Ceilings(3e12, 8e14, 3e12))]
 assert gpu_correctness.tiny(False, rows.append) == 0
 print(sorted({row["implementation"] for row in rows if "unavailable" not in row}))
 """

@@ -9,6 +9,7 @@ from .parameters import check_task_name
 from .rank_pool import RankPoolLinear
 from .routing import attach, route
 from .serving import freeze, unfreeze
+from .unadapted import accelerate_linears, restore_linears
 from .version import __version__
 from .warmup import warmup
 
@@ -17,6 +18,7 @@ __all__ = [
     "LiLoRALinear",
     "RankPoolLinear",
     "__version__",
+    "accelerate_linears",
     "attach",
     "backend",
     "check_task_name",
@@ -29,6 +31,7 @@ __all__ = [
     "linear",
     "plan",
     "rank_gate",
+    "restore_linears",
     "route",
     "set_task",
     "unfreeze",

@@ -1,36 +1,55 @@
 """What the adapted linear layers have in common: a frozen base layer and one operation that adds the adapter to it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import backends, functional
 from .context import Tasks
 from .ops.delta.register import delta
-from .ops.doors import Operation
+from .ops.doors import Operation, is_any_watching, is_transformed, needs_graph
 from .ops.linear.register import linear
 
 PLAIN = {Tensor, nn.Parameter, type(None)}  # a subclass may have no memory of its own
 
 
 class Factors(tuple):
-    """(a, b0, u, v, fusion) of one call, or of many: what is checked in the first need not be again."""
+    """(a, b0, u, v, fusion) of one call, or of many: what is settled in the first two need not be again."""
 
-    checked: tuple = ()
+    settled: tuple = ()  # the kind of call that was checked
+    bound: Callable | None = None  # the call bound to its parameters, from the second on
 
     def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
         """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: task to ranks."""
-        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if transformed or not PLAIN.issuperset(map(type, (x, *self))):
-            return functional.of_rows(operation, x, *base, *self, *rest)
-        # Code that shards or offloads changes the memory behind a Parameter; that of a base replaced goes to others.
-        memory = [t.data_ptr() for t in self if t is not None]
-        memory += [(t.data_ptr(), t.shape) for t in base if t is not None]
-        kind = x.dtype, x.device, x.shape[-1], *rest[-2:], *memory
-        known = self.checked == kind and rest[1] is None  # gates are others in every call
-        y = functional.of_rows(operation, x, *base, *self, *rest, known=known)
-        if not known:
-            self.checked = kind
-        return y
+        args = (*base, *self, *rest)
+        if is_transformed() or not PLAIN.issuperset(map(type, (x, *self))):
+            return functional.of_rows(operation, x, *args)
+        kind = x.dtype, x.device, x.shape[-1], *rest[-3:], *conditions(*self, *base)
+        if rest[1] is not None or self.settled != kind:  # gates are others in every call
+            y = functional.of_rows(operation, x, *args)
+            self.settled, self.bound = kind, None
+            return y
+        if not (is_any_watching() or needs_graph(x, *self)):
+            if self.bound is None:
+                self.bound = operation.bind(x.reshape(-1, x.shape[-1]), *args) or takes_none
+            y = self.bound(x, rest[0])
+            if y is not None:
+                return y
+        return functional.of_rows(operation, x, *args, known=True)
+
+    def __getstate__(self) -> None:
+        return None  # a copy lies elsewhere
+
+
+def conditions(*tensors: Tensor | None) -> list:
+    """What a bound call relies on: what is forced, and where its parameters lie. Sharding and offloading change the latter."""
+    lying = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors if t is not None]
+    return [*map(backends.forced, backends.CHOICES), *lying]
+
+
+def takes_none(x: Tensor, task: Tensor | None) -> None:
+    """The bound call where there is none."""
 
 
 class AdaptedLinear(nn.Module):

@@ -31,6 +31,8 @@ class Implementation:
     `backward` is None where the gradient takes no kernel.
     `refusal(x, rank, sub_rank)` says in a few words why it cannot run on x with factors of these ranks, or None.
     `plans`: the algorithms it has, and for which rows each is taken; empty where an operation has no choice of them.
+    `bind(*arguments)`: bound(x, task) -> y [..., N] for x [..., K] and ids [M] of the same kinds as here, without gradients; all
+    other arguments stay what and where they are. bound is None, or returns it, where a call has to take the usual way.
     `rows(device)`: numbers of rows that together meet every kernel which it may have to compile or load.
     """
 
@@ -39,6 +41,7 @@ class Implementation:
     refusal: Callable[[Tensor, int, int], str | None]
     plans: dict[str, str]
     rows: Callable[[torch.device], list[int]] = lambda device: []
+    bind: Callable[..., Callable[[Tensor, Tensor | None], Tensor | None] | None] = lambda *_: None
 
 
 _table: dict[str, dict[str, Implementation]] = {}

@@ -14,7 +14,9 @@ PATH = Path(__file__).parent / "lib" / "liblilora_cpu.so"
 NOT_BUILT = PATH.with_suffix(".txt")  # why, in one line
 NO_BUILD = "this installation has no CPU build; pip install . makes one where it finds a C++ compiler"
 INSTRUCTIONS = ("baseline", "avx2", "avx512")  # numbered from 1
-CALL = struct.Struct("=8q18q6qd")  # struct Call of csrc/cpu/linear.cpp
+INTERFACE = 2  # of csrc/cpu/linear.cpp
+# Its struct Call: what is of one call alone, and what stays until parameters change.
+OF_CALL, OF_PARAMETERS = struct.Struct("=10q"), struct.Struct("=22qd")
 
 
 class Kernels:
@@ -22,8 +24,7 @@ class Kernels:
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
-        library.lilora_cpu_call_size.restype = ctypes.c_int64
-        if library.lilora_cpu_call_size() != CALL.size:
+        if library.lilora_cpu_interface() != INTERFACE:
             raise OSError(f"{path} is of another version; build it again")
         self.forward = library.lilora_cpu_forward
         self.forward.argtypes = (ctypes.c_char_p,)

@@ -134,7 +134,7 @@ TARGET static void shrink(const Work& work, int64_t item) {
   for (int64_t m = 0; m < call.rows; ++m)
     for (int64_t n = 0, r = first; n < count; ++n, ++r) {
       const float h = total(sums[m][n]), gate = call.gate.data ? value(call.gate, work.gate_row[m] * call.rank + r) : 1;
-      store(call.h, work.row[m] * call.rank + r, call.x.type, h);
+      if (call.h) store(call.h, work.row[m] * call.rank + r, call.x_type, h);
       work.q.at(m, r) = h * gate;
       work.scaled_q.at(m, r) = h * gate * work.of_shared[m];
     }
@@ -168,7 +168,7 @@ TARGET static void expand(const Work& work, int64_t item) {
   for (int64_t m = 0; m < call.rows; ++m)
     for (int64_t n = 0; n < count; ++n) {
       const float bias = call.bias.data ? value(call.bias, first + n) : 0;
-      store(call.y, work.row[m] * call.outputs + first + n, call.x.type, total(sums[m][n]) + bias);
+      store(call.y, work.row[m] * call.outputs + first + n, call.x_type, total(sums[m][n]) + bias);
     }
 }
 
@@ -187,9 +187,9 @@ TARGET static void widen_rows(const Work& work, const T* x) {
 
 TARGET static void run(const Work& work) {
   const Call& call = *work.call;
-  if (call.x.type == kFloat) widen_rows(work, (const float*)call.x.data);
-  else if (call.x.type == kBfloat16) widen_rows(work, (const Bfloat16*)call.x.data);
-  else widen_rows(work, (const Half*)call.x.data);
+  if (call.x_type == kFloat) widen_rows(work, (const float*)call.x);
+  else if (call.x_type == kBfloat16) widen_rows(work, (const Bfloat16*)call.x);
+  else widen_rows(work, (const Half*)call.x);
   auto items = [](int64_t outputs) { return (outputs + COLUMNS - 1) / COLUMNS; };
   const int64_t products = call.rows * COLUMNS;
   share(work, run_items<shrink>, items(call.rank), products * call.columns);

@@ -29,14 +29,21 @@ typedef void (*Items)(int64_t begin, int64_t end, void* context);
 
 // As packed by lilora_kernels/cpu_library.py. Shapes in ops/README.md; rows of x lie x_stride apart, the rest is contiguous.
 struct Call {
-  int64_t rows, columns, outputs, rank, sub_rank, tasks, gates, x_stride;
-  Matrix x, weight, bias, a, b0, u, v, fusion, gate;
-  const int32_t *task, *gate_row;
+  // Of one call alone. No pointer: not given, of h: not wanted.
+  int64_t rows, x_stride;
+  const void* x;
   void *y, *h;  // in x's type
+  const int32_t *task, *gate_row;
+  Matrix gate;
+  int64_t gates;
+  // Until parameters change.
+  int64_t columns, outputs, rank, sub_rank, tasks, x_type;
+  Matrix weight, bias, a, b0, u, v, fusion;
   int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, Items items, void* context);  // nullptr: one thread
   int64_t instructions;
   double scaling;
 };
+static_assert(sizeof(Call) == 33 * 8, "lilora_cpu_interface, and what packs it, have to change with it");
 
 namespace {
 
@@ -174,7 +181,8 @@ bool place_rows(Work& work) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int64_t lilora_cpu_call_size() { return sizeof(Call); }
+// Another number for every other Call.
+EXPORT int64_t lilora_cpu_interface() { return 2; }
 
 // How many of the instruction sets baseline, avx2, avx512 this processor has.
 EXPORT int64_t lilora_cpu_instructions() {

@@ -1,5 +1,7 @@
 """When the CPU kernels can run, and their call."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,22 +58,55 @@ def unsupported(x: Tensor, adapter: AdapterArgs, weight: Tensor | None, bias: Te
 
 def decode(x: Tensor, adapter: AdapterArgs, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """None for an id of no task or no gate: the composed plan says what is wrong."""
-    a, b0, u, v, fusion, task, gate, gate_row, _, scaling, _, _ = adapter
-    (rows, columns), (outputs, rank) = x.shape, b0.shape
     if x.stride(1) != 1:
         x = x.contiguous()
-    y, h = x.new_empty((rows, outputs)), x.new_empty((rows, rank))
+    y, h = (x.new_empty((len(x), width)) for width in adapter.b0.shape)
+    gate = adapter.gate
+    call = cpu_library.OF_CALL.pack(
+        len(x), x.stride(0), x.data_ptr(), y.data_ptr(), h.data_ptr(), pointer(adapter.task), pointer(adapter.gate_row),
+        *operand(gate), 1 if gate is None else len(gate),
+    )  # fmt: skip
+    failed = cpu_library.load().forward(call + packed(x, adapter, weight, bias))
+    return None if failed else (y, h)
+
+
+def bind(
+    x: Tensor, adapter: AdapterArgs, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
+    """bound(x, task) -> y, see `Implementation`."""
+    if backends.forced("plan") == "composed" or unsupported(x[:1], adapter, weight, bias) is not None:
+        return None
+    parameters, run = packed(x, adapter, weight, bias), cpu_library.load().forward
+    (outputs, _), columns = adapter.b0.shape, x.shape[1]
+
+    def bound(x: Tensor, task: Tensor | None) -> Tensor | None:
+        rows = x.shape[:-1].numel()
+        if rows > DECODE_ROWS or not x.is_contiguous():
+            return None
+        if task is not None and (task.shape != (rows,) or not task.is_contiguous()):
+            return None
+        y = x.new_empty((*x.shape[:-1], outputs))
+        call = cpu_library.OF_CALL.pack(rows, columns, x.data_ptr(), y.data_ptr(), 0, pointer(task), 0, 0, 0, 1)
+        return None if run(call + parameters) else y
+
+    return bound
+
+
+def packed(x: Tensor, adapter: AdapterArgs, weight: Tensor | None, bias: Tensor | None) -> bytes:
+    """The part of a call that stays until parameters change."""
+    a, b0, u, v, fusion, *_ = adapter
     library = cpu_library.load()
     tasks, sub_rank = (1, 0) if u is None else (1 if u.dim() == 2 else u.shape[0], u.shape[-1])
-    call = cpu_library.CALL.pack(
-        rows, columns, outputs, rank, sub_rank, tasks, 1 if gate is None else gate.shape[0], x.stride(0),
-        x.data_ptr(), TYPES[x.dtype], *operand(weight), *operand(bias), a.data_ptr(), TYPES[a.dtype],
-        b0.data_ptr(), TYPES[b0.dtype], *operand(u), *operand(v), *operand(fusion), *operand(gate),
-        0 if task is None else task.data_ptr(), 0 if gate_row is None else gate_row.data_ptr(), y.data_ptr(), h.data_ptr(),
-        library.parallel_for, library.instructions, scaling,
+    operands = (number for tensor in (weight, bias, a, b0, u, v, fusion) for number in operand(tensor))
+    return cpu_library.OF_PARAMETERS.pack(
+        x.shape[1], *b0.shape, sub_rank, tasks, TYPES[x.dtype], *operands,
+        library.parallel_for, library.instructions, adapter.scaling,
     )  # fmt: skip
-    return (y, h) if library.forward(call) == 0 else None
 
 
 def operand(tensor: Tensor | None) -> tuple[int, int]:
     return ABSENT if tensor is None else (tensor.data_ptr(), TYPES[tensor.dtype])
+
+
+def pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

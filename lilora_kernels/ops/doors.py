@@ -22,7 +22,7 @@ class Operation:
     """Both doors compute, save, differentiate and refuse in the same way.
 
     `kinds`: the schema's arguments. `check` raises where they are wrong; `run` computes and `fake` makes empty results.
-    setup_context, backward and vmap: of a torch.autograd.Function; vmap gets this operation first.
+    setup_context, backward and vmap: of a torch.autograd.Function; vmap gets this operation first. bind: of the backend chosen.
     """
 
     def __init__(
@@ -37,8 +37,9 @@ class Operation:
         setup_context: Callable,
         backward: Callable,
         vmap: Callable,
+        bind: Callable = lambda *_: None,
     ) -> None:
-        self.name, self.kinds, self.check, self.run = f"lilora::{name}", kinds, check, run
+        self.name, self.kinds, self.check, self.run, self.bind = f"lilora::{name}", kinds, check, run, bind
         self.plain = [PLAIN[kind] for kind in kinds.values()]
         schema = ", ".join(f"{kind} {argument}" for argument, kind in kinds.items())
         self.registered = torch.library.custom_op(
@@ -61,7 +62,7 @@ class Operation:
             return self.registered(*args)
         if not known:
             self.check(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if needs_graph(*args):
             return self.apply(*args)
         return self.compute(*args)
 
@@ -73,12 +74,24 @@ class Operation:
     def is_watched(self, args: tuple) -> bool:
         """Whether a mode, a tracer, a subclass of Tensor or the meta device takes part in the call."""
         return bool(
-            torch._C._len_torch_dispatch_stack()
-            or torch._C._len_torch_function_stack()
-            or torch._C._is_tracing()
-            or not all(map(operator.contains, self.plain, map(type, args)))
-            or args[0].is_meta
+            is_any_watching() or not all(map(operator.contains, self.plain, map(type, args))) or args[0].is_meta
         )
+
+
+def is_transformed() -> bool:
+    """Whether torch.compile, torch.func or forward-mode AD takes part in all calls."""
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def is_any_watching() -> bool:
+    """Whether a mode or a tracer takes part in all calls."""
+    return torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._is_tracing()
+
+
+def needs_graph(*args) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 
 def checked(check: Callable, run: Callable) -> Callable:

@@ -97,7 +97,7 @@ class AdapterOperation:
         self.backward_arguments = Arguments({**read, **kept, "needs": "bool[]"})
         self.op = Operation(
             name, kinds, f"({', '.join(['Tensor'] * 2 * len(self.sides))})", self.check, self.forward, self.fake_forward,
-            setup_context=self.setup_context, backward=self.differentiate, vmap=vmap_over_rows,
+            setup_context=self.setup_context, backward=self.differentiate, vmap=vmap_over_rows, bind=self.bind,
         )  # fmt: skip
         self.backward_op = Operation(
             f"{name}_backward", self.backward_arguments.kinds, "Tensor[]", lambda *_: None, self.backward, self.fake_backward,
@@ -116,6 +116,10 @@ class AdapterOperation:
         given, adapters = self.arguments.split(args)
         chosen = backends.choose(self.name, given[0], *adapters[0].rank_sizes)
         return chosen.forward(*given, self.of_each(adapters))
+
+    def bind(self, *args) -> Callable | None:
+        given, adapters = self.arguments.split(args)
+        return backends.choose(self.name, given[0], *adapters[0].rank_sizes).bind(*given, self.of_each(adapters))
 
     def fake_forward(self, *args):
         given, adapters = self.arguments.split(args)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from cases import NAMES, SCALING, Errors, adapter, add_errors, base, case_id, make, options, oracle, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pair_cases import adapters, check_pair
 
 import lilora_kernels
 from lilora_kernels import backends, cpu_library, functional
@@ -96,6 +97,16 @@ def test_gradients_are_as_good_as_the_plain_formula(dtype, op):
     for seed in range(8):
         add_errors(errors, make(gate=True, dtype=dtype, seed=seed), op)
     errors.check()
+
+
+@pytest.mark.parametrize("bases", [True, False])
+def test_two_adapters_of_one_input(bases):
+    everything = ("x", *NAMES[1:])
+    check_pair(20, "random", 0.0, (everything, everything), bases)
+    i = make(rows=5, dtype=torch.float32)
+    wrong = i.with_(task=torch.full((5,), 3, dtype=torch.int32))
+    with pytest.raises(ValueError, match="task has the id 3"):
+        functional.delta_pair(i.x, adapters(i), adapters(i), task=wrong.task)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

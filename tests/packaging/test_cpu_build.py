@@ -109,4 +109,10 @@ def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path, monkeypatch):
     assert load() == f"{path} is truncated"
     path.unlink()
     path.write_bytes(whole)
-    assert "undefined symbol: lilora_cpu_call_size" in load()
+    assert "undefined symbol: lilora_cpu_interface" in load()
+
+
+@pytest.mark.skipif(isinstance(cpu_library.load(), str), reason=f"{cpu_library.load()}")
+def test_a_library_of_another_version_is_a_reason(monkeypatch):
+    monkeypatch.setattr(cpu_library, "INTERFACE", cpu_library.INTERFACE + 1)
+    assert cpu_library.load.__wrapped__() == f"{cpu_library.PATH} is of another version; build it again"

@@ -11,7 +11,9 @@ PLANS = {"one_launch": f"up to {backends.ONE_LAUNCH_ROWS} rows", "by_phase": "be
 backends.register(
     "linear",
     eager=backends.Implementation(eager.forward, eager.backward, lambda *_: None, backends.COMPOSED),
-    cpu=backends.Implementation(cpu_backend.forward, eager.backward, cpu_runtime.refusal, cpu_runtime.PLANS),
+    cpu=backends.Implementation(
+        cpu_backend.forward, eager.backward, cpu_runtime.refusal, cpu_runtime.PLANS, bind=cpu_backend.bind
+    ),
     cuda=backends.lazy(
         "lilora_kernels.ops.linear.cuda_backend",
         cuda_runtime.refusal,

@@ -1,0 +1,160 @@
+"""accelerate_linears: the product of few rows, everything else as torch has it, and the way back."""
+
+import copy
+import io
+
+import pytest
+import torch
+from test_linear import layer
+from tiny_llava import tiny_llava
+from torch import nn
+
+import lilora_kernels
+from lilora_kernels import accelerate_linears, cpu_library, restore_linears
+from lilora_kernels.adapted import AdaptedLinear
+
+pytestmark = pytest.mark.skipif(isinstance(cpu_library.load(), str), reason=f"{cpu_library.load()}")
+K, N = 24, 20
+
+
+@pytest.fixture(autouse=True)
+def by_torch(monkeypatch):
+    """How many products torch computes: `by_torch()`, beginning anew with each question."""
+    forward, calls = nn.Linear.forward, []
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(x) or forward(self, x))
+
+    def since():
+        found = len(calls)
+        calls.clear()
+        return found
+
+    return since
+
+
+def product(module, x):
+    weight, bias = module.weight.double(), module.bias
+    return x.double() @ weight.T + (0 if bias is None else bias.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(K,), (1, K), (2, 3, K), (32, K), (0, K)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows(dtype, shape, bias, by_torch):
+    linear = nn.Linear(K, N, bias=bias, dtype=dtype)
+    assert accelerate_linears(linear) == {"": None}
+    x = torch.randn(shape, dtype=dtype)
+    with torch.no_grad():
+        y, wanted = linear(x), product(linear, x)
+    assert by_torch() == 0
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_everything_else_is_torchs(by_torch):
+    linear, x = nn.Linear(K, N), torch.randn(3, K)
+    accelerate_linears(linear)
+    linear(x).sum().backward()  # its parameters learn
+    assert linear.weight.grad is not None
+    with torch.no_grad():
+        linear(torch.randn(33, K))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x).dtype == torch.bfloat16
+        for forced in (lilora_kernels.backend("eager"), lilora_kernels.plan("composed")):
+            with forced:
+                linear(x)
+        with pytest.raises(RuntimeError, match="shape"):
+            linear(torch.randn(3, K + 1))
+        with pytest.raises(RuntimeError, match="dtype"):
+            linear(x.double())
+        linear.to("meta")(x.to("meta"))
+    assert by_torch() == 8
+
+
+def test_gradients_of_the_input(by_torch):
+    linear, x = nn.Linear(K, N).requires_grad_(False), torch.randn(3, K, requires_grad=True)
+    wanted = torch.autograd.grad(linear(x).square().sum(), x)
+    accelerate_linears(linear)
+    assert torch.equal(torch.autograd.grad(linear(x).square().sum(), x)[0], wanted[0])
+
+
+def test_compiled_and_exported(by_torch):
+    linear, x = nn.Linear(K, N).requires_grad_(False), torch.randn(3, K)
+    accelerate_linears(linear)
+    with torch.no_grad():
+        compiled = torch.compile(linear, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), linear(x))
+
+
+def test_changed_parameters_are_seen():
+    linear, x = nn.Linear(K, N), torch.randn(3, K)
+    accelerate_linears(linear)
+    changes = [
+        lambda: linear.weight.mul_(2),
+        lambda: setattr(linear.weight, "data", torch.randn(N, K)),
+        lambda: setattr(linear.weight, "data", torch.randn(K, N).T),
+        lambda: setattr(linear, "bias", None),
+        lambda: linear.double(),
+        lambda: linear.bfloat16().float(),
+    ]
+    with torch.no_grad():
+        for change in changes:
+            change()
+            x = x.to(linear.weight.dtype)
+            torch.testing.assert_close(linear(x).double(), product(linear, x), rtol=1e-5, atol=1e-5)
+
+
+def test_which_layers_of_a_model_and_the_way_back():
+    model = tiny_llava()
+    adapted = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    plain = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    bases = {f"{path}.base_layer" for path in adapted}
+    before = {path: module.forward for path, module in model.named_modules()}
+    keys = list(model.state_dict())
+    found = accelerate_linears(model)
+    assert found == dict.fromkeys(plain - bases)
+    assert accelerate_linears(model) == found
+    assert list(model.state_dict()) == keys
+    assert all(module.unfused_reason() is None for module in adapted.values())
+    restore_linears(model)
+    assert not any("forward" in module.__dict__ for module in model.modules() if type(module) is nn.Linear)
+    assert all(module.forward == before[path] for path, module in model.named_modules())
+
+
+def test_layers_that_are_left_alone():
+    class Own(nn.Linear):
+        pass
+
+    replaced, model = nn.Linear(K, N), nn.ModuleDict({"own": Own(K, N), "wide": nn.Linear(K, N).double()})
+    model["replaced"], model["adapted"] = replaced, layer()
+    replaced.forward = lambda x: x
+    assert accelerate_linears(model) == {
+        "own": "it is a Own of a Parameter",
+        "wide": "it does not support torch.float64",
+        "replaced": "its forward was replaced",
+    }
+    restore_linears(model)
+    assert "forward" in replaced.__dict__
+
+
+def test_copies_and_files(by_torch):
+    linear, x = nn.Linear(K, N), torch.randn(3, K)
+    accelerate_linears(linear)
+    with torch.no_grad():
+        linear(x)
+        twin = copy.deepcopy(linear)
+        twin.weight.mul_(3)
+        file = io.BytesIO()
+        torch.save(linear, file)
+        file.seek(0)
+        for each in (linear, twin, torch.load(file, weights_only=False)):
+            torch.testing.assert_close(each(x).double(), product(each, x), rtol=1e-5, atol=1e-5)
+    assert by_torch() == 0
+
+
+def test_hooks_run_as_before():
+    linear, x, seen = nn.Linear(K, N), torch.randn(3, K), []
+    linear.register_forward_hook(lambda module, inputs, y: seen.append(y))
+    accelerate_linears(linear)
+    with torch.no_grad():
+        linear(x)
+    assert len(seen) == 1

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lilora_kernels import backend, cpu_library, set_task
+from lilora_kernels import accelerate_linears, backend, cpu_library, restore_linears, set_task
 
 from .compare import Wrong
 from .environment import environment
@@ -38,6 +38,7 @@ PROMPTS = (
     "The difference between a cat and a dog is that",
 )
 STRENGTH = 3  # of random adapters: answers stay sentences, and differ by task
+SEGMENTS = ["prepare", "generate"]
 SECONDS = 40  # for the rounds of one batch size
 
 
@@ -46,6 +47,7 @@ class Implementation(NamedTuple):
     model: str  # base, peft or ours
     mixed: bool = False  # a task for every prompt, not one for all
     backend: str = "cpu"
+    accelerated: bool = False
 
 
 IMPLEMENTATIONS = {
@@ -55,6 +57,8 @@ IMPLEMENTATIONS = {
     "ours_one": Implementation("ours, one task", "ours"),
     "ours": Implementation("ours, task_ids", "ours", mixed=True),
     "ours_eager": Implementation("ours, task_ids, backend eager", "ours", mixed=True, backend="eager"),
+    "ours_accelerated": Implementation("ours, task_ids, accelerate_linears", "ours", mixed=True, accelerated=True),
+    "base_accelerated": Implementation("frozen model, accelerate_linears", "base", accelerated=True),
 }
 
 
@@ -111,19 +115,24 @@ class Contest:
                 parameter.data.mul_(STRENGTH if factor in name else 1)
 
     def generate(self, name: str, inputs: dict[str, Tensor], tasks: list[str], mark: Callable = lambda: None) -> Tensor:
-        """New greedy tokens [samples, new_tokens], by an implementation."""
-        _, kind, mixed, by = IMPLEMENTATIONS[name]
+        """New greedy tokens [samples, new_tokens], by an implementation; mark() before and after."""
+        _, kind, mixed, by, accelerated = IMPLEMENTATIONS[name]
+        model = self.models[kind]
         more = {{"ours": "task_ids", "peft": "adapter_names"}[kind]: tasks} if mixed else {}
+        (accelerate_linears if accelerated else restore_linears)(model)
         with backend(by):
-            tokens = self.models[kind].generate(**inputs, max_new_tokens=self.size.new_tokens, do_sample=False, **more)
-        mark()
+            mark()
+            tokens = model.generate(**inputs, max_new_tokens=self.size.new_tokens, do_sample=False, **more)
+            mark()
         return tokens[:, inputs["input_ids"].shape[1] :]
 
     def gate(self, inputs: dict[str, Tensor]) -> None:
-        """Raise Wrong unless ours gives the eager backend's tokens, other ones for each task, and each row's alone."""
+        """Raise Wrong unless tokens are those of eager PyTorch, each row's those of its task alone, and no two tasks' equal."""
         expected = self.generate("ours_eager", inputs, self.tasks)
-        if not torch.equal(self.generate("ours", inputs, self.tasks), expected):
-            raise Wrong("ours gives other tokens than by the eager backend; no figure is taken")
+        frozen = self.generate("base", inputs, self.tasks)
+        for name, tokens in (("ours", expected), ("ours_accelerated", expected), ("base_accelerated", frozen)):
+            if not torch.equal(self.generate(name, inputs, self.tasks), tokens):
+                raise Wrong(f"{name} gives other tokens than the same in PyTorch; no figure is taken")
         for i, task in enumerate(self.tasks):
             set_task(self.models["ours"], task, train=False)
             alone = self.generate("ours_one", {name: values[i : i + 1] for name, values in inputs.items()}, [task])
@@ -147,7 +156,7 @@ def rows(problem: Problem, machine: Machine, seconds: float | None = None) -> It
             contest.generate(name, inputs, contest.tasks[:samples], mark)
             print(f"{samples} x {size.new_tokens} tokens, round {turn}: {IMPLEMENTATIONS[name].title}", flush=True)
 
-        times = measure(machine, {name: partial(run, name) for name in IMPLEMENTATIONS}, ["generate"], seconds=seconds)
+        times = measure(machine, {name: partial(run, name) for name in IMPLEMENTATIONS}, SEGMENTS, seconds=seconds)
         times = {name: times[name]["generate"] for name in IMPLEMENTATIONS}
         for name, own in times.items():
             yield {

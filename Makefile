@@ -44,13 +44,14 @@ LONG_REVERSED := lilora-reversed pclr-reversed
 SEEDS := 0 1 2
 named = $(foreach seed,$(SEEDS),$(foreach label,$(1),$(label)-$(seed)))
 
-.PHONY: help venv demo experiment long test cpu-check cuda-check cuda-check-all lint cpu-evidence smollm2 families readme resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
+.PHONY: help venv demo experiment long test cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families readme resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
 	@echo "make demo        learn six tasks with three methods on real images, about 8 minutes on 2 cores"
 	@echo "make test        all tests"
 	@echo "make cpu-check   the tests of the CPU kernels under the address and undefined-behaviour sanitizers of g++"
+	@echo "make cpu-check-arm64  the same kernels compiled for arm64, against the formula in an emulator"
 	@echo "make cuda-check  the GPU build for one architecture, compiled and taken apart; -all: for every one"
 	@echo "make gpu-kit     for a GPU elsewhere: its kernels, compiled here, in one file; prints the two commands to run there"
 	@echo "make gpu-rehearsal  these commands, tried without a GPU: what they launch, and how long each stage would take"
@@ -118,6 +119,13 @@ SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=all
 cpu-check: .venv/ready
 	OMP_NUM_THREADS=1 PYTHONPATH=.:python LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 LILORA_CPU_FLAGS="$(SANITIZERS)" $(BIN)/pytest tests/ops/test_cpu.py
+
+# Debian: g++-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user.
+ARM64_CXX := aarch64-linux-gnu-g++
+cpu-check-arm64:
+	mkdir -p build
+	$(ARM64_CXX) -std=c++17 -O3 -ffp-contract=fast -Wno-subobject-linkage -static -o build/cpu-check-arm64 tests/cpu/check.cpp
+	qemu-aarch64 build/cpu-check-arm64
 
 # What can be shown of the GPU build without a GPU. Names of architectures as in TORCH_CUDA_ARCH_LIST.
 CUDA_ARCHITECTURES := 9.0a

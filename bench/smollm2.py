@@ -39,7 +39,7 @@ PROMPTS = (
 )
 STRENGTH = 3  # of random adapters: answers stay sentences, and differ by task
 SEGMENTS = ["prepare", "generate"]
-SECONDS = 40  # for the rounds of one batch size
+SECONDS = 30  # for the rounds of one batch size
 
 
 class Implementation(NamedTuple):

@@ -147,7 +147,8 @@ def described(base: nn.Module) -> str:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in module.__dict__
+    replaced = module.__dict__.get("forward")
+    return any(hooks) or (replaced is not None and not getattr(replaced, "does_the_same", False))
 
 
 def version(parameter: Tensor) -> object:

@@ -1,11 +1,11 @@
-"""Linear layers without an adapter, for few rows on a CPU by the kernels that adapted ones take."""
+"""Linear layers where they run without an adapter, for few rows on a CPU by the kernels that adapted ones take."""
 
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from . import backends
-from .adapted import PLAIN, AdaptedLinear, conditions, is_plain
+from .adapted import PLAIN, conditions, is_plain
 from .functional import autocasts
 from .ops import cpu_runtime
 from .ops.doors import is_any_watching, is_transformed, needs_graph
@@ -13,18 +13,17 @@ from .ops.schema import AdapterArgs
 
 
 def accelerate_linears(model: nn.Module) -> dict[str, str | None]:
-    """Compute every nn.Linear of `model` without an adapter by the CPU kernels, for up to 32 rows and without gradients.
+    """Compute every nn.Linear of `model` that runs without an adapter by the CPU kernels, up to 32 rows, without gradients.
 
     torch's own product of few rows runs at a fraction of the memory's speed; these kernels read each weight once. Results
     are torch's up to rounding, a row's bits independent of the other rows. Other calls take torch's product as before: more
-    rows, gradients, autocast, torch.compile, another device. Returns None for each layer by its path, or why it was left as
-    it is. Neither parameters nor the state dict are touched. Adapt and quantise the model first. Undone by
-    `restore_linears`.
+    rows, gradients, autocast, torch.compile, another device. So do the bases of adapted layers while no task is active or
+    one is merged. Returns None for each layer by its path, or why it was left as it is. Neither parameters nor the state
+    dict are touched. Quantise a model first. Undone by `restore_linears`.
     """
-    adapted = {module.base_layer for module in model.modules() if isinstance(module, AdaptedLinear)}
     found = {}
     for path, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and layer not in adapted:
+        if isinstance(layer, nn.Linear):
             found[path] = None if is_accelerated(layer) else left_alone(layer)
             if found[path] is None:
                 layer.forward = Forward(layer)
@@ -54,6 +53,7 @@ def left_alone(layer: nn.Linear) -> str | None:
 class Forward:
     """The forward of one accelerated layer."""
 
+    does_the_same = True  # for `has_hooks`
     kind: list | None = None  # that of the call which is bound
     bound = None
 

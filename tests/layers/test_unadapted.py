@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from test_linear import layer
+from test_linear import close, expected, layer
 from tiny_llava import tiny_llava
 from torch import nn
 
@@ -105,19 +105,29 @@ def test_changed_parameters_are_seen():
 
 def test_which_layers_of_a_model_and_the_way_back():
     model = tiny_llava()
-    adapted = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
     plain = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    bases = {f"{path}.base_layer" for path in adapted}
     before = {path: module.forward for path, module in model.named_modules()}
     keys = list(model.state_dict())
     found = accelerate_linears(model)
-    assert found == dict.fromkeys(plain - bases)
+    assert found == dict.fromkeys(plain)
     assert accelerate_linears(model) == found
     assert list(model.state_dict()) == keys
-    assert all(module.unfused_reason() is None for module in adapted.values())
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    assert all(module.unfused_reason() is None for module in adapted)
     restore_linears(model)
     assert not any("forward" in module.__dict__ for module in model.modules() if type(module) is nn.Linear)
     assert all(module.forward == before[path] for path, module in model.named_modules())
+
+
+def test_the_base_of_an_adapted_layer(by_torch):
+    made, x = layer().eval(), torch.randn(3, K)
+    accelerate_linears(made)
+    with torch.no_grad():
+        for change in (lambda: made.set_task(), lambda: made.set_task("cats"), lambda: made.merge("cats")):
+            change()
+            for _ in range(3):
+                close(made(x), expected(made, x, "cats" if made.active and made.merged_task is None else None))
+    assert by_torch() == 0
 
 
 def test_layers_that_are_left_alone():
@@ -131,6 +141,7 @@ def test_layers_that_are_left_alone():
         "own": "it is a Own of a Parameter",
         "wide": "it does not support torch.float64",
         "replaced": "its forward was replaced",
+        "adapted.base_layer": None,
     }
     restore_linears(model)
     assert "forward" in replaced.__dict__

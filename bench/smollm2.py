@@ -159,6 +159,7 @@ def rows(problem: Problem, machine: Machine, seconds: float | None = None) -> It
         times = measure(machine, {name: partial(run, name) for name in IMPLEMENTATIONS}, SEGMENTS, seconds=seconds)
         times = {name: times[name]["generate"] for name in IMPLEMENTATIONS}
         for name, own in times.items():
+            speed = spread((1e6 * samples * size.new_tokens / us for us in own), 1)
             yield {
                 "case": "SmolLM2-135M",
                 **size.describe(),
@@ -170,7 +171,8 @@ def rows(problem: Problem, machine: Machine, seconds: float | None = None) -> It
                 "implementation": name,
                 "direction": "generate",
                 **figures(own, times["base"]),
-                "tokens_per_s": spread((1e6 * samples * size.new_tokens / us for us in own), 1),
+                "tokens_per_s": speed["median"],
+                "speed": speed,
                 "speed_to_base": ratio(times["base"], own),
                 "speed_to_peft_names": ratio(times["peft_names"], own),
                 "rounds": len(own),
@@ -194,7 +196,7 @@ def table(found: list[dict]) -> list[str]:
     for name, each in IMPLEMENTATIONS.items():
         cells = [each.title]
         for of in batches.values():
-            cells.append(interval(of[name]["tokens_per_s"], 1))
+            cells.append(interval(of[name]["speed"], 1))
             cells += [f"{of[name][f'speed_to_{over}']['median']:.2f}" for over in ("base", "peft_names")]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -206,12 +208,12 @@ def plot(found: list[dict], path: Path) -> None:
     batches = by_samples(found)
     figure, axes = plt.subplots(1, len(batches), figsize=(11, 3.5), layout="constrained", sharey=True)
     for axis, (samples, of) in zip(axes, batches.items(), strict=True):
-        rates = [row["tokens_per_s"] for row in of.values()]
+        rates = [row["speed"] for row in of.values()]
         error = [[r["median"] - r["p20"] for r in rates], [r["p80"] - r["median"] for r in rates]]
         names, values = [IMPLEMENTATIONS[name].title for name in of], [r["median"] for r in rates]
         colours = [COLOURS[IMPLEMENTATIONS[name].model] for name in of]
         axis.bar_label(axis.barh(names, values, xerr=error, color=colours), fmt="%.0f", padding=4, fontsize=8)
-        axis.axvline(of["base"]["tokens_per_s"]["median"], color="black", linewidth=1)
+        axis.axvline(of["base"]["tokens_per_s"], color="black", linewidth=1)
         axis.set_title(f"batch {samples}", fontsize=10)
         axis.set_xlabel("tokens / s")
     axes[0].invert_yaxis()

@@ -58,11 +58,11 @@ def through(backend: str, run: Callable[[], object]) -> Callable[[], object]:
     """`run` with this backend selected, for less than what a context manager costs."""
 
     def selected() -> None:
-        before, backends._forced["backend"] = backends._forced["backend"], backend
+        before, backends.forced["backend"] = backends.forced["backend"], backend
         try:
             run()
         finally:
-            backends._forced["backend"] = before
+            backends.forced["backend"] = before
 
     return selected
 

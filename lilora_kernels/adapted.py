@@ -45,7 +45,7 @@ class Factors(tuple):
 def conditions(*tensors: Tensor | None) -> list:
     """What a bound call relies on: what is forced, and where its parameters lie. Sharding and offloading change the latter."""
     lying = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors if t is not None]
-    return [*map(backends.forced, backends.CHOICES), *lying]
+    return [*backends.forced.values(), *lying]
 
 
 def takes_none(x: Tensor, task: Tensor | None) -> None:

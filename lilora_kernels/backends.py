@@ -16,8 +16,9 @@ COMPOSED = {"composed": "for all rows"}  # library products around what is ours
 CHOICES = {"backend": ORDER, "plan": PLANS}
 VARIABLES = {"backend": "LILORA_BACKEND", "plan": "LILORA_PLAN"}
 ONE_LAUNCH_ROWS = 255  # up to here `linear` takes one launch: with few rows a processor only waits for launches
-# For all threads: autograd runs backward on a GPU in threads of its own.
-_forced: dict[str, str | None] = dict.fromkeys(CHOICES)
+# The backend and plan that the contexts of these names or LILORA_<KIND>, read here, force; None leaves the choice to us. For
+# all threads: autograd runs backward on a GPU in threads of its own.
+forced = {kind: os.environ.get(variable) or None for kind, variable in VARIABLES.items()}
 
 
 class Unsupported(RuntimeError):
@@ -61,23 +62,15 @@ def lazy(module: str, refusal: Callable[[Tensor, int, int], str | None], plans: 
     return Implementation(late("forward"), late("backward"), refusal, plans, late("rows"))
 
 
-def forced(kind: str) -> str | None:
-    """The "backend" or "plan" that the context of that name or LILORA_<KIND> forces; None leaves the choice to us."""
-    name = _forced[kind] or os.environ.get(VARIABLES[kind]) or None
-    if name is not None and name not in CHOICES[kind]:
-        raise ValueError(f"{VARIABLES[kind]} is {name!r}; it must be one of {list(CHOICES[kind])}")
-    return name
-
-
 @contextmanager
 def _force(kind: str, name: str) -> Iterator[None]:
     if name not in CHOICES[kind]:
         raise ValueError(f"{kind} is {name!r}; it must be one of {list(CHOICES[kind])}")
-    before, _forced[kind] = _forced[kind], name
+    before, forced[kind] = forced[kind], name
     try:
         yield
     finally:
-        _forced[kind] = before
+        forced[kind] = before
 
 
 def backend(name: str) -> AbstractContextManager[None]:
@@ -95,7 +88,7 @@ def plan(name: str) -> AbstractContextManager[None]:
 
 def one_launch(rows: int, most: float = math.inf) -> bool:
     """Whether the phases share a launch: where that is forced, and up to `most` rows where neither it nor by_phase is."""
-    plan = forced("plan")
+    plan = forced["plan"]
     return plan == "one_launch" if plan in ("one_launch", "by_phase") else rows <= most
 
 
@@ -106,7 +99,7 @@ def plans(op: str) -> dict[str, dict[str, str]]:
 
 def refusals(op: str, x: Tensor, rank: int, sub_rank: int) -> dict[str, str | None]:
     """For each backend in order of preference, why it cannot run `op` on x by the forced plan; None if it can."""
-    return {name: _refusal(op, name, x, rank, sub_rank, forced("plan")) for name in ORDER}
+    return {name: _refusal(op, name, x, rank, sub_rank, forced["plan"]) for name in ORDER}
 
 
 def _refusal(op: str, name: str, x: Tensor, rank: int, sub_rank: int, plan: str | None) -> str | None:
@@ -119,7 +112,10 @@ def _refusal(op: str, name: str, x: Tensor, rank: int, sub_rank: int, plan: str 
 
 def choose(op: str, x: Tensor, rank: int, sub_rank: int) -> Implementation:
     """The first backend that can run `op` on x, or the one that is forced, unless `op` has no kernel there at all."""
-    wanted, plan = forced("backend"), forced("plan")
+    wanted, plan = forced["backend"], forced["plan"]
+    for kind, name in forced.items():
+        if name is not None and name not in CHOICES[kind]:
+            raise ValueError(f"{VARIABLES[kind]} is {name!r}; it must be one of {list(CHOICES[kind])}")
     for name in (wanted,) if wanted in _table[op] else ORDER:
         if _refusal(op, name, x, rank, sub_rank, plan) is None:
             return _table[op][name]
@@ -139,7 +135,7 @@ def explain(model: torch.nn.Module) -> str:
     from .adapted import AdaptedLinear
     from .mlp import pairs
 
-    lines, paired, wanted, plan = [], pairs(model), forced("backend"), forced("plan")
+    lines, paired, wanted, plan = [], pairs(model), forced["backend"], forced["plan"]
     for path, layer in model.named_modules():
         if not isinstance(layer, AdaptedLinear):
             continue

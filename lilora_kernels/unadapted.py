@@ -13,7 +13,7 @@ from .ops.schema import AdapterArgs
 
 
 def accelerate_linears(model: nn.Module) -> dict[str, str | None]:
-    """Compute every nn.Linear of `model` that runs without an adapter by the CPU kernels, up to 32 rows, without gradients.
+    """Compute every nn.Linear of `model` that runs without an adapter by the CPU kernels, up to 64 rows, without gradients.
 
     torch's own product of few rows runs at a fraction of the memory's speed; these kernels read each weight once. Results
     are torch's up to rounding, a row's bits independent of the other rows. Other calls take torch's product as before: more
@@ -82,7 +82,7 @@ class Forward:
 
 def bound(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable | None:
     """`cpu_runtime.bind` of an adapter of rank 0, None where another backend is forced."""
-    if backends.forced("backend") not in (None, "cpu") or cpu_runtime.refusal(x, 0, 0) is not None:
+    if backends.forced["backend"] not in (None, "cpu") or cpu_runtime.refusal(x, 0, 0) is not None:
         return None
     a, b0 = weight.new_empty(0, weight.shape[1]), weight.new_empty(len(weight), 0)
     adapter = AdapterArgs(a, b0, None, None, None, None, None, None, None, 1.0, 0.0, None)

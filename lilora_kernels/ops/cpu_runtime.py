@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import backends, cpu_library
 from .schema import AdapterArgs
 
-DECODE_ROWS = 32  # the most that the kernels take: kMostRows of csrc/cpu/linear.cpp
+DECODE_ROWS = 64  # the most that the kernels take: kMostRows of csrc/cpu/linear.cpp
 PLANS = {"decode": f"up to {DECODE_ROWS} rows", "composed": "beyond"}
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ABSENT = (0, 0)
@@ -28,7 +28,7 @@ def forward(
     op: str, x: Tensor, adapter: AdapterArgs, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """y [M, N] and h [M, R] by the plan decode; None where the composed plan has to run."""
-    plan = backends.forced("plan")
+    plan = backends.forced["plan"]
     if plan == "composed":
         return None
     reason = unsupported(x, adapter, weight, bias)
@@ -74,7 +74,7 @@ def bind(
     x: Tensor, adapter: AdapterArgs, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
     """bound(x, task) -> y, see `Implementation`."""
-    if backends.forced("plan") == "composed" or unsupported(x[:1], adapter, weight, bias) is not None:
+    if backends.forced["plan"] == "composed" or unsupported(x[:1], adapter, weight, bias) is not None:
         return None
     parameters, run = packed(x, adapter, weight, bias), cpu_library.load().forward
     (outputs, _), columns = adapter.b0.shape, x.shape[1]

@@ -15,6 +15,7 @@ import yaml
 import lilora.cli as cli
 from lilora.continual.train import latest_checkpoint
 from lilora.io.bank import Bank
+from lilora_kernels import backends
 
 METHODS = {
     "lilora-frozen": ["--preset", "frozen"],
@@ -266,7 +267,7 @@ def test_bad_options_of_train(name, suite, tmp_path, lilora, train_options):
 def test_a_backend_that_cannot_run_is_refused_before_anything_is_written(
     suite, tmp_path, lilora, train_options, monkeypatch
 ):
-    monkeypatch.setenv("LILORA_BACKEND", "cuda")
+    monkeypatch.setitem(backends.forced, "backend", "cuda")
     code, _, err = lilora("train", suite / "tasks.yaml", "--out", tmp_path / "run", *train_options)
     assert code == 2
     assert "the backend 'cuda' cannot run on cpu" in one_sentence(err)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lilora_kernels
-from lilora_kernels import cuda_library
+from lilora_kernels import backends, cuda_library
 
 BACKENDS = ["triton"]
 if not torch.cuda.is_available():
@@ -25,8 +25,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 @pytest.fixture(autouse=True, params=BACKENDS)
 def kernels(request, monkeypatch):
     """Every test runs with Triton's kernels, and with the CUDA kernels where they are built; this is the one's module."""
-    # The environment variable also holds in the thread in which autograd runs backward for a GPU.
-    monkeypatch.setenv("LILORA_BACKEND", request.param)
+    monkeypatch.setitem(backends.forced, "backend", request.param)
     return importlib.import_module(f"lilora_kernels.ops.delta.{request.param}_backend")
 
 

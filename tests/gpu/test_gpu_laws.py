@@ -117,7 +117,6 @@ def test_compiled_with_inductor():
 
 def test_an_ordered_backend_also_runs_backward(kernels, monkeypatch):
     """Backward on a GPU runs in a thread of autograd."""
-    monkeypatch.delenv("LILORA_BACKEND")
 
     def refuse(*_):
         raise AssertionError("the kernels ran")

@@ -5,7 +5,7 @@ import torch
 from gpu_cases import capture
 from rank_gate_cases import BY_HAND, FEW, LAYOUTS, check_rank_gate, draw, laid_out
 
-from lilora_kernels import functional
+from lilora_kernels import backends, functional
 from lilora_kernels.ops.rank_gate.triton_backend import CONSTANTS
 
 BLOCK = CONSTANTS["BLOCK"]
@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True, params=["triton", "eager"])
 def kernels(request, monkeypatch):
     """Takes the place of the folder's: this operation has no CUDA C++ kernel, and its eager backend sorts differently here."""
-    monkeypatch.setenv("LILORA_BACKEND", request.param)
+    monkeypatch.setitem(backends.forced, "backend", request.param)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

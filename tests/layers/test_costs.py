@@ -14,10 +14,13 @@ from tiny_llava import IMAGE, TASKS, batch, randomise, tiny_llava
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from lilora_kernels import LiLoRALinear, attach, freeze, route
+from lilora_kernels import LiLoRALinear, attach, cpu_library, freeze, route
 from lilora_kernels.linear import set_task
 
+pytestmark = pytest.mark.usefixtures("no_cpu_kernels")  # of the composed plan, but for what says otherwise
+
 R, S = 8, 4
+CPU_KERNELS = cpu_library.load()
 COLUMNS = 24
 FLOAT, ID, SEED = 4, 4, 8  # bytes of an fp32 element, of a row's task id, of a dropout seed
 
@@ -401,9 +404,16 @@ def test_python_calls_of_a_forward_do_not_grow_with_tasks(frozen):
     assert served(8, deleted=64, frozen=frozen) == (one, mixed)
 
 
-@pytest.mark.parametrize("frozen, one, mixed", [(False, 95, 132), (True, 95, 112)])
-def test_python_calls_of_each_further_layer(frozen, one, mixed):
+@pytest.mark.parametrize(
+    "backend, frozen, one, mixed",
+    [("eager", False, 93, 127), ("eager", True, 93, 110), ("cpu", False, 38, 124), ("cpu", True, 38, 48)],
+)
+def test_python_calls_of_each_further_layer(backend, frozen, one, mixed, monkeypatch):
     """One task; and 8 rows of 8 tasks, whose factors a layer stacks where it is not frozen."""
+    if backend == "cpu":
+        if isinstance(CPU_KERNELS, str):
+            pytest.skip(CPU_KERNELS)
+        monkeypatch.setattr(cpu_library, "load", lambda: CPU_KERNELS)
     few, many = (served(8, frozen=frozen, layers=layers) for layers in (2, 4))
     got = [(after - before) / 2 for before, after in zip(few, many, strict=True)]
     assert got[0] <= one, got

@@ -66,7 +66,7 @@ def arguments(i, **more):
 
 
 AXES = {
-    "rows": [0, 1, 2, 3, 7, 17, 32],
+    "rows": [0, 1, 2, 3, 7, 17, 64],
     "columns": [1, 24, 33, 1100],
     "outputs": [1, 20, 47],
     "rank": [1, 4, 13, 600],
@@ -115,7 +115,7 @@ def test_any_size_any_stride_and_masters_in_fp32(dtype, instructions):
 
     @settings(max_examples=40, deadline=None, derandomize=True, database=None)
     @given(
-        rows=st.integers(0, 32),
+        rows=st.integers(0, 64),
         columns=st.integers(1, 70),
         outputs=st.integers(1, 20),
         rank=st.integers(1, 40),
@@ -179,15 +179,15 @@ def test_every_16_bit_number_is_read_and_rounded_to(dtype, instructions):
 @pytest.mark.parametrize("op", ["delta", "linear"])
 def test_a_row_has_the_same_bits_in_any_company(op, dtype, instructions):
     for seed in range(3):
-        i = make(rows=32, columns=1100, outputs=11, rank=13, sub_rank=5, gate=True, dtype=dtype, seed=seed)
+        i = make(rows=64, columns=1100, outputs=11, rank=13, sub_rank=5, gate=True, dtype=dtype, seed=seed)
         frozen = base(i) if op == "linear" else (None, None)
 
         def run(rows, i=i, frozen=frozen):
             part = i.with_(x=i.x[rows], task=i.task[rows], gate_row=i.gate_row[rows])
             return cpu_runtime.forward(op, part.x, arguments(part), *frozen)
 
-        all_rows = run(torch.arange(32))
-        for rows in (*torch.arange(32).split(1), *torch.randperm(32).split(7), torch.arange(31, -1, -1)):
+        all_rows = run(torch.arange(64))
+        for rows in (*torch.arange(64).split(1), *torch.randperm(64).split(7), torch.arange(63, -1, -1)):
             for whole, part in zip(all_rows, run(rows), strict=True):
                 assert torch.equal(whole[rows], part)
 
@@ -295,7 +295,7 @@ def test_what_the_kernels_cannot_run_is_composed_or_raises():
     seed = torch.tensor([3])
     strided = few.with_(b0=few.b0.T.contiguous().T)
     cases = [
-        (many, {}, "it takes up to 32 rows, here are 33"),
+        (many, {}, "it takes up to 64 rows, here are 65"),
         (few, {"p": 0.5, "seed": seed}, "it has no dropout"),
         (strided, {}, "its parameters and ids must be contiguous"),
         (few.with_(gate=few.a[:1, :8].double()), {}, r"it does not support torch\.float64"),
@@ -316,7 +316,7 @@ def test_the_kernels_are_the_first_choice_for_few_rows(monkeypatch):
     frozen = base(i)
     decoded = linear(i, *frozen)
     with monkeypatch.context() as patch:
-        patch.setitem(backends._forced, "plan", None)
+        patch.setitem(backends.forced, "plan", None)
         patch.setattr(eager, "forward", None)
         assert backends.refusals("linear", i.x, 8, 4)["cpu"] is None
         assert torch.equal(linear(i, *frozen), decoded)

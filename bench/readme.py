@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from .report import RESULTS, TITLES, folders, kind, load, only, peer_row, percent, shape
+from .smollm2 import table as speeds
 
 ROOT = Path(__file__).parent.parent
 
@@ -207,6 +208,24 @@ def host() -> str:
     return "\n".join(lines)
 
 
+def smollm2() -> str:
+    """Tokens per second of a real language model."""
+    content = json.loads((RESULTS / "smollm2" / "smollm2.json").read_text())
+    environment, row = content["environment"], content["results"][0]
+    lines = [
+        *speeds(content["results"]),
+        "",
+        f"SmolLM2-135M in fp32, {row['T']} tasks of r {row['R']} and sub-rank {row['S']} on its MLPs, {row['new_tokens']} greedy "
+        f"tokens after prompts of {row['tokens']}; medians with p20 and p80, ratios within rounds. First ours had to give the "
+        "eager backend's tokens, for every prompt those of its task alone. From `bench/results/smollm2/smollm2.json`, written by "
+        f"`make smollm2` on {environment['device']} (load {environment['load']}) with torch {environment['torch']} and peft "
+        f"{environment['peft']}.",
+        "",
+        "![tokens per second](bench/results/smollm2/smollm2.png)",
+    ]
+    return "\n".join(lines)
+
+
 def headlines(rows: list[dict]) -> list[dict]:
     """Inference by its forward, training by forward and backward together, of gate and up projections and whole models."""
     found = []
@@ -308,7 +327,7 @@ def families() -> str:
 
 def updated(text: str) -> str:
     """README with every marked table written anew; a table without results yet stays empty."""
-    for table in (digits, long, ablations, families, params, cpu, host, gpu):
+    for table in (digits, long, ablations, families, params, cpu, smollm2, host, gpu):
         mark = table.__name__
         try:
             body = f"\n{table()}\n"

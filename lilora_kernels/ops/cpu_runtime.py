@@ -81,10 +81,10 @@ def bind(
 
     def bound(x: Tensor, task: Tensor | None) -> Tensor | None:
         rows = x.shape[:-1].numel()
-        if rows > DECODE_ROWS or not x.is_contiguous():
+        if rows > DECODE_ROWS or (task is not None and (task.shape != (rows,) or not task.is_contiguous())):
             return None
-        if task is not None and (task.shape != (rows,) or not task.is_contiguous()):
-            return None
+        if not x.is_contiguous():
+            x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], outputs))
         call = cpu_library.OF_CALL.pack(rows, columns, x.data_ptr(), y.data_ptr(), 0, pointer(task), 0, 0, 0, 1)
         return None if run(call + parameters) else y

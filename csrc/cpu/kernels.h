@@ -62,10 +62,16 @@ INLINE float total(const Vector& lanes) {
   return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
-template <int M, int N>
-INLINE void add(Vector (&s)[M][N], const float* x, int64_t x_stride, const Vector (&column)[N]) {
+// The loops over m and n have to be unrolled early, or their sums are copied through the stack.
+template <int M, int N, class T>
+INLINE void add(Vector (&s)[M][N], const float* x, int64_t x_stride, const T* w, int64_t w_stride) {
+  Vector column[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) column[n] = widened(w + n * w_stride);
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     const Vector row = widened(x + m * x_stride);
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) s[m][n] += row * column[n];
   }
 }
@@ -75,22 +81,29 @@ INLINE void add(Vector (&s)[M][N], const float* x, int64_t x_stride, const Vecto
 template <int M, int N, class T>
 TARGET static void add_tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t length,
                             Vector (*sums)[COLUMNS]) {
-  Vector s[M][N], column[N];
+  constexpr int64_t kLine = 64 / sizeof(T) > LANES ? 64 / sizeof(T) : LANES;
+  Vector s[M][N];
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) s[m][n] = sums[m][n];
   int64_t k = 0;
-  for (; k + LANES <= length; k += LANES) {
-    for (int n = 0; n < N; ++n) {
-      __builtin_prefetch(w + (n + N) * w_stride + k, 0, 2);  // the next item's, into the second cache
-      column[n] = widened(w + n * w_stride + k);
-    }
-    add(s, x + k, x_stride, column);
+  for (; k + kLine <= length; k += kLine) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) __builtin_prefetch(w + (n + N) * w_stride + k, 0, 2);  // the next item's, into the second cache
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kLine; i += LANES) add<M, N>(s, x + k + i, x_stride, w + k + i, w_stride);
   }
+  for (; k + LANES <= length; k += LANES) add<M, N>(s, x + k, x_stride, w + k, w_stride);
   if (k < length) {
-    for (int n = 0; n < N; ++n) column[n] = widened(w + n * w_stride + k, length - k);
-    add(s, x + k, x_stride, column);
+    T last[N][LANES] = {};
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) memcpy(last[n], w + n * w_stride + k, (length - k) * sizeof(T));
+    add<M, N>(s, x + k, x_stride, last[0], LANES);
   }
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sums[m][n] = s[m][n];
 }
 

@@ -17,8 +17,9 @@ PLAIN = {Tensor, nn.Parameter, type(None)}  # a subclass may have no memory of i
 class Factors(tuple):
     """(a, b0, u, v, fusion) of one call, or of many: what is settled in the first two need not be again."""
 
-    settled: tuple = ()  # the kind of call that was checked
-    bound: Callable | None = None  # the call bound to its parameters, from the second on
+    # The kind of call that was checked, and that call bound to its parameters, from the second on. Always set together: layers
+    # serve several threads.
+    settled: tuple[tuple, Callable | None] = (), None
 
     def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
         """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: task to ranks."""
@@ -26,14 +27,16 @@ class Factors(tuple):
         if is_transformed() or not PLAIN.issuperset(map(type, (x, *self))):
             return functional.of_rows(operation, x, *args)
         kind = x.dtype, x.device, x.shape[-1], *rest[-3:], *conditions(*self, *base)
-        if rest[1] is not None or self.settled != kind:  # gates are others in every call
+        settled, bound = self.settled
+        if rest[1] is not None or settled != kind:  # gates are others in every call
             y = functional.of_rows(operation, x, *args)
-            self.settled, self.bound = kind, None
+            self.settled = kind, None
             return y
         if not (is_any_watching() or needs_graph(x, *self)):
-            if self.bound is None:
-                self.bound = operation.bind(x.reshape(-1, x.shape[-1]), *args) or takes_none
-            y = self.bound(x, rest[0])
+            if bound is None:
+                bound = operation.bind(x.reshape(-1, x.shape[-1]), *args) or takes_none
+                self.settled = kind, bound
+            y = bound(x, rest[0])
             if y is not None:
                 return y
         return functional.of_rows(operation, x, *args, known=True)

@@ -54,8 +54,8 @@ class Forward:
     """The forward of one accelerated layer."""
 
     does_the_same = True  # for `has_hooks`
-    kind: list | None = None  # that of the call which is bound
-    bound = None
+    # The conditions of the call that is bound, and that call. Always set together: layers serve several threads.
+    settled: tuple[list | None, Callable | None] = None, None
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
@@ -73,10 +73,11 @@ class Forward:
             or not (input.is_cpu and input.dtype == weight.dtype and input.shape[-1:] == weight.shape[1:])
             or autocasts(input)
         ):
-            kind = conditions(weight, bias)
-            if self.kind != kind:
-                self.kind, self.bound = kind, bound(input, weight, bias)
-            y = self.bound and self.bound(input, None)
+            kind, (settled, run) = conditions(weight, bias), self.settled
+            if settled != kind:
+                run = bound(input, weight, bias)
+                self.settled = kind, run
+            y = run and run(input, None)
         return nn.Linear.forward(self.layer, input) if y is None else y
 
 

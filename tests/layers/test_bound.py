@@ -141,6 +141,26 @@ def test_gradients_modes_and_transforms_take_the_operation(bound):
     assert bound() == 0
 
 
+def test_a_call_of_another_kind_while_one_is_bound(monkeypatch):
+    """As from a second thread: what it settles must not be taken together with what is bound here."""
+    made, x = settled(), torch.randn(3, K)
+    bind = cpu_runtime.bind
+
+    def interrupted(*args):
+        monkeypatch.setattr("lilora_kernels.ops.linear.cpu_backend.cpu_runtime.bind", bind)
+        made.alpha *= 2
+        made(x)
+        return bind(*args)
+
+    with torch.no_grad():
+        made.alpha /= 4
+        made(x)
+        monkeypatch.setattr("lilora_kernels.ops.linear.cpu_backend.cpu_runtime.bind", interrupted)
+        made(x)
+        for _ in range(3):
+            close(made(x), expected(made, x, "cats"))
+
+
 def test_copies_and_files():
     made, x = settled(), torch.randn(3, K)
     twin = copy.deepcopy(made)

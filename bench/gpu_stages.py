@@ -32,7 +32,7 @@ from .environment import age_of_process
 from .gpu_cases import Case, LostDevice, run_cases
 from .gpu_profile import call_once, profile
 from .interpreter import patch_once_a_launch
-from .peers import OURS, Built, lilora_adapter
+from .peers import OURS_ON_GPU, Built, lilora_adapter
 from .problems import ATTENTION, DOWN, GATE_UP, GRADIENTS, TINY, Operands, Problem, operand_sets
 from .timing import Ceilings, Machine, figures, marked, measure
 
@@ -128,7 +128,7 @@ def time_addmm(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterato
             yield {**base_shape(problem), "implementation": name, "direction": direction, **found, **rates}
 
 
-TRAINING = ("base", *OURS, "peft", "formula", "grouped_mm")
+TRAINING = ("base", *OURS_ON_GPU, "peft", "formula", "grouped_mm")
 SLOW_TO_INTERPRET = ("ours_operation", "ours_triton_one_launch")  # and like others that a dry run tries
 COMPILED = ("base", "ours", "peft", "peft_compiled", "formula_compiled")
 OUTSIDE = ("base", "ours", "peft", "lorafusion", "nemo_automodel")
@@ -330,7 +330,7 @@ def time_delta(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterato
             }
 
 
-DECODING = ("base", *OURS, "formula", "peft", "peft_names", "grouped_mm", "merged", "vllm", "sglang")
+DECODING = ("base", *OURS_ON_GPU, "formula", "peft", "peft_names", "grouped_mm", "merged", "vllm", "sglang")
 
 
 def stage_5(dry_run: bool) -> Iterator[Case]:

@@ -379,3 +379,4 @@ PEERS = {
 }
 # Every way in which ours can run: what a backend or a plan registers is here without being named.
 OURS = tuple(name for name in PEERS if name.startswith("ours"))
+OURS_ON_GPU = tuple(name for name in OURS if not name.startswith("ours_cpu"))

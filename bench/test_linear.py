@@ -7,7 +7,7 @@ import torch
 
 from .bases import BASES
 from .compare import compare
-from .peers import OURS
+from .peers import OURS_ON_GPU
 from .problems import ATTENTION, DOWN, GATE_UP, TINY, Problem
 
 ON_GPU = torch.cuda.is_available()
@@ -44,7 +44,7 @@ def on_gpu() -> list[Comparison]:
     for name, shape in shapes.items():
         for m in (1, 8, 64, 512, 4096):
             for tasks in (1, 2, 8, 64):
-                peers = (*(INFERENCE if tasks == 1 else MIXED_INFERENCE), *OURS[1:], *SERVING)
+                peers = (*(INFERENCE if tasks == 1 else MIXED_INFERENCE), *OURS_ON_GPU[1:], *SERVING)
                 if tasks <= m:
                     found.append(Comparison(name, Problem(m, *shape, tasks), False, peers))
         for m in (512, 2048, 8192, 16384):
@@ -52,7 +52,7 @@ def on_gpu() -> list[Comparison]:
                 peers = (*TRAINING, *LORA_TRAINING) if tasks == 1 else MIXED_TRAINING
                 for p in (0.0, 0.05):
                     given = Problem(m, *shape, tasks, p)
-                    found.append(Comparison(name, given, True, (*peers, "peft_default", *OURS[1:])))
+                    found.append(Comparison(name, given, True, (*peers, "peft_default", *OURS_ON_GPU[1:])))
     found.append(Comparison("gate_up", Problem(8192, *GATE_UP, 1, 0.05), True, (*TRAINING, *COMPILED)))
     return found
 

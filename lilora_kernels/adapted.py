@@ -5,13 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import backends, functional
+from . import functional
 from .context import Tasks
 from .ops.delta.register import delta
-from .ops.doors import Operation, is_any_watching, is_transformed, needs_graph
+from .ops.doors import TENSORS_OR_NONE, Operation, conditions, is_any_watching, is_transformed, needs_graph
 from .ops.linear.register import linear
-
-PLAIN = {Tensor, nn.Parameter, type(None)}  # a subclass may have no memory of its own
+from .unadapted import is_plain
 
 
 class Factors(tuple):
@@ -24,7 +23,7 @@ class Factors(tuple):
     def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
         """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: task to ranks."""
         args = (*base, *self, *rest)
-        if is_transformed() or not PLAIN.issuperset(map(type, (x, *self))):
+        if is_transformed() or not TENSORS_OR_NONE.issuperset(map(type, (x, *self))):
             return functional.of_rows(operation, x, *args)
         kind = x.dtype, x.device, x.shape[-1], *rest[-3:], *conditions(*self, *base)
         settled, bound = self.settled
@@ -39,16 +38,12 @@ class Factors(tuple):
             y = bound(x, rest[0])
             if y is not None:
                 return y
-        return functional.of_rows(operation, x, *args, known=True)
+        return functional.of_rows(
+            operation, x, *args, known=rest[0] is None or rest[0].shape[0] == x.shape[:-1].numel()
+        )
 
     def __getstate__(self) -> None:
         return None  # a copy lies elsewhere
-
-
-def conditions(*tensors: Tensor | None) -> list:
-    """What a bound call relies on: what is forced, and where its parameters lie. Sharding and offloading change the latter."""
-    lying = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors if t is not None]
-    return [*backends.forced.values(), *lying]
 
 
 def takes_none(x: Tensor, task: Tensor | None) -> None:
@@ -137,11 +132,6 @@ class AdaptedLinear(nn.Module):
         return factors.run(linear, cast, (weight, bias), *rest)
 
 
-def is_plain(base: nn.Module) -> bool:
-    """Whether it is torch's own linear layer on a weight of torch's own tensor type: torchao keeps the layer's type."""
-    return type(base) is nn.Linear and type(base.weight) in (nn.Parameter, Tensor)
-
-
 def described(base: nn.Module) -> str:
     name = type(base).__name__
     return f"{name} of an {type(base.weight).__name__}" if type(base) is nn.Linear else name
@@ -150,8 +140,7 @@ def described(base: nn.Module) -> str:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    replaced = module.__dict__.get("forward")
-    return any(hooks) or (replaced is not None and not getattr(replaced, "does_the_same", False))
+    return any(hooks) or "forward" in module.__dict__
 
 
 def version(parameter: Tensor) -> object:

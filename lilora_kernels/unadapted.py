@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from . import backends
-from .adapted import PLAIN, conditions, is_plain
 from .functional import autocasts
 from .ops import cpu_runtime
-from .ops.doors import is_any_watching, is_transformed, needs_graph
+from .ops.doors import TENSORS, TENSORS_OR_NONE, conditions, is_any_watching, is_transformed, needs_graph
 from .ops.schema import AdapterArgs
 
 
@@ -19,26 +19,23 @@ def accelerate_linears(model: nn.Module) -> dict[str, str | None]:
     are torch's up to rounding, a row's bits independent of the other rows. Other calls take torch's product as before: more
     rows, gradients, autocast, torch.compile, another device. So do the bases of adapted layers while no task is active or
     one is merged. Returns None for each layer by its path, or why it was left as it is. Neither parameters nor the state
-    dict are touched. Quantise a model first. Undone by `restore_linears`.
+    dict are touched: the layers become AcceleratedLinear. Quantise a model first. Undone by `restore_linears`.
     """
     found = {}
     for path, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
-            found[path] = None if is_accelerated(layer) else left_alone(layer)
+            found[path] = None if type(layer) is AcceleratedLinear else left_alone(layer)
             if found[path] is None:
-                layer.forward = Forward(layer)
+                layer.__class__ = AcceleratedLinear
     return found
 
 
 def restore_linears(model: nn.Module) -> None:
     """Undo `accelerate_linears`."""
     for module in model.modules():
-        if is_accelerated(module):
-            del module.forward
-
-
-def is_accelerated(module: nn.Module) -> bool:
-    return isinstance(module.__dict__.get("forward"), Forward)
+        if type(module) is AcceleratedLinear:
+            module.__dict__.pop("settled", None)
+            module.__class__ = nn.Linear
 
 
 def left_alone(layer: nn.Linear) -> str | None:
@@ -50,27 +47,27 @@ def left_alone(layer: nn.Linear) -> str | None:
     return cpu_runtime.refusal(layer.weight, 0, 0)
 
 
-class Forward:
-    """The forward of one accelerated layer."""
+class AcceleratedLinear(nn.Linear):
+    """An nn.Linear that takes the CPU kernels for few rows; see `accelerate_linears`."""
 
-    does_the_same = True  # for `has_hooks`
     # The conditions of the call that is bound, and that call. Always set together: layers serve several threads.
     settled: tuple[list | None, Callable | None] = None, None
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self.layer = layer
-
     def __getstate__(self) -> dict:
-        return {"layer": self.layer}  # a copy's parameters lie elsewhere
+        return {
+            name: value for name, value in self.__dict__.items() if name != "settled"
+        }  # a copy's parameters lie elsewhere
 
-    def __call__(self, input: Tensor) -> Tensor:
-        y, weight, bias = None, self.layer.weight, self.layer.bias
+    def forward(self, input: Tensor) -> Tensor:
+        y, weight, bias = None, self.weight, self.bias
         if not (
             is_transformed()
-            or not PLAIN.issuperset((type(input), type(weight), type(bias)))
+            or not TENSORS_OR_NONE.issuperset((type(input), type(weight), type(bias)))
             or is_any_watching()
+            or input.is_nested
+            or not (input.is_cpu and input.layout is weight.layout is torch.strided)
+            or not (input.dtype == weight.dtype and input.shape[-1:] == weight.shape[1:])
             or needs_graph(input, weight, bias)
-            or not (input.is_cpu and input.dtype == weight.dtype and input.shape[-1:] == weight.shape[1:])
             or autocasts(input)
         ):
             kind, (settled, run) = conditions(weight, bias), self.settled
@@ -78,13 +75,25 @@ class Forward:
                 run = bound(input, weight, bias)
                 self.settled = kind, run
             y = run and run(input, None)
-        return nn.Linear.forward(self.layer, input) if y is None else y
+        return super().forward(input) if y is None else y
 
 
 def bound(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable | None:
-    """`cpu_runtime.bind` of an adapter of rank 0, None where another backend is forced."""
-    if backends.forced["backend"] not in (None, "cpu") or cpu_runtime.refusal(x, 0, 0) is not None:
+    """`cpu_runtime.bind` of an adapter of rank 0; None where torch's product, or its error, is wanted."""
+    if backends.forced["backend"] not in (None, "cpu") or backends.forced["plan"] not in (None, "decode"):
+        return None
+    like = weight.dtype, weight.device
+    if not weight.is_cpu or (
+        bias is not None and ((bias.dtype, bias.device) != like or bias.shape != weight.shape[:1])
+    ):
+        return None
+    if cpu_runtime.refusal(x, 0, 0) is not None:
         return None
     a, b0 = weight.new_empty(0, weight.shape[1]), weight.new_empty(len(weight), 0)
     adapter = AdapterArgs(a, b0, None, None, None, None, None, None, None, 1.0, 0.0, None)
-    return cpu_runtime.bind(x.reshape(-1, x.shape[-1]), adapter, weight, bias)
+    return cpu_runtime.bind(x.new_empty(1, x.shape[-1]), adapter, weight, bias)
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether it is torch's own linear layer on a weight of torch's own tensor type: torchao keeps the layer's type."""
+    return type(base) in (nn.Linear, AcceleratedLinear) and type(base.weight) in TENSORS

@@ -18,8 +18,8 @@ def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
     """Why the CPU kernels cannot run on x, or None."""
     if not x.is_cpu:
         return "it needs tensors on the CPU"
-    if x.dtype not in TYPES:
-        return f"it does not support {x.dtype}"
+    if x.layout is not torch.strided or x.dtype not in TYPES:
+        return f"it does not support {x.dtype}" if x.layout is torch.strided else f"it does not support {x.layout}"
     library = cpu_library.load()
     return library if isinstance(library, str) else None
 
@@ -46,20 +46,26 @@ def unsupported(x: Tensor, adapter: AdapterArgs, weight: Tensor | None, bias: Te
         return f"it takes up to {DECODE_ROWS} rows, here are {x.shape[0]}"
     if adapter.p > 0:
         return "it has no dropout"
+    if x.numel() > 0 and x.data_ptr() == 0:
+        return "x must have memory"
+    if adapter.u is not None and adapter.u.numel() == 0:
+        return "no task has factors"
     for tensor in (weight, bias, *adapter[:8]):
         if tensor is None:
             continue
-        if not tensor.is_contiguous():
+        if not tensor.is_contiguous() or tensor.is_neg():
             return "its parameters and ids must be contiguous"
-        if tensor.dtype not in TYPES and tensor.dtype != torch.int32:
+        if tensor.dtype not in TYPES and tensor is not adapter.task and tensor is not adapter.gate_row:
             return f"it does not support {tensor.dtype}"
+        if tensor.data_ptr() == 0 and tensor.numel() > 0:
+            return "its parameters and ids must have memory"
     return None
 
 
 def decode(x: Tensor, adapter: AdapterArgs, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """None for an id of no task or no gate: the composed plan says what is wrong."""
-    if x.stride(1) != 1:
-        x = x.contiguous()
+    if x.stride(1) != 1 or x.is_neg():
+        x = x.resolve_neg().contiguous()
     y, h = (x.new_empty((len(x), width)) for width in adapter.b0.shape)
     gate = adapter.gate
     call = cpu_library.OF_CALL.pack(
@@ -83,8 +89,10 @@ def bind(
         rows = x.shape[:-1].numel()
         if rows > DECODE_ROWS or (task is not None and (task.shape != (rows,) or not task.is_contiguous())):
             return None
-        if not x.is_contiguous():
-            x = x.contiguous()
+        if not x.is_contiguous() or x.is_neg():
+            x = x.resolve_neg().contiguous()
+        if x.data_ptr() == 0 and rows > 0:
+            return None
         y = x.new_empty((*x.shape[:-1], outputs))
         call = cpu_library.OF_CALL.pack(rows, columns, x.data_ptr(), y.data_ptr(), 0, pointer(task), 0, 0, 0, 1)
         return None if run(call + parameters) else y

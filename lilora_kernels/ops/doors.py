@@ -7,11 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .. import backends
+
 # The types of arguments that need no dispatcher, by their kind in the schema; a subclass of Tensor may.
 TENSORS, NONE = {Tensor, nn.Parameter}, {type(None)}
+TENSORS_OR_NONE = TENSORS | NONE
 PLAIN = {
     "Tensor": TENSORS,
-    "Tensor?": TENSORS | NONE,
+    "Tensor?": TENSORS_OR_NONE,
     "float": {float, int},
     "SymInt[]?": {list, tuple} | NONE,
     "bool[]": {list, tuple},
@@ -88,6 +91,12 @@ def is_transformed() -> bool:
 def is_any_watching() -> bool:
     """Whether a mode or a tracer takes part in all calls."""
     return torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._is_tracing()
+
+
+def conditions(*tensors: Tensor | None) -> list:
+    """What a bound call relies on: what is forced, and where its parameters lie. Sharding and offloading change the latter."""
+    lying = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors if t is not None]
+    return [*backends.forced.values(), *lying]
 
 
 def needs_graph(*args) -> bool:

@@ -161,6 +161,22 @@ def test_a_call_of_another_kind_while_one_is_bound(monkeypatch):
             close(made(x), expected(made, x, "cats"))
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "a", "b0", "u", "v", "fusion"])
+def test_memory_that_is_gone_raises(name):
+    """As code that shards leaves it outside of a layer's forward."""
+    made = settled()
+    own = dict(zip(("a", "b0", "u", "v", "fusion"), made._parameters_of("cats"), strict=True))
+    (own | dict(made.base_layer.named_parameters()))[name].untyped_storage().resize_(0)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        made(torch.randn(3, K))
+
+
+def test_negated_inputs():
+    made, x = settled(), torch.randn(3, K)
+    with torch.no_grad():
+        close(made(torch._neg_view(x)), expected(made, -x, "cats"))
+
+
 def test_copies_and_files():
     made, x = settled(), torch.randn(3, K)
     twin = copy.deepcopy(made)

@@ -115,7 +115,7 @@ def test_which_layers_of_a_model_and_the_way_back():
     adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     assert all(module.unfused_reason() is None for module in adapted)
     restore_linears(model)
-    assert not any("forward" in module.__dict__ for module in model.modules() if type(module) is nn.Linear)
+    assert {path for path, module in model.named_modules() if type(module) is nn.Linear} == plain
     assert all(module.forward == before[path] for path, module in model.named_modules())
 
 
@@ -169,3 +169,71 @@ def test_hooks_run_as_before():
     with torch.no_grad():
         linear(x)
     assert len(seen) == 1
+
+
+def test_parameters_that_torch_refuses_or_broadcasts(by_torch):
+    """Whatever they have become since, it is torch's product or its error."""
+    x = torch.randn(3, K)
+
+    def changed(change):
+        linear = nn.Linear(K, N).requires_grad_(False)
+        accelerate_linears(linear)
+        linear(x)
+        change(linear)
+        return linear
+
+    def bias(tensor):
+        return lambda linear: setattr(linear, "bias", nn.Parameter(tensor, requires_grad=False))
+
+    with torch.no_grad():
+        one = changed(bias(torch.full((1,), 2.0)))
+        torch.testing.assert_close(one(x), x @ one.weight.T + 2)
+        wrong = [
+            bias(torch.ones(N + 1)),
+            bias(torch.ones(N).bfloat16()),
+            bias(torch.ones(N).int()),
+            lambda linear: linear.to("meta"),
+            lambda linear: linear.weight.untyped_storage().resize_(0),
+            lambda linear: linear.bias.untyped_storage().resize_(0),
+        ]
+        for change in wrong:
+            with pytest.raises(RuntimeError):
+                changed(change)(x)
+
+
+def test_inputs_that_are_not_plain_memory():
+    linear = nn.Linear(K, N).requires_grad_(False)
+    accelerate_linears(linear)
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(torch._neg_view(x)), product(linear, -x).float())
+        torch.testing.assert_close(linear(torch.randn(K, 3).copy_(x.T).T), product(linear, x).float())
+        torch.testing.assert_close(linear(x.to_sparse_csr()), product(linear, x).float())
+        ragged = torch.nested.nested_tensor([x, x[:2]])
+        torch.testing.assert_close(linear(ragged).unbind()[0], product(linear, x).float())
+        freed = torch.randn(3, K)
+        freed.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError):
+            linear(freed)
+        empty = nn.Linear(0, 5)
+        accelerate_linears(empty)
+        torch.testing.assert_close(empty(torch.randn(2, 0)), empty.bias.expand(2, 5))
+
+
+def test_a_shallow_copy_has_parameters_of_its_own():
+    linear, x = nn.Linear(K, N), torch.randn(3, K)
+    accelerate_linears(linear)
+    with torch.no_grad():
+        linear(x)
+        other = linear._replicate_for_data_parallel()
+        other._parameters = {"bias": linear.bias}
+        other.weight = torch.zeros(N, K)
+        torch.testing.assert_close(other(x), linear.bias.expand(3, N))
+
+
+def test_a_forced_plan_that_is_not_its_own(by_torch):
+    linear, x = nn.Linear(K, N), torch.randn(3, K)
+    accelerate_linears(linear)
+    with torch.no_grad(), lilora_kernels.plan("by_phase"):
+        linear(x)
+    assert by_torch() == 1

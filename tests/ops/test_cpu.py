@@ -5,6 +5,7 @@ They are compiled here, whatever is installed. LILORA_CPU_FLAGS adds flags of th
 
 import ctypes
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -287,6 +288,17 @@ def test_a_wrong_id_raises_what_eager_raises(field, ids):
             linear(i, *base(i))
         raised.append((error.type, str(error.value)))
     assert raised[0] == raised[1]
+
+
+def test_ids_without_any_task_raise(monkeypatch):
+    i = make(rows=2, dtype=torch.float32)
+    none = i.with_(u=i.u[:0], v=i.v[:0], fusion=i.fusion[:0], task=torch.zeros(2, dtype=torch.int32))
+    with backends.plan("composed"), pytest.raises(ValueError, match="task has the id 0") as error:
+        linear(none, *base(i))
+    with monkeypatch.context() as patch:
+        patch.setitem(backends.forced, "plan", None)
+        with pytest.raises(ValueError, match=re.escape(str(error.value))):
+            linear(none, *base(i))
 
 
 def test_what_the_kernels_cannot_run_is_composed_or_raises():

@@ -79,7 +79,7 @@ INLINE void add(Vector (&s)[M][N], const float* x, int64_t x_stride, const T* w,
 // sums[m][n] += x[m] . w[n] over `length` elements, m < M, n < N. Every sum has a register of its own: its order, hence its
 // bits, depend on neither M nor N.
 template <int M, int N, class T>
-TARGET static void add_tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t length,
+TARGET static void add_tile(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t length, int64_t ahead,
                             Vector (*sums)[COLUMNS]) {
   constexpr int64_t kLine = 64 / sizeof(T) > LANES ? 64 / sizeof(T) : LANES;
   Vector s[M][N];
@@ -90,7 +90,7 @@ TARGET static void add_tile(const float* x, int64_t x_stride, const T* w, int64_
   int64_t k = 0;
   for (; k + kLine <= length; k += kLine) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) __builtin_prefetch(w + (n + N) * w_stride + k, 0, 2);  // the next item's, into the second cache
+    for (int n = 0; n < N; ++n) __builtin_prefetch(w + n * w_stride + ahead + k, 0, 2);  // into the second cache
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kLine; i += LANES) add<M, N>(s, x + k + i, x_stride, w + k + i, w_stride);
   }
@@ -107,31 +107,52 @@ TARGET static void add_tile(const float* x, int64_t x_stride, const T* w, int64_
     for (int n = 0; n < N; ++n) sums[m][n] = s[m][n];
 }
 
-// The same for rows [first, last) of x, by blocks of elements that stay in the first cache.
+// Pieces of memory that are asked for one at a time, between products.
+struct Pieces {
+  const char* const* starts;
+  int64_t offset, bytes, left;
+};
+
+INLINE void ask(Pieces& pieces) {
+  if (pieces.left == 0) return;
+  --pieces.left;
+  const char* piece = *pieces.starts++ + pieces.offset;
+  for (int64_t at = 0; at < pieces.bytes; at += 64) __builtin_prefetch(piece + at, 0, 2);
+}
+
+// The same for rows [first, last) of x, by blocks of elements that stay in the first cache. `ahead` elements further on are the
+// next item's.
 template <int N, class T>
-TARGET static void add_rows(const Rows& x, int64_t first, int64_t last, const T* w, int64_t length, Vector (*sums)[COLUMNS]) {
+TARGET static void add_rows(const Rows& x, int64_t first, int64_t last, const T* w, int64_t length, int64_t ahead,
+                            Pieces& pieces, Vector (*sums)[COLUMNS]) {
   for (int64_t k = 0; k < length; k += kBlock) {
     const int64_t block = length - k < kBlock ? length - k : kBlock;
     int64_t m = first;
-    for (; m + ROWS <= last; m += ROWS) add_tile<ROWS, N>(&x.at(m, k), x.width, w + k, length, block, sums + m);
-    for (; m + 2 <= last; m += 2) add_tile<2, N>(&x.at(m, k), x.width, w + k, length, block, sums + m);
-    for (; m < last; ++m) add_tile<1, N>(&x.at(m, k), x.width, w + k, length, block, sums + m);
+    for (; m + ROWS <= last; m += ROWS) {
+      add_tile<ROWS, N>(&x.at(m, k), x.width, w + k, length, block, ahead, sums + m);
+      ask(pieces);
+    }
+    for (; m + 2 <= last; m += 2) add_tile<2, N>(&x.at(m, k), x.width, w + k, length, block, ahead, sums + m);
+    for (; m < last; ++m) add_tile<1, N>(&x.at(m, k), x.width, w + k, length, block, ahead, sums + m);
   }
 }
 
 template <class T>
-INLINE void add_columns(const Rows& x, int64_t first, int64_t last, const T* w, int64_t count, int64_t length, Sums sums) {
-  if (count == COLUMNS) add_rows<COLUMNS>(x, first, last, w, length, sums);
-  else for (int64_t n = 0; n < count; ++n) add_rows<1>(x, first, last, w + n * length, length, (Vector(*)[COLUMNS])&sums[0][n]);
+INLINE void add_columns(const Rows& x, int64_t first, int64_t last, const T* w, int64_t count, int64_t length, int64_t ahead,
+                        Pieces& pieces, Sums sums) {
+  if (count == COLUMNS) add_rows<COLUMNS>(x, first, last, w, length, ahead, pieces, sums);
+  else for (int64_t n = 0; n < count; ++n)
+    add_rows<1>(x, first, last, w + n * length, length, ahead, pieces, (Vector(*)[COLUMNS])&sums[0][n]);
 }
 
-// sums[m][n] += x[m] . w[w_row + n], first <= m < last, n < count <= COLUMNS.
+// sums[m][n] += x[m] . w[w_row + n], first <= m < last, n < count <= COLUMNS. In between asks for the rows of w that come next,
+// if it is `streamed`, and for the pieces.
 TARGET static void add_products(const Rows& x, int64_t first, int64_t last, const Matrix& w, int64_t w_row, int64_t count,
-                                int64_t length, Sums sums) {
-  const int64_t at = w_row * length;
-  if (w.type == kFloat) add_columns(x, first, last, (const float*)w.data + at, count, length, sums);
-  else if (w.type == kBfloat16) add_columns(x, first, last, (const Bfloat16*)w.data + at, count, length, sums);
-  else add_columns(x, first, last, (const Half*)w.data + at, count, length, sums);
+                                int64_t length, bool streamed, Pieces pieces, Sums sums) {
+  const int64_t at = w_row * length, ahead = streamed ? count * length : 0;
+  if (w.type == kFloat) add_columns(x, first, last, (const float*)w.data + at, count, length, ahead, pieces, sums);
+  else if (w.type == kBfloat16) add_columns(x, first, last, (const Bfloat16*)w.data + at, count, length, ahead, pieces, sums);
+  else add_columns(x, first, last, (const Half*)w.data + at, count, length, ahead, pieces, sums);
 }
 
 // What threads share is items of COLUMNS outputs, the last of them with less.
@@ -143,7 +164,7 @@ TARGET static void shrink(const Work& work, int64_t item) {
   const int64_t first = item * COLUMNS, count = outputs_of(first, call.rank);
   Sums sums;
   memset(sums, 0, call.rows * sizeof sums[0]);
-  add_products(work.x, 0, call.rows, call.a, first, count, call.columns, sums);
+  add_products(work.x, 0, call.rows, call.a, first, count, call.columns, true, {}, sums);
   for (int64_t m = 0; m < call.rows; ++m)
     for (int64_t n = 0, r = first; n < count; ++n, ++r) {
       const float h = total(sums[m][n]), gate = call.gate.data ? value(call.gate, work.gate_row[m] * call.rank + r) : 1;
@@ -161,7 +182,7 @@ TARGET static void reduce(const Work& work, int64_t item) {
   const int64_t first = item % of_run * COLUMNS, count = outputs_of(first, call.sub_rank);
   Sums sums;
   memset(sums, 0, call.rows * sizeof sums[0]);
-  add_products(work.q, run.first, run.last, call.v, run.task * call.sub_rank + first, count, call.rank, sums);
+  add_products(work.q, run.first, run.last, call.v, run.task * call.sub_rank + first, count, call.rank, true, {}, sums);
   for (int64_t m = run.first; m < run.last; ++m)
     for (int64_t n = 0; n < count; ++n) work.z.at(m, first + n) = total(sums[m][n]) * work.of_task[m];
 }
@@ -172,11 +193,13 @@ TARGET static void expand(const Work& work, int64_t item) {
   const int64_t first = item * COLUMNS, count = outputs_of(first, call.outputs);
   Sums sums;
   memset(sums, 0, call.rows * sizeof sums[0]);
-  if (call.weight.data) add_products(work.x, 0, call.rows, call.weight, first, count, call.columns, sums);
-  add_products(work.scaled_q, 0, work.adapted, call.b0, first, count, call.rank, sums);
+  const int64_t row = call.sub_rank * size_of(call.u.type);
+  const Pieces pieces = {work.own, first * row, count * row, call.u.data ? work.runs : 0};
+  if (call.weight.data) add_products(work.x, 0, call.rows, call.weight, first, count, call.columns, true, pieces, sums);
+  add_products(work.scaled_q, 0, work.adapted, call.b0, first, count, call.rank, true, {}, sums);
   for (int64_t i = 0; i < work.runs && call.u.data; ++i) {
     const Run& run = work.run[i];
-    add_products(work.z, run.first, run.last, call.u, run.task * call.outputs + first, count, call.sub_rank, sums);
+    add_products(work.z, run.first, run.last, call.u, run.task * call.outputs + first, count, call.sub_rank, false, {}, sums);
   }
   for (int64_t m = 0; m < call.rows; ++m)
     for (int64_t n = 0; n < count; ++n) {

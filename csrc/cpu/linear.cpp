@@ -67,6 +67,7 @@ struct Work {
   int64_t row[kMostRows], gate_row[kMostRows];
   float of_shared[kMostRows], of_task[kMostRows];  // f s and e s
   Run run[kMostRows];
+  const char* own[kMostRows];  // U_t of each run
   int64_t runs, adapted;
 };
 
@@ -99,6 +100,8 @@ uint16_t half(float number) {
     return sign | (bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000);
   return sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
 }
+
+int64_t size_of(int64_t type) { return type == kFloat ? 4 : 2; }
 
 void store(void* to, int64_t at, int64_t type, float number) {
   if (type == kFloat) ((float*)to)[at] = number;
@@ -170,6 +173,7 @@ bool place_rows(Work& work) {
     const double e = call.fusion.data ? 1 - f : 1;
     const int64_t first = placed;
     place(id[m], f * call.scaling, e * call.scaling);
+    work.own[work.runs] = (const char*)call.u.data + id[m] * call.outputs * call.sub_rank * size_of(call.u.type);
     work.run[work.runs++] = {id[m], first, placed};
   }
   work.adapted = placed;

@@ -7,8 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lilora_kernels.ops import cpu_runtime
-from lilora_kernels.ops.schema import AdapterArgs
+from lilora_kernels import unadapted
 
 from .peers import Built, Peer, Unavailable, base_alone
 from .problems import Operands
@@ -18,14 +17,11 @@ Run = tuple[Callable[[], object], Tensor]
 
 
 def streamed(sets: list[Operands], training: bool) -> Built:
-    """Our kernels with an adapter of rank 0, which `lilora::linear` refuses: the call below it."""
-    x, weight = sets[0].x, sets[0].weight
-    a, b0 = weight.new_empty(0, x.shape[1]), weight.new_empty(weight.shape[0], 0)
-    adapter = AdapterArgs(a, b0, None, None, None, None, None, None, None, 1.0, 0.0, None)
-    reason = cpu_runtime.refusal(x, 0, 0) or cpu_runtime.unsupported(x, adapter, weight, None)
-    if reason is not None:
-        raise Unavailable(reason)
-    return base_alone(sets, lambda at: cpu_runtime.decode(sets[at].x, adapter, sets[at].weight, None)[0])
+    """As `accelerate_linears` computes it."""
+    calls = [unadapted.bound(s.x, s.weight, None) for s in sets]
+    if calls[0] is None or calls[0](sets[0].x, None) is None:
+        raise Unavailable("our CPU kernels do not take it")
+    return base_alone(sets, lambda at: calls[at](sets[at].x, None))
 
 
 def onednn(sets: list[Operands], training: bool) -> Built:

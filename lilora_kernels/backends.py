@@ -20,6 +20,15 @@ ONE_LAUNCH_ROWS = 255  # up to here `linear` takes one launch: with few rows a p
 # all threads: autograd runs backward on a GPU in threads of its own.
 forced = {kind: os.environ.get(variable) or None for kind, variable in VARIABLES.items()}
 
+_wrong = next(
+    (
+        f"{VARIABLES[kind]} is {name!r}; it must be one of {list(CHOICES[kind])}"
+        for kind, name in forced.items()
+        if name is not None and name not in CHOICES[kind]
+    ),
+    None,
+)
+
 
 class Unsupported(RuntimeError):
     """The forced backend or plan cannot run this call."""
@@ -113,9 +122,8 @@ def _refusal(op: str, name: str, x: Tensor, rank: int, sub_rank: int, plan: str 
 def choose(op: str, x: Tensor, rank: int, sub_rank: int) -> Implementation:
     """The first backend that can run `op` on x, or the one that is forced, unless `op` has no kernel there at all."""
     wanted, plan = forced["backend"], forced["plan"]
-    for kind, name in forced.items():
-        if name is not None and name not in CHOICES[kind]:
-            raise ValueError(f"{VARIABLES[kind]} is {name!r}; it must be one of {list(CHOICES[kind])}")
+    if _wrong is not None:
+        raise ValueError(_wrong)
     for name in (wanted,) if wanted in _table[op] else ORDER:
         if _refusal(op, name, x, rank, sub_rank, plan) is None:
             return _table[op][name]

@@ -294,12 +294,29 @@ def made_on_the_host(function):
 
 
 def address(tensor: Tensor) -> int:
-    return 512 + tensor.storage_offset() * tensor.element_size()
+    start = getattr(tensor.untyped_storage(), "start", 0)
+    return 512 + start + tensor.storage_offset() * tensor.element_size()
+
+
+def patch_storages() -> None:
+    """A part of a storage without data is one of that size; `start` says where in the other it lies."""
+    take = torch.UntypedStorage.__getitem__
+
+    def part(storage, at):
+        if storage.device.type != "meta" or not isinstance(at, slice):
+            return take(storage, at)
+        start, stop, _ = at.indices(storage.nbytes())
+        made = torch.UntypedStorage(stop - start, device="meta")
+        made.start = getattr(storage, "start", 0) + start
+        return made
+
+    torch.UntypedStorage.__getitem__ = part
 
 
 def install(name: str) -> PretendedGPU:
     """From here on torch in this process takes itself to have one GPU of that name."""
     patch_tensors()
+    patch_storages()
     patch_torch_cuda(name)
     run = threading.Thread.run
 

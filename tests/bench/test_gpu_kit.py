@@ -130,6 +130,14 @@ thread.start()
 thread.join()
 assert found[0].is_cuda and torch.ones(2).sum().item() == 2
 
+layer = lilora_kernels.LiLoRALinear(torch.nn.Linear(8, 16, device="cuda").requires_grad_(False), r=4, sub_rank=2).eval()
+layer.add_task("one")
+layer.add_task("two")
+lilora_kernels.attach(layer)
+lilora_kernels.freeze(layer)
+assert layer.lilora_fusion["two"].data_ptr() == layer.lilora_fusion["one"].data_ptr() + 4
+assert layer(x.detach(), task_ids=["two", "one", None, "two"]).shape == (4, 16)
+
 given = Problem(300, 256, 384, 3, 0.1)
 machine = Machine.here(3)
 rows = [row for time in (time_addmm, time_delta) for row in time(given, machine, Ceilings(3e12, 8e14, 3e12))]

@@ -19,9 +19,9 @@ Run = tuple[Callable[[], object], Tensor]
 def streamed(sets: list[Operands], training: bool) -> Built:
     """As `accelerate_linears` computes it."""
     calls = [unadapted.bound(s.x, s.weight, None) for s in sets]
-    if calls[0] is None or calls[0](sets[0].x, None) is None:
+    if calls[0] is None or calls[0](sets[0].x) is None:
         raise Unavailable("our CPU kernels do not take it")
-    return base_alone(sets, lambda at: calls[at](sets[at].x, None))
+    return base_alone(sets, lambda at: calls[at](sets[at].x))
 
 
 def onednn(sets: list[Operands], training: bool) -> Built:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from . import functional
 from .context import Tasks
 from .ops.delta.register import delta
-from .ops.doors import TENSORS_OR_NONE, Operation, conditions, is_any_watching, is_transformed, needs_graph
+from .ops.doors import TENSORS_OR_NONE, Operation, conditions, is_any_watching, is_transformed
 from .ops.linear.register import linear
 from .unadapted import is_plain
 
@@ -16,27 +16,30 @@ from .unadapted import is_plain
 class Factors(tuple):
     """(a, b0, u, v, fusion) of one call, or of many: what is settled in the first two need not be again."""
 
-    # The kind of call that was checked, and that call bound to its parameters, from the second on. Always set together: layers
-    # serve several threads.
+    # Without and with gradients: the kind of call that was checked, and that call bound to its parameters, from the second on.
+    # A pair is always set together: layers serve several threads.
     settled: tuple[tuple, Callable | None] = (), None
+    settled_grads: tuple[tuple, Callable | None] = (), None
 
     def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
         """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: task to ranks."""
         args = (*base, *self, *rest)
         if is_transformed() or not TENSORS_OR_NONE.issuperset(map(type, (x, *self))):
             return functional.of_rows(operation, x, *args)
+        grads = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *self)
+        at = "settled_grads" if grads else "settled"
         kind = x.dtype, x.device, x.shape[-1], *rest[-3:], *conditions(*self, *base)
-        settled, bound = self.settled
+        settled, bound = getattr(self, at)
         if rest[1] is not None or settled != kind:  # gates are others in every call
             require_memory(*self, *base)
             y = functional.of_rows(operation, x, *args)
-            self.settled = kind, None
+            setattr(self, at, (kind, None))
             return y
-        if not (is_any_watching() or needs_graph(x, *self)):
+        if not is_any_watching():
             if bound is None:
                 bound = operation.bind(x.reshape(-1, x.shape[-1]), *args) or takes_none
-                self.settled = kind, bound
-            y = bound(x, rest[0])
+                setattr(self, at, (kind, bound))
+            y = bound(x, rest[0], rest[3])
             if y is not None:
                 return y
         return functional.of_rows(
@@ -57,7 +60,7 @@ def require_memory(*tensors: Tensor | None) -> None:
             )
 
 
-def takes_none(x: Tensor, task: Tensor | None) -> None:
+def takes_none(x: Tensor, task: Tensor | None, seed: Tensor | None) -> None:
     """The bound call where there is none."""
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 ORDER = ("cuda", "triton", "cpu", "eager")
-PLANS = ("composed", "one_launch", "by_phase", "decode", "fused")
+PLANS = ("composed", "recorded", "one_launch", "by_phase", "decode", "fused")
 COMPOSED = {"composed": "for all rows"}  # library products around what is ours
 CHOICES = {"backend": ORDER, "plan": PLANS}
 VARIABLES = {"backend": "LILORA_BACKEND", "plan": "LILORA_PLAN"}
@@ -30,6 +30,9 @@ _wrong = next(
 )
 
 
+Bind = Callable[..., Callable[[Tensor, Tensor | None, Tensor | None], Tensor | None] | None]
+
+
 class Unsupported(RuntimeError):
     """The forced backend or plan cannot run this call."""
 
@@ -41,8 +44,10 @@ class Implementation:
     `backward` is None where the gradient takes no kernel.
     `refusal(x, rank, sub_rank)` says in a few words why it cannot run on x with factors of these ranks, or None.
     `plans`: the algorithms it has, and for which rows each is taken; empty where an operation has no choice of them.
-    `bind(*arguments)`: bound(x, task) -> y [..., N] for x [..., K] and ids [M] of the same kinds as here, without gradients; all
-    other arguments stay what and where they are. bound is None, or returns it, where a call has to take the usual way.
+    `bind(*arguments)`: bound(x, task, seed) -> y [..., N] for x [..., K] and ids [M] of the same kinds as here, without
+    gradients; all other arguments stay what and where they are. bound is None, or returns it, where a call has to take the
+    usual way.
+    `bind_recorded`: the same where gradients are wanted, which autograd records.
     `rows(device)`: numbers of rows that together meet every kernel which it may have to compile or load.
     """
 
@@ -51,7 +56,8 @@ class Implementation:
     refusal: Callable[[Tensor, int, int], str | None]
     plans: dict[str, str]
     rows: Callable[[torch.device], list[int]] = lambda device: []
-    bind: Callable[..., Callable[[Tensor, Tensor | None], Tensor | None] | None] = lambda *_: None
+    bind: Bind = lambda *_: None
+    bind_recorded: Bind = lambda *_: None
 
 
 _table: dict[str, dict[str, Implementation]] = {}

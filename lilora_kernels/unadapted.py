@@ -74,7 +74,7 @@ class AcceleratedLinear(nn.Linear):
             if settled != kind:
                 run = bound(input, weight, bias)
                 self.settled = kind, run
-            y = run and run(input, None)
+            y = run and run(input)
         return super().forward(input) if y is None else y
 
 
@@ -91,7 +91,7 @@ def bound(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable | None:
         return None
     a, b0 = weight.new_empty(0, weight.shape[1]), weight.new_empty(len(weight), 0)
     adapter = AdapterArgs(a, b0, None, None, None, None, None, None, None, 1.0, 0.0, None)
-    return cpu_runtime.bind(x.new_empty(1, x.shape[-1]), adapter, weight, bias)
+    return cpu_runtime.bind(x.new_empty(1, x.shape[-1]), weight, bias, adapter)
 
 
 def is_plain(base: nn.Module) -> bool:

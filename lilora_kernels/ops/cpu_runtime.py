@@ -29,7 +29,7 @@ def forward(
 ) -> tuple[Tensor, Tensor] | None:
     """y [M, N] and h [M, R] by the plan decode; None where the composed plan has to run."""
     plan = backends.forced["plan"]
-    if plan == "composed":
+    if plan not in (None, "decode"):
         return None
     reason = unsupported(x, adapter, weight, bias)
     if reason is None:
@@ -76,16 +76,16 @@ def decode(x: Tensor, adapter: AdapterArgs, weight: Tensor | None, bias: Tensor 
     return None if failed else (y, h)
 
 
-def bind(
-    x: Tensor, adapter: AdapterArgs, weight: Tensor | None = None, bias: Tensor | None = None
-) -> Callable[[Tensor, Tensor | None], Tensor | None] | None:
-    """bound(x, task) -> y, see `Implementation`."""
-    if backends.forced["plan"] == "composed" or unsupported(x[:1], adapter, weight, bias) is not None:
+def bind(x: Tensor, *of: Tensor | AdapterArgs | None) -> Callable | None:
+    """bound(x, task, seed) -> y, see `Implementation`. of: weight and bias of `linear`, and the adapter."""
+    *base, adapter = of
+    weight, bias = base or (None, None)
+    if backends.forced["plan"] not in (None, "decode") or unsupported(x[:1], adapter, weight, bias) is not None:
         return None
     parameters, run = packed(x, adapter, weight, bias), cpu_library.load().forward
     (outputs, _), columns = adapter.b0.shape, x.shape[1]
 
-    def bound(x: Tensor, task: Tensor | None) -> Tensor | None:
+    def bound(x: Tensor, task: Tensor | None = None, seed: None = None) -> Tensor | None:
         rows = x.shape[:-1].numel()
         if rows > DECODE_ROWS or (task is not None and (task.shape != (rows,) or not task.is_contiguous())):
             return None

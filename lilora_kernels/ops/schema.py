@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 from torch import Tensor
 
 from .. import backends
-from .doors import Operation
+from .doors import Operation, needs_graph
 
 FACTORS = ("a", "b0", "u", "v", "fusion")
 # Inputs that may want a gradient, in the order in which the backward operations return them.
@@ -115,11 +115,18 @@ class AdapterOperation:
     def forward(self, *args):
         given, adapters = self.arguments.split(args)
         chosen = backends.choose(self.name, given[0], *adapters[0].rank_sizes)
+        if backends.forced["plan"] == "recorded":
+            raise backends.Unsupported(
+                f"{self.name}: the plan 'recorded' takes calls whose gradients are wanted, outside of torch.compile, torch.func "
+                "and dispatch modes"
+            )
         return chosen.forward(*given, self.of_each(adapters))
 
     def bind(self, *args) -> Callable | None:
+        """The call bound to what does not change, see `Implementation`."""
         given, adapters = self.arguments.split(args)
-        return backends.choose(self.name, given[0], *adapters[0].rank_sizes).bind(*given, self.of_each(adapters))
+        chosen = backends.choose(self.name, given[0], *adapters[0].rank_sizes)
+        return (chosen.bind_recorded if needs_graph(*args) else chosen.bind)(*given, self.of_each(adapters))
 
     def fake_forward(self, *args):
         given, adapters = self.arguments.split(args)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,23 +18,29 @@ from lilora_kernels.ops import cpu_runtime
 pytestmark = pytest.mark.skipif(isinstance(cpu_library.load(), str), reason=f"{cpu_library.load()}")
 
 
+def bind_by(bind, monkeypatch):
+    """Let the CPU kernels' calls be bound by this function."""
+    table = lilora_kernels.backends._table
+    for op in ("linear", "delta"):
+        monkeypatch.setitem(table[op], "cpu", replace(table[op]["cpu"], bind=bind))
+
+
 @pytest.fixture
 def bound(monkeypatch):
     """How many calls took the bound one: `bound()`, beginning anew with each question."""
-    bind, taken = cpu_runtime.bind, []
+    taken = []
 
     def counting(*args):
-        run = bind(*args)
+        run = cpu_runtime.bind(*args)
 
-        def counted(x, task):
-            y = run(x, task)
+        def counted(*args):
+            y = run(*args)
             taken.append(y is not None)
             return y
 
         return run and counted
 
-    monkeypatch.setattr(cpu_runtime, "bind", counting)
-    monkeypatch.setattr("lilora_kernels.ops.linear.cpu_backend.cpu_runtime.bind", counting)
+    bind_by(counting, monkeypatch)
 
     def since():
         found = sum(taken)
@@ -144,18 +151,17 @@ def test_gradients_modes_and_transforms_take_the_operation(bound):
 def test_a_call_of_another_kind_while_one_is_bound(monkeypatch):
     """As from a second thread: what it settles must not be taken together with what is bound here."""
     made, x = settled(), torch.randn(3, K)
-    bind = cpu_runtime.bind
 
     def interrupted(*args):
-        monkeypatch.setattr("lilora_kernels.ops.linear.cpu_backend.cpu_runtime.bind", bind)
+        bind_by(cpu_runtime.bind, monkeypatch)
         made.alpha *= 2
         made(x)
-        return bind(*args)
+        return cpu_runtime.bind(*args)
 
     with torch.no_grad():
         made.alpha /= 4
         made(x)
-        monkeypatch.setattr("lilora_kernels.ops.linear.cpu_backend.cpu_runtime.bind", interrupted)
+        bind_by(interrupted, monkeypatch)
         made(x)
         for _ in range(3):
             close(made(x), expected(made, x, "cats"))

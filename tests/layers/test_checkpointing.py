@@ -2,6 +2,9 @@
 
 import copy
 import functools
+import gc
+import io
+import weakref
 
 import pytest
 import torch
@@ -110,6 +113,52 @@ def test_without_checkpointing_it_raises_too():
     set_task(model, "where")
     with pytest.raises(RuntimeError, match=r"set between a forward and its backward.*set_task"):
         (value + loss(model, inputs, None)).backward()
+
+
+def reloaded(model):
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+def of_another_dtype(model):
+    return model.double().float()
+
+
+def compiled(model):
+    torch.compiler.reset()
+    model.compile(backend="aot_eager")
+    return model
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, reloaded, of_another_dtype, compiled])
+def test_whatever_became_of_the_layer_it_raises(made):
+    x = torch.randn(2, 3, 12)
+    for names in (("count",), ("count", "where")):
+        model = stack()
+        set_task(model, "count", "where")
+        model = made(model)
+        set_task(model, *names)
+        options = {} if len(names) == 1 else {"task_ids": ["count", "where"]}
+        model(x, **options).sum().backward()
+        y = model(x, **options).sum()
+        set_task(model, "where")
+        with pytest.raises(RuntimeError, match="set between a forward and its backward"):
+            y.backward()
+
+
+def test_a_deleted_task_is_freed_at_once():
+    layer = stack().layers[0]
+    layer.set_task("count")
+    own = weakref.ref(layer.lilora_U["count"])
+    layer(torch.randn(2, 12)).sum().backward()
+    gc.disable()
+    try:
+        layer.delete_task("count")
+        assert own() is None
+    finally:
+        gc.enable()
 
 
 def test_gradients_of_the_input_alone_do_not_mind():

@@ -14,7 +14,7 @@ from tiny_llava import IMAGE, TASKS, batch, randomise, tiny_llava
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from lilora_kernels import LiLoRALinear, attach, cpu_library, freeze, route
+from lilora_kernels import LiLoRALinear, attach, cpu_library, freeze, plan, route
 from lilora_kernels.linear import set_task
 
 pytestmark = pytest.mark.usefixtures("no_cpu_kernels")  # of the composed plan, but for what says otherwise
@@ -149,6 +149,14 @@ def stacked_bytes(tasks, outputs):
     return tasks * (outputs * S + S * R + 1) * FLOAT
 
 
+@pytest.fixture
+def composed():
+    """Layers as small as these would take the plan `recorded`."""
+    with plan("composed"):
+        yield
+
+
+@pytest.mark.usefixtures("composed")
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @pytest.mark.parametrize("tasks", [1, 3])
 @pytest.mark.parametrize("shared", ["always", "never"])
@@ -215,6 +223,7 @@ class NativeDropout(nn.Dropout):
         return torch.native_dropout(x, self.p, True)[0]
 
 
+@pytest.mark.usefixtures("composed")
 @pytest.mark.parametrize("tasks", [("one",), ("one", "two")])
 def test_an_mlp_saves_x_once_and_each_activation_once(tasks):
     rows, rank, names = 2 * 16, 4, None if len(tasks) == 1 else ["two", None]

@@ -313,7 +313,7 @@ def test_what_the_kernels_cannot_run_is_composed_or_raises():
         (few.with_(gate=few.a[:1, :8].double()), {}, r"it does not support torch\.float64"),
     ]
     for i, more, reason in cases:
-        words = f"linear: the plan 'decode' cannot run here: {reason}; 'cpu' has \\['decode', 'composed'\\]"
+        words = f"linear: the plan 'decode' cannot run here: {reason}; 'cpu' has \\['decode', 'composed', 'recorded'\\]"
         with pytest.raises(backends.Unsupported, match=words):
             linear(i, *base(i), **more)
         composed = []

@@ -406,7 +406,7 @@ def test_an_ordered_backend_that_cannot_run_raises(monkeypatch):
         want = functional.delta(*adapter(i), **options(i))
     with (
         lilora_kernels.backend("triton"),
-        pytest.raises(RuntimeError, match=r"'triton' cannot run on cpu.*\{'eager': \['composed'\]\}"),
+        pytest.raises(RuntimeError, match=r"'triton' cannot run on cpu.*\{'eager': \['composed', 'recorded'\]\}"),
     ):
         functional.delta(*adapter(i), **options(i))
     assert torch.equal(functional.delta(*adapter(i), **options(i)), want)
@@ -442,7 +442,7 @@ def test_a_forced_plan(monkeypatch):
         with lilora_kernels.plan(forced) if forced else nullcontext():
             linear()
     assert seen == ["triton", "eager", "triton", "triton"]
-    plans = r"available: \{'triton': \['one_launch', 'by_phase'\], 'eager': \['composed'\]\}"
+    plans = r"available: \{'triton': \['one_launch', 'by_phase'\], 'eager': \['composed', 'recorded'\]\}"
     with (
         lilora_kernels.backend("triton"),
         lilora_kernels.plan("composed"),

@@ -1,7 +1,7 @@
 """`lilora::delta`: the adapter alone."""
 
 from ... import backends
-from .. import cpu_runtime, cuda_runtime, triton_runtime
+from .. import cpu_runtime, cuda_runtime, recorded, triton_runtime
 from ..checks import check_delta
 from ..schema import AdapterArgs, AdapterOperation, kinds_of
 from . import cpu_backend, eager
@@ -10,9 +10,16 @@ PLANS = {"one_launch": "for all rows", "by_phase": "if forced"}
 
 backends.register(
     "delta",
-    eager=backends.Implementation(eager.forward, eager.backward, lambda *_: None, backends.COMPOSED),
+    eager=backends.Implementation(
+        eager.forward, eager.backward, lambda *_: None, backends.COMPOSED | recorded.PLAN, bind_recorded=recorded.bind
+    ),
     cpu=backends.Implementation(
-        cpu_backend.forward, eager.backward, cpu_runtime.refusal, cpu_runtime.PLANS, bind=cpu_runtime.bind
+        cpu_backend.forward,
+        eager.backward,
+        cpu_runtime.refusal,
+        cpu_runtime.PLANS | recorded.PLAN,
+        bind=cpu_runtime.bind,
+        bind_recorded=recorded.bind,
     ),
     cuda=backends.lazy("lilora_kernels.ops.delta.cuda_backend", cuda_runtime.refusal, PLANS),
     triton=backends.lazy("lilora_kernels.ops.delta.triton_backend", triton_runtime.refusal, PLANS),

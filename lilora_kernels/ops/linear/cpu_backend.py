@@ -1,7 +1,5 @@
 """The CPU kernels for few rows, base product included; the composed plan for others and for all gradients."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from .. import cpu_runtime
@@ -11,7 +9,3 @@ from . import eager
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
     return cpu_runtime.forward("linear", x, adapter, weight, bias) or eager.forward(x, weight, bias, adapter)
-
-
-def bind(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> Callable | None:
-    return cpu_runtime.bind(x, adapter, weight, bias)

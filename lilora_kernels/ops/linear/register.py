@@ -1,7 +1,7 @@
 """`lilora::linear`: the frozen base linear and its adapter in one operation."""
 
 from ... import backends
-from .. import cpu_runtime, cuda_runtime, triton_runtime
+from .. import cpu_runtime, cuda_runtime, recorded, triton_runtime
 from ..checks import check_linear
 from ..schema import AdapterArgs, AdapterOperation, kinds_of
 from . import cpu_backend, eager
@@ -10,9 +10,16 @@ PLANS = {"one_launch": f"up to {backends.ONE_LAUNCH_ROWS} rows", "by_phase": "be
 
 backends.register(
     "linear",
-    eager=backends.Implementation(eager.forward, eager.backward, lambda *_: None, backends.COMPOSED),
+    eager=backends.Implementation(
+        eager.forward, eager.backward, lambda *_: None, backends.COMPOSED | recorded.PLAN, bind_recorded=recorded.bind
+    ),
     cpu=backends.Implementation(
-        cpu_backend.forward, eager.backward, cpu_runtime.refusal, cpu_runtime.PLANS, bind=cpu_backend.bind
+        cpu_backend.forward,
+        eager.backward,
+        cpu_runtime.refusal,
+        cpu_runtime.PLANS | recorded.PLAN,
+        bind=cpu_runtime.bind,
+        bind_recorded=recorded.bind,
     ),
     cuda=backends.lazy(
         "lilora_kernels.ops.linear.cuda_backend",

@@ -5,21 +5,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import backends, functional
 from .context import Tasks
+from .ops import cpu_runtime
 from .ops.delta.register import delta
-from .ops.doors import TENSORS_OR_NONE, Operation, conditions, is_any_watching, is_transformed
+from .ops.doors import TENSORS_OR_NONE, Operation, conditions, is_any_watching, is_transformed, needs_graph
 from .ops.linear.register import linear
-from .unadapted import is_plain
+from .ops.schema import AdapterArgs
+from .unadapted import INVARIANT, is_plain
 
 
 class Factors(tuple):
     """(a, b0, u, v, fusion) of one call, or of many: what is settled in the first two need not be again."""
 
-    # Without and with gradients: the kind of call that was checked, and that call bound to its parameters, from the second on.
-    # A pair is always set together: layers serve several threads.
+    # Without and with gradients, and in blocks: the kind of call that was checked, and that call bound to its parameters, from
+    # the second on. A pair is always set together: layers serve several threads.
     settled: tuple[tuple, Callable | None] = (), None
     settled_grads: tuple[tuple, Callable | None] = (), None
+    settled_blocks: tuple[tuple, Callable | None] = (), None
 
     def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
         """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: task to ranks."""
@@ -46,6 +49,23 @@ class Factors(tuple):
             operation, x, *args, known=rest[0] is None or rest[0].shape[0] == x.shape[:-1].numel()
         )
 
+    def in_blocks(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
+        """As `run`, by the CPU kernels alone: a row's bits depend on nothing but that row and its task."""
+        plain = not is_transformed() and TENSORS_OR_NONE.issuperset(map(type, (x, *self))) and not is_any_watching()
+        if plain and not needs_graph(x, *self):
+            kind = x.dtype, x.device, x.shape[-1], *rest[-3:], *conditions(*self, *base)
+            settled, bound = self.settled_blocks
+            if settled != kind:
+                args = x.reshape(-1, x.shape[-1]), *base, *self, *rest
+                require_memory(*self, *base)
+                operation.check(*args)
+                bound = cpu_runtime.bind(args[0], *base, AdapterArgs(*self, *rest), blocks=True) or takes_none
+                self.settled_blocks = kind, bound
+            y = bound(x, rest[0])
+            if y is not None:
+                return y
+        raise backends.Unsupported(INVARIANT)
+
     def __getstate__(self) -> None:
         return None  # a copy lies elsewhere
 
@@ -60,7 +80,7 @@ def require_memory(*tensors: Tensor | None) -> None:
             )
 
 
-def takes_none(x: Tensor, task: Tensor | None, seed: Tensor | None) -> None:
+def takes_none(x: Tensor, task: Tensor | None, seed: Tensor | None = None) -> None:
     """The bound call where there is none."""
 
 
@@ -73,6 +93,7 @@ class AdaptedLinear(nn.Module):
 
     rank: int
     sub_rank: int
+    batch_invariant = False  # see `serving.freeze`
 
     def __init__(self, base_layer: nn.Module, dropout: float) -> None:
         super().__init__()
@@ -141,9 +162,10 @@ class AdaptedLinear(nn.Module):
         cast = functional.autocast(x)
         functional.check_dtypes("linear", x, cast, weight)
         rest = task, gate, gate_row, functional.draw_seed(x.device) if p else None, scaling, p, ranks
+        run = factors.in_blocks if self.batch_invariant else factors.run
         if apart:
-            return y + factors.run(delta, cast, (), *rest).to(y.dtype)
-        return factors.run(linear, cast, (weight, bias), *rest)
+            return y + run(delta, cast, (), *rest).to(y.dtype)
+        return run(linear, cast, (weight, bias), *rest)
 
 
 def described(base: nn.Module) -> str:

@@ -60,7 +60,7 @@ class BatchContext:
         # Tensors made in inference mode could not be saved for a later backward.
         key = torch.is_inference_mode_enabled(), id(of), vision, x.device, *x.shape[:-1]
         if key not in self._rows:
-            rows = resolve(x, of).to(x.device)
+            rows = resolve(x, of).to(x.device).contiguous()  # of one sample it is an expanded view
             on_host = of if of.is_cpu else getattr(of, "on_host", None)
             if on_host is not None:  # plans made of library products want to know where which task's rows lie
                 rows.layouts = []

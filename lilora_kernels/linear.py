@@ -197,7 +197,7 @@ class LiLoRALinear(AdaptedLinear):
         return self
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_frozen": None}  # the parameters of a copy are not windows
+        return self.__dict__ | {"_frozen": None, "batch_invariant": False}  # the parameters of a copy are not windows
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -235,7 +235,7 @@ class LiLoRALinear(AdaptedLinear):
         self.bind()
 
     def unfreeze(self) -> None:
-        self._frozen = None
+        self._frozen, self.batch_invariant = None, False
 
     def train(self, mode: bool = True) -> "LiLoRALinear":
         if mode:
@@ -337,7 +337,7 @@ class LiLoRALinear(AdaptedLinear):
         if samples is None:
             rows = context.rows(x, self.vision, positions)
         else:
-            rows = positions.unsqueeze(1).expand(samples, x.shape[1:-1].numel()).reshape(-1)
+            rows = positions.unsqueeze(1).expand(samples, x.shape[1:-1].numel()).reshape(-1).contiguous()
         if not names:
             factors = self._frozen
         elif context.generating and not torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -2,11 +2,14 @@
 
 from torch import nn
 
+from .adapted import AdaptedLinear
 from .context import tasks_of
 from .linear import LiLoRALinear
+from .mlp import is_fused
+from .unadapted import AcceleratedLinear
 
 
-def freeze(model: nn.Module, capacity: int | None = None) -> None:
+def freeze(model: nn.Module, capacity: int | None = None, *, batch_invariant: bool = False) -> None:
     """Lay the factors of all tasks out for mixed batches, with room for `capacity` ids (default: those that there are).
 
     A layer then stacks nothing, whatever the number of tasks. Every U, V and fusion becomes a window of one tensor
@@ -15,6 +18,10 @@ def freeze(model: nn.Module, capacity: int | None = None) -> None:
     requiring gradients. The state dict does not change. Adding a task keeps all tensors where they are; beyond `capacity`
     it raises. `train()` and `unfreeze` end it. Raises RuntimeError before `attach(model)` and for parameters that are
     offloaded, sharded or of several dtypes, ValueError for too small a capacity.
+
+    batch_invariant: every linear layer takes the CPU kernels for any number of rows, so that a row's bits depend neither on
+    the other rows of the batch nor on their tasks. Call `accelerate_linears(model)` first: RuntimeError for a layer that
+    would take others. A call that they cannot run raises Unsupported.
     """
     tasks = tasks_of(model)
     taken = len(tasks.names)
@@ -26,9 +33,30 @@ def freeze(model: nn.Module, capacity: int | None = None) -> None:
     layers = [module for module in model.modules() if isinstance(module, LiLoRALinear)]
     for layer in layers:
         layer.require_freezable()
+    if batch_invariant and (others := [path for path, module in model.named_modules() if takes_other_kernels(module)]):
+        raise RuntimeError(
+            f"batch_invariant: {len(others)} modules would take kernels of torch's choice, {', '.join(others[:3])} among them; "
+            "call accelerate_linears(model), which says why it leaves a layer alone, and unfuse_mlps(model) first"
+        )
     for layer in layers:
         layer.set_task(*layer.active, train=False)
         layer.freeze(capacity)
+        layer.batch_invariant = batch_invariant
+    pin(model, batch_invariant)
+
+
+def takes_other_kernels(module: nn.Module) -> bool:
+    """Whether a module multiplies by weights, and not by the CPU kernels alone."""
+    if isinstance(module, LiLoRALinear):
+        return module.unfused_reason() is not None
+    others = isinstance(module, nn.Linear) and type(module) is not AcceleratedLinear
+    return others or isinstance(module, AdaptedLinear) or is_fused(module)
+
+
+def pin(model: nn.Module, batch_invariant: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, AcceleratedLinear):
+            module.pin(batch_invariant)
 
 
 def unfreeze(model: nn.Module) -> None:
@@ -36,3 +64,4 @@ def unfreeze(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LiLoRALinear):
             module.unfreeze()
+    pin(model, False)

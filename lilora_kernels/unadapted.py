@@ -11,6 +11,11 @@ from .ops import cpu_runtime
 from .ops.doors import TENSORS, TENSORS_OR_NONE, conditions, is_any_watching, is_transformed, needs_graph
 from .ops.schema import AdapterArgs
 
+INVARIANT = (
+    "a batch-invariant layer takes the CPU kernels alone, which run without gradients, dropout, autocast, torch.compile and "
+    "dispatch modes; use torch.no_grad(), or unfreeze(model)"
+)
+
 
 def accelerate_linears(model: nn.Module) -> dict[str, str | None]:
     """Compute every nn.Linear of `model` that runs without an adapter by the CPU kernels, up to 64 rows, without gradients.
@@ -34,7 +39,7 @@ def restore_linears(model: nn.Module) -> None:
     """Undo `accelerate_linears`."""
     for module in model.modules():
         if type(module) is AcceleratedLinear:
-            module.__dict__.pop("settled", None)
+            module.pin(False)
             module.__class__ = nn.Linear
 
 
@@ -52,11 +57,20 @@ class AcceleratedLinear(nn.Linear):
 
     # The conditions of the call that is bound, and that call. Always set together: layers serve several threads.
     settled: tuple[list | None, Callable | None] = None, None
+    batch_invariant = False  # see `serving.freeze`
 
     def __getstate__(self) -> dict:
-        return {
-            name: value for name, value in self.__dict__.items() if name != "settled"
-        }  # a copy's parameters lie elsewhere
+        # A copy's parameters lie elsewhere, and it is not frozen.
+        return {name: value for name, value in self.__dict__.items() if name not in ("settled", "batch_invariant")}
+
+    def pin(self, batch_invariant: bool) -> None:
+        self.batch_invariant = batch_invariant
+        self.__dict__.pop("settled", None)
+
+    def train(self, mode: bool = True) -> "AcceleratedLinear":
+        if mode:
+            self.pin(False)
+        return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
         y, weight, bias = None, self.weight, self.bias
@@ -72,13 +86,15 @@ class AcceleratedLinear(nn.Linear):
         ):
             kind, (settled, run) = conditions(weight, bias), self.settled
             if settled != kind:
-                run = bound(input, weight, bias)
+                run = bound(input, weight, bias, self.batch_invariant)
                 self.settled = kind, run
             y = run and run(input)
+        if y is None and self.batch_invariant:
+            raise backends.Unsupported(INVARIANT)
         return super().forward(input) if y is None else y
 
 
-def bound(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable | None:
+def bound(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: bool = False) -> Callable | None:
     """`cpu_runtime.bind` of an adapter of rank 0; None where torch's product, or its error, is wanted."""
     if backends.forced["backend"] not in (None, "cpu") or backends.forced["plan"] not in (None, "decode"):
         return None
@@ -91,7 +107,7 @@ def bound(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable | None:
         return None
     a, b0 = weight.new_empty(0, weight.shape[1]), weight.new_empty(len(weight), 0)
     adapter = AdapterArgs(a, b0, None, None, None, None, None, None, None, 1.0, 0.0, None)
-    return cpu_runtime.bind(x.new_empty(1, x.shape[-1]), weight, bias, adapter)
+    return cpu_runtime.bind(x.new_empty(1, x.shape[-1]), weight, bias, adapter, blocks=blocks)
 
 
 def is_plain(base: nn.Module) -> bool:

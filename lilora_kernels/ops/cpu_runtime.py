@@ -76,26 +76,39 @@ def decode(x: Tensor, adapter: AdapterArgs, weight: Tensor | None, bias: Tensor 
     return None if failed else (y, h)
 
 
-def bind(x: Tensor, *of: Tensor | AdapterArgs | None) -> Callable | None:
-    """bound(x, task, seed) -> y, see `Implementation`. of: weight and bias of `linear`, and the adapter."""
+def bind(x: Tensor, *of: Tensor | AdapterArgs | None, blocks: bool = False) -> Callable | None:
+    """bound(x, task, seed) -> y, see `Implementation`. of: weight and bias of `linear`, and the adapter.
+
+    blocks: any number of rows, in blocks of DECODE_ROWS; a row's bits do not depend on its block.
+    """
     *base, adapter = of
     weight, bias = base or (None, None)
     if backends.forced["plan"] not in (None, "decode") or unsupported(x[:1], adapter, weight, bias) is not None:
         return None
     parameters, run = packed(x, adapter, weight, bias), cpu_library.load().forward
     (outputs, _), columns = adapter.b0.shape, x.shape[1]
+    of_x, of_y = columns * x.itemsize, outputs * x.itemsize  # bytes of a row
 
     def bound(x: Tensor, task: Tensor | None = None, seed: None = None) -> Tensor | None:
         rows = x.shape[:-1].numel()
-        if rows > DECODE_ROWS or (task is not None and (task.shape != (rows,) or not task.is_contiguous())):
+        if (rows > DECODE_ROWS and not blocks) or (
+            task is not None and (task.shape != (rows,) or not task.is_contiguous())
+        ):
             return None
         if not x.is_contiguous() or x.is_neg():
             x = x.resolve_neg().contiguous()
         if x.data_ptr() == 0 and rows > 0:
             return None
         y = x.new_empty((*x.shape[:-1], outputs))
-        call = cpu_library.OF_CALL.pack(rows, columns, x.data_ptr(), y.data_ptr(), 0, pointer(task), 0, 0, 0, 1)
-        return None if run(call + parameters) else y
+        x_at, y_at, task_at = x.data_ptr(), y.data_ptr(), pointer(task)
+        for at in range(0, rows, DECODE_ROWS):
+            call = cpu_library.OF_CALL.pack(
+                min(rows - at, DECODE_ROWS), columns, x_at + at * of_x, y_at + at * of_y, 0,
+                task_at and task_at + at * task.itemsize, 0, 0, 0, 1,
+            )  # fmt: skip
+            if run(call + parameters):
+                return None
+        return y
 
     return bound
 

@@ -24,30 +24,32 @@ class Factors(tuple):
     settled_grads: tuple[tuple, Callable | None] = (), None
     settled_blocks: tuple[tuple, Callable | None] = (), None
 
-    def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
+    def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest):
         """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: task to ranks."""
-        args = (*base, *self, *rest)
         if is_transformed() or not TENSORS_OR_NONE.issuperset(map(type, (x, *self))):
-            return functional.of_rows(operation, x, *args)
+            return functional.of_rows(operation, x, *self.arguments(base, rest))
         grads = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *self)
         at = "settled_grads" if grads else "settled"
         kind = x.dtype, x.device, x.shape[-1], *rest[-3:], *conditions(*self, *base)
         settled, bound = getattr(self, at)
         if rest[1] is not None or settled != kind:  # gates are others in every call
             require_memory(*self, *base)
-            y = functional.of_rows(operation, x, *args)
+            y = functional.of_rows(operation, x, *self.arguments(base, rest))
             setattr(self, at, (kind, None))
             return y
         if not is_any_watching():
             if bound is None:
-                bound = operation.bind(x.reshape(-1, x.shape[-1]), *args) or takes_none
+                bound = operation.bind(x.reshape(-1, x.shape[-1]), *self.arguments(base, rest)) or takes_none
                 setattr(self, at, (kind, bound))
             y = bound(x, rest[0], rest[3])
             if y is not None:
                 return y
-        return functional.of_rows(
-            operation, x, *args, known=rest[0] is None or rest[0].shape[0] == x.shape[:-1].numel()
-        )
+        known = rest[0] is None or rest[0].shape[0] == x.shape[:-1].numel()
+        return functional.of_rows(operation, x, *self.arguments(base, rest), known=known)
+
+    def arguments(self, base: tuple, rest: tuple) -> tuple:
+        """Of the operation, after x."""
+        return *base, *self, *rest
 
     def in_blocks(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
         """As `run`, by the CPU kernels alone: a row's bits depend on nothing but that row and its task."""

@@ -14,7 +14,7 @@ PATH = Path(__file__).parent / "lib" / "liblilora_cpu.so"
 NOT_BUILT = PATH.with_suffix(".txt")  # why, in one line
 NO_BUILD = "this installation has no CPU build; pip install . makes one where it finds a C++ compiler"
 INSTRUCTIONS = ("baseline", "avx2", "avx512")  # numbered from 1
-INTERFACE = 2  # of csrc/cpu/linear.cpp
+INTERFACE = 3  # of csrc/cpu/linear.cpp
 # Its struct Call: what is of one call alone, and what stays until parameters change.
 OF_CALL, OF_PARAMETERS = struct.Struct("=10q"), struct.Struct("=22qd")
 
@@ -27,7 +27,7 @@ class Kernels:
         if library.lilora_cpu_interface() != INTERFACE:
             raise OSError(f"{path} is of another version; build it again")
         self.forward = library.lilora_cpu_forward
-        self.forward.argtypes = (ctypes.c_char_p,)
+        self.forward.argtypes = (ctypes.c_char_p, ctypes.c_int64)
         self.instructions = min(library.lilora_cpu_instructions(), most_instructions())
         self.parallel_for = parallel_for()
 

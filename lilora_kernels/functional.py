@@ -101,12 +101,9 @@ def delta_pair(
     cast = autocast(x)
     for weight in (weight_1, weight_2):
         check_dtypes("delta_pair", x, cast, weight)
-    x = cast
-    flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
-    y_1, y_2, _, _ = _delta_pair(
-        flat, weight_1, bias_1, *first, weight_2, bias_2, *second, task, seed, scaling, p, ranks
+    return of_rows(
+        _delta_pair, cast, weight_1, bias_1, *first, weight_2, bias_2, *second, task, seed, scaling, p, ranks
     )
-    return y_1.view(*lead, y_1.shape[-1]), y_2.view(*lead, y_2.shape[-1])
 
 
 def rank_gate(scores: Tensor, r: int, *, straight_through: bool = False) -> tuple[Tensor, Tensor]:
@@ -120,12 +117,14 @@ def rank_gate(scores: Tensor, r: int, *, straight_through: bool = False) -> tupl
     return _rank_gate(scores if straight_through else scores.detach(), r)
 
 
-def of_rows(operation: Operation, x: Tensor, *args, known: bool = False) -> Tensor:
-    """The y of an operation that takes x [..., K] as [M, K]; `known` as for the operation."""
+def of_rows(operation: Operation, x: Tensor, *args, known: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """The y of an operation, or both, that takes x [..., K] as [M, K]; `known` as for the operation."""
     if x.dim() == 2:
-        return operation(x, *args, known=known)[0]
-    y = operation(x.reshape(-1, x.shape[-1]), *args, known=known)[0]
-    return y.view(*x.shape[:-1], y.shape[-1])
+        y, *more = operation(x, *args, known=known)
+        return y if len(more) == 1 else (y, more[0])
+    y, *more = operation(x.reshape(-1, x.shape[-1]), *args, known=known)
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return y if len(more) == 1 else (y, more[0].view(*x.shape[:-1], more[0].shape[-1]))
 
 
 def check_dtypes(op: str, x: Tensor, cast: Tensor, weight: Tensor | None) -> None:

@@ -1,13 +1,16 @@
 """gate_proj and up_proj of a gated MLP in one operation: two adapters of one input, one shrink."""
 
 import operator
+from collections.abc import Sequence
 from functools import partial
+from operator import is_not
 
 from torch import Tensor, fx, nn
 
 from . import functional
-from .adapted import has_hooks
+from .adapted import Factors, has_hooks
 from .linear import LiLoRALinear
+from .ops.delta_pair.register import delta_pair
 
 FORMULA = "down_proj(act_fn(gate_proj(x)) * up_proj(x))"
 EQUAL = ("rank", "sub_rank", "alpha", "dropout", "fusion", "training")
@@ -114,17 +117,28 @@ def gate_and_up(
     # Rows are positions among the tasks that a layer stacks.
     if rows is not None and (gate.lilora_U.keys() != up.lilora_U.keys() or gate.stacking() != up.stacking()):
         return None
-    p = gate._p
-    return functional.delta_pair(
-        x,
-        first,
-        second,
-        bases=[(layer.base_layer.weight, layer.base_layer.bias) for layer in (gate, up)],
-        task=rows,
-        seed=functional.draw_seed(x.device) if p else None,
-        scaling=gate.lilora_scaling,
-        p=p,
-    )
+    cast, p = functional.autocast(x), gate._p
+    bases = [base for layer in (gate, up) for base in (layer.base_layer.weight, layer.base_layer.bias)]
+    for weight in bases[::2]:
+        functional.check_dtypes("delta_pair", x, cast, weight)
+    seed = functional.draw_seed(x.device) if p else None
+    return pair_of(first, second).run(delta_pair, cast, bases, rows, None, None, seed, gate.lilora_scaling, p, None)
+
+
+class Pair(Factors):
+    """Those of gate_proj, then those of up_proj."""
+
+    def arguments(self, base: Sequence, rest: tuple) -> tuple:
+        task, _, _, *more = rest
+        return *base[:2], *self[:5], *base[2:], *self[5:], task, *more
+
+
+def pair_of(first: Factors, second: Factors) -> Pair:
+    """The same one for the same factors: it has a settled call."""
+    found = first.__dict__.get("pair")
+    if found is None or any(map(is_not, found, (*first, *second))):
+        found = first.pair = Pair((*first, *second))
+    return found
 
 
 class _Children(fx.Tracer):

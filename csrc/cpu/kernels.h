@@ -209,8 +209,21 @@ TARGET static void expand(const Work& work, int64_t item) {
 }
 
 template <void run_item(const Work&, int64_t)>
-TARGET static void run_items(int64_t begin, int64_t end, void* work) {
-  for (int64_t item = begin; item < end; ++item) run_item(*(const Work*)work, item);
+TARGET static void run_items(int64_t begin, int64_t end, void* context) {
+  const Sides& sides = *(const Sides*)context;
+  for (int64_t item = begin; item < end; ++item) {
+    const bool second = item >= sides.first_items;
+    run_item(sides.work[second], second ? item - sides.first_items : item);
+  }
+}
+
+// A phase of all sides: each has so many items, each of them so many products.
+template <void run_item(const Work&, int64_t)>
+TARGET static void run_phase(Sides& sides, int64_t items(const Work&), int64_t products) {
+  int64_t all = 0;
+  for (int64_t side = 0; side < sides.count; ++side) all += items(sides.work[side]);
+  sides.first_items = items(*sides.work);
+  share(sides, run_items<run_item>, all, products);
 }
 
 template <class T>
@@ -221,17 +234,20 @@ TARGET static void widen_rows(const Work& work, const T* x) {
       widen(&work.x.at(m, k), x + work.row[m] * work.call->x_stride + k, columns - k < kBlock ? columns - k : kBlock);
 }
 
-TARGET static void run(const Work& work) {
+static inline int64_t items_of(int64_t outputs) { return (outputs + COLUMNS - 1) / COLUMNS; }
+
+TARGET static void run(Sides& sides) {
+  const Work& work = *sides.work;
   const Call& call = *work.call;
   if (call.x_type == kFloat) widen_rows(work, (const float*)call.x);
   else if (call.x_type == kBfloat16) widen_rows(work, (const Bfloat16*)call.x);
   else widen_rows(work, (const Half*)call.x);
-  auto items = [](int64_t outputs) { return (outputs + COLUMNS - 1) / COLUMNS; };
   const int64_t products = call.rows * COLUMNS;
-  share(work, run_items<shrink>, items(call.rank), products * call.columns);
-  if (call.u.data) share(work, run_items<reduce>, work.runs * items(call.sub_rank), products * call.rank);
+  run_phase<shrink>(sides, [](const Work& w) { return items_of(w.call->rank); }, products * call.columns);
+  run_phase<reduce>(sides, [](const Work& w) { return w.call->u.data ? w.runs * items_of(w.call->sub_rank) : 0; },
+                    products * call.rank);
   const int64_t length = (call.weight.data ? call.columns : 0) + call.rank + call.sub_rank;
-  share(work, run_items<expand>, items(call.outputs), products * length);
+  run_phase<expand>(sides, [](const Work& w) { return items_of(w.call->outputs); }, products * length);
 }
 
 #undef INLINE

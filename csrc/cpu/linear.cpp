@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t kMostRows = 64;
+constexpr int64_t kMostRows = 64, kMostSides = 2;
 constexpr int64_t kBlock = 512;         // elements of a row worked on together
 constexpr int64_t kProducts = 1 << 15;  // multiplications that are worth a thread
 
@@ -108,10 +108,16 @@ void store(void* to, int64_t at, int64_t type, float number) {
   else ((uint16_t*)to)[at] = type == kBfloat16 ? bfloat16(number) : half(number);
 }
 
-void share(const Work& work, Items items, int64_t count, int64_t products) {
-  void* context = (void*)&work;
-  if (work.call->parallel_for == nullptr || count * products < 2 * kProducts) return items(0, count, context);
-  work.call->parallel_for(0, count, 1 + kProducts / (1 + products), items, context);
+// Adapters of one x. Threads share the items of both.
+struct Sides {
+  Work* work;
+  int64_t count, first_items;  // the latter of a phase: items of side 0 come first
+};
+
+void share(const Sides& sides, Items items, int64_t count, int64_t products) {
+  const Call& call = *sides.work->call;
+  if (call.parallel_for == nullptr || count * products < 2 * kProducts) return items(0, count, (void*)&sides);
+  call.parallel_for(0, count, 1 + kProducts / (1 + products), items, (void*)&sides);
 }
 
 namespace baseline {
@@ -186,7 +192,7 @@ bool place_rows(Work& work) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // Another number for every other Call.
-EXPORT int64_t lilora_cpu_interface() { return 2; }
+EXPORT int64_t lilora_cpu_interface() { return 3; }
 
 // How many of the instruction sets baseline, avx2, avx512 this processor has.
 EXPORT int64_t lilora_cpu_instructions() {
@@ -201,30 +207,39 @@ EXPORT int64_t lilora_cpu_instructions() {
 #endif
 }
 
-// 0, or another number where nothing was computed: 1 for an id of no task or no gate, 2 without memory.
-EXPORT int32_t lilora_cpu_forward(const Call* call) {
-  Work work;
-  work.call = call;
-  if (!place_rows(work)) return 1;
-  const int64_t lengths[] = {call->columns, call->rank, call->rank, call->sub_rank};
-  Rows* const matrices[] = {&work.x, &work.q, &work.scaled_q, &work.z};
-  int64_t floats = 0, starts[4];
-  for (int i = 0; i < 4; ++i) {
-    const int64_t width = lengths[i] < kBlock ? (lengths[i] + 15) / 16 * 16 : kBlock;
-    starts[i] = floats;
-    *matrices[i] = {nullptr, width, call->rows};
-    floats += (lengths[i] + kBlock - 1) / kBlock * width * call->rows;
+// One call, or two of the same rows of x and the same tasks. 0, or another number where nothing was computed: 1 for an id of no
+// task or no gate, 2 without memory.
+EXPORT int32_t lilora_cpu_forward(const Call* calls, int64_t count) {
+  Work work[kMostSides];
+  int64_t floats = 0, starts[kMostSides][4];
+  for (int64_t side = 0; side < count; ++side) {
+    const Call& call = calls[side];
+    work[side].call = &call;
+    if (!place_rows(work[side])) return 1;
+    const int64_t lengths[] = {side == 0 ? call.columns : 0, call.rank, call.rank, call.sub_rank};
+    Rows* const matrices[] = {&work[side].x, &work[side].q, &work[side].scaled_q, &work[side].z};
+    for (int i = 0; i < 4; ++i) {
+      const int64_t width = lengths[i] < kBlock ? (lengths[i] + 15) / 16 * 16 : kBlock;
+      starts[side][i] = floats;
+      *matrices[i] = {nullptr, width, call.rows};
+      floats += (lengths[i] + kBlock - 1) / kBlock * width * call.rows;
+    }
   }
   void* const memory = calloc(floats + 16, sizeof(float));
   if (memory == nullptr) return 2;
   float* const aligned = (float*)(((uintptr_t)memory + 63) / 64 * 64);
-  for (int i = 0; i < 4; ++i) matrices[i]->data = aligned + starts[i];
+  for (int64_t side = 0; side < count; ++side) {
+    Rows* const matrices[] = {&work[side].x, &work[side].q, &work[side].scaled_q, &work[side].z};
+    for (int i = 0; i < 4; ++i) matrices[i]->data = aligned + starts[side][i];
+    work[side].x = work[0].x;
+  }
+  Sides sides = {work, count, 0};
 #ifdef __x86_64__
-  if (call->instructions == 3) avx512::run(work);
-  else if (call->instructions == 2) avx2::run(work);
+  if (calls->instructions == 3) avx512::run(sides);
+  else if (calls->instructions == 2) avx2::run(sides);
   else
 #endif
-    baseline::run(work);
+    baseline::run(sides);
   free(memory);
   return 0;
 }

@@ -12,6 +12,8 @@ DECODE_ROWS = 64  # the most that the kernels take: kMostRows of csrc/cpu/linear
 PLANS = {"decode": f"up to {DECODE_ROWS} rows", "composed": "beyond"}
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ABSENT = (0, 0)
+Side = tuple[AdapterArgs] | tuple[AdapterArgs, Tensor | None, Tensor | None]
+"""An adapter, with the weight and bias of its base where that is part of the call. Two have the same x and tasks."""
 
 
 def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
@@ -24,16 +26,14 @@ def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
     return library if isinstance(library, str) else None
 
 
-def forward(
-    op: str, x: Tensor, adapter: AdapterArgs, weight: Tensor | None = None, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """y [M, N] and h [M, R] by the plan decode; None where the composed plan has to run."""
+def forward(op: str, x: Tensor, *sides: Side) -> list[tuple[Tensor, Tensor]] | None:
+    """y [M, N] and h [M, R] of each side by the plan decode; None where the composed plan has to run."""
     plan = backends.forced["plan"]
     if plan not in (None, "decode"):
         return None
-    reason = unsupported(x, adapter, weight, bias)
+    reason = next(filter(None, (unsupported(x, *side) for side in sides)), None)
     if reason is None:
-        return decode(x, adapter, weight, bias)
+        return decode(x, *sides)
     if plan is not None:
         raise backends.Unsupported(
             f"{op}: the plan {plan!r} cannot run here: {reason}; 'cpu' has {list(backends.plans(op)['cpu'])}"
@@ -41,7 +41,9 @@ def forward(
     return None
 
 
-def unsupported(x: Tensor, adapter: AdapterArgs, weight: Tensor | None, bias: Tensor | None) -> str | None:
+def unsupported(
+    x: Tensor, adapter: AdapterArgs, weight: Tensor | None = None, bias: Tensor | None = None
+) -> str | None:
     if x.shape[0] > DECODE_ROWS:
         return f"it takes up to {DECODE_ROWS} rows, here are {x.shape[0]}"
     if adapter.p > 0:
@@ -62,34 +64,36 @@ def unsupported(x: Tensor, adapter: AdapterArgs, weight: Tensor | None, bias: Te
     return None
 
 
-def decode(x: Tensor, adapter: AdapterArgs, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def decode(x: Tensor, *sides: Side) -> list[tuple[Tensor, Tensor]] | None:
     """None for an id of no task or no gate: the composed plan says what is wrong."""
     if x.stride(1) != 1 or x.is_neg():
         x = x.resolve_neg().contiguous()
-    y, h = (x.new_empty((len(x), width)) for width in adapter.b0.shape)
-    gate = adapter.gate
-    call = cpu_library.OF_CALL.pack(
-        len(x), x.stride(0), x.data_ptr(), y.data_ptr(), h.data_ptr(), pointer(adapter.task), pointer(adapter.gate_row),
-        *operand(gate), 1 if gate is None else len(gate),
-    )  # fmt: skip
-    failed = cpu_library.load().forward(call + packed(x, adapter, weight, bias))
-    return None if failed else (y, h)
+    calls, results = b"", []
+    for adapter, *base in sides:
+        y, h = (x.new_empty((len(x), width)) for width in adapter.b0.shape)
+        gate = adapter.gate
+        calls += cpu_library.OF_CALL.pack(
+            len(x), x.stride(0), x.data_ptr(), y.data_ptr(), h.data_ptr(), pointer(adapter.task), pointer(adapter.gate_row),
+            *operand(gate), 1 if gate is None else len(gate),
+        ) + packed(x, adapter, *base)  # fmt: skip
+        results.append((y, h))
+    return None if cpu_library.load().forward(calls, len(sides)) else results
 
 
-def bind(x: Tensor, *of: Tensor | AdapterArgs | None, blocks: bool = False) -> Callable | None:
-    """bound(x, task, seed) -> y, see `Implementation`. of: weight and bias of `linear`, and the adapter.
+def bind(x: Tensor, *of: tuple | Tensor | AdapterArgs | None, blocks: bool = False) -> Callable | None:
+    """bound(x, task, seed) -> y, see `Implementation`. of: what `forward` of the backend takes after x.
 
     blocks: any number of rows, in blocks of DECODE_ROWS; a row's bits do not depend on its block.
     """
-    *base, adapter = of
-    weight, bias = base or (None, None)
-    if backends.forced["plan"] not in (None, "decode") or unsupported(x[:1], adapter, weight, bias) is not None:
+    *base, adapters = of
+    one = isinstance(adapters, AdapterArgs)
+    sides: list[Side] = [(adapters, *base)] if one else list(zip(adapters, *base, strict=True))
+    if backends.forced["plan"] not in (None, "decode") or any(unsupported(x[:1], *side) for side in sides):
         return None
-    parameters, run = packed(x, adapter, weight, bias), cpu_library.load().forward
-    (outputs, _), columns = adapter.b0.shape, x.shape[1]
-    of_x, of_y = columns * x.itemsize, outputs * x.itemsize  # bytes of a row
+    run, count, columns, size = cpu_library.load().forward, len(sides), x.shape[1], x.itemsize
+    parameters = [(side[0].b0.shape[0], packed(x, *side)) for side in sides]
 
-    def bound(x: Tensor, task: Tensor | None = None, seed: None = None) -> Tensor | None:
+    def bound(x: Tensor, task: Tensor | None = None, seed: None = None) -> Tensor | list[Tensor] | None:
         rows = x.shape[:-1].numel()
         if (rows > DECODE_ROWS and not blocks) or (
             task is not None and (task.shape != (rows,) or not task.is_contiguous())
@@ -99,21 +103,23 @@ def bind(x: Tensor, *of: Tensor | AdapterArgs | None, blocks: bool = False) -> C
             x = x.resolve_neg().contiguous()
         if x.data_ptr() == 0 and rows > 0:
             return None
-        y = x.new_empty((*x.shape[:-1], outputs))
-        x_at, y_at, task_at = x.data_ptr(), y.data_ptr(), pointer(task)
+        x_at, task_at = x.data_ptr(), pointer(task)
+        ys = [x.new_empty((*x.shape[:-1], outputs)) for outputs, _ in parameters]
         for at in range(0, rows, DECODE_ROWS):
-            call = cpu_library.OF_CALL.pack(
-                min(rows - at, DECODE_ROWS), columns, x_at + at * of_x, y_at + at * of_y, 0,
-                task_at and task_at + at * task.itemsize, 0, 0, 0, 1,
-            )  # fmt: skip
-            if run(call + parameters):
+            calls = b""
+            for y, (outputs, of_side) in zip(ys, parameters, strict=True):
+                calls += cpu_library.OF_CALL.pack(
+                    min(rows - at, DECODE_ROWS), columns, x_at + at * columns * size, y.data_ptr() + at * outputs * size, 0,
+                    task_at and task_at + at * task.itemsize, 0, 0, 0, 1,
+                ) + of_side  # fmt: skip
+            if run(calls, count):
                 return None
-        return y
+        return ys[0] if one else ys
 
     return bound
 
 
-def packed(x: Tensor, adapter: AdapterArgs, weight: Tensor | None, bias: Tensor | None) -> bytes:
+def packed(x: Tensor, adapter: AdapterArgs, weight: Tensor | None = None, bias: Tensor | None = None) -> bytes:
     """The part of a call that stays until parameters change."""
     a, b0, u, v, fusion, *_ = adapter
     library = cpu_library.load()

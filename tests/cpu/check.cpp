@@ -36,7 +36,7 @@ double error(int64_t type, int64_t rows, int64_t columns, int64_t outputs, int64
   const Call call = {rows, columns, x.data(), (void*)y.data(), (void*)h.data(), task.data(), nullptr, {}, 1,
                      columns, outputs, rank, sub_rank, tasks, type, weight, bias, a, b0, u, v, fusion,
                      nullptr, lilora_cpu_instructions(), 0.5};
-  if (lilora_cpu_forward(&call) != 0) return INFINITY;
+  if (lilora_cpu_forward(&call, 1) != 0) return INFINITY;
   double worst = 0;
   for (int64_t m = 0; m < rows; ++m) {
     std::vector<double> q(rank, 0), z(sub_rank, 0), size(rank, 0), z_size(sub_rank, 0);

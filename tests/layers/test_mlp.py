@@ -11,7 +11,18 @@ from tiny_llava import TASKS, batch, randomise, tiny_llava
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lilora_kernels import LiLoRALinear, attach, explain, functional, fuse_mlps, route, set_task, unfuse_mlps
+from lilora_kernels import (
+    LiLoRALinear,
+    attach,
+    cpu_library,
+    explain,
+    freeze,
+    functional,
+    fuse_mlps,
+    route,
+    set_task,
+    unfuse_mlps,
+)
 from lilora_kernels.mlp import FORMULA, gate_and_up
 from lilora_kernels.routing import detach
 
@@ -181,6 +192,44 @@ def test_a_task_set_between_forward_and_backward_raises():
     for y in outputs:
         with pytest.raises(RuntimeError, match="set between a forward and its backward"):
             y.sum().backward(retain_graph=True)
+
+
+@pytest.mark.skipif(isinstance(cpu_library.load(), str), reason=f"{cpu_library.load()}")
+@pytest.mark.parametrize("served", [False, True])
+def test_the_cpu_kernels_take_both_in_one_call(served, monkeypatch):
+    """Bound from the second call on; the bits of the two layers, whatever changes in between."""
+    fused, apart = (model.float().eval() for model in twins(bias=True))
+    library, calls = cpu_library.load(), []
+    run = library.forward
+    monkeypatch.setattr(library, "forward", lambda call, sides: calls.append(sides) or run(call, sides))
+    options = {"task_ids": ["count", None, "where"]} if served else {}
+    x = torch.randn(3, 2, K)
+
+    def other_memory(mlp):
+        mlp.up_proj.base_layer.weight.data = mlp.up_proj.base_layer.weight.data + 1
+        mlp.gate_proj.lilora_A["count"].data = mlp.gate_proj.lilora_A["count"].data * 2
+
+    changes = [
+        lambda mlp: None,
+        lambda mlp: freeze(fused if mlp is fused[0] else apart) if served else set_task(mlp, "where"),
+        lambda mlp: mlp.up_proj.lilora_V["count"].data.mul_(3),
+        other_memory,
+        lambda mlp: [setattr(layer, "alpha", 7.0) for layer in (mlp.gate_proj, mlp.up_proj)],
+    ]
+    for change in changes:
+        for model in (fused, apart):
+            change(model[0])
+        for rows in (x, x, x):
+            with torch.no_grad():
+                calls.clear()
+                got = fused(rows, **options)
+                assert calls == [2, 1]
+                assert torch.equal(got, apart(rows, **options))
+    with torch.no_grad():
+        many = torch.randn(3, 30, K)
+        same({"y": fused(many, **options)}, {"y": apart(many, **options)}, tolerance=1e-4)
+    wanting = x.requires_grad_()
+    assert fused(wanting, **options).grad_fn is not None
 
 
 def test_autocast_and_fp32_adapters_on_a_bf16_base():

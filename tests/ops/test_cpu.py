@@ -145,7 +145,7 @@ def test_any_size_any_stride_and_masters_in_fp32(dtype, instructions):
             plain = linear(i, weight, bias)
         given = i.with_(**{n: t.float() for n in masters if (t := getattr(i, n, None)) is not None})
         weight, bias = (t.float() if n in masters else t for n, t in (("weight", weight), ("bias", bias)))
-        y, h = cpu_runtime.forward("linear", given.x, arguments(given), weight, bias)
+        y, h = cpu_runtime.forward("linear", given.x, (arguments(given), weight, bias))[0]
         assert y.dtype == h.dtype == dtype
         errors.add("y", y, plain, truth)
         errors.add("h", h, F.linear(i.x, i.a), F.linear(wide.x, wide.a))
@@ -162,7 +162,7 @@ def test_every_16_bit_number_is_read_and_rounded_to(dtype, instructions):
         """x weight^T by a `linear` whose adapter is zero."""
         a, b0 = x.new_zeros(1, x.shape[1]), x.new_zeros(len(weight), 1)
         call = AdapterArgs(a, b0, None, None, None, None, None, None, None, 1.0, 0.0, None)
-        return cpu_runtime.forward("linear", x, call, weight)[0]
+        return cpu_runtime.forward("linear", x, (call, weight))[0][0]
 
     one = torch.ones(1, 1, dtype=dtype)
     for columns in (1, 16):  # a tail, and a whole register
@@ -185,7 +185,7 @@ def test_a_row_has_the_same_bits_in_any_company(op, dtype, instructions):
 
         def run(rows, i=i, frozen=frozen):
             part = i.with_(x=i.x[rows], task=i.task[rows], gate_row=i.gate_row[rows])
-            return cpu_runtime.forward(op, part.x, arguments(part), *frozen)
+            return cpu_runtime.forward(op, part.x, (arguments(part), *frozen))[0]
 
         all_rows = run(torch.arange(64))
         for rows in (*torch.arange(64).split(1), *torch.randperm(64).split(7), torch.arange(63, -1, -1)):
@@ -273,7 +273,9 @@ def test_factors_of_one_task_without_a_dimension_of_tasks(op):
     i = make(rows=3, tasks=1, mix="one", dtype=torch.float32)
     frozen = base(i) if op == "linear" else (None, None)
     flat = i.with_(u=i.u[0], v=i.v[0])
-    for one, other in zip(*(cpu_runtime.forward(op, i.x, arguments(each), *frozen) for each in (i, flat)), strict=True):
+    for one, other in zip(
+        *(cpu_runtime.forward(op, i.x, (arguments(each), *frozen))[0] for each in (i, flat)), strict=True
+    ):
         assert torch.equal(one, other)
 
 

@@ -1,4 +1,4 @@
-"""The CPU kernels for few rows, one adapter after the other; the composed plan for others and for all gradients."""
+"""The CPU kernels for few rows, both adapters in one call; the composed plan for others and for all gradients."""
 
 from torch import Tensor
 
@@ -13,10 +13,8 @@ def forward(
     biases: tuple[Tensor | None, ...],
     adapters: tuple[AdapterArgs, AdapterArgs],
 ) -> tuple[Tensor, ...]:
-    results = []
-    for side in zip(adapters, weights, biases, strict=True):
-        results.append(cpu_runtime.forward("delta_pair", x, *side))
-        if results[-1] is None:
-            return eager.forward(x, weights, biases, adapters)
-    ys, hs = zip(*results, strict=True)
+    found = cpu_runtime.forward("delta_pair", x, *zip(adapters, weights, biases, strict=True))
+    if found is None:
+        return eager.forward(x, weights, biases, adapters)
+    ys, hs = zip(*found, strict=True)
     return (*ys, *hs)

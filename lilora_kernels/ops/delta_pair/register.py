@@ -11,7 +11,9 @@ PLANS = {"by_phase": "for all rows"}
 backends.register(
     "delta_pair",
     eager=backends.Implementation(eager.forward, eager.backward, lambda *_: None, backends.COMPOSED),
-    cpu=backends.Implementation(cpu_backend.forward, eager.backward, cpu_runtime.refusal, cpu_runtime.PLANS),
+    cpu=backends.Implementation(
+        cpu_backend.forward, eager.backward, cpu_runtime.refusal, cpu_runtime.PLANS, bind=cpu_runtime.bind
+    ),
     cuda=backends.lazy("lilora_kernels.ops.delta_pair.cuda_backend", cuda_runtime.refusal, PLANS),
     triton=backends.lazy("lilora_kernels.ops.delta_pair.triton_backend", triton_runtime.refusal, PLANS),
 )

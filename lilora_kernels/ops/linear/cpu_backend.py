@@ -8,4 +8,5 @@ from . import eager
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
-    return cpu_runtime.forward("linear", x, adapter, weight, bias) or eager.forward(x, weight, bias, adapter)
+    found = cpu_runtime.forward("linear", x, (adapter, weight, bias))
+    return eager.forward(x, weight, bias, adapter) if found is None else found[0]

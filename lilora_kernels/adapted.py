@@ -9,7 +9,15 @@ from . import backends, functional
 from .context import Tasks
 from .ops import cpu_runtime
 from .ops.delta.register import delta
-from .ops.doors import TENSORS_OR_NONE, Operation, conditions, is_any_watching, is_transformed, needs_graph
+from .ops.doors import (
+    TENSORS_OR_NONE,
+    Operation,
+    conditions,
+    is_any_watching,
+    is_transformed,
+    needs_graph,
+    require_memory,
+)
 from .ops.linear.register import linear
 from .ops.schema import AdapterArgs
 from .unadapted import INVARIANT, is_plain
@@ -33,7 +41,6 @@ class Factors(tuple):
         kind = x.dtype, x.device, x.shape[-1], *rest[-3:], *conditions(*self, *base)
         settled, bound = getattr(self, at)
         if rest[1] is not None or settled != kind:  # gates are others in every call
-            require_memory(*self, *base)
             y = functional.of_rows(operation, x, *self.arguments(base, rest))
             setattr(self, at, (kind, None))
             return y
@@ -70,16 +77,6 @@ class Factors(tuple):
 
     def __getstate__(self) -> None:
         return None  # a copy lies elsewhere
-
-
-def require_memory(*tensors: Tensor | None) -> None:
-    """Code that shards frees parameters outside of a model's forward; kernels take no address for not given."""
-    for t in tensors:
-        if t is not None and t.data_ptr() == 0 and t.numel() > 0 and not t.is_meta:
-            raise RuntimeError(
-                f"a parameter of the shape {list(t.shape)} has no memory: a sharded or offloaded layer has it in the forward of "
-                "its model only; call that"
-            )
 
 
 def takes_none(x: Tensor, task: Tensor | None, seed: Tensor | None = None) -> None:

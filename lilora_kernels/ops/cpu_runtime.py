@@ -31,7 +31,9 @@ def forward(op: str, x: Tensor, *sides: Side) -> list[tuple[Tensor, Tensor]] | N
     plan = backends.forced["plan"]
     if plan not in (None, "decode"):
         return None
-    reason = next(filter(None, (unsupported(x, *side) for side in sides)), None)
+    reason = None
+    for side in sides:
+        reason = reason or unsupported(x, *side)
     if reason is None:
         return decode(x, *sides)
     if plan is not None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from .. import backends
@@ -66,6 +67,7 @@ class Operation:
             return self.registered(*args)
         if not known:
             self.check(*args)
+            require_memory(*args)
         if needs_graph(*args):
             recorded = None if known else self.recorded(*args)
             return self.apply(*args) if recorded is None else recorded
@@ -89,6 +91,18 @@ class Operation:
         )
 
 
+def require_memory(*args) -> None:
+    """Code that shards frees parameters outside of a model's forward; kernels take no address for not given."""
+    for t in args:
+        if not isinstance(t, Tensor) or t.layout is not torch.strided or is_functorch_wrapped_tensor(t):
+            continue
+        if t.data_ptr() == 0 and t.numel() > 0:
+            raise RuntimeError(
+                f"a tensor of the shape {list(t.shape)} has no memory: a sharded or offloaded layer has its parameters in the "
+                "forward of its model only; call that"
+            )
+
+
 def is_transformed() -> bool:
     """Whether torch.compile, torch.func or forward-mode AD takes part in all calls."""
     return (
@@ -103,7 +117,7 @@ def is_any_watching() -> bool:
 
 def conditions(*tensors: Tensor | None) -> list:
     """What a bound call relies on: what is forced, and where its parameters lie. Sharding and offloading change the latter."""
-    lying = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors if t is not None]
+    lying = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in tensors if t is not None]
     return [*backends.forced.values(), *lying]
 
 

@@ -178,10 +178,29 @@ def test_memory_that_is_gone_raises(name, backend):
         made(torch.randn(3, K))
 
 
-def test_negated_inputs():
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("at", range(8))
+def test_memory_that_is_gone_raises_in_functions_too(at, backend):
+    made = settled()
+    given = [torch.randn(3, K), made.base_layer.weight, made.base_layer.bias, *made._parameters_of("cats")]
+    given[at].untyped_storage().resize_(0)
+    for graph in (False, True):
+        with (
+            torch.set_grad_enabled(graph),
+            lilora_kernels.backend(backend),
+            pytest.raises(RuntimeError, match="memory"),
+        ):
+            functional.linear(*given)
+
+
+def test_negated_inputs_and_parameters():
     made, x = settled(), torch.randn(3, K)
     with torch.no_grad():
         close(made(torch._neg_view(x)), expected(made, -x, "cats"))
+        for own in (made.lilora_U["cats"], made.base_layer.weight):
+            own.data = torch._neg_view(own.data)
+            for _ in range(3):
+                close(made(x), expected(made, x, "cats"))
 
 
 def test_copies_and_files():

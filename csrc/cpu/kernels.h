@@ -107,53 +107,68 @@ TARGET static void add_tile(const float* x, int64_t x_stride, const T* w, int64_
     for (int n = 0; n < N; ++n) sums[m][n] = s[m][n];
 }
 
-// Pieces of memory that are asked for one at a time, between products.
+// Pieces of memory that are asked for between products, so many lines at a time.
 struct Pieces {
   const char* const* starts;
-  int64_t offset, bytes, left;
+  int64_t offset, bytes, left, lines, at;
 };
 
 INLINE void ask(Pieces& pieces) {
-  if (pieces.left == 0) return;
-  --pieces.left;
-  const char* piece = *pieces.starts++ + pieces.offset;
-  for (int64_t at = 0; at < pieces.bytes; at += 64) __builtin_prefetch(piece + at, 0, 2);
+  for (int64_t line = 0; line < pieces.lines && pieces.left > 0; ++line) {
+    __builtin_prefetch(*pieces.starts + pieces.offset + pieces.at, 0, 2);
+    pieces.at += 64;
+    if (pieces.at < pieces.bytes) continue;
+    pieces.at = 0;
+    ++pieces.starts;
+    --pieces.left;
+  }
+}
+
+// The same for M rows and so many groups of N columns.
+template <int M, int N, class T>
+INLINE void add_tiles(const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t length, int64_t ahead,
+                      int64_t groups, Pieces& pieces, int64_t m, Sums* sums) {
+  for (int64_t group = 0; group < groups; ++group) {
+    add_tile<M, N>(x, x_stride, w + group * N * w_stride, w_stride, length, ahead, sums[group] + m);
+    ask(pieces);
+  }
 }
 
 // The same for rows [first, last) of x, by blocks of elements that stay in the first cache. `ahead` elements further on are the
 // next item's.
 template <int N, class T>
 TARGET static void add_rows(const Rows& x, int64_t first, int64_t last, const T* w, int64_t length, int64_t ahead,
-                            Pieces& pieces, Vector (*sums)[COLUMNS]) {
+                            int64_t groups, Pieces& pieces, Sums* sums) {
   for (int64_t k = 0; k < length; k += kBlock) {
     const int64_t block = length - k < kBlock ? length - k : kBlock;
     int64_t m = first;
-    for (; m + ROWS <= last; m += ROWS) {
-      add_tile<ROWS, N>(&x.at(m, k), x.width, w + k, length, block, ahead, sums + m);
-      ask(pieces);
-    }
-    for (; m + 2 <= last; m += 2) add_tile<2, N>(&x.at(m, k), x.width, w + k, length, block, ahead, sums + m);
-    for (; m < last; ++m) add_tile<1, N>(&x.at(m, k), x.width, w + k, length, block, ahead, sums + m);
+    for (; m + ROWS <= last; m += ROWS)
+      add_tiles<ROWS, N>(&x.at(m, k), x.width, w + k, length, block, ahead, groups, pieces, m, sums);
+    for (; m + 2 <= last; m += 2) add_tiles<2, N>(&x.at(m, k), x.width, w + k, length, block, ahead, groups, pieces, m, sums);
+    for (; m < last; ++m) add_tiles<1, N>(&x.at(m, k), x.width, w + k, length, block, ahead, groups, pieces, m, sums);
   }
 }
 
 template <class T>
 INLINE void add_columns(const Rows& x, int64_t first, int64_t last, const T* w, int64_t count, int64_t length, int64_t ahead,
-                        Pieces& pieces, Sums sums) {
-  if (count == COLUMNS) add_rows<COLUMNS>(x, first, last, w, length, ahead, pieces, sums);
-  else for (int64_t n = 0; n < count; ++n)
-    add_rows<1>(x, first, last, w + n * length, length, ahead, pieces, (Vector(*)[COLUMNS])&sums[0][n]);
+                        Pieces& pieces, Sums* sums) {
+  const int64_t groups = count / COLUMNS, done = groups * COLUMNS;
+  if (groups > 0) add_rows<COLUMNS>(x, first, last, w, length, ahead, groups, pieces, sums);
+  for (int64_t n = done; n < count; ++n)
+    add_rows<1>(x, first, last, w + n * length, length, ahead, 1, pieces, (Sums*)&sums[groups][0][n - done]);
 }
 
-// sums[m][n] += x[m] . w[w_row + n], first <= m < last, n < count <= COLUMNS. In between asks for the rows of w that come next,
-// if it is `streamed`, and for the pieces.
+// sums[n / COLUMNS][m][n % COLUMNS] += x[m] . w[w_row + n], first <= m < last, n < count. In between asks for the rows of w that
+// come next, if it is `streamed`, and for the pieces.
 TARGET static void add_products(const Rows& x, int64_t first, int64_t last, const Matrix& w, int64_t w_row, int64_t count,
-                                int64_t length, bool streamed, Pieces pieces, Sums sums) {
+                                int64_t length, bool streamed, Pieces pieces, Sums* sums) {
   const int64_t at = w_row * length, ahead = streamed ? count * length : 0;
   if (w.type == kFloat) add_columns(x, first, last, (const float*)w.data + at, count, length, ahead, pieces, sums);
   else if (w.type == kBfloat16) add_columns(x, first, last, (const Bfloat16*)w.data + at, count, length, ahead, pieces, sums);
   else add_columns(x, first, last, (const Half*)w.data + at, count, length, ahead, pieces, sums);
 }
+
+static inline int64_t items_of(int64_t outputs, int64_t width = COLUMNS) { return (outputs + width - 1) / width; }
 
 // What threads share is items of COLUMNS outputs, the last of them with less.
 INLINE int64_t outputs_of(int64_t first, int64_t all) { return all - first < COLUMNS ? all - first : COLUMNS; }
@@ -164,7 +179,7 @@ TARGET static void shrink(const Work& work, int64_t item) {
   const int64_t first = item * COLUMNS, count = outputs_of(first, call.rank);
   Sums sums;
   memset(sums, 0, call.rows * sizeof sums[0]);
-  add_products(work.x, 0, call.rows, call.a, first, count, call.columns, true, {}, sums);
+  add_products(work.x, 0, call.rows, call.a, first, count, call.columns, true, {}, &sums);
   for (int64_t m = 0; m < call.rows; ++m)
     for (int64_t n = 0, r = first; n < count; ++n, ++r) {
       const float h = total(sums[m][n]), gate = call.gate.data ? value(call.gate, work.gate_row[m] * call.rank + r) : 1;
@@ -182,19 +197,25 @@ TARGET static void reduce(const Work& work, int64_t item) {
   const int64_t first = item % of_run * COLUMNS, count = outputs_of(first, call.sub_rank);
   Sums sums;
   memset(sums, 0, call.rows * sizeof sums[0]);
-  add_products(work.q, run.first, run.last, call.v, run.task * call.sub_rank + first, count, call.rank, true, {}, sums);
+  add_products(work.q, run.first, run.last, call.v, run.task * call.sub_rank + first, count, call.rank, true, {}, &sums);
   for (int64_t m = run.first; m < run.last; ++m)
     for (int64_t n = 0; n < count; ++n) work.z.at(m, first + n) = total(sums[m][n]) * work.of_task[m];
 }
 
+// Outputs of an item: many rows of x fill the second cache, and are read again for each item.
+TARGET static int64_t expanded(const Work& work) { return work.call->rows > kFewRows ? kGroups * COLUMNS : COLUMNS; }
+
 // y = x W^T + bias + f s q B0^T + e s z U_t^T.
 TARGET static void expand(const Work& work, int64_t item) {
   const Call& call = *work.call;
-  const int64_t first = item * COLUMNS, count = outputs_of(first, call.outputs);
-  Sums sums;
-  memset(sums, 0, call.rows * sizeof sums[0]);
+  const int64_t width = expanded(work), first = item * width;
+  const int64_t count = call.outputs - first < width ? call.outputs - first : width;
+  Sums sums[kGroups];
+  for (int64_t group = 0; group * COLUMNS < count; ++group) memset(sums[group], 0, call.rows * sizeof sums[0][0]);
   const int64_t row = call.sub_rank * size_of(call.u.type);
-  const Pieces pieces = {work.own, first * row, count * row, call.u.data ? work.runs : 0};
+  const int64_t tiles = (call.rows + ROWS - 1) / ROWS * ((call.columns + kBlock - 1) / kBlock) * items_of(count);
+  const int64_t lines = call.u.data ? work.runs * (count * row / 64 + 1) : 0;
+  const Pieces pieces = {work.own, first * row, count * row, call.u.data ? work.runs : 0, lines / (tiles + 1) + 1, 0};
   if (call.weight.data) add_products(work.x, 0, call.rows, call.weight, first, count, call.columns, true, pieces, sums);
   add_products(work.scaled_q, 0, work.adapted, call.b0, first, count, call.rank, true, {}, sums);
   for (int64_t i = 0; i < work.runs && call.u.data; ++i) {
@@ -204,7 +225,8 @@ TARGET static void expand(const Work& work, int64_t item) {
   for (int64_t m = 0; m < call.rows; ++m)
     for (int64_t n = 0; n < count; ++n) {
       const float bias = call.bias.data ? value(call.bias, first + n) : 0;
-      store(call.y, work.row[m] * call.outputs + first + n, call.x_type, total(sums[m][n]) + bias);
+      const Vector& sum = sums[n / COLUMNS][m][n % COLUMNS];
+      store(call.y, work.row[m] * call.outputs + first + n, call.x_type, total(sum) + bias);
     }
 }
 
@@ -234,8 +256,6 @@ TARGET static void widen_rows(const Work& work, const T* x) {
       widen(&work.x.at(m, k), x + work.row[m] * work.call->x_stride + k, columns - k < kBlock ? columns - k : kBlock);
 }
 
-static inline int64_t items_of(int64_t outputs) { return (outputs + COLUMNS - 1) / COLUMNS; }
-
 TARGET static void run(Sides& sides) {
   const Work& work = *sides.work;
   const Call& call = *work.call;
@@ -247,7 +267,7 @@ TARGET static void run(Sides& sides) {
   run_phase<reduce>(sides, [](const Work& w) { return w.call->u.data ? w.runs * items_of(w.call->sub_rank) : 0; },
                     products * call.rank);
   const int64_t length = (call.weight.data ? call.columns : 0) + call.rank + call.sub_rank;
-  run_phase<expand>(sides, [](const Work& w) { return items_of(w.call->outputs); }, products * length);
+  run_phase<expand>(sides, [](const Work& w) { return items_of(w.call->outputs, expanded(w)); }, products * length);
 }
 
 #undef INLINE

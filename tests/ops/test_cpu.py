@@ -111,6 +111,30 @@ def test_two_adapters_of_one_input(bases):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("coefficients", ["fusion", "lora"])
+@pytest.mark.parametrize("rows, mix", [(1, "one"), (7, "random"), (64, "distinct")])
+def test_two_sides_have_the_bits_of_two_calls(rows, mix, coefficients, dtype, instructions):
+    sizes = {
+        "rows": rows,
+        "columns": 600,
+        "rank": 13,
+        "sub_rank": 5,
+        "coefficients": coefficients,
+        "mix": mix,
+        "dtype": dtype,
+    }
+    first = make(outputs=47, **sizes, seed=1)
+    second = make(outputs=20, **sizes, seed=2).with_(x=first.x, task=first.task)
+    sides = [(arguments(i), *base(i, bias=i is first)) for i in (first, second)]
+    for of_both in (sides, [side[:1] for side in sides], sides[::-1]):
+        both = cpu_runtime.forward("delta_pair", first.x, *of_both)
+        for got, side in zip(both, of_both, strict=True):
+            ((y, h),) = cpu_runtime.forward("linear", first.x, side)
+            assert torch.equal(got[0], y)
+            assert torch.equal(got[1], h)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_any_size_any_stride_and_masters_in_fp32(dtype, instructions):
     errors = Errors()
 

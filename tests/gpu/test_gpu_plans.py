@@ -1,13 +1,19 @@
 """A layer on a GPU by each plan of each backend that is here; test_gpu_fused.py has the fused product."""
 
 import pytest
-from plan_cases import CHECKS
+from plan_cases import checks
 
 import lilora_kernels
 from lilora_kernels import backends, cuda_library
 
-HERE = ["triton", "eager"] if cuda_library.load_error() is not None else backends.ORDER
-PLANS = [(name, plan) for name in HERE for plan in backends.plans("linear")[name] if plan != "fused"]
+HERE = ["triton", "eager"] if cuda_library.load_error() is not None else ["cuda", "triton", "eager"]
+PLANS = [
+    (name, plan, check)
+    for name in HERE
+    for plan in backends.plans("linear")[name]
+    if plan != "fused"
+    for check in checks(plan)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -15,8 +21,7 @@ def kernels():
     """Tests run with the backend that they force."""
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name, plan", PLANS)
+@pytest.mark.parametrize("name, plan, check", PLANS)
 def test_a_layer(name, plan, check):
     with lilora_kernels.backend(name), lilora_kernels.plan(plan):
         check("cuda")

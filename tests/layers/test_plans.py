@@ -1,12 +1,11 @@
 """A layer by the plans of a CPU."""
 
 import pytest
-from plan_cases import CHECKS, mixed_batch, one_task, training_step_of_one_task
+from plan_cases import checks, mixed_batch
 
 import lilora_kernels
 
-PLANS = [("composed", check) for check in CHECKS]
-PLANS += [("recorded", check) for check in (one_task, training_step_of_one_task)]
+PLANS = [(plan, check) for plan in ("composed", "recorded") for check in checks(plan)]
 
 
 @pytest.mark.parametrize("plan, check", PLANS)

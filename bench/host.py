@@ -17,6 +17,7 @@ from pathlib import Path
 
 import peft
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilora_kernels import LiLoRALinear, attach, backend, freeze, set_task
@@ -65,6 +66,24 @@ def peft_lora(tasks: int = 1) -> nn.Module:
     return model
 
 
+class Formula(nn.Module):
+    """LiLoRA's formula in torch operations and nothing else: the least that its gradients cost where autograd records them."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        shapes = (R, WIDTH), (WIDTH, R), (WIDTH, S), (S, R), (1,)
+        self.a, self.b0, self.u, self.v, self.fusion = (nn.Parameter(torch.randn(shape)) for shape in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = torch.lerp(self.u @ self.v, self.b0, torch.sigmoid(self.fusion))
+        return self.base(x) + F.linear(F.linear(x, self.a), m) * 2.0
+
+
+def formula() -> nn.Module:
+    return nn.Sequential(*(Formula(base) for base in bases()))
+
+
 class Function(torch.autograd.Function):
     """What any function with a gradient of its own costs: y = x W^T, of seven tensors."""
 
@@ -106,7 +125,7 @@ def situations() -> dict[str, dict[str, Callable[[], object]]]:
     def ids(tasks: int, first: int = 0) -> Tensor:
         return torch.tensor([first + t % tasks for t in range(len(batch))], dtype=torch.int32)
 
-    linear, lora, learner, lora_learner = bases(), peft_lora(), ours().train(), peft_lora().train()
+    linear, lora, learner, lora_learner, plain = bases(), peft_lora(), ours().train(), peft_lora().train(), formula()
     mixed = {f"ours, {count(t)}": forward_of(ours(t).eval(), batch, task_ids=ids(t)) for t in TASKS}
     after = forward_of(ours(8, DELETED).eval(), batch, task_ids=ids(8, DELETED))
     served = {}
@@ -145,11 +164,13 @@ def situations() -> dict[str, dict[str, Callable[[], object]]]:
         "forward, 8 rows of several tasks, frozen": served,
         "training forward": {
             "PEFT LoRA": lambda: lora_learner(x),
+            "the formula alone": lambda: plain(x),
             "ours": lambda: learner(x),
         },
         "training forward and backward": {
             "autograd.Function": functions,
             "PEFT LoRA": step_of(lora_learner, x, dy),
+            "the formula alone": step_of(plain, x, dy),
             "ours": step_of(learner, x, dy),
             "ours, 8 rows of 8 tasks": step_of(both, x, dy, task_ids=ids(8)),
         },

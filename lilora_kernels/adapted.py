@@ -39,6 +39,8 @@ class Factors(tuple):
         grads = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *self)
         at = "settled_grads" if grads else "settled"
         kind = x.dtype, x.device, x.shape[-1], *rest[-3:], *conditions(*self, *base)
+        if grads:
+            kind += tuple(map(id, base))  # kept by a call whose gradients are recorded: not the addresses alone
         settled, bound = getattr(self, at)
         if rest[1] is not None or settled != kind:  # gates are others in every call
             y = functional.of_rows(operation, x, *self.arguments(base, rest))
@@ -68,7 +70,9 @@ class Factors(tuple):
                 args = x.reshape(-1, x.shape[-1]), *base, *self, *rest
                 require_memory(*self, *base)
                 operation.check(*args)
-                bound = cpu_runtime.bind(args[0], *base, AdapterArgs(*self, *rest), blocks=True) or takes_none
+                bound = takes_none
+                if backends.forced["backend"] in (None, "cpu") and cpu_runtime.refusal(x, 0, 0) is None:
+                    bound = cpu_runtime.bind(args[0], *base, AdapterArgs(*self, *rest), blocks=True) or takes_none
                 self.settled_blocks = kind, bound
             y = bound(x, rest[0])
             if y is not None:

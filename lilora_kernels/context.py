@@ -9,7 +9,7 @@ What holds at all times:
 - A backward that would recompute a layer without the context of its forward raises.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,9 +18,12 @@ from threading import local
 import torch
 from torch import Tensor, nn
 
-from .parameters import SET_IN_BETWEEN
 from .units import units_of_batch
 
+SET_IN_BETWEEN = (
+    "the active task was set between a forward and its backward; set it after the backward, or train several tasks "
+    "together with set_task(*names) and task_ids"
+)
 TaskIds = Tensor | Sequence[int] | Sequence[str]
 
 
@@ -432,6 +435,16 @@ class Tasks:
             _compiled.contexts = without(_compiled.contexts, context)
 
     # --- backward ---------------------------------------------------------------------------------------------------
+
+    def unchanged(self) -> Callable[[Tensor], None]:
+        """A hook on an output: torch would drop the gradients of a task that stopped training before the backward."""
+        setting = self.setting
+
+        def check(_: Tensor) -> None:
+            if setting != self.setting:
+                raise RuntimeError(SET_IN_BETWEEN)
+
+        return check
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """`context_fn` for torch.utils.checkpoint.checkpoint(use_reentrant=False) called by hand."""

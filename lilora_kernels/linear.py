@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .adapted import AdaptedLinear, Factors, described, is_plain, is_sharded
 from .context import BatchContext
-from .parameters import Learning, SharedParameter, TaskParameters, check_task_name, onloaded, stacked, window
+from .parameters import SharedParameter, TaskParameters, check_task_name, onloaded, stacked, window
 
 POLICIES = ("always", "first", "never")
 KINDS = ("lilora_A", "lilora_B", "lilora_U", "lilora_V", "lilora_fusion")
@@ -53,7 +53,6 @@ class LiLoRALinear(AdaptedLinear):
         self.lilora_U, self.lilora_V, self.lilora_fusion = (TaskParameters(self) for _ in range(3))
         self.merged_task: str | None = None
         self.active: tuple[str, ...] = ()
-        self._learning = Learning()
         self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
         self._frozen: Factors | None = None  # with all tasks' u, v, fusion by id: see serving.freeze
         self._slot: Factors | None = None  # with u, v, fusion of the one active task; without for several
@@ -146,7 +145,6 @@ class LiLoRALinear(AdaptedLinear):
         for name in names:
             self._require(name)
         self.active = tuple(names)
-        self._learning.tasks = frozenset(names if train else ())
         self.model_tasks.activate(self.active, train)
         for task in self.lilora_U:
             for own in self._own(task):
@@ -169,8 +167,6 @@ class LiLoRALinear(AdaptedLinear):
             self.model_tasks.settle(next(iter(self.lilora_U.values())).device, self.capacity)
 
     def _bind_slot(self) -> None:
-        for name in self.active:
-            self._learning.watch(name, self.lilora_U[name])
         if len(self.active) == 1:
             self._slot = Factors(self._parameters_of(self.active[0]))
         elif self.lilora_U:
@@ -198,10 +194,6 @@ class LiLoRALinear(AdaptedLinear):
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_frozen": None, "batch_invariant": False}  # the parameters of a copy are not windows
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._bind_slot()  # nor do they have hooks
 
     # --- serving ----------------------------------------------------------------------------------------------------
 
@@ -287,7 +279,9 @@ class LiLoRALinear(AdaptedLinear):
         if adapter is None:
             return self.base_layer(x, *args, **kwargs)
         factors, rows = adapter
-        return self._adapted(x, factors, self.lilora_scaling, self._p, args, kwargs, task=rows)
+        y = self._adapted(x, factors, self.lilora_scaling, self._p, args, kwargs, task=rows)
+        self._expect_same_tasks(y)
+        return y
 
     def _adapter(self, x: Tensor, task: Tensor | None = None) -> tuple[Factors, Tensor | None] | None:
         """What this forward adds to the base: factors and the task of each row of x; None for nothing."""
@@ -370,6 +364,11 @@ class LiLoRALinear(AdaptedLinear):
     def _trains(self) -> bool:
         own = self.lilora_U._parameters
         return torch.is_grad_enabled() and any(own[name].requires_grad for name in self.active)
+
+    def _expect_same_tasks(self, y: Tensor) -> None:
+        """Let the backward of y raise if the active task is set before it."""
+        if y.requires_grad and not torch.compiler.is_compiling() and self._trains():
+            y.register_hook(self.model_tasks.unchanged())
 
     @torch.no_grad()
     def overwrite_task(self, name: str, u: Tensor, v: Tensor, fusion: Tensor | None = None) -> None:

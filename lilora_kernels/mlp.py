@@ -87,6 +87,8 @@ def apart(gate: nn.Module, up: nn.Module) -> str | None:
             return f"{name} is not adapted"
         if has_hooks(layer):
             return f"{name} has hooks"
+        if layer.batch_invariant:
+            return f"{name} is batch-invariant"
         if layer.merged_task is not None:
             return f"{name} has a merged task"
         if layer.unfused_reason() is not None:
@@ -122,7 +124,10 @@ def gate_and_up(
     for weight in bases[::2]:
         functional.check_dtypes("delta_pair", x, cast, weight)
     seed = functional.draw_seed(x.device) if p else None
-    return pair_of(first, second).run(delta_pair, cast, bases, rows, None, None, seed, gate.lilora_scaling, p, None)
+    ys = pair_of(first, second).run(delta_pair, cast, bases, rows, None, None, seed, gate.lilora_scaling, p, None)
+    for layer, y in zip((gate, up), ys, strict=True):
+        layer._expect_same_tasks(y)
+    return ys
 
 
 class Pair(Factors):

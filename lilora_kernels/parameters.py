@@ -7,11 +7,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-SET_IN_BETWEEN = (
-    "the active task was set between a forward and its backward; set it after the backward, or train several tasks "
-    "together with set_task(*names) and task_ids"
-)
-
 
 def check_task_name(name: str) -> None:
     """Raise ValueError for a name that cannot be a task: it becomes a key of parameters and a file name."""
@@ -65,35 +60,6 @@ class SharedParameter(TaskParameters):
         super()._apply(fn, recurse)
         self._parameters = dict.fromkeys(names, self._parameters[names[0]])
         return self
-
-
-class Learning:
-    """Which tasks of a layer learn now. Lets the backward raise that reaches a parameter whose task stopped since its forward:
-    torch would drop the gradient.
-    """
-
-    def __init__(self) -> None:
-        self.tasks: frozenset[str] = frozenset()
-
-    def watch(self, task: str, parameter: Tensor) -> None:
-        if not (isinstance(parameter, nn.Parameter) and parameter.requires_grad):
-            return
-        hooks = (parameter._backward_hooks or {}).values()
-        if not any(isinstance(hook, Expected) for hook in hooks):
-            parameter.register_hook(Expected(self, task))
-
-
-class Expected:
-    """The hook. It holds no parameter, which would keep itself alive."""
-
-    __torch_unserializable__ = True  # files and other processes do without, unwarned
-
-    def __init__(self, learning: Learning, task: str) -> None:
-        self.learning, self.task = learning, task
-
-    def __call__(self, grad: Tensor) -> None:
-        if self.task not in self.learning.tasks:
-            raise RuntimeError(SET_IN_BETWEEN)
 
 
 def stacked(entries: nn.ParameterDict, names: tuple[str, ...]) -> Tensor:

@@ -5,7 +5,6 @@ from torch import nn
 from .adapted import AdaptedLinear
 from .context import tasks_of
 from .linear import LiLoRALinear
-from .mlp import is_fused
 from .unadapted import AcceleratedLinear
 
 
@@ -36,7 +35,7 @@ def freeze(model: nn.Module, capacity: int | None = None, *, batch_invariant: bo
     if batch_invariant and (others := [path for path, module in model.named_modules() if takes_other_kernels(module)]):
         raise RuntimeError(
             f"batch_invariant: {len(others)} modules would take kernels of torch's choice, {', '.join(others[:3])} among them; "
-            "call accelerate_linears(model), which says why it leaves a layer alone, and unfuse_mlps(model) first"
+            "call accelerate_linears(model) first, which says why it leaves a layer alone"
         )
     for layer in layers:
         layer.set_task(*layer.active, train=False)
@@ -49,8 +48,9 @@ def takes_other_kernels(module: nn.Module) -> bool:
     """Whether a module multiplies by weights, and not by the CPU kernels alone."""
     if isinstance(module, LiLoRALinear):
         return module.unfused_reason() is not None
-    others = isinstance(module, nn.Linear) and type(module) is not AcceleratedLinear
-    return others or isinstance(module, AdaptedLinear) or is_fused(module)
+    return isinstance(module, AdaptedLinear) or (
+        isinstance(module, nn.Linear) and type(module) is not AcceleratedLinear
+    )
 
 
 def pin(model: nn.Module, batch_invariant: bool) -> None:

@@ -36,7 +36,11 @@ def accelerate_linears(model: nn.Module) -> dict[str, str | None]:
 
 
 def restore_linears(model: nn.Module) -> None:
-    """Undo `accelerate_linears`."""
+    """Undo `accelerate_linears`; RuntimeError for a model that is frozen batch-invariant."""
+    if any(getattr(module, "batch_invariant", False) for module in model.modules()):
+        raise RuntimeError(
+            "the model is frozen with batch_invariant=True, which needs these layers; unfreeze(model) first"
+        )
     for module in model.modules():
         if type(module) is AcceleratedLinear:
             module.pin(False)
@@ -89,7 +93,7 @@ class AcceleratedLinear(nn.Linear):
                 run = bound(input, weight, bias, self.batch_invariant)
                 self.settled = kind, run
             y = run and run(input)
-        if y is None and self.batch_invariant:
+        if y is None and self.batch_invariant and input.shape[-1:] == weight.shape[1:]:
             raise backends.Unsupported(INVARIANT)
         return super().forward(input) if y is None else y
 

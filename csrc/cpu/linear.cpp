@@ -1,4 +1,4 @@
-// `lilora::linear` and `lilora::delta` for few rows on a CPU: every matrix is read from memory once. Formula: ops/README.md.
+// `lilora::linear`, `delta` and `delta_pair` for few rows on a CPU: every matrix is read from memory once. Formula: ops/README.md.
 
 #include <math.h>
 #include <stdint.h>

@@ -19,7 +19,7 @@ from .schema import AdapterArgs
 MOST_BYTES = (
     2**20
 )  # of x, y and what is kept, together, unless the plan is forced: larger products hide the host's work
-PLAN = {"recorded": f"for gradients of one task up to {MOST_BYTES >> 20} MiB"}
+PLAN = {"recorded": f"for fp32 gradients of one task up to {MOST_BYTES >> 20} MiB"}
 
 
 def bind(
@@ -41,6 +41,8 @@ def unsupported(x: Tensor, base: list[Tensor | None], adapter: AdapterArgs) -> s
         return "it takes the factors of one task for all rows"
     if adapter.gate is not None or adapter.ranks is not None:
         return "it has neither gates nor ranks"
+    if any(t is not None and t.requires_grad for t in base):
+        return "its base is frozen"
     dtypes = {t.dtype for t in (x, *base, *adapter[:5]) if t is not None}
     if len(dtypes) > 1 or x.dtype not in (torch.float32, torch.float64):
         return f"it takes x and parameters all of float32 or float64, here are {sorted(map(str, dtypes))}"
@@ -51,7 +53,7 @@ def most_rows(x: Tensor, adapter: AdapterArgs) -> int:
     (outputs, rank), columns = adapter.b0.shape, adapter.a.shape[1]
     of_m = 0 if adapter.u is None else 2 * outputs * rank
     of_row = outputs + columns * (3 if adapter.p > 0 else 1)
-    return (MOST_BYTES // x.itemsize - of_m) // of_row
+    return (MOST_BYTES // x.itemsize - of_m) // max(of_row, 1)
 
 
 class Recorded:

@@ -4,11 +4,20 @@ import copy
 
 import pytest
 import torch
-from tiny_llava import randomise, tiny_llava
+from tiny_llava import randomise
 from torch import nn
 
 import lilora_kernels
-from lilora_kernels import LiLoRALinear, accelerate_linears, attach, cpu_library, freeze, fuse_mlps, unfreeze
+from lilora_kernels import (
+    LiLoRALinear,
+    accelerate_linears,
+    attach,
+    cpu_library,
+    freeze,
+    fuse_mlps,
+    restore_linears,
+    unfreeze,
+)
 
 pytestmark = pytest.mark.skipif(isinstance(cpu_library.load(), str), reason=f"{cpu_library.load()}")
 
@@ -79,9 +88,12 @@ def test_what_the_kernels_cannot_run_raises():
         with pytest.raises(Unsupported, match="a batch-invariant layer takes the CPU kernels alone"):
             call()
     model = made()
-    for forced in (lilora_kernels.plan("composed"), lilora_kernels.backend("eager")):
-        with forced, pytest.raises(Unsupported, match="batch-invariant"):
-            run(model, x, None)
+    for layer in (model[0], model[2]):
+        for forced in (lilora_kernels.plan("composed"), lilora_kernels.backend("eager")):
+            with forced, torch.no_grad(), pytest.raises(Unsupported, match="batch-invariant"):
+                layer(x)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes"):
+        model[2](x[..., :7])
 
 
 def test_layers_that_would_take_other_kernels_are_refused():
@@ -100,11 +112,42 @@ def test_layers_that_would_take_other_kernels_are_refused():
     hook.remove()
     freeze(model, batch_invariant=True)
 
-    llava = tiny_llava()
-    accelerate_linears(llava)
-    assert None in fuse_mlps(llava).values()
-    with pytest.raises(RuntimeError, match=r"modules would take .*unfuse_mlps"):
-        freeze(llava, batch_invariant=True)
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_fused_mlp_runs_apart(first):
+    class MLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = made(invariant=False)
+            self.act_fn = nn.SiLU()
+
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    model = Model(MLP())
+    attach(model)
+    accelerate_linears(model)
+    if first:
+        assert fuse_mlps(model) == {"0": None}
+    freeze(model, batch_invariant=True)
+    if not first:
+        assert fuse_mlps(model) == {"0": "gate_proj is batch-invariant"}
+    x, names = torch.randn(40, 5, K), [NAMES[i % 4] for i in range(40)]
+    with torch.no_grad():
+        lilora_kernels.set_task(model, "a", train=False)
+        gate = model[0].gate_proj
+        assert torch.equal(gate(x)[3:4], gate(x[3:4]))
+    whole = run(model, x, names)
+    assert torch.isfinite(whole).all()
+
+
+def test_its_linears_are_not_restored():
+    model = made()
+    with pytest.raises(RuntimeError, match=r"unfreeze\(model\) first"):
+        restore_linears(model)
+    unfreeze(model)
+    restore_linears(model)
+    assert type(model[2]) is nn.Linear
 
 
 @pytest.mark.parametrize("end", [unfreeze, nn.Module.train, lambda model: freeze(model), copy.deepcopy])

@@ -126,13 +126,7 @@ def of_another_dtype(model):
     return model.double().float()
 
 
-def compiled(model):
-    torch.compiler.reset()
-    model.compile(backend="aot_eager")
-    return model
-
-
-@pytest.mark.parametrize("made", [copy.deepcopy, reloaded, of_another_dtype, compiled])
+@pytest.mark.parametrize("made", [copy.deepcopy, reloaded, of_another_dtype])
 def test_whatever_became_of_the_layer_it_raises(made):
     x = torch.randn(2, 3, 12)
     for names in (("count",), ("count", "where")):
@@ -159,6 +153,21 @@ def test_a_deleted_task_is_freed_at_once():
         assert own() is None
     finally:
         gc.enable()
+
+
+def test_what_learns_without_being_set_to():
+    layer = stack().layers[0]
+    layer.set_task("count", train=False)
+    for own in layer._own("count"):
+        own.requires_grad_()
+    layer(torch.randn(2, 12)).sum().backward()
+    assert layer.lilora_U["count"].grad.abs().sum() > 0
+    layer.set_task("where")
+    layer.lilora_U["count"].grad = None
+    layer.lilora_U["count"].requires_grad_()
+    (layer(torch.randn(2, 12)).sum() + layer.lilora_U["count"].square().sum()).backward()
+    assert layer.lilora_U["count"].grad.abs().sum() > 0
+    assert copy.deepcopy(layer.lilora_U).keys() == layer.lilora_U.keys()
 
 
 def test_gradients_of_the_input_alone_do_not_mind():

@@ -384,7 +384,7 @@ def test_explain_names_the_plan_of_every_layer(no_cpu_kernels):
         nn.ModuleDict({"plain": layer(), "quantised": layer(base=Quantised()), "hooked": hooked})
     )
     plain, quantised, hooks, *table = text.splitlines()
-    runs = "eager (composed for all rows, recorded for gradients of one task up to 1 MiB)"
+    runs = "eager (composed for all rows, recorded for fp32 gradients of one task up to 1 MiB)"
     assert plain.startswith(f"plain: {runs}, base and adapter in one operation")
     assert quantised.startswith(f"quantised: {runs}, base_layer(x) + delta, because the base is a Quantised")
     assert "because the base has hooks" in hooks

@@ -120,6 +120,14 @@ def test_whoever_sees_the_operation_whole_cannot_take_it():
     assert torch.func.grad(loss)(i.u).abs().sum() > 0
 
 
+def test_a_base_that_learns_is_refused_whatever_the_size():
+    i = one().leaves()
+    weight, _ = base(i)
+    for rows in (i.x, i.x.repeat(2000, 1)):
+        with pytest.raises(ValueError, match="the base is frozen here"):
+            functional.linear(rows, weight.requires_grad_(), None, *adapter(i)[1:])
+
+
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 
@@ -148,12 +156,20 @@ def test_a_layer_sees_what_changes_between_steps():
         made.lilora_U["cats"].data = torch.randn_like(made.lilora_U["cats"])
         made.base_layer.weight = nn.Parameter(torch.randn(20, 24, dtype=torch.float64), requires_grad=False)
 
+    def other_object_of_the_same_memory():
+        """And the old one gives its memory up, as offloading does."""
+        old = made.base_layer.weight
+        made.base_layer.weight = nn.Parameter(old.data, requires_grad=False)
+        step(made, x)
+        old.data = torch.zeros_like(old)
+
     changes = [
         lambda: None,
         lambda: made.lilora_V["cats"].data.mul_(2),
         lambda: setattr(made, "alpha", made.alpha * 3),
         lambda: setattr(made, "dropout", 0.5),
         other_memory,
+        other_object_of_the_same_memory,
         lambda: made.set_task("dogs"),
         lambda: made.eval(),
         lambda: made.lilora_A["dogs"].requires_grad_(True),

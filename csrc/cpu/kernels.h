@@ -170,8 +170,10 @@ TARGET static void add_products(const Rows& x, int64_t first, int64_t last, cons
 
 static inline int64_t items_of(int64_t outputs, int64_t width = COLUMNS) { return (outputs + width - 1) / width; }
 
-// What threads share is items of COLUMNS outputs, the last of them with less.
-INLINE int64_t outputs_of(int64_t first, int64_t all) { return all - first < COLUMNS ? all - first : COLUMNS; }
+// What threads share is items of so many outputs, the last of them with less.
+INLINE int64_t outputs_of(int64_t first, int64_t all, int64_t width = COLUMNS) {
+  return all - first < width ? all - first : width;
+}
 
 // h = x A^T, q = h * gate and f s q.
 TARGET static void shrink(const Work& work, int64_t item) {
@@ -192,7 +194,7 @@ TARGET static void shrink(const Work& work, int64_t item) {
 // e s z with z = q V_t^T, for the rows of one task.
 TARGET static void reduce(const Work& work, int64_t item) {
   const Call& call = *work.call;
-  const int64_t of_run = (call.sub_rank + COLUMNS - 1) / COLUMNS;
+  const int64_t of_run = items_of(call.sub_rank);
   const Run& run = work.run[item / of_run];
   const int64_t first = item % of_run * COLUMNS, count = outputs_of(first, call.sub_rank);
   Sums sums;
@@ -209,7 +211,7 @@ TARGET static int64_t expanded(const Work& work) { return work.call->rows > kFew
 TARGET static void expand(const Work& work, int64_t item) {
   const Call& call = *work.call;
   const int64_t width = expanded(work), first = item * width;
-  const int64_t count = call.outputs - first < width ? call.outputs - first : width;
+  const int64_t count = outputs_of(first, call.outputs, width);
   Sums sums[kGroups];
   for (int64_t group = 0; group * COLUMNS < count; ++group) memset(sums[group], 0, call.rows * sizeof sums[0][0]);
   const int64_t row = call.sub_rank * size_of(call.u.type);

@@ -11,7 +11,8 @@
 namespace {
 
 constexpr int64_t kMostRows = 64, kMostSides = 2;
-constexpr int64_t kFewRows = 16, kGroups = 4;
+constexpr int64_t kFewRows = 16;         // beyond them an item is several groups of outputs
+constexpr int64_t kGroups = 4;
 constexpr int64_t kBlock = 512;         // elements of a row worked on together
 constexpr int64_t kProducts = 1 << 15;  // multiplications that are worth a thread
 

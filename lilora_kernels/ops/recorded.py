@@ -16,9 +16,8 @@ from .delta.eager import dropout_mask, product
 from .philox import keep_scale
 from .schema import AdapterArgs
 
-MOST_BYTES = (
-    2**20
-)  # of x, y and what is kept, together, unless the plan is forced: larger products hide the host's work
+# Of x, y and what is kept, together, unless the plan is forced: larger products hide the host's work.
+MOST_BYTES = 2**20
 PLAN = {"recorded": f"for fp32 gradients of one task up to {MOST_BYTES >> 20} MiB"}
 
 

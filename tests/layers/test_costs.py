@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from counting import Operations
+from counting import Operations, saved
 from peft import LoraConfig, inject_adapter_in_model
 from tiny_llava import IMAGE, TASKS, batch, randomise, tiny_llava
 from torch import nn
@@ -122,22 +122,6 @@ def test_operations_of_a_whole_model(active, names, limit):
 
 
 # --- memory between forward and backward ------------------------------------------------------------------------------
-
-
-def saved(module, forward):
-    """The bytes of every storage that autograd holds, by its address; parameters belong to the module."""
-    own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
-    held = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            held[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return held
 
 
 def saved_bytes(module, forward):

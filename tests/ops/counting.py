@@ -34,3 +34,19 @@ class Operations(TorchDispatchMode):
         elif not view and name not in self.FREE:
             self.seen[name] += 1
         return result
+
+
+def saved(module, forward):
+    """The bytes of every storage that autograd holds, by its address; parameters belong to the module."""
+    own = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    held = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            held[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return held

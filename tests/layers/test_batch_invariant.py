@@ -136,7 +136,7 @@ def test_a_fused_mlp_runs_apart(first, monkeypatch):
     forward = library.forward
     monkeypatch.setattr(library, "forward", lambda calls, count: sides.append(count) or forward(calls, count))
     x, names = torch.randn(40, 5, K), [NAMES[i % 4] for i in range(40)]
-    run(model, x, names)
+    run(model, x[:8], names[:8])  # few enough rows for the kernels to take both at once
     assert set(sides) == {1}
     for layer in (model[0].gate_proj, model[0].up_proj):
         layer.register_forward_hook(lambda *called: seen.append(called[-1]))

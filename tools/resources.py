@@ -16,19 +16,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lilora_kernels.ops import triton_runtime as runtime
+from lilora_kernels.ops.delta import composed_kernels, triton_parts
 from lilora_kernels.ops.delta import triton_kernels as kernels
 from lilora_kernels.ops.rank_gate import triton_backend as rank_gate
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one block may have
 INTEGERS = {"M", "K", "N", "T", "G", "x_stride", "CHUNK", "drop_below", "low_rank", "high_rank"}
+INTEGERS |= {"share", "parts", "columns", "tasks"}
 FLOATS = {"scaling", "keep_scale"}
-IDS = {"task", "gate_row", "present", "state"}
+IDS = {"task", "gate_row", "present", "state", "ids"}
 WIDE = {"planes", "da_planes", "db0_planes", "du_planes", "dv_planes", "planes_2", "da_planes_2"}
-WIDE |= {"dq_h", "dfusion_rows"}
+WIDE |= {"dq_h", "dfusion_rows", "dm", "dv_parts", "dfusion_parts"}
 PARAMETERS = {"a", "b0", "u", "v", "fusion", "gate", "bias", "da", "db0", "du", "dv", "dfusion", "dgate"}
 PARAMETERS |= {"a_2", "v_2", "fusion_2"}
 GATE = frozenset({"gate", "gate_row", "bias", "dgate", "dq_h"})
+COMPOSED = ("compose", "u_gradient", "v_gradient_parts", "sum_gradients")
 PAIR = frozenset({"a_2", "fusion_2", "v_2", "h_2", "z_2", "planes_2", "dh_2", "da_planes_2"})
 
 
@@ -77,6 +80,30 @@ def compile_kernel(
     split = constants.get("SPLIT_K", constants.get("SPLIT_N"))
     absent = absent | ({"planes", "planes_2"} if split == 1 else set()) | ({"state"} if first == last else set())
     constants |= dict.fromkeys(absent & set(kernel.arg_names))
+    if first < last:
+        options["launch_cooperative_grid"] = True
+    return compiled(kernel, arch, constants, options, dtype, masters)
+
+
+def compile_composed(
+    name: str,
+    arch: int,
+    dtype: torch.dtype = torch.bfloat16,
+    masters: torch.dtype | None = None,
+    rank: int = 128,
+    sub_rank: int = 64,
+) -> Compiled:
+    """As `compile_kernel`, one of `COMPOSED`."""
+    kernel = getattr(composed_kernels, name)
+    constants = triton_parts.constants_of(kernel, rank, sub_rank, dtype)
+    options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
+    return compiled(kernel, arch, constants, options, dtype, masters)
+
+
+def compiled(
+    kernel, arch: int, constants: dict, options: dict, dtype: torch.dtype, masters: torch.dtype | None
+) -> Compiled:
+    """A kernel of adapters: its arguments' types follow from their names."""
     signature, attributes = {}, {}
     for at, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -93,11 +120,8 @@ def compile_kernel(
         specialised = argument in ("K", "N", "x_stride") or signature[argument].startswith("*")
         if specialised and argument not in kernel.do_not_specialize:
             attributes[(at,)] = [["tt.divisibility", 16]]
-    if first < last:
-        options["launch_cooperative_grid"] = True
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return measure(compiled)
+    return measure(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options))
 
 
 def compile_rank_gate(arch: int, dtype: torch.dtype = torch.bfloat16) -> Compiled:
@@ -112,16 +136,16 @@ def compile_rank_gate(arch: int, dtype: torch.dtype = torch.bfloat16) -> Compile
     return measure(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options))
 
 
-def measure(compiled) -> Compiled:
+def measure(made) -> Compiled:
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(made.asm["cubin"])
         file.flush()
         run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
         usage = run(str(tools / "cuobjdump"), "-res-usage", file.name)
         sass = run(str(tools / "nvdisasm"), "-c", file.name)
     registers = int(re.search(r"REG:(\d+)", usage)[1])
-    return Compiled(registers, len(re.findall(r"\b(?:LDL|STL)\b", sass)), compiled.metadata.shared, sass)
+    return Compiled(registers, len(re.findall(r"\b(?:LDL|STL)\b", sass)), made.metadata.shared, sass)
 
 
 # The constants that a phase reads, of those in a configuration; a launch of several phases reads all.
@@ -166,6 +190,9 @@ def main() -> None:
     with ProcessPoolExecutor() as pool:
         for (arch, kernel, rows, _, first, last), used in zip(jobs, pool.map(compile_job, jobs), strict=True):
             print(table_row(arch, kernel, rows, f"{first}" if first == last else f"{first}-{last}", used))
+        composed = [(name, arch) for arch in SHARED_MEMORY for name in COMPOSED]
+        for (name, arch), used in zip(composed, pool.map(compile_composed, *zip(*composed, strict=True)), strict=True):
+            print(table_row(arch, name, "any", "-", used))
         for arch, used in zip(SHARED_MEMORY, pool.map(compile_rank_gate, SHARED_MEMORY), strict=True):
             print(table_row(arch, "rank_gate", "any", "-", used))
 

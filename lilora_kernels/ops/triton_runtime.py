@@ -17,6 +17,9 @@ from torch import Tensor
 from ..backends import ONE_LAUNCH_ROWS
 from .schema import AdapterArgs
 
+MANY_ROWS = {"composed": "for more of few tasks", "by_phase": "for more of many tasks"}
+PLANS = {"one_launch": f"up to {ONE_LAUNCH_ROWS} rows", **MANY_ROWS}
+PAIR_PLANS = {"by_phase": f"up to {ONE_LAUNCH_ROWS} rows and for more of many tasks", "composed": MANY_ROWS["composed"]}
 CONFIGS = Path(__file__).parent.parent / "configs"
 LARGEST_RANK, LARGEST_SUB_RANK = 256, 128
 PLANE_BYTES = 1 << 28  # how much memory the partial sums of du may take before chunks of rows grow

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lilora_kernels
 from lilora_kernels import LiLoRALinear, functional
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import reference, triton_backend
+from lilora_kernels.ops.delta import eager, reference, triton_backend, triton_parts, triton_phases
 from lilora_kernels.ops.delta.triton_kernels import kept
 from lilora_kernels.ops.philox import keep_mask, keep_scale, philox, threshold
 from lilora_kernels.ops.schema import AdapterArgs
@@ -46,6 +46,7 @@ WHOLE = {
     "backward": {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_N": 32, "SPLIT_N": 1, "CHUNK": 256},
 }
 CONFIGS = {"split": SPLIT, "whole": WHOLE}
+DTYPES = {"one_launch": torch.float32, "composed": torch.float16}  # in which a plan has kernels of its own
 
 
 @pytest.fixture(autouse=True)
@@ -56,36 +57,39 @@ def _triton():
 
 @pytest.fixture
 def pinned(monkeypatch):
-    """Pins the launch configuration, and forces the plan."""
+    """Pins the launch configuration, and forces the plan; composed by way of M_t however few rows a task has."""
     with ExitStack() as stack:
 
-        def pin(sizes, one_launch=True):
+        def pin(sizes, plan="one_launch"):
             monkeypatch.setattr(
                 triton_runtime,
                 "config",
                 lambda kernel, *_: triton_runtime.Configuration({"phases": {}} | sizes[kernel]),
             )
-            stack.enter_context(lilora_kernels.plan("one_launch" if one_launch else "by_phase"))
+            parts = triton_parts.TRITON._replace(composes=lambda rows, layout, adapter: True)
+            monkeypatch.setattr(triton_backend, "TRITON", parts)
+            stack.enter_context(lilora_kernels.plan(plan))
 
         yield pin
 
 
 CASES = AXES | {
     "dtype": [torch.float32, torch.float16],
-    "op": ["delta", "linear-one", "linear-many"],
+    "op": ["delta", "linear"],
+    "plan": ["one_launch", "by_phase", "composed"],
     "config": list(CONFIGS),
 }
-OTHERS = ("op", "config", "p", "wanted")
+OTHERS = ("op", "plan", "config", "p", "wanted")
 
 
 @pytest.mark.parametrize("case", pairwise(CASES), ids=case_id)
 def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case, pinned):
-    pinned(CONFIGS[case["config"]], one_launch=case["op"] != "linear-many")
+    pinned(CONFIGS[case["config"]], case["plan"])
     shape = {name: value for name, value in case.items() if name not in OTHERS}
     errors = Errors()
     for seed in range(2):
         i, stream = make(**shape, seed=seed), torch.tensor([0x1234_5678_9ABC_DEF + seed])
-        add_errors(errors, i, case["op"].split("-")[0], SUBSETS[case["wanted"]], case["p"], stream)
+        add_errors(errors, i, case["op"], SUBSETS[case["wanted"]], case["p"], stream)
     errors.check()
 
 
@@ -118,12 +122,12 @@ def shipped():
             for kernel, buckets in kernels.items():
                 for bucket in buckets:
                     name = f"{path.stem}-{launches}-{kernel}-{bucket['rows']}"
-                    yield pytest.param(launches == "one_launch", kernel, bucket, id=name)
+                    yield pytest.param(launches, kernel, bucket, id=name)
 
 
-@pytest.mark.parametrize("one_launch, kernel, bucket", list(shipped()))
-def test_every_shipped_configuration_is_right(one_launch, kernel, bucket, pinned):
-    pinned(SPLIT | {kernel: triton_runtime.fitted(bucket, 2, 2, 32)}, one_launch)
+@pytest.mark.parametrize("plan, kernel, bucket", list(shipped()))
+def test_every_shipped_configuration_is_right(plan, kernel, bucket, pinned):
+    pinned(SPLIT | {kernel: triton_runtime.fitted(bucket, 2, 2, 32)}, plan)
     errors = Errors()
     add_errors(errors, make(150, 160, 100, 20, 17, 3, dtype=torch.float16, mix="sorted"), "linear")
     errors.check()
@@ -180,7 +184,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.operations, self.launches = [], []
-        monkeypatch.setattr(triton_backend, "run", lambda kernel, *_: self.launches.append(kernel))
+        monkeypatch.setattr(triton_phases, "run", lambda kernel, *_: self.launches.append(kernel))
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         self.operations.append(operation.__name__)
@@ -196,7 +200,7 @@ def test_delta_is_one_launch_forward_and_one_launch_backward(name, pinned, monke
     with Recorder(monkeypatch) as seen:
         triton_backend.forward(i.x, args)
         triton_backend.backward(dy, i.x, h, args, frozenset(NAMES))
-    assert seen.launches == [triton_backend.kernels.delta_forward, triton_backend.kernels.delta_backward]
+    assert seen.launches == [triton_phases.kernels.delta_forward, triton_phases.kernels.delta_backward]
     allowed = {"new_empty.default", "empty_like.default", "empty.memory_format", "split_with_sizes.default"}
     assert set(seen.operations) <= allowed, set(seen.operations) - allowed
 
@@ -206,13 +210,13 @@ def test_gradients_nobody_asked_for_take_no_memory(pinned, monkeypatch):
     i = make(rows=130, columns=128, outputs=96, rank=16, sub_rank=8, dtype=torch.float16)
     args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, i.task, None, None, None, SCALING, 0.0, None)
     dy, h = torch.randn(130, 96).half(), torch.randn(130, 16).half()
-    parts, scratch = [], triton_backend.scratch
+    parts, scratch = [], triton_phases.scratch
 
     def counted(like, *sizes):
         parts[:] = [size for size in sizes if size is not None]
         return scratch(like, *sizes)
 
-    monkeypatch.setattr(triton_backend, "scratch", counted)
+    monkeypatch.setattr(triton_phases, "scratch", counted)
     expected = {("x",): 2, ("b0",): 2, ("u",): 3, ("x", "u", "v", "fusion"): 4 + 6}
     for needs, tensors in expected.items():  # the gradients and what they are summed from
         with Recorder(monkeypatch) as seen:
@@ -259,7 +263,7 @@ class Counter:
 @pytest.mark.parametrize("tasks", [1, 4])
 def test_bytes_moved_are_those_of_the_plan(name, direction, tasks, pinned, monkeypatch):
     """Counted at the kernels' own loads and stores: a second pass over any tensor would show."""
-    pinned(CONFIGS[name], one_launch=False)
+    pinned(CONFIGS[name], "by_phase")
     sizes = CONFIGS[name][direction]
     rows, columns, outputs, rank, sub_rank = 256, 192, 128, 16, 16
     i = make(rows, columns, outputs, rank, sub_rank, tasks, dtype=torch.float32)
@@ -267,7 +271,7 @@ def test_bytes_moved_are_those_of_the_plan(name, direction, tasks, pinned, monke
     args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, task, None, None, None, SCALING, 0.0, None)
     dy, h = torch.randn(rows, outputs), torch.randn(rows, rank)
     counter = Counter(monkeypatch)
-    run, seen = triton_backend.run, {}
+    run, seen = triton_phases.run, {}
 
     def counted(kernel, device, first, last, items, tensors, *rest):
         counter.lanes = {}
@@ -279,11 +283,11 @@ def test_bytes_moved_are_those_of_the_plan(name, direction, tasks, pinned, monke
         run(kernel, device, first, last, items, tensors, *rest)
         seen.update({(first, argument): counter.bytes(argument) for argument in counter.lanes})
 
-    monkeypatch.setattr(triton_backend, "run", counted)
+    monkeypatch.setattr(triton_phases, "run", counted)
     if direction == "forward":
-        triton_backend.run_forward(i.x, None, args, one_launch=False)
+        triton_backend.forward(i.x, args)
     else:
-        triton_backend.run_backward(dy, i.x, h, args, frozenset(NAMES) - {"gate"}, one_launch=False)
+        triton_backend.backward(dy, i.x, h, args, frozenset(NAMES) - {"gate"})
     shape = traffic.Shape(rows, columns, outputs, rank, sub_rank, tasks, 4, 4)
     planned = list(getattr(traffic, direction)(shape, sizes))
     for item in planned:
@@ -317,7 +321,7 @@ def test_two_runs_are_equal_bit_for_bit_whatever_the_number_of_programs(name, pi
     i = make(rows=70, columns=64, outputs=48, rank=16, gate=True, dtype=torch.float32).leaves()
     results = []
     for one_launch in (True, True, False):
-        pinned(CONFIGS[name], one_launch)
+        pinned(CONFIGS[name], "one_launch" if one_launch else "by_phase")
         results.append(run_all(i, p=0.1, op="linear"))
     for tensors in zip(*results, strict=True):
         assert torch.equal(tensors[0], tensors[1])
@@ -346,9 +350,10 @@ def test_a_row_is_the_same_alone_and_in_any_batch(name, coefficients, pinned, mo
         assert torch.equal(alone, together[row : row + 1])
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
-def test_uninitialised_memory_is_never_read(name, pinned, monkeypatch):
-    pinned(CONFIGS[name])
+@pytest.mark.parametrize("name, plan", [*((name, "one_launch") for name in CONFIGS), ("split", "composed")])
+def test_uninitialised_memory_is_never_read(name, plan, pinned, monkeypatch):
+    pinned(CONFIGS[name], plan)
+    dtype = DTYPES[plan]
     empties = (torch.Tensor, "new_empty"), (torch, "empty_like")
 
     def poisoned(make_empty):
@@ -361,15 +366,16 @@ def test_uninitialised_memory_is_never_read(name, pinned, monkeypatch):
     for owner, attribute in empties:
         monkeypatch.setattr(owner, attribute, poisoned(getattr(owner, attribute)))
     for rows, mix, coefficients in itertools.product((3, 70), ("one", "random"), AXES["coefficients"]):
-        i = make(rows=rows, mix=mix, coefficients=coefficients, gate=True, dtype=torch.float32).leaves()
+        i = make(rows=rows, mix=mix, coefficients=coefficients, gate=True, dtype=dtype).leaves()
         for result in run_all(i, p=0.2, op="linear"):
             assert result.isfinite().all()
 
 
-def test_a_broken_task_stays_alone(pinned):
+@pytest.mark.parametrize("plan", DTYPES)
+def test_a_broken_task_stays_alone(plan, pinned):
     """NaN in one task's factors and gradients reaches that task's rows and gradients only."""
-    pinned(SPLIT)
-    i = make(rows=100, tasks=3, dtype=torch.float32, mix="random")
+    pinned(SPLIT, plan)
+    i = make(rows=100, tasks=3, dtype=DTYPES[plan], mix="random")
     i.u[1] = float("nan")
     i.v[1] = float("inf")
     i = i.leaves(("x", "u", "v", "fusion"))
@@ -423,12 +429,14 @@ def test_strided_inputs(pinned):
         assert torch.equal(functional.delta(x, i.a.T.contiguous().T, *adapter(i)[2:], **options(i)), want)
 
 
-def test_ranks_limit_the_shared_gradients(pinned):
-    pinned(SPLIT)
-    i = make(rows=70, rank=8, dtype=torch.float32)
+@pytest.mark.parametrize("plan", DTYPES)
+def test_ranks_limit_the_shared_gradients(plan, pinned):
+    pinned(SPLIT, plan)
+    i = make(rows=70, rank=8, dtype=DTYPES[plan])
     every, some = i.leaves(), i.leaves()
-    functional.delta(*adapter(every), **options(i)).sum().backward()
-    functional.delta(*adapter(some), **options(i, ranks=(2, 5))).sum().backward()
+    seed = torch.tensor([5])
+    functional.delta(*adapter(every), **options(i, p=0.1, seed=seed)).sum().backward()
+    functional.delta(*adapter(some), **options(i, ranks=(2, 5), p=0.1, seed=seed)).sum().backward()
     assert torch.equal(some.a.grad[2:5], every.a.grad[2:5])
     assert torch.equal(some.b0.grad[:, 2:5], every.b0.grad[:, 2:5])
     assert (some.a.grad[[0, 1, 5, 6, 7]] == 0).all()
@@ -436,8 +444,9 @@ def test_ranks_limit_the_shared_gradients(pinned):
     assert torch.equal(some.x.grad, every.x.grad)
 
 
-def test_fp32_masters_under_fp16_activations(pinned):
-    pinned(WHOLE)
+@pytest.mark.parametrize("plan", DTYPES)
+def test_fp32_masters_under_fp16_activations(plan, pinned):
+    pinned(WHOLE, plan)
     i = make(rows=70, columns=64, rank=16, dtype=torch.float32).leaves()
     x = i.x.detach().half().requires_grad_()
     y = functional.delta(x, *adapter(i)[1:], **options(i))

@@ -17,7 +17,7 @@ from triton.runtime.interpreter import GridExecutor
 import lilora_kernels
 from lilora_kernels import LiLoRALinear, functional
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import triton_backend
+from lilora_kernels.ops.delta import task_rows, triton_backend, triton_phases
 from lilora_kernels.ops.linear import triton_backend as linear_backend
 from lilora_kernels.ops.schema import AdapterArgs
 
@@ -74,9 +74,15 @@ def both(work, call, *inputs):
     return forward.seen, backward.seen
 
 
+def laid_out(i):
+    """With its rows' layout kept, as those of a layer's context."""
+    i.task.layouts = [task_rows.layout(i.task, len(i.u), i.task.device)]
+    return i
+
+
 @pytest.mark.parametrize("tasks", [1, 3])
 @pytest.mark.parametrize("gate, p", [(False, 0.0), (True, 0.1)])
-@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("rows", [1, 255])
 def test_delta_is_one_launch_each_way(tasks, gate, p, rows, work):
     """And nothing beside it: no copy, no cast, nothing that makes the host wait for the device."""
     i = make(rows, tasks=tasks, mix="one" if tasks == 1 else "random", gate=gate, dtype=torch.float16).leaves()
@@ -91,15 +97,16 @@ def test_delta_is_one_launch_each_way(tasks, gate, p, rows, work):
     [
         (255, "split", None, (1, 1)),
         (255, "whole", None, (1, 1)),
-        (256, "split", None, (3, 4)),  # one for each phase
-        (256, "whole", None, (2, 3)),  # without that which sums planes
-        (255, "split", "by_phase", (3, 4)),
+        (255, "split", "by_phase", (3, 4)),  # one for each phase
+        (255, "whole", "by_phase", (2, 3)),  # without that which sums planes
+        (256, "split", None, (3, 4)),  # few rows of each task
         (256, "split", "one_launch", (1, 1)),
     ],
 )
 def test_launches_of_linear(rows, name, forced, launches, pinned, work):
     pinned(name)
-    i = make(rows, columns=128, outputs=96, rank=16, sub_rank=8, gate=True, dtype=torch.float16).leaves()
+    i = make(rows, columns=128, outputs=96, rank=16, sub_rank=8, tasks=8, gate=True, dtype=torch.float16).leaves()
+    laid_out(i)
     more = options(i, p=0.1, seed=torch.tensor([1]))
     frozen = base(i)
     with lilora_kernels.plan(forced) if forced else nullcontext():
@@ -109,6 +116,24 @@ def test_launches_of_linear(rows, name, forced, launches, pinned, work):
     assert backward == {"delta_backward": launches[1], "addmm_": 1}
     if forced:
         assert [each.total() for each in alone] == list(launches)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_launches_of_many_rows_of_few_tasks(tasks, p, pinned, work):
+    """A product each of x, y and dy with what the tasks' factors make, for all tasks at once; the passes over x with dropout."""
+    pinned("whole")
+    i = make(384, 128, 96, 16, 8, tasks, mix="sorted", dtype=torch.float16)
+    i = laid_out(i.with_(task=(torch.arange(384) * tasks // 384).to(torch.int32)).leaves())
+    frozen, more = base(i), options(i, p=p, seed=torch.tensor([1]) if p else None)
+    forward, backward = both(work, lambda: functional.linear(i.x, *frozen, *adapter(i)[1:], **more), i)
+    product = "addmm" if tasks == 1 else "baddbmm"
+    x_once = {"delta_forward": 1} if p else {"matmul": 1}
+    assert forward == {**x_once, "compose": 1, product: 1, "addmm_": 1}
+    x_again = {"delta_backward": 2} if p else {"matmul": 2}
+    kernels = dict.fromkeys(("compose", "u_gradient", "v_gradient_parts", "sum_gradients"), 1)
+    dm = "mm" if tasks == 1 else "bmm"
+    assert backward == {**x_again, **kernels, product: 1, dm: 1, "to": 2, "addmm_": 1}
 
 
 @pytest.mark.parametrize(
@@ -244,7 +269,7 @@ def test_bytes_of_each_phase(direction, tiles, tasks, pinned, monkeypatch):
     task = (torch.arange(rows) * tasks // rows).to(torch.int32)
     args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, task, None, None, None, SCALING, 0.0, None)
     dy, h = torch.randn(rows, 64), torch.randn(rows, 32)
-    counter, run, found = Bytes(monkeypatch), triton_backend.run, []
+    counter, run, found = Bytes(monkeypatch), triton_phases.run, []
 
     def counted(kernel, device, first, last, items, tensors, *rest):
         given = {name: t for name, t in zip(kernel.arg_names, tensors, strict=False) if t is not None}
@@ -255,11 +280,12 @@ def test_bytes_of_each_phase(direction, tiles, tasks, pinned, monkeypatch):
         issued, unique = zip(*(counter.bytes(name) for name in set(counter.lanes) - small), strict=True)
         found.append((sum(issued), sum(unique), sum(counter.bytes(name)[0] for name in small) // task.nbytes))
 
-    monkeypatch.setattr(triton_backend, "run", counted)
-    if direction == "forward":
-        triton_backend.run_forward(i.x, None, args, one_launch=False)
-    else:
-        triton_backend.run_backward(dy, i.x, h, args, frozenset(NAMES) - {"gate"}, one_launch=False)
+    monkeypatch.setattr(triton_phases, "run", counted)
+    with lilora_kernels.plan("by_phase"):
+        if direction == "forward":
+            triton_backend.forward(i.x, args)
+        else:
+            triton_backend.backward(dy, i.x, h, args, frozenset(NAMES) - {"gate"})
     tensors = (i.x, dy, h, h[:, :16], i.a, i.b0, i.u[0], i.v[0])
     limits = PHASES[direction](tiles, tasks, *(t.numel() * t.element_size() for t in tensors))
     for phase, (got, most) in enumerate(zip(found, limits, strict=True)):

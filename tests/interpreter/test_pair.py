@@ -8,7 +8,7 @@ from pair_cases import PAIR_CASES, adapters, check_pair, pair_id
 import lilora_kernels
 from lilora_kernels import functional
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import triton_backend
+from lilora_kernels.ops.delta import triton_phases
 
 
 @pytest.mark.parametrize("at", range(len(PAIR_CASES)), ids=lambda at: pair_id(PAIR_CASES[at]))
@@ -26,18 +26,18 @@ def test_equals_two_calls(at, monkeypatch):
 
 def test_x_is_read_by_one_launch_each_way(monkeypatch):
     launches = []
-    run = triton_backend.run
+    run = triton_phases.run
 
     def recording(kernel, device, first, last, items, tensors, *rest):
         given = dict(zip(kernel.arg_names, tensors, strict=False))
-        if kernel is triton_backend.kernels.delta_forward and first == 0:
+        if kernel is triton_phases.kernels.delta_forward and first == 0:
             launches.append("forward")
         read = ("dx", "da_planes", "da_planes_2")
-        if kernel is triton_backend.kernels.delta_backward and first == 2 and any(given[n] is not None for n in read):
+        if kernel is triton_phases.kernels.delta_backward and first == 2 and any(given[n] is not None for n in read):
             launches.append("backward")
         run(kernel, device, first, last, items, tensors, *rest)
 
-    monkeypatch.setattr(triton_backend, "run", recording)
+    monkeypatch.setattr(triton_phases, "run", recording)
     one, two = (make(rows=40, outputs=n, dtype=torch.float32, seed=n).leaves() for n in (20, 28))
     with lilora_kernels.backend("triton"):
         ys = functional.delta_pair(one.x, adapters(one), adapters(two), task=one.task)

@@ -15,7 +15,7 @@ import lilora_kernels
 from lilora_kernels import LiLoRALinear, RankPoolLinear
 from lilora_kernels.context import tasks_of
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import triton_backend
+from lilora_kernels.ops.delta import triton_phases
 from lilora_kernels.ops.delta_pair import triton_backend as delta_pair
 from lilora_kernels.ops.rank_gate import eager
 from lilora_kernels.queries import PoolChooser, PoolTasks
@@ -34,8 +34,8 @@ def model():
 @pytest.mark.parametrize("train", [True, False])
 def test_each_distinct_layer_runs_once_for_each_bucket(train, monkeypatch):
     monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [2, 5])
-    launches, run = [], triton_backend.run
-    monkeypatch.setattr(triton_backend, "run", lambda *a: launches.append((a[0].__name__, a[2])) or run(*a))
+    launches, run = [], triton_phases.run
+    monkeypatch.setattr(triton_phases, "run", lambda *a: launches.append((a[0].__name__, a[2])) or run(*a))
     layers = model()
     for layer in layers[:2]:
         layer.set_task("two", train=train)
@@ -81,7 +81,7 @@ def test_nothing_to_do():
 
 
 def test_a_device_that_cannot_hold_the_grid_runs_phase_by_phase(monkeypatch):
-    launches, run = [], triton_backend.run
+    launches, run = [], triton_phases.run
 
     def refusing(kernel, device, first, last, *rest):
         launches.append((first, last))
@@ -92,7 +92,7 @@ def test_a_device_that_cannot_hold_the_grid_runs_phase_by_phase(monkeypatch):
     x, a, b0 = torch.randn(5, 24), torch.randn(4, 24), torch.randn(20, 4)
     with lilora_kernels.backend("triton"):
         want = lilora_kernels.delta(x, a, b0)
-        monkeypatch.setattr(triton_backend, "run", refusing)
+        monkeypatch.setattr(triton_phases, "run", refusing)
         assert torch.equal(lilora_kernels.delta(x, a, b0), want)
     assert launches[0] == (0, 2)
     assert len(launches) > 2

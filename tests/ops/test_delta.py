@@ -442,7 +442,7 @@ def test_a_forced_plan(monkeypatch):
         with lilora_kernels.plan(forced) if forced else nullcontext():
             linear()
     assert seen == ["triton", "eager", "triton", "triton"]
-    plans = r"available: \{'triton': \['one_launch', 'by_phase'\], 'eager': \['composed', 'recorded'\]\}"
+    plans = r"available: \{'triton': \['one_launch', 'composed', 'by_phase'\], 'eager': \['composed', 'recorded'\]\}"
     with (
         lilora_kernels.backend("triton"),
         lilora_kernels.plan("composed"),
@@ -541,7 +541,7 @@ def test_rows_whose_layout_is_kept_need_no_garbage_collector():
 
 def test_a_gradient_of_m_beyond_the_range_of_fp16_is_summed_in_fp32(monkeypatch):
     """As under a GradScaler; on a machine with fast products of 16 bits, for which nothing is widened beforehand."""
-    monkeypatch.setattr(eager, "working_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(eager, "has_fast_products", lambda dtype: True)
     i = make(rows=64, tasks=1, dtype=torch.float32).with_(task=None)
     i = i.with_(v=i.v * 2**-10, u=i.u * 2**-10)
     half = i.to(torch.float16).leaves()
@@ -561,7 +561,7 @@ def test_a_gradient_of_m_beyond_the_range_of_fp16_is_summed_in_fp32(monkeypatch)
 @pytest.mark.parametrize("rank", [2, 16], ids=["by-m", "by-factors"])
 def test_runs_of_equal_length_in_every_dtype(dtype, fusion, seen, rank, monkeypatch):
     """Without widening beforehand, as on a GPU."""
-    monkeypatch.setattr(eager, "working_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(eager, "has_fast_products", lambda dtype: True)
     i = make(rows=6, rank=rank).with_(task=torch.tensor([2, 2, 2, 0, 0, 0], dtype=torch.int32))
     wide = i.leaves()
     got = i.to(dtype).with_(fusion=i.fusion.to(fusion)).leaves()

@@ -12,7 +12,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import create_function_from_signature
 
 from lilora_kernels.ops import barrier, triton_runtime
-from lilora_kernels.ops.delta import triton_backend
+from lilora_kernels.ops.delta import triton_backend, triton_phases
 from lilora_kernels.ops.rank_gate import triton_backend as rank_gate
 from lilora_kernels.ops.schema import DIFFERENTIABLE, AdapterArgs
 from tools import resources
@@ -98,7 +98,7 @@ def test_variants_do_not_multiply_with_the_number_of_rows(monkeypatch):
         fixed = [n for name, n in zip(names, numbers, strict=False) if name not in kernel.do_not_specialize]
         variants.add((kernel, first, tuple(t is None for t in tensors), tuple(fixed), tuple(constants.items())))
 
-    monkeypatch.setattr(triton_backend, "run", recording)
+    monkeypatch.setattr(triton_phases, "run", recording)
     for rows in range(1, 65):
         i = make(rows=rows, columns=128, outputs=96, rank=16, sub_rank=8, tasks=1 + rows % 7, dtype=torch.float16)
         args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, i.task, None, None, None, 1.0, 0.0, None)
@@ -152,7 +152,7 @@ def test_calls_of_the_same_shapes_are_one_variant(shift, fresh_slots, monkeypatc
     def cut(tensor, by):
         return torch.cat([tensor[:1].expand(by, *tensor.shape[1:]), tensor])[by:]
 
-    monkeypatch.setattr(triton_backend, "run", recording)
+    monkeypatch.setattr(triton_phases, "run", recording)
     i = make(rows=40, columns=128, outputs=96, rank=16, sub_rank=8, tasks=3, gate=True, dtype=torch.float16)
     for by, p, ranks in ((0, 0.5, None), (shift, 0.1, (1, 16)), (shift, 0.3, (0, 1))):
         task, gate_row, fusion = (cut(t, by) for t in (i.task, i.gate_row, i.fusion))
@@ -164,6 +164,16 @@ def test_calls_of_the_same_shapes_are_one_variant(shift, fresh_slots, monkeypatc
         "delta_forward": 1,
         "delta_backward": 1,
     }
+
+
+@pytest.mark.parametrize("arch", resources.SHARED_MEMORY)
+@pytest.mark.parametrize("name", resources.COMPOSED)
+def test_the_kernels_of_the_composed_plan_do_not_spill(name, arch):
+    for rank, sub_rank, masters in ((128, 64, None), (256, 128, None), (128, 64, torch.float32)):
+        used = resources.compile_composed(name, arch, rank=rank, sub_rank=sub_rank, masters=masters)
+        assert used.spills == 0
+        assert used.shared <= resources.SHARED_MEMORY[arch] * 1024
+        assert used.tensor_cores == (name != "sum_gradients")
 
 
 @pytest.mark.parametrize("arch", resources.SHARED_MEMORY)
@@ -194,7 +204,9 @@ def test_the_committed_table_has_every_launch():
     want = [
         (f"sm_{arch}", kernel, str(rows), phases[first == last].format(first, last))
         for arch, kernel, rows, _, first, last in LAUNCHES
-    ] + [(f"sm_{arch}", "rank_gate", "any", "-") for arch in resources.SHARED_MEMORY]
+    ]
+    want += [(f"sm_{arch}", name, "any", "-") for arch in resources.SHARED_MEMORY for name in resources.COMPOSED]
+    want += [(f"sm_{arch}", "rank_gate", "any", "-") for arch in resources.SHARED_MEMORY]
     assert rows == want
 
 

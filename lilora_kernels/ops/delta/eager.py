@@ -4,9 +4,10 @@ A task's M_t = f B0 + e U V is formed where its rows are many (that costs N R S)
 other (about (N + R) S a row).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from math import exp
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,30 +32,51 @@ def in_given_dtypes(function: Callable) -> Callable:
     return run
 
 
+class Parts(NamedTuple):
+    """The steps of the plan for which a device may have kernels of its own.
+
+    shrink(x, adapters) -> the h [M, R] of each, in x's dtype. expand_by_m(q, adapter, layout, bias) -> bias + s q M_t^T.
+    through_m(dy, q, adapter, layout, needs, wants_dq) -> the gradients of b0, u, v and fusion among `needs`, and dq.
+    down(x, dhs, adapters, needs) -> of each the gradients of x and a among its `needs`; all of x is in the first.
+    composes(rows, layout, adapter) -> whether every M_t is formed for rows [M, ...] of y or dy. working_dtype(x) -> that of
+    the products.
+    """
+
+    shrink: Callable
+    expand_by_m: Callable
+    through_m: Callable
+    down: Callable
+    composes: Callable
+    working_dtype: Callable
+
+
 @in_given_dtypes
-def forward(x: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, adapter: AdapterArgs, bias: Tensor | None = None, parts: Parts | None = None
+) -> tuple[Tensor, Tensor]:
     """y = bias + delta, and h."""
-    wide = cast(x, working_dtype(x))
-    h = shrink(wide, adapter)
-    y = expand(gated(h, adapter), adapter, bias)
+    parts = parts or TORCH
+    (h,) = parts.shrink(cast(x, parts.working_dtype(x)), (adapter,))
+    y = expand(gated(h, adapter), adapter, bias, parts)
     return cast(y, x.dtype), cast(h, x.dtype)
 
 
 @in_given_dtypes
 def backward(
-    dy: Tensor, x: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    adapter: AdapterArgs,
+    needs: frozenset[str],
+    parts: Parts | None = None,
 ) -> dict[str, Tensor]:
-    dtype = dy.dtype
-    dy, x, h = (t if t is None else cast(t, working_dtype(t)) for t in (dy, x, h))
-    grads, dh = backward_up(dy, h, adapter, needs)
+    dtype, parts = dy.dtype, parts or TORCH
+    dy, x, h = (t if t is None else cast(t, parts.working_dtype(t)) for t in (dy, x, h))
+    grads, dh = backward_up(dy, h, adapter, needs, parts)
     if "x" in needs or "a" in needs:
-        keep = dropout_mask(dy.shape[0], adapter.a.shape[1], dy.dtype, adapter)
-        if keep is not None:
-            dh = dh * keep_scale(adapter.p)
+        grads |= parts.down(x, (dh,), (adapter,), (needs,))[0]
         if "x" in needs:
-            grads["x"] = cast(dx_part(dh, keep, adapter), dtype)
-        if "a" in needs:
-            grads["a"] = da(dh, dropped(x, keep), adapter)
+            grads["x"] = cast(grads["x"], dtype)
     return grads
 
 
@@ -94,11 +116,10 @@ def dropout_mask(rows: int, columns: int, dtype: torch.dtype, adapter: AdapterAr
     return (draws >= threshold(adapter.p) - 32768).to(dtype)
 
 
-def shrink(x: Tensor, adapter: AdapterArgs) -> Tensor:
-    """h = D(x) A^T, [M, R] in x's dtype."""
-    if adapter.p == 0:
-        return x @ cast(adapter.a, x.dtype).T
-    return scaled_h(dropped(x, dropout_mask(*x.shape, x.dtype, adapter)), adapter)
+def shrink(x: Tensor, adapters: Sequence[AdapterArgs]) -> list[Tensor]:
+    """h = D(x) A^T, [M, R] in x's dtype, of each adapter."""
+    rows = dropped(x, dropout_mask(*x.shape, x.dtype, adapters[0]))
+    return [scaled_h(rows, adapter) for adapter in adapters]
 
 
 def dropped(x: Tensor, keep: Tensor | None) -> Tensor:
@@ -122,10 +143,29 @@ def row_gates(adapter: AdapterArgs) -> Tensor:
     return adapter.gate if adapter.gate_row is None else adapter.gate[adapter.gate_row]
 
 
-def dx_part(dh: Tensor, keep: Tensor | None, adapter: AdapterArgs) -> Tensor:
-    """D'(dh A), [M, K]; dh carries the keep-scale."""
-    dx = dh @ cast(adapter.a, dh.dtype)
-    return dx if keep is None else dx.mul_(keep)
+def down(
+    x: Tensor | None,
+    dhs: Sequence[Tensor | None],
+    adapters: Sequence[AdapterArgs],
+    needs: Sequence[frozenset[str]],
+) -> list[dict[str, Tensor]]:
+    """dx = D'(sum of dh A), [M, K], and every da; dh may be None where neither is wanted."""
+    like = next(dh for dh in dhs if dh is not None)
+    keep = dropout_mask(like.shape[0], adapters[0].a.shape[1], like.dtype, adapters[0])
+    if keep is not None:
+        dhs = [dh if dh is None else dh * keep_scale(adapters[0].p) for dh in dhs]
+    grads: list[dict[str, Tensor]] = [{} for _ in dhs]
+    if "x" in needs[0]:
+        dx = dhs[0] @ cast(adapters[0].a, like.dtype)
+        for dh, adapter in zip(dhs[1:], adapters[1:], strict=True):
+            dx.addmm_(dh, cast(adapter.a, like.dtype))
+        grads[0]["x"] = dx if keep is None else dx.mul_(keep)
+    if any("a" in wanted for wanted in needs):
+        rows = dropped(x, keep)
+        for grad, dh, adapter, wanted in zip(grads, dhs, adapters, needs, strict=True):
+            if "a" in wanted:
+                grad["a"] = da(dh, rows, adapter)
+    return grads
 
 
 def da(dh: Tensor, dropped_x: Tensor, adapter: AdapterArgs) -> Tensor:
@@ -199,11 +239,12 @@ def times(left: Tensor, right: Tensor) -> Tensor:
     return torch.mm(left, right) if left.dim() == 2 else torch.bmm(left, right)
 
 
-def wide_product(left: Tensor, right: Tensor) -> Tensor:
+def wide_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """left right in fp32 at least: sums over many rows leave fp16's range before what is made of them does."""
-    if not left.is_cpu and left.dtype != wide(left.dtype):
-        return torch.mm(left, right, out_dtype=wide(left.dtype))
-    return cast(left, wide(left.dtype)) @ cast(right, wide(left.dtype))
+    multiply, dtype = torch.mm if left.dim() == 2 else torch.bmm, wide(left.dtype)
+    if not left.is_cpu and left.dtype != dtype:
+        return multiply(left, right, out_dtype=dtype, out=out)
+    return multiply(cast(left, dtype), cast(right, dtype), out=out)
 
 
 def add_product(result: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
@@ -223,14 +264,14 @@ def with_task(rows: Tensor, adapter: AdapterArgs) -> Tensor:
     return rows if adapter.task is None else rows * (adapter.task >= 0).unsqueeze(1)
 
 
-def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None) -> Tensor:
+def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None, parts: Parts) -> Tensor:
     """bias + s q M_t^T, [M, N]."""
     s = adapter.scaling
     if adapter.u is None:
         return product(with_task(q, adapter), cast(adapter.b0, q.dtype).T, s, bias)
     layout = task_rows.layout_of(adapter)
-    if layout.composes(q, adapter.a.shape[0]):
-        return expand_by_m(q, adapter, layout, bias)
+    if parts.composes(q, layout, adapter):
+        return parts.expand_by_m(q, adapter, layout, bias)
     q = layout.ordered(q)
     f, e = shares(adapter, layout, q.dtype)
     left, alpha = scaled(q, s, f)
@@ -257,7 +298,7 @@ def expand_by_m(q: Tensor, adapter: AdapterArgs, layout: Layout, bias: Tensor | 
 
 
 def backward_up(
-    dy: Tensor, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
+    dy: Tensor, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str], parts: Parts
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Gradients of b0, u, v, fusion and gate, as far as asked for, and dh [M, R] for those of x and a."""
     q = None if h is None else gated(h, adapter)
@@ -266,7 +307,7 @@ def backward_up(
         grads, dq = plain_backward(dy, q, adapter, needs, wants_dq)
     else:
         layout = task_rows.layout_of(adapter)
-        through = through_m if layout.composes(dy, adapter.a.shape[0]) else through_factors
+        through = parts.through_m if parts.composes(dy, layout, adapter) else through_factors
         grads, dq = through(layout.ordered(dy), layout.ordered(q), adapter, layout, needs, wants_dq)
         for name in needs & {"b0", "u", "v", "fusion"} - grads.keys():  # no row has a task
             grads[name] = torch.zeros_like(getattr(adapter, name))
@@ -401,3 +442,18 @@ def plain_backward(
             grads["b0"] = dy.new_zeros(adapter.b0.shape)
             grads["b0"][:, lo:hi] = product(left, q[:, lo:hi], s)
     return grads, with_task(product(dy, cast(adapter.b0, dy.dtype), s), adapter) if wants_dq else None
+
+
+def composes(rows: Tensor, layout: Layout, adapter: AdapterArgs) -> bool:
+    """Whether the rows [M, ...] are so many that forming every M_t costs less than two more factors for each of them.
+
+    In bytes: U_t costs another pass over y or dy, 2 N a row. M_t on a CPU, where f and e are numbers, is read and written
+    once, 2 N R; elsewhere and in 16 bits it is made in fp32 and rounded, about 14 N R forward and 50 N R backward
+    (`python -m bench.plans` counts both ways).
+    """
+    rank = adapter.a.shape[0]
+    per_task = rank if rows.is_cpu else 16 * rank
+    return len(rows) >= per_task * len(layout.runs) and layout.is_seen
+
+
+TORCH = Parts(shrink, expand_by_m, through_m, down, composes, working_dtype)

@@ -22,7 +22,7 @@ backends.register(
         bind_recorded=recorded.bind,
     ),
     cuda=backends.lazy("lilora_kernels.ops.delta.cuda_backend", cuda_runtime.refusal, PLANS),
-    triton=backends.lazy("lilora_kernels.ops.delta.triton_backend", triton_runtime.refusal, PLANS),
+    triton=backends.lazy("lilora_kernels.ops.delta.triton_backend", triton_runtime.refusal, triton_runtime.PLANS),
 )
 
 delta = AdapterOperation("delta", {"x": "Tensor", **kinds_of(AdapterArgs._fields)}, check_delta).op

@@ -44,6 +44,7 @@ class Layout(NamedTuple):
     order: the permutation that makes each task one run, None where it is so already; task: [M] in this order, None without
     one. runs: a Group for each task; groups: those of equal length joined. bare: rows without a task. stretches: the runs
     before the permutation, by task, where they are so long that a product for each is cheaper than to permute [M, N].
+    present: the tasks of `runs` [t] int32, None where they are 0, 1, ...
     """
 
     order: Tensor | None
@@ -52,6 +53,7 @@ class Layout(NamedTuple):
     groups: list[Group]
     bare: tuple[slice, ...] = ()
     stretches: list[Group] | None = None
+    present: Tensor | None = None
 
     def ordered(self, tensor: Tensor | None) -> Tensor | None:
         return tensor if self.order is None or tensor is None else tensor[self.order]
@@ -68,16 +70,6 @@ class Layout(NamedTuple):
     def one(self) -> bool:
         """Whether all rows belong to one task."""
         return len(self.runs) == 1 and self.runs[0].rows is None and self.is_seen
-
-    def composes(self, rows: Tensor, rank: int) -> bool:
-        """Whether the rows [M, ...] are so many that forming every M_t costs less than two more factors for each of them.
-
-        In bytes: U_t costs another pass over y or dy, 2 N a row. M_t on a CPU, where f and e are numbers, is read and written
-        once, 2 N R; elsewhere and in 16 bits it is made in fp32 and rounded, about 14 N R forward and 50 N R backward
-        (`python -m bench.plans` counts both ways).
-        """
-        per_task = rank if rows.is_cpu else 16 * rank
-        return len(rows) >= per_task * len(self.runs) and self.is_seen
 
 
 ONE_TASK = Layout(None, None, [Group(0)], [Group(0)])
@@ -101,6 +93,16 @@ def layout_of(adapter: AdapterArgs) -> Layout:
     return found
 
 
+def is_known(adapter: AdapterArgs) -> bool:
+    """Whether the host knows which rows belong to which task, and a captured graph would not be run with others."""
+    task = adapter.task
+    if task is None:
+        return True
+    return (seen_by_host(task) or bool(getattr(task, "layouts", None)) or hasattr(task, "on_host")) and not is_captured(
+        task
+    )
+
+
 def is_captured(task: Tensor) -> bool:
     """Whether a CUDA graph records the call, which will be run again with other ids."""
     return task.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -121,7 +123,10 @@ def layout(task: Tensor, tasks: int, device: torch.device) -> Layout:
     runs = [Group(t, None if len(found) == 1 else rows) for t, rows in found if t >= 0]
     bare = tuple(rows for t, rows in found if t < 0)
     order, task = (None, None) if order is None else (order.to(device), task.to(device))
-    return Layout(order, task, runs, joined(runs, device), bare, stretches)
+    ids, present = [run.tasks for run in runs], None
+    if ids != list(range(len(ids))):
+        present = torch.tensor(ids, dtype=torch.int32, device=device)
+    return Layout(order, task, runs, joined(runs, device), bare, stretches, present)
 
 
 def seen_by_host(tensor: Tensor) -> bool:

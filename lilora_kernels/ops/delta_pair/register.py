@@ -15,7 +15,9 @@ backends.register(
         cpu_backend.forward, eager.backward, cpu_runtime.refusal, cpu_runtime.PLANS, bind=cpu_runtime.bind
     ),
     cuda=backends.lazy("lilora_kernels.ops.delta_pair.cuda_backend", cuda_runtime.refusal, PLANS),
-    triton=backends.lazy("lilora_kernels.ops.delta_pair.triton_backend", triton_runtime.refusal, PLANS),
+    triton=backends.lazy(
+        "lilora_kernels.ops.delta_pair.triton_backend", triton_runtime.refusal, triton_runtime.PAIR_PLANS
+    ),
 )
 
 OWN = [{f"weight{side}": "Tensor?", f"bias{side}": "Tensor?", **kinds_of(FACTORS, side)} for side in ("_1", "_2")]

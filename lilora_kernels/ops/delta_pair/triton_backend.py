@@ -1,11 +1,14 @@
 """One pass over x for two adapters: their h in one launch, and in backward dx with both da in one."""
 
-import torch
 from torch import Tensor
 
-from .. import triton_runtime as runtime
-from ..delta.triton_backend import Backward, Forward
+from ..delta import triton_backend as delta
+from ..delta.triton_parts import TRITON
+from ..delta.triton_phases import Backward, Forward
 from ..schema import AdapterArgs
+from . import eager
+
+rows = delta.rows
 
 
 def forward(
@@ -14,6 +17,8 @@ def forward(
     biases: tuple[Tensor | None, ...],
     adapters: tuple[AdapterArgs, AdapterArgs],
 ) -> tuple[Tensor, ...]:
+    if delta.plan_of(x, adapters[0], few="by_phase") == "composed":
+        return eager.forward(x, weights, biases, adapters, TRITON)
     main = Forward(x, biases[0], adapters[0], one_launch=False)
     other = Forward(x, biases[1], adapters[1], one_launch=False, like=main)
     main.launch(0, 0, second=other)
@@ -33,6 +38,8 @@ def backward(
     adapters: tuple[AdapterArgs, AdapterArgs],
     needs: tuple[frozenset[str], frozenset[str]],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    if delta.plan_of(dys[0], adapters[0], few="by_phase") == "composed":
+        return eager.backward(dys, x, weights, hs, adapters, needs, TRITON)
     reads_x = [bool(wanted & {"x", "a"}) for wanted in needs]
     first = 0 if reads_x[0] else 1
     second = 1 - first
@@ -51,7 +58,3 @@ def backward(
             if weight is not None:
                 main.grads["x"].addmm_(dy, weight.to(dy.dtype))
     return (main.grads, other.grads) if first == 0 else (other.grads, main.grads)
-
-
-def rows(device: torch.device) -> list[int]:
-    return runtime.bucket_rows(device)

@@ -26,7 +26,7 @@ backends.register(
         cuda_runtime.refusal,
         {"decode": f"up to {cuda_runtime.DECODE_ROWS} rows", **PLANS, "fused": "where it was measured to be faster"},
     ),
-    triton=backends.lazy("lilora_kernels.ops.linear.triton_backend", triton_runtime.refusal, PLANS),
+    triton=backends.lazy("lilora_kernels.ops.linear.triton_backend", triton_runtime.refusal, triton_runtime.PLANS),
 )
 
 BASE = {"weight": "Tensor", "bias": "Tensor?"}

@@ -256,7 +256,7 @@ class Counter:
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("tasks", [1, 4])
+@pytest.mark.parametrize("tasks", [1, 4, 16])
 def test_bytes_moved_are_those_of_the_plan(name, direction, tasks, pinned, monkeypatch):
     """Counted at the kernels' own loads and stores: a second pass over any tensor would show."""
     pinned(CONFIGS[name], one_launch=False)
@@ -291,8 +291,10 @@ def test_bytes_moved_are_those_of_the_plan(name, direction, tasks, pinned, monke
         assert abs(issued - item.issued) <= 0.1 * item.issued, (item, issued)
         assert abs(unique - item.unique) <= 0.1 * item.unique, (item, unique)
     total = sum(item.issued for item in planned)
-    small = {"task", "fusion", "present", "dfusion", "dfusion_rows", "v"}  # ids and scalars, and V once more per phase
+    small = {"task", "fusion", "present", "dfusion", "dfusion_rows"}  # ids and scalars
     assert {argument for _, argument in seen} <= small
+    if tasks == 16:  # with many tasks their ids are looked at again and again, from the first cache
+        seen = {key: moved for key, moved in seen.items() if key[1] != "task"}
     assert sum(issued for issued, _ in seen.values()) <= 0.1 * total
 
 

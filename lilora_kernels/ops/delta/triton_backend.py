@@ -96,10 +96,13 @@ class Forward:
         )  # fmt: skip
         if rows > 0:
             constants = constants_of(kernels.delta_forward, self, first, last, second is not None)
-            blocks = ceil(rows, constants["BLOCK_M"])
-            groups = ceil(sizes.outputs, constants["BLOCK_N"] * constants["TILES_N"])
-            items = blocks * (constants["SPLIT_K"], 1, groups)[first]
+            items = self.items(first, constants) if first == last else 0
             run(kernels.delta_forward, self.x.device, first, last, items, tensors, numbers, constants)
+
+    def items(self, phase: int, constants: dict[str, int]) -> int:
+        """How many work items a phase has."""
+        groups = ceil(self.sizes.outputs, constants["BLOCK_N"] * constants["TILES_N"])
+        return ceil(self.x.shape[0], constants["BLOCK_M"]) * (constants["SPLIT_K"], 1, groups)[phase]
 
 
 class Backward:

@@ -131,9 +131,14 @@ def cuda_phases(phases: Iterable[cuda_traffic.Phase], start: str, draws: dict[in
         yield of_phase(f"phase {at}", phase.traffic, phase.flops, begins, phase.items, draws.get(at, 0), phase.loads)
 
 
+def resident(shape: traffic.Shape) -> int:
+    """Blocks of the forward at once: 123 registers a thread for few rows, 206 for many, says ptxas (backward: 221 and 225)."""
+    return PROCESSORS * (2 if cuda_traffic.tile_rows(shape) == cuda_traffic.FEW_ROWS else 1)
+
+
 def cuda(call: Ours, start: str) -> None:
     """The kernels of csrc, and the base's product on top."""
-    forward = cuda_traffic.forward(call.shape, False, PROCESSORS, CACHE_BYTES)
+    forward = cuda_traffic.forward(call.shape, False, resident(call.shape), CACHE_BYTES)
     backward = cuda_traffic.backward(call.shape, PROCESSORS, True)
     call.forward.launches += cuda_phases(forward, start, {0: call.draws})
     call.backward.launches += cuda_phases(backward, start, {3: 2 * call.draws})
@@ -145,7 +150,7 @@ def cuda(call: Ours, start: str) -> None:
 
 def decode(call: Ours) -> None:
     """Inference: forward alone."""
-    phases = cuda_traffic.forward(call.shape, True, PROCESSORS, CACHE_BYTES)
+    phases = cuda_traffic.forward(call.shape, True, resident(call.shape), CACHE_BYTES)
     call.forward.launches += cuda_phases(phases, "dependent", {})
 
 
@@ -159,7 +164,7 @@ def fused(call: Ours) -> None:
         computed = waves(rows_computed // height * ceil(outputs, FUSED_TILE[1]))
         return Launch("product", size * elements, 2 * outputs * multiplied, draws=draws, waves=computed)
 
-    shrink, prepare, _ = cuda_traffic.forward(shape, False, PROCESSORS, CACHE_BYTES)
+    shrink, prepare, _ = cuda_traffic.forward(shape, False, resident(shape), CACHE_BYTES)
     call.forward.launches += cuda_phases((shrink, prepare), "barrier", {0: call.draws})
     call.forward.launches.append(Launch("slots", (m + slots) * s * size, waves=waves(groups * min(p.tasks, 8))))
     elements = m * (k + n + r) + n * (k + r + p.tasks * s) + slots * s

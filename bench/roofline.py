@@ -9,7 +9,7 @@ A launch is a torch operation that computes or copies, or one of our kernels. No
   takes least time; one of fewer tiles than processors is split without a price. The result that a product adds to is read while
   it computes.
 - Work items of a phase of ours are equal and go over the processors in waves; a processor has its share of the ceilings of L2,
-  products and draws, while few processors can fill the memory.
+  products and draws, while few processors can fill the memory. In the Triton kernels the empty items of a last chunk count too.
 """
 
 import math

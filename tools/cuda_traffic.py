@@ -43,11 +43,10 @@ def chunk_rows(shape: Shape) -> int:
     return chunk
 
 
-def forward(shape: Shape, base: bool, processors: int, cache: int) -> Iterator[Phase]:
-    """With the base product, whose weight passes by once for each tile of rows, from memory where it exceeds the cache."""
+def forward(shape: Shape, base: bool, blocks: int, cache: int) -> Iterator[Phase]:
+    """blocks: at once. With `base` x W^T too: each tile of rows reads the weight, from memory where it exceeds the cache."""
     m, k, n, r, s, act = shape.rows, shape.columns, shape.outputs, shape.rank, shape.sub_rank, shape.activation
     tile, width = tile_rows(shape), padded(r) + padded(s)
-    blocks = processors * (2 if tile == FEW_ROWS else 1)  # at once: 123 registers a thread, or 206
     row_tiles, rank_tiles, output_tiles = ceil(m, tile), ceil(r, TILE), ceil(n, TILE)
     passes = visits(row_tiles, shape.tasks)
     splits = shares(row_tiles * rank_tiles, blocks, 2 * STEP, k, 32)
@@ -73,7 +72,8 @@ def forward(shape: Shape, base: bool, processors: int, cache: int) -> Iterator[P
         Traffic(1, "planes", planes, planes),
         Traffic(1, "h", h, h),
         Traffic(1, "v", passes * s * r * act, shape.tasks * s * r * act),
-        Traffic(1, "qz", qz + m * padded(r) * act, qz),
+        Traffic(1, "qz", qz, qz),
+        Traffic(1, "q", passes * min(m, tile) * padded(r) * act, 0),
     ]
     yield Phase(row_tiles, moved, 2 * passes * tile * r * s, ceil(min(m, tile) * padded(r), THREADS) * ceil(splits, 4))
     b0_passes = row_tiles if tile == FEW_ROWS else passes
@@ -87,12 +87,12 @@ def forward(shape: Shape, base: bool, processors: int, cache: int) -> Iterator[P
     yield Phase(row_tiles * groups, moved, 2 * tile * n * (b0_passes * r + passes * s))
 
 
-def backward(shape: Shape, processors: int, dx: bool) -> Iterator[Phase]:
-    """Without dx where the fused product makes it."""
+def backward(shape: Shape, blocks: int, dx: bool) -> Iterator[Phase]:
+    """blocks: at once. Without dx where the fused product makes it."""
     m, k, n, r, s, act = shape.rows, shape.columns, shape.outputs, shape.rank, shape.sub_rank, shape.activation
     tile, width, tasks = tile_rows(shape), padded(r) + padded(s), shape.tasks
     row_tiles, output_tiles, chunk = ceil(m, tile), ceil(n, TILE), chunk_rows(shape)
-    chunks, blocks = ceil(m, chunk), processors  # at once: 221 registers a thread, or 225
+    chunks = ceil(m, chunk)
     passes, runs = visits(row_tiles, tasks), visits(chunks, tasks)
     wide_tiles, outer_tiles, column_tiles = (
         ceil(width, WIDE if tile == MANY_ROWS else 256),
@@ -108,12 +108,12 @@ def backward(shape: Shape, processors: int, dx: bool) -> Iterator[Phase]:
     moved = [
         Traffic(0, "h", h, h),
         Traffic(0, "v", passes * s * r * act, factors),
-        Traffic(0, "fqz", qz, qz),
-        Traffic(0, "q", 2 * q, q),
+        Traffic(0, "fqz, q", qz + q, qz + q),
+        Traffic(0, "q", passes * min(m, tile) * padded(r) * act, 0),
     ]
     yield Phase(row_tiles + chunks, moved, 2 * passes * tile * r * s, ceil(min(m, tile) * padded(r), 4 * THREADS))
     moved = [
-        Traffic(1, "dy", (wide_tiles + outer_tiles) * m * n * act, m * n * act),
+        Traffic(1, "dy", (wide_tiles * passes * min(m, tile) + outer_tiles * m) * n * act, m * n * act),
         Traffic(1, "b0", passes * n * r * act, n * r * act),
         Traffic(1, "u", passes * n * s * act, tasks * n * s * act),
         Traffic(1, "fqz", output_tiles * qz, qz),
@@ -132,7 +132,7 @@ def backward(shape: Shape, processors: int, dx: bool) -> Iterator[Phase]:
     ]
     yield Phase(row_tiles, moved, 2 * passes * tile * r * s, ceil(min(m, tile) * width, THREADS) * splits)
     moved = [
-        Traffic(3, "x", m * k * act, m * k * act),
+        Traffic(3, "x", ceil(r, TILE) * m * k * act, m * k * act),
         Traffic(3, "dh", (column_tiles + dx * groups) * q, q),
         Traffic(3, "a", dx * row_tiles * r * k * act, dx * r * k * act),
         Traffic(3, "dx", dx * m * k * act, dx * m * k * act),
@@ -144,6 +144,9 @@ def backward(shape: Shape, processors: int, dx: bool) -> Iterator[Phase]:
     items = dx * row_tiles * groups + chunks * (ceil(r, TILE) * column_tiles + tasks) + tasks
     yield Phase(items, moved, 2 * (row_tiles * tile * dx + m) * r * k + 2 * m * r * s)
     moved = [Traffic(4, "planes", sum((da, db0, du, dv)), sum((da, db0, du, dv)))]
-    gradients = r * k + n * r + tasks * s * (n + r)
+    sizes = (r * k, 1), (n * r, 1), (n * s, tasks), (s * r, tasks)
+    gradients = sum(size * count for size, count in sizes)
     moved += [Traffic(4, "gradients", gradients * act, gradients * act)]
-    yield Phase(ceil(gradients, SUM_BLOCK), moved, loads=SUM_BLOCK // THREADS * ceil(chunks, 4))
+    yield Phase(
+        sum(ceil(size, SUM_BLOCK) * count for size, count in sizes), moved, loads=SUM_BLOCK // THREADS * ceil(chunks, 4)
+    )

@@ -94,14 +94,14 @@ def test_products_come_in_waves_of_the_tiles_that_suit_them(result, waves):
 def test_sizes_of_the_cuda_kernels():
     """Of the forward at one row and at 8192, and of chunks whose planes are bounded, by hand from csrc."""
     one, many = (traffic.Shape(m, *GATE_UP, 128, 64) for m in (1, 8192))
-    shrink, prepare, expand = cuda_traffic.forward(one, True, 132, 60 << 20)
+    shrink, prepare, expand = cuda_traffic.forward(one, True, 264, 60 << 20)
     assert (shrink.items, prepare.items, expand.items) == (32 + 86 * 7, 1, 86)
     assert prepare.loads == 8  # 32 planes of one row, four at once
     shrink, prepare, expand = cuda_traffic.forward(many, False, 132, 60 << 20)
     assert (shrink.items, prepare.items, expand.items) == (64 * 3, 64, 64 * 5)
     for rows, passes in ((16, 1), (17, 2), (64, 4)):  # each tile of rows reads the weight from memory again
         shape = traffic.Shape(rows, *GATE_UP, 128, 64)
-        (weight,) = (t for t in next(cuda_traffic.forward(shape, True, 132, 60 << 20)).traffic if t.tensor == "weight")
+        (weight,) = (t for t in next(cuda_traffic.forward(shape, True, 264, 60 << 20)).traffic if t.tensor == "weight")
         assert weight.unique == passes * 4096 * 11008 * 2
     assert cuda_traffic.chunk_rows(many) == 2048
     assert cuda_traffic.chunk_rows(traffic.Shape(8192, *GATE_UP, 128, 64, 64)) == 8192

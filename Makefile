@@ -56,7 +56,8 @@ help:
 	@echo "make gpu-kit     for a GPU elsewhere: its kernels, compiled here, in one file; prints the two commands to run there"
 	@echo "make gpu-rehearsal  these commands, tried without a GPU: what they launch, and how long each stage would take"
 	@echo "make gpu-evidence  on a GPU: its tests, then the measurements; results.json and log.txt under OUT=folder"
-	@echo "make resources   what the Triton kernels take, compiled ahead of time: lilora_kernels/ops/RESOURCES.md"
+	@echo "make resources   what the Triton kernels take, compiled ahead of time: lilora_kernels/ops/RESOURCES.md; and what a"
+	@echo "                 model of an H200 predicts of every plan: bench/results/model"
 	@echo "make lint        ruff: rules and formatting"
 	@echo "make cpu-evidence  throughput comparisons on this CPU, bench/results/cpu, and README's tables from them"
 	@echo "make smollm2     tokens per second of a real language model on this CPU (98 MB), minutes: bench/results/smollm2, and README's table"
@@ -170,6 +171,7 @@ readme: .venv/ready
 
 resources: venv
 	$(BIN)/python -m tools.resources > lilora_kernels/ops/RESOURCES.md
+	$(BIN)/python -m bench.model --out bench/results/model > /dev/null
 
 # On a machine with a GPU: straight from the sources, with the Python that is there. OUT=folder COMMIT=hash KIT=file DRY_RUN=1
 STAGES := 2,0,1,3,5,4

@@ -179,29 +179,20 @@ def stage_9(dry_run: bool) -> Iterator[Case]:
         yield Case("linear", partial(time_linear, given, peers=peers), ("base", "ours"))
 
 
-def phase_flops(direction: str, phase: int, problem: Problem, finish: int) -> int:
-    """Of the products of one phase; `finish` is the phase that completes h or dh."""
-    m, k, n, r, s = problem.rows, problem.columns, problem.outputs, problem.rank, problem.sub_rank
-    parts = {
-        "forward": {0: m * k * r, 2: m * n * (r + s)},
-        "backward": {0: m * n * (r + s) + m * n * r, 2: 2 * m * k * r + m * s * r},
-    }
-    return 2 * (parts[direction].get(phase, 0) + (m * r * s if phase == finish else 0))
-
-
 def time_launches(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterator[dict]:
     """Every launch of the Triton kernels between marks of its own, after the launches before it."""
     from lilora_kernels.ops.delta import triton_backend
-    from lilora_kernels.ops.delta.triton_backend import Backward, Forward
+    from lilora_kernels.ops.delta.triton_phases import Backward, Forward
 
     sets = operand_sets(problem, machine)
     adapters = [s.adapter() for s in sets]
     inputs = [s.x.detach() for s in sets]
     needs = frozenset(GRADIENTS)
     check_delta(sets[0], adapters[0], triton_backend, one_launch=False)
+    configs = [triton_runtime.config(name, False, inputs[0], adapters[0]) for name in ("forward", "backward")]
     makers = {
-        "forward": lambda at: Forward(inputs[at], None, adapters[at], one_launch=False),
-        "backward": lambda at: Backward(sets[at].dy, inputs[at], sets[at].h, adapters[at], needs, one_launch=False),
+        "forward": lambda at: Forward(inputs[at], None, adapters[at], configs[0]),
+        "backward": lambda at: Backward(sets[at].dy, inputs[at], sets[at].h, adapters[at], needs, configs[1]),
     }
     for direction, make in makers.items():
         work = make(0)
@@ -227,7 +218,7 @@ def time_launches(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iter
                 sizes |= {"SPLIT_N": work.split, "CHUNK": work.chunk}  # chunks may have grown for many tasks
             moved = [found for found in getattr(traffic, direction)(shape, sizes) if found.phase == phase]
             result = figures(times[str(phase)])
-            flops = phase_flops(direction, phase, problem, finish)
+            flops = traffic.flops(direction, phase, shape, finish)
             yield {
                 **problem.describe(),
                 "implementation": "ours",

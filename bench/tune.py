@@ -125,7 +125,7 @@ def problems(entry: Entry, tiny: bool) -> tuple[Problem, list[Problem]]:
 
 @contextmanager
 def using(configuration: Configuration) -> Iterator[None]:
-    """Every Forward and Backward made here takes this configuration."""
+    """Calls of the backend made here take this configuration."""
     own = triton_runtime.config
 
     def config(kernel: str, one_launch: bool, x: Tensor, adapter: AdapterArgs) -> triton_runtime.Configuration:
@@ -142,12 +142,13 @@ def using(configuration: Configuration) -> Iterator[None]:
 
 def prepared(entry: Entry, configuration: Configuration, s: Operands):
     """The Forward or Backward of these operands, ready to be launched."""
-    from lilora_kernels.ops.delta.triton_backend import Backward, Forward
+    from lilora_kernels.ops.delta.triton_phases import Backward, Forward
 
     with using(configuration):
-        if entry.kernel == "forward":
-            return Forward(s.x.detach(), None, s.adapter(), entry.one_launch)
-        return Backward(s.dy, s.x.detach(), s.h, s.adapter(), frozenset(GRADIENTS), entry.one_launch)
+        config = triton_runtime.config(entry.kernel, entry.one_launch, s.dy, s.adapter())
+    if entry.kernel == "forward":
+        return Forward(s.x.detach(), None, s.adapter(), config)
+    return Backward(s.dy, s.x.detach(), s.h, s.adapter(), frozenset(GRADIENTS), config)
 
 
 def launches(entry: Entry, work) -> list[tuple[int, int]]:

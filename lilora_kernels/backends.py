@@ -15,7 +15,9 @@ PLANS = ("composed", "recorded", "one_launch", "by_phase", "decode", "fused")
 COMPOSED = {"composed": "for all rows"}  # library products around what is ours
 CHOICES = {"backend": ORDER, "plan": PLANS}
 VARIABLES = {"backend": "LILORA_BACKEND", "plan": "LILORA_PLAN"}
-ONE_LAUNCH_ROWS = 255  # up to here `linear` takes one launch: with few rows a processor only waits for launches
+# Up to here `linear` takes one launch: with few rows a processor only waits for launches. bench.model, us of both directions
+# by the Triton kernels, gate and up, 8 tasks, one launch / by phase: 64 rows 114 / 134, 128 rows 120 / 124, 256 rows 155 / 143.
+ONE_LAUNCH_ROWS = 255
 # The backend and plan that the contexts of these names or LILORA_<KIND>, read here, force; None leaves the choice to us. For
 # all threads: autograd runs backward on a GPU in threads of its own.
 forced = {kind: os.environ.get(variable) or None for kind, variable in VARIABLES.items()}

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import compare, models, peers
+from bench import compare, models, peers, roofline
 from bench.bases import BASES
 from bench.problems import Problem, samples
 from bench.test_linear import on_cpu
@@ -211,3 +211,24 @@ def test_saved_and_peak_bytes_of_a_product():
     assert compare.saved_bytes(lambda: x @ w.T, [w]) == x.nbytes
     peak = compare.peak_bytes(MACHINE, lambda: (x.detach() @ w.detach().T).relu())
     assert 2 * 256 * 64 * 4 <= peak < 2.1 * 256 * 64 * 4
+
+
+def test_peft_on_paper_is_what_peft_does():
+    """Its own layers, on tensors without data: the launches, bytes and operations that bench/roofline.py has of it."""
+    from peft import LoraConfig, get_peft_model
+
+    problem = Problem(64, 48, 80, rank=8)
+    call = roofline.Call(problem)
+    roofline.peft(call)
+    linear = torch.nn.Sequential(torch.nn.Linear(48, 80, bias=False, device="meta", dtype=torch.bfloat16))
+    config = LoraConfig(r=8, target_modules=["0"], lora_alpha=16)
+    layer = get_peft_model(linear, config, autocast_adapter_dtype=False).base_model.model[0].to(torch.bfloat16)
+    x = roofline.made(64, 48).requires_grad_()
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    with roofline.Counter() as forward:
+        y = layer(x)
+    with roofline.Counter() as backward:
+        torch.autograd.grad(y, wanted, torch.empty_like(y))
+    for theirs, ours in ((forward, call.forward), (backward, call.backward)):
+        assert sorted(launch.memory for launch in theirs.launches) == sorted(launch.memory for launch in ours.launches)
+        assert sum(launch.flops for launch in theirs.launches) == sum(launch.flops for launch in ours.launches)

@@ -18,6 +18,8 @@ void emulation_set(int processors, int shared, unsigned order) {
 void emulation_lacks_code(const char* reason) { emulation::missing_code = reason; }
 void emulation_launches_nothing() { emulation::launches_nothing = true; }
 int emulation_launches() { return emulation::launches; }
+int64_t emulation_blocks() { return emulation::launched_blocks; }
+int64_t emulation_copied() { return emulation::copied; }
 
 void index_tile_range(int index, int size, int64_t total, int64_t* out) {
   const Range range = tile_range(index, size, total);

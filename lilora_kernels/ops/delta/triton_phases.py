@@ -30,20 +30,18 @@ def run_phases(work: "Forward | Backward", one_launch: bool) -> None:
 class Forward:
     """One forward: the tensors that its launches share. Every phase reads what the phases before it wrote.
 
-    `like` is another forward of the same x whose phase 0 will compute this one's h too: they share a configuration.
+    Another forward of the same x with the same configuration may have phase 0 compute its h too.
     """
 
     LAST = 2
 
-    def __init__(
-        self, x: Tensor, bias: Tensor | None, adapter: AdapterArgs, one_launch: bool, like: "Forward | None" = None
-    ) -> None:
+    def __init__(self, x: Tensor, bias: Tensor | None, adapter: AdapterArgs, config: runtime.Configuration) -> None:
         self.x = x if x.stride(1) == 1 else x.contiguous()
         self.bias = contiguous(bias)
         self.adapter = adapter = contiguous_adapter(adapter)
         self.sizes = Sizes.of(adapter)
         rows, columns = x.shape
-        self.config = runtime.config("forward", one_launch, x, adapter) if like is None else like.config
+        self.config = config
         self.split = split = max(1, min(self.config["SPLIT_K"], columns // self.config["BLOCK_K"]))
         self.h = x.new_empty(rows, self.sizes.rank)
         self.z = None if adapter.u is None else x.new_empty(rows, self.sizes.sub_rank)
@@ -71,10 +69,13 @@ class Forward:
         )  # fmt: skip
         if rows > 0:
             constants = constants_of(kernels.delta_forward, self, first, last, second is not None)
-            blocks = ceil(rows, constants["BLOCK_M"])
-            groups = ceil(sizes.outputs, constants["BLOCK_N"] * constants["TILES_N"])
-            items = blocks * (constants["SPLIT_K"], 1, groups)[first]
+            items = self.items(first, constants) if first == last else 0
             run(kernels.delta_forward, self.x.device, first, last, items, tensors, numbers, constants)
+
+    def items(self, phase: int, constants: dict[str, int]) -> int:
+        """How many work items a phase has."""
+        groups = ceil(self.sizes.outputs, constants["BLOCK_N"] * constants["TILES_N"])
+        return ceil(self.x.shape[0], constants["BLOCK_M"]) * (constants["SPLIT_K"], 1, groups)[phase]
 
 
 class Backward:
@@ -93,7 +94,7 @@ class Backward:
         h: Tensor | None,
         adapter: AdapterArgs,
         needs: frozenset[str],
-        one_launch: bool,
+        config: runtime.Configuration,
         like: "Backward | None" = None,
         dh: Tensor | None = None,
     ) -> None:
@@ -104,7 +105,7 @@ class Backward:
         self.adapter = adapter = contiguous_adapter(adapter)
         self.sizes = sizes = Sizes.of(adapter)
         rows, rank, sub_rank, outputs = dy.shape[0], sizes.rank, sizes.sub_rank, sizes.outputs
-        self.config = config = runtime.config("backward", one_launch, dy, adapter) if like is None else like.config
+        self.config = config
         self.split = split = max(1, min(config["SPLIT_N"], outputs // config["BLOCK_N"]))
         self.chunk = config["CHUNK"] if like is None else like.chunk
         if adapter.u is not None and like is None:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .. import triton_runtime as runtime
 from ..delta import triton_backend as delta
 from ..delta.triton_parts import TRITON
 from ..delta.triton_phases import Backward, Forward
@@ -19,8 +20,8 @@ def forward(
 ) -> tuple[Tensor, ...]:
     if delta.plan_of(x, adapters[0], few="by_phase") == "composed":
         return eager.forward(x, weights, biases, adapters, TRITON)
-    main = Forward(x, biases[0], adapters[0], one_launch=False)
-    other = Forward(x, biases[1], adapters[1], one_launch=False, like=main)
+    config = runtime.config("forward", False, x, adapters[0])
+    main, other = (Forward(x, bias, adapter, config) for bias, adapter in zip(biases, adapters, strict=True))
     main.launch(0, 0, second=other)
     for work, weight in zip((main, other), weights, strict=True):
         for first, last in work.phases[1:]:
@@ -43,8 +44,9 @@ def backward(
     reads_x = [bool(wanted & {"x", "a"}) for wanted in needs]
     first = 0 if reads_x[0] else 1
     second = 1 - first
-    main = Backward(dys[first], x, hs[first], adapters[first], needs[first], one_launch=False)
-    other = Backward(dys[second], x, hs[second], adapters[second], needs[second], one_launch=False, like=main)
+    config = runtime.config("backward", False, dys[first], adapters[first])
+    main = Backward(dys[first], x, hs[first], adapters[first], needs[first], config)
+    other = Backward(dys[second], x, hs[second], adapters[second], needs[second], config, like=main)
     for work in (main, other):
         for phase, _ in work.phases:
             if phase < 2:

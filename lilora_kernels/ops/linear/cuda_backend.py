@@ -14,7 +14,8 @@ from ..delta import cuda_backend as delta
 from ..schema import AdapterArgs
 
 SLOT_BYTES = 1 << 28  # how much memory the slots of the fused product may take
-# (device, K, N) -> the number of rows from which the fused product was faster in a paired benchmark. None is measured yet.
+# (device, K, N) -> the number of rows from which the fused product was faster in a paired benchmark. None is measured yet;
+# bench.model: 0.97 of by_phase's time at 8192 rows of gate and up, forward and backward, 1.00 at 4096.
 FUSED_FROM: dict[tuple[str, int, int], int] = {}
 
 

@@ -105,7 +105,7 @@ def test_delta_is_one_launch_each_way(tasks, gate, p, rows, work):
 )
 def test_launches_of_linear(rows, name, forced, launches, pinned, work):
     pinned(name)
-    i = make(rows, columns=128, outputs=96, rank=16, sub_rank=8, tasks=8, gate=True, dtype=torch.float16).leaves()
+    i = make(rows, columns=128, outputs=96, rank=16, sub_rank=8, tasks=16, gate=True, dtype=torch.float16).leaves()
     laid_out(i)
     more = options(i, p=0.1, seed=torch.tensor([1]))
     frozen = base(i)

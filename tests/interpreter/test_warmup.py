@@ -305,7 +305,7 @@ def test_what_is_used_after_warmup_was_compiled_by_it(name, dtype, variants):
             use_all(made, rows, dtype or torch.float32)
     new = variants - warm
     assert not new, f"{len(new)} of {len(variants)}, such as {min(new, key=str)}"
-    assert len(warm) > 5
+    assert len(warm) > 2
 
 
 def test_pools_are_left_as_they_were(variants, monkeypatch):

@@ -392,7 +392,7 @@ def test_explain_names_the_plan_of_every_layer(no_cpu_kernels):
     assert [re.split(r"  +", line) for line in table] == [
         ["plans", "composed", "recorded", "one_launch", "by_phase", "decode", "fused"],
         ["cuda", "-", "-", both, both, "linear", "linear"],
-        ["triton", "-", "-", both, both, "-", "-"],
+        ["triton", both, "-", both, both, "-", "-"],
         ["cpu", both, both, "-", "-", both, "-"],
         ["eager", both, both, "-", "-", "-", "-"],
     ]

@@ -426,29 +426,34 @@ def test_a_forced_plan(monkeypatch):
     """Alone it takes the first backend that has it; a pair that does not exist, and a plan that cannot run here, raise."""
     i = make(dtype=torch.float32)
     frozen, seen = base(i), []
-    run = {name: backends._table["linear"][name].forward for name in ("triton", "eager")}
+    run = backends._table["linear"]["eager"].forward
 
-    def watched(name):
-        able = replace(backends._table["linear"][name], forward=lambda *a: seen.append(name) or run["eager"](*a))
-        return able if name == "eager" else replace(able, refusal=lambda *_: None)
-
-    for name in run:
-        monkeypatch.setitem(backends._table["linear"], name, watched(name))
+    def watch(patch, *names):
+        for name in names:
+            able = replace(
+                backends._table["linear"][name],
+                forward=lambda *a, name=name: seen.append(name) or run(*a),
+                refusal=lambda *_: None,
+            )
+            patch.setitem(backends._table["linear"], name, able)
 
     def linear():
         return functional.linear(i.x, *frozen, *adapter(i)[1:], **options(i))
 
-    for forced in (None, "composed", "by_phase", "one_launch"):
-        with lilora_kernels.plan(forced) if forced else nullcontext():
-            linear()
-    assert seen == ["triton", "eager", "triton", "triton"]
+    with monkeypatch.context() as patch:
+        watch(patch, "cuda", "triton", "eager")
+        for forced in (None, "composed", "decode", "by_phase"):
+            with lilora_kernels.plan(forced) if forced else nullcontext():
+                linear()
+    assert seen == ["cuda", "triton", "cuda", "cuda"]
+    watch(monkeypatch, "triton")
     plans = r"available: \{'triton': \['one_launch', 'composed', 'by_phase'\], 'eager': \['composed', 'recorded'\]\}"
     with (
         lilora_kernels.backend("triton"),
-        lilora_kernels.plan("composed"),
+        lilora_kernels.plan("recorded"),
         pytest.raises(
             backends.Unsupported,
-            match=f"backend 'triton' and the plan 'composed' cannot run on cpu: it has no .*{plans}",
+            match=f"backend 'triton' and the plan 'recorded' cannot run on cpu: it has no .*{plans}",
         ),
     ):
         linear()

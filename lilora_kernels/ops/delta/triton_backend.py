@@ -1,4 +1,4 @@
-"""By the number of rows one launch, or the library's products around our kernels; a launch for each phase where these do not fit."""
+"""One launch for few rows, the library's products around our kernels for more, a launch for each phase where these do not fit."""
 
 import torch
 from torch import Tensor

@@ -75,26 +75,15 @@ DEVICE void drop(Tile<T, kRows, kColumns> tile, const Adapter& adapter, int64_t 
   for (int i = threadIdx.x; i < kRows * kColumns / 8; i += kThreads) {
     const int m = i / (kColumns / 8), block = i % (kColumns / 8);
     const uint32_t keep = keep_bits(seed, row + m, column / 8 + block, adapter.threshold);
+    Chunk* chunk = tile.chunk(m, block);
+    union {
+      Chunk chunk;
+      uint16_t halves[kPerChunk];
+    } value;
+    value.chunk = *chunk;
     UNROLL
-    for (int part = 0; part < 8 / kPerChunk<T>; ++part) {
-      Chunk* chunk = tile.chunk(m, block * 8 / kPerChunk<T> + part);
-      union {
-        Chunk chunk;
-        uint16_t halves[8];
-        uint32_t words[4];
-      } value;
-      value.chunk = *chunk;
-      UNROLL
-      for (int j = 0; j < kPerChunk<T>; ++j) {
-        const bool kept = keep >> (part * kPerChunk<T> + j) & 1;
-        if constexpr (sizeof(T) == 2) {
-          value.halves[j] = kept ? value.halves[j] : uint16_t{0};
-        } else {
-          value.words[j] = kept ? value.words[j] : 0u;
-        }
-      }
-      *chunk = value.chunk;
-    }
+    for (int j = 0; j < kPerChunk; ++j) value.halves[j] = keep >> j & 1 ? value.halves[j] : uint16_t{0};
+    *chunk = value.chunk;
   }
   publish_shared();
 }

@@ -7,7 +7,7 @@
 
 namespace lilora {
 
-enum class Type { kFloat, kHalf, kBFloat16 };
+enum class Type { kHalf, kBFloat16 };  // of activations, and of the parameters that a launch is given
 
 // The adapter's side of a call; data is null where an argument is not given.
 struct Adapter {
@@ -80,7 +80,7 @@ struct Backward {
   Matrix dy;  // [M, N]
   Matrix x;   // [M, K]
   Matrix h;   // [M, R]
-  // Gradients in the types of what they belong to; null where nobody asked. `wide`: which of them are fp32 masters.
+  // Gradients; null where nobody asked. `wide`: which of them are fp32.
   void *dx, *da, *db0, *du, *dv, *dfusion, *dgate;
   bool wide_a, wide_b0, wide_u, wide_v, wide_fusion, wide_gate;
   void* fqz;           // [M, width]: f q, then e q V_t^T

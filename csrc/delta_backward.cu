@@ -15,15 +15,12 @@ constexpr int kDxN = 128;                      // columns of a tile of dx
 constexpr int kGateColumns = 32;               // of an item of dgate
 constexpr int kSumElements = 8 * kThreads;     // of an item of phase 4
 
-// Columns of a tile of a product that sums over rows, and of [P | Q]. fp32 takes more registers for the same tile.
-HOST_DEVICE constexpr int outer_columns(int element_size) { return element_size == 2 ? 192 : 128; }
-HOST_DEVICE constexpr int wide_columns(int element_size, int tile_rows) {
-  return element_size == 4 ? 128 : tile_rows == kManyRows ? 192 : 256;
-}
-template <typename T>
-constexpr int kOuterN = outer_columns(sizeof(T));
-template <typename T, int kM>
-constexpr int kWide = wide_columns(sizeof(T), kM);
+constexpr int kOuterN = 192;                   // columns of a tile of a product that sums over rows
+
+// Columns of a tile of [P | Q].
+HOST_DEVICE constexpr int wide_columns(int tile_rows) { return tile_rows == kManyRows ? 192 : 256; }
+template <int kM>
+constexpr int kWide = wide_columns(kM);
 
 template <typename T>
 DEVICE void store_gradient(void* to, bool wide, int64_t at, float value) {
@@ -58,14 +55,14 @@ PART void find_spans(const Backward& p, int chunk) {
 // A share of P = dy B0 and Q = dy U_t of a tile of rows, over some of the outputs.
 template <typename T, int kM>
 PART void shrink_dy(const Backward& p, int row_tile, int column_tile, int split) {
-  using Tiles = Product<T, kM, kWide<T, kM>, false, true>;
+  using Tiles = Product<T, kM, kWide<kM>, false, true>;
   const Adapter& adapter = p.adapter;
   const Range rows = tile_range(row_tile, kM, adapter.rows);
   if (rows.count <= 0) return;
   TaskList<kM>& list = Workspace<kM>::list();
   list.fill(adapter, rows);
-  const Range columns = tile_range(column_tile, kWide<T, kM>, adapter.width());
-  const Range depth = share_range(split, p.splits, kDepth<T>, adapter.outputs);
+  const Range columns = tile_range(column_tile, kWide<kM>, adapter.width());
+  const Range depth = share_range(split, p.splits, kDepth, adapter.outputs);
   Chunk* stage_memory = Workspace<kM>::panel();
   const int stages = Workspace<kM>::stages(p.launch.shared, 0, Tiles::kChunksA + Tiles::kChunksB);
   auto left_at = [&](int stage) { return typename Tiles::A{stage_memory + stage * (Tiles::kChunksA + Tiles::kChunksB)}; };
@@ -75,12 +72,12 @@ PART void shrink_dy(const Backward& p, int row_tile, int column_tile, int split)
     Tiles product;
     product.clear();
     pipeline(
-        (depth.count + kDepth<T> - 1) / kDepth<T>, stages,
+        (depth.count + kDepth - 1) / kDepth, stages,
         [&](int step, int stage) {
-          const int64_t n = depth.first + step * kDepth<T>;
-          const int left = depth.count - step * kDepth<T>;
+          const int64_t n = depth.first + step * kDepth;
+          const int left = depth.count - step * kDepth;
           load_tile<kM>(left_at(stage), p.dy, rows.first, rows.count, n, left);
-          for_each_chunk<kDepth<T>>(right_at(stage), [&](Chunk* to, int i, int j) {
+          for_each_chunk<kDepth>(right_at(stage), [&](Chunk* to, int i, int j) {
             const int64_t r = columns.first + j, s = r - adapter.q_width();
             if (s < 0) {
               load_chunk<T>(to, adapter.b0, n + i, r, i < left ? adapter.rank - static_cast<int>(r) : 0);
@@ -105,16 +102,16 @@ enum class Outer { kUp, kDown, kV };  // dy^T [f q | e z] -> dB0 and dU_t; dh^T 
 
 template <typename T, int kM>
 PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile, int right_tile) {
-  using Tiles = Product<T, kOuterM, kOuterN<T>, true, true>;
+  using Tiles = Product<T, kOuterM, kOuterN, true, true>;
   const Adapter& adapter = p.adapter;
   const bool up = kind == Outer::kUp, down = kind == Outer::kDown;
   const int width = up ? adapter.width() : adapter.q_width(), z_width = padded(adapter.sub_rank);
-  const Matrix left = up ? p.dy : Matrix{down ? p.dh : p.seq, down ? width : z_width, false, true};
-  const Matrix right = down ? p.x : Matrix{up ? p.fqz : p.q, width, false, true};
+  const Matrix left = up ? p.dy : Matrix{down ? p.dh : p.seq, down ? width : z_width, true};
+  const Matrix right = down ? p.x : Matrix{up ? p.fqz : p.q, width, true};
   // The rows of C are outputs, ranks or ranks of V; for dV_t, left_tile is the task.
   const Range lefts = tile_range(kind == Outer::kV ? 0 : left_tile, kOuterM,
                                  up ? adapter.outputs : down ? adapter.rank : adapter.sub_rank);
-  const Range rights = tile_range(right_tile, kOuterN<T>, up ? width : down ? adapter.columns : adapter.rank);
+  const Range rights = tile_range(right_tile, kOuterN, up ? width : down ? adapter.columns : adapter.rank);
   const Range rows = chunk_rows(p, chunk);
   const int* spans = p.spans + static_cast<int64_t>(chunk) * adapter.tasks * 2;
   const int first_task = kind == Outer::kV ? left_tile : 0, last_task = up ? adapter.tasks - 1 : first_task;
@@ -130,17 +127,17 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
     const int low = down ? 0 : spans[2 * task], count = down ? rows.count : spans[2 * task + 1] - low + 1;
     if (count <= 0) continue;
     pipeline(
-        (count + kDepth<T> - 1) / kDepth<T>, stages,
+        (count + kDepth - 1) / kDepth, stages,
         [&](int step, int stage) {
-          const int64_t row = rows.first + low + step * kDepth<T>;
-          const int in = count - step * kDepth<T>;
+          const int64_t row = rows.first + low + step * kDepth;
+          const int in = count - step * kDepth;
           auto mine = [&](int i) { return down || task_of(adapter, row + i) == task; };
-          load_rows<kDepth<T>>(left_at(stage), left, row, in, lefts.first, lefts.count, mine);
-          load_rows<kDepth<T>>(right_at(stage), right, row, in, rights.first, rights.count, mine);
+          load_rows<kDepth>(left_at(stage), left, row, in, lefts.first, lefts.count, mine);
+          load_rows<kDepth>(right_at(stage), right, row, in, rights.first, rights.count, mine);
         },
         [&](int step, int stage) {
           if (down && adapter.seed != nullptr) {
-            drop<kDepth<T>>(right_at(stage), adapter, rows.first + step * kDepth<T>, static_cast<int>(rights.first));
+            drop<kDepth>(right_at(stage), adapter, rows.first + step * kDepth, static_cast<int>(rights.first));
             __syncthreads();
           }
           product.step(left_at(stage), right_at(stage), rights.count);
@@ -184,7 +181,7 @@ PART void finish_dh(const Backward& p, int row_tile) {
   const int64_t plane = adapter.rows * width;
   TaskList<kM>& list = Workspace<kM>::list();
   list.fill(adapter, rows);
-  const int steps = static_cast<int>(ceil_div(z_width, kDepth<T>));
+  const int steps = static_cast<int>(ceil_div(z_width, kDepth));
   const int panel = Workspace<kM>::panel_chunks(steps);
   Chunk* stage_memory = Workspace<kM>::panel() + panel;
   float* row_sums = reinterpret_cast<float*>(stage_memory);  // [kM, kWarpsN], between products
@@ -201,11 +198,11 @@ PART void finish_dh(const Backward& p, int row_tile) {
   };
 
   // Q in the type of activations, and s e Q for dV.
-  for (int at = threadIdx.x; at < kM * steps * kDepth<T>; at += kThreads) {
-    const int i = at / (steps * kDepth<T>), s = at % (steps * kDepth<T>);
+  for (int at = threadIdx.x; at < kM * steps * kDepth; at += kThreads) {
+    const int i = at / (steps * kDepth), s = at % (steps * kDepth);
     const bool exists = i < rows.count && s < z_width && list.exists(adapter, i);
     const float q_u = exists ? sum(i, q_width + s) : 0.0f;
-    panel_at(s / kDepth<T>).at(i, s % kDepth<T>) = rounded<T>(q_u);
+    panel_at(s / kDepth).at(i, s % kDepth) = rounded<T>(q_u);
     if (p.seq != nullptr && i < rows.count && s < z_width) {
       const float e = exists ? share_of_uv<T>(adapter, list.ids[i]) : 0.0f;
       static_cast<T*>(p.seq)[(rows.first + i) * z_width + s] = rounded<T>(adapter.scaling * e * q_u);
@@ -231,8 +228,8 @@ PART void finish_dh(const Backward& p, int row_tile) {
       pipeline(
           steps, stages,
           [&](int step, int stage) {
-            const int s = step * kDepth<T>;
-            load_tile<kDepth<T>>(right_at(stage), adapter.v, int64_t{id} * adapter.sub_rank + s, adapter.sub_rank - s,
+            const int s = step * kDepth;
+            load_tile<kDepth>(right_at(stage), adapter.v, int64_t{id} * adapter.sub_rank + s, adapter.sub_rank - s,
                                  first, adapter.rank - first);
           },
           [&](int step, int stage) { product.step(panel_at(step), right_at(stage), adapter.rank - first); });
@@ -296,15 +293,15 @@ PART void input_gradient(const Backward& p, int row_tile, int group) {
   const Range rows = tile_range(row_tile, kM, adapter.rows);
   const Range tiles = share_range(group, p.groups, 1, static_cast<int>(ceil_div(adapter.columns, kDxN)));
   if (tiles.count <= 0) return;
-  const int steps = static_cast<int>(ceil_div(adapter.q_width(), kDepth<T>));
+  const int steps = static_cast<int>(ceil_div(adapter.q_width(), kDepth));
   const int panel = Workspace<kM>::panel_chunks(steps);
   Chunk* stage_memory = Workspace<kM>::panel() + panel;
   const int stages = Workspace<kM>::stages(p.launch.shared, panel, Tiles::kChunksB);
   auto panel_at = [&](int k) { return typename Tiles::A{Workspace<kM>::panel() + Workspace<kM>::panel_chunks(k)}; };
   auto right_at = [&](int stage) { return typename Tiles::B{stage_memory + stage * Tiles::kChunksB}; };
-  const Matrix dh = {p.dh, adapter.q_width(), false, true};
+  const Matrix dh = {p.dh, adapter.q_width(), true};
   for (int k = 0; k < steps; ++k) {
-    load_tile<kM>(panel_at(k), dh, rows.first, rows.count, k * kDepth<T>, adapter.q_width() - k * kDepth<T>);
+    load_tile<kM>(panel_at(k), dh, rows.first, rows.count, k * kDepth, adapter.q_width() - k * kDepth);
   }
   commit_copies();
   Tiles product;
@@ -313,8 +310,8 @@ PART void input_gradient(const Backward& p, int row_tile, int group) {
       tiles.count * steps, stages,
       [&](int step, int stage) {
         const Range columns = tile_range(static_cast<int>(tiles.first) + step / steps, kDxN, adapter.columns);
-        const int r = step % steps * kDepth<T>;
-        load_tile<kDepth<T>>(right_at(stage), adapter.a, r, adapter.rank - r, columns.first, columns.count);
+        const int r = step % steps * kDepth;
+        load_tile<kDepth>(right_at(stage), adapter.a, r, adapter.rank - r, columns.first, columns.count);
       },
       [&](int step, int stage) {
         const Range columns = tile_range(static_cast<int>(tiles.first) + step / steps, kDxN, adapter.columns);
@@ -495,11 +492,11 @@ constexpr int64_t kPlaneBytes = int64_t{1} << 28;  // the shares of du may take 
 void plan(Backward& p, Type type) {
   const Adapter& adapter = p.adapter;
   auto needs = [&](int tile_rows, Need(&found)[4]) {
-    const int wide = wide_columns(element_size(type), tile_rows), outer = outer_columns(element_size(type));
+    const int wide = wide_columns(tile_rows);
     found[0] = {0, (tile_rows + 128) * 8};
-    found[1] = {0, larger((tile_rows + wide) * 8, (kOuterM + outer) * 8)};
-    found[2] = {panel_steps(0, adapter.sub_rank, type), 128 * 8};
-    found[3] = {panel_steps(adapter.rank, 0, type), kDxN * 8};
+    found[1] = {0, larger((tile_rows + wide) * 8, (kOuterM + kOuterN) * 8)};
+    found[2] = {panel_steps(0, adapter.sub_rank), 128 * 8};
+    found[3] = {panel_steps(adapter.rank, 0), kDxN * 8};
   };
   Need found[4];
   needs(kManyRows, found);
@@ -512,16 +509,15 @@ void plan(Backward& p, Type type) {
     return resident_blocks(kernel_of(t, rows), kThreads, p.launch.shared);
   });
   const int64_t row_tiles = ceil_div(adapter.rows, p.launch.tile_rows);
-  const int depth = type == Type::kFloat ? kDepth<float> : kDepth<Half>;
-  const int wide = wide_columns(element_size(type), p.launch.tile_rows);
-  p.splits = shares_for(row_tiles * ceil_div(adapter.width(), wide), p.launch.blocks, 2 * depth, adapter.outputs, 32);
+  const int wide = wide_columns(p.launch.tile_rows);
+  p.splits = shares_for(row_tiles * ceil_div(adapter.width(), wide), p.launch.blocks, 2 * kDepth, adapter.outputs, 32);
   p.groups = shares_for(row_tiles, 2 * p.launch.blocks, 1, static_cast<int>(ceil_div(adapter.columns, kDxN)), 1 << 20);
   p.chunk = adapter.rows <= 2048 ? 512 : 2048;
   const int64_t share = int64_t{4} * adapter.tasks * adapter.outputs * adapter.sub_rank;
   while (p.chunk < adapter.rows && ceil_div(adapter.rows, p.chunk) * share > kPlaneBytes) p.chunk *= 2;
 }
 
-Items items_of(const Backward& p, int element_size) {
+Items items_of(const Backward& p) {
   const Adapter& adapter = p.adapter;
   Items items;
   const int64_t rank = adapter.rank, columns = adapter.columns, outputs = adapter.outputs;
@@ -529,12 +525,12 @@ Items items_of(const Backward& p, int element_size) {
   auto tiles = [](int64_t total, int size) { return static_cast<int>(ceil_div(total, size)); };
   items.row_tiles = tiles(adapter.rows, p.launch.tile_rows);
   items.chunks = tiles(adapter.rows, p.chunk);
-  items.wide_tiles = tiles(adapter.width(), wide_columns(element_size, p.launch.tile_rows));
-  items.outer_width_tiles = tiles(adapter.width(), outer_columns(element_size));
+  items.wide_tiles = tiles(adapter.width(), wide_columns(p.launch.tile_rows));
+  items.outer_width_tiles = tiles(adapter.width(), kOuterN);
   items.output_tiles = tiles(outputs, kOuterM);
   items.rank_tiles = tiles(rank, kOuterM);
-  items.column_tiles = tiles(columns, outer_columns(element_size));
-  items.v_rank_tiles = tiles(rank, outer_columns(element_size));
+  items.column_tiles = tiles(columns, kOuterN);
+  items.v_rank_tiles = tiles(rank, kOuterN);
   items.gate_tiles = tiles(rank, kGateColumns);
   items.prepares = p.q != nullptr ? items.row_tiles : 0;
   items.spans = p.spans != nullptr ? items.chunks : 0;
@@ -554,7 +550,7 @@ Items items_of(const Backward& p, int element_size) {
 }
 
 void run(Backward& p, Type type, bool one_launch, Stream stream) {
-  p.items = items_of(p, element_size(type));
+  p.items = items_of(p);
   instantiation(type, p.launch.tile_rows, [&](auto t, auto rows) {
     run_phases(kernel_of(t, rows), p, one_launch, stream, [&](int phase) { return p.items.of(phase); });
   });

@@ -22,7 +22,7 @@ PART void product_share(const Forward& p, bool base, Coordinates at) {
   float* planes = base ? p.base_planes : p.planes;
   const bool dropped = !base && adapter.seed != nullptr;
   const Range rows = tile_range(at.first, kM, adapter.rows), columns = tile_range(at.second, kTileN, rights);
-  const Range depth = share_range(share, base ? p.base_splits : p.splits, kDepth<T>, adapter.columns);
+  const Range depth = share_range(share, base ? p.base_splits : p.splits, kDepth, adapter.columns);
   Chunk* stage_memory = Workspace<kM>::panel();
   const int stages = Workspace<kM>::stages(p.launch.shared, 0, Tiles::kChunksA + Tiles::kChunksB);
   auto left_at = [&](int stage) { return typename Tiles::A{stage_memory + stage * (Tiles::kChunksA + Tiles::kChunksB)}; };
@@ -30,16 +30,16 @@ PART void product_share(const Forward& p, bool base, Coordinates at) {
   Tiles product;
   product.clear();
   pipeline(
-      (depth.count + kDepth<T> - 1) / kDepth<T>, stages,
+      (depth.count + kDepth - 1) / kDepth, stages,
       [&](int step, int stage) {
-        const int64_t k = depth.first + step * kDepth<T>;
-        const int left = depth.count - step * kDepth<T>;
+        const int64_t k = depth.first + step * kDepth;
+        const int left = depth.count - step * kDepth;
         load_tile<kM>(left_at(stage), p.x, rows.first, rows.count, k, left);
         load_tile<kTileN>(right_at(stage), right, columns.first, columns.count, k, left);
       },
       [&](int step, int stage) {
         if (dropped) {
-          drop<kM>(left_at(stage), adapter, rows.first, static_cast<int>(depth.first) + step * kDepth<T>);
+          drop<kM>(left_at(stage), adapter, rows.first, static_cast<int>(depth.first) + step * kDepth);
           __syncthreads();
         }
         product.step(left_at(stage), right_at(stage), columns.count);
@@ -63,8 +63,8 @@ PART void expand(const Forward& p, int row_tile, int group) {
   TaskList<kM>& list = Workspace<kM>::list();
   list.fill(adapter, rows);
 
-  const int q_steps = static_cast<int>(ceil_div(adapter.q_width(), kDepth<T>));
-  const int z_steps = static_cast<int>(ceil_div(padded(adapter.sub_rank), kDepth<T>));
+  const int q_steps = static_cast<int>(ceil_div(adapter.q_width(), kDepth));
+  const int z_steps = static_cast<int>(ceil_div(padded(adapter.sub_rank), kDepth));
   const int panel = Workspace<kM>::panel_chunks(q_steps + z_steps);
   Chunk* stage_memory = Workspace<kM>::panel() + panel;
   const int stages = Workspace<kM>::stages(p.launch.shared, panel, Tiles::kChunksB);
@@ -72,13 +72,13 @@ PART void expand(const Forward& p, int row_tile, int group) {
   auto right_at = [&](int stage) { return typename Tiles::B{stage_memory + stage * Tiles::kChunksB}; };
 
   // The rows of [q | z] stay; the tiles of parameters pass by.
-  const Matrix qz = {p.qz, adapter.width(), false, true};
+  const Matrix qz = {p.qz, adapter.width(), true};
   for (int k = 0; k < q_steps; ++k) {
-    load_tile<kM>(panel_at(k), qz, rows.first, rows.count, k * kDepth<T>, adapter.q_width() - k * kDepth<T>);
+    load_tile<kM>(panel_at(k), qz, rows.first, rows.count, k * kDepth, adapter.q_width() - k * kDepth);
   }
   for (int k = 0; k < z_steps; ++k) {
-    load_tile<kM>(panel_at(q_steps + k), qz, rows.first, rows.count, adapter.q_width() + k * kDepth<T>,
-                  padded(adapter.sub_rank) - k * kDepth<T>);
+    load_tile<kM>(panel_at(q_steps + k), qz, rows.first, rows.count, adapter.q_width() + k * kDepth,
+                  padded(adapter.sub_rank) - k * kDepth);
   }
   commit_copies();
 
@@ -106,12 +106,12 @@ PART void expand(const Forward& p, int row_tile, int group) {
       [&](int step, int stage) {
         const Position at = position(step);
         if (at.k < q_steps) {
-          load_tile<kTileN>(right_at(stage), adapter.b0, at.columns.first, at.columns.count, at.k * kDepth<T>,
-                            adapter.rank - at.k * kDepth<T>);
+          load_tile<kTileN>(right_at(stage), adapter.b0, at.columns.first, at.columns.count, at.k * kDepth,
+                            adapter.rank - at.k * kDepth);
         } else {
           // Without a task in the tile its rows take nothing of this.
           const int64_t task = list.count > 0 ? list.tasks[at.pass] : 0;
-          const int s = (at.k - q_steps) * kDepth<T>;
+          const int s = (at.k - q_steps) * kDepth;
           load_tile<kTileN>(right_at(stage), adapter.u, task * adapter.outputs + at.columns.first,
                             list.count > 0 ? at.columns.count : 0, s, adapter.sub_rank - s);
         }
@@ -197,11 +197,11 @@ auto kernel_of(T, std::integral_constant<int, kM>) {
   return &delta_forward<T, kM>;
 }
 
-std::string missing_code_on_current_device() { return missing_code(&delta_forward<float, kFewRows>); }
+std::string missing_code_on_current_device() { return missing_code(&delta_forward<Half, kFewRows>); }
 
 void plan(Forward& p, Type type) {
   const Adapter& adapter = p.adapter;
-  const int steps = panel_steps(adapter.rank, adapter.sub_rank, type);
+  const int steps = panel_steps(adapter.rank, adapter.sub_rank);
   auto needs = [&](int tile_rows, Need(&found)[2]) {
     found[0] = {0, (tile_rows + kTileN) * 8};
     found[1] = {steps, kTileN * 8};
@@ -219,12 +219,11 @@ void plan(Forward& p, Type type) {
   p.row_tiles = static_cast<int>(ceil_div(adapter.rows, p.launch.tile_rows));
   p.rank_tiles = static_cast<int>(ceil_div(adapter.rank, kTileN));
   p.output_tiles = static_cast<int>(ceil_div(adapter.outputs, kTileN));
-  const int depth = type == Type::kFloat ? kDepth<float> : kDepth<Half>;
-  p.splits = shares_for(p.row_tiles * p.rank_tiles, p.launch.blocks, 2 * depth, adapter.columns, 32);
+  p.splits = shares_for(p.row_tiles * p.rank_tiles, p.launch.blocks, 2 * kDepth, adapter.columns, 32);
   p.base_splits =
       p.weight.data == nullptr
           ? 0
-          : shares_for(p.row_tiles * p.output_tiles, 2 * p.launch.blocks, 8 * depth, adapter.columns, 8);
+          : shares_for(p.row_tiles * p.output_tiles, 2 * p.launch.blocks, 8 * kDepth, adapter.columns, 8);
   p.groups = shares_for(p.row_tiles, 2 * p.launch.blocks, 1, p.output_tiles, p.output_tiles);
 }
 

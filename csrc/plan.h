@@ -13,7 +13,6 @@ template <typename Pick>
 auto instantiation(Type type, int tile_rows, Pick pick) {
   using Many = std::integral_constant<int, kManyRows>;
   using Few = std::integral_constant<int, kFewRows>;
-  if (type == Type::kFloat) return tile_rows == kManyRows ? pick(float{}, Many{}) : pick(float{}, Few{});
   if (type == Type::kHalf) return tile_rows == kManyRows ? pick(Half{}, Many{}) : pick(Half{}, Few{});
   return tile_rows == kManyRows ? pick(BFloat16{}, Many{}) : pick(BFloat16{}, Few{});
 }
@@ -24,12 +23,9 @@ inline int shared_bytes(int tile_rows, int steps, int stages, int stage) {
   return list + (steps * tile_rows * 8 + stages * stage) * 16;
 }
 
-inline int element_size(Type type) { return type == Type::kFloat ? 4 : 2; }
-
 // Steps over the columns of q and of z.
-inline int panel_steps(int rank, int sub_rank, Type type) {
-  const int depth = type == Type::kFloat ? kDepth<float> : kDepth<Half>;
-  return static_cast<int>(ceil_div(padded(rank), depth) + ceil_div(padded(sub_rank), depth));
+inline int panel_steps(int rank, int sub_rank) {
+  return static_cast<int>(ceil_div(padded(rank), kDepth) + ceil_div(padded(sub_rank), kDepth));
 }
 
 // A pipeline of two stages at least, of kMostStages at best, within what a block may have.

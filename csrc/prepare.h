@@ -54,15 +54,15 @@ PART void prepare(const Prepare<T>& p, int row_tile) {
   const int stages = Workspace<kM>::stages(p.shared, 0, Tiles::kChunksA + Tiles::kChunksB);
   auto left_at = [&](int stage) { return typename Tiles::A{stage_memory + stage * (Tiles::kChunksA + Tiles::kChunksB)}; };
   auto right_at = [&](int stage) { return typename Tiles::B{left_at(stage).data + Tiles::kChunksA}; };
-  const Matrix left = {p.q, p.q_stride, false, true};
+  const Matrix left = {p.q, p.q_stride, true};
   for (int task = 0; task < list.count; ++task) {
     const int id = list.tasks[task];
     Tiles product;
     product.clear();
     pipeline(
-        (width + kDepth<T> - 1) / kDepth<T>, stages,
+        (width + kDepth - 1) / kDepth, stages,
         [&](int step, int stage) {
-          const int r = step * kDepth<T>;
+          const int r = step * kDepth;
           load_tile<kM>(left_at(stage), left, rows.first, rows.count, r, width - r);
           load_tile<128>(right_at(stage), adapter.v, int64_t{id} * adapter.sub_rank, adapter.sub_rank, r,
                          adapter.rank - r);

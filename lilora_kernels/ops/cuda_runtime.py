@@ -17,8 +17,8 @@ def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
         return "it needs an NVIDIA GPU"
     if x.is_cuda and (reason := unusable(x.device)) is not None:
         return reason
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it does not support {x.dtype}"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes x in float16 or bfloat16, not in {str(x.dtype).removeprefix('torch.')}"
     if rank > LARGEST_RANK or sub_rank > LARGEST_SUB_RANK:
         return f"it supports r up to {LARGEST_RANK} and sub_rank up to {LARGEST_SUB_RANK}"
     return None

@@ -67,16 +67,14 @@ def unfit(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | Non
     """Why the fused product cannot run on x or dy [M, ...], or None."""
     if not cuda_library.has_hopper() or (rows.is_cuda and triton_runtime.capability(rows.device) != (9, 0)):
         return "it needs a GPU of compute capability 9.0 and a build for 9.0a"
-    factors = [t for t in (weight, bias, adapter.a, adapter.b0, adapter.u) if t is not None]
-    if rows.dtype not in (torch.float16, torch.bfloat16) or any(t.dtype != rows.dtype for t in factors):
-        return "it takes x, weight, bias, a, b0 and u in one 16-bit type"
     rank, sub_rank = adapter.rank_sizes
     if 0 in (*rows.shape, *weight.shape) or any(size % 8 for size in (*weight.shape, rank, sub_rank)):
         return "its K, N, r and sub_rank must be multiples of 8, and there must be rows"
-    tensors = [rows, *factors]
+    given = (rows, weight, bias, adapter.a, adapter.b0, adapter.u)
+    as_they_are = [t for t in given if t is not None and t.dtype == rows.dtype]  # what is cast becomes contiguous
     if any(
         t.data_ptr() % 16 or (t.dim() == 2 and (t.stride(1) != 1 or t.stride(0) % 8 or t.stride(0) == 0))
-        for t in tensors
+        for t in as_they_are
     ):
         return "its tensors must be rows that begin at multiples of 16 bytes"
     tasks = 0 if adapter.u is None else (1, *adapter.u.shape)[-3]

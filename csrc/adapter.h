@@ -102,6 +102,29 @@ DEVICE void store_pair(T* to, float left, float right, bool both) {
   }
 }
 
+// Neighbours of a row that lie at a multiple of their size.
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T)) Vector {
+  T values[kCount];
+};
+
+// The sums of `splits` partial sums, `stride` elements apart, in order; all loads are under way at once.
+template <int kCount>
+DEVICE Vector<float, kCount> sum_of_splits(const float* from, int64_t stride, int splits) {
+  using Part = Vector<float, kCount>;
+  Part parts[kMostSplits] = {};
+  UNROLL
+  for (int split = 0; split < kMostSplits; ++split) {
+    if (split < splits) parts[split] = *reinterpret_cast<const Part*>(from + split * stride);
+  }
+  UNROLL
+  for (int split = 1; split < kMostSplits; ++split) {
+    UNROLL
+    for (int j = 0; j < kCount; ++j) parts[0].values[j] += parts[split].values[j];
+  }
+  return parts[0];
+}
+
 // Shared memory of a block: a list of tasks, then a panel of whole rows, then the stages of a pipeline.
 template <int kRows>
 struct Workspace {

@@ -48,16 +48,16 @@ struct Forward {
   void* qz;           // [M, width]: q, then e q V_t^T; for the fused product s f q, then s e q V_t^T
   void* q;            // [M, q_width]: q, only for the fused product, which takes the place of phase 2
   float* planes;       // [splits, M, q_width]: shares of h
-  float* base_planes;  // [base_splits, M, N]: shares of x W^T
+  float* base_planes;  // [base_splits, M, padded(N)]: shares of x W^T
   int splits, base_splits;
   int groups;     // an item of phase 2 has one of so many ranges of tiles of outputs
-  int row_tiles, rank_tiles, output_tiles;
+  int row_tiles, sum_tiles, rank_tiles, output_tiles;  // sum_tiles: tiles of rows of phase 1
   Launch launch;
 };
 
 // How many work items the phases of the backward have. Those of a phase follow each other in the order of the fields.
 struct Items {
-  int row_tiles, chunks;
+  int row_tiles, sum_tiles, chunks;  // sum_tiles: tiles of rows of phases 0 and 2
   int prepares, spans;                  // phase 0
   int shrinks, ups;                     // phase 1, of each chunk
   int finishes;                         // phase 2

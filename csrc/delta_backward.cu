@@ -171,40 +171,49 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
   });
 }
 
+// The sums of the shares of P and Q of a tile of rows lie in shared memory: floats of a row, so that eight rows lie in
+// different banks.
+HOST_DEVICE constexpr int sums_stride(int width) { return (width + 31) / 32 * 32 + 8; }
+HOST_DEVICE constexpr int finish_panel(int width, int steps) {  // in chunks, with the rows of Q
+  return kSumRows * (steps * 8 + sums_stride(width) / 4);
+}
+
 // From the shares of P and Q: dh of a tile of rows, and what the gradients of v, fusion and gate sum up.
-template <typename T, int kM>
+template <typename T>
 PART void finish_dh(const Backward& p, int row_tile) {
+  constexpr int kM = kSumRows;
   using Tiles = Product<T, kM, 128, false, true>;
   const Adapter& adapter = p.adapter;
   const Range rows = tile_range(row_tile, kM, adapter.rows);
   const int width = adapter.width(), q_width = adapter.q_width(), z_width = padded(adapter.sub_rank);
-  const int64_t plane = adapter.rows * width;
   TaskList<kM>& list = Workspace<kM>::list();
   list.fill(adapter, rows);
-  const int steps = static_cast<int>(ceil_div(z_width, kDepth));
-  const int panel = Workspace<kM>::panel_chunks(steps);
+  const int steps = static_cast<int>(ceil_div(z_width, kDepth)), stride = sums_stride(width);
+  const int panel = finish_panel(width, steps);
+  float* sums = reinterpret_cast<float*>(Workspace<kM>::panel() + Workspace<kM>::panel_chunks(steps));  // [kM, stride]
   Chunk* stage_memory = Workspace<kM>::panel() + panel;
   float* row_sums = reinterpret_cast<float*>(stage_memory);  // [kM, kWarpsN], between products
   const int stages = Workspace<kM>::stages(p.launch.shared, panel, Tiles::kChunksB);
   auto panel_at = [&](int k) { return typename Tiles::A{Workspace<kM>::panel() + Workspace<kM>::panel_chunks(k)}; };
   auto right_at = [&](int stage) { return typename Tiles::B{stage_memory + stage * Tiles::kChunksB}; };
-  auto sum = [&](int i, int column) {
-    float total = 0;
-    NO_UNROLL
-    for (int split = 0; split < p.splits; ++split) {
-      total += p.planes[split * plane + (rows.first + i) * width + column];
+
+  for (int at = threadIdx.x; at < kM * width / 4; at += kThreads) {
+    const int i = at / (width / 4), column = at % (width / 4) * 4;
+    Vector<float, 4> sum = {};
+    if (i < rows.count && list.exists(adapter, i)) {  // others have none
+      sum = sum_of_splits<4>(p.planes + (rows.first + i) * width + column, adapter.rows * width, p.splits);
     }
-    return total;
-  };
+    *reinterpret_cast<Vector<float, 4>*>(sums + i * stride + column) = sum;
+  }
+  __syncthreads();
 
   // Q in the type of activations, and s e Q for dV.
   for (int at = threadIdx.x; at < kM * steps * kDepth; at += kThreads) {
     const int i = at / (steps * kDepth), s = at % (steps * kDepth);
-    const bool exists = i < rows.count && s < z_width && list.exists(adapter, i);
-    const float q_u = exists ? sum(i, q_width + s) : 0.0f;
+    const float q_u = s < z_width ? sums[i * stride + q_width + s] : 0.0f;
     panel_at(s / kDepth).at(i, s % kDepth) = rounded<T>(q_u);
     if (p.seq != nullptr && i < rows.count && s < z_width) {
-      const float e = exists ? share_of_uv<T>(adapter, list.ids[i]) : 0.0f;
+      const float e = list.exists(adapter, i) ? share_of_uv<T>(adapter, list.ids[i]) : 0.0f;
       static_cast<T*>(p.seq)[(rows.first + i) * z_width + s] = rounded<T>(adapter.scaling * e * q_u);
     }
   }
@@ -248,7 +257,7 @@ PART void finish_dh(const Backward& p, int row_tile) {
             UNROLL
             for (int next = 0; next < 2; ++next) {
               const int at = r + next;
-              const float b0_part = sum(i, at), uv_part = product.c[m][j][2 * half + next];
+              const float b0_part = sums[i * stride + at], uv_part = product.c[m][j][2 * half + next];
               const float dq = adapter.scaling * (f * b0_part + e * uv_part);
               dh[next] = 0;
               if (at < adapter.rank) {
@@ -423,9 +432,9 @@ DEVICE void run_item(const Backward& p, int phase, int item) {
     if (item < items.prepares) {
       T* fqz = static_cast<T*>(p.fqz);
       T* h = static_cast<T*>(const_cast<void*>(p.h.data));
-      prepare<T, kM>({&adapter, nullptr, 0, h, fqz, static_cast<T*>(p.q), adapter.q_width(), fqz + adapter.q_width(),
-                      adapter.width(), 1.0f, p.launch.shared},
-                     item);
+      prepare<T>({&adapter, nullptr, 0, h, fqz, static_cast<T*>(p.q), adapter.q_width(), fqz + adapter.q_width(),
+                  adapter.width(), 1.0f, p.launch.shared},
+                 item);
     } else {
       find_spans(p, item - items.prepares);
     }
@@ -441,7 +450,7 @@ DEVICE void run_item(const Backward& p, int phase, int item) {
       outer_product<T, kM>(p, Outer::kUp, chunk, at.first, at.third);
     }
   } else if (phase == 2) {
-    finish_dh<T, kM>(p, item);
+    finish_dh<T>(p, item);
   } else if (phase == 3) {
     if (item < items.dxs) {
       const Coordinates at = coordinates(item, 1, p.groups);
@@ -493,10 +502,10 @@ void plan(Backward& p, Type type) {
   const Adapter& adapter = p.adapter;
   auto needs = [&](int tile_rows, Need(&found)[4]) {
     const int wide = wide_columns(tile_rows);
-    found[0] = {0, (tile_rows + 128) * 8};
+    found[0] = {0, (kSumRows + 128) * 8};
     found[1] = {0, larger((tile_rows + wide) * 8, (kOuterM + kOuterN) * 8)};
-    found[2] = {panel_steps(0, adapter.sub_rank), 128 * 8};
-    found[3] = {panel_steps(adapter.rank, 0), kDxN * 8};
+    found[2] = {finish_panel(adapter.width(), panel_steps(0, adapter.sub_rank)), 128 * 8};
+    found[3] = {panel_steps(adapter.rank, 0) * tile_rows * 8, kDxN * 8};
   };
   Need found[4];
   needs(kManyRows, found);
@@ -510,7 +519,8 @@ void plan(Backward& p, Type type) {
   });
   const int64_t row_tiles = ceil_div(adapter.rows, p.launch.tile_rows);
   const int wide = wide_columns(p.launch.tile_rows);
-  p.splits = shares_for(row_tiles * ceil_div(adapter.width(), wide), p.launch.blocks, 2 * kDepth, adapter.outputs, 32);
+  p.splits = shares_for(row_tiles * ceil_div(adapter.width(), wide), p.launch.blocks, 2 * kDepth, adapter.outputs,
+                        kMostSplits);
   p.groups = shares_for(row_tiles, 2 * p.launch.blocks, 1, static_cast<int>(ceil_div(adapter.columns, kDxN)), 1 << 20);
   p.chunk = adapter.rows <= 2048 ? 512 : 2048;
   const int64_t share = int64_t{4} * adapter.tasks * adapter.outputs * adapter.sub_rank;
@@ -524,6 +534,7 @@ Items items_of(const Backward& p) {
   const bool ups_wanted = p.db0_planes != nullptr || p.du_planes != nullptr;
   auto tiles = [](int64_t total, int size) { return static_cast<int>(ceil_div(total, size)); };
   items.row_tiles = tiles(adapter.rows, p.launch.tile_rows);
+  items.sum_tiles = tiles(adapter.rows, kSumRows);
   items.chunks = tiles(adapter.rows, p.chunk);
   items.wide_tiles = tiles(adapter.width(), wide_columns(p.launch.tile_rows));
   items.outer_width_tiles = tiles(adapter.width(), kOuterN);
@@ -532,11 +543,11 @@ Items items_of(const Backward& p) {
   items.column_tiles = tiles(columns, kOuterN);
   items.v_rank_tiles = tiles(rank, kOuterN);
   items.gate_tiles = tiles(rank, kGateColumns);
-  items.prepares = p.q != nullptr ? items.row_tiles : 0;
+  items.prepares = p.q != nullptr ? items.sum_tiles : 0;
   items.spans = p.spans != nullptr ? items.chunks : 0;
   items.shrinks = p.dh != nullptr ? p.chunk / p.launch.tile_rows * items.wide_tiles * p.splits : 0;
   items.ups = ups_wanted ? items.output_tiles * items.outer_width_tiles : 0;
-  items.finishes = p.dh != nullptr ? items.row_tiles : 0;
+  items.finishes = p.dh != nullptr ? items.sum_tiles : 0;
   items.dxs = p.dx != nullptr ? items.row_tiles * p.groups : 0;
   items.das = p.da_planes != nullptr ? items.chunks * items.rank_tiles * items.column_tiles : 0;
   items.dvs = p.dv_planes != nullptr ? items.chunks * adapter.tasks * items.v_rank_tiles : 0;

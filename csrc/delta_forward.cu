@@ -18,7 +18,7 @@ PART void product_share(const Forward& p, bool base, Coordinates at) {
   const Adapter& adapter = p.adapter;
   const Matrix& right = base ? p.weight : adapter.a;
   const int rights = base ? adapter.outputs : adapter.rank, share = at.third;
-  const int stride = base ? adapter.outputs : adapter.q_width();
+  const int stride = padded(rights);
   float* planes = base ? p.base_planes : p.planes;
   const bool dropped = !base && adapter.seed != nullptr;
   const Range rows = tile_range(at.first, kM, adapter.rows), columns = tile_range(at.second, kTileN, rights);
@@ -99,6 +99,7 @@ PART void expand(const Forward& p, int row_tile, int group) {
     if (later < 0) return {columns, 0, first};
     return {columns, 1 + later / again, (kKeep ? q_steps : 0) + later % again};
   };
+  const int64_t base_width = padded(adapter.outputs);
   Tiles product, kept;
   product.clear();  // without a value it would take its registers in the whole kernel
   pipeline(
@@ -143,14 +144,14 @@ PART void expand(const Forward& p, int row_tile, int group) {
           if (i >= rows.count || j >= at.columns.count || (exists ? list.ids[i] != list.tasks[at.pass] : at.pass > 0)) return;
           const int64_t row = rows.first + i, column = at.columns.first + j;
           const bool both = j + 1 < at.columns.count;
+          const Vector<float, 2> base = sum_of_splits<2>(p.base_planes + row * base_width + column,
+                                                         adapter.rows * base_width, p.base_splits);
           float values[2] = {left * adapter.scaling, right * adapter.scaling};
           UNROLL
           for (int e = 0; e < 2; ++e) {
             if (!exists) values[e] = list.missing(i);
             if (e == 1 && !both) continue;
-            for (int share = 0; share < p.base_splits; ++share) {
-              values[e] += p.base_planes[(share * adapter.rows + row) * adapter.outputs + column + e];
-            }
+            values[e] += base.values[e];
             if (p.bias.data != nullptr) values[e] += element<T>(p.bias, column + e);
           }
           store_pair(static_cast<T*>(p.y) + row * adapter.outputs + column, values[0], values[1], both);
@@ -182,7 +183,7 @@ delta_forward(const KERNEL_PARAMETER Forward p) {
       const Prepare<T> work = {&adapter, p.planes, p.splits, static_cast<T*>(p.h), fused ? qz : nullptr,
                                fused ? q : qz, fused ? adapter.q_width() : adapter.width(), qz + adapter.q_width(),
                                adapter.width(), fused ? adapter.scaling : 1.0f, p.launch.shared};
-      for (int item = blockIdx.x; item < p.row_tiles; item += gridDim.x) prepare<T, kM>(work, item);
+      for (int item = blockIdx.x; item < p.sum_tiles; item += gridDim.x) prepare<T>(work, item);
     } else {
       for (int item = blockIdx.x; item < p.row_tiles * p.groups; item += gridDim.x) {
         const Coordinates at = coordinates(item, 1, p.groups);
@@ -204,7 +205,7 @@ void plan(Forward& p, Type type) {
   const int steps = panel_steps(adapter.rank, adapter.sub_rank);
   auto needs = [&](int tile_rows, Need(&found)[2]) {
     found[0] = {0, (tile_rows + kTileN) * 8};
-    found[1] = {steps, kTileN * 8};
+    found[1] = {steps * tile_rows * 8, kTileN * 8};
   };
   Need found[2];
   needs(kManyRows, found);
@@ -217,18 +218,19 @@ void plan(Forward& p, Type type) {
     return resident_blocks(kernel_of(t, rows), kThreads, p.launch.shared);
   });
   p.row_tiles = static_cast<int>(ceil_div(adapter.rows, p.launch.tile_rows));
+  p.sum_tiles = static_cast<int>(ceil_div(adapter.rows, kSumRows));
   p.rank_tiles = static_cast<int>(ceil_div(adapter.rank, kTileN));
   p.output_tiles = static_cast<int>(ceil_div(adapter.outputs, kTileN));
-  p.splits = shares_for(p.row_tiles * p.rank_tiles, p.launch.blocks, 2 * kDepth, adapter.columns, 32);
+  p.splits = shares_for(p.row_tiles * p.rank_tiles, p.launch.blocks, 2 * kDepth, adapter.columns, kMostSplits);
   p.base_splits =
       p.weight.data == nullptr
           ? 0
-          : shares_for(p.row_tiles * p.output_tiles, 2 * p.launch.blocks, 8 * kDepth, adapter.columns, 8);
+          : shares_for(p.row_tiles * p.output_tiles, 2 * p.launch.blocks, 8 * kDepth, adapter.columns, kMostSplits);
   p.groups = shares_for(p.row_tiles, 2 * p.launch.blocks, 1, p.output_tiles, p.output_tiles);
 }
 
 void run(const Forward& p, Type type, bool one_launch, Stream stream) {
-  const int items[] = {p.row_tiles * (p.rank_tiles * p.splits + p.output_tiles * p.base_splits), p.row_tiles,
+  const int items[] = {p.row_tiles * (p.rank_tiles * p.splits + p.output_tiles * p.base_splits), p.sum_tiles,
                        p.row_tiles * p.groups};
   instantiation(type, p.launch.tile_rows, [&](auto t, auto rows) {
     run_phases(kernel_of(t, rows), p, one_launch, stream, [&](int phase) { return items[phase]; });

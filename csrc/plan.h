@@ -17,10 +17,10 @@ auto instantiation(Type type, int tile_rows, Pick pick) {
   return tile_rows == kManyRows ? pick(BFloat16{}, Many{}) : pick(BFloat16{}, Few{});
 }
 
-// Bytes of shared memory for a panel of `steps` steps and so many stages of `stage` chunks.
-inline int shared_bytes(int tile_rows, int steps, int stages, int stage) {
+// Bytes of shared memory for a panel and so many stages, both in chunks.
+inline int shared_bytes(int tile_rows, int panel, int stages, int stage) {
   const int list = tile_rows == kManyRows ? Workspace<kManyRows>::kListBytes : Workspace<kFewRows>::kListBytes;
-  return list + (steps * tile_rows * 8 + stages * stage) * 16;
+  return list + (panel + stages * stage) * 16;
 }
 
 // Steps over the columns of q and of z.
@@ -30,12 +30,12 @@ inline int panel_steps(int rank, int sub_rank) {
 
 // A pipeline of two stages at least, of kMostStages at best, within what a block may have.
 struct Need {
-  int steps, stage;  // of the panel; chunks of a stage
+  int panel, stage;  // in chunks
 };
 template <size_t kCount>
 bool fits(int tile_rows, const Need (&needs)[kCount]) {
   for (const Need& need : needs) {
-    if (shared_bytes(tile_rows, need.steps, 2, need.stage) > largest_shared_memory()) return false;
+    if (shared_bytes(tile_rows, need.panel, 2, need.stage) > largest_shared_memory()) return false;
   }
   return true;
 }
@@ -43,7 +43,7 @@ template <size_t kCount>
 int shared_for(int tile_rows, const Need (&needs)[kCount]) {
   int most = 0;
   for (const Need& need : needs) {
-    most = larger(most, shared_bytes(tile_rows, need.steps, kMostStages, need.stage));
+    most = larger(most, shared_bytes(tile_rows, need.panel, kMostStages, need.stage));
   }
   return smaller(most, largest_shared_memory());
 }

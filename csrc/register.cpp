@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor> delta_forward(Tensor x, Optional weight, Optional bia
   plan(p, type);
   p.qz = make.activation(true, {rows, p.adapter.width()});
   p.planes = make.floats(true, {p.splits, rows, p.adapter.q_width()});
-  p.base_planes = make.floats(p.base_splits > 0, {p.base_splits, rows, p.adapter.outputs});
+  p.base_planes = make.floats(p.base_splits > 0, {p.base_splits, rows, padded(p.adapter.outputs)});
   run(p, type, one_launch, current_stream(x));
   return {call.y, call.h};
 }

@@ -13,6 +13,8 @@ HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 // Ranks are padded to whole chunks in the tensors that the kernels make for themselves.
 HOST_DEVICE constexpr int padded(int rank) { return (rank + 7) / 8 * 8; }
 
+constexpr int kMostSplits = 8;  // partial sums of an element of h, of P and of Q: each is a load under way when they are added
+
 // `count` elements from `first` on: a tile at the edge of a matrix has fewer than others.
 struct Range {
   int64_t first;

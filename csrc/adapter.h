@@ -36,6 +36,7 @@ template <int kRows>
 struct TaskList {
   int ids[kRows];    // of each row; -1 behind the last
   int tasks[kRows];  // those that occur and exist, ascending
+  uint8_t tiles[kRows];  // of each of these, a bit for every sixteen rows that have one of it
   uint8_t first[kRows];
   int count;
 
@@ -53,11 +54,14 @@ struct TaskList {
     __syncthreads();
     if (i < kRows && first[i]) {
       int below = 0, above = 0;
+      uint32_t own = 0;
       for (int j = 0; j < kRows; ++j) {
+        own |= static_cast<uint32_t>(ids[j] == ids[i]) << j / 16;
         below += first[j] && ids[j] < ids[i];
         above += first[j] && ids[j] > ids[i];
       }
       tasks[below] = ids[i];
+      tiles[below] = static_cast<uint8_t>(own);
       if (above == 0) count = below + 1;
     }
     __syncthreads();
@@ -68,11 +72,11 @@ struct TaskList {
   DEVICE float missing(int i) const { return ids[i] < 0 ? 0.0f : not_a_number(); }
 };
 
-// Dropout, in place, on a tile of x whose first element is (row, column); column is a multiple of 8.
+// Dropout, in place, on the first rows of a tile of x whose first element is (row, column); column is a multiple of 8.
 template <int kRows, typename T, int kColumns>
-DEVICE void drop(Tile<T, kRows, kColumns> tile, const Adapter& adapter, int64_t row, int column) {
+DEVICE void drop(Tile<T, kRows, kColumns> tile, const Adapter& adapter, int64_t row, int column, int rows) {
   const int64_t seed = *adapter.seed;
-  for (int i = threadIdx.x; i < kRows * kColumns / 8; i += kThreads) {
+  for (int i = threadIdx.x; i < rows * kColumns / 8; i += kThreads) {
     const int m = i / (kColumns / 8), block = i % (kColumns / 8);
     const uint32_t keep = keep_bits(seed, row + m, column / 8 + block, adapter.threshold);
     Chunk* chunk = tile.chunk(m, block);

@@ -10,6 +10,7 @@
 
 namespace lilora {
 
+constexpr int kFewRows = 16;                   // of a tile of a call of few rows
 constexpr int kOuterM = 128;                   // rows of a tile of a product that sums over rows
 constexpr int kDxN = 128;                      // columns of a tile of dx
 constexpr int kGateColumns = 32;               // of an item of dgate
@@ -137,7 +138,7 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
         },
         [&](int step, int stage) {
           if (down && adapter.seed != nullptr) {
-            drop<kDepth>(right_at(stage), adapter, rows.first + step * kDepth, static_cast<int>(rights.first));
+            drop(right_at(stage), adapter, rows.first + step * kDepth, static_cast<int>(rights.first), kDepth);
             __syncthreads();
           }
           product.step(left_at(stage), right_at(stage), rights.count);
@@ -509,12 +510,12 @@ void plan(Backward& p, Type type) {
   };
   Need found[4];
   needs(kManyRows, found);
-  p.launch.tile_rows = adapter.rows > kFewRowsUpTo && fits(kManyRows, found) ? kManyRows : kFewRows;
+  p.launch.tile_rows = adapter.rows > kFewRowsUpTo && fits(found) ? kManyRows : kFewRows;
   needs(p.launch.tile_rows, found);
-  p.launch.shared = shared_for(p.launch.tile_rows, found);
+  p.launch.shared = shared_for(found);
   p.launch.first = 0;
   p.launch.last = 4;
-  p.launch.blocks = instantiation(type, p.launch.tile_rows, [&](auto t, auto rows) {
+  p.launch.blocks = instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) {
     return resident_blocks(kernel_of(t, rows), kThreads, p.launch.shared);
   });
   const int64_t row_tiles = ceil_div(adapter.rows, p.launch.tile_rows);
@@ -562,7 +563,7 @@ Items items_of(const Backward& p) {
 
 void run(Backward& p, Type type, bool one_launch, Stream stream) {
   p.items = items_of(p);
-  instantiation(type, p.launch.tile_rows, [&](auto t, auto rows) {
+  instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) {
     run_phases(kernel_of(t, rows), p, one_launch, stream, [&](int phase) { return p.items.of(phase); });
   });
 }

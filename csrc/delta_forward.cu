@@ -10,6 +10,7 @@
 namespace lilora {
 
 constexpr int kTileN = 128;
+constexpr int kFewRows = 64;  // of a tile of a call of few rows: one tile, so that the base's weight is read once
 
 // A share of the columns of x: of h = D(x) A^T, or of the base product x W^T.
 template <typename T, int kM>
@@ -22,6 +23,7 @@ PART void product_share(const Forward& p, bool base, Coordinates at) {
   float* planes = base ? p.base_planes : p.planes;
   const bool dropped = !base && adapter.seed != nullptr;
   const Range rows = tile_range(at.first, kM, adapter.rows), columns = tile_range(at.second, kTileN, rights);
+  const int filled = whole_tiles(rows.count);
   const Range depth = share_range(share, base ? p.base_splits : p.splits, kDepth, adapter.columns);
   Chunk* stage_memory = Workspace<kM>::panel();
   const int stages = Workspace<kM>::stages(p.launch.shared, 0, Tiles::kChunksA + Tiles::kChunksB);
@@ -34,15 +36,15 @@ PART void product_share(const Forward& p, bool base, Coordinates at) {
       [&](int step, int stage) {
         const int64_t k = depth.first + step * kDepth;
         const int left = depth.count - step * kDepth;
-        load_tile<kM>(left_at(stage), p.x, rows.first, rows.count, k, left);
+        load_tile<kM>(left_at(stage), p.x, rows.first, rows.count, k, left, filled);
         load_tile<kTileN>(right_at(stage), right, columns.first, columns.count, k, left);
       },
       [&](int step, int stage) {
         if (dropped) {
-          drop<kM>(left_at(stage), adapter, rows.first, static_cast<int>(depth.first) + step * kDepth);
+          drop(left_at(stage), adapter, rows.first, static_cast<int>(depth.first) + step * kDepth, filled);
           __syncthreads();
         }
-        product.step(left_at(stage), right_at(stage), columns.count);
+        product.step(left_at(stage), right_at(stage), columns.count, tiles_below(filled));
       });
   product.for_each([&](int i, int j, float left, float right_value) {
     const int64_t column = columns.first + j;
@@ -73,12 +75,14 @@ PART void expand(const Forward& p, int row_tile, int group) {
 
   // The rows of [q | z] stay; the tiles of parameters pass by.
   const Matrix qz = {p.qz, adapter.width(), true};
+  const int filled = whole_tiles(rows.count);
   for (int k = 0; k < q_steps; ++k) {
-    load_tile<kM>(panel_at(k), qz, rows.first, rows.count, k * kDepth, adapter.q_width() - k * kDepth);
+    load_tile<kM>(panel_at(k), qz, rows.first, rows.count, k * kDepth, adapter.q_width() - k * kDepth,
+                  filled);
   }
   for (int k = 0; k < z_steps; ++k) {
     load_tile<kM>(panel_at(q_steps + k), qz, rows.first, rows.count, adapter.q_width() + k * kDepth,
-                  padded(adapter.sub_rank) - k * kDepth);
+                  padded(adapter.sub_rank) - k * kDepth, filled);
   }
   commit_copies();
 
@@ -121,7 +125,9 @@ PART void expand(const Forward& p, int row_tile, int group) {
         const Position at = position(step);
         if (at.k == 0) product.clear();
         if (kKeep && at.pass > 0 && at.k == q_steps) product = kept;
-        product.step(panel_at(at.k), right_at(stage), at.columns.count);
+        const bool for_all = kKeep && at.k < q_steps;  // else only the rows of the task are kept
+        product.step(panel_at(at.k), right_at(stage), at.columns.count,
+                     for_all ? tiles_below(filled) : list.count > 0 ? list.tiles[at.pass] : 0);
         if (at.k == q_steps - 1 && adapter.fusion.data != nullptr) {
           UNROLL
           for (int i = 0; i < Tiles::kTilesM; ++i) {
@@ -209,12 +215,12 @@ void plan(Forward& p, Type type) {
   };
   Need found[2];
   needs(kManyRows, found);
-  p.launch.tile_rows = adapter.rows > kFewRowsUpTo && fits(kManyRows, found) ? kManyRows : kFewRows;
+  p.launch.tile_rows = adapter.rows > kFewRowsUpTo && fits(found) ? kManyRows : kFewRows;
   needs(p.launch.tile_rows, found);
-  p.launch.shared = shared_for(p.launch.tile_rows, found);
+  p.launch.shared = shared_for(found);
   p.launch.first = 0;
   p.launch.last = 2;
-  p.launch.blocks = instantiation(type, p.launch.tile_rows, [&](auto t, auto rows) {
+  p.launch.blocks = instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) {
     return resident_blocks(kernel_of(t, rows), kThreads, p.launch.shared);
   });
   p.row_tiles = static_cast<int>(ceil_div(adapter.rows, p.launch.tile_rows));
@@ -232,7 +238,7 @@ void plan(Forward& p, Type type) {
 void run(const Forward& p, Type type, bool one_launch, Stream stream) {
   const int items[] = {p.row_tiles * (p.rank_tiles * p.splits + p.output_tiles * p.base_splits), p.sum_tiles,
                        p.row_tiles * p.groups};
-  instantiation(type, p.launch.tile_rows, [&](auto t, auto rows) {
+  instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) {
     run_phases(kernel_of(t, rows), p, one_launch, stream, [&](int phase) { return items[phase]; });
   });
 }

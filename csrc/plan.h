@@ -5,11 +5,11 @@
 
 namespace lilora {
 
-constexpr int kManyRows = 128, kFewRows = 16;  // rows of a tile
-constexpr int kFewRowsUpTo = 64;               // rows of a call that is worked on in the smaller tiles
+constexpr int kManyRows = 128;    // of a tile
+constexpr int kFewRowsUpTo = 64;  // rows of a call that is worked on in smaller tiles
 
 // The instantiation for a type and a number of rows of a tile: pick(T{}, integral constant).
-template <typename Pick>
+template <int kFewRows, typename Pick>
 auto instantiation(Type type, int tile_rows, Pick pick) {
   using Many = std::integral_constant<int, kManyRows>;
   using Few = std::integral_constant<int, kFewRows>;
@@ -18,9 +18,8 @@ auto instantiation(Type type, int tile_rows, Pick pick) {
 }
 
 // Bytes of shared memory for a panel and so many stages, both in chunks.
-inline int shared_bytes(int tile_rows, int panel, int stages, int stage) {
-  const int list = tile_rows == kManyRows ? Workspace<kManyRows>::kListBytes : Workspace<kFewRows>::kListBytes;
-  return list + (panel + stages * stage) * 16;
+inline int shared_bytes(int panel, int stages, int stage) {
+  return Workspace<kManyRows>::kListBytes + (panel + stages * stage) * 16;
 }
 
 // Steps over the columns of q and of z.
@@ -33,17 +32,17 @@ struct Need {
   int panel, stage;  // in chunks
 };
 template <size_t kCount>
-bool fits(int tile_rows, const Need (&needs)[kCount]) {
+bool fits(const Need (&needs)[kCount]) {
   for (const Need& need : needs) {
-    if (shared_bytes(tile_rows, need.panel, 2, need.stage) > largest_shared_memory()) return false;
+    if (shared_bytes(need.panel, 2, need.stage) > largest_shared_memory()) return false;
   }
   return true;
 }
 template <size_t kCount>
-int shared_for(int tile_rows, const Need (&needs)[kCount]) {
+int shared_for(const Need (&needs)[kCount]) {
   int most = 0;
   for (const Need& need : needs) {
-    most = larger(most, shared_bytes(tile_rows, need.panel, kMostStages, need.stage));
+    most = larger(most, shared_bytes(need.panel, kMostStages, need.stage));
   }
   return smaller(most, largest_shared_memory());
 }

@@ -62,23 +62,23 @@ DEVICE void load_chunk(Chunk* to, const Matrix& m, int64_t row, int64_t column, 
   }
 }
 
-// Loads kRows rows of a tile: `load(to, row, column)` is called for each of its chunks.
+// Loads the first rows of a tile: `load(to, row, column)` is called for each of their chunks.
 template <int kRows, typename T, int kColumns, typename Load>
-DEVICE void for_each_chunk(Tile<T, kRows, kColumns> tile, Load load) {
+DEVICE void for_each_chunk(Tile<T, kRows, kColumns> tile, Load load, int rows = kRows) {
   NO_UNROLL
-  for (int i = threadIdx.x; i < kRows * tile.kChunks; i += kThreads) {
+  for (int i = threadIdx.x; i < rows * tile.kChunks; i += kThreads) {
     const int row = i / tile.kChunks, c = i % tile.kChunks;
     load(tile.chunk(row, c), row, c * kPerChunk);
   }
 }
 
-// m[row + i, column + j] for i < rows and j < columns, zeros elsewhere.
+// m[row + i, column + j] for i < rows and j < columns, zeros elsewhere; rows from `filled` on are left as they are.
 template <int kRows, typename T, int kColumns>
 DEVICE void load_tile(Tile<T, kRows, kColumns> tile, const Matrix& m, int64_t row, int rows, int64_t column,
-                      int columns) {
-  for_each_chunk<kRows>(tile, [&](Chunk* to, int i, int j) {
-    load_chunk<T>(to, m, row + i, column + j, i < rows ? columns - j : 0);
-  });
+                      int columns, int filled = kRows) {
+  for_each_chunk<kRows>(
+      tile,
+      [&](Chunk* to, int i, int j) { load_chunk<T>(to, m, row + i, column + j, i < rows ? columns - j : 0); }, filled);
 }
 
 // The same for rows of one task alone; the others become zero. `mine(i)`: whether row i is one of them.
@@ -117,7 +117,7 @@ DEVICE void pipeline(int steps, int stages, Load load, Use use) {
 template <typename T, int kM, int kN, bool kATransposed, bool kBTransposed>
 struct Product {
   static constexpr bool kWarpgroups = kHasWgmma && kM == 128;  // two, of 64 rows each
-  static constexpr int kWarpsM = kWarpgroups ? 8 : kM == 16 ? 1 : 2, kWarpsN = kThreads / 32 / kWarpsM;
+  static constexpr int kWarpsM = kWarpgroups ? 8 : kM <= 64 ? 1 : 2, kWarpsN = kThreads / 32 / kWarpsM;
   static constexpr int kTilesM = kM / kWarpsM / 16, kTilesN = kN / kWarpsN / 8;
   static_assert(kTilesM >= 1 && kTilesN % 2 == 0);
   static constexpr int kRowsA = kATransposed ? kDepth : kM, kRowsB = kBTransposed ? kDepth : kN;
@@ -161,8 +161,9 @@ struct Product {
     }
   }
 
-  // One step. Columns from `columns` on are not wanted.
-  DEVICE void step(A a, B b, int columns) {
+  // One step. Columns from `columns` on are not wanted, nor are the sixteen rows of a bit that `tiles` lacks; a warpgroup
+  // computes them nevertheless.
+  DEVICE void step(A a, B b, int columns, uint32_t tiles = ~0u) {
     if (warp_column() >= columns) return;
     if constexpr (kWarpgroups) {
       const int m = threadIdx.x / 128 * 64;
@@ -180,6 +181,7 @@ struct Product {
         const int which = lane() / 8, in = lane() % 8;
         UNROLL
         for (int i = 0; i < kTilesM; ++i) {
+          if ((tiles >> (warp_row() / 16 + i) & 1) == 0) continue;
           const int m = warp_row() + 16 * i + which % 2 * 8, depth = k + which / 2 * 8;
           load_matrices<kATransposed>(left[i], kATransposed ? a.chunk(depth + in, m / 8) : a.chunk(m + in, depth / 8));
         }
@@ -190,6 +192,7 @@ struct Product {
         }
         UNROLL
         for (int i = 0; i < kTilesM; ++i) {
+          if ((tiles >> (warp_row() / 16 + i) & 1) == 0) continue;
           UNROLL
           for (int j = 0; j < kTilesN; ++j) {
             multiply<T>(c[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);

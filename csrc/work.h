@@ -21,6 +21,10 @@ struct Range {
   int count;
 };
 
+// Tensor cores take rows by sixteen: rows of whole such tiles, and the bits of those below a row.
+HOST_DEVICE constexpr int whole_tiles(int rows) { return (rows + 15) / 16 * 16; }
+HOST_DEVICE constexpr uint32_t tiles_below(int row) { return (1u << row / 16) - 1; }
+
 // Tile number `index` of `size` elements each, of `total`.
 HOST_DEVICE Range tile_range(int index, int size, int64_t total) {
   const int64_t first = int64_t{index} * size, left = total - first;

@@ -17,6 +17,12 @@ void emulation_set(int processors, int shared, unsigned order) {
 }
 void emulation_lacks_code(const char* reason) { emulation::missing_code = reason; }
 void emulation_launches_nothing() { emulation::launches_nothing = true; }
+void emulation_watch(const void* memory, int64_t bytes) {
+  emulation::watched = static_cast<const uint8_t*>(memory);
+  emulation::watched_size = bytes;
+  emulation::watched_bytes = 0;
+}
+int64_t emulation_watched_bytes() { return emulation::watched_bytes; }
 int emulation_launches() { return emulation::launches; }
 
 void index_tile_range(int index, int size, int64_t total, int64_t* out) {

@@ -204,6 +204,20 @@ def test_phases_without_work_are_not_launched(needs, phases, device):
     assert device.launches == before + phases
 
 
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, 64])
+def test_decoding_reads_each_factor_once(rows, device):
+    """The base's weight too, whatever the number of rows; of U only the tasks that occur."""
+    device(processors=7)
+    i = make(rows, 136, 264, 32, 16, 9, mix="random", dtype=torch.float16)
+    weight, bias = base(i)
+    occurring = i.task[i.task >= 0].unique().tolist()
+    want = {"weight": weight, "a": i.a, "b0": i.b0, **{f"u[{t}]": i.u[t] for t in range(9)}}
+    for name, factor in want.items():
+        copied = device.bytes_copied(factor, lambda: cuda_backend.run_forward(i.x, bias, args_of(i), False, weight))
+        expected = 0 if name.startswith("u") and int(name[2]) not in occurring else factor.nbytes
+        assert copied == expected, name
+
+
 def run_all(i, p=0.0, op="delta"):
     weight, bias = base(i)
     copy = i.leaves()

@@ -520,9 +520,10 @@ void plan(Backward& p, Type type) {
   });
   const int64_t row_tiles = ceil_div(adapter.rows, p.launch.tile_rows);
   const int wide = wide_columns(p.launch.tile_rows);
-  p.splits = shares_for(row_tiles * ceil_div(adapter.width(), wide), p.launch.blocks, 2 * kDepth, adapter.outputs,
-                        kMostSplits);
-  p.groups = shares_for(row_tiles, 2 * p.launch.blocks, 1, static_cast<int>(ceil_div(adapter.columns, kDxN)), 1 << 20);
+  const int blocks = p.launch.blocks, steps = static_cast<int>(ceil_div(adapter.outputs, kDepth));
+  const int column_tiles = static_cast<int>(ceil_div(adapter.columns, kDxN));
+  p.splits = shares_for(row_tiles * ceil_div(adapter.width(), wide), blocks, steps, 2, kMostSplits);
+  p.groups = shares_for(row_tiles, blocks, column_tiles, 1, column_tiles);
   p.chunk = adapter.rows <= 2048 ? 512 : 2048;
   const int64_t share = int64_t{4} * adapter.tasks * adapter.outputs * adapter.sub_rank;
   while (p.chunk < adapter.rows && ceil_div(adapter.rows, p.chunk) * share > kPlaneBytes) p.chunk *= 2;

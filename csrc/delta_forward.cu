@@ -227,12 +227,11 @@ void plan(Forward& p, Type type) {
   p.sum_tiles = static_cast<int>(ceil_div(adapter.rows, kSumRows));
   p.rank_tiles = static_cast<int>(ceil_div(adapter.rank, kTileN));
   p.output_tiles = static_cast<int>(ceil_div(adapter.outputs, kTileN));
-  p.splits = shares_for(p.row_tiles * p.rank_tiles, p.launch.blocks, 2 * kDepth, adapter.columns, kMostSplits);
-  p.base_splits =
-      p.weight.data == nullptr
-          ? 0
-          : shares_for(p.row_tiles * p.output_tiles, 2 * p.launch.blocks, 8 * kDepth, adapter.columns, kMostSplits);
-  p.groups = shares_for(p.row_tiles, 2 * p.launch.blocks, 1, p.output_tiles, p.output_tiles);
+  const int blocks = p.launch.blocks, depth = static_cast<int>(ceil_div(adapter.columns, kDepth));
+  const int base_tiles = p.weight.data == nullptr ? 0 : p.row_tiles * p.output_tiles;
+  p.splits = shares_for(p.row_tiles * p.rank_tiles, blocks, depth, 2, kMostSplits);
+  p.base_splits = base_tiles == 0 ? 0 : shares_for(base_tiles, blocks, depth, 8, kMostSplits);
+  p.groups = shares_for(p.row_tiles, blocks, p.output_tiles, 1, p.output_tiles);
 }
 
 void run(const Forward& p, Type type, bool one_launch, Stream stream) {

@@ -38,11 +38,19 @@ HOST_DEVICE Range share_range(int index, int shares, int step, int total) {
   return {first, smaller(size, total - first)};
 }
 
-// How many shares of at least `step` a dimension is split into so that `tiles` give each of `blocks` something to do.
-inline int shares_for(int64_t tiles, int blocks, int step, int total, int most) {
-  const int64_t wanted = ceil_div(blocks, tiles < 1 ? 1 : tiles);
-  const int64_t possible = ceil_div(total, step);
-  return static_cast<int>(larger(1, smaller(most, static_cast<int>(wanted < possible ? wanted : possible))));
+// How many shares `steps` steps are split into, of `least` steps or more each and `most` at most: the number with which the
+// block that has most of the items, one of each tile and share, takes the fewest steps. Two items a block are enough.
+inline int shares_for(int64_t tiles, int blocks, int steps, int least, int most) {
+  const int64_t enough = ceil_div(2 * int64_t{blocks}, tiles < 1 ? 1 : tiles);
+  int best = 1;
+  int64_t fewest = ceil_div(tiles, blocks) * steps;
+  for (int shares = 2; shares <= most && shares <= enough && ceil_div(steps, shares) >= least; ++shares) {
+    const int64_t taken = ceil_div(tiles * shares, blocks) * ceil_div(steps, shares);
+    if (taken >= fewest) continue;
+    best = shares;
+    fewest = taken;
+  }
+  return best;
 }
 
 // An item as the coordinates of a grid of `second` by `third` under its first coordinate.

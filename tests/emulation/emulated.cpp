@@ -41,8 +41,8 @@ void index_coordinates(int item, int second, int third, int64_t* out) {
   out[1] = at.second;
   out[2] = at.third;
 }
-int index_shares_for(int64_t tiles, int blocks, int step, int total, int most) {
-  return shares_for(tiles, blocks, step, total, most);
+int index_shares_for(int64_t tiles, int blocks, int steps, int least, int most) {
+  return shares_for(tiles, blocks, steps, least, most);
 }
 unsigned philox_keep_bits(int64_t seed, int64_t row, unsigned block, unsigned threshold) {
   return keep_bits(seed, row, block, threshold);

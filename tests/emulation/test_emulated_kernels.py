@@ -404,6 +404,23 @@ def test_what_the_fused_product_is_given(coefficients, mix, gate, p):
     errors.check()
 
 
+def test_the_fused_product_is_chosen_for_many_rows_and_a_measurement_overturns_that(monkeypatch):
+    wanted = "from 4096 rows on sm_90a where it fits, as modelled and not yet measured"
+    assert backends.plans("linear")["cuda"]["fused"] == wanted
+    assert max(cuda_linear.rows(torch.device("cpu"))) == 4096
+
+    def plan_of(rows):
+        i = make(rows, 64, 48, 16, 8, dtype=torch.bfloat16)
+        return cuda_linear.plan_of(i.x, base(i)[0], args_of(i))
+
+    assert [plan_of(rows) for rows in (4095, 4096)] == ["by_phase", "fused"]
+    monkeypatch.setitem(cuda_linear.FUSED_FROM, ("cpu", 64, 48), 300)
+    assert [plan_of(rows) for rows in (299, 300)] == ["by_phase", "fused"]
+    assert 300 in cuda_linear.rows(torch.device("cpu"))
+    monkeypatch.setitem(cuda_linear.FUSED_FROM, ("cpu", 64, 48), None)
+    assert plan_of(5000) == "by_phase"
+
+
 def test_the_fused_product_leaves_what_it_cannot_do_to_the_other_plans(monkeypatch):
     i = make(30, 64, 48, 16, 8, dtype=torch.bfloat16)
     weight, _ = base(i)

@@ -1,4 +1,4 @@
-"""Four plans, by the number of rows and where the fused product has been measured to be the faster one.
+"""Four plans, by the number of rows, and for the fused product by the layer too.
 
 decode: the kernels stream the base weight too. one_launch and by_phase: they write the adapter's part and cuBLAS adds the
 base's (beta = 1). fused (sm_90a): one product whose inner dimension has the adapter's steps too, forward and for dx.
@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ... import backends, cuda_library
 from .. import triton_runtime
-from ..cuda_runtime import DECODE_ROWS
+from ..cuda_runtime import DECODE_ROWS, FUSED_ROWS
 from ..delta import cuda_backend as delta
 from ..schema import AdapterArgs
 
 SLOT_BYTES = 1 << 28  # how much memory the slots of the fused product may take
-# (device, K, N) -> the number of rows from which the fused product was faster in a paired benchmark. None is measured yet.
-FUSED_FROM: dict[tuple[str, int, int], int] = {}
+# (device, K, N) -> the number of rows from which the fused product was faster in a paired benchmark, None where it never was: in
+# place of FUSED_ROWS. Nothing is measured yet.
+FUSED_FROM: dict[tuple[str, int, int], int | None] = {}
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
@@ -42,7 +43,7 @@ def backward(
 
 
 def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> str:
-    """The plan that is forced, or the one for so many rows. The fused product is chosen where it was measured faster."""
+    """The plan that is forced, or the one for so many rows."""
     count, plan, reason = rows.shape[0], backends.forced["plan"], None
     if plan == "fused":
         reason = unfit(rows, weight, adapter, bias)
@@ -54,8 +55,7 @@ def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | N
         )
     if plan is not None:
         return plan
-    device = triton_runtime.table_names(rows.device)
-    fused_from = FUSED_FROM.get((device[0], *weight.shape[::-1])) if device else None
+    fused_from = FUSED_FROM.get((device_name(rows.device), *weight.shape[::-1]), FUSED_ROWS)
     if fused_from is not None and count >= fused_from and unfit(rows, weight, adapter, bias) is None:
         return "fused"
     if count <= DECODE_ROWS:
@@ -65,7 +65,7 @@ def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | N
 
 def unfit(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> str | None:
     """Why the fused product cannot run on x or dy [M, ...], or None."""
-    if not cuda_library.has_hopper() or (rows.is_cuda and triton_runtime.capability(rows.device) != (9, 0)):
+    if not on_hopper(rows.device):
         return "it needs a GPU of compute capability 9.0 and a build for 9.0a"
     rank, sub_rank = adapter.rank_sizes
     if 0 in (*rows.shape, *weight.shape) or any(size % 8 for size in (*weight.shape, rank, sub_rank)):
@@ -87,5 +87,18 @@ def unfit(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | Non
 
 def rows(device: torch.device) -> list[int]:
     """Of every plan, and in both sizes of tiles."""
-    fused = [least for (name, *_), least in FUSED_FROM.items() if name in triton_runtime.table_names(device)]
-    return sorted({DECODE_ROWS, *delta.rows(device), backends.ONE_LAUNCH_ROWS, backends.ONE_LAUNCH_ROWS + 1, *fused})
+    name = device_name(device)
+    fused = {FUSED_ROWS, *(least for (of, *_), least in FUSED_FROM.items() if of == name and least is not None)}
+    return sorted(
+        {DECODE_ROWS, *delta.rows(device), backends.ONE_LAUNCH_ROWS, backends.ONE_LAUNCH_ROWS + 1}
+        | (fused if on_hopper(device) else set())
+    )
+
+
+def on_hopper(device: torch.device) -> bool:
+    """Whether the fused product can run at all; the emulated device takes it too."""
+    return cuda_library.has_hopper() and (device.type != "cuda" or triton_runtime.capability(device) == (9, 0))
+
+
+def device_name(device: torch.device) -> str:
+    return next(iter(triton_runtime.table_names(device)), device.type)

@@ -147,8 +147,9 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
     product.for_each([&](int i, int j, float& value, float& next) {
       const int64_t s = rights.first + j - adapter.q_width();
       if (s >= 0 && i < lefts.count && s < adapter.sub_rank) {
-        const int64_t row = (int64_t{chunk} * adapter.tasks + task) * adapter.outputs + lefts.first + i;
-        store_pair(p.du_planes + row * adapter.sub_rank + s, adapter.scaling * value, adapter.scaling * next,
+        const int64_t plane = int64_t{chunk} * adapter.tasks + task;
+        float* share = p.du_planes + plane * share_size(adapter.outputs, adapter.sub_rank);
+        store_pair(share + (lefts.first + i) * adapter.sub_rank + s, adapter.scaling * value, adapter.scaling * next,
                    s + 1 < adapter.sub_rank);
       }
       value = s < 0 ? value : 0;
@@ -167,7 +168,8 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
     if (i >= lefts.count || column >= columns) return;
     // Ranks outside of the wanted ones get zeros, whatever the product is.
     auto within = [&](int rank) { return kind == Outer::kV || (rank >= p.low_rank && rank < p.high_rank); };
-    store_pair(to + (plane * rows_of_c + row) * columns + column, within(down ? row : column) ? scale * value : 0.0f,
+    store_pair(to + plane * share_size(rows_of_c, columns) + int64_t{row} * columns + column,
+               within(down ? row : column) ? scale * value : 0.0f,
                within(down ? row : column + 1) ? scale * next : 0.0f, column + 1 < columns);
   });
 }
@@ -373,13 +375,27 @@ DEVICE float block_sum(float value) {
   return values[0];
 }
 
+// The sum of value(row) over rows first, first + step, ... that are wanted, in order, with several loads under way.
+template <typename Wanted, typename Value>
+DEVICE float sum_of_rows(int64_t first, int step, int64_t rows, Wanted wanted, Value value) {
+  float sum = 0;
+  for (int64_t row = first; row < rows; row += kMostSplits * step) {
+    float values[kMostSplits] = {};
+    UNROLL
+    for (int i = 0; i < kMostSplits; ++i) {
+      if (row + i * step < rows && wanted(row + i * step)) values[i] = value(row + i * step);
+    }
+    UNROLL
+    for (int i = 0; i < kMostSplits; ++i) sum += values[i];
+  }
+  return sum;
+}
+
 template <typename T>
 PART void fusion_gradient(const Backward& p, int task) {
-  float sum = 0;
-  for (int64_t row = threadIdx.x; row < p.adapter.rows; row += kThreads) {
-    if (task_of(p.adapter, row) == task) sum += p.dfusion_rows[row];
-  }
-  sum = block_sum(sum);
+  const float sum = block_sum(sum_of_rows(
+      threadIdx.x, kThreads, p.adapter.rows, [&](int64_t row) { return task_of(p.adapter, row) == task; },
+      [&](int64_t row) { return p.dfusion_rows[row]; }));
   if (threadIdx.x == 0) store_gradient<T>(p.dfusion, p.wide_fusion, task, sum);
 }
 
@@ -391,9 +407,10 @@ PART void gate_gradient(const Backward& p, int gate, int column_tile) {
   const int r = column_tile * kGateColumns + column;
   float sum = 0;
   if (r < adapter.rank) {
-    for (int64_t row = line; row < adapter.rows; row += kLines) {
-      if (adapter.gate_row == nullptr || adapter.gate_row[row] == gate) sum += p.dq_h[row * adapter.rank + r];
-    }
+    sum = sum_of_rows(
+        line, kLines, adapter.rows,
+        [&](int64_t row) { return adapter.gate_row == nullptr || adapter.gate_row[row] == gate; },
+        [&](int64_t row) { return p.dq_h[row * adapter.rank + r]; });
   }
   float* values = reinterpret_cast<float*>(shared_memory());
   __syncthreads();
@@ -406,22 +423,35 @@ PART void gate_gradient(const Backward& p, int gate, int column_tile) {
   __syncthreads();
 }
 
-// out [T, size] = the sum over the chunks of planes [chunks, T, size]; those of tasks without rows were never written.
+// out [T, rows, columns] = the sum over the chunks of planes [chunks, T, share_size]; those of tasks without rows were never
+// written.
 template <typename T>
-PART void sum_planes(const Backward& p, int item, const float* planes, bool by_task, void* out, bool wide,
-                       int64_t size) {
+PART void sum_planes(const Backward& p, int item, const float* planes, bool by_task, void* out, bool wide, int rows,
+                     int columns) {
   const int tasks = by_task ? p.adapter.tasks : 1;
   const int chunks = static_cast<int>(ceil_div(p.adapter.rows, p.chunk));
-  const int64_t per_task = ceil_div(size, kSumElements), task = item / per_task;
-  for (int64_t at = item % per_task * kSumElements + threadIdx.x; at < size && at < (item % per_task + 1) * kSumElements;
-       at += kThreads) {
-    float sum = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int* span = p.spans + (chunk * tasks + task) * 2;
-      if (by_task && span[1] < span[0]) continue;
-      sum += planes[(chunk * tasks + task) * size + at];
+  const int64_t size = int64_t{rows} * columns, stride = share_size(rows, columns);
+  const int64_t per_task = ceil_div(size, kSumElements), task = item / per_task, first = item % per_task * kSumElements;
+  for (int64_t at = first + 4 * threadIdx.x; at < size && at < first + kSumElements; at += 4 * kThreads) {
+    Vector<float, 4> sum = {};
+    for (int chunk = 0; chunk < chunks; chunk += kMostSplits) {
+      Vector<float, 4> parts[kMostSplits] = {};
+      UNROLL
+      for (int i = 0; i < kMostSplits; ++i) {
+        const int64_t plane = (chunk + int64_t{i}) * tasks + task;
+        if (chunk + i >= chunks || (by_task && p.spans[2 * plane + 1] < p.spans[2 * plane])) continue;
+        parts[i] = *reinterpret_cast<const Vector<float, 4>*>(planes + plane * stride + at);
+      }
+      UNROLL
+      for (int i = 0; i < kMostSplits; ++i) {
+        UNROLL
+        for (int j = 0; j < 4; ++j) sum.values[j] += parts[i].values[j];
+      }
     }
-    store_gradient<T>(out, wide, task * size + at, sum);
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+      if (at + j < size) store_gradient<T>(out, wide, task * size + at + j, sum.values[j]);
+    }
   }
 }
 
@@ -468,15 +498,15 @@ DEVICE void run_item(const Backward& p, int phase, int item) {
       gate_gradient<T>(p, at.first, at.third);
     }
   } else {
-    const int64_t k = adapter.columns, n = adapter.outputs, r = adapter.rank, s = adapter.sub_rank;
+    const int k = adapter.columns, n = adapter.outputs, r = adapter.rank, s = adapter.sub_rank;
     if (item < items.a_sums) {
-      sum_planes<T>(p, item, p.da_planes, false, p.da, p.wide_a, r * k);
+      sum_planes<T>(p, item, p.da_planes, false, p.da, p.wide_a, r, k);
     } else if ((item -= items.a_sums) < items.b0_sums) {
-      sum_planes<T>(p, item, p.db0_planes, false, p.db0, p.wide_b0, n * r);
+      sum_planes<T>(p, item, p.db0_planes, false, p.db0, p.wide_b0, n, r);
     } else if ((item -= items.b0_sums) < items.u_sums) {
-      sum_planes<T>(p, item, p.du_planes, true, p.du, p.wide_u, n * s);
+      sum_planes<T>(p, item, p.du_planes, true, p.du, p.wide_u, n, s);
     } else {
-      sum_planes<T>(p, item - items.u_sums, p.dv_planes, true, p.dv, p.wide_v, s * r);
+      sum_planes<T>(p, item - items.u_sums, p.dv_planes, true, p.dv, p.wide_v, s, r);
     }
   }
 }

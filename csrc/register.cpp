@@ -230,10 +230,10 @@ std::vector<Tensor> delta_backward(Tensor dy, Optional weight, Optional x, Optio
   p.seq = make.activation(dv, {rows, padded(adapter.sub_rank)});
   p.dq_h = make.floats(dgate, {rows, rank});
   p.dfusion_rows = make.floats(dfusion, {rows});
-  p.da_planes = make.floats(da, {chunks, rank, adapter.columns});
-  p.db0_planes = make.floats(db0, {chunks, outputs, rank});
-  p.du_planes = make.floats(du, {chunks, tasks, outputs, sub_rank});
-  p.dv_planes = make.floats(dv, {chunks, tasks, sub_rank, rank});
+  p.da_planes = make.floats(da, {chunks, share_size(rank, adapter.columns)});
+  p.db0_planes = make.floats(db0, {chunks, share_size(outputs, rank)});
+  p.du_planes = make.floats(du, {chunks, tasks, share_size(outputs, sub_rank)});
+  p.dv_planes = make.floats(dv, {chunks, tasks, share_size(sub_rank, rank)});
   void* const dx = p.dx;
   if (weight && dx != nullptr) p.dx = nullptr;
   run(p, type, one_launch, current_stream(dy));

@@ -3,6 +3,7 @@
 LILORA_CUDA_REPORT names the file that takes compile times and sizes as JSON; default: one in pytest's temporary folder.
 """
 
+import itertools
 import json
 import os
 import re
@@ -217,6 +218,16 @@ def test_products_are_made_by_tensor_cores(code):
     for name, text in fused.items():
         assert "HGMMA" in text, name
         assert "UTMALDG" in text, name
+
+
+def test_partial_sums_are_loaded_by_sixteen_bytes_eight_at_a_time(code):
+    """Between two additions of partial sums: loads of sixteen bytes that nothing waits for."""
+    kernels, _ = code
+    delta = {name: text for name, text in kernels.items() if re.search("delta_(for|back)ward", name)}
+    for name, text in delta.items():
+        waits = re.findall(r"\b(LDG\S*\.128|FADD)\b", text)
+        runs = [len(list(run)) for load, run in itertools.groupby(waits, lambda word: word != "FADD") if load]
+        assert max(runs, default=0) >= 8, name
 
 
 def test_lilora_info_shows_the_build(built):

@@ -90,10 +90,11 @@ struct Backward {
   float* dq_h;         // [M, R]: dq * h
   float* dfusion_rows; // [M]
   float* planes;       // [splits, M, width]: shares of [P | Q]
-  float* da_planes;    // shares of gradients, each of share_size: [chunks] of [R, K]
-  float* db0_planes;   // [chunks] of [N, R]
-  float* du_planes;    // [chunks, T] of [N, S]
-  float* dv_planes;    // [chunks, T] of [S, R]
+  float* da_planes;    // [chunks, a_share]: shares of [R, K]
+  float* db0_planes;   // [chunks, b0_share]: of [N, R]
+  float* du_planes;    // [chunks, T, u_share]: of [N, S]
+  float* dv_planes;    // [chunks, T, v_share]: of [S, R]
+  int64_t a_share, b0_share, u_share, v_share;  // elements of a share, so that the next one is aligned
   int* spans;          // [chunks, T, 2]: first and last row of a task within a chunk; last < first without one
   int splits, groups, chunk;  // chunk: rows of one share of the gradients of parameters
   int low_rank, high_rank;    // da and db0 outside are zero

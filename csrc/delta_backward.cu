@@ -148,7 +148,7 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
       const int64_t s = rights.first + j - adapter.q_width();
       if (s >= 0 && i < lefts.count && s < adapter.sub_rank) {
         const int64_t plane = int64_t{chunk} * adapter.tasks + task;
-        float* share = p.du_planes + plane * share_size(adapter.outputs, adapter.sub_rank);
+        float* share = p.du_planes + plane * p.u_share;
         store_pair(share + (lefts.first + i) * adapter.sub_rank + s, adapter.scaling * value, adapter.scaling * next,
                    s + 1 < adapter.sub_rank);
       }
@@ -160,16 +160,15 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
   float* const to = up ? p.db0_planes : down ? p.da_planes : p.dv_planes;
   if (to == nullptr || (kind == Outer::kV && spans[2 * first_task + 1] < spans[2 * first_task])) return;
   const int columns = down ? adapter.columns : adapter.rank;
-  const int64_t rows_of_c = up ? adapter.outputs : down ? adapter.rank : adapter.sub_rank;
   const int64_t plane = kind == Outer::kV ? int64_t{chunk} * adapter.tasks + first_task : chunk;
+  float* const share = to + plane * (up ? p.b0_share : down ? p.a_share : p.v_share);
   const float scale = up ? adapter.scaling : down ? adapter.keep_scale : 1.0f;
   product.for_each([&](int i, int j, float value, float next) {
     const int row = static_cast<int>(lefts.first) + i, column = static_cast<int>(rights.first) + j;
     if (i >= lefts.count || column >= columns) return;
     // Ranks outside of the wanted ones get zeros, whatever the product is.
     auto within = [&](int rank) { return kind == Outer::kV || (rank >= p.low_rank && rank < p.high_rank); };
-    store_pair(to + plane * share_size(rows_of_c, columns) + int64_t{row} * columns + column,
-               within(down ? row : column) ? scale * value : 0.0f,
+    store_pair(share + int64_t{row} * columns + column, within(down ? row : column) ? scale * value : 0.0f,
                within(down ? row : column + 1) ? scale * next : 0.0f, column + 1 < columns);
   });
 }
@@ -423,24 +422,24 @@ PART void gate_gradient(const Backward& p, int gate, int column_tile) {
   __syncthreads();
 }
 
-// out [T, rows, columns] = the sum over the chunks of planes [chunks, T, share_size]; those of tasks without rows were never
-// written.
+// out [T, size] = the sum over the chunks of planes [chunks, T, share]; those of tasks without rows were never written.
 template <typename T>
-PART void sum_planes(const Backward& p, int item, const float* planes, bool by_task, void* out, bool wide, int rows,
-                     int columns) {
+PART void sum_planes(const Backward& p, int item, const float* planes, int64_t share, bool by_task, void* out, bool wide,
+                     int64_t size) {
   const int tasks = by_task ? p.adapter.tasks : 1;
   const int chunks = static_cast<int>(ceil_div(p.adapter.rows, p.chunk));
-  const int64_t size = int64_t{rows} * columns, stride = share_size(rows, columns);
   const int64_t per_task = ceil_div(size, kSumElements), task = item / per_task, first = item % per_task * kSumElements;
+  NO_UNROLL
   for (int64_t at = first + 4 * threadIdx.x; at < size && at < first + kSumElements; at += 4 * kThreads) {
     Vector<float, 4> sum = {};
+    NO_UNROLL
     for (int chunk = 0; chunk < chunks; chunk += kMostSplits) {
       Vector<float, 4> parts[kMostSplits] = {};
       UNROLL
       for (int i = 0; i < kMostSplits; ++i) {
         const int64_t plane = (chunk + int64_t{i}) * tasks + task;
         if (chunk + i >= chunks || (by_task && p.spans[2 * plane + 1] < p.spans[2 * plane])) continue;
-        parts[i] = *reinterpret_cast<const Vector<float, 4>*>(planes + plane * stride + at);
+        parts[i] = *reinterpret_cast<const Vector<float, 4>*>(planes + plane * share + at);
       }
       UNROLL
       for (int i = 0; i < kMostSplits; ++i) {
@@ -498,15 +497,15 @@ DEVICE void run_item(const Backward& p, int phase, int item) {
       gate_gradient<T>(p, at.first, at.third);
     }
   } else {
-    const int k = adapter.columns, n = adapter.outputs, r = adapter.rank, s = adapter.sub_rank;
+    const int64_t k = adapter.columns, n = adapter.outputs, r = adapter.rank, s = adapter.sub_rank;
     if (item < items.a_sums) {
-      sum_planes<T>(p, item, p.da_planes, false, p.da, p.wide_a, r, k);
+      sum_planes<T>(p, item, p.da_planes, p.a_share, false, p.da, p.wide_a, r * k);
     } else if ((item -= items.a_sums) < items.b0_sums) {
-      sum_planes<T>(p, item, p.db0_planes, false, p.db0, p.wide_b0, n, r);
+      sum_planes<T>(p, item, p.db0_planes, p.b0_share, false, p.db0, p.wide_b0, n * r);
     } else if ((item -= items.b0_sums) < items.u_sums) {
-      sum_planes<T>(p, item, p.du_planes, true, p.du, p.wide_u, n, s);
+      sum_planes<T>(p, item, p.du_planes, p.u_share, true, p.du, p.wide_u, n * s);
     } else {
-      sum_planes<T>(p, item - items.u_sums, p.dv_planes, true, p.dv, p.wide_v, s, r);
+      sum_planes<T>(p, item - items.u_sums, p.dv_planes, p.v_share, true, p.dv, p.wide_v, s * r);
     }
   }
 }
@@ -555,8 +554,13 @@ void plan(Backward& p, Type type) {
   p.splits = shares_for(row_tiles * ceil_div(adapter.width(), wide), blocks, steps, 2, kMostSplits);
   p.groups = shares_for(row_tiles, blocks, column_tiles, 1, column_tiles);
   p.chunk = adapter.rows <= 2048 ? 512 : 2048;
-  const int64_t share = int64_t{4} * adapter.tasks * adapter.outputs * adapter.sub_rank;
-  while (p.chunk < adapter.rows && ceil_div(adapter.rows, p.chunk) * share > kPlaneBytes) p.chunk *= 2;
+  auto share = [](int64_t rows, int64_t columns) { return ceil_div(rows * columns, 4) * 4; };
+  p.a_share = share(adapter.rank, adapter.columns);
+  p.b0_share = share(adapter.outputs, adapter.rank);
+  p.u_share = share(adapter.outputs, adapter.sub_rank);
+  p.v_share = share(adapter.sub_rank, adapter.rank);
+  const int64_t bytes = adapter.tasks * p.u_share * 4;
+  while (p.chunk < adapter.rows && ceil_div(adapter.rows, p.chunk) * bytes > kPlaneBytes) p.chunk *= 2;
 }
 
 Items items_of(const Backward& p) {

@@ -216,7 +216,7 @@ std::vector<Tensor> delta_backward(Tensor dy, Optional weight, Optional x, Optio
     for (Tensor& gradient : gradients) torch::stable::zero_(gradient);
     return gradients;
   }
-  const int64_t rank = adapter.rank, sub_rank = adapter.sub_rank, tasks = adapter.tasks, outputs = adapter.outputs;
+  const int64_t rank = adapter.rank, tasks = adapter.tasks;
   const bool da = p.da != nullptr, db0 = p.db0 != nullptr, du = p.du != nullptr, dv = p.dv != nullptr;
   const bool dfusion = p.dfusion != nullptr, dgate = p.dgate != nullptr;
   const bool dh = p.dx != nullptr || da || dv || dfusion || dgate;
@@ -230,10 +230,10 @@ std::vector<Tensor> delta_backward(Tensor dy, Optional weight, Optional x, Optio
   p.seq = make.activation(dv, {rows, padded(adapter.sub_rank)});
   p.dq_h = make.floats(dgate, {rows, rank});
   p.dfusion_rows = make.floats(dfusion, {rows});
-  p.da_planes = make.floats(da, {chunks, share_size(rank, adapter.columns)});
-  p.db0_planes = make.floats(db0, {chunks, share_size(outputs, rank)});
-  p.du_planes = make.floats(du, {chunks, tasks, share_size(outputs, sub_rank)});
-  p.dv_planes = make.floats(dv, {chunks, tasks, share_size(sub_rank, rank)});
+  p.da_planes = make.floats(da, {chunks, p.a_share});
+  p.db0_planes = make.floats(db0, {chunks, p.b0_share});
+  p.du_planes = make.floats(du, {chunks, tasks, p.u_share});
+  p.dv_planes = make.floats(dv, {chunks, tasks, p.v_share});
   void* const dx = p.dx;
   if (weight && dx != nullptr) p.dx = nullptr;
   run(p, type, one_launch, current_stream(dy));

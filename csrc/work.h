@@ -15,9 +15,6 @@ HOST_DEVICE constexpr int padded(int rank) { return (rank + 7) / 8 * 8; }
 
 constexpr int kMostSplits = 8;  // of a sum into partial sums: when they are added, the loads of all are under way
 
-// Elements of a share of a gradient [rows, columns], so that the next one begins at a multiple of sixteen bytes.
-HOST_DEVICE constexpr int64_t share_size(int64_t rows, int64_t columns) { return (rows * columns + 3) / 4 * 4; }
-
 // `count` elements from `first` on: a tile at the edge of a matrix has fewer than others.
 struct Range {
   int64_t first;

@@ -216,7 +216,7 @@ def build_kernels(dry_run: bool, env: dict[str, str], seconds: float) -> dict:
     start = time.monotonic()
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=env | {"LILORA_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"},
+        command, cwd=ROOT, env=env | gpu_kit.BUILD,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
     )  # fmt: skip
     try:

@@ -46,7 +46,7 @@ LIBRARY, BUILD_INFO = "lilora_kernels.lib.liblilora_cuda", "lilora_kernels._buil
 EXTENSIONS = [Extension(LIBRARY, ["csrc/register.cpp"]), Extension(BUILD_INFO, ["csrc/build_info.cpp"])]
 # The host compiler does not know `#pragma unroll` in functions for both sides.
 WARNINGS = ["-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-Wno-unknown-pragmas"]
-FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", *WARNINGS]
+FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden", *WARNINGS]
 TORCH_DEFINES = ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
 
 

@@ -31,6 +31,7 @@ DEVICES = {"NVIDIA H100 80GB HBM3": 81559, "NVIDIA H200": 143771}  # MiB, on whi
 STAGES = ("7", "2", "1", "3", "4", "5", "6")
 PACKED_LIMIT, TREE_LIMIT = 45 << 20, 60 << 20  # bytes: of the kit, of kit and tree
 LIBRARY = "lilora_kernels/lib/liblilora_cuda.so"
+BUILD = {"LILORA_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a", "NVCC_APPEND_FLAGS": "-lineinfo"}  # lines for stage 8
 WHEELS = {  # what is imported -> the package
     "pydantic": "pydantic", "pydantic_core": "pydantic-core", "annotated_types": "annotated-types",
     "typing_inspection": "typing-inspection", "rich": "rich", "markdown_it": "markdown-it-py", "mdurl": "mdurl",
@@ -91,7 +92,7 @@ def said(what: str) -> None:
 
 
 def build_library(content: Path, folder: Path) -> None:
-    env = {**os.environ, "LILORA_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0a"}
+    env = {**os.environ, **BUILD}
     built = folder / "built"
     command = [
         sys.executable,

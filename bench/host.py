@@ -245,9 +245,11 @@ def rows(backends: list[str], calls: int = CALLS, blocks: int = BLOCKS, unit: st
         host_stub.INSTALL[name]()
     runs = {(s, n): run for s, of in situations().items() for n, run in of.items()}
     for name in backends:  # with models of their own: a layer settles its calls for one backend
+        torch.set_default_dtype(torch.float16 if name == "cuda" else torch.float32)  # the CUDA kernels take no fp32
         for s, of in situations().items():
             ours_by = {f"{n}, {name}": host_stub.through(name, run) for n, run in of.items() if n.startswith("ours")}
             runs |= {(s, n): run for n, run in ours_by.items()}
+    torch.set_default_dtype(torch.float32)
     order = list(dict.fromkeys(s for s, _ in runs))
     runs = dict(sorted(runs.items(), key=lambda run: order.index(run[0][0])))
     with backend("cpu"):

@@ -36,6 +36,7 @@ template <int kRows>
 struct TaskList {
   int ids[kRows];    // of each row; -1 behind the last
   int tasks[kRows];  // those that occur and exist, ascending
+  uint8_t tiles[kRows];  // of each of these, a bit for every sixteen rows that have one of it
   uint8_t first[kRows];
   int count;
 
@@ -53,11 +54,14 @@ struct TaskList {
     __syncthreads();
     if (i < kRows && first[i]) {
       int below = 0, above = 0;
+      uint32_t own = 0;
       for (int j = 0; j < kRows; ++j) {
+        own |= static_cast<uint32_t>(ids[j] == ids[i]) << j / 16;
         below += first[j] && ids[j] < ids[i];
         above += first[j] && ids[j] > ids[i];
       }
       tasks[below] = ids[i];
+      tiles[below] = static_cast<uint8_t>(own);
       if (above == 0) count = below + 1;
     }
     __syncthreads();
@@ -68,33 +72,22 @@ struct TaskList {
   DEVICE float missing(int i) const { return ids[i] < 0 ? 0.0f : not_a_number(); }
 };
 
-// Dropout, in place, on a tile of x whose first element is (row, column); column is a multiple of 8.
+// Dropout, in place, on the first rows of a tile of x whose first element is (row, column); column is a multiple of 8.
 template <int kRows, typename T, int kColumns>
-DEVICE void drop(Tile<T, kRows, kColumns> tile, const Adapter& adapter, int64_t row, int column) {
+DEVICE void drop(Tile<T, kRows, kColumns> tile, const Adapter& adapter, int64_t row, int column, int rows) {
   const int64_t seed = *adapter.seed;
-  for (int i = threadIdx.x; i < kRows * kColumns / 8; i += kThreads) {
+  for (int i = threadIdx.x; i < rows * kColumns / 8; i += kThreads) {
     const int m = i / (kColumns / 8), block = i % (kColumns / 8);
     const uint32_t keep = keep_bits(seed, row + m, column / 8 + block, adapter.threshold);
+    Chunk* chunk = tile.chunk(m, block);
+    union {
+      Chunk chunk;
+      uint16_t halves[kPerChunk];
+    } value;
+    value.chunk = *chunk;
     UNROLL
-    for (int part = 0; part < 8 / kPerChunk<T>; ++part) {
-      Chunk* chunk = tile.chunk(m, block * 8 / kPerChunk<T> + part);
-      union {
-        Chunk chunk;
-        uint16_t halves[8];
-        uint32_t words[4];
-      } value;
-      value.chunk = *chunk;
-      UNROLL
-      for (int j = 0; j < kPerChunk<T>; ++j) {
-        const bool kept = keep >> (part * kPerChunk<T> + j) & 1;
-        if constexpr (sizeof(T) == 2) {
-          value.halves[j] = kept ? value.halves[j] : uint16_t{0};
-        } else {
-          value.words[j] = kept ? value.words[j] : 0u;
-        }
-      }
-      *chunk = value.chunk;
-    }
+    for (int j = 0; j < kPerChunk; ++j) value.halves[j] = keep >> j & 1 ? value.halves[j] : uint16_t{0};
+    *chunk = value.chunk;
   }
   publish_shared();
 }
@@ -111,6 +104,29 @@ DEVICE void store_pair(T* to, float left, float right, bool both) {
     to[0] = rounded<T>(left);
     if (both) to[1] = rounded<T>(right);
   }
+}
+
+// Neighbours of a row that lie at a multiple of their size.
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T)) Vector {
+  T values[kCount];
+};
+
+// The sums of `splits` partial sums, `stride` elements apart, in order; all loads are under way at once.
+template <int kCount>
+DEVICE Vector<float, kCount> sum_of_splits(const float* from, int64_t stride, int splits) {
+  using Part = Vector<float, kCount>;
+  Part parts[kMostSplits] = {};
+  UNROLL
+  for (int split = 0; split < kMostSplits; ++split) {
+    if (split < splits) parts[split] = *reinterpret_cast<const Part*>(from + split * stride);
+  }
+  UNROLL
+  for (int split = 1; split < kMostSplits; ++split) {
+    UNROLL
+    for (int j = 0; j < kCount; ++j) parts[0].values[j] += parts[split].values[j];
+  }
+  return parts[0];
 }
 
 // Shared memory of a block: a list of tasks, then a panel of whole rows, then the stages of a pipeline.

@@ -21,6 +21,23 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path("build/cuda")
 DEFAULT_ARCHITECTURES = ("8.0", "8.9", "9.0a", "10.0")
 OLDEST_ARCHITECTURE, OLDEST_TORCH = (8, 0), (2, 10)
+# Names that torch takes in TORCH_CUDA_ARCH_LIST, as torch.utils.cpp_extension has them.
+NAMES = {
+    "Kepler+Tesla": "3.7",
+    "Kepler": "3.5+PTX",
+    "Maxwell+Tegra": "5.3",
+    "Maxwell": "5.0;5.2+PTX",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta+Tegra": "7.2",
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
 TORCH_TARGET_VERSION = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
 BYTES_PER_JOB = 4 << 30
 TOOLKIT = Path("/usr/local/cuda")
@@ -87,6 +104,10 @@ def stop(sentence: str) -> NoReturn:
     raise SystemExit(f"lilora-kernels: {sentence}")
 
 
+def note(sentence: str) -> None:
+    print(f"lilora-kernels: {sentence}", file=sys.stderr)
+
+
 # --- what is asked for --------------------------------------------------------------------------------------------------
 
 
@@ -111,24 +132,32 @@ class Architecture:
 
 
 def architectures(wanted: str | None, nvcc: "Nvcc") -> list[Architecture]:
-    """Those of TORCH_CUDA_ARCH_LIST, written as torch has it; else the default ones that this nvcc knows, the newest with PTX."""
+    """Those of TORCH_CUDA_ARCH_LIST, written as torch has it; else the default ones that this nvcc knows, the newest with PTX.
+
+    9.0 is read as 9.0a, which has wgmma. What is older than the kernels is left out with a note.
+    """
     if not (wanted or "").strip():
         known = [number for number in DEFAULT_ARCHITECTURES if number.rstrip("af") in nvcc.architectures]
         if not known:
             stop(f"nvcc {nvcc.version} knows none of {', '.join(DEFAULT_ARCHITECTURES)}; install a newer CUDA toolkit")
         return [Architecture(number, number == known[-1]) for number in known]
+    given = re.split(r"[;\s]+", wanted.strip("; \t\n"))
     chosen: dict[str, bool] = {}
-    for entry in re.split(r"[;\s]+", wanted.strip("; \t\n")):
+    for entry in ";".join(NAMES.get(entry, entry) for entry in given).split(";"):
         match = re.fullmatch(r"((\d+)\.(\d)[af]?)(\+PTX)?", entry)
         if not match:
-            stop(f"TORCH_CUDA_ARCH_LIST has {entry!r}; write numbers such as 8.0;9.0a+PTX")
+            stop(f"TORCH_CUDA_ARCH_LIST has {entry!r}; write numbers such as 8.0;9.0a+PTX, or names such as Hopper")
         number, major, minor, ptx = match.groups()
         if (int(major), int(minor)) < OLDEST_ARCHITECTURE:
-            stop(f"TORCH_CUDA_ARCH_LIST has {entry}, but the kernels need 8.0 or newer; take it out")
+            note(f"TORCH_CUDA_ARCH_LIST has {entry}, which is left out: the kernels need 8.0 or newer")
+            continue
         if number.rstrip("af") not in nvcc.architectures:
             known = ", ".join(sorted(nvcc.architectures, key=float))
             stop(f"TORCH_CUDA_ARCH_LIST has {entry}, which nvcc {nvcc.version} does not know; it knows {known}")
+        number = "9.0a" if number == "9.0" else number
         chosen[number] = chosen.get(number, False) or ptx is not None
+    if not chosen:
+        stop(f"TORCH_CUDA_ARCH_LIST is {wanted!r}, but the kernels need 8.0 or newer; add such an architecture")
     return [Architecture(number, ptx) for number, ptx in chosen.items()]
 
 

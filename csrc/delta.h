@@ -7,7 +7,7 @@
 
 namespace lilora {
 
-enum class Type { kFloat, kHalf, kBFloat16 };
+enum class Type { kHalf, kBFloat16 };  // of activations, and of the parameters that a launch is given
 
 // The adapter's side of a call; data is null where an argument is not given.
 struct Adapter {
@@ -48,16 +48,16 @@ struct Forward {
   void* qz;           // [M, width]: q, then e q V_t^T; for the fused product s f q, then s e q V_t^T
   void* q;            // [M, q_width]: q, only for the fused product, which takes the place of phase 2
   float* planes;       // [splits, M, q_width]: shares of h
-  float* base_planes;  // [base_splits, M, N]: shares of x W^T
+  float* base_planes;  // [base_splits, M, padded(N)]: shares of x W^T
   int splits, base_splits;
   int groups;     // an item of phase 2 has one of so many ranges of tiles of outputs
-  int row_tiles, rank_tiles, output_tiles;
+  int row_tiles, sum_tiles, rank_tiles, output_tiles;  // sum_tiles: tiles of rows of phase 1
   Launch launch;
 };
 
 // How many work items the phases of the backward have. Those of a phase follow each other in the order of the fields.
 struct Items {
-  int row_tiles, chunks;
+  int row_tiles, sum_tiles, chunks;  // sum_tiles: tiles of rows of phases 0 and 2
   int prepares, spans;                  // phase 0
   int shrinks, ups;                     // phase 1, of each chunk
   int finishes;                         // phase 2
@@ -80,7 +80,7 @@ struct Backward {
   Matrix dy;  // [M, N]
   Matrix x;   // [M, K]
   Matrix h;   // [M, R]
-  // Gradients in the types of what they belong to; null where nobody asked. `wide`: which of them are fp32 masters.
+  // Gradients; null where nobody asked. `wide`: which of them are fp32.
   void *dx, *da, *db0, *du, *dv, *dfusion, *dgate;
   bool wide_a, wide_b0, wide_u, wide_v, wide_fusion, wide_gate;
   void* fqz;           // [M, width]: f q, then e q V_t^T
@@ -90,10 +90,11 @@ struct Backward {
   float* dq_h;         // [M, R]: dq * h
   float* dfusion_rows; // [M]
   float* planes;       // [splits, M, width]: shares of [P | Q]
-  float* da_planes;    // [chunks, R, K]
-  float* db0_planes;   // [chunks, N, R]
-  float* du_planes;    // [chunks, T, N, S]
-  float* dv_planes;    // [chunks, T, S, R]
+  float* da_planes;    // [chunks, a_share]: shares of [R, K]
+  float* db0_planes;   // [chunks, b0_share]: of [N, R]
+  float* du_planes;    // [chunks, T, u_share]: of [N, S]
+  float* dv_planes;    // [chunks, T, v_share]: of [S, R]
+  int64_t a_share, b0_share, u_share, v_share;  // elements of a share, so that the next one is aligned
   int* spans;          // [chunks, T, 2]: first and last row of a task within a chunk; last < first without one
   int splits, groups, chunk;  // chunk: rows of one share of the gradients of parameters
   int low_rank, high_rank;    // da and db0 outside are zero

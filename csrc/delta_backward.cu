@@ -10,20 +10,18 @@
 
 namespace lilora {
 
+constexpr int kFewRows = 16;                   // of a tile of a call of few rows
 constexpr int kOuterM = 128;                   // rows of a tile of a product that sums over rows
 constexpr int kDxN = 128;                      // columns of a tile of dx
 constexpr int kGateColumns = 32;               // of an item of dgate
 constexpr int kSumElements = 8 * kThreads;     // of an item of phase 4
 
-// Columns of a tile of a product that sums over rows, and of [P | Q]. fp32 takes more registers for the same tile.
-HOST_DEVICE constexpr int outer_columns(int element_size) { return element_size == 2 ? 192 : 128; }
-HOST_DEVICE constexpr int wide_columns(int element_size, int tile_rows) {
-  return element_size == 4 ? 128 : tile_rows == kManyRows ? 192 : 256;
-}
-template <typename T>
-constexpr int kOuterN = outer_columns(sizeof(T));
-template <typename T, int kM>
-constexpr int kWide = wide_columns(sizeof(T), kM);
+constexpr int kOuterN = 192;                   // columns of a tile of a product that sums over rows
+
+// Columns of a tile of [P | Q].
+HOST_DEVICE constexpr int wide_columns(int tile_rows) { return tile_rows == kManyRows ? 192 : 256; }
+template <int kM>
+constexpr int kWide = wide_columns(kM);
 
 template <typename T>
 DEVICE void store_gradient(void* to, bool wide, int64_t at, float value) {
@@ -58,14 +56,14 @@ PART void find_spans(const Backward& p, int chunk) {
 // A share of P = dy B0 and Q = dy U_t of a tile of rows, over some of the outputs.
 template <typename T, int kM>
 PART void shrink_dy(const Backward& p, int row_tile, int column_tile, int split) {
-  using Tiles = Product<T, kM, kWide<T, kM>, false, true>;
+  using Tiles = Product<T, kM, kWide<kM>, false, true>;
   const Adapter& adapter = p.adapter;
   const Range rows = tile_range(row_tile, kM, adapter.rows);
   if (rows.count <= 0) return;
   TaskList<kM>& list = Workspace<kM>::list();
   list.fill(adapter, rows);
-  const Range columns = tile_range(column_tile, kWide<T, kM>, adapter.width());
-  const Range depth = share_range(split, p.splits, kDepth<T>, adapter.outputs);
+  const Range columns = tile_range(column_tile, kWide<kM>, adapter.width());
+  const Range depth = share_range(split, p.splits, kDepth, adapter.outputs);
   Chunk* stage_memory = Workspace<kM>::panel();
   const int stages = Workspace<kM>::stages(p.launch.shared, 0, Tiles::kChunksA + Tiles::kChunksB);
   auto left_at = [&](int stage) { return typename Tiles::A{stage_memory + stage * (Tiles::kChunksA + Tiles::kChunksB)}; };
@@ -75,12 +73,12 @@ PART void shrink_dy(const Backward& p, int row_tile, int column_tile, int split)
     Tiles product;
     product.clear();
     pipeline(
-        (depth.count + kDepth<T> - 1) / kDepth<T>, stages,
+        (depth.count + kDepth - 1) / kDepth, stages,
         [&](int step, int stage) {
-          const int64_t n = depth.first + step * kDepth<T>;
-          const int left = depth.count - step * kDepth<T>;
+          const int64_t n = depth.first + step * kDepth;
+          const int left = depth.count - step * kDepth;
           load_tile<kM>(left_at(stage), p.dy, rows.first, rows.count, n, left);
-          for_each_chunk<kDepth<T>>(right_at(stage), [&](Chunk* to, int i, int j) {
+          for_each_chunk<kDepth>(right_at(stage), [&](Chunk* to, int i, int j) {
             const int64_t r = columns.first + j, s = r - adapter.q_width();
             if (s < 0) {
               load_chunk<T>(to, adapter.b0, n + i, r, i < left ? adapter.rank - static_cast<int>(r) : 0);
@@ -105,16 +103,16 @@ enum class Outer { kUp, kDown, kV };  // dy^T [f q | e z] -> dB0 and dU_t; dh^T 
 
 template <typename T, int kM>
 PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile, int right_tile) {
-  using Tiles = Product<T, kOuterM, kOuterN<T>, true, true>;
+  using Tiles = Product<T, kOuterM, kOuterN, true, true>;
   const Adapter& adapter = p.adapter;
   const bool up = kind == Outer::kUp, down = kind == Outer::kDown;
   const int width = up ? adapter.width() : adapter.q_width(), z_width = padded(adapter.sub_rank);
-  const Matrix left = up ? p.dy : Matrix{down ? p.dh : p.seq, down ? width : z_width, false, true};
-  const Matrix right = down ? p.x : Matrix{up ? p.fqz : p.q, width, false, true};
+  const Matrix left = up ? p.dy : Matrix{down ? p.dh : p.seq, down ? width : z_width, true};
+  const Matrix right = down ? p.x : Matrix{up ? p.fqz : p.q, width, true};
   // The rows of C are outputs, ranks or ranks of V; for dV_t, left_tile is the task.
   const Range lefts = tile_range(kind == Outer::kV ? 0 : left_tile, kOuterM,
                                  up ? adapter.outputs : down ? adapter.rank : adapter.sub_rank);
-  const Range rights = tile_range(right_tile, kOuterN<T>, up ? width : down ? adapter.columns : adapter.rank);
+  const Range rights = tile_range(right_tile, kOuterN, up ? width : down ? adapter.columns : adapter.rank);
   const Range rows = chunk_rows(p, chunk);
   const int* spans = p.spans + static_cast<int64_t>(chunk) * adapter.tasks * 2;
   const int first_task = kind == Outer::kV ? left_tile : 0, last_task = up ? adapter.tasks - 1 : first_task;
@@ -130,17 +128,17 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
     const int low = down ? 0 : spans[2 * task], count = down ? rows.count : spans[2 * task + 1] - low + 1;
     if (count <= 0) continue;
     pipeline(
-        (count + kDepth<T> - 1) / kDepth<T>, stages,
+        (count + kDepth - 1) / kDepth, stages,
         [&](int step, int stage) {
-          const int64_t row = rows.first + low + step * kDepth<T>;
-          const int in = count - step * kDepth<T>;
+          const int64_t row = rows.first + low + step * kDepth;
+          const int in = count - step * kDepth;
           auto mine = [&](int i) { return down || task_of(adapter, row + i) == task; };
-          load_rows<kDepth<T>>(left_at(stage), left, row, in, lefts.first, lefts.count, mine);
-          load_rows<kDepth<T>>(right_at(stage), right, row, in, rights.first, rights.count, mine);
+          load_rows<kDepth>(left_at(stage), left, row, in, lefts.first, lefts.count, mine);
+          load_rows<kDepth>(right_at(stage), right, row, in, rights.first, rights.count, mine);
         },
         [&](int step, int stage) {
           if (down && adapter.seed != nullptr) {
-            drop<kDepth<T>>(right_at(stage), adapter, rows.first + step * kDepth<T>, static_cast<int>(rights.first));
+            drop(right_at(stage), adapter, rows.first + step * kDepth, static_cast<int>(rights.first), kDepth);
             __syncthreads();
           }
           product.step(left_at(stage), right_at(stage), rights.count);
@@ -149,8 +147,9 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
     product.for_each([&](int i, int j, float& value, float& next) {
       const int64_t s = rights.first + j - adapter.q_width();
       if (s >= 0 && i < lefts.count && s < adapter.sub_rank) {
-        const int64_t row = (int64_t{chunk} * adapter.tasks + task) * adapter.outputs + lefts.first + i;
-        store_pair(p.du_planes + row * adapter.sub_rank + s, adapter.scaling * value, adapter.scaling * next,
+        const int64_t plane = int64_t{chunk} * adapter.tasks + task;
+        float* share = p.du_planes + plane * p.u_share;
+        store_pair(share + (lefts.first + i) * adapter.sub_rank + s, adapter.scaling * value, adapter.scaling * next,
                    s + 1 < adapter.sub_rank);
       }
       value = s < 0 ? value : 0;
@@ -161,53 +160,62 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
   float* const to = up ? p.db0_planes : down ? p.da_planes : p.dv_planes;
   if (to == nullptr || (kind == Outer::kV && spans[2 * first_task + 1] < spans[2 * first_task])) return;
   const int columns = down ? adapter.columns : adapter.rank;
-  const int64_t rows_of_c = up ? adapter.outputs : down ? adapter.rank : adapter.sub_rank;
   const int64_t plane = kind == Outer::kV ? int64_t{chunk} * adapter.tasks + first_task : chunk;
+  float* const share = to + plane * (up ? p.b0_share : down ? p.a_share : p.v_share);
   const float scale = up ? adapter.scaling : down ? adapter.keep_scale : 1.0f;
   product.for_each([&](int i, int j, float value, float next) {
     const int row = static_cast<int>(lefts.first) + i, column = static_cast<int>(rights.first) + j;
     if (i >= lefts.count || column >= columns) return;
     // Ranks outside of the wanted ones get zeros, whatever the product is.
     auto within = [&](int rank) { return kind == Outer::kV || (rank >= p.low_rank && rank < p.high_rank); };
-    store_pair(to + (plane * rows_of_c + row) * columns + column, within(down ? row : column) ? scale * value : 0.0f,
+    store_pair(share + int64_t{row} * columns + column, within(down ? row : column) ? scale * value : 0.0f,
                within(down ? row : column + 1) ? scale * next : 0.0f, column + 1 < columns);
   });
 }
 
+// The sums of the shares of P and Q of a tile of rows lie in shared memory: floats of a row, so that eight rows lie in
+// different banks.
+HOST_DEVICE constexpr int sums_stride(int width) { return (width + 31) / 32 * 32 + 8; }
+HOST_DEVICE constexpr int finish_panel(int width, int steps) {  // in chunks, with the rows of Q
+  return kSumRows * (steps * 8 + sums_stride(width) / 4);
+}
+
 // From the shares of P and Q: dh of a tile of rows, and what the gradients of v, fusion and gate sum up.
-template <typename T, int kM>
+template <typename T>
 PART void finish_dh(const Backward& p, int row_tile) {
+  constexpr int kM = kSumRows;
   using Tiles = Product<T, kM, 128, false, true>;
   const Adapter& adapter = p.adapter;
   const Range rows = tile_range(row_tile, kM, adapter.rows);
   const int width = adapter.width(), q_width = adapter.q_width(), z_width = padded(adapter.sub_rank);
-  const int64_t plane = adapter.rows * width;
   TaskList<kM>& list = Workspace<kM>::list();
   list.fill(adapter, rows);
-  const int steps = static_cast<int>(ceil_div(z_width, kDepth<T>));
-  const int panel = Workspace<kM>::panel_chunks(steps);
+  const int steps = static_cast<int>(ceil_div(z_width, kDepth)), stride = sums_stride(width);
+  const int panel = finish_panel(width, steps);
+  float* sums = reinterpret_cast<float*>(Workspace<kM>::panel() + Workspace<kM>::panel_chunks(steps));  // [kM, stride]
   Chunk* stage_memory = Workspace<kM>::panel() + panel;
   float* row_sums = reinterpret_cast<float*>(stage_memory);  // [kM, kWarpsN], between products
   const int stages = Workspace<kM>::stages(p.launch.shared, panel, Tiles::kChunksB);
   auto panel_at = [&](int k) { return typename Tiles::A{Workspace<kM>::panel() + Workspace<kM>::panel_chunks(k)}; };
   auto right_at = [&](int stage) { return typename Tiles::B{stage_memory + stage * Tiles::kChunksB}; };
-  auto sum = [&](int i, int column) {
-    float total = 0;
-    NO_UNROLL
-    for (int split = 0; split < p.splits; ++split) {
-      total += p.planes[split * plane + (rows.first + i) * width + column];
+
+  for (int at = threadIdx.x; at < kM * width / 4; at += kThreads) {
+    const int i = at / (width / 4), column = at % (width / 4) * 4;
+    Vector<float, 4> sum = {};
+    if (i < rows.count && list.exists(adapter, i)) {  // others have none
+      sum = sum_of_splits<4>(p.planes + (rows.first + i) * width + column, adapter.rows * width, p.splits);
     }
-    return total;
-  };
+    *reinterpret_cast<Vector<float, 4>*>(sums + i * stride + column) = sum;
+  }
+  __syncthreads();
 
   // Q in the type of activations, and s e Q for dV.
-  for (int at = threadIdx.x; at < kM * steps * kDepth<T>; at += kThreads) {
-    const int i = at / (steps * kDepth<T>), s = at % (steps * kDepth<T>);
-    const bool exists = i < rows.count && s < z_width && list.exists(adapter, i);
-    const float q_u = exists ? sum(i, q_width + s) : 0.0f;
-    panel_at(s / kDepth<T>).at(i, s % kDepth<T>) = rounded<T>(q_u);
+  for (int at = threadIdx.x; at < kM * steps * kDepth; at += kThreads) {
+    const int i = at / (steps * kDepth), s = at % (steps * kDepth);
+    const float q_u = s < z_width ? sums[i * stride + q_width + s] : 0.0f;
+    panel_at(s / kDepth).at(i, s % kDepth) = rounded<T>(q_u);
     if (p.seq != nullptr && i < rows.count && s < z_width) {
-      const float e = exists ? share_of_uv<T>(adapter, list.ids[i]) : 0.0f;
+      const float e = list.exists(adapter, i) ? share_of_uv<T>(adapter, list.ids[i]) : 0.0f;
       static_cast<T*>(p.seq)[(rows.first + i) * z_width + s] = rounded<T>(adapter.scaling * e * q_u);
     }
   }
@@ -231,8 +239,8 @@ PART void finish_dh(const Backward& p, int row_tile) {
       pipeline(
           steps, stages,
           [&](int step, int stage) {
-            const int s = step * kDepth<T>;
-            load_tile<kDepth<T>>(right_at(stage), adapter.v, int64_t{id} * adapter.sub_rank + s, adapter.sub_rank - s,
+            const int s = step * kDepth;
+            load_tile<kDepth>(right_at(stage), adapter.v, int64_t{id} * adapter.sub_rank + s, adapter.sub_rank - s,
                                  first, adapter.rank - first);
           },
           [&](int step, int stage) { product.step(panel_at(step), right_at(stage), adapter.rank - first); });
@@ -251,7 +259,7 @@ PART void finish_dh(const Backward& p, int row_tile) {
             UNROLL
             for (int next = 0; next < 2; ++next) {
               const int at = r + next;
-              const float b0_part = sum(i, at), uv_part = product.c[m][j][2 * half + next];
+              const float b0_part = sums[i * stride + at], uv_part = product.c[m][j][2 * half + next];
               const float dq = adapter.scaling * (f * b0_part + e * uv_part);
               dh[next] = 0;
               if (at < adapter.rank) {
@@ -296,15 +304,15 @@ PART void input_gradient(const Backward& p, int row_tile, int group) {
   const Range rows = tile_range(row_tile, kM, adapter.rows);
   const Range tiles = share_range(group, p.groups, 1, static_cast<int>(ceil_div(adapter.columns, kDxN)));
   if (tiles.count <= 0) return;
-  const int steps = static_cast<int>(ceil_div(adapter.q_width(), kDepth<T>));
+  const int steps = static_cast<int>(ceil_div(adapter.q_width(), kDepth));
   const int panel = Workspace<kM>::panel_chunks(steps);
   Chunk* stage_memory = Workspace<kM>::panel() + panel;
   const int stages = Workspace<kM>::stages(p.launch.shared, panel, Tiles::kChunksB);
   auto panel_at = [&](int k) { return typename Tiles::A{Workspace<kM>::panel() + Workspace<kM>::panel_chunks(k)}; };
   auto right_at = [&](int stage) { return typename Tiles::B{stage_memory + stage * Tiles::kChunksB}; };
-  const Matrix dh = {p.dh, adapter.q_width(), false, true};
+  const Matrix dh = {p.dh, adapter.q_width(), true};
   for (int k = 0; k < steps; ++k) {
-    load_tile<kM>(panel_at(k), dh, rows.first, rows.count, k * kDepth<T>, adapter.q_width() - k * kDepth<T>);
+    load_tile<kM>(panel_at(k), dh, rows.first, rows.count, k * kDepth, adapter.q_width() - k * kDepth);
   }
   commit_copies();
   Tiles product;
@@ -313,8 +321,8 @@ PART void input_gradient(const Backward& p, int row_tile, int group) {
       tiles.count * steps, stages,
       [&](int step, int stage) {
         const Range columns = tile_range(static_cast<int>(tiles.first) + step / steps, kDxN, adapter.columns);
-        const int r = step % steps * kDepth<T>;
-        load_tile<kDepth<T>>(right_at(stage), adapter.a, r, adapter.rank - r, columns.first, columns.count);
+        const int r = step % steps * kDepth;
+        load_tile<kDepth>(right_at(stage), adapter.a, r, adapter.rank - r, columns.first, columns.count);
       },
       [&](int step, int stage) {
         const Range columns = tile_range(static_cast<int>(tiles.first) + step / steps, kDxN, adapter.columns);
@@ -366,13 +374,27 @@ DEVICE float block_sum(float value) {
   return values[0];
 }
 
+// The sum of value(row) over rows first, first + step, ... that are wanted, in order, with several loads under way.
+template <typename Wanted, typename Value>
+DEVICE float sum_of_rows(int64_t first, int step, int64_t rows, Wanted wanted, Value value) {
+  float sum = 0;
+  for (int64_t row = first; row < rows; row += kMostSplits * step) {
+    float values[kMostSplits] = {};
+    UNROLL
+    for (int i = 0; i < kMostSplits; ++i) {
+      if (row + i * step < rows && wanted(row + i * step)) values[i] = value(row + i * step);
+    }
+    UNROLL
+    for (int i = 0; i < kMostSplits; ++i) sum += values[i];
+  }
+  return sum;
+}
+
 template <typename T>
 PART void fusion_gradient(const Backward& p, int task) {
-  float sum = 0;
-  for (int64_t row = threadIdx.x; row < p.adapter.rows; row += kThreads) {
-    if (task_of(p.adapter, row) == task) sum += p.dfusion_rows[row];
-  }
-  sum = block_sum(sum);
+  const float sum = block_sum(sum_of_rows(
+      threadIdx.x, kThreads, p.adapter.rows, [&](int64_t row) { return task_of(p.adapter, row) == task; },
+      [&](int64_t row) { return p.dfusion_rows[row]; }));
   if (threadIdx.x == 0) store_gradient<T>(p.dfusion, p.wide_fusion, task, sum);
 }
 
@@ -384,9 +406,10 @@ PART void gate_gradient(const Backward& p, int gate, int column_tile) {
   const int r = column_tile * kGateColumns + column;
   float sum = 0;
   if (r < adapter.rank) {
-    for (int64_t row = line; row < adapter.rows; row += kLines) {
-      if (adapter.gate_row == nullptr || adapter.gate_row[row] == gate) sum += p.dq_h[row * adapter.rank + r];
-    }
+    sum = sum_of_rows(
+        line, kLines, adapter.rows,
+        [&](int64_t row) { return adapter.gate_row == nullptr || adapter.gate_row[row] == gate; },
+        [&](int64_t row) { return p.dq_h[row * adapter.rank + r]; });
   }
   float* values = reinterpret_cast<float*>(shared_memory());
   __syncthreads();
@@ -399,22 +422,35 @@ PART void gate_gradient(const Backward& p, int gate, int column_tile) {
   __syncthreads();
 }
 
-// out [T, size] = the sum over the chunks of planes [chunks, T, size]; those of tasks without rows were never written.
+// out [T, size] = the sum over the chunks of planes [chunks, T, share]; those of tasks without rows were never written.
 template <typename T>
-PART void sum_planes(const Backward& p, int item, const float* planes, bool by_task, void* out, bool wide,
-                       int64_t size) {
+PART void sum_planes(const Backward& p, int item, const float* planes, int64_t share, bool by_task, void* out, bool wide,
+                     int64_t size) {
   const int tasks = by_task ? p.adapter.tasks : 1;
   const int chunks = static_cast<int>(ceil_div(p.adapter.rows, p.chunk));
-  const int64_t per_task = ceil_div(size, kSumElements), task = item / per_task;
-  for (int64_t at = item % per_task * kSumElements + threadIdx.x; at < size && at < (item % per_task + 1) * kSumElements;
-       at += kThreads) {
-    float sum = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int* span = p.spans + (chunk * tasks + task) * 2;
-      if (by_task && span[1] < span[0]) continue;
-      sum += planes[(chunk * tasks + task) * size + at];
+  const int64_t per_task = ceil_div(size, kSumElements), task = item / per_task, first = item % per_task * kSumElements;
+  NO_UNROLL
+  for (int64_t at = first + 4 * threadIdx.x; at < size && at < first + kSumElements; at += 4 * kThreads) {
+    Vector<float, 4> sum = {};
+    NO_UNROLL
+    for (int chunk = 0; chunk < chunks; chunk += kMostSplits) {
+      Vector<float, 4> parts[kMostSplits] = {};
+      UNROLL
+      for (int i = 0; i < kMostSplits; ++i) {
+        const int64_t plane = (chunk + int64_t{i}) * tasks + task;
+        if (chunk + i >= chunks || (by_task && p.spans[2 * plane + 1] < p.spans[2 * plane])) continue;
+        parts[i] = *reinterpret_cast<const Vector<float, 4>*>(planes + plane * share + at);
+      }
+      UNROLL
+      for (int i = 0; i < kMostSplits; ++i) {
+        UNROLL
+        for (int j = 0; j < 4; ++j) sum.values[j] += parts[i].values[j];
+      }
     }
-    store_gradient<T>(out, wide, task * size + at, sum);
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+      if (at + j < size) store_gradient<T>(out, wide, task * size + at + j, sum.values[j]);
+    }
   }
 }
 
@@ -426,9 +462,9 @@ DEVICE void run_item(const Backward& p, int phase, int item) {
     if (item < items.prepares) {
       T* fqz = static_cast<T*>(p.fqz);
       T* h = static_cast<T*>(const_cast<void*>(p.h.data));
-      prepare<T, kM>({&adapter, nullptr, 0, h, fqz, static_cast<T*>(p.q), adapter.q_width(), fqz + adapter.q_width(),
-                      adapter.width(), 1.0f, p.launch.shared},
-                     item);
+      prepare<T>({&adapter, nullptr, 0, h, fqz, static_cast<T*>(p.q), adapter.q_width(), fqz + adapter.q_width(),
+                  adapter.width(), 1.0f, p.launch.shared},
+                 item);
     } else {
       find_spans(p, item - items.prepares);
     }
@@ -444,7 +480,7 @@ DEVICE void run_item(const Backward& p, int phase, int item) {
       outer_product<T, kM>(p, Outer::kUp, chunk, at.first, at.third);
     }
   } else if (phase == 2) {
-    finish_dh<T, kM>(p, item);
+    finish_dh<T>(p, item);
   } else if (phase == 3) {
     if (item < items.dxs) {
       const Coordinates at = coordinates(item, 1, p.groups);
@@ -463,13 +499,13 @@ DEVICE void run_item(const Backward& p, int phase, int item) {
   } else {
     const int64_t k = adapter.columns, n = adapter.outputs, r = adapter.rank, s = adapter.sub_rank;
     if (item < items.a_sums) {
-      sum_planes<T>(p, item, p.da_planes, false, p.da, p.wide_a, r * k);
+      sum_planes<T>(p, item, p.da_planes, p.a_share, false, p.da, p.wide_a, r * k);
     } else if ((item -= items.a_sums) < items.b0_sums) {
-      sum_planes<T>(p, item, p.db0_planes, false, p.db0, p.wide_b0, n * r);
+      sum_planes<T>(p, item, p.db0_planes, p.b0_share, false, p.db0, p.wide_b0, n * r);
     } else if ((item -= items.b0_sums) < items.u_sums) {
-      sum_planes<T>(p, item, p.du_planes, true, p.du, p.wide_u, n * s);
+      sum_planes<T>(p, item, p.du_planes, p.u_share, true, p.du, p.wide_u, n * s);
     } else {
-      sum_planes<T>(p, item - items.u_sums, p.dv_planes, true, p.dv, p.wide_v, s * r);
+      sum_planes<T>(p, item - items.u_sums, p.dv_planes, p.v_share, true, p.dv, p.wide_v, s * r);
     }
   }
 }
@@ -495,52 +531,59 @@ constexpr int64_t kPlaneBytes = int64_t{1} << 28;  // the shares of du may take 
 void plan(Backward& p, Type type) {
   const Adapter& adapter = p.adapter;
   auto needs = [&](int tile_rows, Need(&found)[4]) {
-    const int wide = wide_columns(element_size(type), tile_rows), outer = outer_columns(element_size(type));
-    found[0] = {0, (tile_rows + 128) * 8};
-    found[1] = {0, larger((tile_rows + wide) * 8, (kOuterM + outer) * 8)};
-    found[2] = {panel_steps(0, adapter.sub_rank, type), 128 * 8};
-    found[3] = {panel_steps(adapter.rank, 0, type), kDxN * 8};
+    const int wide = wide_columns(tile_rows);
+    found[0] = {0, (kSumRows + 128) * 8};
+    found[1] = {0, larger((tile_rows + wide) * 8, (kOuterM + kOuterN) * 8)};
+    found[2] = {finish_panel(adapter.width(), panel_steps(0, adapter.sub_rank)), 128 * 8};
+    found[3] = {panel_steps(adapter.rank, 0) * tile_rows * 8, kDxN * 8};
   };
   Need found[4];
   needs(kManyRows, found);
-  p.launch.tile_rows = adapter.rows > kFewRowsUpTo && fits(kManyRows, found) ? kManyRows : kFewRows;
+  p.launch.tile_rows = adapter.rows > kFewRowsUpTo && fits(found) ? kManyRows : kFewRows;
   needs(p.launch.tile_rows, found);
-  p.launch.shared = shared_for(p.launch.tile_rows, found);
+  p.launch.shared = shared_for(found);
   p.launch.first = 0;
   p.launch.last = 4;
-  p.launch.blocks = instantiation(type, p.launch.tile_rows, [&](auto t, auto rows) {
+  p.launch.blocks = instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) {
     return resident_blocks(kernel_of(t, rows), kThreads, p.launch.shared);
   });
   const int64_t row_tiles = ceil_div(adapter.rows, p.launch.tile_rows);
-  const int depth = type == Type::kFloat ? kDepth<float> : kDepth<Half>;
-  const int wide = wide_columns(element_size(type), p.launch.tile_rows);
-  p.splits = shares_for(row_tiles * ceil_div(adapter.width(), wide), p.launch.blocks, 2 * depth, adapter.outputs, 32);
-  p.groups = shares_for(row_tiles, 2 * p.launch.blocks, 1, static_cast<int>(ceil_div(adapter.columns, kDxN)), 1 << 20);
+  const int wide = wide_columns(p.launch.tile_rows);
+  const int blocks = p.launch.blocks, steps = static_cast<int>(ceil_div(adapter.outputs, kDepth));
+  const int column_tiles = static_cast<int>(ceil_div(adapter.columns, kDxN));
+  p.splits = shares_for(row_tiles * ceil_div(adapter.width(), wide), blocks, steps, 2, kMostSplits);
+  p.groups = shares_for(row_tiles, blocks, column_tiles, 1, column_tiles);
   p.chunk = adapter.rows <= 2048 ? 512 : 2048;
-  const int64_t share = int64_t{4} * adapter.tasks * adapter.outputs * adapter.sub_rank;
-  while (p.chunk < adapter.rows && ceil_div(adapter.rows, p.chunk) * share > kPlaneBytes) p.chunk *= 2;
+  auto share = [](int64_t rows, int64_t columns) { return ceil_div(rows * columns, 4) * 4; };
+  p.a_share = share(adapter.rank, adapter.columns);
+  p.b0_share = share(adapter.outputs, adapter.rank);
+  p.u_share = share(adapter.outputs, adapter.sub_rank);
+  p.v_share = share(adapter.sub_rank, adapter.rank);
+  const int64_t bytes = adapter.tasks * p.u_share * 4;
+  while (p.chunk < adapter.rows && ceil_div(adapter.rows, p.chunk) * bytes > kPlaneBytes) p.chunk *= 2;
 }
 
-Items items_of(const Backward& p, int element_size) {
+Items items_of(const Backward& p) {
   const Adapter& adapter = p.adapter;
   Items items;
   const int64_t rank = adapter.rank, columns = adapter.columns, outputs = adapter.outputs;
   const bool ups_wanted = p.db0_planes != nullptr || p.du_planes != nullptr;
   auto tiles = [](int64_t total, int size) { return static_cast<int>(ceil_div(total, size)); };
   items.row_tiles = tiles(adapter.rows, p.launch.tile_rows);
+  items.sum_tiles = tiles(adapter.rows, kSumRows);
   items.chunks = tiles(adapter.rows, p.chunk);
-  items.wide_tiles = tiles(adapter.width(), wide_columns(element_size, p.launch.tile_rows));
-  items.outer_width_tiles = tiles(adapter.width(), outer_columns(element_size));
+  items.wide_tiles = tiles(adapter.width(), wide_columns(p.launch.tile_rows));
+  items.outer_width_tiles = tiles(adapter.width(), kOuterN);
   items.output_tiles = tiles(outputs, kOuterM);
   items.rank_tiles = tiles(rank, kOuterM);
-  items.column_tiles = tiles(columns, outer_columns(element_size));
-  items.v_rank_tiles = tiles(rank, outer_columns(element_size));
+  items.column_tiles = tiles(columns, kOuterN);
+  items.v_rank_tiles = tiles(rank, kOuterN);
   items.gate_tiles = tiles(rank, kGateColumns);
-  items.prepares = p.q != nullptr ? items.row_tiles : 0;
+  items.prepares = p.q != nullptr ? items.sum_tiles : 0;
   items.spans = p.spans != nullptr ? items.chunks : 0;
   items.shrinks = p.dh != nullptr ? p.chunk / p.launch.tile_rows * items.wide_tiles * p.splits : 0;
   items.ups = ups_wanted ? items.output_tiles * items.outer_width_tiles : 0;
-  items.finishes = p.dh != nullptr ? items.row_tiles : 0;
+  items.finishes = p.dh != nullptr ? items.sum_tiles : 0;
   items.dxs = p.dx != nullptr ? items.row_tiles * p.groups : 0;
   items.das = p.da_planes != nullptr ? items.chunks * items.rank_tiles * items.column_tiles : 0;
   items.dvs = p.dv_planes != nullptr ? items.chunks * adapter.tasks * items.v_rank_tiles : 0;
@@ -554,8 +597,8 @@ Items items_of(const Backward& p, int element_size) {
 }
 
 void run(Backward& p, Type type, bool one_launch, Stream stream) {
-  p.items = items_of(p, element_size(type));
-  instantiation(type, p.launch.tile_rows, [&](auto t, auto rows) {
+  p.items = items_of(p);
+  instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) {
     run_phases(kernel_of(t, rows), p, one_launch, stream, [&](int phase) { return p.items.of(phase); });
   });
 }

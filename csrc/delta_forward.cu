@@ -10,6 +10,7 @@
 namespace lilora {
 
 constexpr int kTileN = 128;
+constexpr int kFewRows = 64;  // of a tile of a call of few rows: one tile, so that the base's weight is read once
 
 // A share of the columns of x: of h = D(x) A^T, or of the base product x W^T.
 template <typename T, int kM>
@@ -18,11 +19,12 @@ PART void product_share(const Forward& p, bool base, Coordinates at) {
   const Adapter& adapter = p.adapter;
   const Matrix& right = base ? p.weight : adapter.a;
   const int rights = base ? adapter.outputs : adapter.rank, share = at.third;
-  const int stride = base ? adapter.outputs : adapter.q_width();
+  const int stride = padded(rights);
   float* planes = base ? p.base_planes : p.planes;
   const bool dropped = !base && adapter.seed != nullptr;
   const Range rows = tile_range(at.first, kM, adapter.rows), columns = tile_range(at.second, kTileN, rights);
-  const Range depth = share_range(share, base ? p.base_splits : p.splits, kDepth<T>, adapter.columns);
+  const int filled = whole_tiles(rows.count);
+  const Range depth = share_range(share, base ? p.base_splits : p.splits, kDepth, adapter.columns);
   Chunk* stage_memory = Workspace<kM>::panel();
   const int stages = Workspace<kM>::stages(p.launch.shared, 0, Tiles::kChunksA + Tiles::kChunksB);
   auto left_at = [&](int stage) { return typename Tiles::A{stage_memory + stage * (Tiles::kChunksA + Tiles::kChunksB)}; };
@@ -30,19 +32,19 @@ PART void product_share(const Forward& p, bool base, Coordinates at) {
   Tiles product;
   product.clear();
   pipeline(
-      (depth.count + kDepth<T> - 1) / kDepth<T>, stages,
+      (depth.count + kDepth - 1) / kDepth, stages,
       [&](int step, int stage) {
-        const int64_t k = depth.first + step * kDepth<T>;
-        const int left = depth.count - step * kDepth<T>;
-        load_tile<kM>(left_at(stage), p.x, rows.first, rows.count, k, left);
+        const int64_t k = depth.first + step * kDepth;
+        const int left = depth.count - step * kDepth;
+        load_tile<kM>(left_at(stage), p.x, rows.first, rows.count, k, left, filled);
         load_tile<kTileN>(right_at(stage), right, columns.first, columns.count, k, left);
       },
       [&](int step, int stage) {
         if (dropped) {
-          drop<kM>(left_at(stage), adapter, rows.first, static_cast<int>(depth.first) + step * kDepth<T>);
+          drop(left_at(stage), adapter, rows.first, static_cast<int>(depth.first) + step * kDepth, filled);
           __syncthreads();
         }
-        product.step(left_at(stage), right_at(stage), columns.count);
+        product.step(left_at(stage), right_at(stage), columns.count, tiles_below(filled));
       });
   product.for_each([&](int i, int j, float left, float right_value) {
     const int64_t column = columns.first + j;
@@ -63,8 +65,8 @@ PART void expand(const Forward& p, int row_tile, int group) {
   TaskList<kM>& list = Workspace<kM>::list();
   list.fill(adapter, rows);
 
-  const int q_steps = static_cast<int>(ceil_div(adapter.q_width(), kDepth<T>));
-  const int z_steps = static_cast<int>(ceil_div(padded(adapter.sub_rank), kDepth<T>));
+  const int q_steps = static_cast<int>(ceil_div(adapter.q_width(), kDepth));
+  const int z_steps = static_cast<int>(ceil_div(padded(adapter.sub_rank), kDepth));
   const int panel = Workspace<kM>::panel_chunks(q_steps + z_steps);
   Chunk* stage_memory = Workspace<kM>::panel() + panel;
   const int stages = Workspace<kM>::stages(p.launch.shared, panel, Tiles::kChunksB);
@@ -72,13 +74,15 @@ PART void expand(const Forward& p, int row_tile, int group) {
   auto right_at = [&](int stage) { return typename Tiles::B{stage_memory + stage * Tiles::kChunksB}; };
 
   // The rows of [q | z] stay; the tiles of parameters pass by.
-  const Matrix qz = {p.qz, adapter.width(), false, true};
+  const Matrix qz = {p.qz, adapter.width(), true};
+  const int filled = whole_tiles(rows.count);
   for (int k = 0; k < q_steps; ++k) {
-    load_tile<kM>(panel_at(k), qz, rows.first, rows.count, k * kDepth<T>, adapter.q_width() - k * kDepth<T>);
+    load_tile<kM>(panel_at(k), qz, rows.first, rows.count, k * kDepth, adapter.q_width() - k * kDepth,
+                  filled);
   }
   for (int k = 0; k < z_steps; ++k) {
-    load_tile<kM>(panel_at(q_steps + k), qz, rows.first, rows.count, adapter.q_width() + k * kDepth<T>,
-                  padded(adapter.sub_rank) - k * kDepth<T>);
+    load_tile<kM>(panel_at(q_steps + k), qz, rows.first, rows.count, adapter.q_width() + k * kDepth,
+                  padded(adapter.sub_rank) - k * kDepth, filled);
   }
   commit_copies();
 
@@ -99,6 +103,7 @@ PART void expand(const Forward& p, int row_tile, int group) {
     if (later < 0) return {columns, 0, first};
     return {columns, 1 + later / again, (kKeep ? q_steps : 0) + later % again};
   };
+  const int64_t base_width = padded(adapter.outputs);
   Tiles product, kept;
   product.clear();  // without a value it would take its registers in the whole kernel
   pipeline(
@@ -106,12 +111,12 @@ PART void expand(const Forward& p, int row_tile, int group) {
       [&](int step, int stage) {
         const Position at = position(step);
         if (at.k < q_steps) {
-          load_tile<kTileN>(right_at(stage), adapter.b0, at.columns.first, at.columns.count, at.k * kDepth<T>,
-                            adapter.rank - at.k * kDepth<T>);
+          load_tile<kTileN>(right_at(stage), adapter.b0, at.columns.first, at.columns.count, at.k * kDepth,
+                            adapter.rank - at.k * kDepth);
         } else {
           // Without a task in the tile its rows take nothing of this.
           const int64_t task = list.count > 0 ? list.tasks[at.pass] : 0;
-          const int s = (at.k - q_steps) * kDepth<T>;
+          const int s = (at.k - q_steps) * kDepth;
           load_tile<kTileN>(right_at(stage), adapter.u, task * adapter.outputs + at.columns.first,
                             list.count > 0 ? at.columns.count : 0, s, adapter.sub_rank - s);
         }
@@ -120,7 +125,9 @@ PART void expand(const Forward& p, int row_tile, int group) {
         const Position at = position(step);
         if (at.k == 0) product.clear();
         if (kKeep && at.pass > 0 && at.k == q_steps) product = kept;
-        product.step(panel_at(at.k), right_at(stage), at.columns.count);
+        const bool for_all = kKeep && at.k < q_steps;  // else only the rows of the task are kept
+        product.step(panel_at(at.k), right_at(stage), at.columns.count,
+                     for_all ? tiles_below(filled) : list.count > 0 ? list.tiles[at.pass] : 0);
         if (at.k == q_steps - 1 && adapter.fusion.data != nullptr) {
           UNROLL
           for (int i = 0; i < Tiles::kTilesM; ++i) {
@@ -143,14 +150,14 @@ PART void expand(const Forward& p, int row_tile, int group) {
           if (i >= rows.count || j >= at.columns.count || (exists ? list.ids[i] != list.tasks[at.pass] : at.pass > 0)) return;
           const int64_t row = rows.first + i, column = at.columns.first + j;
           const bool both = j + 1 < at.columns.count;
+          const Vector<float, 2> base = sum_of_splits<2>(p.base_planes + row * base_width + column,
+                                                         adapter.rows * base_width, p.base_splits);
           float values[2] = {left * adapter.scaling, right * adapter.scaling};
           UNROLL
           for (int e = 0; e < 2; ++e) {
             if (!exists) values[e] = list.missing(i);
             if (e == 1 && !both) continue;
-            for (int share = 0; share < p.base_splits; ++share) {
-              values[e] += p.base_planes[(share * adapter.rows + row) * adapter.outputs + column + e];
-            }
+            values[e] += base.values[e];
             if (p.bias.data != nullptr) values[e] += element<T>(p.bias, column + e);
           }
           store_pair(static_cast<T*>(p.y) + row * adapter.outputs + column, values[0], values[1], both);
@@ -182,7 +189,7 @@ delta_forward(const KERNEL_PARAMETER Forward p) {
       const Prepare<T> work = {&adapter, p.planes, p.splits, static_cast<T*>(p.h), fused ? qz : nullptr,
                                fused ? q : qz, fused ? adapter.q_width() : adapter.width(), qz + adapter.q_width(),
                                adapter.width(), fused ? adapter.scaling : 1.0f, p.launch.shared};
-      for (int item = blockIdx.x; item < p.row_tiles; item += gridDim.x) prepare<T, kM>(work, item);
+      for (int item = blockIdx.x; item < p.sum_tiles; item += gridDim.x) prepare<T>(work, item);
     } else {
       for (int item = blockIdx.x; item < p.row_tiles * p.groups; item += gridDim.x) {
         const Coordinates at = coordinates(item, 1, p.groups);
@@ -197,41 +204,40 @@ auto kernel_of(T, std::integral_constant<int, kM>) {
   return &delta_forward<T, kM>;
 }
 
-std::string missing_code_on_current_device() { return missing_code(&delta_forward<float, kFewRows>); }
+std::string missing_code_on_current_device() { return missing_code(&delta_forward<Half, kFewRows>); }
 
 void plan(Forward& p, Type type) {
   const Adapter& adapter = p.adapter;
-  const int steps = panel_steps(adapter.rank, adapter.sub_rank, type);
+  const int steps = panel_steps(adapter.rank, adapter.sub_rank);
   auto needs = [&](int tile_rows, Need(&found)[2]) {
     found[0] = {0, (tile_rows + kTileN) * 8};
-    found[1] = {steps, kTileN * 8};
+    found[1] = {steps * tile_rows * 8, kTileN * 8};
   };
   Need found[2];
   needs(kManyRows, found);
-  p.launch.tile_rows = adapter.rows > kFewRowsUpTo && fits(kManyRows, found) ? kManyRows : kFewRows;
+  p.launch.tile_rows = adapter.rows > kFewRowsUpTo && fits(found) ? kManyRows : kFewRows;
   needs(p.launch.tile_rows, found);
-  p.launch.shared = shared_for(p.launch.tile_rows, found);
+  p.launch.shared = shared_for(found);
   p.launch.first = 0;
   p.launch.last = 2;
-  p.launch.blocks = instantiation(type, p.launch.tile_rows, [&](auto t, auto rows) {
+  p.launch.blocks = instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) {
     return resident_blocks(kernel_of(t, rows), kThreads, p.launch.shared);
   });
   p.row_tiles = static_cast<int>(ceil_div(adapter.rows, p.launch.tile_rows));
+  p.sum_tiles = static_cast<int>(ceil_div(adapter.rows, kSumRows));
   p.rank_tiles = static_cast<int>(ceil_div(adapter.rank, kTileN));
   p.output_tiles = static_cast<int>(ceil_div(adapter.outputs, kTileN));
-  const int depth = type == Type::kFloat ? kDepth<float> : kDepth<Half>;
-  p.splits = shares_for(p.row_tiles * p.rank_tiles, p.launch.blocks, 2 * depth, adapter.columns, 32);
-  p.base_splits =
-      p.weight.data == nullptr
-          ? 0
-          : shares_for(p.row_tiles * p.output_tiles, 2 * p.launch.blocks, 8 * depth, adapter.columns, 8);
-  p.groups = shares_for(p.row_tiles, 2 * p.launch.blocks, 1, p.output_tiles, p.output_tiles);
+  const int blocks = p.launch.blocks, depth = static_cast<int>(ceil_div(adapter.columns, kDepth));
+  const int base_tiles = p.weight.data == nullptr ? 0 : p.row_tiles * p.output_tiles;
+  p.splits = shares_for(p.row_tiles * p.rank_tiles, blocks, depth, 2, kMostSplits);
+  p.base_splits = base_tiles == 0 ? 0 : shares_for(base_tiles, blocks, depth, 8, kMostSplits);
+  p.groups = shares_for(p.row_tiles, blocks, p.output_tiles, 1, p.output_tiles);
 }
 
 void run(const Forward& p, Type type, bool one_launch, Stream stream) {
-  const int items[] = {p.row_tiles * (p.rank_tiles * p.splits + p.output_tiles * p.base_splits), p.row_tiles,
+  const int items[] = {p.row_tiles * (p.rank_tiles * p.splits + p.output_tiles * p.base_splits), p.sum_tiles,
                        p.row_tiles * p.groups};
-  instantiation(type, p.launch.tile_rows, [&](auto t, auto rows) {
+  instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) {
     run_phases(kernel_of(t, rows), p, one_launch, stream, [&](int phase) { return items[phase]; });
   });
 }

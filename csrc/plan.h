@@ -5,49 +5,44 @@
 
 namespace lilora {
 
-constexpr int kManyRows = 128, kFewRows = 16;  // rows of a tile
-constexpr int kFewRowsUpTo = 64;               // rows of a call that is worked on in the smaller tiles
+constexpr int kManyRows = 128;    // of a tile
+constexpr int kFewRowsUpTo = 64;  // rows of a call that is worked on in smaller tiles
 
 // The instantiation for a type and a number of rows of a tile: pick(T{}, integral constant).
-template <typename Pick>
+template <int kFewRows, typename Pick>
 auto instantiation(Type type, int tile_rows, Pick pick) {
   using Many = std::integral_constant<int, kManyRows>;
   using Few = std::integral_constant<int, kFewRows>;
-  if (type == Type::kFloat) return tile_rows == kManyRows ? pick(float{}, Many{}) : pick(float{}, Few{});
   if (type == Type::kHalf) return tile_rows == kManyRows ? pick(Half{}, Many{}) : pick(Half{}, Few{});
   return tile_rows == kManyRows ? pick(BFloat16{}, Many{}) : pick(BFloat16{}, Few{});
 }
 
-// Bytes of shared memory for a panel of `steps` steps and so many stages of `stage` chunks.
-inline int shared_bytes(int tile_rows, int steps, int stages, int stage) {
-  const int list = tile_rows == kManyRows ? Workspace<kManyRows>::kListBytes : Workspace<kFewRows>::kListBytes;
-  return list + (steps * tile_rows * 8 + stages * stage) * 16;
+// Bytes of shared memory for a panel and so many stages, both in chunks.
+inline int shared_bytes(int panel, int stages, int stage) {
+  return Workspace<kManyRows>::kListBytes + (panel + stages * stage) * 16;
 }
 
-inline int element_size(Type type) { return type == Type::kFloat ? 4 : 2; }
-
 // Steps over the columns of q and of z.
-inline int panel_steps(int rank, int sub_rank, Type type) {
-  const int depth = type == Type::kFloat ? kDepth<float> : kDepth<Half>;
-  return static_cast<int>(ceil_div(padded(rank), depth) + ceil_div(padded(sub_rank), depth));
+inline int panel_steps(int rank, int sub_rank) {
+  return static_cast<int>(ceil_div(padded(rank), kDepth) + ceil_div(padded(sub_rank), kDepth));
 }
 
 // A pipeline of two stages at least, of kMostStages at best, within what a block may have.
 struct Need {
-  int steps, stage;  // of the panel; chunks of a stage
+  int panel, stage;  // in chunks
 };
 template <size_t kCount>
-bool fits(int tile_rows, const Need (&needs)[kCount]) {
+bool fits(const Need (&needs)[kCount]) {
   for (const Need& need : needs) {
-    if (shared_bytes(tile_rows, need.steps, 2, need.stage) > largest_shared_memory()) return false;
+    if (shared_bytes(need.panel, 2, need.stage) > largest_shared_memory()) return false;
   }
   return true;
 }
 template <size_t kCount>
-int shared_for(int tile_rows, const Need (&needs)[kCount]) {
+int shared_for(const Need (&needs)[kCount]) {
   int most = 0;
   for (const Need& need : needs) {
-    most = larger(most, shared_bytes(tile_rows, need.steps, kMostStages, need.stage));
+    most = larger(most, shared_bytes(need.panel, kMostStages, need.stage));
   }
   return smaller(most, largest_shared_memory());
 }

@@ -50,8 +50,7 @@ struct alignas(16) Chunk {
   uint32_t words[4];
 };
 
-template <typename T>
-constexpr int kPerChunk = 16 / sizeof(T);
+constexpr int kPerChunk = 8;  // elements
 
 // Whether the code is for 9.0a, the only one with products by a warpgroup (wgmma).
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LILORA_EMULATE_WGMMA)
@@ -64,7 +63,6 @@ constexpr bool kHasWgmma = false;
 
 using Stream = cudaStream_t;
 
-DEVICE float to_float(float x) { return x; }
 DEVICE float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
 DEVICE float to_float(BFloat16 x) { return __bfloat162float(__ushort_as_bfloat16(x.bits)); }
 
@@ -86,12 +84,6 @@ DEVICE BFloat16 rounded<BFloat16>(float x) {
 DEVICE uint8_t* shared_memory() {
   extern __shared__ __align__(1024) uint8_t bytes[];
   return bytes;
-}
-
-// x, of which the compiler knows nothing more: it computes what follows anew instead of keeping it in registers.
-DEVICE int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
 }
 
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }

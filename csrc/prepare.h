@@ -5,6 +5,8 @@
 
 namespace lilora {
 
+constexpr int kSumRows = 16;  // of a tile in the phases that add partial sums: few, so that all processors have one
+
 template <typename T>
 struct Prepare {
   const Adapter* adapter;
@@ -20,32 +22,39 @@ struct Prepare {
   int shared;
 };
 
-template <typename T, int kM>
+template <typename T>
 PART void prepare(const Prepare<T>& p, int row_tile) {
+  constexpr int kM = kSumRows;
   using Tiles = Product<T, kM, 128, false, false>;
   const Adapter& adapter = *p.adapter;
   const Range rows = tile_range(row_tile, kM, adapter.rows);
   const int width = adapter.q_width();
   TaskList<kM>& list = Workspace<kM>::list();
   list.fill(adapter, rows);
-  for (int at = threadIdx.x; at < rows.count * width; at += kThreads) {
-    const int i = at / width, r = at % width;
+  for (int at = threadIdx.x; at < rows.count * width / 4; at += kThreads) {
+    const int i = at / (width / 4), r = at % (width / 4) * 4;
     const int64_t row = rows.first + i;
-    T q = rounded<T>(0.0f);
-    if (r < adapter.rank) {
-      T* h = p.h + row * adapter.rank + r;
-      if (p.planes != nullptr) {
-        float sum = 0;
-        for (int split = 0; split < p.splits; ++split) sum += p.planes[(split * adapter.rows + row) * width + r];
-        *h = rounded<T>(sum * adapter.keep_scale);
-      }
-      q = adapter.gate.data == nullptr ? *h : rounded<T>(to_float(*h) * gate_of<T>(adapter, row, r));
+    const int count = smaller(4, adapter.rank - r);  // below 1 in the padding
+    Vector<T, 4> h, q, fq;
+    float gate[4];
+    Vector<float, 4> sum = {};
+    if (p.planes != nullptr) sum = sum_of_splits<4>(p.planes + row * width + r, adapter.rows * width, p.splits);
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+      h.values[j] = p.planes != nullptr || j >= count ? rounded<T>(sum.values[j] * adapter.keep_scale)
+                                                      : p.h[row * adapter.rank + r + j];
+      gate[j] = j < count ? gate_of<T>(adapter, row, r + j) : 0.0f;
     }
-    p.q[row * p.q_stride + r] = q;
-    if (p.fq != nullptr) {
-      const float f = list.exists(adapter, i) ? share_of_b0<T>(adapter, list.ids[i]) : 0.0f;
-      p.fq[row * p.stride + r] = rounded<T>(p.scale * f * to_float(q));
+    const float f = p.fq != nullptr && list.exists(adapter, i) ? p.scale * share_of_b0<T>(adapter, list.ids[i]) : 0.0f;
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+      if (p.planes != nullptr && j < count) p.h[row * adapter.rank + r + j] = h.values[j];
+      q.values[j] = j >= count ? rounded<T>(0.0f)
+                    : adapter.gate.data == nullptr ? h.values[j] : rounded<T>(to_float(h.values[j]) * gate[j]);
+      fq.values[j] = rounded<T>(f * to_float(q.values[j]));
     }
+    *reinterpret_cast<Vector<T, 4>*>(p.q + row * p.q_stride + r) = q;
+    if (p.fq != nullptr) *reinterpret_cast<Vector<T, 4>*>(p.fq + row * p.stride + r) = fq;
   }
   if (adapter.sub_rank == 0) return;
   __syncthreads();
@@ -54,15 +63,15 @@ PART void prepare(const Prepare<T>& p, int row_tile) {
   const int stages = Workspace<kM>::stages(p.shared, 0, Tiles::kChunksA + Tiles::kChunksB);
   auto left_at = [&](int stage) { return typename Tiles::A{stage_memory + stage * (Tiles::kChunksA + Tiles::kChunksB)}; };
   auto right_at = [&](int stage) { return typename Tiles::B{left_at(stage).data + Tiles::kChunksA}; };
-  const Matrix left = {p.q, p.q_stride, false, true};
+  const Matrix left = {p.q, p.q_stride, true};
   for (int task = 0; task < list.count; ++task) {
     const int id = list.tasks[task];
     Tiles product;
     product.clear();
     pipeline(
-        (width + kDepth<T> - 1) / kDepth<T>, stages,
+        (width + kDepth - 1) / kDepth, stages,
         [&](int step, int stage) {
-          const int r = step * kDepth<T>;
+          const int r = step * kDepth;
           load_tile<kM>(left_at(stage), left, rows.first, rows.count, r, width - r);
           load_tile<128>(right_at(stage), adapter.v, int64_t{id} * adapter.sub_rank, adapter.sub_rank, r,
                          adapter.rank - r);

@@ -27,14 +27,12 @@ using Optional = std::optional<Tensor>;
 
 Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Type::kFloat;
     case ScalarType::Half:
       return Type::kHalf;
     case ScalarType::BFloat16:
       return Type::kBFloat16;
     default:
-      STD_TORCH_CHECK(false, "lilora_cuda: x must be float32, float16 or bfloat16");
+      STD_TORCH_CHECK(false, "lilora_cuda: x must be float16 or bfloat16");
   }
 }
 
@@ -44,11 +42,9 @@ hopper::ElementType element_type(Type type) {
 }
 #endif
 
-// A tensor of one to three dimensions as rows of its last one; `like` is the activation whose type the kernel works in.
+// A tensor of one to three dimensions as rows of its last one, of the type of the activations.
 Matrix matrix(const Tensor& t, const Tensor& like) {
-  const bool same = t.scalar_type() == like.scalar_type();
-  STD_TORCH_CHECK(same || t.scalar_type() == ScalarType::Float,
-                  "lilora_cuda: a parameter must have the type of the activations or float32");
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), "lilora_cuda: a parameter must have the type of the activations");
   const int64_t dims = t.dim();
   STD_TORCH_CHECK(dims < 1 || t.stride(dims - 1) == 1 || t.size(dims - 1) <= 1,
                   "lilora_cuda: the last dimension of a tensor must be contiguous");
@@ -58,9 +54,9 @@ Matrix matrix(const Tensor& t, const Tensor& like) {
   const int64_t bytes = static_cast<int64_t>(t.element_size());
   const void* data = t.data_ptr();
   const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * bytes % 16 == 0;
-  return {data, stride, !same, aligned};
+  return {data, stride, aligned};
 }
-Matrix matrix(const Optional& t, const Tensor& like) { return t ? matrix(*t, like) : Matrix{nullptr, 0, false, false}; }
+Matrix matrix(const Optional& t, const Tensor& like) { return t ? matrix(*t, like) : Matrix{nullptr, 0, false}; }
 
 template <typename T>
 const T* data(const Optional& t) {
@@ -173,19 +169,19 @@ std::tuple<Tensor, Tensor> delta_forward(Tensor x, Optional weight, Optional bia
   plan(p, type);
   p.qz = make.activation(true, {rows, p.adapter.width()});
   p.planes = make.floats(true, {p.splits, rows, p.adapter.q_width()});
-  p.base_planes = make.floats(p.base_splits > 0, {p.base_splits, rows, p.adapter.outputs});
+  p.base_planes = make.floats(p.base_splits > 0, {p.base_splits, rows, padded(p.adapter.outputs)});
   run(p, type, one_launch, current_stream(x));
   return {call.y, call.h};
 }
 
 constexpr int kGradients = 7;  // of x, a, b0, u, v, fusion, gate
 
-// The gradients whose bit is set in `needs`, in order. With weight, dx is that of base and adapter, by the fused product;
-// else without the part through the base.
+// The gradients whose bit is set in `needs`, in order; in fp32 where it is set in `wide`. With weight, dx is that of base
+// and adapter, by the fused product; else without the part through the base.
 std::vector<Tensor> delta_backward(Tensor dy, Optional weight, Optional x, Optional h, Tensor a, Tensor b0, Optional u, Optional v,
                                    Optional fusion, Optional task, Optional gate, Optional gate_row, Optional seed,
                                    Optional state, double scaling, int64_t threshold, double keep_scale, int64_t low_rank,
-                                   int64_t high_rank, int64_t needs, bool one_launch) {
+                                   int64_t high_rank, int64_t needs, int64_t wide, bool one_launch) {
   const Guard guard(dy.get_device_index());
   const Type type = type_of(dy);
   const int64_t rows = dy.size(0);
@@ -203,7 +199,7 @@ std::vector<Tensor> delta_backward(Tensor dy, Optional weight, Optional x, Optio
   std::vector<Tensor> gradients;
   const Optional inputs[kGradients] = {std::nullopt, a, b0, u, v, fusion, gate};
   void** const to[kGradients] = {&p.dx, &p.da, &p.db0, &p.du, &p.dv, &p.dfusion, &p.dgate};
-  bool* const wide[kGradients] = {nullptr, &p.wide_a, &p.wide_b0, &p.wide_u, &p.wide_v, &p.wide_fusion, &p.wide_gate};
+  bool* const is_wide[kGradients] = {nullptr, &p.wide_a, &p.wide_b0, &p.wide_u, &p.wide_v, &p.wide_fusion, &p.wide_gate};
   for (int i = 0; i < kGradients; ++i) {
     if ((needs >> i & 1) == 0) continue;
     if (i == 0) {
@@ -211,8 +207,8 @@ std::vector<Tensor> delta_backward(Tensor dy, Optional weight, Optional x, Optio
     } else {
       std::vector<int64_t> shape;
       for (int64_t d = 0; d < inputs[i]->dim(); ++d) shape.push_back(inputs[i]->size(d));
-      gradients.push_back(make.tensor(shape, inputs[i]->scalar_type()));
-      *wide[i] = inputs[i]->scalar_type() != dy.scalar_type();
+      *is_wide[i] = wide >> i & 1;
+      gradients.push_back(make.tensor(shape, *is_wide[i] ? ScalarType::Float : dy.scalar_type()));
     }
     *to[i] = gradients.back().data_ptr();
   }
@@ -220,7 +216,7 @@ std::vector<Tensor> delta_backward(Tensor dy, Optional weight, Optional x, Optio
     for (Tensor& gradient : gradients) torch::stable::zero_(gradient);
     return gradients;
   }
-  const int64_t rank = adapter.rank, sub_rank = adapter.sub_rank, tasks = adapter.tasks, outputs = adapter.outputs;
+  const int64_t rank = adapter.rank, tasks = adapter.tasks;
   const bool da = p.da != nullptr, db0 = p.db0 != nullptr, du = p.du != nullptr, dv = p.dv != nullptr;
   const bool dfusion = p.dfusion != nullptr, dgate = p.dgate != nullptr;
   const bool dh = p.dx != nullptr || da || dv || dfusion || dgate;
@@ -234,10 +230,10 @@ std::vector<Tensor> delta_backward(Tensor dy, Optional weight, Optional x, Optio
   p.seq = make.activation(dv, {rows, padded(adapter.sub_rank)});
   p.dq_h = make.floats(dgate, {rows, rank});
   p.dfusion_rows = make.floats(dfusion, {rows});
-  p.da_planes = make.floats(da, {chunks, rank, adapter.columns});
-  p.db0_planes = make.floats(db0, {chunks, outputs, rank});
-  p.du_planes = make.floats(du, {chunks, tasks, outputs, sub_rank});
-  p.dv_planes = make.floats(dv, {chunks, tasks, sub_rank, rank});
+  p.da_planes = make.floats(da, {chunks, p.a_share});
+  p.db0_planes = make.floats(db0, {chunks, p.b0_share});
+  p.du_planes = make.floats(du, {chunks, tasks, p.u_share});
+  p.dv_planes = make.floats(dv, {chunks, tasks, p.v_share});
   void* const dx = p.dx;
   if (weight && dx != nullptr) p.dx = nullptr;
   run(p, type, one_launch, current_stream(dy));
@@ -271,7 +267,6 @@ std::tuple<Tensor, Tensor> fused_linear_forward(Tensor x, Tensor weight, Optiona
   Forward& p = call.p;
   const Adapter& adapter = p.adapter;
   if (rows == 0 || adapter.outputs == 0) return {call.y, torch::stable::zero_(call.h)};
-  STD_TORCH_CHECK(!p.bias.wide, "lilora_cuda: the fused product takes a bias of x's type");
   plan(p, type);
   p.launch.last = 1;
   p.qz = make.activation(true, {rows, adapter.width()});
@@ -330,7 +325,7 @@ STABLE_TORCH_LIBRARY(lilora_cuda, m) {
   m.def(
       "delta_backward(Tensor dy, Tensor? weight, Tensor? x, Tensor? h, Tensor a, Tensor b0, Tensor? u, Tensor? v, Tensor? fusion, "
       "Tensor? task, Tensor? gate, Tensor? gate_row, Tensor? seed, Tensor? state, float scaling, int threshold, "
-      "float keep_scale, int low_rank, int high_rank, int needs, bool one_launch) -> Tensor[]");
+      "float keep_scale, int low_rank, int high_rank, int needs, int wide, bool one_launch) -> Tensor[]");
   m.def("missing_code(int device) -> str");
 #ifdef LILORA_HOPPER
   m.def(

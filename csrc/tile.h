@@ -8,28 +8,25 @@ namespace lilora {
 constexpr int kThreads = 256;
 constexpr int kMostStages = 4;
 
-// How many elements of the summed dimension one step takes: 128 bytes of a row.
-template <typename T>
-constexpr int kDepth = 128 / sizeof(T);
+constexpr int kDepth = 64;  // elements of the summed dimension that one step takes: 128 bytes of a row
 
-// A row-major matrix in global memory. `wide`: fp32 where the kernel computes in 16 bits. `aligned`: its rows begin at
-// multiples of sixteen bytes.
+// A row-major matrix in global memory. `aligned`: its rows begin at multiples of sixteen bytes.
 struct Matrix {
   const void* data;
   int64_t stride;  // in elements
-  bool wide, aligned;
+  bool aligned;
 };
 
 template <typename T>
 DEVICE float element(const Matrix& m, int64_t at) {
-  return m.wide ? static_cast<const float*>(m.data)[at] : to_float(static_cast<const T*>(m.data)[at]);
+  return to_float(static_cast<const T*>(m.data)[at]);
 }
 
 // kRows rows of kColumns elements, aligned to 1024 bytes: panels of eight chunks of each row, permuted so that a column
 // of eight rows lies in different banks. This is the 128-byte swizzle of wgmma.
 template <typename T, int kRows, int kColumns>
 struct Tile {
-  static constexpr int kChunks = kColumns / kPerChunk<T>;  // of a row
+  static constexpr int kChunks = kColumns / kPerChunk;  // of a row
   static_assert(kRows % 8 == 0 && kChunks % 8 == 0);
   Chunk* data;
 
@@ -38,7 +35,7 @@ struct Tile {
     return data + (panel * kRows + row) * 8 + ((i ^ row) & 7);
   }
   DEVICE T& at(int row, int column) const {
-    return reinterpret_cast<T*>(chunk(row, column / kPerChunk<T>))[column % kPerChunk<T>];
+    return reinterpret_cast<T*>(chunk(row, column / kPerChunk))[column % kPerChunk];
   }
 
   // What wgmma is told of the tile from (row, chunk i) on, both multiples of eight. It counts bytes by sixteens.
@@ -53,50 +50,35 @@ struct Tile {
 template <typename T>
 DEVICE void load_chunk(Chunk* to, const Matrix& m, int64_t row, int64_t column, int count) {
   const int64_t at = row * m.stride + column;
-  if (count > kPerChunk<T>) count = kPerChunk<T>;
+  if (count > kPerChunk) count = kPerChunk;
   if (count <= 0) {
     *to = Chunk{{0, 0, 0, 0}};
-  } else if (m.aligned && !m.wide) {
+  } else if (m.aligned) {
     copy_async(to, static_cast<const T*>(m.data) + at, count * static_cast<int>(sizeof(T)));
   } else {
     T* elements = reinterpret_cast<T*>(to);
     NO_UNROLL
-    for (int i = 0; i < kPerChunk<T>; i += 4) {
-      struct alignas(16) {
-        float values[4];
-      } four = {{0, 0, 0, 0}};
-      float(&values)[4] = four.values;
-      if (m.wide && m.aligned && i + 4 <= count) {
-        four = *reinterpret_cast<const decltype(four)*>(static_cast<const float*>(m.data) + at + i);
-      } else {
-        UNROLL
-        for (int j = 0; j < 4; ++j) {
-          if (i + j < count) values[j] = element<T>(m, at + i + j);
-        }
-      }
-      UNROLL
-      for (int j = 0; j < 4; ++j) elements[i + j] = rounded<T>(values[j]);
-    }
+    for (int i = 0; i < kPerChunk; ++i) elements[i] = i < count ? static_cast<const T*>(m.data)[at + i] : rounded<T>(0.0f);
   }
 }
 
-// Loads kRows rows of a tile: `load(to, row, column)` is called for each of its chunks.
+// Loads the first rows of a tile: `load(to, row, column)` is called for each of their chunks.
 template <int kRows, typename T, int kColumns, typename Load>
-DEVICE void for_each_chunk(Tile<T, kRows, kColumns> tile, Load load) {
+DEVICE void for_each_chunk(Tile<T, kRows, kColumns> tile, Load load, int rows = kRows) {
   NO_UNROLL
-  for (int i = threadIdx.x; i < kRows * tile.kChunks; i += kThreads) {
+  for (int i = threadIdx.x; i < rows * tile.kChunks; i += kThreads) {
     const int row = i / tile.kChunks, c = i % tile.kChunks;
-    load(tile.chunk(row, c), row, c * kPerChunk<T>);
+    load(tile.chunk(row, c), row, c * kPerChunk);
   }
 }
 
-// m[row + i, column + j] for i < rows and j < columns, zeros elsewhere.
+// m[row + i, column + j] for i < rows and j < columns, zeros elsewhere; rows from `filled` on are left as they are.
 template <int kRows, typename T, int kColumns>
 DEVICE void load_tile(Tile<T, kRows, kColumns> tile, const Matrix& m, int64_t row, int rows, int64_t column,
-                      int columns) {
-  for_each_chunk<kRows>(tile, [&](Chunk* to, int i, int j) {
-    load_chunk<T>(to, m, row + i, column + j, i < rows ? columns - j : 0);
-  });
+                      int columns, int filled = kRows) {
+  for_each_chunk<kRows>(
+      tile,
+      [&](Chunk* to, int i, int j) { load_chunk<T>(to, m, row + i, column + j, i < rows ? columns - j : 0); }, filled);
 }
 
 // The same for rows of one task alone; the others become zero. `mine(i)`: whether row i is one of them.
@@ -134,13 +116,13 @@ DEVICE void pipeline(int steps, int stages, Load load, Use use) {
 // kATransposed: the tile of A is stored [depth, kM]; kBTransposed: that of B is stored [depth, kN] instead of [kN, depth].
 template <typename T, int kM, int kN, bool kATransposed, bool kBTransposed>
 struct Product {
-  static constexpr bool kWarpgroups = kHasWgmma && sizeof(T) == 2 && kM == 128;  // two, of 64 rows each
-  static constexpr int kWarpsM = kWarpgroups ? 8 : kM == 16 ? 1 : 2, kWarpsN = kThreads / 32 / kWarpsM;
+  static constexpr bool kWarpgroups = kHasWgmma && kM == 128;  // two, of 64 rows each
+  static constexpr int kWarpsM = kWarpgroups ? 8 : kM <= 64 ? 1 : 2, kWarpsN = kThreads / 32 / kWarpsM;
   static constexpr int kTilesM = kM / kWarpsM / 16, kTilesN = kN / kWarpsN / 8;
   static_assert(kTilesM >= 1 && kTilesN % 2 == 0);
-  static constexpr int kRowsA = kATransposed ? kDepth<T> : kM, kRowsB = kBTransposed ? kDepth<T> : kN;
-  using A = Tile<T, kRowsA, kATransposed ? kM : kDepth<T>>;
-  using B = Tile<T, kRowsB, kBTransposed ? kN : kDepth<T>>;
+  static constexpr int kRowsA = kATransposed ? kDepth : kM, kRowsB = kBTransposed ? kDepth : kN;
+  using A = Tile<T, kRowsA, kATransposed ? kM : kDepth>;
+  using B = Tile<T, kRowsB, kBTransposed ? kN : kDepth>;
   static constexpr int kChunksA = kRowsA * A::kChunks, kChunksB = kRowsB * B::kChunks;
   // Chunks between an element and the one sixteen deeper.
   static constexpr int kSixteenA = kATransposed ? 16 * 8 : 2, kSixteenB = kBTransposed ? 16 * 8 : 2;
@@ -179,25 +161,27 @@ struct Product {
     }
   }
 
-  // One step. Columns from `columns` on are not wanted.
-  DEVICE void step(A a, B b, int columns) {
+  // One step. Columns from `columns` on are not wanted, nor are the sixteen rows of a bit that `tiles` lacks; a warpgroup
+  // computes them nevertheless.
+  DEVICE void step(A a, B b, int columns, uint32_t tiles = ~0u) {
     if (warp_column() >= columns) return;
     if constexpr (kWarpgroups) {
       const int m = threadIdx.x / 128 * 64;
       const uint64_t left = kATransposed ? a.descriptor(0, m / 8) : a.descriptor(m, 0), right = b.descriptor(0, 0);
       begin_products(c[0]);
       UNROLL
-      for (int k = 0; k < kDepth<T> / 16; ++k) {
+      for (int k = 0; k < kDepth / 16; ++k) {
         multiply_warpgroup<T, kATransposed, kBTransposed>(c[0], left + k * kSixteenA, right + k * kSixteenB);
       }
       end_products(c[0]);
-    } else if constexpr (sizeof(T) == 2) {
+    } else {
       UNROLL
-      for (int k = 0; k < kDepth<T>; k += 16) {
+      for (int k = 0; k < kDepth; k += 16) {
         uint32_t left[kTilesM][4], right[kTilesN / 2][4];
         const int which = lane() / 8, in = lane() % 8;
         UNROLL
         for (int i = 0; i < kTilesM; ++i) {
+          if ((tiles >> (warp_row() / 16 + i) & 1) == 0) continue;
           const int m = warp_row() + 16 * i + which % 2 * 8, depth = k + which / 2 * 8;
           load_matrices<kATransposed>(left[i], kATransposed ? a.chunk(depth + in, m / 8) : a.chunk(m + in, depth / 8));
         }
@@ -208,39 +192,10 @@ struct Product {
         }
         UNROLL
         for (int i = 0; i < kTilesM; ++i) {
+          if ((tiles >> (warp_row() / 16 + i) & 1) == 0) continue;
           UNROLL
           for (int j = 0; j < kTilesN; ++j) {
             multiply<T>(c[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
-          }
-        }
-      }
-    } else {  // fp32 products are exact: ordinary arithmetic
-      const int first_row = opaque(row(0, 0)), first_column = opaque(column(0));
-      NO_UNROLL
-      for (int k = 0; k < kDepth<T>; ++k) {
-        float left[kTilesM][2], right[kTilesN][2];
-        UNROLL
-        for (int i = 0; i < kTilesM; ++i) {
-          UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const int m = first_row + 16 * i + 8 * half;
-            left[i][half] = kATransposed ? a.at(k, m) : a.at(m, k);
-          }
-        }
-        UNROLL
-        for (int j = 0; j < kTilesN; ++j) {
-          UNROLL
-          for (int next = 0; next < 2; ++next) {
-            const int n = first_column + 8 * j + next;
-            right[j][next] = kBTransposed ? b.at(k, n) : b.at(n, k);
-          }
-        }
-        UNROLL
-        for (int i = 0; i < kTilesM; ++i) {
-          UNROLL
-          for (int j = 0; j < kTilesN; ++j) {
-            UNROLL
-            for (int e = 0; e < 4; ++e) c[i][j][e] += left[i][e / 2] * right[j][e % 2];
           }
         }
       }

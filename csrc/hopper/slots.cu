@@ -42,7 +42,7 @@ KERNEL(kThreads) fill(Launch launched) {
   }
   __syncthreads();
 
-  const int chunks = static_cast<int>(p.s) / kPerChunk<Half>;  // of a row
+  const int chunks = static_cast<int>(p.s) / kPerChunk;  // of a row
   Chunk* to = static_cast<Chunk*>(p.slots.z) + first_slot * kSlotRows * chunks;
   for (int c = part * kThreads + i; c < count * kSlotRows * chunks; c += parts * kThreads) {
     const int row = c / chunks % kSlotRows;

@@ -343,11 +343,11 @@ def info(as_json: Json = False) -> None:
     from lilora_kernels.backends import refusals
 
     facts: dict[str, Any] = {**environment(), "cpu build": cpu_build(), **cuda_build(), "backends": {}}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = torch.cuda.is_available()
+    x = torch.empty(1, 1, device="cuda", dtype=torch.bfloat16) if on_gpu else torch.empty(1, 1)
     for op in ("delta", "linear", "delta_pair", "rank_gate"):
         facts["backends"][op] = {
-            name: "available" if why is None else why
-            for name, why in refusals(op, torch.empty(1, 1, device=device), 128, 64).items()
+            name: "available" if why is None else why for name, why in refusals(op, x, 128, 64).items()
         }
     if as_json:
         print(json.dumps(facts))

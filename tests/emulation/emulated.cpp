@@ -17,6 +17,12 @@ void emulation_set(int processors, int shared, unsigned order) {
 }
 void emulation_lacks_code(const char* reason) { emulation::missing_code = reason; }
 void emulation_launches_nothing() { emulation::launches_nothing = true; }
+void emulation_watch(const void* memory, int64_t bytes) {
+  emulation::watched = static_cast<const uint8_t*>(memory);
+  emulation::watched_size = bytes;
+  emulation::watched_bytes = 0;
+}
+int64_t emulation_watched_bytes() { return emulation::watched_bytes; }
 int emulation_launches() { return emulation::launches; }
 int64_t emulation_blocks() { return emulation::launched_blocks; }
 int64_t emulation_copied() { return emulation::copied; }
@@ -37,8 +43,8 @@ void index_coordinates(int item, int second, int third, int64_t* out) {
   out[1] = at.second;
   out[2] = at.third;
 }
-int index_shares_for(int64_t tiles, int blocks, int step, int total, int most) {
-  return shares_for(tiles, blocks, step, total, most);
+int index_shares_for(int64_t tiles, int blocks, int steps, int least, int most) {
+  return shares_for(tiles, blocks, steps, least, most);
 }
 unsigned philox_keep_bits(int64_t seed, int64_t row, unsigned block, unsigned threshold) {
   return keep_bits(seed, row, block, threshold);

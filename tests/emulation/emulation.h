@@ -184,6 +184,8 @@ inline int largest_shared = 227 << 10;
 inline int launches = 0;
 inline int64_t launched_blocks = 0, copied = 0;  // of all launches, and the bytes that they have copied
 inline bool launches_nothing = false;  // to measure what the host does
+inline const uint8_t* watched = nullptr;  // global memory of which the bytes that are copied are counted
+inline int64_t watched_size = 0, watched_bytes = 0;
 inline std::string missing_code;  // what a device without the code says
 
 }  // namespace emulation
@@ -203,6 +205,8 @@ inline int opaque(int x) { return x; }
 inline void copy_async(Chunk* to, const void* from, int bytes) {
   emulation::copied += bytes;
   std::memset(static_cast<void*>(to), 0, 16);
+  const int64_t at = static_cast<const uint8_t*>(from) - emulation::watched;
+  if (at >= 0 && at < emulation::watched_size) emulation::watched_bytes += bytes;
   if (bytes > 0) std::memcpy(static_cast<void*>(to), from, bytes);
 }
 inline void commit_copies() {}

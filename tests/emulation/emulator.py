@@ -3,6 +3,7 @@
 import ctypes
 import os
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,6 +60,13 @@ class Device:
     def launches_nothing(self) -> None:
         """Kernels do not run from now on: what the host does is left."""
         self.library.emulation_launches_nothing()
+
+    def bytes_copied(self, tensor: torch.Tensor, run: Callable[[], object]) -> int:
+        """How many bytes of a tensor `run` copies to shared memory, each time that it does."""
+        self.library.emulation_watch(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes))
+        run()
+        self.library.emulation_watched_bytes.restype = ctypes.c_int64
+        return self.library.emulation_watched_bytes()
 
     @property
     def launches(self) -> int:

@@ -38,7 +38,7 @@ CASES = AXES | {
     "outputs": [*AXES["outputs"], 264],
     "rank": [*AXES["rank"], 256],
     "sub_rank": [*AXES["sub_rank"], 128],
-    "dtype": [torch.float32, torch.float16, torch.bfloat16],
+    "dtype": [torch.float16, torch.bfloat16],
     "op": ["delta", "linear"],
     "device": list(DEVICES),
 }
@@ -50,22 +50,27 @@ def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case, device):
     device(**DEVICES[case["device"]])
     shape = {name: value for name, value in case.items() if name not in OTHERS}
     errors = Errors()
-    for seed in range(2):
+    for seed in range(2 if case["rank"] * case["sub_rank"] > 1 else 16):  # an error of one number says little
         i, stream = make(**shape, seed=seed), torch.tensor([0x1234_5678_9ABC_DEF + seed])
         add_errors(errors, i, case["op"], SUBSETS[case["wanted"]], case["p"], stream)
     errors.check()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(shape=st.fixed_dictionaries(ANY_SHAPE), op=st.sampled_from(CASES["op"]), **ANY_DROPOUT)
-def test_any_shape(shape, op, p, seed):
+def test_any_shape():
+    """Errors of all shapes together: one of a few elements says little of a 16-bit type."""
     errors = Errors()
-    i = make(**shape, dtype=torch.float32, seed=seed % 1000)
-    add_errors(errors, i, op, NAMES, p, torch.tensor([seed]))
+
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    @given(shape=st.fixed_dictionaries(ANY_SHAPE), op=st.sampled_from(CASES["op"]), **ANY_DROPOUT)
+    def add(shape, op, p, seed):
+        i = make(**shape, dtype=torch.float16, seed=seed % 1000)
+        add_errors(errors, i, op, NAMES, p, torch.tensor([seed]))
+
+    add()
     errors.check()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", ["delta", "linear"])
 def test_sixty_four_rows_of_as_many_tasks(op, dtype):
     errors = Errors()
@@ -84,24 +89,41 @@ def test_several_chunks_of_rows_and_tiles_of_ranks(rows):
     errors.check()
 
 
-@pytest.mark.parametrize("rows", [7, 150])
+@pytest.mark.parametrize("plan", ["by_phase", "decode", "fused"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_fp32_masters_under_16_bit_activations(dtype, rows):
-    """Ranks that are and are not multiples of four: by vectors and one by one."""
+def test_fp32_masters_under_16_bit_activations(dtype, plan):
+    """Rounded before the launch, as the formula does; their gradients are not rounded at all."""
     errors = Errors()
-    for rank, sub_rank in ((16, 8), (13, 5)):
-        i = make(rows, 40, 24, rank, sub_rank, gate=True, dtype=torch.float32)
+    for seed in range(2):
+        i = make(60, 40, 24, 16, 8, gate=True, dtype=torch.float32, seed=seed)
         i.x = i.x.to(dtype)
-        dy = torch.randn(rows, 24).to(dtype)
+        dy, (weight, bias) = torch.randn(60, 24).to(dtype), base(i, torch.float32)
         results = []
-        for given_, run in ((i, True), (i.to(dtype), False), (i.to(torch.float64), False)):
+        for given_ in (i, i.to(dtype), i.to(torch.float64)):
             copy = given_.leaves()
-            y = functional.delta(*adapter(copy), **options(copy)) if run else oracle(copy, SCALING)
-            results.append({"y": y.detach(), **gradients(y, copy, NAMES, dy.to(y.dtype))})
+            if given_ is i:
+                with backends.plan(plan):
+                    y = functional.linear(copy.x, weight.to(dtype), bias, *adapter(copy)[1:], **options(copy))
+            else:
+                y = oracle(copy, SCALING) + torch.nn.functional.linear(
+                    copy.x, *(t.to(copy.x.dtype) for t in (weight, bias))
+                )
+            with backends.plan(plan):
+                results.append({"y": y.detach(), **gradients(y, copy, NAMES, dy.to(y.dtype))})
         for name, got in results[0].items():
             assert got.dtype == (dtype if name in ("y", "x") else torch.float32)
             errors.add(name, got, results[1][name], results[2][name])
+            if name not in ("y", "x"):
+                assert (got != got.to(dtype)).any()
     errors.check()
+
+
+def test_fp32_activations_are_left_to_others():
+    i = make(30, 40, 24, 16, 8, dtype=torch.float32)
+    reason = "it takes x in float16 or bfloat16, not in float32"
+    assert backends.refusals("delta", i.x, 16, 8)["cuda"] == reason
+    with pytest.raises(backends.Unsupported, match=reason):
+        functional.delta(*adapter(i), **options(i))
 
 
 def test_parameters_of_yet_another_type():
@@ -139,7 +161,7 @@ def test_strided_and_misaligned_inputs(rows):
 @pytest.mark.parametrize("seed", [0, -1, 2**40 + 7, -(2**63)])
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
 @pytest.mark.parametrize("rows", [50, 140])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_forward_and_backward_draw_the_mask_of_the_reference(seed, p, rows, dtype):
     """Bit for bit, and so the mask of the Triton kernels, which draw that of the reference too."""
     columns = 44
@@ -183,6 +205,20 @@ def test_phases_without_work_are_not_launched(needs, phases, device):
     assert device.launches == before + phases
 
 
+@pytest.mark.parametrize("rows", [1, 16, 17, 33, 64])
+def test_decoding_reads_each_factor_once(rows, device):
+    """The base's weight too, whatever the number of rows; of U only the tasks that occur."""
+    device(processors=7)
+    i = make(rows, 136, 264, 32, 16, 9, mix="random", dtype=torch.float16)
+    weight, bias = base(i)
+    occurring = i.task[i.task >= 0].unique().tolist()
+    want = {"weight": weight, "a": i.a, "b0": i.b0, **{f"u[{t}]": i.u[t] for t in range(9)}}
+    for name, factor in want.items():
+        copied = device.bytes_copied(factor, lambda: cuda_backend.run_forward(i.x, bias, args_of(i), False, weight))
+        expected = 0 if name.startswith("u") and int(name[2]) not in occurring else factor.nbytes
+        assert copied == expected, name
+
+
 def run_all(i, p=0.0, op="delta"):
     weight, bias = base(i)
     copy = i.leaves()
@@ -222,12 +258,11 @@ def test_one_launch_equals_a_launch_for_each_phase(rows):
 
 def test_the_barrier_serves_grids_of_changing_sizes(device):
     """One state, launches of 1 to 7 blocks one after another."""
-    i = make(70, 64, 48, 16, 8, dtype=torch.float32)
-    want = oracle(i.to(torch.float64), SCALING)
+    i = make(70, 64, 48, 16, 8, dtype=torch.float16)
+    want = cuda_backend.run_forward(i.x, None, args_of(i), False)
     for processors in (7, 1, 3, 2, 7):
         device(processors=processors, order=processors)
-        got = functional.delta(*adapter(i), **options(i))
-        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+        assert_equal(cuda_backend.run_forward(i.x, None, args_of(i), True), want)
 
 
 @pytest.mark.parametrize("rows", [60, 300])
@@ -278,7 +313,7 @@ def test_not_a_number_stays_with_its_task(op, rows):
 
 def test_ids_that_do_not_exist():
     """Below 0: no adapter. From T on: NaN in that row, for the host cannot look."""
-    i = make(40, 64, 48, 16, 8, 3, dtype=torch.float32)
+    i = make(40, 64, 48, 16, 8, 3, dtype=torch.float16)
     want = functional.delta(*adapter(i), **options(i))
     i.task[5], i.task[6] = -7, 3
     y = functional.delta(*adapter(i), **options(i))
@@ -289,7 +324,7 @@ def test_ids_that_do_not_exist():
 
 
 def test_a_bank_without_tasks():
-    i = make(20, 40, 24, 16, 8, dtype=torch.float32)
+    i = make(20, 40, 24, 16, 8, dtype=torch.float16)
     i.u, i.v, i.fusion = i.u[:0], i.v[:0], i.fusion[:0]
     i.task.fill_(-1)
     y, dx, *_ = run_all(i)
@@ -300,7 +335,7 @@ def test_a_bank_without_tasks():
 def test_one_output_and_one_rank_with_strides_of_their_own():
     """A dimension of one element may have any stride in a contiguous tensor."""
     for outputs, sub_rank in ((1, 8), (24, 1)):
-        i = make(20, 40, outputs, 16, sub_rank, dtype=torch.float32)
+        i = make(20, 40, outputs, 16, sub_rank, dtype=torch.float16)
         want = functional.delta(*adapter(i), **options(i))
         i.u = i.u.transpose(0, 1).contiguous().transpose(0, 1)
         i.v = i.v.transpose(0, 1).contiguous().transpose(0, 1)
@@ -308,7 +343,7 @@ def test_one_output_and_one_rank_with_strides_of_their_own():
 
 
 def test_tasks_without_rows_get_zeros():
-    i = make(40, 64, 48, 16, 8, 5, dtype=torch.float32)
+    i = make(40, 64, 48, 16, 8, 5, dtype=torch.float16)
     i.task.fill_(3)
     _, _, _, _, du, dv, dfusion = run_all(i)
     for t in (0, 1, 2, 4):
@@ -336,7 +371,7 @@ def test_uninitialised_memory_is_never_read(rows):
 def test_linear_takes_its_plan_by_the_number_of_rows(device, monkeypatch):
     """Up to 64 rows a launch for each of three phases with the base product in them; then cuBLAS's beside one or three."""
     for rows, launches, products in ((64, 3, 0), (65, 1, 1), (255, 1, 1), (256, 3, 1)):
-        i = make(rows, 40, 24, 16, 8, dtype=torch.float32)
+        i = make(rows, 40, 24, 16, 8, dtype=torch.float16)
         weight, bias = base(i)
         seen = []
         monkeypatch.setattr(torch.Tensor, "addmm_", lambda y, *_, seen=seen: seen.append(1) or y)
@@ -350,25 +385,7 @@ def test_linear_takes_its_plan_by_the_number_of_rows(device, monkeypatch):
 @pytest.mark.parametrize("plan", ["decode", "one_launch", "by_phase"])
 def test_a_layer(plan, check):
     with backends.plan(plan):
-        check("cpu")
-
-
-@pytest.mark.parametrize("p", [0.0, 0.2])
-@pytest.mark.parametrize("rows", [50, 140])
-def test_a_pair_equals_two_linears(rows, p):
-    one, two = make(rows, 40, 24, 16, 8, dtype=torch.float32), make(rows, 40, 32, 16, 8, dtype=torch.float32, seed=1)
-    two.x, two.task, seed = one.x, one.task, torch.tensor([9])
-    one, two = one.leaves(), two.leaves()
-    bases = [base(one), base(two)]
-    more = {"task": one.task, "scaling": SCALING, "p": p, "seed": seed}
-    ys = functional.delta_pair(one.x, adapter(one)[1:], adapter(two)[1:], bases=bases, **more)
-    wants = [functional.linear(one.x, *b, *adapter(i)[1:], **more) for i, b in zip((one, two), bases, strict=True)]
-    dys = [torch.randn_like(y) for y in ys]
-    leaves = [one.x, one.a, one.b0, one.u, two.a, two.v, two.fusion]
-    got = [*ys, *torch.autograd.grad(ys, leaves, dys)]
-    want = [*wants, *torch.autograd.grad(wants, leaves, dys)]
-    for ours, theirs in zip(got, want, strict=True):
-        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+        check("cpu", torch.float16)
 
 
 # --- the fused product ----------------------------------------------------------------------------------------------
@@ -388,16 +405,32 @@ def test_what_the_fused_product_is_given(coefficients, mix, gate, p):
     errors.check()
 
 
+def test_the_fused_product_is_chosen_for_many_rows_and_a_measurement_overturns_that(monkeypatch):
+    wanted = "from 4096 rows on sm_90a where it fits, as modelled and not yet measured"
+    assert backends.plans("linear")["cuda"]["fused"] == wanted
+    assert max(cuda_linear.rows(torch.device("cpu"))) == 4096
+
+    def plan_of(rows):
+        i = make(rows, 64, 48, 16, 8, dtype=torch.bfloat16)
+        return cuda_linear.plan_of(i.x, base(i)[0], args_of(i))
+
+    assert [plan_of(rows) for rows in (4095, 4096)] == ["by_phase", "fused"]
+    monkeypatch.setitem(cuda_linear.FUSED_FROM, ("cpu", 64, 48), 300)
+    assert [plan_of(rows) for rows in (299, 300)] == ["by_phase", "fused"]
+    assert 300 in cuda_linear.rows(torch.device("cpu"))
+    monkeypatch.setitem(cuda_linear.FUSED_FROM, ("cpu", 64, 48), None)
+    assert plan_of(5000) == "by_phase"
+
+
 def test_the_fused_product_leaves_what_it_cannot_do_to_the_other_plans(monkeypatch):
     i = make(30, 64, 48, 16, 8, dtype=torch.bfloat16)
     weight, _ = base(i)
     reasons = {
-        "one 16-bit type": (i.to(torch.float32), weight.float()),
         "multiples of 8": (make(30, 60, 48, 16, 8, dtype=torch.bfloat16), torch.zeros(48, 60).bfloat16()),
         "multiples of 16 bytes": (i, torch.zeros(48, 65).bfloat16()[:, :64]),
     }
-    assert "one 16-bit type" in cuda_linear.unfit(i.x, weight, args_of(i), torch.zeros(48))
-    assert cuda_linear.unfit(i.x, weight, args_of(i)) is None
+    assert cuda_linear.unfit(i.x, weight, args_of(i), torch.zeros(48)) is None
+    assert cuda_linear.unfit(i.x, weight, args_of(i.to(torch.float32))) is None
     for reason, (inputs, w) in reasons.items():
         assert reason in cuda_linear.unfit(inputs.x, w, args_of(inputs))
     monkeypatch.setattr(cuda_linear, "SLOT_BYTES", 1000)

@@ -56,18 +56,21 @@ def test_shares_follow_each_other_in_whole_steps(library, total, step, shares):
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
-    tiles=st.integers(0, 10**9),
-    blocks=st.integers(1, 1000),
-    step=st.integers(1, 256),
-    total=st.integers(0, 200_000),
-    most=st.integers(1, 1000),
+    tiles=st.integers(0, 2000),
+    blocks=st.integers(1, 300),
+    steps=st.integers(0, 400),
+    least=st.integers(1, 8),
+    most=st.integers(1, 400),
 )
-def test_the_number_of_shares(library, tiles, blocks, step, total, most):
-    """As many as it takes to give each block something, none smaller than a step, at most `most` and at least one."""
-    shares = library.index_shares_for(tiles, blocks, step, total, most)
-    assert 1 <= shares <= most
-    assert shares == 1 or (shares - 1) * step < total
-    assert shares * max(tiles, 1) >= blocks or shares == most or shares * step >= total
+def test_the_number_of_shares_gives_the_busiest_block_the_fewest_steps(library, tiles, blocks, steps, least, most):
+    def taken(shares):
+        items = [-(-steps // shares)] * (tiles * shares)
+        return max((sum(items[at::blocks]) for at in range(blocks)), default=0)
+
+    enough = -(-2 * blocks // max(tiles, 1))
+    allowed = [n for n in range(1, min(most, enough, 40) + 1) if n == 1 or -(-steps // n) >= least]
+    shares = library.index_shares_for(tiles, blocks, steps, least, min(most, 40))
+    assert shares == min(allowed, key=lambda n: (taken(n), n))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -84,7 +84,8 @@ def test_a_graph_of_a_decode_step_follows_the_task_ids(fused):
             assert torch.equal(y, made(x, task_ids=ids))
 
 
-def test_fused_equals_apart():
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_fused_equals_apart(kernels):
     """One training step with dropout 0, in fp32: the largest difference of outputs and gradients."""
     apart = model(False).float().train()
     for layer in [m for m in apart.modules() if isinstance(m, LiLoRALinear)]:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from cases import adapter, options
+from gpu_cases import base_on_gpu, make_on_gpu
 from test_gpu_delta import check_shape
 
-from lilora_kernels import backends
+from lilora_kernels import backends, functional
 
 
 @pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
@@ -13,3 +15,16 @@ from lilora_kernels import backends
 def test_outputs_and_gradients(rows, mix, kernels):
     with backends.plan("fused"):  # raises where the fused product cannot run
         check_shape("linear", rows, 256, 384, 128, 64, 8, mix=mix, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
+def test_fp32_masters_are_rounded_before_the_product(kernels):
+    i = make_on_gpu(300, 256, 384, 128, 64, 8, dtype=torch.float32)
+    i.x = i.x.bfloat16()
+    weight, bias = base_on_gpu(i)
+    with backends.plan("fused"):
+        masters, rounded = (
+            functional.linear(i.x, weight.bfloat16(), bias.bfloat16(), *adapter(j)[1:], **options(j))
+            for j in (i, i.to(torch.bfloat16))
+        )
+    assert torch.equal(masters, rounded)

@@ -11,7 +11,8 @@ def test_a_layer_of_a_large_model():
     check_shape("linear", 8192, 4096, 4096, 128, 64, 8, mix="sorted", dtype=torch.bfloat16, seeds=2)
 
 
-def test_a_pair_of_layers_of_a_large_model():
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_a_pair_of_layers_of_a_large_model(kernels):
     errors = Errors()
     pair = make_pair(4096, rows=4096, columns=2048, rank=128, sub_rank=64, tasks=8, mix="runs", dtype=torch.bfloat16)
     add_errors(errors, "pair", pair, 0.05, seed_tensor(-3), ("x", "a", "b0", "u", "v", "fusion"))
@@ -30,10 +31,11 @@ def test_outputs_and_gradients_of_one_launch(rows, plan):
     check_shape("linear", rows, 256, 384, 128, 64, 8, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [0, 70, 1000, 3001])
 @pytest.mark.parametrize("coefficients", ["fusion", "lora"])
-def test_outputs_and_gradients_of_a_pair(coefficients, rows, dtype):
+def test_outputs_and_gradients_of_a_pair(coefficients, rows, dtype, kernels):
     errors = Errors()
     for seed, mix in enumerate(("one", "random") * 4):
         shape = {"rows": rows, "columns": 136, "rank": 16, "sub_rank": 8, "tasks": 8, "coefficients": coefficients}

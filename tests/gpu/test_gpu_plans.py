@@ -1,6 +1,7 @@
 """A layer on a GPU by each plan of each backend that is here; test_gpu_fused.py has the fused product."""
 
 import pytest
+import torch
 from plan_cases import checks
 
 import lilora_kernels
@@ -24,4 +25,4 @@ def kernels():
 @pytest.mark.parametrize("name, plan, check", PLANS)
 def test_a_layer(name, plan, check):
     with lilora_kernels.backend(name), lilora_kernels.plan(plan):
-        check("cuda")
+        check("cuda", torch.float16 if name == "cuda" else torch.float32)

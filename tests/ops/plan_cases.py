@@ -8,9 +8,10 @@ from lilora_kernels.ops.delta import reference
 
 TASKS = ("one", "two")
 IDS = (0, 1, -1)
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}  # of the largest value
 
 
-def made(device, dropout=0.0):
+def made(device, dtype, dropout=0.0):
     """The same layer and samples [3, 5, 40] at every call."""
     torch.manual_seed(0)
     base = torch.nn.Linear(40, 24).requires_grad_(False)
@@ -21,7 +22,7 @@ def made(device, dropout=0.0):
     for parameter in layer.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
-    return layer.to(device), torch.randn(3, 5, 40).to(device)
+    return layer.to(device, dtype), torch.randn(3, 5, 40).to(device, dtype)
 
 
 def expected(layer, x, ids):
@@ -42,23 +43,23 @@ def expected(layer, x, ids):
 
 
 def close(got, want):
-    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+    assert (got - want).abs().max() <= TOLERANCE[got.dtype] * want.abs().max()
 
 
-def one_task(device):
-    layer, x = made(device)
+def one_task(device, dtype=torch.float32):
+    layer, x = made(device, dtype)
     want, _ = expected(layer, x, (1, 1, 1))
     layer.set_task("two")
     close(layer.eval()(x), want)
 
 
-def mixed_batch(device):
-    layer, x = made(device)
+def mixed_batch(device, dtype=torch.float32):
+    layer, x = made(device, dtype)
     close(layer.eval()(x, task=torch.tensor(IDS, dtype=torch.int32, device=device)), expected(layer, x, IDS)[0])
 
 
-def training_step(device):
-    layer, x = made(device)
+def training_step(device, dtype=torch.float32):
+    layer, x = made(device, dtype)
     _, gradients = expected(layer, x, IDS)
     layer(x, task=torch.tensor(IDS, dtype=torch.int32, device=device)).square().mean().backward()
     learned_as(layer, gradients)
@@ -71,8 +72,8 @@ def learned_as(layer, gradients):
         close(learned[name], gradient)
 
 
-def training_step_of_one_task(device):
-    layer, x = made(device)
+def training_step_of_one_task(device, dtype=torch.float32):
+    layer, x = made(device, dtype)
     _, gradients = expected(layer, x, (0, 0, 0))
     layer.set_task("one")
     for _ in range(2):  # the second call of a layer may take another way
@@ -81,11 +82,11 @@ def training_step_of_one_task(device):
     learned_as(layer, {name: g for name, g in gradients.items() if not name.endswith(".two")})
 
 
-def checkpointing(device):
+def checkpointing(device, dtype=torch.float32):
     """The recomputation draws the mask of the forward again."""
     found = []
     for recomputed in (False, True):
-        layer, x = made(device, dropout=0.3)
+        layer, x = made(device, dtype, dropout=0.3)
         task, x = torch.tensor(IDS, dtype=torch.int32, device=device), x.requires_grad_()
         y = checkpoint(layer, x, task=task, use_reentrant=False) if recomputed else layer(x, task=task)
         y.square().mean().backward()

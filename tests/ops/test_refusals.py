@@ -1,6 +1,7 @@
 """What the environment lacks is a reason, never an error: the automatic choice goes on to the next backend."""
 
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from lilora_kernels.ops import triton_runtime
 pytest.importorskip("triton")
 
 OLD_DRIVER = "CUDA driver version is insufficient for CUDA runtime version"
-OPERATIONS = ("delta", "linear", "delta_pair")
+OPERATIONS = ("delta", "linear")
 
 
 @pytest.fixture
@@ -66,6 +67,16 @@ def test_a_driver_that_is_too_old_for_the_cuda_build_leaves_triton(op, gpu, x):
 
 def test_a_build_with_code_for_the_gpu_is_chosen(gpu, x):
     assert chosen("delta", x) == "cuda"
+
+
+def test_a_pair_of_adapters_is_left_to_triton(gpu, x):
+    """Two calls of the CUDA kernels share nothing."""
+    for forced in (nullcontext(), lilora_kernels.backend("cuda")):
+        with forced:
+            assert (
+                backends.refusals("delta_pair", x, 128, 64)["cuda"] == "this operation has no kernel of its own there"
+            )
+            assert chosen("delta_pair", x) == "triton"
 
 
 def test_explain_says_it(gpu, x, monkeypatch):

@@ -1,8 +1,10 @@
 """The GPU build without a toolkit: what the environment asks for, what is missing, and a library that is not there or broken."""
 
+import inspect
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import cuda_build
 import pytest
 import torch
+import torch.utils.cpp_extension
 
 from lilora_kernels import cuda_library
 
@@ -40,11 +43,48 @@ def test_the_default_architectures_are_those_the_toolkit_knows_and_the_newest_ha
 
 def test_a_list_is_taken_as_it_stands():
     for _ in range(50):
-        wanted = random.sample(["8.0", "8.6", "8.9+PTX", "9.0a", "9.0", "10.0a+PTX", "12.0f"], random.randint(1, 7))
+        wanted = random.sample(["8.0", "8.6", "8.9+PTX", "9.0a", "10.0a+PTX", "12.0f"], random.randint(1, 6))
         separators = random.choices([";", " ", "; ", "  "], k=len(wanted))
         text = "".join(number + separator for number, separator in zip(wanted, separators, strict=True))
         assert names(text) == wanted
     assert names("8.0;8.6;8.0+PTX") == ["8.0+PTX", "8.6"]
+
+
+def test_9_0_is_9_0a_which_has_wgmma():
+    assert names("9.0") == ["9.0a"]
+    assert names("9.0+PTX") == ["9.0a+PTX"]
+    assert names("9.0;8.0;9.0a+PTX") == ["9.0a+PTX", "8.0"]
+
+
+@pytest.mark.parametrize(
+    "wanted, numbers",
+    [
+        ("Hopper", ["9.0a+PTX"]),
+        ("Ada;8.0", ["8.9+PTX", "8.0"]),
+        ("Ampere 9.0", ["8.0", "8.6+PTX", "9.0a"]),
+        ("Ampere;8.0+PTX", ["8.0+PTX", "8.6+PTX"]),
+        ("Blackwell", ["10.0", "10.3", "12.0", "12.1+PTX"]),
+    ],
+)
+def test_architectures_have_the_names_that_torch_takes(wanted, numbers):
+    assert names(wanted, *KNOWN, "10.3", "12.1") == numbers
+
+
+def test_every_name_that_torch_takes_is_known():
+    source = inspect.getsource(torch.utils.cpp_extension._get_cuda_arch_flags)
+    assert dict(re.findall(r"\('([A-Z][\w+]+)', '([\d.;]+(?:\+PTX)?)'\)", source)) == cuda_build.NAMES
+
+
+def test_what_is_older_than_the_kernels_is_left_out_with_a_note(capsys):
+    assert names("7.0;7.5+PTX;8.0") == ["8.0"]
+    notes = [
+        f"TORCH_CUDA_ARCH_LIST has {n}, which is left out: the kernels need 8.0 or newer" for n in ("7.0", "7.5+PTX")
+    ]
+    assert capsys.readouterr().err == "".join(f"lilora-kernels: {line}\n" for line in notes)
+    with pytest.raises(
+        SystemExit, match=r"is 'Volta 7\.5', but the kernels need 8\.0 or newer; add such an architecture$"
+    ):
+        names("Volta 7.5")
 
 
 def test_ptx_is_of_an_architecture_that_newer_devices_can_run():
@@ -57,11 +97,12 @@ def test_ptx_is_of_an_architecture_that_newer_devices_can_run():
 @pytest.mark.parametrize(
     "wanted, sentence",
     [
-        ("Hopper", r"has 'Hopper'; write numbers such as 8\.0;9\.0a\+PTX$"),
+        ("Hoper", r"has 'Hoper'; write numbers such as 8\.0;9\.0a\+PTX, or names such as Hopper$"),
+        ("native", "has 'native'; write numbers"),
         ("8.0,9.0", r"has '8\.0,9\.0'; write numbers"),
         ("8.0;9", r"has '9'; write numbers"),
         ("9.0a+ptx", r"has '9\.0a\+ptx'; write numbers"),
-        ("8.0 7.5", r"has 7\.5, but the kernels need 8\.0 or newer; take it out$"),
+        ("Blackwell", r"has 10\.3, which nvcc 13\.0 does not know"),
         ("11.5a", r"has 11\.5a, which nvcc 13\.0 does not know; it knows 7\.5, 8\.0, 8\.6, 8\.9, 9\.0, 10\.0, 12\.0$"),
     ],
 )
@@ -209,7 +250,7 @@ def test_hopper_sources_are_compiled_for_9_0a_alone(machine):
     assert "-DLILORA_HOPPER" in flags["csrc/register.cpp"]
 
 
-@pytest.mark.parametrize("wanted", ["8.0", "8.0;9.0"])
+@pytest.mark.parametrize("wanted", ["8.0", "8.0+PTX"])
 def test_without_9_0a_there_are_no_hopper_sources(machine, wanted):
     flags = {str(source): flags for source, flags in plan(machine, wanted).sources().items()}
     assert list(flags) == ["csrc/one.cu", "csrc/other.cu", "csrc/register.cpp"]

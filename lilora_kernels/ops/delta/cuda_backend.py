@@ -1,4 +1,8 @@
-"""Calls the CUDA kernels of `delta`: one launch each way, or one for each phase."""
+"""Calls the CUDA kernels of `delta`: one launch each way, or one for each phase.
+
+The kernels read parameters in x's dtype: those of another one are cast before, as the formula does. Gradients of parameters
+in fp32 are sums in fp32 that nothing has rounded.
+"""
 
 import torch
 from torch import Tensor
@@ -46,11 +50,13 @@ def run_backward(
     """The gradients in `needs`; dx without the part through the base weight, unless weight [N, K] is given (on sm_90a)."""
     low, high = adapter.ranks or (0, adapter.a.shape[0])
     wanted = [name for name in DIFFERENTIABLE if name in needs]
-    bits = sum(1 << DIFFERENTIABLE.index(name) for name in wanted)
+    bits = {name: 1 << DIFFERENTIABLE.index(name) for name in wanted}
+    wide = sum(bit for name, bit in bits.items() if name != "x" and getattr(adapter, name).dtype != dy.dtype)
     gradients = torch.ops.lilora_cuda.delta_backward(
-        rows_of(dy), fitting(weight, dy), rows_of(x), None if h is None else h.to(dy.dtype).contiguous(),
+        rows_of(dy), None if weight is None else rows_of(weight.to(dy.dtype)), rows_of(x),
+        None if h is None else h.to(dy.dtype).contiguous(),
         *operands(adapter, dy), barrier_state(dy.device) if one_launch else None,
-        adapter.scaling, threshold(adapter.p), keep_scale(adapter.p), low, high, bits, one_launch,
+        adapter.scaling, threshold(adapter.p), keep_scale(adapter.p), low, high, sum(bits.values()), wide, one_launch,
     )  # fmt: skip
     found = dict(zip(wanted, gradients, strict=True))
     return {name: g if name == "x" else like(g, getattr(adapter, name)) for name, g in found.items()}
@@ -63,7 +69,7 @@ def like(gradient: Tensor, parameter: Tensor) -> Tensor:
 def run_fused_forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
     """y [M, N] = x W^T + bias + delta in one product on sm_90a, after the launch that makes h [M, R]."""
     return torch.ops.lilora_cuda.fused_linear_forward(
-        rows_of(x), weight, fitting(bias, x), *operands(adapter, x), barrier_state(x.device),
+        rows_of(x), rows_of(weight.to(x.dtype)), fitting(bias, x), *operands(adapter, x), barrier_state(x.device),
         adapter.scaling, threshold(adapter.p), keep_scale(adapter.p),
     )  # fmt: skip
 
@@ -74,10 +80,8 @@ def rows_of(x: Tensor | None) -> Tensor | None:
 
 
 def fitting(tensor: Tensor | None, x: Tensor) -> Tensor | None:
-    """A parameter in x's dtype or fp32, the two that the kernels read."""
-    if tensor is None:
-        return None
-    return tensor.contiguous() if tensor.dtype in (x.dtype, torch.float32) else tensor.contiguous().float()
+    """A parameter as the kernels read it."""
+    return None if tensor is None else tensor.to(x.dtype).contiguous()
 
 
 def operands(adapter: AdapterArgs, x: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,12 +1,10 @@
 """`lilora::delta_pair`: two adapters (and, if given, their frozen bases) of one x, as gate_proj and up_proj of an MLP."""
 
 from ... import backends
-from .. import cpu_runtime, cuda_runtime, triton_runtime
+from .. import cpu_runtime, triton_runtime
 from ..checks import check_pair
 from ..schema import FACTORS, AdapterOperation, kinds_of
 from . import cpu_backend, eager
-
-PLANS = {"by_phase": "for all rows"}
 
 backends.register(
     "delta_pair",
@@ -14,7 +12,6 @@ backends.register(
     cpu=backends.Implementation(
         cpu_backend.forward, eager.backward, cpu_runtime.refusal, cpu_runtime.PLANS, bind=cpu_runtime.bind
     ),
-    cuda=backends.lazy("lilora_kernels.ops.delta_pair.cuda_backend", cuda_runtime.refusal, PLANS),
     triton=backends.lazy(
         "lilora_kernels.ops.delta_pair.triton_backend", triton_runtime.refusal, triton_runtime.PAIR_PLANS
     ),

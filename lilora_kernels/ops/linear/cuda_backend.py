@@ -1,4 +1,4 @@
-"""Four plans, by the number of rows and where the fused product has been measured to be the faster one.
+"""Four plans, by the number of rows, and for the fused product by the layer too.
 
 decode: the kernels stream the base weight too. one_launch and by_phase: they write the adapter's part and cuBLAS adds the
 base's (beta = 1). fused (sm_90a): one product whose inner dimension has the adapter's steps too, forward and for dx.
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from ... import backends, cuda_library
 from .. import triton_runtime
-from ..cuda_runtime import DECODE_ROWS
+from ..cuda_runtime import DECODE_ROWS, FUSED_ROWS
 from ..delta import cuda_backend as delta
 from ..schema import AdapterArgs
 
 SLOT_BYTES = 1 << 28  # how much memory the slots of the fused product may take
-# (device, K, N) -> the number of rows from which the fused product was faster in a paired benchmark. None is measured yet;
-# bench.model: 0.97 of by_phase's time at 8192 rows of gate and up, forward and backward, 1.00 at 4096.
-FUSED_FROM: dict[tuple[str, int, int], int] = {}
+# (device, K, N) -> the number of rows from which the fused product was faster in a paired benchmark, None where it never was: in
+# place of FUSED_ROWS. Nothing is measured yet.
+FUSED_FROM: dict[tuple[str, int, int], int | None] = {}
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def backward(
 
 
 def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> str:
-    """The plan that is forced, or the one for so many rows. The fused product is chosen where it was measured faster."""
+    """The plan that is forced, or the one for so many rows."""
     count, plan, reason = rows.shape[0], backends.forced["plan"], None
     if plan == "fused":
         reason = unfit(rows, weight, adapter, bias)
@@ -55,8 +55,7 @@ def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | N
         )
     if plan is not None:
         return plan
-    device = triton_runtime.table_names(rows.device)
-    fused_from = FUSED_FROM.get((device[0], *weight.shape[::-1])) if device else None
+    fused_from = FUSED_FROM.get((device_name(rows.device), *weight.shape[::-1]), FUSED_ROWS)
     if fused_from is not None and count >= fused_from and unfit(rows, weight, adapter, bias) is None:
         return "fused"
     if count <= DECODE_ROWS:
@@ -66,18 +65,16 @@ def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | N
 
 def unfit(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> str | None:
     """Why the fused product cannot run on x or dy [M, ...], or None."""
-    if not cuda_library.has_hopper() or (rows.is_cuda and triton_runtime.capability(rows.device) != (9, 0)):
+    if not on_hopper(rows.device):
         return "it needs a GPU of compute capability 9.0 and a build for 9.0a"
-    factors = [t for t in (weight, bias, adapter.a, adapter.b0, adapter.u) if t is not None]
-    if rows.dtype not in (torch.float16, torch.bfloat16) or any(t.dtype != rows.dtype for t in factors):
-        return "it takes x, weight, bias, a, b0 and u in one 16-bit type"
     rank, sub_rank = adapter.rank_sizes
     if 0 in (*rows.shape, *weight.shape) or any(size % 8 for size in (*weight.shape, rank, sub_rank)):
         return "its K, N, r and sub_rank must be multiples of 8, and there must be rows"
-    tensors = [rows, *factors]
+    given = (rows, weight, bias, adapter.a, adapter.b0, adapter.u)
+    as_they_are = [t for t in given if t is not None and t.dtype == rows.dtype]  # what is cast becomes contiguous
     if any(
         t.data_ptr() % 16 or (t.dim() == 2 and (t.stride(1) != 1 or t.stride(0) % 8 or t.stride(0) == 0))
-        for t in tensors
+        for t in as_they_are
     ):
         return "its tensors must be rows that begin at multiples of 16 bytes"
     tasks = 0 if adapter.u is None else (1, *adapter.u.shape)[-3]
@@ -90,5 +87,18 @@ def unfit(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | Non
 
 def rows(device: torch.device) -> list[int]:
     """Of every plan, and in both sizes of tiles."""
-    fused = [least for (name, *_), least in FUSED_FROM.items() if name in triton_runtime.table_names(device)]
-    return sorted({DECODE_ROWS, *delta.rows(device), backends.ONE_LAUNCH_ROWS, backends.ONE_LAUNCH_ROWS + 1, *fused})
+    name = device_name(device)
+    fused = {FUSED_ROWS, *(least for (of, *_), least in FUSED_FROM.items() if of == name and least is not None)}
+    return sorted(
+        {DECODE_ROWS, *delta.rows(device), backends.ONE_LAUNCH_ROWS, backends.ONE_LAUNCH_ROWS + 1}
+        | (fused if on_hopper(device) else set())
+    )
+
+
+def on_hopper(device: torch.device) -> bool:
+    """Whether the fused product can run at all; the emulated device takes it too."""
+    return cuda_library.has_hopper() and (device.type != "cuda" or triton_runtime.capability(device) == (9, 0))
+
+
+def device_name(device: torch.device) -> str:
+    return next(iter(triton_runtime.table_names(device)), device.type)

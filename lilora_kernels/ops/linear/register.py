@@ -24,7 +24,11 @@ backends.register(
     cuda=backends.lazy(
         "lilora_kernels.ops.linear.cuda_backend",
         cuda_runtime.refusal,
-        {"decode": f"up to {cuda_runtime.DECODE_ROWS} rows", **PLANS, "fused": "where it was measured to be faster"},
+        {
+            "decode": f"up to {cuda_runtime.DECODE_ROWS} rows",
+            **PLANS,
+            "fused": f"from {cuda_runtime.FUSED_ROWS} rows on sm_90a where it fits, as modelled and not yet measured",
+        },
     ),
     triton=backends.lazy("lilora_kernels.ops.linear.triton_backend", triton_runtime.refusal, triton_runtime.PLANS),
 )

@@ -60,7 +60,6 @@ struct Meeting {
 // Who touched an element last, and when: times count barriers.
 struct Actor {
   uint16_t block, thread;
-  bool operator==(const Actor& other) const { return block == other.block && thread == other.thread; }
 };
 constexpr uint16_t kAtomic = 0xFFFD, kSeveral = 0xFFFE;  // in place of a thread, or of a block
 struct Cell {
@@ -68,19 +67,21 @@ struct Cell {
   Actor writer, reader;
 };
 
+// What a launch leaves in cells is older than the next one.
 struct Block {
   std::vector<uint8_t> shared;
   std::vector<uint8_t> published;  // as all threads had left it when the last one called publish_shared
   std::vector<Cell> pairs, bytes;  // of shared memory by two bytes, and by one for what is accessed so
-  int publishers = 0;
+  int publishers;
   uint32_t since;  // the time of the last barrier
   Meeting all;
   std::vector<Meeting> warps, groups;
   std::vector<std::array<float, 96>> products;  // of each thread, between begin_products and end_products
 };
 
+std::deque<Block> blocks;  // kept for the next launch, as threads are
+
 struct Grid {
-  std::vector<Block> blocks;
   std::deque<Fiber*> ready;
   std::vector<Fiber*> meeting;  // at the barrier of the grid
   int* arrived = nullptr;       // of the state of that barrier
@@ -96,9 +97,9 @@ struct Grid {
 };
 Grid* grid = nullptr;
 Fiber* self = nullptr;  // whose turn it is; null while no kernel runs
+Block* home = nullptr;  // its block
 uint32_t now = 0;  // the time
 
-Block& block() { return grid->blocks[self->block]; }
 
 unsigned random() {
   order = order * 1664525u + 1013904223u;
@@ -111,13 +112,21 @@ unsigned random() {
   _longjmp(grid->finished, 1);
 }
 
+// A store to what another thread of the block has written: no race if it changes nothing, which is seen afterwards.
+struct SecondStore {
+  const void* at = nullptr;
+  uint64_t before;
+  size_t size;
+  Actor actor, other;
+} second_store;
+
 // --- turns -----------------------------------------------------------------------------------------------------------
 
 void land(Fiber& fiber, size_t i);
 void check_second_store();
 
 [[noreturn]] void run_next() {
-  check_second_store();
+  if (second_store.at != nullptr) check_second_store();
   if (grid->ready.empty()) fail("threads wait for others that have ended or wait elsewhere; the last one to wait");
   auto& ready = grid->ready;
   if (grid->schedule == 2) std::swap(ready.front(), ready[random() % ready.size()]);
@@ -128,6 +137,7 @@ void check_second_store();
     self = ready.front();
     ready.pop_front();
   }
+  home = &blocks[self->block];
   indices.thread.x = self->thread;
   indices.block.x = self->block;
   if (self->started) _longjmp(self->state, 1);
@@ -187,11 +197,11 @@ void together(std::vector<Meeting>& meetings, int lanes, const void* a, const vo
 }
 template <typename Act>
 void warp(const void* a, const void* b, const void* c, Act act) {
-  together(block().warps, kLanes, a, b, c, act);
+  together(home->warps, kLanes, a, b, c, act);
 }
 template <typename Act>
 void warpgroup(const void* a, const void* b, const void* c, Act act) {
-  together(block().groups, kGroupLanes, a, b, c, act);
+  together(home->groups, kGroupLanes, a, b, c, act);
 }
 
 // --- memory ----------------------------------------------------------------------------------------------------------
@@ -240,27 +250,18 @@ std::string named(const Actor& actor) {
 // Whether what `other` did at `time` may still be under way for `actor`.
 bool unordered(uint32_t time, const Actor& other, const Actor& actor) {
   if (other.block != actor.block) return time >= grid->since;
-  return time >= grid->blocks[actor.block].since && (other.thread != actor.thread || other.thread == kSeveral);
+  return time >= blocks[actor.block].since && (other.thread != actor.thread || other.thread == kSeveral);
 }
 
 [[noreturn]] void fail_race(uintptr_t at, bool write, const Actor& actor, bool other_wrote, const Actor& other) {
-  const uintptr_t in_shared = at - reinterpret_cast<uintptr_t>(grid->blocks[actor.block].shared.data());
-  fail((in_shared < grid->blocks[actor.block].shared.size() ? "byte " + std::to_string(in_shared) + " of shared memory"
+  const uintptr_t in_shared = at - reinterpret_cast<uintptr_t>(blocks[actor.block].shared.data());
+  fail((in_shared < blocks[actor.block].shared.size() ? "byte " + std::to_string(in_shared) + " of shared memory"
                                                             : named(at)) +
        " is " + (write ? "written" : "read") + " by " + named(actor) + " and " + (other_wrote ? "written" : "read") + " by " +
        named(other) + " without a barrier in between");
 }
 
-// A store to what another thread of the block has written: no race if it changes nothing, which is seen afterwards.
-struct SecondStore {
-  const void* at = nullptr;
-  uint64_t before;
-  size_t size;
-  Actor actor, other;
-} second_store;
-
 void check_second_store() {
-  if (second_store.at == nullptr) return;
   const SecondStore store = second_store;
   second_store.at = nullptr;
   if (std::memcmp(store.at, &store.before, store.size) != 0) {
@@ -268,53 +269,55 @@ void check_second_store() {
   }
 }
 
-void touch(Cell* cells, size_t count, bool write, const Actor& actor, uintptr_t at, size_t size) {
+// since: what is older is ordered before everything that happens now.
+inline void touch(Cell* cells, size_t count, bool write, const Actor& actor, uintptr_t at, size_t size, uint32_t since) {
   for (Cell* cell = cells; cell < cells + count; ++cell) {
-    if (unordered(cell->wrote, cell->writer, actor)) {
+    if (cell->wrote >= since && unordered(cell->wrote, cell->writer, actor)) {
       if (!write || size > 8 || cell->writer.block != actor.block) fail_race(at, write, actor, true, cell->writer);
       second_store = {reinterpret_cast<const void*>(at), 0, size, actor, cell->writer};
       std::memcpy(&second_store.before, second_store.at, size);
     }
-    if (write && unordered(cell->read, cell->reader, actor)) fail_race(at, true, actor, false, cell->reader);
+    if (write && cell->read >= since && unordered(cell->read, cell->reader, actor)) fail_race(at, true, actor, false, cell->reader);
     if (write) {
       cell->wrote = now;
       cell->writer = actor;
     } else {
       // A reader that still counts stays one of those who read.
-      if (cell->read >= grid->since && cell->reader.block != actor.block) {
-        cell->reader = {kSeveral, kSeveral};
-      } else if (cell->read >= block().since && cell->reader.thread != actor.thread) {
-        cell->reader.thread = kSeveral;
-      } else {
+      if (cell->read < since) {
         cell->reader = actor;
+      } else if (cell->reader.block != actor.block) {
+        cell->reader = {kSeveral, kSeveral};
+      } else if (cell->reader.thread != actor.thread) {
+        cell->reader.thread = cell->read < home->since ? actor.thread : kSeveral;
       }
       cell->read = now;
     }
   }
 }
 
-void access(const void* p, size_t size, bool write, uint16_t thread) {
-  const uintptr_t at = reinterpret_cast<uintptr_t>(p);
-  if (at - reinterpret_cast<uintptr_t>(self->stack) < kStack) return;
-  check_second_store();
-  const Actor actor = {static_cast<uint16_t>(self->block), thread};
-  Block& mine = block();
-  const uintptr_t in_shared = at - reinterpret_cast<uintptr_t>(mine.shared.data());
-  if (in_shared < mine.shared.size()) {
-    if (in_shared + size > mine.shared.size()) fail("an access leaves shared memory");
-    if (size == 1) return touch(&mine.bytes[in_shared], 1, write, actor, at, size);
-    return touch(&mine.pairs[in_shared / 2], size / 2, write, actor, at, size);
-  }
+void access_global(uintptr_t at, size_t size, bool write, const Actor& actor) {
   if (at - reinterpret_cast<uintptr_t>(grid->params) < grid->params_size) return;
   if (at - reinterpret_cast<uintptr_t>(&indices) < sizeof(indices)) return;
   if (grid->dependent && !self->waited) fail(named(at) + " is touched before the kernel before this one has ended");
-  if (size == 1) return touch(&page_of(at).bytes[at % kPage], 1, write, actor, at, 1);
-  for (uintptr_t end = at + size; size > 0;) {
-    Page& page = page_of(end - size);
-    const size_t first = (end - size) % kPage, part = size < kPage - first ? size : kPage - first;
-    touch(&page.pairs[first / 2], part / 2, write, actor, at, part);
+  if (size == 1) return touch(&page_of(at).bytes[at % kPage], 1, write, actor, at, 1, grid->since);
+  while (size > 0) {
+    const size_t first = at % kPage, part = size < kPage - first ? size : kPage - first;
+    touch(&page_of(at).pairs[first / 2], part / 2, write, actor, at, part, grid->since);
+    at += part;
     size -= part;
   }
+}
+
+inline void access(const void* p, size_t size, bool write, uint16_t thread) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p);
+  if (at - reinterpret_cast<uintptr_t>(self->stack) < kStack) return;
+  if (second_store.at != nullptr) check_second_store();
+  const Actor actor = {static_cast<uint16_t>(self->block), thread};
+  const uintptr_t in_shared = at - reinterpret_cast<uintptr_t>(home->shared.data());
+  if (in_shared >= home->shared.size()) return access_global(at, size, write, actor);
+  if (in_shared + size > home->shared.size()) fail("an access leaves shared memory");
+  if (size == 1) return touch(&home->bytes[in_shared], 1, write, actor, at, size, home->since);
+  touch(&home->pairs[in_shared / 2], size / 2, write, actor, at, size, home->since);
 }
 
 void land(Fiber& fiber, size_t i) {
@@ -339,7 +342,7 @@ void read_operand(bool half, bool transposed, uint64_t descriptor, int rows, flo
   auto bytes = [&](int first_bit) { return static_cast<uint32_t>(descriptor >> first_bit & 0x3FFF) * 16; };
   const uint32_t start = bytes(0), leading = bytes(16), stride = bytes(32);
   if ((descriptor & ~uint64_t{0x3FFF3FFF3FFF}) != uint64_t{1} << 62) fail("a descriptor is not one of 128-byte swizzle");
-  Block& mine = block();
+  Block& mine = *home;
   for (int i = 0; i < rows * 2; ++i) {  // chunks of eight
     const int row = transposed ? i / 16 * 8 : i / 2, k = transposed ? i % 16 : i % 2 * 8;
     uint32_t at = start + (transposed ? row / 64 * leading + row % 64 * 2 + k / 8 * stride + k % 8 * 128
@@ -375,10 +378,10 @@ uint16_t float_to_half(float x) {
   return bits;
 }
 
-uint8_t* shared_memory() { return block().shared.data(); }
+uint8_t* shared_memory() { return home->shared.data(); }
 
 void sync_block() {
-  Block& mine = block();
+  Block& mine = *home;
   meet(mine.all.waiting, grid->threads, [&] { mine.since = ++now; });
 }
 
@@ -426,11 +429,11 @@ void multiply(bool half, float* c, const uint32_t* a, const uint32_t* b) {
 }
 
 void begin_products(float* c, int count) {
-  std::memcpy(block().products[self->thread].data(), c, count * sizeof(float));
+  std::memcpy(home->products[self->thread].data(), c, count * sizeof(float));
   std::memset(c, kPoison, count * sizeof(float));
 }
 void end_products(float* c, int count) {
-  std::memcpy(c, block().products[self->thread].data(), count * sizeof(float));
+  std::memcpy(c, home->products[self->thread].data(), count * sizeof(float));
 }
 
 void multiply_warpgroup(bool half, bool a_transposed, bool b_transposed, int tiles_n, uint64_t a, uint64_t b) {
@@ -445,7 +448,7 @@ void multiply_warpgroup(bool half, bool a_transposed, bool b_transposed, int til
         fail("the threads of a warpgroup gave different descriptors");
       }
     }
-    auto* products = &block().products[self->thread / kGroupLanes * kGroupLanes];
+    auto* products = &home->products[self->thread / kGroupLanes * kGroupLanes];
     for (int row = 0; row < 64; ++row) {
       // Four lanes hold a row, two neighbours of each eight columns.
       const int first = row / 16 * 32 + row % 8 * 4, half_row = row / 8 % 2 * 2;
@@ -492,38 +495,43 @@ std::string name_of(const void* kernel) {
 
 }  // namespace
 
-void launch(void (*body)(const void*, const void*), const void* kernel, const void* params, size_t params_size, int blocks,
+void launch(void (*body)(const void*, const void*), const void* kernel, const void* params, size_t params_size, int count,
             int threads, int shared, Together together) {
   ++launches;
   if (launches_nothing) return;
   static bool stopped = false;  // the grid before
   const unsigned seed = order;
-  std::deque<Fiber>& fibers = fibers_for(static_cast<size_t>(blocks) * threads, stopped);
+  std::deque<Fiber>& fibers = fibers_for(static_cast<size_t>(count) * threads, stopped);
   stopped = false;
   Grid all;
   grid = &all;
   all.schedule = order == 0 ? 0 : random() % 3;
   all.threads = threads;
-  all.alive = blocks * threads;
+  all.alive = count * threads;
   all.since = ++now;
   all.body = body;
   all.kernel = kernel;
   all.params = params;
   all.params_size = params_size;
   all.dependent = together == Together::kDependent;
-  all.blocks.resize(blocks);
-  for (Block& b : all.blocks) {
+  while (static_cast<int>(blocks.size()) < count) blocks.emplace_back();
+  for (int i = 0; i < count; ++i) {
+    Block& b = blocks[i];
     b.shared.assign(shared, kPoison);
     b.published = b.shared;
-    b.pairs.resize(shared / 2 + 1);
-    b.bytes.resize(shared);
+    b.publishers = 0;
+    if (b.bytes.size() < b.shared.size()) {
+      b.pairs.resize(shared / 2 + 1);
+      b.bytes.resize(shared);
+    }
     b.since = now;
-    b.warps.resize(threads / kLanes);
-    b.groups.resize(threads / kGroupLanes);
+    b.all = {};
+    b.warps.assign(threads / kLanes, {});
+    b.groups.assign(threads / kGroupLanes, {});
     b.products.resize(threads);
   }
   std::vector<Fiber*> begin;
-  for (int i = 0; i < blocks * threads; ++i) {
+  for (int i = 0; i < count * threads; ++i) {
     Fiber& fiber = fibers[i];
     fiber.block = static_cast<unsigned>(i / threads);
     fiber.thread = static_cast<unsigned>(i % threads);
@@ -539,7 +547,7 @@ void launch(void (*body)(const void*, const void*), const void* kernel, const vo
     begin.push_back(&fiber);
   }
   wake(begin);
-  indices.grid.x = static_cast<unsigned>(blocks);
+  indices.grid.x = static_cast<unsigned>(count);
   if (_setjmp(all.finished) == 0) run_next();
   grid = nullptr;
   self = nullptr;
@@ -574,7 +582,7 @@ void wait_copies(int pending) {
   }
 }
 void publish_shared() {
-  emulation::Block& block = emulation::block();
+  emulation::Block& block = *emulation::home;
   if (++block.publishers < emulation::grid->threads) return;
   block.publishers = 0;
   block.published = block.shared;

@@ -16,9 +16,12 @@ from cases import (
     oracle,
     pairwise,
 )
+from emulator import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import ANY_DROPOUT, ANY_SHAPE, AXES, SUBSETS
+from mutants import MUTANTS
+from order import assert_shares_are_added_in_order
 from plan_cases import CHECKS
 
 from lilora_kernels import backends, functional
@@ -217,6 +220,25 @@ def test_one_launch_equals_a_launch_for_each_phase(rows):
         y, h = cuda_backend.run_forward(i.x, None, args, one_launch)
         results.append([y, h, *cuda_backend.run_backward(dy, i.x, h, args, frozenset(NAMES), one_launch).values()])
     assert_equal(*results)
+
+
+def test_shares_are_added_in_order(device):
+    assert_shares_are_added_in_order(device)
+
+
+@pytest.mark.parametrize("rows, op, dtype", [(17, "linear", torch.bfloat16), (130, "delta", torch.float16)], ids=str)
+def test_a_whole_device(rows, op, dtype, device):
+    device(processors=132)
+    errors = Errors()
+    add_errors(errors, make(rows, 2048, 40, 16, 8, dtype=dtype), op, NAMES, 0.1, torch.tensor([7]))
+    errors.check()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_fault_can_be_planted(mutant):
+    """`make emulation-full` plants it, where the text must not have gone."""
+    source = (ROOT / "csrc" / mutant.file).read_text()
+    assert source.count(mutant.text) == 1, f"{mutant.file} no longer has this text once: {mutant.text!r}"
 
 
 def test_the_barrier_serves_grids_of_changing_sizes(device):

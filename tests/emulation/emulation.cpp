@@ -47,6 +47,7 @@ struct Fiber {
   unsigned block, thread;
   bool started = false;
   bool waited;  // for the kernel before this one
+  uint32_t published;  // the time of its last publish_shared
   int committed;
   std::vector<Copy> copies;  // under way
 };
@@ -57,7 +58,7 @@ struct Meeting {
   const void* brought[kGroupLanes][3];
 };
 
-// Who touched an element last, and when: times count barriers.
+// Who touched an element last, and when: times count barriers and fences.
 struct Actor {
   uint16_t block, thread;
 };
@@ -70,10 +71,9 @@ struct Cell {
 // What a launch leaves in cells is older than the next one.
 struct Block {
   std::vector<uint8_t> shared;
-  std::vector<uint8_t> published;  // as all threads had left it when the last one called publish_shared
   std::vector<Cell> pairs, bytes;  // of shared memory by two bytes, and by one for what is accessed so
-  int publishers;
   uint32_t since;  // the time of the last barrier
+  std::vector<Fiber*> fibers;
   Meeting all;
   std::vector<Meeting> warps, groups;
   std::vector<std::array<float, 96>> products;  // of each thread, between begin_products and end_products
@@ -86,6 +86,7 @@ struct Grid {
   std::vector<Fiber*> meeting;  // at the barrier of the grid
   int* arrived = nullptr;       // of the state of that barrier
   unsigned schedule;            // who of them goes on: 0 the one that waits longest, 1 the last one, 2 any
+  uint32_t begin;               // its time
   uint32_t since;               // the time of the last barrier of the grid
   int alive, threads;
   void (*body)(const void*, const void*);
@@ -270,7 +271,7 @@ void check_second_store() {
 }
 
 // since: what is older is ordered before everything that happens now.
-inline void touch(Cell* cells, size_t count, bool write, const Actor& actor, uintptr_t at, size_t size, uint32_t since) {
+[[gnu::always_inline]] inline void touch(Cell* cells, size_t count, bool write, const Actor& actor, uintptr_t at, size_t size, uint32_t since) {
   for (Cell* cell = cells; cell < cells + count; ++cell) {
     if (cell->wrote >= since && unordered(cell->wrote, cell->writer, actor)) {
       if (!write || size > 8 || cell->writer.block != actor.block) fail_race(at, write, actor, true, cell->writer);
@@ -308,7 +309,7 @@ void access_global(uintptr_t at, size_t size, bool write, const Actor& actor) {
   }
 }
 
-inline void access(const void* p, size_t size, bool write, uint16_t thread) {
+[[gnu::always_inline]] inline void access(const void* p, size_t size, bool write, uint16_t thread) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
   if (at - reinterpret_cast<uintptr_t>(self->stack) < kStack) return;
   if (second_store.at != nullptr) check_second_store();
@@ -336,8 +337,8 @@ void widen(bool half, float* to, const void* from, int count) {
   for (int i = 0; i < count; ++i) to[i] = half ? half_to_float(bits[i]) : bfloat16_to_float(bits[i]);
 }
 
-// What wgmma reads: [16, rows], from the bits of a descriptor of 128-byte swizzle of a matrix [rows, 16]. Of what was
-// written to shared memory it sees what was published.
+// What wgmma reads: [16, rows], from the bits of a descriptor of 128-byte swizzle of a matrix [rows, 16]. It sees what
+// whoever wrote it has published since.
 void read_operand(bool half, bool transposed, uint64_t descriptor, int rows, float* values) {
   auto bytes = [&](int first_bit) { return static_cast<uint32_t>(descriptor >> first_bit & 0x3FFF) * 16; };
   const uint32_t start = bytes(0), leading = bytes(16), stride = bytes(32);
@@ -348,10 +349,16 @@ void read_operand(bool half, bool transposed, uint64_t descriptor, int rows, flo
     uint32_t at = start + (transposed ? row / 64 * leading + row % 64 * 2 + k / 8 * stride + k % 8 * 128
                                       : row / 8 * stride + row % 8 * 128 + k * 2);
     at ^= (at >> 7 & 7) << 4;
-    if (at + 16 > mine.published.size()) fail("a descriptor leaves shared memory");
-    access(mine.shared.data() + at, 16, false, kSeveral);
+    if (at + 16 > mine.shared.size()) fail("a descriptor leaves shared memory");
+    access(&mine.shared[at], 16, false, kSeveral);
+    for (uint32_t pair = at / 2; pair < at / 2 + 8; ++pair) {
+      const Cell& cell = mine.pairs[pair];
+      if (cell.wrote >= grid->begin && cell.wrote > home->fibers[cell.writer.thread]->published) {
+        fail("a product by a warpgroup reads what " + named(cell.writer) + " wrote behind its last fence");
+      }
+    }
     float eight[8];
-    widen(half, eight, mine.published.data() + at, 8);
+    widen(half, eight, &mine.shared[at], 8);
     for (int j = 0; j < 8; ++j) values[(transposed ? k * rows + row + j : (k + j) * rows + row)] = eight[j];
   }
 }
@@ -508,7 +515,7 @@ void launch(void (*body)(const void*, const void*), const void* kernel, const vo
   all.schedule = order == 0 ? 0 : random() % 3;
   all.threads = threads;
   all.alive = count * threads;
-  all.since = ++now;
+  all.begin = all.since = ++now;
   all.body = body;
   all.kernel = kernel;
   all.params = params;
@@ -518,13 +525,12 @@ void launch(void (*body)(const void*, const void*), const void* kernel, const vo
   for (int i = 0; i < count; ++i) {
     Block& b = blocks[i];
     b.shared.assign(shared, kPoison);
-    b.published = b.shared;
-    b.publishers = 0;
     if (b.bytes.size() < b.shared.size()) {
       b.pairs.resize(shared / 2 + 1);
       b.bytes.resize(shared);
     }
     b.since = now;
+    b.fibers.clear();
     b.all = {};
     b.warps.assign(threads / kLanes, {});
     b.groups.assign(threads / kGroupLanes, {});
@@ -536,6 +542,7 @@ void launch(void (*body)(const void*, const void*), const void* kernel, const vo
     fiber.block = static_cast<unsigned>(i / threads);
     fiber.thread = static_cast<unsigned>(i % threads);
     fiber.waited = false;
+    fiber.published = 0;
     fiber.committed = 0;
     fiber.copies.clear();
     if (!fiber.started) {
@@ -544,6 +551,7 @@ void launch(void (*body)(const void*, const void*), const void* kernel, const vo
       fiber.start.uc_stack.ss_size = kStack;
       makecontext(&fiber.start, run_fiber, 0);
     }
+    blocks[fiber.block].fibers.push_back(&fiber);
     begin.push_back(&fiber);
   }
   wake(begin);
@@ -581,12 +589,7 @@ void wait_copies(int pending) {
     }
   }
 }
-void publish_shared() {
-  emulation::Block& block = *emulation::home;
-  if (++block.publishers < emulation::grid->threads) return;
-  block.publishers = 0;
-  block.published = block.shared;
-}
+void publish_shared() { self->published = emulation::now++; }
 
 float sum_of_four(float x) {
   float result = 0;

@@ -15,7 +15,13 @@ NAME = os.environ.get("LILORA_EMULATION", "")
 LIBRARY = ROOT / f"build/emulation/{NAME}/liblilora_cuda_emulated.so"
 HERE = Path(__file__).parent
 KERNELS = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc/hopper/slots.cu"]
-SOURCES = [*KERNELS, ROOT / "csrc/register.cpp", HERE / "emulation.cpp", HERE / "emulated.cpp", HERE / "fused_linear.cpp"]
+SOURCES = [
+    *KERNELS,
+    ROOT / "csrc/register.cpp",
+    HERE / "emulation.cpp",
+    HERE / "emulated.cpp",
+    HERE / "fused_linear.cpp",
+]
 TORCH = Path(torch.__file__).parent
 FLAGS = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-clobbered"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DLILORA_HOPPER", f"-I{HERE}"]

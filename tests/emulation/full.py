@@ -33,9 +33,11 @@ def test_a_planted_fault_is_seen(mutant, tmp_path):
     changed, library = tmp_path / "changed.o", tmp_path / "library.so"
     emulator.compile_source(csrc / mutant.kernel, changed, csrc)
     others = [source for source in emulator.SOURCES if source != emulator.ROOT / "csrc" / mutant.kernel]
-    emulator.link([changed, *map(emulator.object_of, others)], library)  # of functions in several objects the first counts
+    emulator.link(
+        [changed, *map(emulator.object_of, others)], library
+    )  # of functions in several objects the first counts
     result = run_cases(library)
-    print(result.stderr.strip().splitlines()[-1:])
+    print(*result.stderr.strip().splitlines()[-1:])
     assert result.returncode != 0
 
 

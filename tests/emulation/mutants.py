@@ -136,7 +136,13 @@ MUTANTS = (
     Mutant("z of other tasks' rows", "prepare.h", "list.ids[i] == id && ", "", FORWARD),
     Mutant("y of other tasks' rows", FORWARD, "list.ids[i] != list.tasks[at.pass]", "false", FORWARD),
     Mutant("P and Q of other tasks' rows", BACKWARD, "list.ids[i] == id && j < columns", "j < columns", BACKWARD),
-    Mutant("dU of other tasks' rows", BACKWARD, "down || task_of(adapter, row + i) == task", "true", BACKWARD),
+    Mutant(
+        "dU of other tasks' rows",
+        BACKWARD,
+        "task_of(adapter, row + i) == task",
+        "task_of(adapter, row + i) >= 0",
+        BACKWARD,
+    ),
 )
 
 

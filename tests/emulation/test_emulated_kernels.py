@@ -52,7 +52,7 @@ def test_outputs_and_gradients_are_as_good_as_the_eager_formula(case, device):
     device(**DEVICES[case["device"]])
     shape = {name: value for name, value in case.items() if name not in OTHERS}
     errors = Errors()
-    for seed in range(2):
+    for seed in range(2 if case["rows"] < 100 else 1):  # few elements need more draws
         i, stream = make(**shape, seed=seed), torch.tensor([0x1234_5678_9ABC_DEF + seed])
         add_errors(errors, i, case["op"], SUBSETS[case["wanted"]], case["p"], stream)
     errors.check()
@@ -138,8 +138,7 @@ def test_strided_and_misaligned_inputs(rows):
 # --- dropout -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, -1, 2**40 + 7, -(2**63)])
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
+@pytest.mark.parametrize("seed, p", [(0, 0.05), (-1, 0.5), (2**40 + 7, 0.999), (-(2**63), 0.05)])
 @pytest.mark.parametrize("rows", [50, 140])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_forward_and_backward_draw_the_mask_of_the_reference(seed, p, rows, dtype):
@@ -203,11 +202,11 @@ def assert_equal(got, want):
 
 
 @pytest.mark.parametrize("op, rows", [("delta", 50), ("delta", 300), ("linear", 50), ("linear", 300)])
-def test_results_do_not_depend_on_the_order_in_which_threads_run(op, rows, device):
+def test_results_depend_on_neither_the_order_of_threads_nor_the_time_of_copies(op, rows, device):
     i = make(rows, 136, 200, 24, 8, gate=True, dtype=torch.bfloat16)
     want = run_all(i, 0.1, op)
-    for order in (1, 2, 3):
-        device(order=order)
+    for order, copies in ((1, "now"), (2, "random")):
+        device(order=order, copies=copies)
         assert_equal(run_all(i, 0.1, op), want)
 
 
@@ -343,7 +342,7 @@ def test_uninitialised_memory_is_never_read(rows):
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        for mix in ("same", "distinct", "runs", "random"):
+        for mix in ("same", "distinct", "runs", "random")[2 if rows == 700 else 0 :]:
             for op in ("delta", "linear"):
                 for result in run_all(make(rows, 72, 40, 13, 5, 3, mix=mix, gate=True, dtype=torch.bfloat16), 0.2, op):
                     assert result.isfinite().all(), (mix, op)
@@ -402,10 +401,9 @@ def test_what_the_fused_product_is_given(coefficients, mix, gate, p):
     """Slots, scaling and coefficients folded into q and z, dh for dx; its own inner product is the plain one here."""
     errors = Errors()
     with backends.plan("fused"):
-        for seed in range(2):
-            i = make(300, 64, 48, 16, 8, 3, coefficients, mix, gate, torch.bfloat16, seed)
-            add_errors(errors, i, "linear", p=p, seed=torch.tensor([seed]))
-            assert cuda_linear.plan_of(i.x, base(i)[0], args_of(i)) == "fused"
+        i = make(300, 64, 48, 16, 8, 3, coefficients, mix, gate, torch.bfloat16)
+        add_errors(errors, i, "linear", p=p, seed=torch.tensor([0]))
+        assert cuda_linear.plan_of(i.x, base(i)[0], args_of(i)) == "fused"
     errors.check()
 
 

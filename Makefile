@@ -44,12 +44,13 @@ LONG_REVERSED := lilora-reversed pclr-reversed
 SEEDS := 0 1 2
 named = $(foreach seed,$(SEEDS),$(foreach label,$(1),$(label)-$(seed)))
 
-.PHONY: help venv demo experiment long test cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families readme resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
+.PHONY: help venv demo experiment long test emulation-full cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families readme resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
 	@echo "make demo        learn six tasks with three methods on real images, about 8 minutes on 2 cores"
 	@echo "make test        all tests"
+	@echo "make emulation-full  faults planted in the CUDA kernels, each of which their emulation must see, and its largest cases; long"
 	@echo "make cpu-check   the tests of the CPU kernels under the address and undefined-behaviour sanitizers of g++"
 	@echo "make cpu-check-arm64  the same kernels compiled for arm64, against the formula in an emulator"
 	@echo "make cuda-check  the GPU build for one architecture, compiled and taken apart; -all: for every one"
@@ -115,6 +116,11 @@ test: venv
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv/torchao $(BIN)/pytest tests/quantised
 	OMP_NUM_THREADS=1 LILORA_EMULATION=sm_80 $(BIN)/pytest -n 2 tests/emulation
 	OMP_NUM_THREADS=1 LILORA_EMULATION=sm_90a $(BIN)/pytest -n 2 tests/emulation
+
+# The sources are compiled anew for every fault; what they are and where they go is in tests/emulation/mutants.py.
+emulation-full: venv
+	OMP_NUM_THREADS=1 LILORA_EMULATION=sm_80 $(BIN)/pytest -n 2 tests/emulation/full.py
+	OMP_NUM_THREADS=1 LILORA_EMULATION=sm_90a $(BIN)/pytest -n 2 tests/emulation/full.py
 
 SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=all
 cpu-check: .venv/ready

@@ -9,11 +9,12 @@ using namespace lilora;
 extern "C" {
 
 // processors: blocks that are resident at once; shared: the largest shared memory of a block; order: 0, or a seed for the
-// order in which threads take their turns.
-void emulation_set(int processors, int shared, unsigned order) {
+// order in which threads take their turns; copies: when asynchronous copies are done, one of emulation::Copies.
+void emulation_set(int processors, int shared, unsigned order, int copies) {
   emulation::processors = processors;
   emulation::largest_shared = shared;
-  emulation::random_state = order;
+  emulation::order = order;
+  emulation::copies = static_cast<emulation::Copies>(copies);
 }
 void emulation_lacks_code(const char* reason) { emulation::missing_code = reason; }
 void emulation_launches_nothing() { emulation::launches_nothing = true; }

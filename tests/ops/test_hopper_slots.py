@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 POISON = -7
 FLAGS = "-std=c++17 -O2 -U_FORTIFY_SOURCE -Wall -Wextra -Werror -Wno-clobbered -shared -fPIC"
 WRAPPER = r"""
+#include <stdexcept>
+
 #include "hopper/dropout.h"
 #include "hopper/slots.cu"
 
@@ -43,7 +45,7 @@ void mask_tile(Mask mask) {
 extern "C" {
 const char* fill(int64_t m, int64_t s, int64_t tasks, const int32_t* task, const void* z, int64_t z_stride, void* slots_z,
           int32_t* slots_task, int32_t* slots_count, unsigned order) {
-  lilora::emulation::random_state = order;
+  lilora::emulation::order = order;
   try {
     fill_slots({m, s, tasks, task, z, z_stride, {slots_z, slots_task, slots_count}}, nullptr);
   } catch (const std::runtime_error& e) {
@@ -74,8 +76,9 @@ void mask(int64_t seed, unsigned threshold, float keep_scale, int64_t first_row,
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hopper")
     (folder / "wrapper.cpp").write_text(WRAPPER)
-    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/emulation'}"]
-    subprocess.run(["g++", *FLAGS.split(), *includes, "wrapper.cpp", "-o", "library.so"], cwd=folder, check=True)
+    emulation = ROOT / "tests/emulation"
+    command = ["g++", *FLAGS.split(), f"-I{ROOT / 'csrc'}", f"-I{emulation}"]
+    subprocess.run([*command, "wrapper.cpp", emulation / "emulation.cpp", "-o", "library.so"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "library.so"))
     library.capacity.restype = library.groups.restype = ctypes.c_int64
     library.fill.restype = ctypes.c_char_p

@@ -1,0 +1,184 @@
+"""Faults that the emulation must see: texts of csrc/ and what stands in their place.
+
+Run as a program with the path of a library, it computes a few cases with it and fails if one of them is wrong.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`text`, which occurs once in csrc/`file`, becomes `instead`; seen where csrc/`kernel` is compiled anew."""
+
+    name: str
+    file: str
+    text: str
+    instead: str
+    kernel: str
+    devices: tuple[str, ...] = ("sm_80", "sm_90a")
+
+
+FORWARD, BACKWARD, SLOTS = "delta_forward.cu", "delta_backward.cu", "hopper/slots.cu"
+WGMMA = ("sm_90a",)  # without it there are neither fences nor products under way
+STEP = "      wait_copies(stages - 2);\n      publish_shared();\n      __syncthreads();\n"
+MEET = "    if (phase > p.launch.first) meet(p.launch.state);\n"
+WAIT = "  wait_for_previous_kernel();\n"
+SYNC = "  __syncthreads();\n"
+
+MUTANTS = (
+    # Copies and fences.
+    Mutant("no wait for copies", "tile.h", STEP, STEP.replace("      wait_copies(stages - 2);\n", ""), FORWARD),
+    Mutant("a wait for one group too few", "tile.h", "wait_copies(stages - 2)", "wait_copies(stages - 1)", BACKWARD),
+    Mutant("no groups of copies", "tile.h", "    commit_copies();\n    loaded", "    loaded", FORWARD),
+    Mutant("no fence", "tile.h", STEP, STEP.replace("      publish_shared();\n", ""), BACKWARD, WGMMA),
+    Mutant(
+        "a fence behind the barrier",
+        "tile.h",
+        STEP,
+        "      wait_copies(stages - 2);\n      __syncthreads();\n      publish_shared();\n",
+        FORWARD,
+        WGMMA,
+    ),
+    Mutant(
+        "a fence before the wait",
+        "tile.h",
+        STEP,
+        "      publish_shared();\n      wait_copies(stages - 2);\n      __syncthreads();\n",
+        FORWARD,
+        WGMMA,
+    ),
+    Mutant("no fence behind dropout", "adapter.h", "  publish_shared();\n", "", FORWARD, WGMMA),
+    Mutant("no end of products", "tile.h", "      end_products(c[0]);\n", "", FORWARD, WGMMA),
+    # Barriers of the grid, and between launches.
+    Mutant("no barrier of the grid, forward", FORWARD, MEET, "", FORWARD),
+    Mutant("no barrier of the grid, backward", BACKWARD, MEET, "", BACKWARD),
+    Mutant(
+        "one barrier of the grid too few",
+        BACKWARD,
+        MEET,
+        MEET.replace("phase > p.launch.first", "phase > p.launch.first && phase != 3"),
+        BACKWARD,
+    ),
+    Mutant("no wait for the kernel before, forward", FORWARD, WAIT, "", FORWARD),
+    Mutant("no wait for the kernel before, backward", BACKWARD, WAIT, "", BACKWARD),
+    # Barriers of a block.
+    Mutant("no barrier of a step", "tile.h", STEP, STEP.replace("      __syncthreads();\n", ""), FORWARD),
+    Mutant("no barrier behind the steps", "tile.h", "  }\n  __syncthreads();\n}", "  }\n}", BACKWARD),
+    Mutant(
+        "no barrier behind dropout",
+        FORWARD,
+        "* kDepth<T>);\n          __syncthreads();\n",
+        "* kDepth<T>);\n",
+        FORWARD,
+    ),
+    Mutant("no barrier behind q", "prepare.h", f"return;\n{SYNC}", "return;\n", FORWARD),
+    Mutant(
+        "no barrier before the list of tasks",
+        "adapter.h",
+        "    __syncthreads();\n    const int i = threadIdx.x;\n",
+        "    const int i = threadIdx.x;\n",
+        FORWARD,
+    ),
+    Mutant(
+        "no barrier within the list of tasks",
+        "adapter.h",
+        "    __syncthreads();\n    if (i < kRows && first[i]) {\n",
+        "    if (i < kRows && first[i]) {\n",
+        BACKWARD,
+    ),
+    Mutant("no barrier in a sum of a block", BACKWARD, "half];\n    __syncthreads();\n", "half];\n", BACKWARD),
+    Mutant(
+        "no barrier behind the spans",
+        BACKWARD,
+        "= -1;\n  }\n  __syncthreads();\n",
+        "= -1;\n  }\n",
+        BACKWARD,
+    ),
+    Mutant(
+        "no barrier behind the sums of rows",
+        BACKWARD,
+        "    __syncthreads();\n    if (const int i = threadIdx.x",
+        "    if (const int i = threadIdx.x",
+        BACKWARD,
+    ),
+    Mutant(
+        "no barrier in the slots",
+        SLOTS,
+        "  __syncthreads();\n  shared.first[i] =",
+        "  shared.first[i] =",
+        SLOTS,
+    ),
+    # The order of sums.
+    Mutant(
+        "shares of h in another order",
+        "prepare.h",
+        "for (int split = 0; split < p.splits; ++split)",
+        "for (int split = p.splits - 1; split >= 0; --split)",
+        FORWARD,
+    ),
+    Mutant(
+        "shares of dq in another order",
+        BACKWARD,
+        "for (int split = 0; split < p.splits; ++split)",
+        "for (int split = p.splits - 1; split >= 0; --split)",
+        BACKWARD,
+    ),
+    Mutant(
+        "shares of gradients in another order",
+        BACKWARD,
+        "for (int64_t chunk = 0; chunk < chunks; ++chunk)",
+        "for (int64_t chunk = chunks - 1; chunk >= 0; --chunk)",
+        BACKWARD,
+    ),
+    # Masks of tasks.
+    Mutant("z of other tasks' rows", "prepare.h", "list.ids[i] == id && ", "", FORWARD),
+    Mutant("y of other tasks' rows", FORWARD, "list.ids[i] != list.tasks[at.pass]", "false", FORWARD),
+    Mutant("P and Q of other tasks' rows", BACKWARD, "list.ids[i] == id && j < columns", "j < columns", BACKWARD),
+    Mutant(
+        "dU of other tasks' rows",
+        BACKWARD,
+        "task_of(adapter, row + i) == task",
+        "task_of(adapter, row + i) >= 0",
+        BACKWARD,
+    ),
+)
+
+
+def planted(mutant: Mutant, csrc: Path) -> None:
+    """Changes csrc/, which is a copy."""
+    path = csrc / mutant.file
+    path.write_text(path.read_text().replace(mutant.text, mutant.instead))
+
+
+def run_cases(library: Path) -> None:
+    """Every phase, tiles of both sizes, both kinds of launch, the fused product; raises if anything is not as it should be."""
+    import torch
+    from cases import NAMES, Errors, add_errors, make
+    from emulator import Device
+    from order import assert_shares_are_added_in_order
+
+    from lilora_kernels import backend, backends, cuda_library
+
+    assert cuda_library.load(library) is None
+    cuda_library.load_error = lambda: None
+    device = Device(library=library)
+    with backend("cuda"):
+        assert_shares_are_added_in_order(device)
+        for order, rows, dtype, plan, copies in (
+            (1, 150, torch.float16, "one_launch", "late"),
+            (2, 40, torch.bfloat16, "by_phase", "late"),
+            (3, 150, torch.bfloat16, "fused", "random"),
+            (4, 20, torch.float16, "decode", "now"),
+        ):
+            device(order=order, copies=copies)
+            errors = Errors()
+            i = make(rows, 264, 200, 24, 8, mix="random", gate=True, dtype=dtype, seed=order)
+            with backends.plan(plan):
+                add_errors(errors, i, "linear", NAMES, 0.1, torch.tensor([order]))
+            errors.check()
+
+
+if __name__ == "__main__":
+    run_cases(Path(sys.argv[1]))

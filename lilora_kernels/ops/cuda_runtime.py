@@ -4,12 +4,22 @@ import torch
 from torch import Tensor
 
 from .. import cuda_library
+from ..backends import ONE_LAUNCH_ROWS
 from .triton_runtime import LARGEST_RANK, LARGEST_SUB_RANK, capability, old_gpu
 
 DECODE_ROWS = 64  # the most that the plan decode takes: kFewRowsUpTo of csrc/plan.h
-# From here on the plan fused is chosen on sm_90a. Modelled, not measured: 4.7 % more steps than the base's product alone, where
-# the other plans write and read y once more. `linear.cuda_backend.FUSED_FROM` has what was measured.
+# From here on the plan fused is chosen on sm_90a where composed cannot be. Modelled, not measured: bench.model puts it between
+# composed and by_phase. `linear.cuda_backend.FUSED_FROM` has what was measured.
 FUSED_ROWS = 4096
+COMPOSED = "for more rows of few tasks, where Triton can run"
+PLANS = {"one_launch": "for all rows else", "composed": COMPOSED, "by_phase": "if forced"}
+LINEAR_PLANS = {
+    "decode": f"up to {DECODE_ROWS} rows",
+    "one_launch": f"up to {ONE_LAUNCH_ROWS} rows",
+    "composed": COMPOSED,
+    "by_phase": "for more",
+    "fused": f"in its place from {FUSED_ROWS} rows on sm_90a where it fits, as modelled and not yet measured",
+}
 
 
 def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:

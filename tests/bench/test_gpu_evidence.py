@@ -87,7 +87,10 @@ def test_every_figure_says_of_what_it_is(dry_run):
     assert all("error" not in result for _, result in results)
     reasons = {result["implementation"]: result["unavailable"] for _, result in results if "unavailable" in result}
     outside = {"vllm", "sglang", "lorafusion", "nemo_automodel"}
-    of_cuda = {"ours_cuda", *(f"ours_cuda_{plan}" for plan in ("decode", "one_launch", "by_phase", "fused"))}
+    of_cuda = {
+        "ours_cuda",
+        *(f"ours_cuda_{plan}" for plan in ("decode", "one_launch", "composed", "by_phase", "fused")),
+    }
     assert {"ours_triton", "peft_names"} | of_cuda | outside == set(reasons)
     timed = [(number, result) for number, result in results if "unavailable" not in result]
     for number, result in timed:

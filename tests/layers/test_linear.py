@@ -391,7 +391,7 @@ def test_explain_names_the_plan_of_every_layer(no_cpu_kernels):
     both = "linear, delta"
     assert [re.split(r"  +", line) for line in table] == [
         ["plans", "composed", "recorded", "one_launch", "by_phase", "decode", "fused"],
-        ["cuda", "-", "-", both, both, "linear", "linear"],
+        ["cuda", both, "-", both, both, "linear", "linear"],
         ["triton", both, "-", both, both, "-", "-"],
         ["cpu", both, both, "-", "-", both, "-"],
         ["eager", both, both, "-", "-", "-", "-"],

@@ -8,24 +8,53 @@ import torch
 from torch import Tensor
 
 from ... import backends
+from .. import triton_runtime
 from ..barrier import barrier_state
 from ..philox import keep_scale, threshold
 from ..schema import DIFFERENTIABLE, AdapterArgs
+from . import eager
 
 
 def forward(x: Tensor, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
+    if composes(x, adapter, backends.ONE_LAUNCH_ROWS):
+        return eager.forward(x, adapter, None, parts(x, adapter))
     return run_forward(x, None, adapter, backends.one_launch(x.shape[0]))
 
 
 def backward(
     dy: Tensor, x: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
 ) -> dict[str, Tensor]:
+    if composes(dy, adapter, backends.ONE_LAUNCH_ROWS):
+        return eager.backward(dy, x, h, adapter, needs, parts(dy, adapter))
     return run_backward(dy, x, h, adapter, needs, backends.one_launch(dy.shape[0]))
 
 
 def rows(device: torch.device) -> list[int]:
-    """In the smaller tiles and in the larger ones (csrc/plan.h), and one row, for which cuBLAS has kernels of its own."""
-    return [1, 64, 1024]
+    """In the smaller tiles and in the larger ones (csrc/plan.h), one row, for which cuBLAS has kernels of its own, and those of
+    the Triton kernels in the plan composed."""
+    others = triton_runtime.bucket_rows(device) if triton_runtime.installed() else []
+    return sorted({1, 64, 1024, *(n for n in others if n > backends.ONE_LAUNCH_ROWS)})
+
+
+def composes(rows: Tensor, adapter: AdapterArgs, few: int) -> bool:
+    """Whether rows [M, ...] of x or dy take the plan composed: where it is forced, and for more than `few` rows of few tasks."""
+    plan = backends.forced["plan"]
+    if plan is not None:
+        return plan == "composed"
+    if len(rows) <= few or parts(rows, adapter) is eager.TORCH:
+        return False
+    from . import triton_backend  # imports Triton
+
+    return triton_backend.composes(rows, adapter)
+
+
+def parts(rows: Tensor, adapter: AdapterArgs) -> eager.Parts:
+    """Triton's kernels where it can run, else torch operations."""
+    if triton_runtime.refusal(rows, *adapter.rank_sizes) is not None:
+        return eager.TORCH
+    from .triton_parts import TRITON
+
+    return TRITON
 
 
 def run_forward(

@@ -6,8 +6,6 @@ from ..checks import check_delta
 from ..schema import AdapterArgs, AdapterOperation, kinds_of
 from . import cpu_backend, eager
 
-PLANS = {"one_launch": "for all rows", "by_phase": "if forced"}
-
 backends.register(
     "delta",
     eager=backends.Implementation(
@@ -21,7 +19,7 @@ backends.register(
         bind=cpu_runtime.bind,
         bind_recorded=recorded.bind,
     ),
-    cuda=backends.lazy("lilora_kernels.ops.delta.cuda_backend", cuda_runtime.refusal, PLANS),
+    cuda=backends.lazy("lilora_kernels.ops.delta.cuda_backend", cuda_runtime.refusal, cuda_runtime.PLANS),
     triton=backends.lazy("lilora_kernels.ops.delta.triton_backend", triton_runtime.refusal, triton_runtime.PLANS),
 )
 

@@ -47,10 +47,14 @@ def plan_of(rows: Tensor, adapter: AdapterArgs, few: str = "one_launch") -> str:
         return plan
     if len(rows) <= backends.ONE_LAUNCH_ROWS:
         return few
-    composes = adapter.u is None or (
-        task_rows.is_known(adapter) and TRITON.composes(rows, task_rows.layout_of(adapter), adapter)
-    )
-    return "composed" if composes else "by_phase"
+    return "composed" if composes(rows, adapter) else "by_phase"
+
+
+def composes(rows: Tensor, adapter: AdapterArgs) -> bool:
+    """Whether the plan composed is the best for many rows [M, ...]: enough of them for each task, as far as the host knows."""
+    if adapter.u is None:
+        return True
+    return task_rows.is_known(adapter) and TRITON.composes(rows, task_rows.layout_of(adapter), adapter)
 
 
 def rows(device: torch.device) -> list[int]:

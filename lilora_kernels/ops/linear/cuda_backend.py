@@ -1,7 +1,7 @@
-"""Four plans, by the number of rows, and for the fused product by the layer too.
+"""Five plans, by the number of rows, and for the fused product by the layer too.
 
-decode: the kernels stream the base weight too. one_launch and by_phase: they write the adapter's part and cuBLAS adds the
-base's (beta = 1). fused (sm_90a): one product whose inner dimension has the adapter's steps too, forward and for dx.
+decode: the kernels stream the base weight too. one_launch, composed and by_phase: the adapter's part is written and cuBLAS adds
+the base's (beta = 1). fused (sm_90a): one product whose inner dimension has the adapter's steps too, forward and for dx.
 """
 
 import torch
@@ -11,6 +11,7 @@ from ... import backends, cuda_library
 from .. import triton_runtime
 from ..cuda_runtime import DECODE_ROWS, FUSED_ROWS
 from ..delta import cuda_backend as delta
+from ..delta import eager
 from ..schema import AdapterArgs
 
 SLOT_BYTES = 1 << 28  # how much memory the slots of the fused product may take
@@ -26,7 +27,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs
     weight = weight.to(x.dtype)
     if plan == "decode":
         return delta.run_forward(x, bias, adapter, False, weight)
-    y, h = delta.run_forward(x, bias, adapter, plan == "one_launch")
+    if plan == "composed":
+        y, h = eager.forward(x, adapter, bias, delta.parts(x, adapter))
+    else:
+        y, h = delta.run_forward(x, bias, adapter, plan == "one_launch")
     return y.addmm_(x, weight.T), h
 
 
@@ -36,7 +40,10 @@ def backward(
     together = backends.one_launch(dy.shape[0], backends.ONE_LAUNCH_ROWS)
     if "x" in needs and plan_of(dy, weight, adapter) == "fused":
         return delta.run_backward(dy, x, h, adapter, needs, together, weight)
-    grads = delta.run_backward(dy, x, h, adapter, needs, together)
+    if delta.composes(dy, adapter, backends.ONE_LAUNCH_ROWS):
+        grads = eager.backward(dy, x, h, adapter, needs, delta.parts(dy, adapter))
+    else:
+        grads = delta.run_backward(dy, x, h, adapter, needs, together)
     if "x" in needs:
         grads["x"].addmm_(dy, weight.to(dy.dtype))
     return grads
@@ -55,9 +62,12 @@ def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | N
         )
     if plan is not None:
         return plan
-    fused_from = FUSED_FROM.get((device_name(rows.device), *weight.shape[::-1]), FUSED_ROWS)
+    composes = delta.composes(rows, adapter, backends.ONE_LAUNCH_ROWS)
+    fused_from = FUSED_FROM.get((device_name(rows.device), *weight.shape[::-1]), None if composes else FUSED_ROWS)
     if fused_from is not None and count >= fused_from and unfit(rows, weight, adapter, bias) is None:
         return "fused"
+    if composes:
+        return "composed"
     if count <= DECODE_ROWS:
         return "decode"
     return "one_launch" if count <= backends.ONE_LAUNCH_ROWS else "by_phase"

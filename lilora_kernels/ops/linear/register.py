@@ -6,8 +6,6 @@ from ..checks import check_linear
 from ..schema import AdapterArgs, AdapterOperation, kinds_of
 from . import cpu_backend, eager
 
-PLANS = {"one_launch": f"up to {backends.ONE_LAUNCH_ROWS} rows", "by_phase": "beyond"}
-
 backends.register(
     "linear",
     eager=backends.Implementation(
@@ -21,15 +19,7 @@ backends.register(
         bind=cpu_runtime.bind,
         bind_recorded=recorded.bind,
     ),
-    cuda=backends.lazy(
-        "lilora_kernels.ops.linear.cuda_backend",
-        cuda_runtime.refusal,
-        {
-            "decode": f"up to {cuda_runtime.DECODE_ROWS} rows",
-            **PLANS,
-            "fused": f"from {cuda_runtime.FUSED_ROWS} rows on sm_90a where it fits, as modelled and not yet measured",
-        },
-    ),
+    cuda=backends.lazy("lilora_kernels.ops.linear.cuda_backend", cuda_runtime.refusal, cuda_runtime.LINEAR_PLANS),
     triton=backends.lazy("lilora_kernels.ops.linear.triton_backend", triton_runtime.refusal, triton_runtime.PLANS),
 )
 

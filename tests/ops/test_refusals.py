@@ -85,7 +85,7 @@ def test_explain_says_it(gpu, x, monkeypatch):
     explained = lilora_kernels.explain(LiLoRALinear(torch.nn.Linear(64, 64).requires_grad_(False), r=16, sub_rank=8))
     assert f"[cuda: it cannot run on sm_90: {OLD_DRIVER}; cpu: it needs tensors on the CPU]" in explained
     plans = "one_launch up to 255 rows, composed for more of few tasks, by_phase for more of many tasks"
-        assert f"triton ({plans})" in explained
+    assert f"triton ({plans})" in explained
 
 
 def test_lilora_info_says_it(gpu, monkeypatch):

@@ -122,10 +122,13 @@ def layout(task: Tensor, tasks: int, device: torch.device) -> Layout:
             raise ValueError(f"task has the id {t}; ids must be in 0..{tasks - 1}, or -1 for rows without an adapter")
     runs = [Group(t, None if len(found) == 1 else rows) for t, rows in found if t >= 0]
     bare = tuple(rows for t, rows in found if t < 0)
-    order, task = (None, None) if order is None else (order.to(device), task.to(device))
+    if order is None:
+        task = None
+    else:  # the host need not wait until the device has them
+        order, task = order.to(device, non_blocking=True), task.to(device, non_blocking=True)
     ids, present = [run.tasks for run in runs], None
     if ids != list(range(len(ids))):
-        present = torch.tensor(ids, dtype=torch.int32, device=device)
+        present = torch.tensor(ids, dtype=torch.int32).to(device, non_blocking=True)
     return Layout(order, task, runs, joined(runs, device), bare, stretches, present)
 
 

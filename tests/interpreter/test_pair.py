@@ -8,11 +8,14 @@ from pair_cases import PAIR_CASES, adapters, check_pair, pair_id
 import lilora_kernels
 from lilora_kernels import functional
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import triton_phases
+from lilora_kernels.ops.delta import triton_backend as delta_backend
+from lilora_kernels.ops.delta import triton_parts, triton_phases
+from lilora_kernels.ops.delta_pair import triton_backend
 
 
+@pytest.mark.parametrize("plan", ["by_phase", "composed"])
 @pytest.mark.parametrize("at", range(len(PAIR_CASES)), ids=lambda at: pair_id(PAIR_CASES[at]))
-def test_equals_two_calls(at, monkeypatch):
+def test_equals_two_calls(at, plan, monkeypatch):
     splits = 1 + at % 2
     tiles = {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_N": 16, "phases": {}}
     plans = {
@@ -20,7 +23,10 @@ def test_equals_two_calls(at, monkeypatch):
         "backward": {**tiles, "SPLIT_N": splits, "CHUNK": 32},
     }
     monkeypatch.setattr(triton_runtime, "config", lambda kernel, *_: triton_runtime.Configuration(plans[kernel]))
-    with lilora_kernels.backend("triton"):
+    by_m = triton_parts.TRITON._replace(composes=lambda *_: True)
+    for module in (delta_backend, triton_backend):
+        monkeypatch.setattr(module, "TRITON", by_m)
+    with lilora_kernels.backend("triton"), lilora_kernels.plan(plan):
         check_pair(**PAIR_CASES[at])
 
 

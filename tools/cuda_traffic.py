@@ -11,9 +11,7 @@ from .traffic import FLOAT, Shape, Traffic, ceil, visits
 
 THREADS, STEP, TILE, WIDE = 256, 64, 128, 192  # of a block; columns of a step, of a tile, and of one of [P | Q]
 MANY_ROWS, FEW_ROWS_UP_TO = 128, 64  # up to so many rows are one tile of the forward
-FEW_ROWS = SUM_ROWS = (
-    16  # of a tile of few rows in the backward, and of all that adds partial sums; tensor cores take so many
-)
+FEW_ROWS = SUM_ROWS = 16  # of a tile of few rows in the backward, and where partial sums are added
 MOST_SPLITS = 8  # loads that are under way at once
 PLANE_BYTES, SUM_BLOCK = 1 << 28, 8 * THREADS
 
@@ -52,7 +50,7 @@ def chunk_rows(shape: Shape) -> int:
 
 
 def forward(shape: Shape, base: bool, blocks: int) -> Iterator[Phase]:
-    """blocks: at once. With `base`, of few rows, x W^T too."""
+    """blocks: at once. With `base`, for up to FEW_ROWS_UP_TO rows, x W^T too."""
     m, k, n, r, s, act = shape.rows, shape.columns, shape.outputs, shape.rank, shape.sub_rank, shape.activation
     many, width = m > FEW_ROWS_UP_TO, padded(r) + padded(s)
     row_tiles, sum_tiles = ceil(m, MANY_ROWS) if many else 1, ceil(m, SUM_ROWS)
@@ -105,19 +103,14 @@ def backward(shape: Shape, blocks: int, dx: bool) -> Iterator[Phase]:
     """blocks: at once. Without dx where the fused product makes it."""
     m, k, n, r, s, act = shape.rows, shape.columns, shape.outputs, shape.rank, shape.sub_rank, shape.activation
     tile, width, tasks = tile_rows(shape), padded(r) + padded(s), shape.tasks
-    row_tiles, sum_tiles, output_tiles, chunks = (
-        ceil(m, tile),
-        ceil(m, SUM_ROWS),
-        ceil(n, TILE),
-        ceil(m, chunk_rows(shape)),
-    )
+    row_tiles, sum_tiles, chunks = (ceil(m, size) for size in (tile, SUM_ROWS, chunk_rows(shape)))
+    output_tiles, v_tiles = ceil(n, TILE), ceil(r, WIDE)
     passes, sum_passes, runs = (visits(parts, tasks) for parts in (row_tiles, sum_tiles, chunks))
     wide_tiles, outer_tiles, column_tiles = (
         ceil(width, WIDE if tile == MANY_ROWS else 256),
         ceil(width, WIDE),
         ceil(k, WIDE),
     )
-    v_tiles = ceil(r, WIDE)
     splits = shares(row_tiles * wide_tiles, blocks, ceil(n, STEP), 2, MOST_SPLITS)
     groups = shares(row_tiles, blocks, ceil(k, TILE), 1, ceil(k, TILE))
     h, q, qz, seq = m * r * act, m * padded(r) * act, m * width * act, m * padded(s) * act

@@ -92,17 +92,24 @@ def test_products_come_in_waves_of_the_tiles_that_suit_them(result, waves):
 
 
 def test_sizes_of_the_cuda_kernels():
-    """Of the forward at one row and at 8192, and of chunks whose planes are bounded, by hand from csrc."""
+    """By hand from csrc: the forward at few rows and at 8192, the backward at 8192, chunks whose planes are bounded."""
     one, many = (traffic.Shape(m, *GATE_UP, 128, 64) for m in (1, 8192))
-    shrink, prepare, expand = cuda_traffic.forward(one, True, 264, 60 << 20)
-    assert (shrink.items, prepare.items, expand.items) == (32 + 86 * 7, 1, 86)
-    assert prepare.loads == 8  # 32 planes of one row, four at once
-    shrink, prepare, expand = cuda_traffic.forward(many, False, 132, 60 << 20)
-    assert (shrink.items, prepare.items, expand.items) == (64 * 3, 64, 64 * 5)
-    for rows, passes in ((16, 1), (17, 2), (64, 4)):  # each tile of rows reads the weight from memory again
-        shape = traffic.Shape(rows, *GATE_UP, 128, 64)
-        (weight,) = (t for t in next(cuda_traffic.forward(shape, True, 264, 60 << 20)).traffic if t.tensor == "weight")
-        assert weight.unique == passes * 4096 * 11008 * 2
+    shrink, prepare, expand = cuda_traffic.forward(one, True, 132)
+    assert (shrink.items, prepare.items, expand.items) == (8 + 86 * 3, 1, 86)
+    assert (prepare.loads, expand.loads) == (1, 2)  # eight partial sums of four elements at once, three of two
+    for rows, tasks, loads in ((16, 1, 4), (17, 1, 6), (64, 1, 16), (64, 8, 16), (64, 64, 128)):
+        shape = traffic.Shape(rows, *GATE_UP, 128, 64, tasks)
+        shrink, prepare, expand = cuda_traffic.forward(shape, True, 132)
+        assert (prepare.items, prepare.loads, expand.loads) == (-(-rows // 16), 2, loads)
+        issued = {each.tensor: each.issued for phase in (shrink, expand) for each in phase.traffic}
+        once = {"weight": 4096 * 11008 * 2, "a": 128 * 4096 * 2, "b0": 11008 * 128 * 2, "u": tasks * 11008 * 64 * 2}
+        assert {name: issued[name] for name in once} == once
+    shrink, prepare, expand = cuda_traffic.forward(many, False, 132)
+    assert (shrink.items, prepare.items, expand.items) == (64 * 2, 512, 64 * 2)
+    found = list(cuda_traffic.backward(many, 132, True))
+    sums = 256 + 688 + 344 + 4
+    assert [phase.items for phase in found] == [512 + 4, 64 * 2 + 4 * 86, 512, 64 * 2 + 4 * (22 + 1) + 1, sums]
+    assert [phase.loads for phase in found] == [2, 0, 3, 0, 2]
     assert cuda_traffic.chunk_rows(many) == 2048
     assert cuda_traffic.chunk_rows(traffic.Shape(8192, *GATE_UP, 128, 64, 64)) == 8192
 
@@ -149,7 +156,7 @@ def test_dropout_is_drawn_where_a_phase_reads_x():
 
 
 def test_what_the_choices_cite(monkeypatch):
-    """The figures beside ONE_LAUNCH_ROWS, FUSED_FROM and both `composes`; a choice that they contradict is not made by them."""
+    """The figures beside ONE_LAUNCH_ROWS, FUSED_ROWS and both `composes`; a choice that they contradict is not made by them."""
 
     def us(rows, plan, tasks=1):
         return model.predict(Problem(rows, *GATE_UP, tasks), plan)["both"]["us"]
@@ -157,7 +164,7 @@ def test_what_the_choices_cite(monkeypatch):
     launched = [[us(rows, f"Triton {plan}", 8) for plan in ("one_launch", "by_phase")] for rows in (64, 128, 256)]
     assert launched == [pytest.approx(pair, abs=0.6) for pair in ([114, 134], [120, 124], [155, 143])]
     fused = [us(rows, "CUDA fused") / us(rows, "CUDA by_phase") for rows in (8192, 4096)]
-    assert fused == pytest.approx([0.97, 1.0], abs=0.005)
+    assert fused == pytest.approx([0.98, 1.0], abs=0.005)
     ratios = []
     with monkeypatch.context() as patch:
         patch.setattr(triton_backend, "TRITON", triton_backend.TRITON._replace(composes=lambda *_: True))

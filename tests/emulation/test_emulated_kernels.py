@@ -505,7 +505,7 @@ def test_items_and_copies_are_those_that_the_model_counts(rows, tasks, device):
     decode = rows <= cuda_traffic.FEW_ROWS_UP_TO
     copied = {(0, "x"), (0, "a"), (0, "weight"), (1, "v"), (1, "q"), (2, "qz"), (2, "b0"), (2, "u")}
     (_, h), found = counted(lambda: cuda_backend.run_forward(i.x, None, args, False, weight if decode else None))
-    assert found == planned(cuda_traffic.forward(shape, decode, blocks, 1 << 20), copied)
+    assert found == planned(cuda_traffic.forward(shape, decode, blocks), copied)
     copied = {(0, "q"), (0, "v"), (1, "dy"), (1, "b0"), (1, "u"), (1, "fqz"), (2, "v"), (3, "x"), (3, "dh"), (3, "a")}
     copied |= {(3, "seq"), (3, "q")}
     dy = torch.randn(rows, outputs, dtype=torch.bfloat16)

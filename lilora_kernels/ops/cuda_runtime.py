@@ -8,8 +8,9 @@ from ..backends import ONE_LAUNCH_ROWS
 from .triton_runtime import LARGEST_RANK, LARGEST_SUB_RANK, capability, old_gpu
 
 DECODE_ROWS = 64  # the most that the plan decode takes: kFewRowsUpTo of csrc/plan.h
-# From here on the plan fused is chosen on sm_90a where composed cannot be. Modelled, not measured: bench.model, both directions of
-# gate and up, time over that of by_phase: 4096 rows 1.00, 8192 rows 0.98. `linear.cuda_backend.FUSED_FROM` has what was measured.
+# From here on the plan fused is chosen on sm_90a where composed cannot be. Modelled, not measured: bench.model, both directions
+# of gate and up, time over that of by_phase: 4096 rows 1.00, 8192 rows 0.98. `linear.cuda_backend.FUSED_FROM` has what was
+# measured.
 FUSED_ROWS = 4096
 COMPOSED = "for more rows of few tasks, where Triton can run"
 PLANS = {"one_launch": "for all rows else", "composed": COMPOSED, "by_phase": "if forced"}

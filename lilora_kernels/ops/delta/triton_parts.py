@@ -49,7 +49,7 @@ def down(
     for i, (dh, adapter, wanted) in enumerate(zip(dhs, adapters, needs, strict=True)):
         if wanted := wanted & {"x", "a"}:
             main = works[0] if works else None
-            works.append(Backward(dh, x, None, adapter._replace(**ONE_FACTOR), wanted, config, main, dh=dh))
+            works.append(Backward(dh, x, None, adapter._replace(**ONE_FACTOR), wanted, config, main, from_dh=True))
             grads[i] = works[-1].grads
     works[0].launch(2, 2, second=works[1] if len(works) > 1 else None)
     for work in works:

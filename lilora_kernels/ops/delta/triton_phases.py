@@ -82,7 +82,7 @@ class Backward:
     """One backward: its gradients and the tensors that its launches share.
 
     `like` is another backward of the same x whose phase 2 will add this one's dx to its own and read x for this da too.
-    dh: what the phases before 2 would find, where only those that read x are to run; dy is dh then.
+    from_dh: dy is dh, which the phases before 2 would find; only those that read x are to run.
     """
 
     LAST = 3
@@ -96,7 +96,7 @@ class Backward:
         needs: frozenset[str],
         config: runtime.Configuration,
         like: "Backward | None" = None,
-        dh: Tensor | None = None,
+        from_dh: bool = False,
     ) -> None:
         self.dy = dy = dy.contiguous()
         self.x = x if x is None or x.stride(1) == 1 else x.contiguous()
@@ -118,7 +118,7 @@ class Backward:
             self.grads["x"] = dy.new_empty(rows, sizes.columns)
         wants_dh = bool(needs & {"x", "a", "v", "fusion", "gate"})
 
-        self.dh = dy.new_empty(rows, rank) if wants_dh and dh is None else dh
+        self.dh = dy if from_dh else dy.new_empty(rows, rank) if wants_dh else None
         scaled_q_u = dy.new_empty(rows, sub_rank) if "v" in needs else None
         dq_h, dfusion_rows, planes, self.da_planes, *self.after = scratch(
             dy,

@@ -1,0 +1,57 @@
+"""The plan composed on a GPU, where the host knows whose rows are whose: every M_t formed, also of runs that lie apart."""
+
+import pytest
+import torch
+from cases import Errors, case_id, pairwise
+from gpu_cases import add_errors, assert_equal, make_on_gpu, make_pair, run_all, seed_tensor
+
+from lilora_kernels.ops.delta import task_rows
+
+AXES = {
+    "op": ["delta", "linear", "pair"],
+    "mix": ["same", "runs", "sorted", "random"],
+    "ranks": [(16, 8), (128, 64), (250, 128)],
+    "coefficients": ["fusion", "plain", "lora"],
+    "p": [0.0, 0.3],
+    "dtype": [torch.bfloat16, torch.float16, torch.float32],
+}
+ROWS, TASKS = 1601, 3
+
+
+def laid_out(i):
+    """With its rows' layout kept, as those of a layer's context."""
+    i.task.layouts = [task_rows.layout(i.task.cpu(), TASKS, i.task.device)]
+    return i
+
+
+@pytest.mark.parametrize("case", pairwise(AXES), ids=case_id)
+def test_outputs_and_gradients(case, plan):
+    plan("composed")
+    case = dict(case)
+    (rank, sub_rank), op, p = case.pop("ranks"), case.pop("op"), case.pop("p")
+    errors, names = Errors(), ("x", "a", "b0", "u", "v", "fusion")
+    shape = {"rows": ROWS, "columns": 136, "rank": rank, "sub_rank": sub_rank, "tasks": TASKS, **case}
+    for seed in range(2):
+        if op == "pair":
+            inputs = make_pair(96, seed=seed, **shape)
+        else:
+            inputs, names = [make_on_gpu(outputs=104, gate=True, seed=seed, **shape)], (*names[:6], "gate")
+        laid_out(inputs[0])
+        add_errors(errors, op, inputs, p, seed_tensor(5) if p else None, names)
+    errors.check()
+
+
+def test_two_runs_are_equal_bit_for_bit(plan):
+    plan("composed")
+    i = laid_out(make_on_gpu(ROWS, 136, 104, 128, 64, TASKS, mix="runs", gate=True, dtype=torch.bfloat16))
+    assert_equal(run_all("linear", i, 0.1, seed_tensor(5)), run_all("linear", i, 0.1, seed_tensor(5)))
+
+
+def test_a_broken_task_stays_alone(plan):
+    plan("composed")
+    i = laid_out(make_on_gpu(ROWS, 136, 104, 16, 8, TASKS, mix="random", dtype=torch.bfloat16))
+    i.u[1] = float("nan")
+    y, dx, *_ = run_all("delta", i)
+    for rows in (y, dx):
+        assert torch.equal(rows.isfinite().all(1), i.task != 1)
+        assert torch.equal(rows.isnan().all(1), i.task == 1)

@@ -38,6 +38,7 @@ def test_a_planted_fault_is_seen(mutant, tmp_path):
     )  # of functions in several objects the first counts
     result = run_cases(library)
     print(*result.stderr.strip().splitlines()[-1:])
+    assert "emulated device" in result.stdout, result.stderr  # the library was loaded
     assert result.returncode != 0
 
 

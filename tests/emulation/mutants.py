@@ -96,6 +96,8 @@ MUTANTS = (
         "= -1;\n  }\n",
         BACKWARD,
     ),
+    Mutant("no barrier behind P and Q", BACKWARD, f"= sum;\n  }}\n{SYNC}", "= sum;\n  }\n", BACKWARD),
+    Mutant("no barrier within dgate", BACKWARD, f"= sum;\n{SYNC}", "= sum;\n", BACKWARD),
     Mutant(
         "no barrier behind the sums of rows",
         BACKWARD,

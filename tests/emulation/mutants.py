@@ -58,7 +58,7 @@ MUTANTS = (
         "one barrier of the grid too few",
         BACKWARD,
         MEET,
-        MEET.replace("phase > p.launch.first", "phase > p.launch.first && phase != 3"),
+        MEET.replace("meet(p.launch.state)", "phase != 3 ? meet(p.launch.state) : __syncthreads()"),
         BACKWARD,
     ),
     Mutant("no wait for the kernel before, forward", FORWARD, WAIT, "", FORWARD),
@@ -144,7 +144,13 @@ MUTANTS = (
     # Masks of tasks.
     Mutant("z of other tasks' rows", "prepare.h", "list.ids[i] == id && ", "", FORWARD),
     Mutant("y of other tasks' rows", FORWARD, "list.ids[i] != list.tasks[at.pass]", "false", FORWARD),
-    Mutant("P and Q of other tasks' rows", BACKWARD, "list.ids[i] == id && j < columns", "j < columns", BACKWARD),
+    Mutant(
+        "P and Q of other tasks' rows",
+        BACKWARD,
+        "list.ids[i] == id && j < columns",
+        "i < rows.count && j < columns",
+        BACKWARD,
+    ),
     Mutant(
         "dU of other tasks' rows",
         BACKWARD,

@@ -38,6 +38,7 @@ def test_a_planted_fault_is_seen(mutant, tmp_path):
     )  # of functions in several objects the first counts
     result = run_cases(library)
     print(*result.stderr.strip().splitlines()[-1:])
+    assert "emulated device" in result.stdout, result.stderr  # the library was loaded
     assert result.returncode != 0
 
 
@@ -52,7 +53,7 @@ def test_any_order_and_any_time_of_copies(rows, op, order, copies, device):
     errors.check()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows, op", [(64, "linear"), (700, "delta"), (2100, "linear")])
 def test_a_whole_device(rows, op, dtype, device):
     """Columns, ranks and processors of LLaVA on an H200; more rows than a chunk has."""

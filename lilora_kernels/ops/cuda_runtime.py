@@ -19,7 +19,7 @@ LINEAR_PLANS = {
     "one_launch": f"up to {ONE_LAUNCH_ROWS} rows",
     "composed": COMPOSED,
     "by_phase": "for more",
-    "fused": f"in its place from {FUSED_ROWS} rows on sm_90a where it fits, as modelled and not yet measured",
+    "fused": f"in its place for one task from {FUSED_ROWS} rows on sm_90a where it fits, as modelled and not yet measured",
 }
 
 

@@ -428,15 +428,16 @@ def test_what_the_fused_product_is_given(coefficients, mix, gate, p):
 
 
 def test_the_fused_product_is_chosen_for_many_rows_and_a_measurement_overturns_that(monkeypatch):
-    wanted = "in its place from 4096 rows on sm_90a where it fits, as modelled and not yet measured"
+    wanted = "in its place for one task from 4096 rows on sm_90a where it fits, as modelled and not yet measured"
     assert backends.plans("linear")["cuda"]["fused"] == wanted
     assert 4096 in cuda_linear.rows(torch.device("cpu"))
 
-    def plan_of(rows):
-        i = make(rows, 64, 48, 16, 8, dtype=torch.bfloat16)
+    def plan_of(rows, tasks=1):
+        i = make(rows, 64, 48, 16, 8, tasks, mix="one" if tasks == 1 else "random", dtype=torch.bfloat16)
         return cuda_linear.plan_of(i.x, base(i)[0], args_of(i))
 
     assert [plan_of(rows) for rows in (4095, 4096)] == ["by_phase", "fused"]
+    assert plan_of(5000, tasks=3) == "by_phase"  # a NaN of one task would reach others' rows
     monkeypatch.setitem(cuda_linear.FUSED_FROM, ("cpu", 64, 48), 300)
     assert [plan_of(rows) for rows in (299, 300)] == ["by_phase", "fused"]
     assert 300 in cuda_linear.rows(torch.device("cpu"))

@@ -407,9 +407,10 @@ def test_ids_that_do_not_exist_give_nan_and_touch_nothing(pinned):
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
-def test_gates_that_do_not_exist_give_nan(pinned):
-    pinned(SPLIT)
-    i = make(rows=40, tasks=3, gate=True, dtype=torch.float32)
+@pytest.mark.parametrize("plan", DTYPES)
+def test_gates_that_do_not_exist_give_nan(plan, pinned):
+    pinned(SPLIT, plan)
+    i = make(rows=40, tasks=3, gate=True, dtype=DTYPES[plan])
     good = functional.delta(*adapter(i), **options(i))
     i.task[7] = i.task[20] = 1
     i.gate_row[7], i.gate_row[20] = 4, -1
@@ -444,6 +445,25 @@ def test_ranks_limit_the_shared_gradients(plan, pinned):
     assert (some.a.grad[[0, 1, 5, 6, 7]] == 0).all()
     assert (some.b0.grad[:, [0, 1, 5, 6, 7]] == 0).all()
     assert torch.equal(some.x.grad, every.x.grad)
+
+
+@pytest.mark.parametrize("plan", ["by_phase", "composed"])
+def test_sums_over_many_rows_may_leave_the_range_of_fp16(plan, pinned):
+    """As under a GradScaler: those of dM, and all of fp32 masters, which nothing may round either."""
+    pinned(SPLIT, plan)
+    i = make(rows=512, columns=40, outputs=48, rank=16, sub_rank=8, tasks=2, mix="sorted", dtype=torch.float32)
+    i = i.with_(u=i.u * 2**-6, v=i.v * 2**-6)
+    x, dy = i.x.half().float(), torch.full((512, 48), 1500.0)
+    wide, masters = i.with_(x=x).to(torch.float64).leaves(), i.with_(x=x.half()).leaves()
+    truth = gradients(oracle(wide, SCALING), wide, NAMES[:6], dy.double())
+    found = gradients(functional.delta(*adapter(masters), **options(masters)), masters, NAMES[:6], dy.half())
+    assert truth["a"].abs().max() > torch.finfo(torch.float16).max
+    for name in ("a", "b0", "u", "v"):
+        want = truth[name]
+        torch.testing.assert_close(
+            found[name].double(), want, rtol=0.02, atol=0.005 * want.abs().max().item(), msg=name
+        )
+        assert not torch.equal(found[name], found[name].half().float())
 
 
 @pytest.mark.parametrize("plan", DTYPES)

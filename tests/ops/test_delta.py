@@ -560,6 +560,32 @@ def test_a_gradient_of_m_beyond_the_range_of_fp16_is_summed_in_fp32(monkeypatch)
         torch.testing.assert_close(grad.float(), wanted[name], rtol=2**-7, atol=2**-7 * wanted[name].abs().max().item())
 
 
+def test_nan_in_a_row_of_no_task_stays_there_without_factors_of_tasks():
+    i = make(rows=20, coefficients="lora", dtype=torch.float32)
+    i.task[3] = -1
+    x = i.x.clone()
+    x[3] = torch.nan
+    i = i.with_(x=x).leaves()
+    y = functional.delta(*adapter(i), **options(i))
+    others = torch.arange(20) != 3
+    assert (y[3] == 0).all()
+    grads = gradients(y, i, ("b0", "x"), torch.ones_like(y))
+    assert y[others].isfinite().all()
+    assert grads["b0"].isfinite().all()
+    assert grads["x"].isfinite().all()
+
+
+def test_layouts_go_to_a_device_without_a_wait(monkeypatch):
+    """A tensor made on a device from a list makes the host wait for it."""
+    made = torch.tensor
+    monkeypatch.setattr(
+        torch, "tensor", lambda *args, **kwargs: made(*args, **kwargs) if "device" not in kwargs else 1 / 0
+    )
+    for ids in ([1, 1, 0, 0], [0, 0, 2, 2], [0, 2, 0, 2]):
+        found = task_rows.layout(made(ids, dtype=torch.int32), 3, torch.device("meta"))
+        assert all(t is None or t.is_meta for t in (found.order, found.present))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fusion", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("seen", [True, False], ids=["seen", "beside-a-device"])

@@ -21,6 +21,16 @@ def task_at(ids, i):
         return tl.load(ids + i).to(tl.int64)
 
 
+@triton.jit
+def narrowed(wide, TYPE: tl.constexpr):
+    """`wide` over a power of two, in TYPE, and that power: sums over many rows leave fp16's range."""
+    scale = 1.0
+    if TYPE == tl.float16:  # noqa: SIM300
+        largest = tl.max(tl.max(tl.abs(wide), axis=1), axis=0)
+        scale = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 1e-30))))
+    return (wide / scale).to(TYPE), scale
+
+
 @triton.jit(do_not_specialize=["fusion", "ids"])
 def compose(
     b0, u, v, fusion, ids, m, N,
@@ -51,9 +61,9 @@ def u_gradient(
     acc = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
     for first in range(0, R, BLOCK_C):
         r = first + tl.arange(0, BLOCK_C)
-        left = tile(dm + i.to(tl.int64) * N * R, n[:, None], r[None, :], N, R, TYPE)
+        left, scale = narrowed(tile(dm + i.to(tl.int64) * N * R, n[:, None], r[None, :], N, R, tl.float32), TYPE)
         right = tile(v + t * S * R, s[None, :], r[:, None], S, R, TYPE)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
+        acc += scale * tl.dot(left, right, input_precision="ieee")
     at = du + t * N * S + n[:, None] * S + s[None, :]
     tl.store(at, (scaling * e * acc).to(du.dtype.element_ty), mask=(n < N)[:, None] & (s < S)[None, :])
 
@@ -76,7 +86,8 @@ def v_gradient_parts(
         n = first + tl.arange(0, BLOCK_N)
         own = tile(dm + i.to(tl.int64) * N * R, n[:, None], r[None, :], N, R, tl.float32)
         left = tile(u + t * N * S, n[None, :], s[:, None], N, S, TYPE)
-        dv = tl.dot(left, own.to(TYPE), dv, input_precision="ieee")
+        right, scale = narrowed(own, TYPE)
+        dv += scale * tl.dot(left, right, input_precision="ieee")
         if dfusion_parts is not None:
             with_b0 += tl.sum(own * tile(b0, n[:, None], r[None, :], N, R, tl.float32), axis=0)
     of_task = part * tasks + i

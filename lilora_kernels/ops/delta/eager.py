@@ -119,7 +119,10 @@ def dropout_mask(rows: int, columns: int, dtype: torch.dtype, adapter: AdapterAr
 def shrink(x: Tensor, adapters: Sequence[AdapterArgs]) -> list[Tensor]:
     """h = D(x) A^T, [M, R] in x's dtype, of each adapter."""
     if adapters[0].p == 0:
-        return [x @ cast(adapter.a, x.dtype).T for adapter in adapters]
+        hs = []
+        for adapter in adapters:  # a comprehension would be one more call
+            hs.append(x @ cast(adapter.a, x.dtype).T)
+        return hs
     rows = dropped(x, dropout_mask(*x.shape, x.dtype, adapters[0]))
     return [scaled_h(rows, adapter) for adapter in adapters]
 
@@ -142,7 +145,13 @@ def gated(h: Tensor, adapter: AdapterArgs) -> Tensor:
 
 
 def row_gates(adapter: AdapterArgs) -> Tensor:
-    return adapter.gate if adapter.gate_row is None else adapter.gate[adapter.gate_row]
+    """[M, R], or [1, R] of all rows; NaN for rows of gate that do not exist."""
+    gate, at = adapter.gate, adapter.gate_row
+    if at is None:
+        return gate
+    last = len(gate) - 1
+    missing = (at < 0) | (at > last)
+    return gate.index_select(0, at.clamp(0, last)).masked_fill_(missing.unsqueeze(1), torch.nan)
 
 
 def down(
@@ -173,10 +182,10 @@ def down(
 def da(dh: Tensor, dropped_x: Tensor, adapter: AdapterArgs) -> Tensor:
     """dh^T D(x), [R, K] in a's dtype; dh carries the keep-scale."""
     if adapter.ranks is None:
-        return cast(dh.T @ dropped_x, adapter.a.dtype)
+        return cast(sum_over_rows(dh, dropped_x, adapter.a), adapter.a.dtype)
     lo, hi = adapter.ranks
     grad = adapter.a.new_zeros(adapter.a.shape)
-    grad[lo:hi] = dh[:, lo:hi].T @ dropped_x
+    grad[lo:hi] = sum_over_rows(dh[:, lo:hi], dropped_x, adapter.a)
     return grad
 
 
@@ -215,7 +224,7 @@ def shares(adapter: AdapterArgs, layout: Layout, dtype: torch.dtype) -> tuple[fl
     if seen and not layout.bare:
         f = f.index_select(0, task)
     else:
-        f = torch.cat([f, f.new_tensor([torch.nan, 0])])[task.clamp(-2, len(f))]
+        f = torch.cat([f, f.new_full((1,), torch.nan), f.new_zeros(1)])[task.clamp(-2, len(f))]
     f = f.unsqueeze(1)
     return cast(f, dtype), cast(f if adapter.fusion is None else torch.rsub(f, 1), dtype)
 
@@ -249,6 +258,11 @@ def wide_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tens
     return multiply(cast(left, dtype), cast(right, dtype), out=out)
 
 
+def sum_over_rows(left: Tensor, right: Tensor, parameter: Tensor) -> Tensor:
+    """left^T right, not rounded to the rows' type where the parameter whose gradient it is has a wider one."""
+    return wide_product(left.T, right) if parameter.dtype == wide(left.dtype) else left.T @ right
+
+
 def add_product(result: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     """result += alpha left right."""
     (result.addmm_ if left.dim() == 2 else result.baddbmm_)(left, right, alpha=alpha)
@@ -263,7 +277,7 @@ def compose(adapter: AdapterArgs, run: Group, f: float | Tensor, e: float | Tens
 
 def with_task(rows: Tensor, adapter: AdapterArgs) -> Tensor:
     """Without factors of tasks: zero for rows without a task."""
-    return rows if adapter.task is None else rows * (adapter.task >= 0).unsqueeze(1)
+    return rows if adapter.task is None else torch.where((adapter.task >= 0).unsqueeze(1), rows, 0)
 
 
 def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None, parts: Parts) -> Tensor:
@@ -436,13 +450,13 @@ def plain_backward(
     """Without factors of tasks."""
     grads, s = {}, adapter.scaling
     if "b0" in needs:
-        left = with_task(dy, adapter).T
+        left, q = with_task(dy, adapter), with_task(q, adapter)  # neither's NaN in rows without a task
         if adapter.ranks is None:
-            grads["b0"] = product(left, q, s)
+            grads["b0"] = sum_over_rows(left, q, adapter.b0).mul_(s)
         else:
             lo, hi = adapter.ranks
-            grads["b0"] = dy.new_zeros(adapter.b0.shape)
-            grads["b0"][:, lo:hi] = product(left, q[:, lo:hi], s)
+            grads["b0"] = torch.zeros_like(adapter.b0)
+            grads["b0"][:, lo:hi] = sum_over_rows(left, q[:, lo:hi], adapter.b0).mul_(s)
     return grads, with_task(product(dy, cast(adapter.b0, dy.dtype), s), adapter) if wants_dq else None
 
 

@@ -159,4 +159,4 @@ def side_by_side(runs: list[Group], device: torch.device) -> Group:
     tasks, rows = [run.tasks for run in runs], slice(runs[0].rows.start, runs[-1].rows.stop)
     together = slice(tasks[0], tasks[-1] + 1)  # indexes without a copy
     neighbours = tasks == list(range(together.start, together.stop))
-    return Group(together if neighbours else torch.tensor(tasks, device=device), rows, len(runs))
+    return Group(together if neighbours else torch.tensor(tasks).to(device, non_blocking=True), rows, len(runs))

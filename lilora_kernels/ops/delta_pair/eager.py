@@ -34,7 +34,7 @@ def backward(
     dtype = parts.working_dtype(dys[0])
     x, *hs = (t if t is None else delta.cast(t, dtype) for t in (x, *hs))
     found = [
-        delta.backward_up(delta.cast(dy, dtype), h, adapter, wanted, parts)
+        delta.backward_up(delta.cast(dy, dtype), h, adapter, wanted, parts) if wanted else ({}, None)
         for dy, h, adapter, wanted in zip(dys, hs, adapters, needs, strict=True)
     ]
     grads, dhs = zip(*found, strict=True)

@@ -63,7 +63,9 @@ def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | N
     if plan is not None:
         return plan
     composes = delta.composes(rows, adapter, backends.ONE_LAUNCH_ROWS)
-    fused_from = FUSED_FROM.get((device_name(rows.device), *weight.shape[::-1]), None if composes else FUSED_ROWS)
+    # In the fused product a NaN in one task's factors reaches other rows of its group: it is not taken for several unasked.
+    modelled = None if composes or (adapter.task is not None and adapter.u is not None) else FUSED_ROWS
+    fused_from = FUSED_FROM.get((device_name(rows.device), *weight.shape[::-1]), modelled)
     if fused_from is not None and count >= fused_from and unfit(rows, weight, adapter, bias) is None:
         return "fused"
     if composes:

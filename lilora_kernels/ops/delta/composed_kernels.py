@@ -7,7 +7,7 @@ padded to powers of two.
 import triton
 import triton.language as tl
 
-from .triton_kernels import coefficients, tile
+from .triton_kernels import coefficients, narrowed, tile
 
 SUM_BLOCK = tl.constexpr(1024)  # elements that one program adds up
 COLUMNS = tl.constexpr(128)  # the most of R that one program sums over the outputs
@@ -19,16 +19,6 @@ def task_at(ids, i):
         return i.to(tl.int64)
     else:
         return tl.load(ids + i).to(tl.int64)
-
-
-@triton.jit
-def narrowed(wide, TYPE: tl.constexpr):
-    """`wide` over a power of two, in TYPE, and that power: sums over many rows leave fp16's range."""
-    scale = 1.0
-    if TYPE == tl.float16:  # noqa: SIM300
-        largest = tl.max(tl.max(tl.abs(wide), axis=1), axis=0)
-        scale = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 1e-30))))
-    return (wide / scale).to(TYPE), scale
 
 
 @triton.jit(do_not_specialize=["fusion", "ids"])

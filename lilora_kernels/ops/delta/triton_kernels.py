@@ -102,6 +102,16 @@ def tile(base, i, j, height, width, TYPE: tl.constexpr):
 
 
 @triton.jit
+def narrowed(wide, TYPE: tl.constexpr):
+    """`wide` over a power of two, in TYPE, and that power: sums over many rows leave fp16's range."""
+    scale = 1.0
+    if TYPE == tl.float16:  # noqa: SIM300
+        largest = tl.max(tl.max(tl.abs(wide), axis=1), axis=0)
+        scale = tl.exp2(tl.ceil(tl.log2(tl.maximum(largest, 1e-30))))
+    return (wide / scale).to(TYPE), scale
+
+
+@triton.jit
 def meet(state, programs):
     """All programs of the launch arrive before any goes on. state [2] int32 zeros: arrivals, generation."""
     tl.debug_barrier()
@@ -467,7 +477,8 @@ def up_gradients(
         if du_planes is not None:
             type = dy.dtype.element_ty
             vt = tile(v + t.to(tl.int64) * S * R, s[None, :], r[:, None], S, R, type)
-            du = scaling * e * tl.dot(dm.to(type), vt, input_precision="ieee")
+            left, scale = narrowed(dm, type)
+            du = scaling * e * scale * tl.dot(left, vt, input_precision="ieee")
             at = du_planes + (chunk.to(tl.int64) * T + t) * N * S + columns[:, None] * S + s[None, :]
             tl.store(at, du, mask=(columns < N)[:, None] & (s < S)[None, :])
         t, low, high = next_run(task, u, chunk_row, chunk_count, t, T)

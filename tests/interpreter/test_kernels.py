@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lilora_kernels
 from lilora_kernels import LiLoRALinear, functional
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import reference, triton_backend, triton_parts, triton_phases
+from lilora_kernels.ops.delta import reference, task_rows, triton_backend, triton_parts, triton_phases
 from lilora_kernels.ops.delta.triton_kernels import kept
 from lilora_kernels.ops.philox import keep_mask, keep_scale, philox, threshold
 from lilora_kernels.ops.schema import AdapterArgs
@@ -408,9 +408,10 @@ def test_ids_that_do_not_exist_give_nan_and_touch_nothing(pinned):
 
 
 @pytest.mark.parametrize("plan", DTYPES)
-def test_gates_that_do_not_exist_give_nan(plan, pinned):
+def test_gates_that_do_not_exist_give_nan(plan, pinned, monkeypatch):
     pinned(SPLIT, plan)
     i = make(rows=40, tasks=3, gate=True, dtype=DTYPES[plan])
+    monkeypatch.setattr(task_rows, "seen_by_host", lambda tensor: tensor.data_ptr() != i.gate_row.data_ptr())
     good = functional.delta(*adapter(i), **options(i))
     i.task[7] = i.task[20] = 1
     i.gate_row[7], i.gate_row[20] = 4, -1

@@ -145,10 +145,12 @@ def gated(h: Tensor, adapter: AdapterArgs) -> Tensor:
 
 
 def row_gates(adapter: AdapterArgs) -> Tensor:
-    """[M, R], or [1, R] of all rows; NaN for rows of gate that do not exist."""
+    """[M, R], or [1, R] of all rows. For rows of gate that do not exist IndexError, or NaN where the host does not see them."""
     gate, at = adapter.gate, adapter.gate_row
     if at is None:
         return gate
+    if task_rows.seen_by_host(at):
+        return gate[at]
     last = len(gate) - 1
     missing = (at < 0) | (at > last)
     return gate.index_select(0, at.clamp(0, last)).masked_fill_(missing.unsqueeze(1), torch.nan)

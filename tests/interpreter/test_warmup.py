@@ -125,7 +125,7 @@ def test_the_cuda_library_is_loaded_by_every_plan_and_the_eager_backend_by_none(
     from lilora_kernels.ops.linear import cuda_backend
 
     rows = cuda_backend.rows(torch.device("cpu"))
-    args = SimpleNamespace(rank_sizes=(8, 4), u=None)
+    args = SimpleNamespace(rank_sizes=(8, 4), u=None, task=None)
     plans = {cuda_backend.plan_of(torch.empty(m, 24), torch.empty(20, 24), args) for m in rows}
     assert plans == {"decode", "one_launch", "composed"}
     asked = []

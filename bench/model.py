@@ -2,8 +2,8 @@
 
 Launches, bytes and operations of every plan at LLaVA-1.5-7B's MLP shapes in bf16, R 128 and S 64, and the time that they
 mean by the ceilings and assumptions of bench/roofline.py. The composed plan runs on the meta device under a counter; the
-Triton backend makes its own plans there, and tools/traffic.py says the bytes of their phases; tools/cuda_traffic.py says what
-the phases of the CUDA kernels do. Assumed beside:
+Triton backend makes its own plans there, its composed one too, and tools/traffic.py says the bytes of their phases;
+tools/cuda_traffic.py says what the phases of the CUDA kernels do. Assumed beside:
 
 - Tasks have equally many rows, which lie one behind the other; rows are computed in whole tiles, once for each task of a tile.
   All gradients are wanted; no gate, no bias.

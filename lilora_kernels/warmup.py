@@ -67,6 +67,9 @@ class _Case:
     rows: int
     routed: bool
     snapshot: bool = False
+    known: int | None = (
+        None  # of a routed one whose ids the host knows, as a route does: which of the layer's tasks they are
+    )
 
     def x(self) -> Tensor:
         """[samples, rows of each, K]; ranks of a pool are chosen for each sample, and for all rows where it is one."""
@@ -80,12 +83,13 @@ class _Case:
             context = tasks.example(x, self.snapshot) if isinstance(tasks, PoolTasks) else BatchContext(None)
             with tasks.use(context):
                 return (layer(x),)
-        task = None
+        task, context = None, BatchContext(None)
         if self.routed:
-            task = torch.full(
-                (len(x),), tasks.id_of((layer.active or layer.tasks)[0]), dtype=torch.int32, device=x.device
-            )
-        with tasks.use(BatchContext(None)):
+            t = tasks.id_of((layer.active or layer.tasks)[self.known or 0])
+            task = torch.full((len(x),), t, dtype=torch.int32, device=x.device)
+            if self.known is not None:
+                task, context = None, BatchContext(task, units=[1] * len(x), ids=[t] * len(x))
+        with tasks.use(context):
             return (layer(x, task=task),) if self.up is None else gate_and_up(layer, self.up, x, task) or ()
 
 
@@ -106,6 +110,14 @@ def _cases(model: nn.Module) -> Iterator[_Case]:
         rank = 0 if isinstance(layer, RankPoolLinear) else layer.rank
         for rows in backends.choose(op, like, rank, layer.sub_rank).rows(like.device):
             yield from (_Case(layer, up, like, rows, *way) for way in ways)
+            if isinstance(layer, LiLoRALinear) and rows > backends.ONE_LAUNCH_ROWS and _knows_more(like.device):
+                first_and_last = {0, len(layer.active or layer.tasks) - 1}
+                yield from (_Case(layer, up, like, rows, True, known=at) for at in first_and_last)
+
+
+def _knows_more(device: torch.device) -> bool:
+    """Whether there is a plan for rows whose tasks the host knows beside that for those it does not see."""
+    return device.type != "cpu"
 
 
 def _ways(layer: AdaptedLinear) -> list[tuple[bool, ...]]:

@@ -23,15 +23,15 @@ from lilora_kernels.ops.rank_gate import triton_backend as rank_gate
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one block may have
 INTEGERS = {"M", "K", "N", "T", "G", "x_stride", "CHUNK", "drop_below", "low_rank", "high_rank"}
-INTEGERS |= {"share", "parts", "columns", "tasks"}
+INTEGERS |= {"share", "splits", "columns", "tasks"}
 FLOATS = {"scaling", "keep_scale"}
 IDS = {"task", "gate_row", "present", "state", "ids"}
 WIDE = {"planes", "da_planes", "db0_planes", "du_planes", "dv_planes", "planes_2", "da_planes_2"}
-WIDE |= {"dq_h", "dfusion_rows", "dm", "dv_parts", "dfusion_parts"}
+WIDE |= {"dq_h", "dfusion_rows", "dm", "dv_partials", "dfusion_partials"}
 PARAMETERS = {"a", "b0", "u", "v", "fusion", "gate", "bias", "da", "db0", "du", "dv", "dfusion", "dgate"}
 PARAMETERS |= {"a_2", "v_2", "fusion_2"}
 GATE = frozenset({"gate", "gate_row", "bias", "dgate", "dq_h"})
-COMPOSED = ("compose", "u_gradient", "v_gradient_parts", "sum_gradients")
+COMPOSED = ("compose", "u_gradient", "v_gradient_partials", "sum_gradients")
 PAIR = frozenset({"a_2", "fusion_2", "v_2", "h_2", "z_2", "planes_2", "dh_2", "da_planes_2"})
 
 

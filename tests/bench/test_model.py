@@ -156,7 +156,7 @@ def test_dropout_is_drawn_where_a_phase_reads_x():
 
 
 def test_what_the_choices_cite(monkeypatch):
-    """The figures beside ONE_LAUNCH_ROWS, FUSED_ROWS and both `composes`; a choice that they contradict is not made by them."""
+    """The figures beside ONE_LAUNCH_ROWS, FUSED_ROWS and both `forms_m`; a choice that they contradict is not made by them."""
 
     def us(rows, plan, tasks=1):
         return model.predict(Problem(rows, *GATE_UP, tasks), plan)["both"]["us"]
@@ -167,7 +167,7 @@ def test_what_the_choices_cite(monkeypatch):
     assert fused == pytest.approx([0.98, 1.0], abs=0.005)
     ratios = []
     with monkeypatch.context() as patch:
-        patch.setattr(triton_backend, "TRITON", triton_backend.TRITON._replace(composes=lambda *_: True))
+        patch.setattr(triton_backend, "TRITON", triton_backend.TRITON._replace(forms_m=lambda *_: True))
         for rows, tasks in ((2048, 8), (1024, 8), (8192, 32)):
             problem = Problem(rows, *GATE_UP, tasks)
             found = [model.predict(problem, f"Triton {plan}")["both"]["ratio"] for plan in ("composed", "by_phase")]
@@ -175,7 +175,7 @@ def test_what_the_choices_cite(monkeypatch):
     assert ratios == [[1.30, 1.39], [1.50, 1.50], [1.26, 1.29]]
     composed = []
     for by_m in (True, False):
-        monkeypatch.setattr(eager, "TORCH", eager.TORCH._replace(composes=lambda *_, by_m=by_m: by_m))
+        monkeypatch.setattr(eager, "TORCH", eager.TORCH._replace(forms_m=lambda *_, by_m=by_m: by_m))
         composed.append([us(rows, "composed", tasks) for rows, tasks in ((2048, 1), (8192, 1), (16384, 8))])
     assert composed == [pytest.approx(each, abs=0.6) for each in ([701, 2251, 5422], [685, 2371, 4613])]
 

@@ -5,8 +5,12 @@ import torch
 from cases import Errors, case_id, pairwise
 from gpu_cases import add_errors, assert_equal, make_on_gpu, make_pair, run_all, seed_tensor
 
-from lilora_kernels.ops.delta import task_rows
+import lilora_kernels
+from lilora_kernels import LiLoRALinear
+from lilora_kernels.ops.delta import composed_kernels, task_rows, triton_kernels
 
+KERNELS = [triton_kernels.delta_forward, triton_kernels.delta_backward, composed_kernels.compose]
+KERNELS += [composed_kernels.u_gradient, composed_kernels.v_gradient_partials, composed_kernels.sum_gradients]
 AXES = {
     "op": ["delta", "linear", "pair"],
     "mix": ["same", "runs", "sorted", "random"],
@@ -55,3 +59,24 @@ def test_a_broken_task_stays_alone(plan):
     for rows in (y, dx):
         assert torch.equal(rows.isfinite().all(1), i.task != 1)
         assert torch.equal(rows.isnan().all(1), i.task == 1)
+
+
+def test_warmup_has_compiled_what_a_mixed_training_step_takes():
+    base = torch.nn.Linear(136, 104).requires_grad_(False)
+    model = torch.nn.Sequential(LiLoRALinear(base, r=16, sub_rank=8, dropout=0.1))
+    for task in ("one", "two"):
+        model[0].add_task(task)
+    model.to("cuda", torch.bfloat16)
+    lilora_kernels.attach(model)
+    lilora_kernels.set_task(model, "one", "two")
+    lilora_kernels.warmup(model)
+
+    def compiled():
+        return [len(cache[0]) for kernel in KERNELS for cache in kernel.device_caches.values()]
+
+    before = compiled()
+    for names in (("one", "two"), ("two", "two"), ("one", "one")):
+        x = torch.randn(2, 800, 136, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        with lilora_kernels.route(model, names):
+            model(x).sum().backward()
+    assert compiled() == before

@@ -66,7 +66,7 @@ def pinned(monkeypatch):
                 "config",
                 lambda kernel, *_: triton_runtime.Configuration({"phases": {}} | sizes[kernel]),
             )
-            parts = triton_parts.TRITON._replace(composes=lambda rows, layout, adapter: True)
+            parts = triton_parts.TRITON._replace(forms_m=lambda rows, layout, adapter: True)
             monkeypatch.setattr(triton_backend, "TRITON", parts)
             stack.enter_context(lilora_kernels.plan(plan))
 
@@ -433,6 +433,24 @@ def test_strided_inputs(pinned):
         assert torch.equal(functional.delta(x, i.a.T.contiguous().T, *adapter(i)[2:], **options(i)), want)
 
 
+@pytest.mark.parametrize("ids", [(2, 0), (1, 2), (2, 1, 0)], ids=str)
+def test_tasks_in_another_order_and_absent_ones_of_the_composed_plan(ids, pinned):
+    """M_t and dM_t lie in the order of the batch; a task without rows has zeros."""
+    pinned(SPLIT, "composed")
+    errors = Errors()
+    for seed in range(2):
+        i = make(rows=90, tasks=3, dtype=torch.float16, seed=seed)
+        i = i.with_(task=torch.tensor(ids, dtype=torch.int32).repeat_interleave(90 // len(ids)))
+        add_errors(errors, i, "linear")
+        own = i.leaves()
+        found = gradients(
+            functional.delta(*adapter(own), **options(own)), own, ("u", "v", "fusion"), torch.ones(90, 20).half()
+        )
+        for name, grad in found.items():
+            assert [t for t in range(3) if grad[t].any()] == sorted(ids), name
+    errors.check()
+
+
 @pytest.mark.parametrize("plan", DTYPES)
 def test_ranks_limit_the_shared_gradients(plan, pinned):
     pinned(SPLIT, plan)
@@ -448,10 +466,12 @@ def test_ranks_limit_the_shared_gradients(plan, pinned):
     assert torch.equal(some.x.grad, every.x.grad)
 
 
-@pytest.mark.parametrize("plan", ["by_phase", "composed"])
-def test_sums_over_many_rows_may_leave_the_range_of_fp16(plan, pinned):
+@pytest.mark.parametrize("plan", ["by_phase", "composed", "composed of factors"])
+def test_sums_over_many_rows_may_leave_the_range_of_fp16(plan, pinned, monkeypatch):
     """As under a GradScaler: those of dM, and all of fp32 masters, which nothing may round either."""
-    pinned(SPLIT, plan)
+    pinned(SPLIT, plan.split()[0])
+    if plan == "composed of factors":
+        monkeypatch.setattr(triton_backend, "TRITON", triton_parts.TRITON._replace(forms_m=lambda *_: False))
     i = make(rows=512, columns=40, outputs=48, rank=16, sub_rank=8, tasks=2, mix="sorted", dtype=torch.float32)
     i = i.with_(u=i.u * 2**-6, v=i.v * 2**-6)
     x, dy = (i.x + 1).half().float(), torch.full((512, 48), 1500.0)

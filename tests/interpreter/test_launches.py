@@ -131,7 +131,7 @@ def test_launches_of_many_rows_of_few_tasks(tasks, p, pinned, work):
     x_once = {"delta_forward": 1} if p else {"matmul": 1}
     assert forward == {**x_once, "compose": 1, product: 1, "addmm_": 1}
     x_again = {"delta_backward": 2} if p else {"matmul": 2}
-    kernels = dict.fromkeys(("compose", "u_gradient", "v_gradient_parts", "sum_gradients"), 1)
+    kernels = dict.fromkeys(("compose", "u_gradient", "v_gradient_partials", "sum_gradients"), 1)
     dm = "mm" if tasks == 1 else "bmm"
     assert backward == {**x_again, **kernels, product: 1, dm: 1, "to": 2, "addmm_": 1}
 

@@ -23,7 +23,7 @@ def test_equals_two_calls(at, plan, monkeypatch):
         "backward": {**tiles, "SPLIT_N": splits, "CHUNK": 32},
     }
     monkeypatch.setattr(triton_runtime, "config", lambda kernel, *_: triton_runtime.Configuration(plans[kernel]))
-    by_m = triton_parts.TRITON._replace(composes=lambda *_: True)
+    by_m = triton_parts.TRITON._replace(forms_m=lambda *_: True)
     for module in (delta_backend, triton_backend):
         monkeypatch.setattr(module, "TRITON", by_m)
     with lilora_kernels.backend("triton"), lilora_kernels.plan(plan):

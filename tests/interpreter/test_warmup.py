@@ -1,5 +1,6 @@
 """`warmup` runs what will be run later, and leaves no trace."""
 
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import lilora_kernels
 from lilora_kernels import LiLoRALinear, RankPoolLinear
 from lilora_kernels.context import tasks_of
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import triton_phases
+from lilora_kernels.ops.delta import triton_parts, triton_phases
 from lilora_kernels.ops.delta_pair import triton_backend as delta_pair
 from lilora_kernels.ops.rank_gate import eager
 from lilora_kernels.queries import PoolChooser, PoolTasks
@@ -61,6 +62,25 @@ def test_a_layer_with_parameters_that_lie_elsewhere_is_another_one(monkeypatch):
     parameter = layers[2].lilora_V["one"]
     parameter.data = torch.cat([parameter.data.new_zeros(1), parameter.data.flatten()])[1:].view_as(parameter)
     assert lilora_kernels.warmup(layers) == 4
+
+
+def test_many_rows_of_tasks_that_the_host_knows(monkeypatch):
+    """As on a device: the first and the last active task, whose M_t lie where its id says and elsewhere."""
+    monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [300])
+    monkeypatch.setattr(sys.modules["lilora_kernels.warmup"], "_knows_more", lambda device: True)
+    layers, run, ids = model(), triton_parts.run, set()
+    lilora_kernels.attach(layers)
+    lilora_kernels.set_task(layers, "one", "two")
+
+    def recording(kernel, programs, tensors, *rest):
+        ids.add((kernel.__name__, tensors[kernel.arg_names.index("ids")] is not None))
+        run(kernel, programs, tensors, *rest)
+
+    monkeypatch.setattr(triton_parts, "run", recording)
+    with torch.autocast("cpu", torch.float16):
+        assert lilora_kernels.warmup(layers) > 0
+    kernels = ("compose", "u_gradient", "v_gradient_partials", "sum_gradients")
+    assert ids == {(kernel, given) for kernel in kernels for given in (True, False)}
 
 
 def test_merged_layers_routes_and_other_backends(monkeypatch):

@@ -15,7 +15,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import create_function_from_signature
 
 from lilora_kernels.ops import triton_launcher
-from lilora_kernels.ops.delta.composed_kernels import compose, sum_gradients, u_gradient, v_gradient_parts
+from lilora_kernels.ops.delta.composed_kernels import compose, sum_gradients, u_gradient, v_gradient_partials
 from lilora_kernels.ops.delta.triton_kernels import delta_backward, delta_forward
 from lilora_kernels.ops.delta.triton_parts import constants_of
 from lilora_kernels.ops.rank_gate.triton_kernels import rank_gate
@@ -27,7 +27,7 @@ KERNELS = {  # its tensors come first
     delta_backward: (33, {**TILES, "SPLIT_N": 2, "FIRST": 0, "LAST": 3}),
     rank_gate: (3, {"BLOCK": 64, "num_warps": 8}),
 }
-for composed, tensors in ((compose, 6), (u_gradient, 5), (v_gradient_parts, 7), (sum_gradients, 8)):
+for composed, tensors in ((compose, 6), (u_gradient, 5), (v_gradient_partials, 7), (sum_gradients, 8)):
     KERNELS[composed] = tensors, constants_of(composed, 16, 8, torch.float16)
 FLOATS = ("scaling", "keep_scale")
 INTEGERS = (0, 1, 2, 15, 16, 17, 48, 4096, 2**31 - 16, 2**31, 2**31 + 1, 2**40)

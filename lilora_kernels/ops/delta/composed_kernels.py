@@ -59,44 +59,45 @@ def u_gradient(
 
 
 @triton.jit(do_not_specialize=["ids", "share"])
-def v_gradient_parts(
-    dm, b0, u, v, ids, dv_parts, dfusion_parts, N, share,
+def v_gradient_partials(
+    dm, b0, u, v, ids, dv_partials, dfusion_partials, N, share,
     R: tl.constexpr, S: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Over `share` outputs: U_t^T dM_t into dv_parts [parts, tasks, S, R], <dM_t, B0> - <U_t^T dM_t, V_t> into dfusion_parts.
+    """Over `share` outputs: U_t^T dM_t into dv_partials [splits, tasks, S, R], and into dfusion_partials what dfusion sums up,
+    <dM_t, B0> - <U_t^T dM_t, V_t>.
 
     The product in TYPE. One program: a share of the outputs of one task, BLOCK_C of the R columns.
     """
-    part, i, tasks, c = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    split, i, tasks, c = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     r, s, t = c * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_S), task_at(ids, i)
     dv = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     with_b0 = tl.zeros((BLOCK_C,), tl.float32)
-    for first in range(part * share, tl.minimum(part * share + share, N), BLOCK_N):
+    for first in range(split * share, tl.minimum(split * share + share, N), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         own = tile(dm + i.to(tl.int64) * N * R, n[:, None], r[None, :], N, R, tl.float32)
         left = tile(u + t * N * S, n[None, :], s[:, None], N, S, TYPE)
         right, scale = narrowed(own, TYPE)
         dv += scale * tl.dot(left, right, input_precision="ieee")
-        if dfusion_parts is not None:
+        if dfusion_partials is not None:
             with_b0 += tl.sum(own * tile(b0, n[:, None], r[None, :], N, R, tl.float32), axis=0)
-    of_task = part * tasks + i
-    if dv_parts is not None:
-        at = dv_parts + of_task.to(tl.int64) * S * R + s[:, None] * R + r[None, :]
+    of_task = split * tasks + i
+    if dv_partials is not None:
+        at = dv_partials + of_task.to(tl.int64) * S * R + s[:, None] * R + r[None, :]
         tl.store(at, dv, mask=(s < S)[:, None] & (r < R)[None, :])
-    if dfusion_parts is not None:
+    if dfusion_partials is not None:
         with_v = tl.sum(dv * tile(v + t * S * R, s[:, None], r[None, :], S, R, tl.float32))
-        tl.store(dfusion_parts + of_task * tl.num_programs(2) + c, tl.sum(with_b0) - with_v)
+        tl.store(dfusion_partials + of_task * tl.num_programs(2) + c, tl.sum(with_b0) - with_v)
 
 
-@triton.jit(do_not_specialize=["fusion", "ids", "parts", "columns", "tasks", "low_rank", "high_rank"])
+@triton.jit(do_not_specialize=["fusion", "ids", "splits", "columns", "tasks", "low_rank", "high_rank"])
 def sum_gradients(
-    dm, fusion, ids, dv_parts, dfusion_parts, db0, dv, dfusion,
-    N, parts, columns, tasks, scaling, low_rank, high_rank, R: tl.constexpr, S: tl.constexpr,
+    dm, fusion, ids, dv_partials, dfusion_partials, db0, dv, dfusion,
+    N, splits, columns, tasks, scaling, low_rank, high_rank, R: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """db0 [N, R] from dM_t over the tasks, dv [T, S, R] and dfusion [T] from their parts; programs in this order.
+    """db0 [N, R] from dM_t over the tasks, dv [T, S, R] and dfusion [T] from their partial sums; programs in this order.
 
-    columns: how many numbers each part has of a task's dfusion.
+    columns: how many numbers each split has of a task's dfusion.
     """
     item, of_v = tl.program_id(0), tl.cdiv(S * R, SUM_BLOCK)
     b0s = tl.cdiv(N * R, SUM_BLOCK) if db0 is not None else 0
@@ -116,8 +117,8 @@ def sum_gradients(
             i, at = (item - b0s) // of_v, (item - b0s) % of_v * SUM_BLOCK + k
             t = task_at(ids, i)
             _, e = coefficients(fusion, t)
-            for part in range(parts):
-                own = dv_parts + tl.cast(part * tasks + i, tl.int64) * S * R
+            for split in range(splits):
+                own = dv_partials + tl.cast(split * tasks + i, tl.int64) * S * R
                 total += tl.load(own + at, mask=at < S * R, other=0.0)
             tl.store(dv + t * S * R + at, (scaling * e * total).to(dv.dtype.element_ty), mask=at < S * R)
     else:
@@ -125,6 +126,6 @@ def sum_gradients(
             i = item - vs
             t = task_at(ids, i)
             f, e = coefficients(fusion, t)
-            own = dfusion_parts + (k // columns * tasks + i) * columns + k % columns
-            total = tl.load(own, mask=k < parts * columns, other=0.0)
+            own = dfusion_partials + (k // columns * tasks + i) * columns + k % columns
+            total = tl.load(own, mask=k < splits * columns, other=0.0)
             tl.store(dfusion + t, (scaling * f * e * tl.sum(total)).to(dfusion.dtype.element_ty))

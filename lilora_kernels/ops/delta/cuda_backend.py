@@ -16,16 +16,16 @@ from . import eager
 
 
 def forward(x: Tensor, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
-    if composes(x, adapter, backends.ONE_LAUNCH_ROWS):
-        return eager.forward(x, adapter, None, parts(x, adapter))
+    if (parts := composed_parts(x, adapter)) is not None:
+        return eager.forward(x, adapter, None, parts)
     return run_forward(x, None, adapter, backends.one_launch(x.shape[0]))
 
 
 def backward(
     dy: Tensor, x: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    if composes(dy, adapter, backends.ONE_LAUNCH_ROWS):
-        return eager.backward(dy, x, h, adapter, needs, parts(dy, adapter))
+    if (parts := composed_parts(dy, adapter)) is not None:
+        return eager.backward(dy, x, h, adapter, needs, parts)
     return run_backward(dy, x, h, adapter, needs, backends.one_launch(dy.shape[0]))
 
 
@@ -36,25 +36,19 @@ def rows(device: torch.device) -> list[int]:
     return sorted({1, 64, 1024, *(n for n in others if n > backends.ONE_LAUNCH_ROWS)})
 
 
-def composes(rows: Tensor, adapter: AdapterArgs, few: int) -> bool:
-    """Whether rows [M, ...] of x or dy take the plan composed: where it is forced, and for more than `few` rows of few tasks."""
-    plan = backends.forced["plan"]
-    if plan is not None:
-        return plan == "composed"
-    if len(rows) <= few or parts(rows, adapter) is eager.TORCH:
-        return False
+def composed_parts(rows: Tensor, adapter: AdapterArgs) -> eager.Parts | None:
+    """The steps of the plan composed where rows [M, ...] of x or dy take it: forced, and for many rows of few tasks.
+
+    Triton's kernels where it can run; else torch operations, which nothing but an order takes.
+    """
+    plan, few = backends.forced["plan"], len(rows) <= backends.ONE_LAUNCH_ROWS
+    if plan != "composed" and (plan is not None or few):
+        return None
+    if triton_runtime.refusal(rows, *adapter.rank_sizes) is not None:
+        return None if plan is None else eager.TORCH
     from . import triton_backend  # imports Triton
 
-    return triton_backend.composes(rows, adapter)
-
-
-def parts(rows: Tensor, adapter: AdapterArgs) -> eager.Parts:
-    """Triton's kernels where it can run, else torch operations."""
-    if triton_runtime.refusal(rows, *adapter.rank_sizes) is not None:
-        return eager.TORCH
-    from .triton_parts import TRITON
-
-    return TRITON
+    return triton_backend.TRITON if plan is not None or triton_backend.composes(rows, adapter) else None
 
 
 def run_forward(

@@ -38,7 +38,7 @@ class Parts(NamedTuple):
     shrink(x, adapters) -> the h [M, R] of each, in x's dtype. expand_by_m(q, adapter, layout, bias) -> bias + s q M_t^T.
     through_m(dy, q, adapter, layout, needs, wants_dq) -> the gradients of b0, u, v and fusion among `needs`, and dq.
     down(x, dhs, adapters, needs) -> of each the gradients of x and a among its `needs`; all of x is in the first.
-    composes(rows, layout, adapter) -> whether every M_t is formed for rows [M, ...] of y or dy. working_dtype(x) -> that of
+    forms_m(rows, layout, adapter) -> whether every M_t is formed for rows [M, ...] of y or dy. working_dtype(x) -> that of
     the products.
     """
 
@@ -46,7 +46,7 @@ class Parts(NamedTuple):
     expand_by_m: Callable
     through_m: Callable
     down: Callable
-    composes: Callable
+    forms_m: Callable
     working_dtype: Callable
 
 
@@ -260,9 +260,11 @@ def wide_product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tens
     return multiply(cast(left, dtype), cast(right, dtype), out=out)
 
 
-def sum_over_rows(left: Tensor, right: Tensor, parameter: Tensor) -> Tensor:
-    """left^T right, not rounded to the rows' type where the parameter whose gradient it is has a wider one."""
-    return wide_product(left.T, right) if parameter.dtype == wide(left.dtype) else left.T @ right
+def sum_over_rows(left: Tensor, right: Tensor, parameter: Tensor, alpha: float = 1) -> Tensor:
+    """alpha left^T right, not rounded to the rows' type where the parameter whose gradient it is has a wider one."""
+    if left.dtype != wide(left.dtype) and parameter.dtype == wide(left.dtype):
+        return wide_product(left.mT, right).mul_(alpha)
+    return left.mT @ right if alpha == 1 else product(left.mT, right, alpha)
 
 
 def add_product(result: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
@@ -288,7 +290,7 @@ def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None, parts: Parts) -
     if adapter.u is None:
         return product(with_task(q, adapter), cast(adapter.b0, q.dtype).T, s, bias)
     layout = task_rows.layout_of(adapter)
-    if parts.composes(q, layout, adapter):
+    if parts.forms_m(q, layout, adapter):
         return parts.expand_by_m(q, adapter, layout, bias)
     q = layout.ordered(q)
     f, e = shares(adapter, layout, q.dtype)
@@ -325,7 +327,7 @@ def backward_up(
         grads, dq = plain_backward(dy, q, adapter, needs, wants_dq)
     else:
         layout = task_rows.layout_of(adapter)
-        through = parts.through_m if parts.composes(dy, layout, adapter) else through_factors
+        through = parts.through_m if parts.forms_m(dy, layout, adapter) else through_factors
         grads, dq = through(layout.ordered(dy), layout.ordered(q), adapter, layout, needs, wants_dq)
         for name in needs & {"b0", "u", "v", "fusion"} - grads.keys():  # no row has a task
             grads[name] = torch.zeros_like(getattr(adapter, name))
@@ -418,7 +420,8 @@ def through_factors(
     if q is not None:
         q_e, alpha = scaled(q, s, e)
     if "b0" in needs:
-        grads["b0"] = product(dy.T, *scaled(q, s, f))
+        right, alpha_b0 = scaled(q, s, f)
+        grads["b0"] = sum_over_rows(dy, right, adapter.b0, alpha_b0)
     if "fusion" in needs and not isinstance(f, float):
         of_rows = (dq * q).sum(1, keepdim=True, dtype=wide(q.dtype)) * e
     for group in layout.groups:
@@ -430,9 +433,9 @@ def through_factors(
         if "u" in needs or "fusion" in needs:
             z = times(own_q, v.mT)
         if "u" in needs:
-            place(grads, "u", group, product(rows.mT, z, alpha), adapter.u)
+            place(grads, "u", group, sum_over_rows(rows, z, adapter.u, alpha), adapter.u)
         if "v" in needs:
-            place(grads, "v", group, product(dz.mT, own_q, alpha), adapter.v)
+            place(grads, "v", group, sum_over_rows(dz, own_q, adapter.v, alpha), adapter.v)
         if "fusion" in needs:
             if isinstance(f, float):
                 slope = e * dot(dq, q) - alpha * f * dot(dz, z)
@@ -454,15 +457,15 @@ def plain_backward(
     if "b0" in needs:
         left, q = with_task(dy, adapter), with_task(q, adapter)  # neither's NaN in rows without a task
         if adapter.ranks is None:
-            grads["b0"] = sum_over_rows(left, q, adapter.b0).mul_(s)
+            grads["b0"] = sum_over_rows(left, q, adapter.b0, s)
         else:
             lo, hi = adapter.ranks
             grads["b0"] = torch.zeros_like(adapter.b0)
-            grads["b0"][:, lo:hi] = sum_over_rows(left, q[:, lo:hi], adapter.b0).mul_(s)
+            grads["b0"][:, lo:hi] = sum_over_rows(left, q[:, lo:hi], adapter.b0, s)
     return grads, with_task(product(dy, cast(adapter.b0, dy.dtype), s), adapter) if wants_dq else None
 
 
-def composes(rows: Tensor, layout: Layout, adapter: AdapterArgs) -> bool:
+def forms_m(rows: Tensor, layout: Layout, adapter: AdapterArgs) -> bool:
     """Whether the rows [M, ...] are so many that forming every M_t costs less than two more factors for each of them.
 
     In bytes: U_t costs another pass over y or dy, 2 N a row. M_t on a CPU, where f and e are numbers, is read and written
@@ -475,4 +478,4 @@ def composes(rows: Tensor, layout: Layout, adapter: AdapterArgs) -> bool:
     return len(rows) >= per_task * len(layout.runs) and layout.is_seen
 
 
-TORCH = Parts(shrink, expand_by_m, through_m, down, composes, working_dtype)
+TORCH = Parts(shrink, expand_by_m, through_m, down, forms_m, working_dtype)

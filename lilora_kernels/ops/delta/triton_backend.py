@@ -54,7 +54,7 @@ def composes(rows: Tensor, adapter: AdapterArgs) -> bool:
     """Whether the plan composed is the best for many rows [M, ...]: enough of them for each task, as far as the host knows."""
     if adapter.u is None:
         return True
-    return task_rows.is_known(adapter) and TRITON.composes(rows, task_rows.layout_of(adapter), adapter)
+    return task_rows.is_known(adapter) and TRITON.forms_m(rows, task_rows.layout_of(adapter), adapter)
 
 
 def rows(device: torch.device) -> list[int]:

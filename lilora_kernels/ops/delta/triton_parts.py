@@ -97,14 +97,14 @@ def through_m(
     return gradients(dm, adapter, layout, needs, dy.dtype), dq
 
 
-def composes(rows: Tensor, layout: Layout, adapter: AdapterArgs) -> bool:
-    """As `eager.composes`. M_t costs the same bytes whatever the rows, and the kernels that do without it another pass over y or
+def forms_m(rows: Tensor, layout: Layout, adapter: AdapterArgs) -> bool:
+    """As `eager.forms_m`. M_t costs the same bytes whatever the rows, and the kernels that do without it another pass over y or
     dy for each. bench.model, gate and up, both directions over the base by M_t / by phase: 8 tasks 2048 rows 1.30 / 1.39, 1024
     rows 1.50 / 1.50; 32 tasks 8192 rows 1.26 / 1.29."""
     return len(rows) >= 2 * adapter.a.shape[0] * len(layout.runs) and layout.is_seen
 
 
-TRITON = eager.Parts(shrink, expand_by_m, through_m, down, composes, attrgetter("dtype"))
+TRITON = eager.Parts(shrink, expand_by_m, through_m, down, forms_m, attrgetter("dtype"))
 
 
 def of_groups(m: Tensor, layout: Layout) -> list[Tensor]:
@@ -131,11 +131,11 @@ def gradients(
     grads = {name: (torch.empty_like if name == "b0" else make)(getattr(adapter, name)) for name in needs}
     tiles = ceil(sizes.outputs, tile(sizes.rank))
     share = tile(sizes.rank) * ceil(tiles, ceil(PROGRAMS, tasks))
-    parts, columns = ceil(sizes.outputs, share), ceil(sizes.rank, kernels.COLUMNS.value)
+    splits, columns = ceil(sizes.outputs, share), ceil(sizes.rank, kernels.COLUMNS.value)
     of_v, of_fusion = scratch(
         dm,
-        parts * tasks * sizes.sub_rank * sizes.rank if "v" in needs else None,
-        parts * tasks * columns if "fusion" in needs else None,
+        splits * tasks * sizes.sub_rank * sizes.rank if "v" in needs else None,
+        splits * tasks * columns if "fusion" in needs else None,
     )
     scaling, (b0, u, v, fusion), present = float(adapter.scaling), adapter[1:5], layout.present
     if "u" in needs:
@@ -143,14 +143,14 @@ def gradients(
         run(kernels.u_gradient, (tiles, tasks, 1), tensors, (sizes.outputs, scaling), sizes, dtype)
     if needs & {"v", "fusion"}:
         tensors = dm, b0, u, v, present, of_v, of_fusion
-        run(kernels.v_gradient_parts, (parts, tasks, columns), tensors, (sizes.outputs, share), sizes, dtype)
+        run(kernels.v_gradient_partials, (splits, tasks, columns), tensors, (sizes.outputs, share), sizes, dtype)
     if needs & {"b0", "v", "fusion"}:
         block = kernels.SUM_BLOCK.value
         programs = ceil(sizes.outputs * sizes.rank, block) if "b0" in needs else 0
         programs += tasks * ceil(sizes.sub_rank * sizes.rank, block) if "v" in needs else 0
         programs += tasks if "fusion" in needs else 0
         tensors = dm, fusion, present, of_v, of_fusion, *(grads.get(name) for name in ("b0", "v", "fusion"))
-        numbers = sizes.outputs, parts, columns, tasks, scaling, *(adapter.ranks or (0, sizes.rank))
+        numbers = sizes.outputs, splits, columns, tasks, scaling, *(adapter.ranks or (0, sizes.rank))
         run(kernels.sum_gradients, (programs, 1, 1), tensors, numbers, sizes)
     return grads
 

@@ -28,7 +28,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs
     if plan == "decode":
         return delta.run_forward(x, bias, adapter, False, weight)
     if plan == "composed":
-        y, h = eager.forward(x, adapter, bias, delta.parts(x, adapter))
+        y, h = eager.forward(x, adapter, bias, delta.composed_parts(x, adapter))
     else:
         y, h = delta.run_forward(x, bias, adapter, plan == "one_launch")
     return y.addmm_(x, weight.T), h
@@ -40,8 +40,8 @@ def backward(
     together = backends.one_launch(dy.shape[0], backends.ONE_LAUNCH_ROWS)
     if "x" in needs and plan_of(dy, weight, adapter) == "fused":
         return delta.run_backward(dy, x, h, adapter, needs, together, weight)
-    if delta.composes(dy, adapter, backends.ONE_LAUNCH_ROWS):
-        grads = eager.backward(dy, x, h, adapter, needs, delta.parts(dy, adapter))
+    if (parts := delta.composed_parts(dy, adapter)) is not None:
+        grads = eager.backward(dy, x, h, adapter, needs, parts)
     else:
         grads = delta.run_backward(dy, x, h, adapter, needs, together)
     if "x" in needs:
@@ -62,7 +62,7 @@ def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | N
         )
     if plan is not None:
         return plan
-    composes = delta.composes(rows, adapter, backends.ONE_LAUNCH_ROWS)
+    composes = delta.composed_parts(rows, adapter) is not None
     # In the fused product a NaN in one task's factors reaches other rows of its group: it is not taken for several unasked.
     modelled = None if composes or (adapter.task is not None and adapter.u is not None) else FUSED_ROWS
     fused_from = FUSED_FROM.get((device_name(rows.device), *weight.shape[::-1]), modelled)

@@ -88,7 +88,9 @@ class PretendedGPU(TorchDispatchMode):
         if any(is_meta(t) for t in made) and not func.is_view:
             flops = 0
             if func.overloadpacket in flop_registry:
-                operands = args[:2] if name == "aten::bmm" else args  # its formula takes the dtype of the result for a shape
+                operands = (
+                    args[:2] if name == "aten::bmm" else args
+                )  # its formula takes the dtype of the result for a shape
                 flops = flop_registry[func.overloadpacket](*operands, **kwargs, out_val=result)
             element = min((t.element_size() for t in given if t.is_floating_point()), default=4)
             ledger.add(sum(nbytes(t) for t in {id(t): t for t in (*given, *made)}.values()), flops, element)

@@ -186,7 +186,7 @@ gpu-evidence:
 
 # On a machine without one: what it would otherwise have to build and compile, and a trial of it all.
 KIT_DIR := .gpu-kit
-GPU_PY ?= $(firstword $(shell command -v python3.12) $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
+GPU_PY ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) $(shell command -v python3.12) python3.12)
 $(KIT_DIR)/ready: bench/gpu_kit.txt
 	$(GPU_PY) -m venv $(KIT_DIR)/venv
 	$(KIT_DIR)/venv/bin/pip install -q -r bench/gpu_kit.txt

@@ -33,7 +33,9 @@ def pytest_collection_modifyitems(items):
     """The CUDA kernels take no fp32."""
 
     def is_fp32(value):
-        return value is torch.float32 or (isinstance(value, dict) and torch.float32 in value.get("kind", ()))
+        if isinstance(value, dict | tuple):
+            return any(map(is_fp32, value.values() if isinstance(value, dict) else value))
+        return value is torch.float32
 
     def runs(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}

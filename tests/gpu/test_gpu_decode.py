@@ -107,12 +107,12 @@ def test_fused_equals_apart(kernels):
 def test_a_decode_step_with_a_pool_of_ranks_never_waits(value):
     pool = RankPool(GateRule(rank=3, value=value), 8, 4).eval()
     pool.put("old", torch.randn(12, 8), torch.randn(12, 4), train=False)
-    query = Query(torch.randn(5, 8, device="cuda"), torch.randn(5, 4, device="cuda"))
+    query = Query(torch.randn(5, 8).cuda().half(), torch.randn(5, 4).cuda().half())
     rows = torch.arange(5, device="cuda", dtype=torch.int32)
     layer = RankPoolLinear(nn.Linear(64, 96).requires_grad_(False), lambda layer, x: (pool.choose(query), rows))
     layer.put("old", torch.randn(12, 64), torch.randn(96, 12), train=False)
     for module in (pool, layer):
-        module.to("cuda")
-    x = torch.randn(5, 64, device="cuda")
+        module.to("cuda", torch.float16)
+    x = torch.randn(5, 64).cuda().half()
     with torch.no_grad():
         assert without_waiting(lambda: layer(x)).isfinite().all()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from lilora.continual.collator import Collator
 from lilora.continual.scorers import scorer
-from lilora.continual.tasks import Collator, InstructionDataset, load_manifest
+from lilora.continual.tasks import InstructionDataset, load_manifest
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "digits"
 MANIFESTS = {"digits": "tasks.yaml", "digits-long": "long.yaml"}

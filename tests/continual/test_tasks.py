@@ -3,11 +3,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
-from lilora.continual.tasks import Collator, InstructionDataset, Sample, load_manifest
+from lilora.continual.tasks import InstructionDataset, load_manifest
 from lilora.errors import UserError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -214,82 +213,3 @@ def test_a_ready_manifest_runs_once_its_data_is_there(name, count, tmp_path):
             file.write_text(json.dumps([{"id": 0, "conversations": turns("?", "!")}]))
     manifest = load_manifest(EXAMPLES / f"{name}.yaml", data=tmp_path)
     assert len(manifest.tasks) == count
-
-
-@pytest.fixture
-def processor(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES / "digits")
-    from base import make_processor
-    from scenes import TASKS, pools
-
-    return make_processor(pools()[0], TASKS.values())
-
-
-@pytest.fixture
-def batch(suite):
-    """Samples with one image, with none, and with two."""
-    images = suite[0].parent / "data" / "pictures"
-    return [
-        ("b", Sample("0", (images / "0.png",), "list digits", ("seven two", "x"))),
-        ("a", Sample("1", (), "spell 7", ("seven",))),
-        ("b", Sample("2", (images / "1.png", images / "2.png"), "list inks", ("red",))),
-    ]
-
-
-def test_a_training_batch_teaches_the_answer_alone(processor, batch):
-    tokenizer = processor.tokenizer
-    inputs = Collator(processor, {"a": 0, "b": 5}, train=True)(batch)
-    rows = {key: inputs[key].tolist() for key in ("input_ids", "attention_mask", "labels")}
-    for (_, sample), ids, mask, labels in zip(batch, *rows.values(), strict=True):
-        length = sum(mask)
-        assert mask == [1] * length + [0] * (len(mask) - length)
-        assert all(i == tokenizer.pad_token_id for i in ids[length:])
-        answer = [*tokenizer(sample.answers[0])["input_ids"], tokenizer.eos_token_id]
-        assert labels == [-100] * (length - len(answer)) + answer + [-100] * (len(ids) - length)
-        assert ids[length - len(answer) : length] == answer
-        assert ids.count(processor.image_token_id) == 16 * len(sample.images)
-    assert inputs["task_ids"].tolist() == [5, 0, 5]
-    assert inputs["task_ids"].dtype == torch.int32
-    assert inputs["pixel_values"].shape == (3, 3, 32, 32)
-
-
-def test_a_prompt_is_the_same_in_training_and_generation(processor, batch):
-    train = Collator(processor, {"a": 0, "b": 1}, train=True)(batch)
-    test = Collator(processor, {"a": 0, "b": 1}, train=False)(batch)
-    assert "labels" not in test
-    assert torch.equal(train["pixel_values"], test["pixel_values"])
-    for i in range(len(batch)):
-        prompt = test["input_ids"][i][test["attention_mask"][i].bool()]
-        assert test["attention_mask"][i, -1] == 1  # padded on the left
-        assert train["input_ids"][i, : len(prompt)].tolist() == prompt.tolist()
-        assert (train["labels"][i, : len(prompt)] == -100).all()
-        text = processor.tokenizer.decode(prompt)
-        assert text.endswith(f"{batch[i][1].question} assistant :")
-
-
-def test_text_alone_makes_a_batch_without_pixels(processor, batch):
-    inputs = Collator(processor, {"a": 0}, train=True)([batch[1]])
-    assert set(inputs) == {"input_ids", "attention_mask", "labels", "task_ids"}
-
-
-def test_marks_of_the_modality_grow_with_the_answers(processor, batch, monkeypatch):
-    class Marked(type(processor)):
-        def __call__(self, *args, **kwargs):
-            return super().__call__(*args, return_mm_token_type_ids=True, **kwargs)
-
-    monkeypatch.setattr(processor, "__class__", Marked)
-    inputs = Collator(processor, {"a": 0, "b": 1}, train=True)(batch)
-    expected = (inputs["input_ids"] == processor.image_token_id).long()
-    assert torch.equal(inputs["mm_token_type_ids"], expected)
-
-
-def test_a_processor_without_a_chat_template_is_refused(processor):
-    processor.chat_template = None
-    with pytest.raises(UserError, match="LlavaProcessor has no chat template"):
-        Collator(processor, {}, train=True)
-
-
-def test_an_image_that_broke_later_is_named(processor, batch):
-    batch[0][1].images[0].write_bytes(b"")
-    with pytest.raises(UserError, match=r"image .*0\.png cannot be opened"):
-        Collator(processor, {"a": 0, "b": 1}, train=True)(batch)

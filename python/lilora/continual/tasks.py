@@ -1,4 +1,4 @@
-"""A sequence of tasks: the manifest (YAML), the samples of its JSON files, and the batches a model reads."""
+"""A sequence of tasks: the manifest (YAML) and the samples of its JSON files."""
 
 import difflib
 import re
@@ -7,20 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import torch
 import yaml
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from lilora.continual.scorers import scorer
 from lilora.errors import UserError
 
 Split = Literal["train", "test"]
-
-IGNORED = -100  # the label that the loss leaves out
 
 # Up to this many images per split are opened before anything runs; those of larger ones when they are read.
 _OPENED_UP_FRONT = 2_000
@@ -178,12 +173,17 @@ def _ordered(manifest: Manifest, order: list[str]) -> list:
 
 @dataclass(frozen=True)
 class Sample:
-    """A question about some images (or none). `answers` are the references; training teaches the first."""
+    """A question about some images (or none). `answers` are the references; training teaches the first.
+
+    history: the questions and answers of the same conversation ahead of it; system: the text of its system turn.
+    """
 
     id: str
     images: tuple[Path, ...]
     question: str
     answers: tuple[str, ...]
+    history: tuple[tuple[str, str], ...] = ()
+    system: str = ""
 
 
 class _Turn(BaseModel):
@@ -288,82 +288,3 @@ def open_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path} cannot be opened ({error}); replace it.") from error
-
-
-class Collator:
-    """Batches of (task name, Sample) for any processor with a chat template.
-
-    The prompt is one user turn: the images, then the question. Returns what the processor gives for the prompts
-    (input_ids and attention_mask [B, L] int64, pixel_values when there are images, ...) and task_ids [B] int32 from
-    `task_index`. With `train`, answer and end-of-sequence token follow each prompt, padding is on the right, and
-    labels [B, L] int64 are -100 at prompt and padding; otherwise padding is on the left, as generation needs.
-
-    Raises UserError when the processor has no chat template and when an image cannot be opened.
-    """
-
-    def __init__(self, processor, task_index: dict[str, int], train: bool):
-        if not getattr(processor, "chat_template", None):
-            raise UserError(
-                f"{type(processor).__name__} has no chat template; use the instruction-tuned checkpoint of the model "
-                "or set processor.chat_template."
-            )
-        self.processor = processor
-        self.task_index = task_index
-        self.train = train
-        if processor.tokenizer.pad_token is None:
-            processor.tokenizer.pad_token = processor.tokenizer.eos_token
-
-    def __call__(self, batch: list[tuple[str, Sample]]) -> dict[str, Tensor]:
-        samples = [sample for _, sample in batch]
-        inputs = self._prompts(samples)
-        if self.train:
-            inputs = self._with_answers(inputs, [sample.answers[0] for sample in samples])
-        inputs["task_ids"] = torch.tensor([self.task_index[name] for name, _ in batch], dtype=torch.int32)
-        return inputs
-
-    def _prompts(self, samples: list[Sample]) -> dict[str, Tensor]:
-        conversations = [
-            [{"role": "user", "content": [{"type": "image"}] * len(s.images) + [{"type": "text", "text": s.question}]}]
-            for s in samples
-        ]
-        text = self.processor.apply_chat_template(conversations, add_generation_prompt=True)
-        images = [[open_image(path) for path in s.images] for s in samples]
-        bos = self.processor.tokenizer.bos_token
-        inputs = self.processor(
-            text=text,
-            images=images if any(images) else None,
-            padding=True,
-            padding_side="right" if self.train else "left",
-            add_special_tokens=not (bos and text[0].startswith(bos)),
-            return_tensors="pt",
-        )
-        return dict(inputs)
-
-    def _with_answers(self, inputs: dict[str, Tensor], answers: list[str]) -> dict[str, Tensor]:
-        """Put each answer and the end-of-sequence token behind its prompt, and add labels.
-
-        Answers are tokenised on their own, so that prompts are the very tokens that generation will see.
-        """
-        tokenizer = self.processor.tokenizer
-        prompt_shape = inputs["input_ids"].shape
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        answer_ids = [
-            torch.tensor([*ids, tokenizer.eos_token_id])
-            for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]
-        ]
-
-        def joined(prompts, tails, padding):  # [B, L] and B tails [l_b] -> [B, max(length_b + l_b)]
-            rows = [torch.cat([p[:n], t]) for p, n, t in zip(prompts, lengths, tails, strict=True)]
-            return pad_sequence(rows, batch_first=True, padding_value=padding)
-
-        ignored = torch.full(prompt_shape, IGNORED)
-        outputs = {"labels": joined(ignored, answer_ids, IGNORED)}
-        for key, value in inputs.items():
-            if value.shape != prompt_shape:  # not per token: pixel values, image sizes, ...
-                outputs[key] = value
-            elif key == "input_ids":
-                outputs[key] = joined(value, answer_ids, tokenizer.pad_token_id)
-            else:
-                fill = int(key == "attention_mask")  # the others mark the modality of a token: 0 is text
-                outputs[key] = joined(value, [torch.full_like(ids, fill) for ids in answer_ids], 0)
-        return outputs

@@ -283,6 +283,15 @@ def test_earlier_answers_stand_where_generation_puts_them(processor, behind):
     assert torch.equal(both["labels"][:, :ended], alone["labels"][:, :ended])
 
 
+def test_images_come_with_their_questions(processor, batch):
+    images = (*batch[0][1].images, *batch[2][1].images)
+    sample = Sample("x", images, "list inks", ("red",), (("list digits", "seven two"),), images_ahead=(1, 2))
+    one = " ".join(["<image>"] * 16)
+    assert prompt(processor, sample) == (
+        f"user : {one} list digits assistant : seven two user : {one} {one} list inks assistant :"
+    )
+
+
 def test_the_end_that_the_template_writes_behind_earlier_answers_is_a_target(processor):
     processor.chat_template = ENDED
     sample = Sample("x", (), "list inks", ("red",), (("list digits", "seven two"),))

@@ -154,7 +154,7 @@ def test_a_wrong_order_is_refused(suite, order):
         ('[{"id": 1, "conversations": []}]', "sample '1' has no human turn"),
         (
             '[{"id": 1, "conversations": [{"from": "human", "value": "x"}]}]',
-            "sample '1' has no gpt turn and no answers",
+            "sample '1' has no gpt turn behind its last question and no answers",
         ),
     ],
 )
@@ -182,16 +182,66 @@ def test_samples_hold_question_instruction_images_and_references(suite):
         {"id": 7, "conversations": turns("x", "two"), "answers": ["one", "two", "two"]},
         {"id": 8, "conversations": turns("x", "three"), "answers": ["one"]},
         {"id": 9, "conversations": turns("x", "y")[:1], "answers": ["one", "two"]},
-        {"id": 10, "conversations": [*turns("first", "1st"), *turns("second", "2nd")]},
     ]
     (path.parent / "data" / "seen-test.json").write_text(json.dumps(records))
     task = load_manifest(path).tasks[0]
     samples = list(InstructionDataset(task, "test"))
     assert samples[0].images == (task.images / "0.png", task.images / "1.png")
     assert samples[0].question == "Same?\nAnswer in two words."
-    assert [s.answers for s in samples] == [("no",), ("two", "one", "two"), ("three", "one"), ("one", "two"), ("1st",)]
-    assert samples[4].question.startswith("first\n")
-    assert [s.id for s in samples] == ["a", "7", "8", "9", "10"]
+    assert [s.answers for s in samples] == [("no",), ("two", "one", "two"), ("three", "one"), ("one", "two")]
+    assert [s.id for s in samples] == ["a", "7", "8", "9"]
+    assert all((s.history, s.system, s.images_ahead) == ((), "", ()) for s in samples)
+
+
+def read(suite, *records):
+    path, _ = suite
+    (path.parent / "data" / "seen-test.json").write_text(json.dumps(records))
+    return InstructionDataset(load_manifest(path).tasks[0], "test").samples
+
+
+def test_a_conversation_is_one_sample_with_all_its_answers(suite):
+    talk = [*turns("<image>\nfirst", "1st"), *turns("second", "2nd"), *turns("third", "3rd")]
+    system = {"from": "system", "value": "be brief"}
+    whole, open_end, greeted = read(
+        suite,
+        {"id": 1, "image": "0.png", "conversations": [system, *talk]},
+        {"id": 2, "conversations": talk[:-1], "answers": ["a", "b"]},
+        {"id": 3, "conversations": [system, {"from": "gpt", "value": "hello"}, *talk[:2]], "answers": ["a"]},
+    )
+    says = "\nAnswer in two words."
+    assert whole.history == ((f"first{says}", "1st"), (f"second{says}", "2nd"))
+    assert (whole.question, whole.answers, whole.system) == (f"third{says}", ("3rd",), "be brief")
+    assert (open_end.history, open_end.answers) == (whole.history, ("a", "b"))
+    assert (greeted.history, greeted.question, greeted.answers) == ((), f"first{says}", ("1st", "a"))
+
+
+def test_images_come_with_the_questions_that_mark_them(suite):
+    talk = [*turns("<image>\nfirst", "1st"), *turns("with <image> and <image>", "2nd")]
+    images = ["0.png", "1.png", "2.png"]
+    (sample,) = read(suite, {"id": 1, "image": images, "conversations": talk})
+    assert [path.name for path in sample.images] == images
+    assert sample.images_ahead == (1, 2)
+    (sample,) = read(
+        suite, {"id": 1, "image": images, "conversations": [*turns("first", "1st"), *turns("second", "2nd")]}
+    )
+    assert sample.images_ahead == ()
+    with pytest.raises(UserError, match="sample '1' has 1 images and 3 marks <image>"):
+        read(suite, {"id": 1, "image": "0.png", "conversations": talk})
+
+
+@pytest.mark.parametrize(
+    "speakers, sentence",
+    [
+        (["human", "human"], "turn number 2 of human and gpt is from 'human' where 'gpt' is wanted"),
+        (["human", "gpt", "gpt"], "turn number 3 of human and gpt is from 'gpt' where 'human' is wanted"),
+        (["human", "gpt", "system"], "is from 'system' where 'human' is wanted"),
+        (["human", "gpt", "human"], "has no gpt turn behind its last question and no answers"),
+        (["system"], "has no human turn"),
+    ],
+)
+def test_turns_that_do_not_alternate_are_refused(suite, speakers, sentence):
+    with pytest.raises(UserError, match=f"sample '5'.*{sentence}"):
+        read(suite, {"id": 5, "conversations": [{"from": speaker, "value": "x"} for speaker in speakers]})
 
 
 @pytest.mark.parametrize("name", ["cvit", "coin", "continual_next", "ucit"])

@@ -26,8 +26,8 @@ _PROBES = ("qwhatq", "qthatq")
 class Collator:
     """Batches of (task name, Sample) for any processor with a chat template.
 
-    The prompt is the sample's conversation as the chat template renders it: the system turn, the images ahead of the first
-    question, the earlier questions with their answers, and the last question. A template whose contents are strings in
+    The prompt is the sample's conversation as the chat template renders it: the system turn, the earlier questions with
+    their answers, and the last question, with the images of a question ahead of it. A template whose contents are strings in
     place of lists gets the images as the processor's image token, each on a line of its own, ahead of the question.
 
     Returns what the processor gives for the prompts (input_ids and attention_mask [B, L] int64, pixel_values when there are
@@ -152,10 +152,12 @@ class Collator:
             )
         turns = [("system", self._guarded(sample.system, where), 0)] if sample.system else []
         texts = [text for _, text, _ in turns]
+        images = sample.images_ahead or (len(sample.images), *(0 for _ in sample.history))
         prompts = []
-        for number, question in enumerate([*(question for question, _ in sample.history), sample.question]):
+        questions = [*(question for question, _ in sample.history), sample.question]
+        for question, count in zip(questions, images, strict=True):
             texts.append(self._guarded(question, where))
-            turns.append(("user", texts[-1], len(sample.images) if number == 0 else 0))
+            turns.append(("user", texts[-1], count))
             prompts.append(self._render(turns))
             turns.append(("assistant", _ANSWER, 0))
         text = prompts[-1]

@@ -175,7 +175,8 @@ def _ordered(manifest: Manifest, order: list[str]) -> list:
 class Sample:
     """A question about some images (or none). `answers` are the references; training teaches the first.
 
-    history: the questions and answers of the same conversation ahead of it; system: the text of its system turn.
+    history: the questions and answers of the same conversation ahead of it; training teaches these answers, too. system:
+    the text of its system turn. images_ahead: how many of the images come with each question; (): all with the first.
     """
 
     id: str
@@ -184,6 +185,7 @@ class Sample:
     answers: tuple[str, ...]
     history: tuple[tuple[str, str], ...] = ()
     system: str = ""
+    images_ahead: tuple[int, ...] = ()
 
 
 class _Turn(BaseModel):
@@ -205,11 +207,14 @@ class InstructionDataset(Dataset):
     """The samples of one split of a task, from LLaVA's instruction format.
 
     The JSON file is a list of `{id, image, conversations: [{from: human | gpt, value}, ...]}` with `image` a path under
-    `spec.images`, a list of paths, or absent. The first human turn is the question (its `<image>` marks are dropped:
-    images come first) and the task's instruction follows it; the gpt turn after it is the answer. A list `answers`
-    gives several references.
+    `spec.images`, a list of paths, or absent. A human turn is a question, which the task's instruction follows; the gpt turn
+    after it is its answer. A record of several questions is one sample, a conversation: training teaches all of its
+    answers, as LLaVA's does, and evaluation asks the last question, with the earlier ones and their answers ahead of it. A
+    list `answers` gives several references for the last. A first turn `system` is kept; one of gpt, which answers nothing,
+    is left out, as LLaVA does. `<image>` marks say with which question an image comes, ahead of its text; where there are
+    not as many as images, all come with the first.
 
-    Raises UserError when the file is missing or broken, has no samples, or names an image that does not exist.
+    Raises UserError when the file is missing or broken or has no samples, and when human and gpt do not take turns.
     """
 
     def __init__(self, spec: TaskSpec, split: Split):
@@ -223,25 +228,46 @@ class InstructionDataset(Dataset):
         self.samples = [self._sample(record) for record in records]
 
     def _sample(self, record: _Record) -> Sample:
-        turns = record.conversations
-        first = next((i for i, turn in enumerate(turns) if turn.speaker == "human"), None)
-        if first is None:
-            raise UserError(f"{self._where}: sample {str(record.id)!r} has no human turn; add the question.")
+        where = f"{self._where}: sample {str(record.id)!r}"
+        turns, system = list(record.conversations), ""
+        if turns and turns[0].speaker == "system":
+            system = turns.pop(0).value
+        if turns and turns[0].speaker == "gpt":
+            del turns[0]
+        if not turns:
+            raise UserError(f"{where} has no human turn; add the question.")
+        for number, turn in enumerate(turns):
+            wanted = ("human", "gpt")[number % 2]
+            if turn.speaker != wanted:
+                raise UserError(
+                    f"{where}: turn number {number + 1} of human and gpt is from {turn.speaker!r} where {wanted!r} is wanted; "
+                    "let them take turns, a system turn ahead."
+                )
+        questions, said = [turn.value for turn in turns[::2]], [turn.value for turn in turns[1::2]]
         answers = list(record.answers)
-        for turn in turns[first + 1 : first + 2]:
-            if turn.speaker == "gpt":
-                if turn.value in answers:
-                    answers.remove(turn.value)
-                answers.insert(0, turn.value)
+        if len(said) == len(questions):
+            if said[-1] in answers:
+                answers.remove(said[-1])
+            answers.insert(0, said.pop())
         if not answers:
-            raise UserError(f"{self._where}: sample {str(record.id)!r} has no gpt turn and no answers; add one.")
-        question = turns[first].value.replace("<image>", "").strip()
+            raise UserError(f"{where} has no gpt turn behind its last question and no answers; add one.")
         names = [record.image] if isinstance(record.image, str) else record.image or []
+        marks = tuple(question.count("<image>") for question in questions)
+        if any(marks[1:]) and sum(marks) != len(names):
+            raise UserError(
+                f"{where} has {len(names)} images and {sum(marks)} marks <image>; mark each where it comes."
+            )
+        *earlier, question = (
+            "\n".join(filter(None, (q.replace("<image>", "").strip(), self.spec.instruction))) for q in questions
+        )
         return Sample(
             id=str(record.id),
             images=tuple(self.spec.images / name for name in names),
-            question="\n".join(filter(None, (question, self.spec.instruction))),
+            question=question,
             answers=tuple(answers),
+            history=tuple(zip(earlier, said, strict=True)),
+            system=system,
+            images_ahead=marks if any(marks[1:]) else (),
         )
 
     def check_images(self) -> None:

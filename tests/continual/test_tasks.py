@@ -199,6 +199,13 @@ def read(suite, *records):
     return InstructionDataset(load_manifest(path).tasks[0], "test").samples
 
 
+@pytest.mark.parametrize("scorer", ["option_letter", "iou_50"])
+def test_a_scorer_that_no_reference_suits_is_refused(suite, scorer):
+    path = edited(suite, first(scorer=scorer))
+    with pytest.raises(UserError, match=f"task 'seen': scorer '{scorer}' gives 0 even to the references .* 'thing 0'"):
+        load_manifest(path)
+
+
 def test_a_conversation_is_one_sample_with_all_its_answers(suite):
     talk = [*turns("<image>\nfirst", "1st"), *turns("second", "2nd"), *turns("third", "3rd")]
     system = {"from": "system", "value": "be brief"}
@@ -260,6 +267,7 @@ def test_a_ready_manifest_runs_once_its_data_is_there(name, count, tmp_path):
         for split in ("train", "test"):
             file = tmp_path / task[split]
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps([{"id": 0, "conversations": turns("?", "!")}]))
+            answer = "[0, 0, 1, 1]" if task["scorer"] == "iou_50" else "A"
+            file.write_text(json.dumps([{"id": 0, "conversations": turns("?", answer)}]))
     manifest = load_manifest(EXAMPLES / f"{name}.yaml", data=tmp_path)
     assert len(manifest.tasks) == count

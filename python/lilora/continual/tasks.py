@@ -53,13 +53,20 @@ class TaskSpec(BaseModel):
         return self.model_copy(update={key: folder / getattr(self, key) for key in ("train", "test", "images")})
 
     def check(self) -> None:
-        """Raise UserError for an unknown scorer, a missing or broken file, a split without samples, a missing image."""
+        """Raise UserError for an unknown scorer or one that no test answer suits, a missing or broken file, a split without
+        samples, a missing image."""
         try:
-            scorer(self.scorer)
+            judge = scorer(self.scorer)
         except UserError as error:
             raise UserError(f"task {self.name!r}: {error}") from error
         for split in ("train", "test"):
-            InstructionDataset(self, split).check_images()
+            data = InstructionDataset(self, split)
+            data.check_images()
+        if not any(judge(sample.answers[0], list(sample.answers)) for sample in data.samples):
+            raise UserError(
+                f"task {self.name!r}: scorer {self.scorer!r} gives 0 even to the references themselves, such as "
+                f"{data.samples[0].answers[0][:80]!r} in {self.test}; choose another scorer."
+            )
 
 
 class Manifest(BaseModel):

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from lilora.errors import UserError
 
-from .tasks import Manifest, Split, check_images, read_json
+from .images import check_images
+from .tasks import Manifest, Split, read_json
 
 _SHOTS_SEED = 0
 

@@ -18,8 +18,8 @@ from ..methods import Method
 from ..methods.lora import evaluating
 from .classification import ImageTask, LabelledImage, LabelledImages
 from .evaluate import RoutedScore, TaskScore
+from .images import open_image
 from .router import TaskRouter
-from .tasks import open_image
 
 
 class ContrastiveCLIP(CLIPModel):

@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lilora.errors import UserError
 
-from .tasks import Sample, open_image
+from .images import open_image
+from .tasks import Sample
 
 IGNORED = -100  # the label that the loss leaves out
 

@@ -2,23 +2,19 @@
 
 import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import yaml
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from torch.utils.data import Dataset
 
+from lilora.continual.images import check_images
 from lilora.continual.scorers import scorer
 from lilora.errors import UserError
 
 Split = Literal["train", "test"]
-
-# Up to this many images per split are opened before anything runs; those of larger ones when they are read.
-_OPENED_UP_FRONT = 2_000
 
 
 class TaskSpec(BaseModel):
@@ -301,23 +297,3 @@ def read_json(path: Path, wanted: TypeAdapter, where: str, what: str) -> Any:
         place = ".".join(map(str, problem["loc"]))
         detail = f"{place}: {problem['msg']}" if place else problem["msg"]
         raise UserError(f"{where} is not {what} ({detail}); mend it.") from error
-
-
-def check_images(images: Iterable[Path], where: str) -> None:
-    """Raise UserError at the first image that is missing or, if there are not very many, cannot be opened."""
-    images = dict.fromkeys(images)
-    for image in images:
-        if not image.is_file():
-            raise UserError(f"{where}: image {image} is missing; add it or pass its folder with --data.")
-    if len(images) <= _OPENED_UP_FRONT:
-        for image in images:
-            open_image(image)
-
-
-def open_image(path: Path) -> Image.Image:
-    """The image at `path` as RGB; UserError when it is missing or broken."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be opened ({error}); replace it.") from error

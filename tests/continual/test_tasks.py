@@ -6,7 +6,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from lilora.continual.tasks import InstructionDataset, load_manifest
+from lilora.continual.evaluate import score
+from lilora.continual.tasks import InstructionDataset, Sample, load_manifest
 from lilora.errors import UserError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -131,6 +132,23 @@ def test_a_file_that_is_no_manifest_is_named(tmp_path, text):
     (tmp_path / "tasks.yaml").write_text(text)
     with pytest.raises(UserError, match=r"tasks\.yaml: "):
         load_manifest(tmp_path / "tasks.yaml")
+
+
+def test_an_answer_is_in_format_as_a_whole(suite):
+    task = load_manifest(suite[0]).tasks[0]
+    said = ("two words", "two words.", "three more words", "one")
+    assert [task.in_format(answer) for answer in said] == [True, False, False, False]
+
+
+def test_an_answer_format_of_nested_repetitions_hangs_no_evaluation(suite):
+    task = load_manifest(edited(suite, first(answer_format="(a+)+"))).tasks[0]
+    assert [task.in_format(answer) for answer in ("a" * 60, "a" * 60 + "!")] == [True, False]
+
+
+def test_a_format_that_takes_too_long_is_named(suite):
+    task = load_manifest(edited(suite, first(answer_format="(a|aa)+"))).tasks[0]
+    with pytest.raises(UserError, match=r"answer_format '\(a\|aa\)\+' takes more than a second"):
+        score(task, [Sample("1", (), "?", ("a",))], [{"answer": "a" * 90 + "!"}])
 
 
 def test_a_missing_manifest_is_named(tmp_path):

@@ -1,6 +1,5 @@
 """Answers to the test samples of several tasks, in mixed batches where the method can, and their scores."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -181,5 +180,5 @@ def score(spec: TaskSpec, samples: list[Sample], answers: list[dict[str, str]]) 
     points = [judge(a["answer"], list(s.answers)) for a, s in zip(answers, samples, strict=True)]
     share = None
     if spec.answer_format is not None:
-        share = sum(re.fullmatch(spec.answer_format, a["answer"]) is not None for a in answers) / len(answers)
+        share = sum(spec.in_format(a["answer"]) for a in answers) / len(answers)
     return TaskScore(spec.name, 100 * sum(points) / len(points), share, answers)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+import regex
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from torch.utils.data import Dataset
@@ -43,6 +44,16 @@ class TaskSpec(BaseModel):
         except re.error as error:
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return pattern
+
+    def in_format(self, answer: str) -> bool:
+        """Whether the whole answer matches `answer_format`; UserError when that takes more than a second."""
+        try:
+            return regex.fullmatch(self.answer_format, answer, timeout=1) is not None
+        except TimeoutError as error:
+            raise UserError(
+                f"task {self.name!r}: answer_format {self.answer_format!r} takes more than a second on an answer of "
+                f"{len(answer)} characters; write it without a repetition of what can be read in several ways."
+            ) from error
 
     def located(self, folder: Path) -> Self:
         """With the paths under `folder`."""

@@ -1,5 +1,7 @@
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -222,6 +224,132 @@ def test_a_scorer_that_no_reference_suits_is_refused(suite, scorer):
     path = edited(suite, first(scorer=scorer))
     with pytest.raises(UserError, match=f"task 'seen': scorer '{scorer}' gives 0 even to the references .* 'thing 0'"):
         load_manifest(path)
+
+
+def write(suite, content):
+    path, _ = suite
+    (path.parent / "data" / "seen-test.json").write_bytes(content)
+    return InstructionDataset(load_manifest(path).tasks[0], "test").samples
+
+
+RECORDS = [{"id": i, "image": f"{i}.png", "conversations": turns("what?", f"line\u2028{i}")} for i in range(3)]
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
+def test_json_lines_are_read_as_a_list_is(suite, bom, end):
+    lines = end.join(json.dumps(record, ensure_ascii=False) for record in RECORDS) + end
+    listed = write(suite, bom + json.dumps(RECORDS).encode())
+    assert [s.answers for s in listed] == [("line\u20280",), ("line\u20281",), ("line\u20282",)]
+    assert write(suite, bom + lines.encode()) == listed
+
+
+def test_a_broken_line_is_named(suite):
+    lines = [json.dumps(record).encode() for record in RECORDS]
+    for broken, said in ((b'{"id": 1', "Invalid JSON"), (b"{}", "conversations: Field required")):
+        with pytest.raises(UserError, match=rf"instruction records: line 3 is no record \({said}"):
+            write(suite, b"\n".join([lines[0], b"", broken, lines[1]]))
+
+
+@pytest.mark.parametrize("image", ["", None, [], [""]])
+def test_an_empty_image_is_none(suite, image):
+    assert read(suite, {"id": 1, "image": image, "conversations": turns("what?", "it")})[0].images == ()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {
+            "conversations": [{"from": "user", "value": "<image>what?"}, {"from": "assistant", "value": "it"}],
+            "image": "0.png",
+        },
+        {
+            "conversations": [{"from": "Human", "value": "what?"}, {"from": "ChatGPT", "value": "it"}],
+            "images": ["0.png"],
+        },
+        {"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "it"}], "images": "0.png"},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "it"}]},
+            ],
+            "images": ["0.png"],
+        },
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "what?"}, {"type": "image", "image": "0.png"}]},
+                {"role": "assistant", "content": "it"},
+            ],
+        },
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": "0.png"}},
+                        {"type": "text", "text": "what?"},
+                    ],
+                },
+                {"role": "assistant", "content": "it"},
+            ],
+        },
+    ],
+)
+def test_relatives_of_the_format_say_the_same(suite, record):
+    plain = {"id": "0", "image": "0.png", "conversations": turns("what?", "it")}
+    system = {"role": "system", "content": "be brief"}
+    key = "messages" if "messages" in record else "conversations"
+    assert read(suite, record) == read(suite, plain)
+    assert read(suite, record | {key: [system, *record[key]]}) == read(suite, record | {"system": "be brief"})
+    assert read(suite, record | {"system": "be brief"})[0].system == "be brief"
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"messages": [{"role": "tool", "content": "x"}]}, "turn number 1 of human and gpt is from 'tool'"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "'video' is neither text nor image"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "0 images and 1 parts of the messages"),
+        ({"system": "a", "messages": [{"role": "system", "content": "b"}]}, "is from 'system' where 'human'"),
+    ],
+)
+def test_records_that_would_lose_something_are_refused(suite, change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        read(suite, {"id": 1, **change})
+
+
+def parquet(suite):
+    return edited(suite, first(test="seen-test.parquet")).parent / "data" / "seen-test.parquet"
+
+
+def test_parquet_is_read_through_datasets(suite, monkeypatch):
+    class Dataset:
+        @staticmethod
+        def from_parquet(path):
+            return SimpleNamespace(to_list=lambda: [json.loads(line) for line in Path(path).read_text().splitlines()])
+
+    wanted = read(suite, *RECORDS)
+    nothing = {"messages": None, "answers": None, "system": None, "images": None}
+    file = parquet(suite)
+    file.write_text("\n".join(json.dumps(nothing | record) for record in RECORDS))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(Dataset=Dataset))
+    assert InstructionDataset(load_manifest(suite[0]).tasks[0], "test").samples == wanted
+    file.write_text(json.dumps(RECORDS[0] | {"image": {"bytes": "x", "path": None}}))
+    with pytest.raises(UserError, match=r"parquet is not a list of LLaVA instruction records \(0\.image"):
+        load_manifest(suite[0])
+    file.write_text("PAR1")
+    with pytest.raises(UserError, match=r"parquet cannot be read \(Expecting value"):
+        load_manifest(suite[0])
+    file.unlink()
+    with pytest.raises(UserError, match=r"parquet cannot be read \(no such file\); .*--data"):
+        load_manifest(suite[0])
+
+
+def test_parquet_without_datasets_says_what_to_install(suite, monkeypatch):
+    parquet(suite).write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="is parquet, which wants the package datasets; pip install datasets"):
+        load_manifest(suite[0])
 
 
 def test_a_conversation_is_one_sample_with_all_its_answers(suite):

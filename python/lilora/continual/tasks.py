@@ -4,14 +4,15 @@ import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import regex
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch.utils.data import Dataset
 
 from lilora.continual.images import check_images
+from lilora.continual.records import InstructionRecord, read_records
 from lilora.continual.scorers import scorer
 from lilora.errors import UserError
 
@@ -202,31 +203,19 @@ class Sample:
     images_ahead: tuple[int, ...] = ()
 
 
-class _Turn(BaseModel):
-    speaker: str = Field(alias="from")
-    value: str
-
-
-class _Record(BaseModel):
-    id: str | int
-    image: str | list[str] | None = None
-    conversations: list[_Turn]
-    answers: list[str] = []
-
-
-_RECORDS = TypeAdapter(list[_Record])
-
-
 class InstructionDataset(Dataset):
     """The samples of one split of a task, from LLaVA's instruction format.
 
-    The JSON file is a list of `{id, image, conversations: [{from: human | gpt, value}, ...]}` with `image` a path under
-    `spec.images`, a list of paths, or absent. A human turn is a question, which the task's instruction follows; the gpt turn
-    after it is its answer. A record of several questions is one sample, a conversation: training teaches all of its
-    answers, as LLaVA's does, and evaluation asks the last question, with the earlier ones and their answers ahead of it. A
-    list `answers` gives several references for the last. A first turn `system` is kept; one of gpt, which answers nothing,
-    is left out, as LLaVA does. `<image>` marks say with which question an image comes, ahead of its text; where there are
-    not as many as images, all come with the first.
+    The file is a JSON list, or JSON lines, or parquet, of `{id, image, conversations: [{from: human | gpt, value}, ...]}`
+    with `image` a path under `spec.images`, a list of paths, empty or absent. `{images, messages: [{role: user | assistant,
+    content}, ...]}` says the same, with contents as strings or as lists of parts, which may hold the images' paths.
+
+    A human turn is a question, which the task's instruction follows; the gpt turn after it is its answer. A record of
+    several questions is one sample, a conversation: training teaches all of its answers, as LLaVA's does, and evaluation
+    asks the last question, with the earlier ones and their answers ahead of it. A list `answers` gives several references
+    for the last. A first turn `system`, or a key of that name, is kept; a first turn of gpt, which answers nothing, is left
+    out, as LLaVA does. `<image>` marks say with which question an image comes, ahead of its text; where there are not as
+    many as images, all come with the first.
 
     Raises UserError when the file is missing or broken or has no samples, and when human and gpt do not take turns.
     """
@@ -236,28 +225,29 @@ class InstructionDataset(Dataset):
         self.split = split
         path = getattr(spec, split)
         self._where = f"task {spec.name!r}: {path}"
-        records = read_json(path, _RECORDS, self._where, "a list of LLaVA instruction records")
+        records = read_records(path, InstructionRecord, self._where, "a list of LLaVA instruction records")
         if not records:
             raise UserError(f"{self._where} has no samples; add some or take the task out of the manifest.")
-        self.samples = [self._sample(record) for record in records]
+        self.samples = [self._sample(record, number) for number, record in enumerate(records)]
 
-    def _sample(self, record: _Record) -> Sample:
-        where = f"{self._where}: sample {str(record.id)!r}"
-        turns, system = list(record.conversations), ""
-        if turns and turns[0].speaker == "system":
-            system = turns.pop(0).value
-        if turns and turns[0].speaker == "gpt":
+    def _sample(self, record: InstructionRecord, number: int) -> Sample:
+        name = str(number if record.id is None else record.id)
+        where = f"{self._where}: sample {name!r}"
+        turns, system = record.turns, ""
+        if turns and turns[0][0] == "system":
+            system = turns.pop(0)[1]
+        if turns and turns[0][0] == "gpt":
             del turns[0]
         if not turns:
             raise UserError(f"{where} has no human turn; add the question.")
-        for number, turn in enumerate(turns):
+        for number, (speaker, _) in enumerate(turns):
             wanted = ("human", "gpt")[number % 2]
-            if turn.speaker != wanted:
+            if speaker != wanted:
                 raise UserError(
-                    f"{where}: turn number {number + 1} of human and gpt is from {turn.speaker!r} where {wanted!r} is wanted; "
+                    f"{where}: turn number {number + 1} of human and gpt is from {speaker!r} where {wanted!r} is wanted; "
                     "let them take turns, a system turn ahead."
                 )
-        questions, said = [turn.value for turn in turns[::2]], [turn.value for turn in turns[1::2]]
+        questions, said = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
         answers = list(record.answers)
         if len(said) == len(questions):
             if said[-1] in answers:
@@ -265,7 +255,7 @@ class InstructionDataset(Dataset):
             answers.insert(0, said.pop())
         if not answers:
             raise UserError(f"{where} has no gpt turn behind its last question and no answers; add one.")
-        names = [record.image] if isinstance(record.image, str) else record.image or []
+        names = record.images
         marks = tuple(question.count("<image>") for question in questions)
         if any(marks[1:]) and sum(marks) != len(names):
             raise UserError(
@@ -275,7 +265,7 @@ class InstructionDataset(Dataset):
             "\n".join(filter(None, (q.replace("<image>", "").strip(), self.spec.instruction))) for q in questions
         )
         return Sample(
-            id=str(record.id),
+            id=name,
             images=tuple(self.spec.images / name for name in names),
             question=question,
             answers=tuple(answers),
@@ -293,18 +283,3 @@ class InstructionDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]
-
-
-def read_json(path: Path, wanted: TypeAdapter, where: str, what: str) -> Any:
-    """The content of a JSON file; UserError when it cannot be read or is not `what` is wanted."""
-    try:
-        return wanted.validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"{where} cannot be read ({error.strerror}); put the data there or pass its folder with --data."
-        ) from error
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        place = ".".join(map(str, problem["loc"]))
-        detail = f"{place}: {problem['msg']}" if place else problem["msg"]
-        raise UserError(f"{where} is not {what} ({detail}); mend it.") from error

@@ -145,6 +145,13 @@ def test_labels_may_be_names_or_numbers(images, written, tmp_path):
     assert [(s.path.parent.name, s.label) for s in LabelledImages(task, "train")] == [("two", 1), ("one", 0)]
 
 
+def test_a_class_that_spells_a_control_token_is_text(images):
+    processor = CLIPProcessor.from_pretrained(images / "base")
+    ids = clip.tokenised(processor, ["a </s> red", "a red"])["input_ids"]
+    end = processor.tokenizer.eos_token_id
+    assert (ids == end).sum(1).tolist() == [1, 1]
+
+
 def test_shots_are_the_same_images_in_every_run_and_only_of_training(written):
     task = written(lambda content: content.update(shots=2)).tasks[0]
     data = LabelledImages(task, "train")

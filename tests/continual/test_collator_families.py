@@ -66,6 +66,24 @@ PROCESSORS = {
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     ),
+    "llava_next": lambda: transformers.LlavaNextProcessor(
+        transformers.LlavaNextImageProcessorPil(size={"shortest_edge": 16}, crop_size=16, image_grid_pinpoints=TILES),
+        tokenizer(image_token="<image>"),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ),
+    "idefics3": lambda: transformers.Idefics3Processor(
+        transformers.Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16}),
+        tokenizer(
+            image_token="<image>",
+            fake_image_token="<fake_token_around_image>",
+            global_image_token="<global-img>",
+            end_of_utterance_token="<end_of_utterance>",
+            **{f"tile_{i}_{j}": f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)},
+        ),
+        image_seq_len=1,
+    ),
     "llava_onevision": lambda: transformers.LlavaOnevisionProcessor(
         transformers.LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=TILES),
         tokenizer(image_token="<image>", video_token="<video>"),

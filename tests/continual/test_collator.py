@@ -190,12 +190,12 @@ def test_answers_stop_at_what_was_taught_to_end_them(processor, batch):
 
         def generate(self, input_ids, **options):
             asked.update(options)
-            rows = [["red", "<unk>", "seven"], ["red", "seven", "</s>"], ["red", "seven", "two"]]
+            rows = [["red", "<unk>", "seven"], ["red", "seven", "two"], ["red", "seven", "two"]]
             return torch.cat([input_ids, torch.tensor([ids(row) for row in rows])], 1)
 
     method = SimpleNamespace(model=Model(), base=Model(), mixed_batches=False, needs_task=True)
     collator = Collator(processor, {"a": 0, "b": 1}, train=False)
-    assert generate(method, processor, collator, batch, {"a": 3, "b": 2}) == ["red", "red seven", "red seven"]
+    assert generate(method, processor, collator, batch, {"a": 2, "b": 3}) == ["red", "red seven", "red seven two"]
     assert asked["eos_token_id"] == [ids("<unk>"), ids("</s>")]
 
 

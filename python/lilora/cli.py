@@ -293,8 +293,10 @@ def generate(
     import torch
 
     from .continual import evaluate as evaluation
+    from .continual.collator import Collator
+    from .continual.images import open_image
     from .continual.load import load_bank
-    from .continual.tasks import Collator, Sample, open_image
+    from .continual.tasks import Sample
 
     for path in image or ():
         open_image(path)

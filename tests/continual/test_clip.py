@@ -125,8 +125,8 @@ def test_folders_and_lists_and_the_ways_to_name_classes(images, written, tmp_pat
         assert len(data) == 10
         for sample in data:
             assert sample.path.parent.name.replace("_", " ") == data.classes[sample.label]
-    (tmp_path / "names.txt").write_text("\n".join(CLASSES["count"]) + "\n\n")
-    (tmp_path / "names.json").write_text(json.dumps(CLASSES["count"]))
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES["count"]) + "\n\n", encoding="utf-8-sig")
+    (tmp_path / "names.json").write_text(json.dumps(CLASSES["count"]), encoding="utf-8-sig")
     for file in ("names.txt", "names.json"):
         task = written(second(classes=str(tmp_path / file))).tasks[1]
         assert LabelledImages(task, "test").classes == CLASSES["count"]
@@ -138,11 +138,18 @@ def test_folders_and_lists_and_the_ways_to_name_classes(images, written, tmp_pat
 
 def test_labels_may_be_names_or_numbers(images, written, tmp_path):
     records = [{"image": f"{name}/x.png", "label": name} for name in ("two", "one")]
-    (tmp_path / "list.json").write_text(json.dumps(records))
+    (tmp_path / "list.json").write_text("\n".join(map(json.dumps, records)))  # JSON lines
     task = ImageTask(
         name="a", train=tmp_path / "list.json", test=tmp_path / "list.json", classes=["one", "two"], images=tmp_path
     )
     assert [(s.path.parent.name, s.label) for s in LabelledImages(task, "train")] == [("two", 1), ("one", 0)]
+
+
+def test_a_class_that_spells_a_control_token_is_text(images):
+    processor = CLIPProcessor.from_pretrained(images / "base")
+    ids = clip.tokenised(processor, ["a </s> red", "a red"])["input_ids"]
+    end = processor.tokenizer.eos_token_id
+    assert (ids == end).sum(1).tolist() == [1, 1]
 
 
 def test_shots_are_the_same_images_in_every_run_and_only_of_training(written):

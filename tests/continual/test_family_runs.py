@@ -29,7 +29,8 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from lilora.continual.tasks import Collator, Sample
+from lilora.continual.collator import Collator
+from lilora.continual.tasks import Sample
 
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
@@ -116,7 +117,7 @@ class QwenProcessor:
     def apply_chat_template(self, conversations, **options):
         return self.tokenizer.apply_chat_template(conversations, chat_template=TEMPLATE, tokenize=False, **options)
 
-    def __call__(self, text, images, padding_side, add_special_tokens, **options):
+    def __call__(self, text, images, padding_side, add_special_tokens=True, **options):
         pictures, grids = {}, []
         if images is not None:
             pictures = dict(self.images([image for own in images for image in own], return_tensors="pt"))

@@ -14,11 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lilora.cli as cli
 from lilora import LiLoRAConfig, LiLoRALinear
+from lilora.continual.collator import Collator
 from lilora.continual.evaluate import answers_to, evaluate, evaluate_routed, limits_of
 from lilora.continual.kinds import load_generative
 from lilora.continual.load import load_bank
 from lilora.continual.router import SHRINKAGE, NearestCentroid, TaskRouter, frozen_features
-from lilora.continual.tasks import Collator, InstructionDataset, Sample, load_manifest
+from lilora.continual.tasks import InstructionDataset, Sample, load_manifest
 from lilora.errors import UserError
 from lilora.io.bank import Bank
 

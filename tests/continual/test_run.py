@@ -264,6 +264,19 @@ def test_bad_options_of_train(name, suite, tmp_path, lilora, train_options):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_chat_template_that_loses_samples_is_refused_before_anything_is_written(
+    suite, tmp_path, lilora, train_options
+):
+    base = shutil.copytree(suite / "base", tmp_path / "base")
+    text = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %} :"
+    (base / "chat_template.jinja").write_text(text)
+    options = ["--out", tmp_path / "run", "--model", base, *train_options]
+    code, _, err = lilora("train", suite / "tasks.yaml", *options)
+    assert code == 2
+    assert "sample '0': the chat template of LlavaProcessor has no place for its image" in one_sentence(err)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_backend_that_cannot_run_is_refused_before_anything_is_written(
     suite, tmp_path, lilora, train_options, monkeypatch
 ):

@@ -1,13 +1,15 @@
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
-from lilora.continual.tasks import Collator, InstructionDataset, Sample, load_manifest
+from lilora.continual.evaluate import score
+from lilora.continual.tasks import InstructionDataset, Sample, load_manifest
 from lilora.errors import UserError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -134,6 +136,23 @@ def test_a_file_that_is_no_manifest_is_named(tmp_path, text):
         load_manifest(tmp_path / "tasks.yaml")
 
 
+def test_an_answer_is_in_format_as_a_whole(suite):
+    task = load_manifest(suite[0]).tasks[0]
+    said = ("two words", "two words.", "three more words", "one")
+    assert [task.in_format(answer) for answer in said] == [True, False, False, False]
+
+
+def test_an_answer_format_of_nested_repetitions_hangs_no_evaluation(suite):
+    task = load_manifest(edited(suite, first(answer_format="(a+)+"))).tasks[0]
+    assert [task.in_format(answer) for answer in ("a" * 60, "a" * 60 + "!")] == [True, False]
+
+
+def test_a_format_that_takes_too_long_is_named(suite):
+    task = load_manifest(edited(suite, first(answer_format="(a|aa)+"))).tasks[0]
+    with pytest.raises(UserError, match=r"answer_format '\(a\|aa\)\+' takes more than a second"):
+        score(task, [Sample("1", (), "?", ("a",))], [{"answer": "a" * 90 + "!"}])
+
+
 def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
         load_manifest(tmp_path / "none.yaml")
@@ -155,7 +174,7 @@ def test_a_wrong_order_is_refused(suite, order):
         ('[{"id": 1, "conversations": []}]', "sample '1' has no human turn"),
         (
             '[{"id": 1, "conversations": [{"from": "human", "value": "x"}]}]',
-            "sample '1' has no gpt turn and no answers",
+            "sample '1' has no gpt turn behind its last question and no answers",
         ),
     ],
 )
@@ -183,16 +202,199 @@ def test_samples_hold_question_instruction_images_and_references(suite):
         {"id": 7, "conversations": turns("x", "two"), "answers": ["one", "two", "two"]},
         {"id": 8, "conversations": turns("x", "three"), "answers": ["one"]},
         {"id": 9, "conversations": turns("x", "y")[:1], "answers": ["one", "two"]},
-        {"id": 10, "conversations": [*turns("first", "1st"), *turns("second", "2nd")]},
     ]
     (path.parent / "data" / "seen-test.json").write_text(json.dumps(records))
     task = load_manifest(path).tasks[0]
     samples = list(InstructionDataset(task, "test"))
     assert samples[0].images == (task.images / "0.png", task.images / "1.png")
     assert samples[0].question == "Same?\nAnswer in two words."
-    assert [s.answers for s in samples] == [("no",), ("two", "one", "two"), ("three", "one"), ("one", "two"), ("1st",)]
-    assert samples[4].question.startswith("first\n")
-    assert [s.id for s in samples] == ["a", "7", "8", "9", "10"]
+    assert [s.answers for s in samples] == [("no",), ("two", "one", "two"), ("three", "one"), ("one", "two")]
+    assert [s.id for s in samples] == ["a", "7", "8", "9"]
+    assert all((s.history, s.system, s.images_ahead) == ((), "", ()) for s in samples)
+
+
+def read(suite, *records):
+    path, _ = suite
+    (path.parent / "data" / "seen-test.json").write_text(json.dumps(records))
+    return InstructionDataset(load_manifest(path).tasks[0], "test").samples
+
+
+@pytest.mark.parametrize("scorer", ["option_letter", "iou_50"])
+def test_a_scorer_that_no_reference_suits_is_refused(suite, scorer):
+    path = edited(suite, first(scorer=scorer))
+    with pytest.raises(UserError, match=f"task 'seen': scorer '{scorer}' gives 0 even to the references .* 'thing 0'"):
+        load_manifest(path)
+
+
+def write(suite, content):
+    path, _ = suite
+    (path.parent / "data" / "seen-test.json").write_bytes(content)
+    return InstructionDataset(load_manifest(path).tasks[0], "test").samples
+
+
+RECORDS = [{"id": i, "image": f"{i}.png", "conversations": turns("what?", f"line\u2028{i}")} for i in range(3)]
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
+def test_json_lines_are_read_as_a_list_is(suite, bom, end):
+    lines = end.join(json.dumps(record, ensure_ascii=False) for record in RECORDS) + end
+    listed = write(suite, bom + json.dumps(RECORDS).encode())
+    assert [s.answers for s in listed] == [("line\u20280",), ("line\u20281",), ("line\u20282",)]
+    assert write(suite, bom + lines.encode()) == listed
+
+
+def test_a_broken_line_is_named(suite):
+    lines = [json.dumps(record).encode() for record in RECORDS]
+    for broken, said in ((b'{"id": 1', "Invalid JSON"), (b"{}", "conversations: Field required")):
+        with pytest.raises(UserError, match=rf"instruction records: line 3 is no record \({said}"):
+            write(suite, b"\n".join([lines[0], b"", broken, lines[1]]))
+
+
+@pytest.mark.parametrize("image", ["", None, [], [""]])
+def test_an_empty_image_is_none(suite, image):
+    assert read(suite, {"id": 1, "image": image, "conversations": turns("what?", "it")})[0].images == ()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {
+            "conversations": [{"from": "user", "value": "<image>what?"}, {"from": "assistant", "value": "it"}],
+            "image": "0.png",
+        },
+        {
+            "conversations": [{"from": "Human", "value": "what?"}, {"from": "ChatGPT", "value": "it"}],
+            "images": ["0.png"],
+        },
+        {"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "it"}], "images": "0.png"},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "it"}]},
+            ],
+            "images": ["0.png"],
+        },
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "what?"}, {"type": "image", "image": "0.png"}]},
+                {"role": "assistant", "content": "it"},
+            ],
+        },
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image_url", "image_url": {"url": "0.png"}},
+                        {"type": "text", "text": "what?"},
+                    ],
+                },
+                {"role": "assistant", "content": "it"},
+            ],
+        },
+    ],
+)
+def test_relatives_of_the_format_say_the_same(suite, record):
+    plain = {"id": "0", "image": "0.png", "conversations": turns("what?", "it")}
+    system = {"role": "system", "content": "be brief"}
+    key = "messages" if "messages" in record else "conversations"
+    assert read(suite, record) == read(suite, plain)
+    assert read(suite, record | {key: [system, *record[key]]}) == read(suite, record | {"system": "be brief"})
+    assert read(suite, record | {"system": "be brief"})[0].system == "be brief"
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"messages": [{"role": "tool", "content": "x"}]}, "turn number 1 of human and gpt is from 'tool'"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "'video' is neither text nor image"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "0 images and 1 parts of the messages"),
+        ({"system": "a", "messages": [{"role": "system", "content": "b"}]}, "is from 'system' where 'human'"),
+    ],
+)
+def test_records_that_would_lose_something_are_refused(suite, change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        read(suite, {"id": 1, **change})
+
+
+def parquet(suite):
+    return edited(suite, first(test="seen-test.parquet")).parent / "data" / "seen-test.parquet"
+
+
+def test_parquet_is_read_through_datasets(suite, monkeypatch):
+    class Dataset:
+        @staticmethod
+        def from_parquet(path):
+            return SimpleNamespace(to_list=lambda: [json.loads(line) for line in Path(path).read_text().splitlines()])
+
+    wanted = read(suite, *RECORDS)
+    nothing = {"messages": None, "answers": None, "system": None, "images": None}
+    file = parquet(suite)
+    file.write_text("\n".join(json.dumps(nothing | record) for record in RECORDS))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(Dataset=Dataset))
+    assert InstructionDataset(load_manifest(suite[0]).tasks[0], "test").samples == wanted
+    file.write_text(json.dumps(RECORDS[0] | {"image": {"bytes": "x", "path": None}}))
+    with pytest.raises(UserError, match=r"parquet is not a list of LLaVA instruction records \(0\.image"):
+        load_manifest(suite[0])
+    file.write_text("PAR1")
+    with pytest.raises(UserError, match=r"parquet cannot be read \(Expecting value"):
+        load_manifest(suite[0])
+    file.unlink()
+    with pytest.raises(UserError, match=r"parquet cannot be read \(no such file\); .*--data"):
+        load_manifest(suite[0])
+
+
+def test_parquet_without_datasets_says_what_to_install(suite, monkeypatch):
+    parquet(suite).write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="is parquet, which wants the package datasets; pip install datasets"):
+        load_manifest(suite[0])
+
+
+def test_a_conversation_is_one_sample_with_all_its_answers(suite):
+    talk = [*turns("<image>\nfirst", "1st"), *turns("second", "2nd"), *turns("third", "3rd")]
+    system = {"from": "system", "value": "be brief"}
+    whole, open_end, greeted = read(
+        suite,
+        {"id": 1, "image": "0.png", "conversations": [system, *talk]},
+        {"id": 2, "conversations": talk[:-1], "answers": ["a", "b"]},
+        {"id": 3, "conversations": [system, {"from": "gpt", "value": "hello"}, *talk[:2]], "answers": ["a"]},
+    )
+    says = "\nAnswer in two words."
+    assert whole.history == ((f"first{says}", "1st"), (f"second{says}", "2nd"))
+    assert (whole.question, whole.answers, whole.system) == (f"third{says}", ("3rd",), "be brief")
+    assert (open_end.history, open_end.answers) == (whole.history, ("a", "b"))
+    assert (greeted.history, greeted.question, greeted.answers) == ((), f"first{says}", ("1st", "a"))
+
+
+def test_images_come_with_the_questions_that_mark_them(suite):
+    talk = [*turns("<image>\nfirst", "1st"), *turns("with <image> and <image>", "2nd")]
+    images = ["0.png", "1.png", "2.png"]
+    (sample,) = read(suite, {"id": 1, "image": images, "conversations": talk})
+    assert [path.name for path in sample.images] == images
+    assert sample.images_ahead == (1, 2)
+    (sample,) = read(
+        suite, {"id": 1, "image": images, "conversations": [*turns("first", "1st"), *turns("second", "2nd")]}
+    )
+    assert sample.images_ahead == ()
+    with pytest.raises(UserError, match="sample '1' has 1 images and 3 marks <image>"):
+        read(suite, {"id": 1, "image": "0.png", "conversations": talk})
+
+
+@pytest.mark.parametrize(
+    "speakers, sentence",
+    [
+        (["human", "human"], "turn number 2 of human and gpt is from 'human' where 'gpt' is wanted"),
+        (["human", "gpt", "gpt"], "turn number 3 of human and gpt is from 'gpt' where 'human' is wanted"),
+        (["human", "gpt", "system"], "is from 'system' where 'human' is wanted"),
+        (["human", "gpt", "human"], "has no gpt turn behind its last question and no answers"),
+        (["system"], "has no human turn"),
+    ],
+)
+def test_turns_that_do_not_alternate_are_refused(suite, speakers, sentence):
+    with pytest.raises(UserError, match=f"sample '5'.*{sentence}"):
+        read(suite, {"id": 5, "conversations": [{"from": speaker, "value": "x"} for speaker in speakers]})
 
 
 @pytest.mark.parametrize("name", ["cvit", "coin", "continual_next", "ucit"])
@@ -211,85 +413,7 @@ def test_a_ready_manifest_runs_once_its_data_is_there(name, count, tmp_path):
         for split in ("train", "test"):
             file = tmp_path / task[split]
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps([{"id": 0, "conversations": turns("?", "!")}]))
+            answer = "[0, 0, 1, 1]" if task["scorer"] == "iou_50" else "A"
+            file.write_text(json.dumps([{"id": 0, "conversations": turns("?", answer)}]))
     manifest = load_manifest(EXAMPLES / f"{name}.yaml", data=tmp_path)
     assert len(manifest.tasks) == count
-
-
-@pytest.fixture
-def processor(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES / "digits")
-    from base import make_processor
-    from scenes import TASKS, pools
-
-    return make_processor(pools()[0], TASKS.values())
-
-
-@pytest.fixture
-def batch(suite):
-    """Samples with one image, with none, and with two."""
-    images = suite[0].parent / "data" / "pictures"
-    return [
-        ("b", Sample("0", (images / "0.png",), "list digits", ("seven two", "x"))),
-        ("a", Sample("1", (), "spell 7", ("seven",))),
-        ("b", Sample("2", (images / "1.png", images / "2.png"), "list inks", ("red",))),
-    ]
-
-
-def test_a_training_batch_teaches_the_answer_alone(processor, batch):
-    tokenizer = processor.tokenizer
-    inputs = Collator(processor, {"a": 0, "b": 5}, train=True)(batch)
-    rows = {key: inputs[key].tolist() for key in ("input_ids", "attention_mask", "labels")}
-    for (_, sample), ids, mask, labels in zip(batch, *rows.values(), strict=True):
-        length = sum(mask)
-        assert mask == [1] * length + [0] * (len(mask) - length)
-        assert all(i == tokenizer.pad_token_id for i in ids[length:])
-        answer = [*tokenizer(sample.answers[0])["input_ids"], tokenizer.eos_token_id]
-        assert labels == [-100] * (length - len(answer)) + answer + [-100] * (len(ids) - length)
-        assert ids[length - len(answer) : length] == answer
-        assert ids.count(processor.image_token_id) == 16 * len(sample.images)
-    assert inputs["task_ids"].tolist() == [5, 0, 5]
-    assert inputs["task_ids"].dtype == torch.int32
-    assert inputs["pixel_values"].shape == (3, 3, 32, 32)
-
-
-def test_a_prompt_is_the_same_in_training_and_generation(processor, batch):
-    train = Collator(processor, {"a": 0, "b": 1}, train=True)(batch)
-    test = Collator(processor, {"a": 0, "b": 1}, train=False)(batch)
-    assert "labels" not in test
-    assert torch.equal(train["pixel_values"], test["pixel_values"])
-    for i in range(len(batch)):
-        prompt = test["input_ids"][i][test["attention_mask"][i].bool()]
-        assert test["attention_mask"][i, -1] == 1  # padded on the left
-        assert train["input_ids"][i, : len(prompt)].tolist() == prompt.tolist()
-        assert (train["labels"][i, : len(prompt)] == -100).all()
-        text = processor.tokenizer.decode(prompt)
-        assert text.endswith(f"{batch[i][1].question} assistant :")
-
-
-def test_text_alone_makes_a_batch_without_pixels(processor, batch):
-    inputs = Collator(processor, {"a": 0}, train=True)([batch[1]])
-    assert set(inputs) == {"input_ids", "attention_mask", "labels", "task_ids"}
-
-
-def test_marks_of_the_modality_grow_with_the_answers(processor, batch, monkeypatch):
-    class Marked(type(processor)):
-        def __call__(self, *args, **kwargs):
-            return super().__call__(*args, return_mm_token_type_ids=True, **kwargs)
-
-    monkeypatch.setattr(processor, "__class__", Marked)
-    inputs = Collator(processor, {"a": 0, "b": 1}, train=True)(batch)
-    expected = (inputs["input_ids"] == processor.image_token_id).long()
-    assert torch.equal(inputs["mm_token_type_ids"], expected)
-
-
-def test_a_processor_without_a_chat_template_is_refused(processor):
-    processor.chat_template = None
-    with pytest.raises(UserError, match="LlavaProcessor has no chat template"):
-        Collator(processor, {}, train=True)
-
-
-def test_an_image_that_broke_later_is_named(processor, batch):
-    batch[0][1].images[0].write_bytes(b"")
-    with pytest.raises(UserError, match=r"image .*0\.png cannot be opened"):
-        Collator(processor, {"a": 0, "b": 1}, train=True)(batch)

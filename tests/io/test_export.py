@@ -226,7 +226,9 @@ def test_a_merged_model_has_the_logits_of_the_bank(which, base, llava_folder, tm
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     assert type(merged) is LlavaForConditionalGeneration
     assert {name: p.dtype for name, p in merged.named_parameters()} == {n: p.dtype for n, p in base.named_parameters()}
-    assert AutoProcessor.from_pretrained(tmp_path / "out").tokenizer("what").input_ids
+    own = AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
+    assert own("what").input_ids
+    assert (base.generation_config.eos_token_id, merged.generation_config.eos_token_id) == (None, own.eos_token_id)
     agree(merged, restored(bank, base, "read"), base, inputs)
 
 

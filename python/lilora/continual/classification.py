@@ -12,7 +12,9 @@ from torch.utils.data import Dataset
 
 from lilora.errors import UserError
 
-from .tasks import Manifest, Split, check_images, read_json
+from .images import check_images
+from .records import read_json, read_records
+from .tasks import Manifest, Split
 
 _SHOTS_SEED = 0
 
@@ -100,7 +102,6 @@ class _Record(BaseModel):
     label: str | int
 
 
-_RECORDS = TypeAdapter(list[_Record])
 _CLASSES = TypeAdapter(list[str] | dict[str, str])
 
 
@@ -154,7 +155,7 @@ def _read(spec: ImageTask, source: Path) -> list[tuple[Path, str]]:
         folders = sorted(entry for entry in source.iterdir() if entry.is_dir())
         found = [(p, folder.name) for folder in folders for p in sorted(folder.iterdir()) if p.suffix.lower() in kinds]
     else:
-        records = read_json(source, _RECORDS, where, "a list of {image, label}, nor a folder with a folder per class")
+        records = read_records(source, _Record, where, "a list of {image, label}, nor a folder with a folder per class")
         found = [(spec.images / record.image, str(record.label)) for record in records]
     if not found:
         raise UserError(f"{where} has no images; add some or take the task out of the manifest.")
@@ -185,7 +186,7 @@ def _class_file(spec: ImageTask) -> list[str] | dict[str, str]:
     if spec.classes.suffix != ".txt":
         return read_json(spec.classes, _CLASSES, where, "a list of class names or a mapping from label to name")
     try:
-        lines = spec.classes.read_text(encoding="utf-8").splitlines()
+        lines = spec.classes.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{where} cannot be read ({error}); put a text file with a class name on each line there."

@@ -18,8 +18,8 @@ from ..methods import Method
 from ..methods.lora import evaluating
 from .classification import ImageTask, LabelledImage, LabelledImages
 from .evaluate import RoutedScore, TaskScore
+from .images import open_image
 from .router import TaskRouter
-from .tasks import open_image
 
 
 class ContrastiveCLIP(CLIPModel):
@@ -86,8 +86,9 @@ class PairCollator:
 
 
 def tokenised(processor, prompts: list[str]) -> dict[str, Tensor]:
-    """input_ids and attention_mask [B, L] int64."""
-    return dict(processor.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt"))
+    """input_ids and attention_mask [B, L] int64; a name that spells a control token is text."""
+    options = {"padding": True, "truncation": True, "split_special_tokens": True}
+    return dict(processor.tokenizer(prompts, return_tensors="pt", **options))
 
 
 def pixels(processor, batch: Sequence[LabelledImage]) -> dict[str, Tensor]:

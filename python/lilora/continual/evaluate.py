@@ -1,6 +1,5 @@
 """Answers to the test samples of several tasks, in mixed batches where the method can, and their scores."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from rich.progress import Progress
 from ..methods import Method
 from ..methods.lora import evaluating
 from . import processes
+from .collator import Collator
 from .router import TaskRouter
 from .scorers import scorer
-from .tasks import Collator, InstructionDataset, Sample, TaskSpec
+from .tasks import InstructionDataset, Sample, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,23 @@ def generate(
     dtype = method.model.dtype
     inputs = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
     longest = max(limits[name] for name, _ in batch)
-    pad = processor.tokenizer.pad_token_id
-    output = method.model.generate(**inputs, max_new_tokens=longest, do_sample=False, num_beams=1, pad_token_id=pad)
-    new = output[:, inputs["input_ids"].shape[1] :]
-    cut = [tokens[: limits[name]] for (name, _), tokens in zip(batch, new, strict=True)]
+    stops = collator.stops(method.base)
+    output = method.model.generate(
+        **inputs,
+        max_new_tokens=longest,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        eos_token_id=stops,
+    )
+    new = output[:, inputs["input_ids"].shape[1] :].tolist()
+    cut = [before_any(stops, tokens[: limits[name]]) for (name, _), tokens in zip(batch, new, strict=True)]
     return [text.strip() for text in processor.tokenizer.batch_decode(cut, skip_special_tokens=True)]
+
+
+def before_any(stops: list[int], tokens: list[int]) -> list[int]:
+    """The tokens ahead of the first that is one of `stops`; all of them if none is."""
+    return tokens[: next((i for i, token in enumerate(tokens) if token in stops), None)]
 
 
 def score(spec: TaskSpec, samples: list[Sample], answers: list[dict[str, str]]) -> TaskScore:
@@ -168,5 +180,5 @@ def score(spec: TaskSpec, samples: list[Sample], answers: list[dict[str, str]]) 
     points = [judge(a["answer"], list(s.answers)) for a, s in zip(answers, samples, strict=True)]
     share = None
     if spec.answer_format is not None:
-        share = sum(re.fullmatch(spec.answer_format, a["answer"]) is not None for a in answers) / len(answers)
+        share = sum(spec.in_format(a["answer"]) for a in answers) / len(answers)
     return TaskScore(spec.name, 100 * sum(points) / len(points), share, answers)

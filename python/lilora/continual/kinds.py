@@ -12,7 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from lilora.errors import UserError
 
 from . import clip, evaluate
-from .tasks import Collator, InstructionDataset, TaskSpec
+from .collator import Collator
+from .tasks import InstructionDataset, TaskSpec
 
 Collate = Callable[[list], dict[str, Tensor]]
 
@@ -20,6 +21,7 @@ Collate = Callable[[list], dict[str, Tensor]]
 @dataclass(frozen=True)
 class Kind:
     """load(model, dtype): a base model whose forward puts out the loss of a training batch, and its processor.
+    check(task, processor): raises UserError where the processor cannot make batches of the task's samples.
     training_data(task, processor): the samples, and what makes a batch of them. evaluate(method, processor, tasks,
     batch_size, progress): the tasks' scores; evaluate_routed(method, processor, router, tasks, those scores, batch_size,
     progress): the same without the task. pipeline, auto_class: what the hub and transformers call such models. unseen:
@@ -28,6 +30,7 @@ class Kind:
     """
 
     load: Callable[[str, torch.dtype | str], tuple[nn.Module, Any]]
+    check: Callable[[Any, Any], None]
     training_data: Callable[[Any, Any], tuple[Dataset, Collate]]
     evaluate: Callable[..., list[evaluate.TaskScore]]
     evaluate_routed: Callable[..., list[evaluate.RoutedScore]]
@@ -51,6 +54,15 @@ def load_generative(model: str, dtype: torch.dtype | str) -> tuple[nn.Module, An
     return base, processor
 
 
+def check_instructions(spec: TaskSpec, processor) -> None:
+    """Make a batch of the first sample of each make: with images or without, of several turns or one, with a system turn."""
+    for split in ("train", "test"):
+        collator = Collator(processor, {spec.name: 0}, train=split == "train")
+        samples = InstructionDataset(spec, split).samples
+        for sample in {(bool(s.images), bool(s.history), bool(s.system)): s for s in reversed(samples)}.values():
+            collator([(spec.name, sample)])
+
+
 def instructions(spec: TaskSpec, processor) -> tuple[InstructionDataset, Collate]:
     collator = Collator(processor, {spec.name: 0}, train=True)
 
@@ -65,6 +77,7 @@ def instructions(spec: TaskSpec, processor) -> tuple[InstructionDataset, Collate
 KINDS = {
     "instruction": Kind(
         load_generative,
+        check_instructions,
         instructions,
         evaluate.evaluate,
         evaluate.evaluate_routed,
@@ -74,6 +87,7 @@ KINDS = {
     # The losses of the other methods are made of the tokens of answers.
     "classification": Kind(
         clip.load,
+        lambda spec, processor: None,
         clip.training_data,
         clip.evaluate,
         clip.evaluate_routed,

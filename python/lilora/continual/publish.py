@@ -10,7 +10,8 @@ from ..io.export_lora import lora_use, write_lora
 from ..io.hub import write_card
 from ..io.peft_folder import write_peft
 from ..methods import METHODS
-from .kinds import kind_of
+from .collator import Collator
+from .kinds import KINDS, kind_of
 from .scores import ScoreMatrix
 from .train import load_base
 
@@ -52,7 +53,8 @@ def export_tasks(bank: Bank, task: str | None, out: Path, form: str = "lora") ->
 def merge_task(bank: Bank, task: str | None, out: Path, model: str | None = None) -> None:
     """Write the base model with a task in its weights, and its processor, into the new or empty folder `out`.
 
-    One model is in memory, on the CPU, in the dtype that it was trained in; a weight is rounded once, from fp32.
+    One model is in memory, on the CPU, in the dtype that it was trained in; a weight is rounded once, from fp32. Its
+    generation stops at the token that the tasks learned to end answers with, too.
 
     Raises:
         UserError: an unknown task, a method that cannot be merged, another base model, or a folder in use.
@@ -63,6 +65,9 @@ def merge_task(bank: Bank, task: str | None, out: Path, model: str | None = None
         base, processor = load_base(model, bank.config["train"]["dtype"], "cpu", kind_of(bank.config))
         bank.check_base_model(BaseModelId.of(base, model))
         method.merge(base, bank, name)
+        if kind_of(bank.config) is KINDS["instruction"]:
+            stops = Collator(processor, {}, train=False).stops(base)
+            base.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
         architectures = base.config.architectures
         base.save_pretrained(folder)
         base.config.architectures = architectures  # CLIP is loaded as a class of ours

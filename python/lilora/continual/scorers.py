@@ -9,54 +9,98 @@ from lilora.errors import UserError
 
 Scorer = Callable[[str, list[str]], float]
 
-_NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-_VQA_WORDS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)} | {
-    "none": "0",
-    "a": "",
-    "an": "",
-    "the": "",
+# What the official VQA evaluation evens out (github.com/GT-Vision-Lab/VQA, vqaEval.py): these marks, full stops that no
+# digit follows, articles, number words, and these words with one of their apostrophes missing.
+_VQA_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+_VQA_NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+_VQA_WORDS = {word: str(number) for number, word in enumerate(_VQA_NUMBERS)} | {"none": "0"}
+_VQA_APOSTROPHES = """
+    'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+    he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
+    o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've
+    someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've
+    they'll they're they've wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've who'd
+    who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd
+    you'd've you'll you're you've
+"""
+_VQA_CONTRACTIONS = {"somebody'd": "somebodyd"} | {
+    word[:i] + word[i + 1 :]: word
+    for word in _VQA_APOSTROPHES.split()
+    for i, character in enumerate(word)
+    if character == "'"
 }
-_LETTER = re.compile(r"^\(?([A-Z])\)?(?:[.:,)\s]*$|[.:,)]\s)|\banswer is:?\s*\(?([A-Z])\b", re.IGNORECASE)
+
+# A letter that nothing but a mark or the end of the line follows; a full stop of `U.S.` or `a.m.` is none.
+_CLOSED = r"""["']?(?:[:,)\]]|\.(?![A-Za-z](?![A-Za-z]))|\s*(?:\n|$))"""
+_FIRST_LETTER = re.compile(rf"""["'(\[]?([A-Za-z]){_CLOSED}""")
+_NAMED_LETTER = {
+    lead: re.compile(
+        # Behind `answer`, `option` or `choice`: closed as above, or, without a colon, a capital, which is no article there.
+        rf"""(?i:\b(?:{lead})\b(?:\s+is)?\s*:?\s*(?:(?:option|choice)\b)?)\s*["'(\[]?\b([A-Za-z]){_CLOSED}"""
+        rf"""|(?i:\b(?:{lead})(?:\s+is)?\s+(?:(?:option|choice)\s+)?)\b([A-HJ-Z])(?=\s)"""
+    )
+    for lead in ("answer", "option|choice")
+}
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?|-?\.\d+")
 _CHRF = CHRF()
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().split()).strip(" .")
+    return " ".join(text.lower().split()).rstrip(" .")
 
 
 def exact(prediction: str, references: list[str]) -> float:
-    """1 when the answer equals a reference, apart from case, spacing and a final full stop."""
+    """1 when the answer equals a reference, apart from case, spacing and a final full stop. Source: this project."""
     return float(_plain(prediction) in map(_plain, references))
 
 
 def containment(prediction: str, references: list[str]) -> float:
-    """1 when the answer contains a reference or a reference contains the answer (case ignored)."""
+    """1 when the answer contains a reference or a reference contains the answer (case ignored). Source: this project."""
     said = _plain(prediction)
     return float(bool(said) and any(r in said or said in r for r in map(_plain, references) if r))
 
 
 def _letter(text: str) -> str | None:
-    found = _LETTER.search(text.strip())
-    return (found[1] or found[2]).upper() if found else None
+    text = re.sub(r"[*_`]", "", text).strip()  # **B**
+    if found := _FIRST_LETTER.match(text):
+        return found[1].upper()
+    for pattern in _NAMED_LETTER.values():
+        letters = {(found[1] or found[2]).upper() for found in pattern.finditer(text)}
+        if letters:
+            return letters.pop() if len(letters) == 1 else None
+    return None
 
 
 def option_letter(prediction: str, references: list[str]) -> float:
-    """1 when the answer picks a reference's option: `B`, `(b)`, `B. a cat` or `... the answer is B`."""
+    """1 when the answer picks a reference's option: `B`, `(b)`, `B. a cat`, `**B**`, `Option B` or `... the answer is B`.
+
+    An answer that names several options picks none; a word that begins like a letter, or the article `a`, is none.
+    Source: LLaVA's evaluation of ScienceQA (eval_science_qa.py), which takes `B`, `B. ...` and `The answer is B.`, and this
+    project for the other forms.
+    """
     said = _letter(prediction)
     return float(said is not None and said in map(_letter, references))
 
 
 def _vqa_plain(text: str) -> str:
-    text = re.sub(r"[^\w\s.]|\.(?!\d)", " ", text.lower().replace("'", "").replace(",", ""))
-    return " ".join(w for w in (_VQA_WORDS.get(word, word) for word in text.split()) if w)
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    together = re.search(r"\d,\d", text) is not None
+    evened = text
+    for mark in _VQA_MARKS:  # judged by the text as it came
+        glued = together or f"{mark} " in text or f" {mark}" in text
+        evened = evened.replace(mark, "" if glued else " ")
+    evened = re.sub(r"\.(?!\d)", "", evened)
+    words = [_VQA_WORDS.get(word, word) for word in evened.lower().split()]
+    return " ".join(_VQA_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
 def vqa_soft(prediction: str, references: list[str]) -> float:
     """VQA accuracy: min(1, agreeing annotators / 3), averaged over leaving each annotator out once.
 
-    Case, punctuation, articles and number words are evened out first. With fewer than four references all the others
-    must agree; with one, the answer must equal it.
+    Punctuation, articles, number words and contractions are evened out first. Source: the official evaluation of VQA v2
+    (github.com/GT-Vision-Lab/VQA, vqaEval.py), with two differences: it evens nothing out where all references are equal,
+    which is done here too; and it wants ten references. With fewer than four all the others must agree; with one, the
+    answer must equal it.
     """
     said = _vqa_plain(prediction)
     agree = [said == _vqa_plain(r) for r in references]
@@ -83,13 +127,16 @@ def _iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 
 def iou_50(prediction: str, references: list[str]) -> float:
-    """1 when the answer is a box `x0 y0 x1 y1` (any brackets and commas) with IoU > 0.5 with a reference box."""
+    """1 when the answer is a box `x0 y0 x1 y1` (any brackets and commas) with IoU > 0.5 with a reference box.
+
+    Source: the accuracy of referring expressions on RefCOCO, as Mao et al. define it (arXiv 1511.02283).
+    """
     said = _box(prediction)
     return float(said is not None and any((box := _box(r)) is not None and _iou(said, box) > 0.5 for r in references))
 
 
 def chrf(prediction: str, references: list[str]) -> float:
-    """Character n-gram F-score of a caption (chrF2 of sacrebleu), case ignored."""
+    """Character n-gram F-score of a caption, case ignored. Source: chrF2 of sacrebleu (Popović, 2015)."""
     return _CHRF.sentence_score(_plain(prediction), [_plain(r) for r in references]).score / 100
 
 

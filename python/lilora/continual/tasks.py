@@ -1,29 +1,22 @@
-"""A sequence of tasks: the manifest (YAML), the samples of its JSON files, and the batches a model reads."""
+"""A sequence of tasks: the manifest (YAML) and the samples of its JSON files."""
 
 import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
-import torch
+import regex
 import yaml
-from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch.utils.data import Dataset
 
+from lilora.continual.images import check_images
+from lilora.continual.records import InstructionRecord, read_records
 from lilora.continual.scorers import scorer
 from lilora.errors import UserError
 
 Split = Literal["train", "test"]
-
-IGNORED = -100  # the label that the loss leaves out
-
-# Up to this many images per split are opened before anything runs; those of larger ones when they are read.
-_OPENED_UP_FRONT = 2_000
 
 
 class TaskSpec(BaseModel):
@@ -53,18 +46,35 @@ class TaskSpec(BaseModel):
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return pattern
 
+    def in_format(self, answer: str) -> bool:
+        """Whether the whole answer matches `answer_format`; UserError when that takes more than a second."""
+        try:
+            return regex.fullmatch(self.answer_format, answer, timeout=1) is not None
+        except TimeoutError as error:
+            raise UserError(
+                f"task {self.name!r}: answer_format {self.answer_format!r} takes more than a second on an answer of "
+                f"{len(answer)} characters; write it without a repetition of what can be read in several ways."
+            ) from error
+
     def located(self, folder: Path) -> Self:
         """With the paths under `folder`."""
         return self.model_copy(update={key: folder / getattr(self, key) for key in ("train", "test", "images")})
 
     def check(self) -> None:
-        """Raise UserError for an unknown scorer, a missing or broken file, a split without samples, a missing image."""
+        """Raise UserError for an unknown scorer or one that no test answer suits, a missing or broken file, a split without
+        samples, a missing image."""
         try:
-            scorer(self.scorer)
+            judge = scorer(self.scorer)
         except UserError as error:
             raise UserError(f"task {self.name!r}: {error}") from error
         for split in ("train", "test"):
-            InstructionDataset(self, split).check_images()
+            data = InstructionDataset(self, split)
+            data.check_images()
+        if not any(judge(sample.answers[0], list(sample.answers)) for sample in data.samples):
+            raise UserError(
+                f"task {self.name!r}: scorer {self.scorer!r} gives 0 even to the references themselves, such as "
+                f"{data.samples[0].answers[0][:80]!r} in {self.test}; choose another scorer."
+            )
 
 
 class Manifest(BaseModel):
@@ -178,38 +188,36 @@ def _ordered(manifest: Manifest, order: list[str]) -> list:
 
 @dataclass(frozen=True)
 class Sample:
-    """A question about some images (or none). `answers` are the references; training teaches the first."""
+    """A question about some images (or none). `answers` are the references; training teaches the first.
+
+    history: the questions and answers of the same conversation ahead of it; training teaches these answers, too. system:
+    the text of its system turn. images_ahead: how many of the images come with each question; (): all with the first.
+    """
 
     id: str
     images: tuple[Path, ...]
     question: str
     answers: tuple[str, ...]
-
-
-class _Turn(BaseModel):
-    speaker: str = Field(alias="from")
-    value: str
-
-
-class _Record(BaseModel):
-    id: str | int
-    image: str | list[str] | None = None
-    conversations: list[_Turn]
-    answers: list[str] = []
-
-
-_RECORDS = TypeAdapter(list[_Record])
+    history: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+    images_ahead: tuple[int, ...] = ()
 
 
 class InstructionDataset(Dataset):
     """The samples of one split of a task, from LLaVA's instruction format.
 
-    The JSON file is a list of `{id, image, conversations: [{from: human | gpt, value}, ...]}` with `image` a path under
-    `spec.images`, a list of paths, or absent. The first human turn is the question (its `<image>` marks are dropped:
-    images come first) and the task's instruction follows it; the gpt turn after it is the answer. A list `answers`
-    gives several references.
+    The file is a JSON list, or JSON lines, or parquet, of `{id, image, conversations: [{from: human | gpt, value}, ...]}`
+    with `image` a path under `spec.images`, a list of paths, empty or absent. `{images, messages: [{role: user | assistant,
+    content}, ...]}` says the same, with contents as strings or as lists of parts, which may hold the images' paths.
 
-    Raises UserError when the file is missing or broken, has no samples, or names an image that does not exist.
+    A human turn is a question, which the task's instruction follows; the gpt turn after it is its answer. A record of
+    several questions is one sample, a conversation: training teaches all of its answers, as LLaVA's does, and evaluation
+    asks the last question, with the earlier ones and their answers ahead of it. A list `answers` gives several references
+    for the last. A first turn `system`, or a key of that name, is kept; a first turn of gpt, which answers nothing, is left
+    out, as LLaVA does. `<image>` marks say with which question an image comes, ahead of its text; where there are not as
+    many as images, all come with the first.
+
+    Raises UserError when the file is missing or broken or has no samples, and when human and gpt do not take turns.
     """
 
     def __init__(self, spec: TaskSpec, split: Split):
@@ -217,31 +225,53 @@ class InstructionDataset(Dataset):
         self.split = split
         path = getattr(spec, split)
         self._where = f"task {spec.name!r}: {path}"
-        records = read_json(path, _RECORDS, self._where, "a list of LLaVA instruction records")
+        records = read_records(path, InstructionRecord, self._where, "a list of LLaVA instruction records")
         if not records:
             raise UserError(f"{self._where} has no samples; add some or take the task out of the manifest.")
-        self.samples = [self._sample(record) for record in records]
+        self.samples = [self._sample(record, number) for number, record in enumerate(records)]
 
-    def _sample(self, record: _Record) -> Sample:
-        turns = record.conversations
-        first = next((i for i, turn in enumerate(turns) if turn.speaker == "human"), None)
-        if first is None:
-            raise UserError(f"{self._where}: sample {str(record.id)!r} has no human turn; add the question.")
+    def _sample(self, record: InstructionRecord, number: int) -> Sample:
+        name = str(number if record.id is None else record.id)
+        where = f"{self._where}: sample {name!r}"
+        turns, system = record.turns, ""
+        if turns and turns[0][0] == "system":
+            system = turns.pop(0)[1]
+        if turns and turns[0][0] == "gpt":
+            del turns[0]
+        if not turns:
+            raise UserError(f"{where} has no human turn; add the question.")
+        for number, (speaker, _) in enumerate(turns):
+            wanted = ("human", "gpt")[number % 2]
+            if speaker != wanted:
+                raise UserError(
+                    f"{where}: turn number {number + 1} of human and gpt is from {speaker!r} where {wanted!r} is wanted; "
+                    "let them take turns, a system turn ahead."
+                )
+        questions, said = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
         answers = list(record.answers)
-        for turn in turns[first + 1 : first + 2]:
-            if turn.speaker == "gpt":
-                if turn.value in answers:
-                    answers.remove(turn.value)
-                answers.insert(0, turn.value)
+        if len(said) == len(questions):
+            if said[-1] in answers:
+                answers.remove(said[-1])
+            answers.insert(0, said.pop())
         if not answers:
-            raise UserError(f"{self._where}: sample {str(record.id)!r} has no gpt turn and no answers; add one.")
-        question = turns[first].value.replace("<image>", "").strip()
-        names = [record.image] if isinstance(record.image, str) else record.image or []
+            raise UserError(f"{where} has no gpt turn behind its last question and no answers; add one.")
+        names = record.images
+        marks = tuple(question.count("<image>") for question in questions)
+        if any(marks[1:]) and sum(marks) != len(names):
+            raise UserError(
+                f"{where} has {len(names)} images and {sum(marks)} marks <image>; mark each where it comes."
+            )
+        *earlier, question = (
+            "\n".join(filter(None, (q.replace("<image>", "").strip(), self.spec.instruction))) for q in questions
+        )
         return Sample(
-            id=str(record.id),
+            id=name,
             images=tuple(self.spec.images / name for name in names),
-            question="\n".join(filter(None, (question, self.spec.instruction))),
+            question=question,
             answers=tuple(answers),
+            history=tuple(zip(earlier, said, strict=True)),
+            system=system,
+            images_ahead=marks if any(marks[1:]) else (),
         )
 
     def check_images(self) -> None:
@@ -253,117 +283,3 @@ class InstructionDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]
-
-
-def read_json(path: Path, wanted: TypeAdapter, where: str, what: str) -> Any:
-    """The content of a JSON file; UserError when it cannot be read or is not `what` is wanted."""
-    try:
-        return wanted.validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"{where} cannot be read ({error.strerror}); put the data there or pass its folder with --data."
-        ) from error
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        place = ".".join(map(str, problem["loc"]))
-        detail = f"{place}: {problem['msg']}" if place else problem["msg"]
-        raise UserError(f"{where} is not {what} ({detail}); mend it.") from error
-
-
-def check_images(images: Iterable[Path], where: str) -> None:
-    """Raise UserError at the first image that is missing or, if there are not very many, cannot be opened."""
-    images = dict.fromkeys(images)
-    for image in images:
-        if not image.is_file():
-            raise UserError(f"{where}: image {image} is missing; add it or pass its folder with --data.")
-    if len(images) <= _OPENED_UP_FRONT:
-        for image in images:
-            open_image(image)
-
-
-def open_image(path: Path) -> Image.Image:
-    """The image at `path` as RGB; UserError when it is missing or broken."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be opened ({error}); replace it.") from error
-
-
-class Collator:
-    """Batches of (task name, Sample) for any processor with a chat template.
-
-    The prompt is one user turn: the images, then the question. Returns what the processor gives for the prompts
-    (input_ids and attention_mask [B, L] int64, pixel_values when there are images, ...) and task_ids [B] int32 from
-    `task_index`. With `train`, answer and end-of-sequence token follow each prompt, padding is on the right, and
-    labels [B, L] int64 are -100 at prompt and padding; otherwise padding is on the left, as generation needs.
-
-    Raises UserError when the processor has no chat template and when an image cannot be opened.
-    """
-
-    def __init__(self, processor, task_index: dict[str, int], train: bool):
-        if not getattr(processor, "chat_template", None):
-            raise UserError(
-                f"{type(processor).__name__} has no chat template; use the instruction-tuned checkpoint of the model "
-                "or set processor.chat_template."
-            )
-        self.processor = processor
-        self.task_index = task_index
-        self.train = train
-        if processor.tokenizer.pad_token is None:
-            processor.tokenizer.pad_token = processor.tokenizer.eos_token
-
-    def __call__(self, batch: list[tuple[str, Sample]]) -> dict[str, Tensor]:
-        samples = [sample for _, sample in batch]
-        inputs = self._prompts(samples)
-        if self.train:
-            inputs = self._with_answers(inputs, [sample.answers[0] for sample in samples])
-        inputs["task_ids"] = torch.tensor([self.task_index[name] for name, _ in batch], dtype=torch.int32)
-        return inputs
-
-    def _prompts(self, samples: list[Sample]) -> dict[str, Tensor]:
-        conversations = [
-            [{"role": "user", "content": [{"type": "image"}] * len(s.images) + [{"type": "text", "text": s.question}]}]
-            for s in samples
-        ]
-        text = self.processor.apply_chat_template(conversations, add_generation_prompt=True)
-        images = [[open_image(path) for path in s.images] for s in samples]
-        bos = self.processor.tokenizer.bos_token
-        inputs = self.processor(
-            text=text,
-            images=images if any(images) else None,
-            padding=True,
-            padding_side="right" if self.train else "left",
-            add_special_tokens=not (bos and text[0].startswith(bos)),
-            return_tensors="pt",
-        )
-        return dict(inputs)
-
-    def _with_answers(self, inputs: dict[str, Tensor], answers: list[str]) -> dict[str, Tensor]:
-        """Put each answer and the end-of-sequence token behind its prompt, and add labels.
-
-        Answers are tokenised on their own, so that prompts are the very tokens that generation will see.
-        """
-        tokenizer = self.processor.tokenizer
-        prompt_shape = inputs["input_ids"].shape
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        answer_ids = [
-            torch.tensor([*ids, tokenizer.eos_token_id])
-            for ids in tokenizer(answers, add_special_tokens=False)["input_ids"]
-        ]
-
-        def joined(prompts, tails, padding):  # [B, L] and B tails [l_b] -> [B, max(length_b + l_b)]
-            rows = [torch.cat([p[:n], t]) for p, n, t in zip(prompts, lengths, tails, strict=True)]
-            return pad_sequence(rows, batch_first=True, padding_value=padding)
-
-        ignored = torch.full(prompt_shape, IGNORED)
-        outputs = {"labels": joined(ignored, answer_ids, IGNORED)}
-        for key, value in inputs.items():
-            if value.shape != prompt_shape:  # not per token: pixel values, image sizes, ...
-                outputs[key] = value
-            elif key == "input_ids":
-                outputs[key] = joined(value, answer_ids, tokenizer.pad_token_id)
-            else:
-                fill = int(key == "attention_mask")  # the others mark the modality of a token: 0 is text
-                outputs[key] = joined(value, [torch.full_like(ids, fill) for ids in answer_ids], 0)
-        return outputs

@@ -140,6 +140,8 @@ class ContinualRun:
         if pick_device(device).index:
             raise UserError(f"--device {device}: training takes the first device; choose with CUDA_VISIBLE_DEVICES")
         base, processor = load_base(model, train.dtype, device, kind)
+        for task in manifest.tasks:
+            kind.check(task, processor)
         identity = BaseModelId.of(base, model)
         processes.check_same("the base model", lambda: identity.fingerprint)
         learner = make_method(method, base, method_settings)

@@ -1,0 +1,67 @@
+"""Images as models are shown them: upright, RGB, 8 bits a channel."""
+
+import os
+import struct
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lilora.errors import UserError
+
+# Pillow's others run programs (EPS) or are no pictures of a data set.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+
+# Up to this many images per split are opened before anything runs; those of larger ones when they are read.
+_OPENED_UP_FRONT = 2_000
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image at `path` as RGB, as transformers' `load_image` reads it: turned as its EXIF orientation says.
+
+    Grey images of 16 bits are scaled to 8, with one warning; a file's format is found from its content, not its name.
+
+    Raises UserError when the file is missing or broken, is none of FORMATS, has more pixels than PIL.Image.MAX_IMAGE_PIXELS,
+    or holds numbers that say nothing of brightness: 32 bits a pixel, whole or with a point.
+    """
+    Image.init()
+    try:
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+            if limit is not None and pixels > limit:
+                raise UserError(
+                    f"image {path} has {pixels / 1e6:.1f} megapixels, and {limit / 1e6:.1f} are allowed; scale it down."
+                )
+            return _eight_bits(ImageOps.exif_transpose(image), image.format, path).convert("RGB")
+    except UserError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"image {path} cannot be opened: it is no {', '.join(FORMATS)}; replace it.") from error
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} cannot be opened ({error}); replace it.") from error
+
+
+def _eight_bits(image: Image.Image, format: str, path: Path) -> Image.Image:
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM"))  # which Pillow widens
+    if sixteen:
+        warnings.warn("images of 16 bits are scaled to the 8 that models are shown", stacklevel=2)
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UserError(
+            f"image {path} holds {'whole' if image.mode == 'I' else 'fractional'} numbers of 32 bits, whose brightness is not "
+            "known; convert it to 8 bits a channel."
+        )
+    return image
+
+
+def check_images(images: Iterable[Path], where: str) -> None:
+    """Raise UserError at the first image that is missing or, if there are not very many, cannot be opened."""
+    images = dict.fromkeys(images)
+    for image in images:
+        if not os.path.isfile(image):
+            raise UserError(f"{where}: image {image} is missing; add it or pass its folder with --data.")
+    if len(images) <= _OPENED_UP_FRONT:
+        for image in images:
+            open_image(image)

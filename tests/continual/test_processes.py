@@ -244,6 +244,15 @@ def test_one_killed_process_ends_the_other_and_the_same_command_goes_on_to_the_s
     assert fingerprints(tmp_path / "run") == fingerprints(tmp_path / "whole")
 
 
+def test_a_run_goes_on_with_another_engine(short, tmp_path):
+    command = [*short, "--out", tmp_path / "run"]
+    assert two(tmp_path / "log", command, "ddp", kill=(1, 3)) == [1, -signal.SIGKILL]
+    (tmp_path / "log" / "losses").unlink()
+    assert two(tmp_path / "log", command, "fsdp2") == [0, 0]
+    assert told(tmp_path / "log") == []
+    assert len(losses_in(tmp_path / "log")) == 4  # of steps 3 to 6
+
+
 def test_a_process_killed_under_accelerate_launch_ends_the_command(short, tmp_path):
     command = [
         "accelerate",

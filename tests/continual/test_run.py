@@ -13,7 +13,6 @@ import torch
 import yaml
 
 import lilora.cli as cli
-from lilora.continual.train import latest_checkpoint
 from lilora.io.bank import Bank
 from lilora_kernels import backends
 
@@ -218,15 +217,6 @@ def test_stopped_in_an_evaluation_the_same_command_goes_on(suite, tmp_path, lilo
     scores = Bank.open(tmp_path / "run" / "bank").scores
     assert scores["seconds"].keys() == {"colour", "count", "name"}
     assert scores["seconds"]["colour"] > 0
-
-
-def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path):
-    for step in (2, 4, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_st')
-    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert latest_checkpoint(tmp_path / "none") is None
 
 
 # --- bad input: one sentence, exit code 2, nothing written or lost ------------------------------------------------------

@@ -11,22 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.constants import FSDP_MODEL_NAME
-from peft import get_peft_model_state_dict
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
-from ..errors import UserError
+from lilora_kernels.adapted import is_sharded
+
+from ..errors import UserError, note
 from ..io.atomic import write_atomically
 from ..io.bank import Bank, BaseModelId
 from ..io.checkpoint import flat
+from ..layer import unwrapped
 from ..methods import METHODS, Method, Stage, make_method
 from ..methods.base import digest
 from ..model import whole
 from . import processes
+from .checkpoints import PROGRESS, STATE, TENSORS, latest_checkpoint, sync
 from .kinds import KINDS, Collate, Kind
 from .report import Run
 from .router import SAMPLES, NearestCentroid
@@ -248,12 +250,9 @@ class ContinualRun:
         trainer = TaskTrainer(self.method, self._arguments(stage, folder, seed, save_steps, workers, bars), data)
         if processes.rank():
             torch.manual_seed(seed + processes.rank() * 2**32)  # of the dropout; the order of the data has its own
-        checkpoint = processes.by_first(lambda: latest_checkpoint(folder))
-        if checkpoint is not None and (Path(checkpoint) / TaskTrainer.FILE).exists() == processes.sharded():
-            raise UserError(
-                f"{checkpoint} was written {'without' if processes.sharded() else 'with'} FSDP2; go on as it was started, or "
-                "delete it to begin the task again"
-            )
+        checkpoint = processes.by_first(
+            lambda: latest_checkpoint(folder, trainer.learned(), processes.count(), trainer.is_deepspeed_enabled, note)
+        )
         if checkpoint is not None and trainer.finished(checkpoint):
             trainer.load(checkpoint)
         else:
@@ -381,8 +380,6 @@ class StageData(Dataset):
 class TaskTrainer(Trainer):
     """The HuggingFace Trainer for one stage: takes the method's loss, and checkpoints what is being trained only."""
 
-    FILE = "trainable.safetensors"
-
     def __init__(self, method: Method, arguments: TrainingArguments, data: StageData) -> None:
         self.method = method
         collate = partial(data.collate, dtype=method.model.dtype)
@@ -405,57 +402,79 @@ class TaskTrainer(Trainer):
 
     def learned(self) -> dict[str, torch.Tensor]:
         """The tensors that a checkpoint holds, themselves."""
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        return parameters | {f"progress.{name}": tensor for name, tensor in self.method.progress().items()}
+        parameters = {unwrapped(name): p for name, p in self.model.named_parameters() if p.requires_grad}
+        return parameters | {f"{PROGRESS}{name}": tensor for name, tensor in self.method.progress().items()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self._save_tensors(Path(output_dir or self.args.output_dir), self.learned())
+
+    def _save_tensors(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().clone().contiguous() for name, t in self.learned().items()}, folder / self.FILE)
+        save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, folder / TENSORS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # What accelerate would write is read with pickle, which runs the code of whoever wrote there.
+        learned = {name: whole(tensor.detach()) for name, tensor in self.learned().items()}
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {
+            index: {key: whole(value) for key, value in entry.items()} for index, entry in optimizer["state"].items()
+        }
+        if self.args.should_save:
+            self._save_tensors(Path(output_dir), learned)
+            torch.save(optimizer, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # what comes next, the Trainer's state, says that the checkpoint is complete
+        if self.args.should_save:
+            sync(Path(output_dir))
 
     @torch.no_grad()
     def load(self, checkpoint: str) -> None:
-        """The tensors and the Trainer's state of a checkpoint, into a model that is not sharded."""
-        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        if self.is_fsdp_enabled:
-            from torch.distributed.checkpoint import load as load_shards
-
-            adapter = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapter)
-            load_shards({"model": adapter}, checkpoint_id=Path(checkpoint) / f"{FSDP_MODEL_NAME}_0")
-            return
-        with safe_open(Path(checkpoint) / self.FILE, framework="pt") as stored:
+        """The tensors and the Trainer's state of a checkpoint."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+        with safe_open(Path(checkpoint) / TENSORS, framework="pt") as stored:
             for name, tensor in self.learned().items():
-                tensor.copy_(stored.get_tensor(name))
+                tensor.copy_(sharded_like(tensor, stored.get_tensor(name)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.load(resume_from_checkpoint)
+        self.load(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in ("optimizer.pt", "scheduler.pt")
+        )
+        own = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, entry in optimizer["state"].items():
+            for key, value in entry.items():
+                if value.shape == own[index].shape:
+                    entry[key] = sharded_like(own[index], value)
+        self.optimizer.load_state_dict(optimizer)
+        self.lr_scheduler.load_state_dict(scheduler)
 
     @staticmethod
     def finished(checkpoint: str) -> bool:
         """Whether the checkpoint was made by the last step of its stage."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
         return state.global_step >= state.max_steps
 
 
-def latest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: the Trainer writes its state last."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            shutil.rmtree(checkpoint)
-            continue
-        return str(checkpoint)
-    return None
+def sharded_like(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value`, which every process has in full, divided among them as `own` is."""
+    if not is_sharded(own):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
 def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:

@@ -278,7 +278,7 @@ class Bank:
         self._commit(index, next_id=index.next_id + 1, tasks=tasks, shared=sets)
 
     def load_task(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The task's tensors and the shared tensors it was added with, as given to `add_task`, on the CPU.
+        """The task's tensors and the shared tensors it was added with, as given to `add_task`, on the CPU, in their own memory.
 
         All of them are checked before any is returned.
 
@@ -445,13 +445,22 @@ def _size(records: _Tensors) -> dict[str, int]:
     return {"parameters": sum(count for count, _ in sizes), "bytes": sum(count * width for count, width in sizes)}
 
 
+def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in memory of their own: what happens to the file later changes none of them.
+
+    Raises:
+        UserError: the file is missing, truncated or something else; ends with `remedy`.
+    """
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:  # the last two: dtypes that this torch lacks
+        raise UserError(f"{path} is missing, truncated or no safetensors file ({error}); {remedy}") from error
+
+
 def _load(path: Path, records: _Tensors) -> dict[str, Tensor]:
     """The tensors of `path`, exactly those that `records` describes."""
     remedy = "restore the file from a copy or remove the task and train it again"
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing, truncated or no safetensors file ({error}); {remedy}") from error
+    tensors = read_tensors(path, remedy)
     for name in sorted(records.keys() | tensors.keys()):
         if name not in tensors:
             raise UserError(f"{path} lacks the tensor {name}; {remedy}")

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -133,7 +134,7 @@ def train(
     console.quiet = processes.rank() > 0
     if console.quiet:
         disable_progress_bar()
-    run = ContinualRun.open(
+    opened = ContinualRun.open(
         out,
         manifest,
         model,
@@ -154,19 +155,20 @@ def train(
         device,
         label,
     )
-    bars = not (quiet or as_json or console.quiet)
-    run.train(eval_batch_size, save_steps, workers, bars, (lambda line: None) if as_json else console_line)
-    processes.leave()
-    if processes.rank() > 0:
-        return
-    result = run.result()
-    page = write_report(out, [result], f"{result.method} on {manifest.name}", environment())
-    write_bank_card(run.bank)
-    if as_json:
-        print(json.dumps(result.to_dict()))
-    else:
-        print_tables([result], console)
-        console_line(f"report: {page}")
+    with closing(opened) as run:
+        bars = not (quiet or as_json or console.quiet)
+        run.train(eval_batch_size, save_steps, workers, bars, (lambda line: None) if as_json else console_line)
+        processes.leave()
+        if processes.rank() > 0:
+            return
+        result = run.result()
+        page = write_report(out, [result], f"{result.method} on {manifest.name}", environment())
+        write_bank_card(run.bank)
+        if as_json:
+            print(json.dumps(result.to_dict()))
+        else:
+            print_tables([result], console)
+            console_line(f"report: {page}")
 
 
 @app.command("eval")
@@ -432,8 +434,9 @@ def bank_rm(
     from .io.bank import Bank
 
     opened = Bank.open(bank)
-    remove_task(opened, task)
-    write_bank_card(opened)
+    with opened.writing():
+        remove_task(opened, task)
+        write_bank_card(opened)
     if as_json:
         print(json.dumps(opened.describe()))
     else:

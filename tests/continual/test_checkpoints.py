@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from lilora.continual.checkpoints import latest_checkpoint
 from lilora.continual.train import TaskTrainer
 from lilora.errors import UserError
 from lilora.io.bank import Bank
+from lilora.io.lock import locked
 
 WANTED = {"a": torch.ones(2, 3), "b": torch.ones(3), "progress.seen": torch.ones(4)}
 
@@ -190,3 +193,42 @@ def test_a_checkpoint_is_on_the_disk_before_it_says_that_it_is_complete(
     brief = ["--order", "colour", *train_options, "--max-steps", "2"]
     assert lilora("train", suite / "tasks.yaml", "--out", tmp_path / "run", *brief)[0] == 0
     assert {"trainable.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= set(synced)
+
+
+def test_two_processes_cannot_write_to_one_run(suite, tmp_path, lilora, train_options):
+    command = ["train", suite / "tasks.yaml", "--out", tmp_path / "run", "--order", "colour", *train_options]
+    code, _, err = lilora(*command)
+    assert code == 0, err
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with locked(tmp_path / "run" / "bank"):
+            os.write(writer, b".")
+            time.sleep(60)
+    os.read(reader, 1)
+    try:
+        for refused in (command, ["bank", "rm", tmp_path / "run", "--task", "colour"]):
+            code, _, err = lilora(*refused)
+            assert (code, err.count("lilora: ")) == (2, 1)
+            assert f"run/bank is being written by process {child};" in err
+        assert lilora("bank", "ls", tmp_path / "run")[0] == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert lilora(*command)[0] == 0
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == set(before)
+
+
+def test_a_run_holds_its_lock_until_it_ends(suite, tmp_path, lilora, train_options, monkeypatch):
+    step, held = TaskTrainer.training_step, []
+
+    def looking(*args, **kwargs):
+        held.append((tmp_path / "run" / "bank" / ".lock").read_text())
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(TaskTrainer, "training_step", looking)
+    brief = ["--order", "colour,name", *train_options, "--max-steps", "1"]
+    assert lilora("train", suite / "tasks.yaml", "--out", tmp_path / "run", *brief)[0] == 0
+    assert held == [str(os.getpid())] * 2
+    assert not (tmp_path / "run" / "bank" / ".lock").exists()

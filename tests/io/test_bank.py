@@ -359,7 +359,7 @@ def test_create_refuses_a_folder_in_use(bank, tmp_path):
     with pytest.raises(UserError, match=r"trainer_state\.json"):
         Bank.create(run, config={}, base_model=BASE)
     assert list(files(run)) == ["trainer_state.json"]
-    with pytest.raises(UserError, match="cannot be made a bank"):
+    with pytest.raises(UserError, match="cannot be written"):
         Bank.create(run / "trainer_state.json", config={}, base_model=BASE)
 
 

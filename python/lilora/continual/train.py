@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..errors import UserError, note
 from ..io.atomic import write_atomically
 from ..io.bank import Bank, BaseModelId
 from ..io.checkpoint import flat
+from ..io.lock import locked
 from ..layer import unwrapped
 from ..methods import METHODS, Method, Stage, make_method
 from ..methods.base import digest
@@ -92,7 +94,8 @@ class ContinualRun:
     """A run folder: the bank, checkpoints of the task being learned, predictions.
 
     `bank/` is described in io/bank.py; `checkpoints/<task>/` are the Trainer's; `predictions/<after>-<task>.jsonl` hold
-    every answer of every evaluation. Of several processes the first one writes; all must see the folder.
+    every answer of every evaluation. Of several processes the first one writes; all must see the folder. From `open` to
+    `close` no other run writes there, and no other process to the bank.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, method: Method, processor, bank: Bank) -> None:
@@ -121,7 +124,8 @@ class ContinualRun:
     ) -> "ContinualRun":
         """Start a run, or go on with the one in `folder` if it was started in the same way.
 
-        Raises UserError when the folder holds something else, or the base model cannot be loaded.
+        Raises UserError when the folder holds something else, another process writes there, or the base model cannot be
+        loaded.
         """
         config = {
             "method": method,
@@ -138,18 +142,33 @@ class ContinualRun:
             require_images_alike(manifest)
         processes.join(pick_device(device))
         names = [task.name for task in manifest.tasks]
-        existing = processes.by_first(lambda: check_folder(folder, config, names))
-        if pick_device(device).index:
-            raise UserError(f"--device {device}: training takes the first device; choose with CUDA_VISIBLE_DEVICES")
-        base, processor = load_base(model, train.dtype, device, kind)
-        identity = BaseModelId.of(base, model)
-        processes.check_same("the base model", lambda: identity.fingerprint)
-        learner = make_method(method, base, method_settings)
-        if existing is None:
-            existing = processes.by_first(lambda: Bank.create(folder / "bank", config=config, base_model=identity))
-        existing.check_base_model(identity)
-        learner.restore(existing.load_tasks())
-        return cls(folder, manifest, learner, processor, existing)
+        with ExitStack() as held:
+
+            def lock_and_check() -> Bank | None:
+                if not folder.exists() or folder.is_dir():
+                    held.enter_context(locked(folder / "bank"))
+                return check_folder(folder, config, names)
+
+            existing = processes.by_first(lock_and_check)
+            if pick_device(device).index:
+                raise UserError(f"--device {device}: training takes the first device; choose with CUDA_VISIBLE_DEVICES")
+            base, processor = load_base(model, train.dtype, device, kind)
+            identity = BaseModelId.of(base, model)
+            processes.check_same("the base model", lambda: identity.fingerprint)
+            learner = make_method(method, base, method_settings)
+            if existing is None:
+                existing = processes.by_first(lambda: Bank.create(folder / "bank", config=config, base_model=identity))
+            existing.check_base_model(identity)
+            learner.restore(existing.load_tasks())
+            run = cls(folder, manifest, learner, processor, existing)
+            run._held = held.pop_all()
+        return run
+
+    _held = ExitStack()  # the lock of the run's bank, in the first process
+
+    def close(self) -> None:
+        """Let other processes write into the run's folder."""
+        self._held.close()
 
     def train(
         self,
@@ -563,6 +582,11 @@ def remove_task(bank: Bank, name: str) -> None:
     Raises:
         UserError: an unknown task, or one that others are built upon.
     """
+    with bank.writing():
+        _remove_task(bank, name)
+
+
+def _remove_task(bank: Bank, name: str) -> None:
     method, others = METHODS[bank.config["method"]], [task for task in bank.tasks if task != name]
     bank.task_fingerprint(name)  # refuses an unknown task
     if method.one_state and others:

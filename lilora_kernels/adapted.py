@@ -100,8 +100,8 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, base_layer: nn.Module, dropout: float) -> None:
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}; it must be in [0, 1)")
+        if not is_number(dropout) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout!r}; it must be in [0, 1)")
         if not (hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features")):
             raise TypeError(
                 f"base_layer is a {type(base_layer).__name__}; it must be a linear layer with in_features and out_features"
@@ -169,6 +169,10 @@ class AdaptedLinear(nn.Module):
         if apart:
             return y + run(delta, cast, (), *rest).to(y.dtype)
         return run(linear, cast, (weight, bias), *rest)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def described(base: nn.Module) -> str:

@@ -7,7 +7,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLinear, Factors, described, is_plain, is_sharded
+from .adapted import AdaptedLinear, Factors, described, is_number, is_plain, is_sharded
 from .context import BatchContext
 from .parameters import SharedParameter, TaskParameters, check_task_name, onloaded, stacked, window
 
@@ -41,8 +41,10 @@ class LiLoRALinear(AdaptedLinear):
         train_b0: str = "first",
     ) -> None:
         for name, size in (("r", r), ("sub_rank", sub_rank)):
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name} is {size!r}; it must be an integer of at least 1")
+        if not is_number(alpha) or not 0 < alpha < math.inf:
+            raise ValueError(f"alpha is {alpha!r}; it must be a positive number")
         for name, policy in (("train_a", train_a), ("train_b0", train_b0)):
             if policy not in POLICIES:
                 raise ValueError(f"{name} is {policy!r}; it must be one of {list(POLICIES)}")

@@ -12,7 +12,7 @@ from tiny_llava import randomise
 from torch import nn
 
 import lilora_kernels
-from lilora_kernels import LiLoRALinear
+from lilora_kernels import LiLoRALinear, RankPoolLinear
 from lilora_kernels.ops.delta import reference
 
 TASKS = ("cats", "dogs", "birds")
@@ -687,3 +687,27 @@ def test_gradients_by_torch_func_of_factors():
     made(x).square().sum().backward()
     for path, grad in got.items():
         torch.testing.assert_close(grad, made.get_parameter(path).grad)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"r": True}, "r is True; it must be an integer"),
+        ({"sub_rank": 0}, "sub_rank is 0; it must be an integer"),
+        ({"alpha": float("nan")}, "alpha is nan; it must be a positive number"),
+        ({"alpha": float("inf")}, "alpha is inf; it must be a positive number"),
+        ({"alpha": "x"}, "alpha is 'x'; it must be a positive number"),
+        ({"alpha": True}, "alpha is True; it must be a positive number"),
+        ({"dropout": "x"}, "dropout is 'x'; it must be in"),
+        ({"dropout": float("nan")}, "dropout is nan; it must be in"),
+    ],
+)
+def test_a_layer_takes_no_setting_that_is_no_number_in_its_range(options, words):
+    with pytest.raises(ValueError, match=words):
+        LiLoRALinear(nn.Linear(4, 3), **options)
+
+
+@pytest.mark.parametrize("scaling", [float("nan"), float("inf"), "x", True])
+def test_a_pool_takes_no_scaling_that_is_no_finite_number(scaling):
+    with pytest.raises(ValueError, match=r"scaling is .*; it must be a finite number"):
+        RankPoolLinear(nn.Linear(4, 3), lambda *_: None, scaling=scaling)

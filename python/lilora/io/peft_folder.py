@@ -11,7 +11,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from lilora.config import PRESETS, LiLoRAConfig
+from lilora.config import OF_METHOD, PRESETS, LiLoRAConfig
 from lilora.errors import UserError
 from lilora.io.bank import read_tensors
 from lilora.io.checkpoint import Checkpoint, Imported, Tensors, read_json
@@ -19,8 +19,6 @@ from lilora.io.export_lora import CONFIG, PREFIX, WEIGHTS, write_tensors
 from lilora.model import fingerprint
 
 _KINDS = {"A": "A", "B": "B0", "U": "U", "V": "V", "fusion": "fusion"}  # lilora_* in PEFT's files -> in a bank
-_OF_FOLDER = ("shared_fingerprint", "on_shared_mismatch")  # not settings of the method
-_SETTINGS = [f for f in fields(LiLoRAConfig) if f.name in LiLoRAConfig.__annotations__ and f.name not in _OF_FOLDER]
 
 
 def write_peft(folder: Path, own: Tensors, shared: Tensors, settings: dict[str, Any], base_model: str | None) -> None:
@@ -90,7 +88,7 @@ def read_config(path: Path) -> LiLoRAConfig:
 
 def settings_of(config: LiLoRAConfig) -> dict[str, Any]:
     """What a bank keeps of it, JSON-able: the policies, and what else is not the default."""
-    values = {f.name: (getattr(config, f.name), f.default) for f in _SETTINGS}
+    values = {f.name: (getattr(config, f.name), f.default) for f in fields(LiLoRAConfig) if f.name in OF_METHOD}
     chosen = {name: v for name, (v, default) in values.items() if name in PRESETS["frozen"] or v != default}
     return {name: sorted(v) if isinstance(v, set) else v for name, v in chosen.items()}
 

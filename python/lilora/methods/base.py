@@ -14,6 +14,8 @@ from lilora.errors import UserError
 from lilora.io.bank import Bank
 from lilora.io.export_lora import PlainLoRA
 
+from .settings import Settings
+
 Tensors = dict[str, Tensor]
 Inputs = dict[str, Tensor]  # one batch, as the model takes it
 
@@ -58,12 +60,18 @@ class Method(ABC):
     presets: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - settings by preset name; the first is the default
     no_lora = ""  # why a task is no plain LoRA, if it is none
     defaults: dict[str, float] = {}  # noqa: RUF012 - options of `lilora train` that differ from the command's
+    settings_type: type[Settings]
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         self.base = base
         self.settings = settings
         self.model: nn.Module | None = None
         self.tasks: list[str] = []
+
+    @classmethod
+    def read_settings(cls, settings: dict[str, Any]) -> Any:
+        """The settings with their types; UserError in one sentence for the first that is unknown, missing or out of range."""
+        return cls.settings_type.read(cls.name, settings)
 
     @abstractmethod
     def add(self, task: str) -> None:

@@ -21,7 +21,7 @@ class LoRASettings(Settings):
 
     target_modules: str
     r: int = Field(128, ge=1)
-    lora_alpha: float = Field(256.0, gt=0, allow_inf_nan=False)
+    lora_alpha: float = Field(256.0, gt=0)
     lora_dropout: float = Field(0.05, ge=0, lt=1)
 
 
@@ -33,11 +33,11 @@ class DirLoRA(Method):
 
     name = "dirlora"
     sharded_parameters = True
-    settings_type: type[LoRASettings] = LoRASettings
+    settings_type = LoRASettings
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
-        self.options = self.settings_type.read(self.name, settings)
+        self.options = self.read_settings(settings)
 
     def adapter(self, task: str) -> str:
         return task
@@ -64,7 +64,7 @@ class DirLoRA(Method):
     @classmethod
     def as_lora(cls, bank: Bank, task: str) -> PlainLoRA:
         _, stored = bank.load_task(task if cls.needs_task else bank.tasks[-1])
-        options = cls.settings_type.read(cls.name, bank.config["settings"])
+        options = cls.read_settings(bank.config["settings"])
         return plain_lora({}, stored, options.lora_alpha / options.r, options.lora_dropout)
 
     def ranks(self) -> int:

@@ -122,13 +122,30 @@ def train(
     from transformers.utils.logging import disable_progress_bar
 
     from .continual import processes
-    from .continual.train import ContinualRun, TrainSettings, method_label
+    from .continual.recorded import TrainSettings, check_label
+    from .continual.train import ContinualRun, method_label
 
     further = dict(map(setting, more or []))
     further["target_modules"] = further.get("target_modules") or target_pattern(model, projector, attention)
     given = {"r": r, "alpha": alpha, "dropout": dropout, "learning_rate": learning_rate, "weight_decay": weight_decay}
     options = REFERENCE | METHODS[method].defaults | {name: value for name, value in given.items() if value is not None}
     settings = method_settings(method, preset, sub_rank, options, further)
+    METHODS[method].read_settings(settings)
+    training = TrainSettings.of(
+        {
+            "learning_rate": options["learning_rate"],
+            "weight_decay": options["weight_decay"],
+            "epochs": epochs,
+            "max_steps": max_steps,
+            "batch_size": batch_size,
+            "gradient_accumulation": gradient_accumulation,
+            "warmup": warmup,
+            "gradient_checkpointing": gradient_checkpointing,
+            "dtype": dtype,
+            "seed": seed,
+        }
+    )
+    check_label(label)
     out = out or Path("runs") / f"{manifest.name}-{label or method_label(method, settings)}-{seed}"
 
     console.quiet = processes.rank() > 0
@@ -140,18 +157,7 @@ def train(
         model,
         method,
         settings,
-        TrainSettings(
-            learning_rate=options["learning_rate"],
-            weight_decay=options["weight_decay"],
-            epochs=epochs,
-            max_steps=max_steps,
-            batch_size=batch_size,
-            gradient_accumulation=gradient_accumulation,
-            warmup=warmup,
-            gradient_checkpointing=gradient_checkpointing,
-            dtype=dtype,
-            seed=seed,
-        ),
+        training,
         device,
         label,
     )

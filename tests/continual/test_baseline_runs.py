@@ -7,8 +7,9 @@ import pytest
 from lilora.cli import target_pattern
 from lilora.continual.evaluate import evaluate
 from lilora.continual.load import load_bank
+from lilora.continual.recorded import TrainSettings
 from lilora.continual.tasks import load_manifest
-from lilora.continual.train import ContinualRun, TrainSettings
+from lilora.continual.train import ContinualRun
 from lilora.io.bank import Bank
 from lilora.methods import METHODS
 

@@ -96,7 +96,7 @@ def analyze(bank: Bank, threshold: float = 0.5, track: Callable[[list[str]], Ite
     if not 0 < threshold < 1:
         raise UserError(f"--threshold is {threshold}; give a share of the squared norm, above 0 and below 1")
     method = bank.config.get("method")
-    if method not in ONE_BASIS:
+    if not isinstance(method, str) or method not in ONE_BASIS:
         raise UserError(
             f"{bank.path} is of method {method!r}, which keeps no LoRA (A, B0) per task; analyze wants a bank of one of "
             f"{', '.join(ONE_BASIS)}"

@@ -11,6 +11,7 @@ from ..io.hub import write_card
 from ..io.peft_folder import write_peft
 from ..methods import METHODS
 from .kinds import kind_of
+from .recorded import train_settings
 from .scores import ScoreMatrix
 from .train import load_base
 
@@ -26,6 +27,7 @@ def export_tasks(bank: Bank, task: str | None, out: Path, form: str = "lora") ->
     Raises:
         UserError: an unknown task, a method whose tasks are no LoRA, a damaged bank, or a folder in use.
     """
+    train_settings(bank)
     method = METHODS[bank.config["method"]]
     if form == "lilora" and method.name != "lilora":
         raise UserError(f"--format lilora is for tasks of method lilora and {bank.path} is of {method.name}; use lora")
@@ -57,10 +59,11 @@ def merge_task(bank: Bank, task: str | None, out: Path, model: str | None = None
     Raises:
         UserError: an unknown task, a method that cannot be merged, another base model, or a folder in use.
     """
+    settings = train_settings(bank)
     name, method = chosen_task(bank, task), METHODS[bank.config["method"]]
     with new_folder(out) as folder:
         model = model or bank.base_model.id
-        base, processor = load_base(model, bank.config["train"]["dtype"], "cpu", kind_of(bank.config))
+        base, processor = load_base(model, settings.dtype, "cpu", kind_of(bank.config))
         bank.check_base_model(BaseModelId.of(base, model))
         method.merge(base, bank, name)
         architectures = base.config.architectures

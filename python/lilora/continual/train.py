@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,31 +31,13 @@ from ..model import whole
 from . import processes
 from .checkpoints import PROGRESS, STATE, TENSORS, latest_checkpoint, sync
 from .kinds import KINDS, Collate, Kind
+from .recorded import TrainSettings, check_label, train_settings
 from .report import Run
 from .router import SAMPLES, NearestCentroid
 from .scores import ScoreMatrix
 from .tasks import InstructionDataset, Manifest
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How each task is learned. A run keeps them for all its tasks: they are part of the bank's config.
-
-    batch_size: samples per batch of all processes together, so that their number changes nothing but rounding.
-    """
-
-    learning_rate: float = 2e-5
-    weight_decay: float = 0.01
-    epochs: float = 1.0
-    max_steps: int = -1
-    batch_size: int = 8
-    gradient_accumulation: int = 2
-    warmup: float = 0.03
-    gradient_checkpointing: bool = False
-    dtype: str = "auto"
-    seed: int = 0
 
 
 def load_base(model: str, dtype: str, device: str, kind: Kind) -> tuple[torch.nn.Module, Any]:
@@ -101,14 +82,14 @@ class ContinualRun:
     def __init__(self, folder: Path, manifest: Manifest, method: Method, processor, bank: Bank) -> None:
         self.folder, self.manifest, self.method, self.processor, self.bank = folder, manifest, method, processor, bank
         self.kind = KINDS[manifest.kind]
-        self.settings = TrainSettings(**bank.config["train"])
+        self.settings = train_settings(bank)
         self.matrix = ScoreMatrix([task.name for task in manifest.tasks], self.kind.unseen)
         self.state: dict[str, Any] = {"functions": {}, "seconds": {}}
         if bank.scores:
             self.state = {key: bank.scores[key] for key in ("functions", "seconds")}
             self._take_cells(ScoreMatrix.from_dict(bank.scores["matrix"]))
         for task in bank.describe()["tasks"]:  # learned by a run that ended before its scores were written
-            self.state["seconds"].setdefault(task["name"], task["info"].get("seconds", 0.0))
+            self.state["seconds"].setdefault(task["name"], task["info"].get("seconds") or 0.0)
 
     @classmethod
     def open(
@@ -130,11 +111,12 @@ class ContinualRun:
         config = {
             "method": method,
             "settings": method_settings,
-            "train": asdict(train),
+            "train": train.model_dump(),
             "manifest": manifest.name,
             "kind": manifest.kind,
             "model": model,
         } | ({"label": label} if label else {})
+        check_label(label)
         kind = KINDS[manifest.kind]
         kind.check_method(method)
         check_processes(METHODS[method], kind, train.batch_size)
@@ -540,6 +522,7 @@ def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> 
     if not (folder / "bank" / "bank.json").exists():
         return None
     bank = Bank.open(folder / "bank")
+    train_settings(bank)
     old = flat({"kind": "instruction"} | bank.config)  # banks of earlier versions do not say so
     new = flat(json.loads(json.dumps(config)))
     for key in sorted(old.keys() | new.keys()):
@@ -558,17 +541,19 @@ def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> 
 
 def run_of(bank: Bank) -> Run:
     """What a bank says of its run, without a model; UserError before there are scores."""
+    settings = train_settings(bank)
     if not bank.scores:
         raise UserError(f"{bank.path} holds no scores yet; run lilora train to its end")
     infos = [task["info"] for task in bank.describe()["tasks"]]
     per_task = sizes = None
-    if all("parameters" in info for info in infos):  # banks of earlier versions do not say
+    told = [(info.get("parameters"), info.get("ranks")) for info in infos]
+    if all(None not in pair for pair in told):  # banks of earlier versions do not say
         sizes = {name: [info[name] for info in infos] for name in ("parameters", "ranks")}
         first, last = sizes["parameters"][0], sizes["parameters"][-1]
         per_task = round((last - first) / (len(infos) - 1)) if len(infos) > 1 else first
     return Run(
         label_of(bank),
-        bank.config["train"]["seed"],
+        settings.seed,
         ScoreMatrix.from_dict(bank.scores["matrix"]),
         per_task,
         sum(bank.scores["seconds"].values()),
@@ -583,6 +568,7 @@ def remove_task(bank: Bank, name: str) -> None:
         UserError: an unknown task, or one that others are built upon.
     """
     with bank.writing():
+        train_settings(bank)
         _remove_task(bank, name)
 
 

@@ -15,10 +15,11 @@ each read gives one state of the bank.
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import safetensors.torch
 import torch
@@ -33,6 +34,9 @@ from lilora.io.lock import LOCK, locked
 FORMAT = 1
 INDEX = "bank.json"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DtypeName = Literal["bfloat16", "float16", "float32"]
+Size = Annotated[int, Field(ge=0, le=2**40)]
+Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 TASK_KINDS = ("U", "V", "fusion")
 SHARED_KINDS = ("A", "B0")
 
@@ -50,7 +54,7 @@ class BaseModelId(_Record):
     """
 
     id: str
-    fingerprint: str
+    fingerprint: Fingerprint
 
     @classmethod
     def of(cls, model: nn.Module, id: str) -> Self:
@@ -80,9 +84,9 @@ class BaseModelId(_Record):
 
 
 class _TensorRecord(_Record):
-    dtype: str
-    shape: tuple[int, ...]
-    sha256: str
+    dtype: DtypeName
+    shape: tuple[Size, ...]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
@@ -91,13 +95,14 @@ class _TensorRecord(_Record):
 
 
 _Tensors = dict[str, _TensorRecord]
+_Shaped = Mapping[str, Tensor | _TensorRecord]
 
 
 class _TaskRecord(_Record):
     name: str
-    id: int
-    fingerprint: str
-    shared: str  # fingerprint of the shared set
+    id: Annotated[int, Field(ge=0)]
+    fingerprint: Fingerprint
+    shared: Fingerprint  # of the shared set
     info: dict[str, JsonValue]
     tensors: _Tensors
     # Left out where there is none, as in the banks, and their checksums, of earlier versions.
@@ -110,9 +115,9 @@ class _Index(_Record):
     base_model: BaseModelId
     config: dict[str, JsonValue]
     scores: dict[str, JsonValue] = {}
-    next_id: int = 0
+    next_id: Annotated[int, Field(ge=0)] = 0
     tasks: list[_TaskRecord] = []
-    shared: dict[str, _Tensors] = {}
+    shared: dict[Fingerprint, _Tensors] = {}
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -125,7 +130,7 @@ class _Index(_Record):
             ) from None
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); mend the path or its permissions") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is truncated or altered ({error}); restore it from a copy") from error
         if not isinstance(data, dict) or not isinstance(data.get("format"), int):
             raise UserError(f"{path} is not the index of a bank: it has no format number; pass a bank's folder")
@@ -141,9 +146,34 @@ class _Index(_Record):
             raise UserError(f"{path} is altered: {place}: {first['msg']}; restore it from a copy") from error
         if document.checksum != document.index.checksum():
             raise UserError(f"{path} is altered: its checksum does not match; restore it from a copy")
+        try:
+            document.index.check()
+        except UserError as error:
+            raise UserError(f"{path} is no index that lilora has written: {error}") from error
         return document.index
 
+    def check(self) -> None:
+        """UserError unless names, ids, fingerprints and tensors are by the rules of writing: the checksum is everybody's."""
+        names: list[str] = []
+        for task in self.tasks:
+            _check_name(task.name, names)
+            names.append(task.name)
+            if task.shared not in self.shared:
+                raise UserError(f"task {task.name!r} names the shared set {task.shared}, which is missing")
+            if task.fingerprint != _fingerprint(task.tensors):
+                raise UserError(f"the fingerprint of task {task.name!r} is not that of its tensors")
+            _check_tensors(task.name, task.tensors, self.shared[task.shared])
+        for key, records in self.shared.items():
+            if key != _fingerprint(records):
+                raise UserError(f"the fingerprint of the shared set {key} is not that of its tensors")
+        ids = [task.id for task in self.tasks]
+        if len(set(ids)) < len(ids) or max(ids, default=-1) >= self.next_id:
+            raise UserError(f"the tasks' ids are {ids} and the next is {self.next_id}; each is given out once")
+        if not self.base_model.id.isprintable():
+            raise UserError(f"the base model's id {self.base_model.id!r} holds characters that cannot be printed")
+
     def write(self, folder: Path) -> None:
+        self.check()
         document = _Document(format=FORMAT, checksum=self.checksum(), index=self)
         write_atomically(folder / INDEX, json.dumps(document.model_dump(mode="json"), indent=1).encode())
 
@@ -258,6 +288,8 @@ class Bank:
         info = _json_object("info", info or {})
         with self.writing() as index:
             _check_name(name, [other.name for other in index.tasks])
+            _check_dtypes(name, "task", task)
+            _check_dtypes(name, "shared", shared)
             _check_tensors(name, task, shared)
             task, shared = _on_cpu(task), _on_cpu(shared)
             task_records, shared_records = _records(task), _records(shared)
@@ -471,7 +503,7 @@ def _fingerprint(records: _Tensors) -> str:
 
 
 def _size(records: _Tensors) -> dict[str, int]:
-    sizes = [(torch.Size(record.shape).numel(), getattr(torch, record.dtype).itemsize) for record in records.values()]
+    sizes = [(math.prod(record.shape), getattr(torch, record.dtype).itemsize) for record in records.values()]
     return {"parameters": sum(count for count, _ in sizes), "bytes": sum(count * width for count, width in sizes)}
 
 
@@ -547,9 +579,7 @@ def _check_dtypes(task_name: str, argument: str, tensors: dict[str, Tensor]) -> 
             )
 
 
-def _check_tensors(task_name: str, task: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
-    _check_dtypes(task_name, "task", task)
-    _check_dtypes(task_name, "shared", shared)
+def _check_tensors(task_name: str, task: _Shaped, shared: _Shaped) -> None:
     shared = {name: tensor for name, tensor in shared.items() if not name.startswith("state.")}
     modules = {name.rpartition(".")[0] for name in shared}
     if not modules:
@@ -565,7 +595,7 @@ def _check_tensors(task_name: str, task: dict[str, Tensor], shared: dict[str, Te
             )
         for name, tensor in tensors.items():
             ndim = 1 if name.endswith(".fusion") else 2
-            if tensor.ndim != ndim:
+            if len(tensor.shape) != ndim:
                 raise UserError(
                     f"{argument} of task {task_name!r}: tensor {name} has shape {list(tensor.shape)}; "
                     f"it wants {ndim} dimension(s)"

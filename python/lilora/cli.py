@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from .errors import UserError, lost_process, tell
+from .terminal import plain_console
 
 if TYPE_CHECKING:
     pass
@@ -24,7 +24,7 @@ bank_app = typer.Typer(
     no_args_is_help=True, help="A bank of learned tasks: look into it, import, export, merge, remove."
 )
 app.add_typer(bank_app, name="bank")
-console = Console()
+console = plain_console()
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

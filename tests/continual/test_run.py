@@ -153,6 +153,23 @@ def test_bank_ls_and_info_and_params(finished, lilora):
         assert out.strip()
 
 
+def test_labels_and_folders_that_look_like_markup_are_printed_as_they_are(suite, tmp_path, lilora, train_options):
+    label, folder = "[/b] [red]mine :smile:", tmp_path / "[b]runs[/i]" / "one"
+    brief = ["--order", "colour", *train_options, "--max-steps", "1", "--label", label]
+    code, out, err = lilora("train", suite / "tasks.yaml", "--out", folder, *brief)
+    assert code == 0, err
+    assert f"{label}: task 1 of 1, colour, learned" in out
+    assert f"{label}: score on each task" in out
+    code, out, err = lilora("bank", "ls", folder)
+    assert code == 0, err
+    assert "[b]runs[/i]" in out
+    code, out, err = lilora("bank", "export", folder, "--out", tmp_path / "[/b]")
+    assert code == 0, err
+    assert f"colour: {tmp_path / '[/b]' / 'colour'}" in out
+    code, _, err = lilora("bank", "ls", tmp_path / "[/nothing]")
+    assert (code, f"{tmp_path / '[/nothing]'} is not a bank" in one_sentence(err)) == (2, True)
+
+
 # --- interruption -------------------------------------------------------------------------------------------------------
 
 

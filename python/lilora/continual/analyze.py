@@ -24,6 +24,7 @@ from lilora.io.bank import Bank
 from lilora.io.export_lora import up_projection
 from lilora.methods.base import Tensors
 from lilora.methods.redundancy import principal_cosines, residual_share, whitening
+from lilora.terminal import plain_console
 
 from .report import COLOURS, PLOT_STYLE, cell_colours, draw_matrix, png
 from .scores import cell_text, none_if_nan
@@ -220,7 +221,7 @@ def _jsonable(x: np.ndarray) -> list:
 
 def print_analysis(analysis: Analysis, console: Console | None = None) -> None:
     """Print mean and highest number between tasks, and the drift of the shared basis; `to_dict` has every pair."""
-    console = console or Console()
+    console = console or plain_console()
     rows = []
     for title, values, random in _matrices(analysis):
         pairs = np.where(np.eye(len(values), dtype=bool), -np.inf, values)

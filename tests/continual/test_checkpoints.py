@@ -46,9 +46,9 @@ def stage(tmp_path):
     return tmp_path / "stage"
 
 
-def latest(folder, processes=1, wanted=WANTED):
+def latest(folder, processes=1, wanted=WANTED, deepspeed=False):
     said = []
-    found = latest_checkpoint(folder, wanted, processes, False, said.append)
+    found = latest_checkpoint(folder, wanted, processes, deepspeed, said.append)
     return found and found.rpartition("/")[2], said
 
 

@@ -89,8 +89,16 @@ def _require_whole(
     for name in files:
         _entries(checkpoint / name, "python", "numpy", "cpu")
     if deepspeed:
-        if not any(checkpoint.glob("global_step*/*optim_states.pt")):
+        files = [
+            path
+            for pattern in ("mp_rank_*.pt", "*optim_states.pt")
+            for path in checkpoint.glob(f"global_step*/{pattern}")
+        ]
+        if not files:
             raise _Damaged("it lacks the files of DeepSpeed")
+        for path in files:  # DeepSpeed unpickles them in full: only what needs no more than this is left to it
+            with torch.serialization.safe_globals(_deepspeed_globals()):
+                _entries(path)
         return
     _entries(checkpoint / "scheduler.pt", "last_epoch", "base_lrs")
     _require_optimizer(_entries(checkpoint / "optimizer.pt", "state", "param_groups"), wanted)
@@ -132,6 +140,15 @@ def _entries(path: Path, *keys: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not content.keys() >= set(keys):
         raise _Damaged(f"its {path.name} has no {', '.join(keys)}")
     return content
+
+
+def _deepspeed_globals() -> list[type]:
+    """What DeepSpeed's checkpoints of ZeRO-2 hold beside tensors and numbers."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, ZeroStageEnum, fragment_address]
 
 
 def _require_optimizer(content: dict[str, Any], wanted: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from test_bank import BASE, in_child, same, shared_tensors, task_tensors
 
 from lilora.errors import UserError
 from lilora.io import lock
+from lilora.io.atomic import new_folder
 from lilora.io.bank import Bank
 from lilora.io.lock import locked
 
@@ -189,3 +190,57 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="no lock is possible"), locked(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+# Folders that a killed process leaves unfinished
+
+
+def killed_while_writing(path):
+    """A process that is killed inside `new_folder(path)`."""
+
+    def work():
+        with new_folder(path) as folder:
+            (folder / "half").write_bytes(b"x" * 1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(work) == signal.SIGKILL
+
+
+def test_what_a_killed_export_left_is_swept_by_the_next(tmp_path):
+    killed_while_writing(tmp_path / "out")
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out-")
+    with new_folder(tmp_path / "another") as folder:
+        (folder / "file").write_text("whole")
+        assert not left.exists()
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"another", "another/file"}
+
+
+def test_only_folders_of_its_kind_that_no_process_holds_are_swept(tmp_path):
+    killed_while_writing(tmp_path / "out")
+    (left,) = tmp_path.iterdir()
+    (left / "thesis.txt").write_text("mine")  # no process of ours writes there
+    others = [".out-notaunit", ".cache-abcdefgh"]
+    for name in others:
+        (tmp_path / name / "new").mkdir(parents=True)
+    with new_folder(tmp_path / "live") as live:
+        (live / "file").write_text("whole")
+        assert in_child(lambda: _one(tmp_path / "second")) == 0  # sweeps meanwhile
+        assert (live / "file").exists()
+    assert (left / "thesis.txt").exists()
+    assert all((tmp_path / name / "new").exists() for name in others)
+    assert {path.name for path in tmp_path.iterdir()} == {"live", "second", left.name, *others}
+
+
+def _one(path):
+    with new_folder(path) as folder:
+        (folder / "file").write_text("whole")
+
+
+def test_without_locks_nothing_is_swept(tmp_path, monkeypatch):
+    killed_while_writing(tmp_path / "out")
+    (left,) = tmp_path.iterdir()
+    monkeypatch.setattr(lock, "fcntl", None)
+    _one(tmp_path / "out")
+    assert left.exists()
+    assert (tmp_path / "out" / "file").exists()

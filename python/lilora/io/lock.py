@@ -22,18 +22,18 @@ _held: dict[Path, tuple[int, int]] = {}  # folder -> the lock's descriptor, and 
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[bool]:
     """Be the only one that writes into `folder`, which is made if it is missing, until the block ends.
 
-    The lock ends with its process, however that ends; a thread that holds it may take it again. Systems without fcntl
-    (Windows) have no lock, and file systems without locks none but a warning.
+    The lock ends with its process, however that ends; a thread that holds it may take it again. The block gets True; or False,
+    and no lock, on systems without fcntl (Windows) and, with a warning, on file systems without locks.
 
     Raises:
         UserError: another process, or thread, holds the lock; names its pid. Or the system refused.
     """
     folder = Path(os.path.realpath(folder))
     if folder in _held and _held[folder][1] == threading.get_ident():
-        yield
+        yield True
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -47,7 +47,7 @@ def locked(folder: Path) -> Iterator[None]:
     if descriptor is not None:
         _held[folder] = descriptor, threading.get_ident()
     try:
-        yield
+        yield descriptor is not None
     finally:
         if _held.pop(folder, None) is not None:  # it is gone in a forked child
             with suppress(OSError):
@@ -56,8 +56,8 @@ def locked(folder: Path) -> Iterator[None]:
         _remove_empty(made)
 
 
-def _taken(path: Path) -> int:
-    """The descriptor of the file `path`, locked."""
+def _taken(path: Path) -> int | None:
+    """The descriptor of the file `path`, locked; None where no lock is possible."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -75,7 +75,8 @@ def _taken(path: Path) -> int:
             warnings.warn(
                 f"{path.parent} lies where no lock is possible; let one process alone write there", stacklevel=4
             )
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            os.unlink(path)
+            return None
         try:
             if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 os.ftruncate(descriptor, 0)

@@ -1,7 +1,7 @@
 """LiLoRALinear: a frozen linear layer with one small adapter per task on a shared basis."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 
 import torch
@@ -373,6 +373,21 @@ class LiLoRALinear(AdaptedLinear):
             y.register_hook(self.model_tasks.unchanged())
 
     @torch.no_grad()
+    def check_load(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """RuntimeError for what would change a merged task, or the weight that it is merged into: `unmerge` subtracts it."""
+        if self.merged_task is None:
+            return
+        kept = {f"{kind}.{name}": p for kind in KINDS[:2] for name, p in getattr(self, kind).items()}
+        kept |= {f"{kind}.{self.merged_task}": getattr(self, kind).get(self.merged_task) for kind in KINDS[2:]}
+        kept["base_layer.weight"] = getattr(self.base_layer, "weight", None)
+        for name, own in kept.items():
+            new = state.get(prefix + name)
+            if new is not None and own is not None and not (new.shape == own.shape and torch.equal(new.to(own), own)):
+                raise RuntimeError(
+                    f"{prefix}{name} cannot be loaded over while task {self.merged_task!r} is merged; unmerge() first"
+                )
+
+    @torch.no_grad()
     def overwrite_task(self, name: str, u: Tensor, v: Tensor, fusion: Tensor | None = None) -> None:
         """Copy u [N, sub_rank], v [sub_rank, r] and fusion [1] over a task's; ValueError, and nothing written, for others.
 
@@ -386,6 +401,8 @@ class LiLoRALinear(AdaptedLinear):
                 "is merged; unmerge() it first" if self.merged_task == name else f"has {[list(p.shape) for p in own]}"
             )
             raise ValueError(f"task {name!r} cannot be overwritten with tensors of the shapes {got}: it {state}")
+        if any(parameter.is_meta for parameter in own):
+            raise ValueError(f"task {name!r} cannot be overwritten: it is offloaded, and its tensors are not here")
         for parameter, value in zip(own, values, strict=True):
             parameter.copy_(value)
 

@@ -55,6 +55,16 @@ def check_loadable(model: nn.Module, config: LiLoRAConfig, task: str, state: dic
     """Raise UserError unless `state` fits the task; A and B0 that other tasks rely on may change only where they learn."""
     layers = adapted_layers(model)
     pairs = matched(layers, task, {name: tensor for name, tensor in state.items() if ".lilora_" in name})
+    for path, layer in layers.items():
+        if layer.merged_task == task:
+            raise UserError(f"task {task!r} is merged into the weight of {path}; unmerge it before loading over it")
+        for kind in SHARED if layer.merged_task is not None else ():
+            own, value = pairs[f"{path}.{kind}"]
+            if not torch.equal(value.to(own.device, own.dtype), own):
+                raise UserError(
+                    f"{path}.{kind} of task {task!r} differs from the model's, and task {layer.merged_task!r} is merged; "
+                    "unmerge it first"
+                )
     if config.on_shared_mismatch == "replace" or all(len(layer.tasks) == 1 for layer in layers.values()):
         return
     for name, (own, value) in pairs.items():

@@ -436,6 +436,55 @@ def test_deleting_a_merged_task_takes_it_out():
     close(made.base_layer(x), base)
 
 
+def test_a_merged_task_is_not_overwritten_and_the_base_comes_back(monkeypatch):
+    made = layer()
+    base, other = made.base_layer.weight.clone(), [torch.randn_like(p) for p in made._own("cats")]
+    made.merge("cats")
+    weight = made.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="is merged; unmerge"):
+        made.overwrite_task("cats", *other)
+    made.overwrite_task("dogs", *other)
+    assert torch.equal(made.base_layer.weight, weight)
+    made.unmerge()
+    close(made.base_layer.weight, base)
+    made.overwrite_task("cats", *other)
+    assert all(torch.equal(own, value) for own, value in zip(made._own("cats"), other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changed", ["lilora_U.cats", "lilora_fusion.cats", "lilora_A.cats", "lilora_B.dogs", "base_layer.weight"]
+)
+def test_a_state_dict_is_not_loaded_over_a_merged_task(changed):
+    model = nn.Sequential(nn.Linear(K, K), layer())
+    lilora_kernels.attach(model)
+    base = model[1].base_layer.weight.clone()
+    model[1].merge("cats")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)  # what is there already
+    for name in state:
+        if (
+            name.startswith("0.")
+            or name.endswith(changed)
+            or (changed[:8] in ("lilora_A", "lilora_B") and changed[:8] in name)
+        ):
+            state[name] = state[name] + 1
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="cannot be loaded over while task 'cats' is merged; unmerge"):
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="cannot be loaded over while task 'cats' is merged"):
+        model[1].load_state_dict({name[2:]: tensor for name, tensor in state.items() if name.startswith("1.")})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model[1].unmerge()
+    close(model[1].base_layer.weight, base)
+    model.load_state_dict(state)
+
+
+def test_an_offloaded_task_is_not_overwritten_with_nothing():
+    made = layer().to("meta")
+    with pytest.raises(ValueError, match="is offloaded"):
+        made.overwrite_task("cats", *(torch.zeros(p.shape) for p in made._own("cats")))
+
+
 # --- copies, files, casts ---------------------------------------------------------------------------------------------
 
 

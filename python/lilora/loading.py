@@ -3,6 +3,7 @@
 from os import PathLike
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftConfig
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
@@ -19,11 +20,11 @@ def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: 
     """Overwrite a task of a live model with a saved one, in place; the task keeps its name and its id.
 
     No tensor moves, in the stacked bank of mixed batches neither, so compiled and captured graphs stay valid and see the
-    new values. model: adapted through PEFT or transformers, compiled or not. source: the folder of one task as
+    new values. model: adapted through PEFT or transformers, compiled or parallel or not. source: the folder of one task as
     `save_pretrained` writes it, or the tensors of `get_peft_model_state_dict`. UserError, and the model as it was, unless
     the source has the model's settings, names, shapes, dtypes and shared factors.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     layers = adapted_layers(model)
     for path, layer in layers.items():
         if task not in layer.tasks:

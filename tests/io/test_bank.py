@@ -711,6 +711,14 @@ def test_fingerprint_ignores_adapters_and_their_wrapping():
     assert BaseModelId.of(wrapped, "net") == plain
 
 
+def test_fingerprint_ignores_compilation():
+    net = Net()
+    plain = BaseModelId.of(net, "net")
+    net.up_proj = torch.compile(net.up_proj, backend="eager")
+    assert BaseModelId.of(net, "net") == plain
+    assert BaseModelId.of(torch.compile(net, backend="eager"), "net") == plain
+
+
 def test_fingerprint_ignores_lilora_parameters():
     net = Net()
     plain = BaseModelId.of(net, "net")

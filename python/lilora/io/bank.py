@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from lilora.errors import UserError
 from lilora.io.atomic import TEMPORARY, write_atomically
 from lilora.io.lock import LOCK, locked
+from lilora.layer import unwrapped
 
 FORMAT = 1
 INDEX = "bank.json"
@@ -68,7 +69,7 @@ class BaseModelId(_Record):
             UserError: a parameter has no data (meta device or offloaded).
         """
         parameters = {
-            name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach()
+            unwrapped(name).removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach()
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if not any(part.startswith(("lilora_", "lora_")) for part in name.split("."))
         }

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lilora.errors import UserError
 from lilora.io.atomic import new_folder
 from lilora.io.hub import write_card
+from lilora.layer import unwrapped
 from lilora.model import task_tensors
 from lilora_kernels import LiLoRALinear
 from lilora_kernels.ops.delta.reference import up_projections
@@ -75,14 +77,18 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 def export_lora(model: nn.Module, task: str, folder: str | Path) -> None:
     """Write one LiLoRA task of a model as a plain LoRA into the new or empty `folder`; the model stays as it is.
 
-    model: adapted through PEFT or by hand. `PeftModel.from_pretrained(base, folder)` has the logits of the task. Tensors
-    keep the adapter's dtype; B = f B0 + (1 - f) U V is computed in fp32 at least.
+    model: adapted through PEFT or by hand; compiled or parallel, in whole or in part, or not.
+    `PeftModel.from_pretrained(base, folder)` has the logits of the task. Tensors keep the adapter's dtype;
+    B = f B0 + (1 - f) U V is computed in fp32 at least.
 
     Raises:
         UserError: no LiLoRA layers, an unknown task, a task that has trained more than its adapters, or a folder in use.
     """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     layers = {
-        name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, LiLoRALinear)
+        unwrapped(name).removeprefix(PREFIX): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LiLoRALinear)
     }
     if not layers:
         raise UserError(f"model is a {type(model).__name__} without LiLoRA layers; give one that has learned a task")

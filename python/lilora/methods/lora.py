@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lilora.io.bank import Bank
 from lilora.io.export_lora import PlainLoRA, plain_lora
+from lilora.layer import unwrapped
 
 from .base import Method, Tensors
 from .settings import Settings
@@ -57,8 +58,8 @@ class DirLoRA(Method):
         weights = {}
         for path, layer in self.model.base_model.model.named_modules():
             if isinstance(layer, Linear):
-                weights[f"{path}.A"] = layer.lora_A[self.adapter(task)].weight
-                weights[f"{path}.B0"] = layer.lora_B[self.adapter(task)].weight
+                weights[f"{unwrapped(path)}.A"] = layer.lora_A[self.adapter(task)].weight
+                weights[f"{unwrapped(path)}.B0"] = layer.lora_B[self.adapter(task)].weight
         return {}, weights
 
     @classmethod

@@ -122,7 +122,7 @@ def train(
     from transformers.utils.logging import disable_progress_bar
 
     from .continual import processes
-    from .continual.recorded import TrainSettings, check_label
+    from .continual.recorded import TrainSettings
     from .continual.train import ContinualRun, method_label
 
     further = dict(map(setting, more or []))
@@ -130,7 +130,6 @@ def train(
     given = {"r": r, "alpha": alpha, "dropout": dropout, "learning_rate": learning_rate, "weight_decay": weight_decay}
     options = REFERENCE | METHODS[method].defaults | {name: value for name, value in given.items() if value is not None}
     settings = method_settings(method, preset, sub_rank, options, further)
-    METHODS[method].read_settings(settings)
     training = TrainSettings.of(
         {
             "learning_rate": options["learning_rate"],
@@ -145,7 +144,6 @@ def train(
             "seed": seed,
         }
     )
-    check_label(label)
     out = out or Path("runs") / f"{manifest.name}-{label or method_label(method, settings)}-{seed}"
 
     console.quiet = processes.rank() > 0

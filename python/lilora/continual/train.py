@@ -119,6 +119,7 @@ class ContinualRun:
         check_label(label)
         kind = KINDS[manifest.kind]
         kind.check_method(method)
+        METHODS[method].read_settings(method_settings)
         check_processes(METHODS[method], kind, train.batch_size)
         if processes.sharded():
             require_images_alike(manifest)

@@ -9,6 +9,7 @@ import torch
 
 from lilora.continual.analyze import analyze
 from lilora.continual.publish import export_tasks, write_bank_card
+from lilora.continual.router import NearestCentroid
 from lilora.continual.scores import ScoreMatrix
 from lilora.continual.train import check_folder, remove_task, run_of
 from lilora.errors import UserError
@@ -112,7 +113,8 @@ FORGED = {
     "dtype": (of_tensors(dtype="nn"), "'bfloat16', 'float16' or 'float32'"),
     "integers": (of_tensors(dtype="int64"), "'bfloat16', 'float16' or 'float32'"),
     "negative": (of_tensors(shape=[-4, 1]), "greater than or equal to 0"),
-    "huge": (of_tensors(shape=[2**70, 1]), "less than or equal to"),
+    "huge": (of_tensors(shape=[2**70, 1]), "more elements than any memory"),
+    "many huge": (of_tensors(shape=[2**31] * 40), "more elements than any memory"),
     "other shape": (of_tensors(shape=[5, 1]), r"has shape \[5, 1\]"),
     "dimensions": (of_tensors(shape=[4]), "wants 2 dimension"),
     "unknown tensor": (unknown_tensor, "lacks the tensor|holds the unknown tensor"),
@@ -242,3 +244,23 @@ def test_analyze_refuses_a_method_that_is_no_name(bank):
     forge(bank, set_in(("config", "method"), ["lilora"]))
     with pytest.raises(UserError, match="is of method"):
         analyze(Bank.open(bank.path))
+
+
+def statistics(width=3, **changes):
+    return {"mean": torch.zeros(width), "variance": torch.ones(width), "count": torch.ones(1)} | changes
+
+
+@pytest.mark.parametrize(
+    "other",
+    [statistics(1), statistics(variance=torch.ones(1)), statistics(count=torch.ones(3)), {"mean": torch.zeros(3)}],
+)
+def test_a_router_of_other_tensors_is_refused(other, bank):
+    bank.set_router("one", statistics())
+    bank.set_router("two", statistics())
+    router = NearestCentroid.load(bank, None)
+    assert router.distances(torch.ones(2, 3)).shape == (2, 2)
+    with pytest.raises(UserError, match="this model has 5 features and the router's tasks 3"):
+        router.distances(torch.ones(2, 5))
+    bank.set_router("two", other)
+    with pytest.raises(UserError, match="the router of task 'two' has other tensors"):
+        NearestCentroid.load(bank, None)

@@ -212,6 +212,36 @@ def test_a_method_names_its_tensors_without_wrappers(which, base, llava_folder, 
     assert method.tensors("count")[1].keys() == names
 
 
+@pytest.mark.parametrize("which", ["lilora", "lora", "olora"])
+def test_tensors_that_the_settings_do_not_make_are_not_restored(which, base, llava_folder, tmp_path):
+    bank = made(tmp_path / "bank", which, base, llava_folder)
+    tasks = bank.load_tasks()
+    rank = {"A": lambda t: t[:1], "B0": lambda t: t[:, :1], "V": lambda t: t[:, :1]}
+
+    def of_rank_one(tensors):  # which would fill all ranks of the model with the first
+        return {name: rank.get(name.rpartition(".")[2], lambda t: t)(tensor) for name, tensor in tensors.items()}
+
+    def elsewhere(tensors):
+        return {f"model.{name}" if not name.startswith("state.") else name: t for name, t in tensors.items()}
+
+    for change in [elsewhere, *([of_rank_one] if which in ("lilora", "lora") else [])]:
+        method = make_method(which, copy.deepcopy(base), bank.config["settings"])
+        with pytest.raises(UserError, match="in the model; give"):
+            method.restore({task: tuple(map(change, parts)) for task, parts in tasks.items()})
+
+
+@pytest.mark.parametrize("which", ["lilora", "lora"])
+def test_a_rank_that_is_not_that_of_the_tensors_is_not_exported(which, base, llava_folder, tmp_path):
+    bank = made(tmp_path / "bank", which, base, llava_folder)
+    config = {**bank.config, "settings": bank.config["settings"] | {"r": R + 1}}
+    other = Bank.create(tmp_path / "other", config=config, base_model=bank.base_model)
+    for task, tensors in bank.load_tasks().items():
+        other.add_task(task, *tensors)
+    with pytest.raises(UserError, match=f"has {R} ranks and the settings say {R + 1}"):
+        export_tasks(other, "count" if which == "lilora" else None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("why", ["no layers", "unknown task", "bias", "modules_to_save", "folder in use"])
 def test_a_model_that_is_no_plain_lora_is_refused(why, base, tmp_path):
     more = {"bias": {"bias": "lilora_only"}, "modules_to_save": {"modules_to_save": ["lm_head"]}}.get(why, {})

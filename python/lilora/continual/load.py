@@ -9,7 +9,7 @@ from ..io.hub import open_bank
 from ..methods import Method, make_method
 from .kinds import KINDS, kind_of
 from .recorded import train_settings
-from .train import load_base
+from .train import load_base, restore
 
 
 def load_bank(
@@ -37,5 +37,5 @@ def load_bank(
     base, processor = load_base(model, settings.dtype, device, kind_of(bank.config))
     bank.check_base_model(BaseModelId.of(base, model))
     method = make_method(bank.config["method"], base, bank.config["settings"])
-    method.restore(bank.load_tasks())
+    restore(method, bank)
     return bank, method, processor

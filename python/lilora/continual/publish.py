@@ -65,7 +65,12 @@ def merge_task(bank: Bank, task: str | None, out: Path, model: str | None = None
         model = model or bank.base_model.id
         base, processor = load_base(model, settings.dtype, "cpu", kind_of(bank.config))
         bank.check_base_model(BaseModelId.of(base, model))
-        method.merge(base, bank, name)
+        try:
+            method.merge(base, bank, name)
+        except AttributeError as error:  # a linear that the base model does not have
+            raise UserError(
+                f"{bank.path} adapts what {model} does not have ({error}); restore it from a copy"
+            ) from error
         architectures = base.config.architectures
         base.save_pretrained(folder)
         base.config.architectures = architectures  # CLIP is loaded as a class of ours

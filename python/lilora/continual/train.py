@@ -53,6 +53,19 @@ def load_base(model: str, dtype: str, device: str, kind: Kind) -> tuple[torch.nn
     return base.to(place).requires_grad_(False), processor
 
 
+def restore(method: Method, bank: Bank) -> None:
+    """Put the tasks of a bank into a new method; UserError if its tensors are not those that its settings make."""
+    tasks = bank.load_tasks()
+    try:
+        method.restore(tasks)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{bank.path} holds other tensors than its settings make ({type(error).__name__}: {error}); restore it from a copy"
+        ) from error
+
+
 def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,7 +155,7 @@ class ContinualRun:
             if existing is None:
                 existing = processes.by_first(lambda: Bank.create(folder / "bank", config=config, base_model=identity))
             existing.check_base_model(identity)
-            learner.restore(existing.load_tasks())
+            restore(learner, existing)
             run = cls(folder, manifest, learner, processor, existing)
             run._held = held.pop_all()
         return run
@@ -224,7 +237,7 @@ class ContinualRun:
         gc.collect()  # there may not be room for both
         base, _ = load_base(config["model"], self.settings.dtype, device, self.kind)
         self.method = make_method(config["method"], base, config["settings"])
-        self.method.restore(self.bank.load_tasks())
+        restore(self.method, self.bank)
 
     def _learn_route(self, spec: Any, say: Callable[[str], None]) -> None:
         data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ FORMAT = 1
 INDEX = "bank.json"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DtypeName = Literal["bfloat16", "float16", "float32"]
-Size = Annotated[int, Field(ge=0, le=2**40)]
+Size = Annotated[int, Field(ge=0)]
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 TASK_KINDS = ("U", "V", "fusion")
 SHARED_KINDS = ("A", "B0")
@@ -88,6 +88,13 @@ class _TensorRecord(_Record):
     dtype: DtypeName
     shape: tuple[Size, ...]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+    @field_validator("shape")
+    @classmethod
+    def _possible(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if math.prod(shape) >= 2**60:
+            raise ValueError("more elements than any memory holds")
+        return shape
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:

@@ -40,14 +40,21 @@ def up_projection(path: str, own: dict[str, Tensor], b0: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def plain_lora(own: dict[str, Tensor], shared: dict[str, Tensor], scaling: float, dropout: float) -> PlainLoRA:
-    """The LoRA that a task is, from its tensors as a bank has them; B is computed, and left, in fp32 at least."""
+def plain_lora(own: dict[str, Tensor], shared: dict[str, Tensor], r: int, alpha: float, dropout: float) -> PlainLoRA:
+    """The LoRA that a task is, from its tensors as a bank has them; B is computed, and left, in fp32 at least.
+
+    Raises UserError for an A of other than r ranks: the scale would be another.
+    """
     factors = {}
     for path in [n.removesuffix(".A") for n in shared if n.endswith(".A") and not n.startswith("state.")]:
         b0 = shared[f"{path}.B0"]
+        if b0.shape[1] != r:
+            raise UserError(
+                f"tensor {path}.B0 has {b0.shape[1]} ranks and the settings say {r}; restore the bank from a copy"
+            )
         wide = b0.to(torch.promote_types(b0.dtype, torch.float32))
         factors[path] = shared[f"{path}.A"], up_projection(path, own, wide)
-    return PlainLoRA(factors, scaling, dropout)
+    return PlainLoRA(factors, alpha / r, dropout)
 
 
 def write_lora(folder: Path, lora: PlainLoRA, base_model: str | None) -> None:
@@ -103,7 +110,7 @@ def export_lora(model: nn.Module, task: str, folder: str | Path) -> None:
         )
     base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     with new_folder(Path(folder)) as new:
-        write_lora(new, plain_lora(*task_tensors(layers, task), first.lilora_scaling, first.dropout), base_model)
+        write_lora(new, plain_lora(*task_tensors(layers, task), first.rank, first.alpha, first.dropout), base_model)
         write_card(
             new,
             task,

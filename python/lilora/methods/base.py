@@ -127,10 +127,20 @@ class Method(ABC):
 
     @torch.no_grad()
     def restore(self, tasks: dict[str, tuple[Tensors, Tensors]]) -> None:
-        """Add the tasks of a bank, in their order, with the values stored there; the last one's shared values win."""
+        """Add the tasks of a bank, in their order, with the values stored there; the last one's shared values win.
+
+        UserError for other names or shapes than the settings and the base model make.
+        """
         for task, stored in tasks.items():
             self.add(task)
             for own, values in zip(self.tensors(task), stored, strict=True):
+                for name in sorted(own.keys() | values.keys()):
+                    got, want = (list(t[name].shape) if name in t else "missing" for t in (values, own))
+                    if got != want:
+                        raise UserError(
+                            f"tensor {name} of task {task!r} is {got} in the bank and {want} in the model; give the settings "
+                            "and the base model that it was trained with"
+                        )
                 for name, value in values.items():
                     own[name].copy_(value)
 

@@ -66,7 +66,7 @@ class DirLoRA(Method):
     def as_lora(cls, bank: Bank, task: str) -> PlainLoRA:
         _, stored = bank.load_task(task if cls.needs_task else bank.tasks[-1])
         options = cls.read_settings(bank.config["settings"])
-        return plain_lora({}, stored, options.lora_alpha / options.r, options.lora_dropout)
+        return plain_lora({}, stored, options.r, options.lora_alpha, options.lora_dropout)
 
     def ranks(self) -> int:
         return self.options.r * len(self.tasks)

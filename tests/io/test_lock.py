@@ -11,7 +11,7 @@ from test_bank import BASE, in_child, same, shared_tensors, task_tensors
 
 from lilora.errors import UserError
 from lilora.io import lock
-from lilora.io.atomic import new_folder
+from lilora.io.atomic import new_folder, write_atomically
 from lilora.io.bank import Bank
 from lilora.io.lock import locked
 
@@ -190,6 +190,32 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="no lock is possible"), locked(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_write_one_file_at_once_leave_it_whole(tmp_path):
+    path, children = tmp_path / "report.html", []
+    for mark in (b"a", b"b", b"c"):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                for _ in range(40):
+                    write_atomically(path, mark * 300_000)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    while children:
+        if path.exists():
+            content = path.read_bytes()
+            assert len(content) == 300_000
+            assert len(set(content)) == 1
+        for child in children:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                children = [other for other in children if other != child]
+                assert status == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
 
 
 # Folders that a killed process leaves unfinished

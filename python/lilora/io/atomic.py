@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lilora.errors import UserError
-from lilora.io.lock import LOCK, locked
+from lilora.io.lock import LOCK, locked, own
 
 NEW = "new"  # in the folder that `new_folder` makes beside its own
 TEMPORARY = ".tmp"  # appended to the name of a file that is still being written
@@ -20,7 +20,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Make `path` a file that holds `data`, as one step that a crash or a power cut cannot halve.
 
     Missing parent folders are made. The bytes go to `path` + ".tmp", reach the disk, and only then take the name. A
-    killed process can leave the temporary file behind; the next write to `path` replaces it.
+    killed process can leave the temporary file behind; the next write to `path` replaces it. Processes that write the same
+    file at once wait for each other.
 
     Raises:
         UserError: the system refused (disk full, no permission, name too long).
@@ -28,15 +29,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
+        with own(temporary) as file:
+            try:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
         _sync_folder(path.parent)  # the new name, too, must survive a power cut
     except OSError as error:
         raise UserError(

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from lilora.errors import UserError
 
@@ -56,6 +57,23 @@ def locked(folder: Path) -> Iterator[bool]:
         _remove_empty(made)
 
 
+def own(path: Path) -> BinaryIO:
+    """The file `path`, made or emptied, open for writing by one process at a time: others wait until it is closed."""
+    while True:
+        file = open(path, "ab")  # noqa: SIM115 - the caller closes it
+        if fcntl is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if fcntl is None or _is_at(file.fileno(), path):
+            file.truncate(0)
+            return file
+        file.close()  # who had it has given it another name meanwhile
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    return os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path))
+
+
 def _taken(path: Path) -> int | None:
     """The descriptor of the file `path`, locked; None where no lock is possible."""
     while True:
@@ -78,7 +96,7 @@ def _taken(path: Path) -> int | None:
             os.unlink(path)
             return None
         try:
-            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            if _is_at(descriptor, path):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, str(os.getpid()).encode(), 0)
                 return descriptor

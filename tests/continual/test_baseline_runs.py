@@ -41,6 +41,7 @@ def content(folder):
     return bank.config, bank.ids, stored, bank.scores["matrix"], bank.scores["functions"]
 
 
+@pytest.mark.usefixtures("resumed")
 @pytest.mark.parametrize("method", SETTINGS)
 def test_interrupted_twice_a_run_ends_with_the_same_bank(method, suite, tmp_path, monkeypatch):
     loss, add_task, terms = METHODS[method].loss, Bank.add_task, []

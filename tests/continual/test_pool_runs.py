@@ -49,6 +49,7 @@ def content(folder):
     return bank.config, bank.ids, stored, bank.scores["matrix"], bank.scores["functions"]
 
 
+@pytest.mark.usefixtures("resumed")
 @pytest.mark.parametrize("name", RUNS)
 def test_interrupted_in_every_stage_a_run_ends_with_the_same_bank(name, suite, tmp_path, monkeypatch):
     method, _, steps = RUNS[name]

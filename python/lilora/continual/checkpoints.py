@@ -10,6 +10,7 @@ All engines but DeepSpeed write the same files, so a run may go on with another 
 import os
 import re
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -131,7 +132,7 @@ def _require_tensors(path: Path, wanted: Mapping[str, Tensor]) -> None:
 def _entries(path: Path, *keys: str) -> dict[str, Any]:
     """The dict that torch.save wrote, with these keys."""
     try:
-        with safe_globals():
+        with safe_globals(), warnings.catch_warnings(action="ignore"):
             content = torch.load(_readable(path), map_location="cpu", weights_only=True)
     except (_Damaged, UserError):
         raise

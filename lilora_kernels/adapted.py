@@ -1,6 +1,6 @@
 """What the adapted linear layers have in common: a frozen base layer and one operation that adds the adapter to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -100,8 +100,8 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, base_layer: nn.Module, dropout: float) -> None:
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}; it must be in [0, 1)")
+        if not is_number(dropout) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout!r}; it must be in [0, 1)")
         if not (hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features")):
             raise TypeError(
                 f"base_layer is a {type(base_layer).__name__}; it must be a linear layer with in_features and out_features"
@@ -111,6 +111,10 @@ class AdaptedLinear(nn.Module):
         self.dropout = dropout
         self.model_tasks = Tasks()
         self.vision = False  # whether the rows are packed images; set by attach()
+        self.register_load_state_dict_pre_hook(check_loads)
+
+    def check_load(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """RuntimeError if the layer cannot take what a state dict holds for it, under names that start with `prefix`."""
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise RuntimeError(
@@ -169,6 +173,17 @@ class AdaptedLinear(nn.Module):
         if apart:
             return y + run(delta, cast, (), *rest).to(y.dtype)
         return run(linear, cast, (weight, bias), *rest)
+
+
+def check_loads(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_) -> None:
+    """Before anything of a state dict is written: `check_load` of all adapted layers of a model, or of the layer itself."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdaptedLinear):
+            layer.check_load(state, f"{prefix}{name}." if name else prefix)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def described(base: nn.Module) -> str:

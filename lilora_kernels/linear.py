@@ -1,13 +1,13 @@
 """LiLoRALinear: a frozen linear layer with one small adapter per task on a shared basis."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLinear, Factors, described, is_plain, is_sharded
+from .adapted import AdaptedLinear, Factors, described, is_number, is_plain, is_sharded
 from .context import BatchContext
 from .parameters import SharedParameter, TaskParameters, check_task_name, onloaded, stacked, window
 
@@ -33,16 +33,19 @@ class LiLoRALinear(AdaptedLinear):
         self,
         base_layer: nn.Module,
         r: int = 128,
-        sub_rank: int = 64,
-        alpha: float = 256.0,
+        sub_rank: int | None = None,
+        alpha: float | None = None,
         dropout: float = 0.05,
         fusion: bool = True,
         train_a: str = "first",
         train_b0: str = "first",
     ) -> None:
-        for name, size in (("r", r), ("sub_rank", sub_rank)):
-            if not isinstance(size, int) or size < 1:
+        for name, size in (("r", r), ("sub_rank", 1 if sub_rank is None else sub_rank)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name} is {size!r}; it must be an integer of at least 1")
+        sub_rank, alpha = max(1, r // 2) if sub_rank is None else sub_rank, 2.0 * r if alpha is None else alpha
+        if not is_number(alpha) or not 0 < alpha < math.inf:
+            raise ValueError(f"alpha is {alpha!r}; it must be a positive number")
         for name, policy in (("train_a", train_a), ("train_b0", train_b0)):
             if policy not in POLICIES:
                 raise ValueError(f"{name} is {policy!r}; it must be one of {list(POLICIES)}")
@@ -371,6 +374,21 @@ class LiLoRALinear(AdaptedLinear):
             y.register_hook(self.model_tasks.unchanged())
 
     @torch.no_grad()
+    def check_load(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """RuntimeError for what would change a merged task, or the weight that it is merged into: `unmerge` subtracts it."""
+        if self.merged_task is None:
+            return
+        kept = {f"{kind}.{name}": p for kind in KINDS[:2] for name, p in getattr(self, kind).items()}
+        kept |= {f"{kind}.{self.merged_task}": getattr(self, kind).get(self.merged_task) for kind in KINDS[2:]}
+        kept["base_layer.weight"] = getattr(self.base_layer, "weight", None)
+        for name, own in kept.items():
+            new = state.get(prefix + name)
+            if new is not None and own is not None and not (new.shape == own.shape and torch.equal(new.to(own), own)):
+                raise RuntimeError(
+                    f"{prefix}{name} cannot be loaded over while task {self.merged_task!r} is merged; unmerge() first"
+                )
+
+    @torch.no_grad()
     def overwrite_task(self, name: str, u: Tensor, v: Tensor, fusion: Tensor | None = None) -> None:
         """Copy u [N, sub_rank], v [sub_rank, r] and fusion [1] over a task's; ValueError, and nothing written, for others.
 
@@ -384,6 +402,8 @@ class LiLoRALinear(AdaptedLinear):
                 "is merged; unmerge() it first" if self.merged_task == name else f"has {[list(p.shape) for p in own]}"
             )
             raise ValueError(f"task {name!r} cannot be overwritten with tensors of the shapes {got}: it {state}")
+        if any(parameter.is_meta for parameter in own):
+            raise ValueError(f"task {name!r} cannot be overwritten: it is offloaded, and its tensors are not here")
         for parameter, value in zip(own, values, strict=True):
             parameter.copy_(value)
 

@@ -1,12 +1,13 @@
 """RankPoolLinear: a frozen linear layer with a pool of ranks, of which a gate chooses some for every sample."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLinear, Factors, version
+from .adapted import AdaptedLinear, Factors, is_number, version
 from .functional import rank_gate
 
 Group = tuple[tuple[str, ...], Tensor | None]
@@ -41,6 +42,8 @@ class RankPoolLinear(AdaptedLinear):
 
     def __init__(self, base_layer: nn.Module, choose: Chooser, scaling: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__(base_layer, dropout)
+        if not is_number(scaling) or not math.isfinite(scaling):
+            raise ValueError(f"scaling is {scaling!r}; it must be a finite number")
         self.choose, self.scaling = choose, scaling
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.snapshot: dict[str, tuple[Tensor, Tensor]] = {}  # frozen parts of a teacher, no parameters

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from .adapted import AdaptedLinear
+from .adapted import AdaptedLinear, check_loads
 from .context import BatchContext, Recomputation, TaskIds, Tasks, device_of, tasks_of
 from .mlp import unfuse_mlps
 
@@ -70,6 +70,7 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
     if "lilora_replaced" not in model.__dict__:
         # accelerate's hooks (device_map over several devices) put a forward of their own on the instance
         model.lilora_replaced = {name: model.__dict__[name] for name in METHODS if name in model.__dict__}
+        model.register_load_state_dict_pre_hook(check_loads)  # of all layers before the first is written
         # partial, not MethodType: a bound method is pickled by its name in the class, and there it is the old one
         model.forward = partial(_forward, model)
         model.forward.__signature__ = _signature(model)
@@ -89,6 +90,9 @@ def detach(model: nn.Module) -> None:
     for name in ("lilora_tasks", "lilora_replaced", *(METHODS if replaced is not None else ())):
         model.__dict__.pop(name, None)
     model.__dict__.update(replaced or {})
+    for key, hook in list(model._load_state_dict_pre_hooks.items()):
+        if hook.hook is check_loads:
+            del model._load_state_dict_pre_hooks[key]
     for module in model.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if getattr(checkpoint, "func", None) is _checkpoint_with_context:

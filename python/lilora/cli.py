@@ -4,14 +4,15 @@ import json
 import os
 import sys
 import warnings
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from .errors import UserError, lost_process, tell
+from .terminal import plain_console
 
 if TYPE_CHECKING:
     pass
@@ -23,7 +24,7 @@ bank_app = typer.Typer(
     no_args_is_help=True, help="A bank of learned tasks: look into it, import, export, merge, remove."
 )
 app.add_typer(bank_app, name="bank")
-console = Console()
+console = plain_console()
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -33,12 +34,12 @@ BankPath = Annotated[Path, typer.Argument(help="A bank folder, or the run folder
 AnyBank = Annotated[Path, typer.Argument(help="A bank folder, the run folder that holds one, or a hub repository.")]
 NewFolder = Annotated[Path, typer.Option("--out", help="New or empty folder.")]
 Rank = Annotated[int, typer.Option("--r", min=1, help="Rank of the shared factors, and of the LoRA baselines.")]
-SubRank = Annotated[int, typer.Option(min=1, help="Rank of a task's own factors (lilora).")]
+SubRank = Annotated[int | None, typer.Option(min=1, help="Rank of a task's own factors (lilora). Default: r // 2.")]
 Projector = Annotated[bool, typer.Option(help="Adapt the projector's linear layers too, as the paper does.")]
 Attention = Annotated[bool, typer.Option(help="Adapt the attention's linear layers too.")]
 
 # Options of `lilora train` that a method may want otherwise; these are those of the LiLoRA paper.
-REFERENCE = {"r": 128, "alpha": 256.0, "dropout": 0.05, "learning_rate": 2e-5, "weight_decay": 0.01}
+REFERENCE = {"r": 128, "alpha": None, "dropout": 0.05, "learning_rate": 2e-5, "weight_decay": 0.01}
 DEFAULT = "Default: that of the method's paper."
 PEFT_LORA = ("lora", "dirlora", "ewc", "lwf")  # their settings have the names of peft.LoraConfig
 
@@ -68,8 +69,10 @@ def train(
         ),
     ] = None,
     r: Annotated[int | None, typer.Option("--r", min=1, help=f"Rank of the adapters. {DEFAULT}")] = None,
-    sub_rank: SubRank = 64,
-    alpha: Annotated[float | None, typer.Option(help=f"The adapter's output is scaled by alpha / r. {DEFAULT}")] = None,
+    sub_rank: SubRank = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="The adapter's output is scaled by alpha / r. Default: 2 r; 1 for dac.")
+    ] = None,
     dropout: Annotated[
         float | None, typer.Option(min=0.0, max=0.99, help=f"Dropout on the adapter's input. {DEFAULT}")
     ] = None,
@@ -121,52 +124,58 @@ def train(
     from transformers.utils.logging import disable_progress_bar
 
     from .continual import processes
-    from .continual.train import ContinualRun, TrainSettings, method_label
+    from .continual.recorded import TrainSettings
+    from .continual.train import ContinualRun, method_label
 
     further = dict(map(setting, more or []))
     further["target_modules"] = further.get("target_modules") or target_pattern(model, projector, attention)
     given = {"r": r, "alpha": alpha, "dropout": dropout, "learning_rate": learning_rate, "weight_decay": weight_decay}
     options = REFERENCE | METHODS[method].defaults | {name: value for name, value in given.items() if value is not None}
+    options["alpha"] = 2.0 * options["r"] if options["alpha"] is None else options["alpha"]
     settings = method_settings(method, preset, sub_rank, options, further)
+    training = TrainSettings.of(
+        {
+            "learning_rate": options["learning_rate"],
+            "weight_decay": options["weight_decay"],
+            "epochs": epochs,
+            "max_steps": max_steps,
+            "batch_size": batch_size,
+            "gradient_accumulation": gradient_accumulation,
+            "warmup": warmup,
+            "gradient_checkpointing": gradient_checkpointing,
+            "dtype": dtype,
+            "seed": seed,
+        }
+    )
     out = out or Path("runs") / f"{manifest.name}-{label or method_label(method, settings)}-{seed}"
 
     console.quiet = processes.rank() > 0
     if console.quiet:
         disable_progress_bar()
-    run = ContinualRun.open(
+    opened = ContinualRun.open(
         out,
         manifest,
         model,
         method,
         settings,
-        TrainSettings(
-            learning_rate=options["learning_rate"],
-            weight_decay=options["weight_decay"],
-            epochs=epochs,
-            max_steps=max_steps,
-            batch_size=batch_size,
-            gradient_accumulation=gradient_accumulation,
-            warmup=warmup,
-            gradient_checkpointing=gradient_checkpointing,
-            dtype=dtype,
-            seed=seed,
-        ),
+        training,
         device,
         label,
     )
-    bars = not (quiet or as_json or console.quiet)
-    run.train(eval_batch_size, save_steps, workers, bars, (lambda line: None) if as_json else console_line)
-    processes.leave()
-    if processes.rank() > 0:
-        return
-    result = run.result()
-    page = write_report(out, [result], f"{result.method} on {manifest.name}", environment())
-    write_bank_card(run.bank)
-    if as_json:
-        print(json.dumps(result.to_dict()))
-    else:
-        print_tables([result], console)
-        console_line(f"report: {page}")
+    with closing(opened) as run:
+        bars = not (quiet or as_json or console.quiet)
+        run.train(eval_batch_size, save_steps, workers, bars, (lambda line: None) if as_json else console_line)
+        processes.leave()
+        if processes.rank() > 0:
+            return
+        result = run.result()
+        page = write_report(out, [result], f"{result.method} on {manifest.name}", environment())
+        write_bank_card(run.bank)
+        if as_json:
+            print(json.dumps(result.to_dict()))
+        else:
+            print_tables([result], console)
+            console_line(f"report: {page}")
 
 
 @app.command("eval")
@@ -322,7 +331,7 @@ def params(
     ] = "llava-1.5-7b",
     tasks: Annotated[int, typer.Option(min=1, help="Number of tasks to account for.")] = 6,
     r: Rank = 128,
-    sub_rank: SubRank = 64,
+    sub_rank: SubRank = None,
     projector: Projector = True,
     attention: Attention = False,
     as_json: Json = False,
@@ -434,8 +443,9 @@ def bank_rm(
     from .io.bank import Bank
 
     opened = Bank.open(bank)
-    remove_task(opened, task)
-    write_bank_card(opened)
+    with opened.writing():
+        remove_task(opened, task)
+        write_bank_card(opened)
     if as_json:
         print(json.dumps(opened.describe()))
     else:
@@ -531,7 +541,7 @@ def choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def method_settings(
-    method: str, preset: str | None, sub_rank: int, options: dict[str, Any], further: dict[str, Any]
+    method: str, preset: str | None, sub_rank: int | None, options: dict[str, Any], further: dict[str, Any]
 ) -> dict[str, Any]:
     """The settings that `make_method` takes, from the options of `lilora train`."""
     from .methods import METHODS
@@ -544,7 +554,7 @@ def method_settings(
     preset_settings = presets[preset or next(iter(presets))] if presets else {}
     sizes: dict[str, Any] = {"r": options["r"], "alpha": options["alpha"], "dropout": options["dropout"]}
     if method == "lilora":
-        sizes["sub_rank"] = sub_rank
+        sizes["sub_rank"] = max(1, options["r"] // 2) if sub_rank is None else sub_rank
     if method in PEFT_LORA:
         sizes = {"r": options["r"], "lora_alpha": options["alpha"], "lora_dropout": options["dropout"]}
     return {**sizes, **preset_settings, **further}

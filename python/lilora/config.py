@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
+from lilora_kernels.adapted import is_number
 from lilora_kernels.linear import POLICIES
 
 from .errors import UserError
@@ -28,8 +29,10 @@ class LiLoRAConfig(PeftConfig):
     """
 
     r: int = field(default=128, metadata={"help": "Rank of the shared factors A and B0."})
-    sub_rank: int = field(default=64, metadata={"help": "Rank of a task's own U V."})
-    alpha: float = field(default=256.0, metadata={"help": "The adapter's output is scaled by alpha / r."})
+    sub_rank: int | None = field(default=None, metadata={"help": "Rank of a task's own U V; r // 2 if not given."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "The adapter's output is scaled by alpha / r; 2 r if not given."}
+    )
     dropout: float = field(default=0.05, metadata={"help": "Dropout probability on the adapter's input."})
     fusion: bool = field(default=True, metadata={"help": "Learn how much of B0 a task uses; False gives B0 + U V."})
     target_modules: list[str] | str | None = field(
@@ -79,13 +82,34 @@ class LiLoRAConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = LILORA
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str) or _all(value, str)):
+                raise UserError(f"{name} is {value!r}; it must be a string or a list of strings")
+        if not (self.layers_to_transform is None or _all(self.layers_to_transform, int)):
+            raise UserError(
+                f"layers_to_transform is {self.layers_to_transform!r}; it must be an integer or a list of them"
+            )
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        for name in ("r", "sub_rank"):
+        for name, default in (("r", None), ("sub_rank", lambda: max(1, self.r // 2))):
+            if getattr(self, name) is None and default is not None:
+                setattr(self, name, default())
             size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31:
                 raise UserError(f"{name} is {size!r}; it must be an integer of at least 1")
+        if self.sub_rank > self.r:
+            raise UserError(
+                f"sub_rank is {self.sub_rank} and r is {self.r}, the most that the rank of U V can be; give at most r"
+            )
+        self.alpha = 2.0 * self.r if self.alpha is None else self.alpha
+        for name in ("alpha", "dropout", "stability"):
+            value = getattr(self, name)
+            if not is_number(value) or abs(value) > 2**1000:
+                raise UserError(f"{name} is {value!r}; it must be a number")
+        if not isinstance(self.fusion, bool):
+            raise UserError(f"fusion is {self.fusion!r}; it must be true or false")
         for name, choices in (
             ("train_a", POLICIES),
             ("train_b0", POLICIES),
@@ -106,3 +130,14 @@ class LiLoRAConfig(PeftConfig):
             raise UserError(
                 "layers_to_transform cannot be used with a regular expression in target_modules; list names"
             )
+
+
+def _all(value: object, kind: type) -> bool:
+    values = value if isinstance(value, list | tuple | set) else [value]
+    return all(isinstance(one, kind) and not isinstance(one, bool) for one in values)
+
+
+# The fields that are settings of the method, and not PEFT's own or of one saved task.
+OF_METHOD = tuple(
+    name for name in LiLoRAConfig.__annotations__ if name not in ("shared_fingerprint", "on_shared_mismatch")
+)

@@ -18,6 +18,11 @@ def tell(message: str) -> None:
         print(f"lilora: {message}", file=sys.stderr, flush=True)
 
 
+def note(message: str) -> None:
+    """Print one sentence on standard error and go on; for what one process alone finds."""
+    print(f"lilora: {message}", file=sys.stderr, flush=True)
+
+
 def lost_process(error: Exception) -> bool:
     """Whether a collective failed, which is what the others see of a process that has ended."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:

@@ -150,6 +150,9 @@ def adapted_layers(model: nn.Module) -> dict[str, Linear]:
     }
 
 
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
 def unwrapped(name: str) -> str:
     """The name of a module or tensor without the wrappers that torch puts around parts of a model in place."""
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

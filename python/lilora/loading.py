@@ -3,6 +3,7 @@
 from os import PathLike
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftConfig
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
@@ -19,11 +20,11 @@ def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: 
     """Overwrite a task of a live model with a saved one, in place; the task keeps its name and its id.
 
     No tensor moves, in the stacked bank of mixed batches neither, so compiled and captured graphs stay valid and see the
-    new values. model: adapted through PEFT or transformers, compiled or not. source: the folder of one task as
+    new values. model: adapted through PEFT or transformers, compiled or parallel or not. source: the folder of one task as
     `save_pretrained` writes it, or the tensors of `get_peft_model_state_dict`. UserError, and the model as it was, unless
     the source has the model's settings, names, shapes, dtypes and shared factors.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     layers = adapted_layers(model)
     for path, layer in layers.items():
         if task not in layer.tasks:
@@ -55,6 +56,16 @@ def check_loadable(model: nn.Module, config: LiLoRAConfig, task: str, state: dic
     """Raise UserError unless `state` fits the task; A and B0 that other tasks rely on may change only where they learn."""
     layers = adapted_layers(model)
     pairs = matched(layers, task, {name: tensor for name, tensor in state.items() if ".lilora_" in name})
+    for path, layer in layers.items():
+        if layer.merged_task == task:
+            raise UserError(f"task {task!r} is merged into the weight of {path}; unmerge it before loading over it")
+        for kind in SHARED if layer.merged_task is not None else ():
+            own, value = pairs[f"{path}.{kind}"]
+            if not torch.equal(value.to(own.device, own.dtype), own):
+                raise UserError(
+                    f"{path}.{kind} of task {task!r} differs from the model's, and task {layer.merged_task!r} is merged; "
+                    "unmerge it first"
+                )
     if config.on_shared_mismatch == "replace" or all(len(layer.tasks) == 1 for layer in layers.values()):
         return
     for name, (own, value) in pairs.items():

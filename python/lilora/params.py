@@ -121,7 +121,7 @@ def account(
     model: str,
     *,
     r: int = 128,
-    sub_rank: int = 64,
+    sub_rank: int | None = None,
     target_modules: str | None = None,
     projector: bool = False,
     attention: bool = False,
@@ -129,8 +129,10 @@ def account(
     """`count` for a model given by name: a shipped one (`llava-1.5-7b`), a folder with config.json, or a hub id.
 
     Only the configuration is read; the model is built on the meta device, without weights. `target_modules` replaces
-    the preset of the model's family (`lilora.models.target_modules`), which `projector` and `attention` widen.
+    the preset of the model's family (`lilora.models.target_modules`), which `projector` and `attention` widen. sub_rank is
+    r // 2 if not given.
     """
+    sub_rank = max(1, r // 2) if sub_rank is None else sub_rank
     shipped = _SHIPPED / _SHIPPED_ALIASES.get(model, model)
     source = shipped if shipped.is_dir() else model
     try:

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lilora.continual import report
+from lilora.continual import report, train
 
 WRITE_REPORT = report.write_report
 TEMPLATE = (
@@ -118,6 +118,12 @@ def _unreported():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "write_report", lambda *_: "none")
         yield
+
+
+@pytest.fixture
+def resumed(monkeypatch):
+    """Every checkpoint of the test is whole: to pass over one, which ends with the same bank, fails it."""
+    monkeypatch.setattr(train, "note", pytest.fail)
 
 
 @pytest.fixture

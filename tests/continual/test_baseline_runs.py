@@ -7,8 +7,9 @@ import pytest
 from lilora.cli import target_pattern
 from lilora.continual.evaluate import evaluate
 from lilora.continual.load import load_bank
+from lilora.continual.recorded import TrainSettings
 from lilora.continual.tasks import load_manifest
-from lilora.continual.train import ContinualRun, TrainSettings
+from lilora.continual.train import ContinualRun
 from lilora.io.bank import Bank
 from lilora.methods import METHODS
 
@@ -40,6 +41,7 @@ def content(folder):
     return bank.config, bank.ids, stored, bank.scores["matrix"], bank.scores["functions"]
 
 
+@pytest.mark.usefixtures("resumed")
 @pytest.mark.parametrize("method", SETTINGS)
 def test_interrupted_twice_a_run_ends_with_the_same_bank(method, suite, tmp_path, monkeypatch):
     loss, add_task, terms = METHODS[method].loss, Bank.add_task, []

@@ -481,6 +481,7 @@ def test_images_of_any_task_are_routed_by_the_frozen_encoder(images, tmp_path, l
     assert got == [said[name][i] for i, name in enumerate(mixed)]
 
 
+@pytest.mark.usefixtures("resumed")
 def test_interrupted_in_steps_and_evaluations_the_run_ends_the_same(images, finished, tmp_path, lilora, monkeypatch):
     def stopping(method, call):
         """The method, stopped in its call of this number, from 1."""

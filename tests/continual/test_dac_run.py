@@ -9,6 +9,7 @@ from lilora.continual.train import TaskTrainer
 from lilora.io.bank import Bank
 
 
+@pytest.mark.usefixtures("resumed")
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_stopped_in_a_task_the_run_ends_with_the_same_bank(preset, suite, tmp_path, lilora, train_options, monkeypatch):
     step, calls = TaskTrainer.training_step, []

@@ -8,8 +8,9 @@ import torch
 from lilora.cli import target_pattern
 from lilora.continual.evaluate import evaluate
 from lilora.continual.load import load_bank
+from lilora.continual.recorded import TrainSettings
 from lilora.continual.tasks import load_manifest
-from lilora.continual.train import ContinualRun, TrainSettings
+from lilora.continual.train import ContinualRun
 from lilora.io.bank import Bank
 from lilora.methods import METHODS
 
@@ -48,6 +49,7 @@ def content(folder):
     return bank.config, bank.ids, stored, bank.scores["matrix"], bank.scores["functions"]
 
 
+@pytest.mark.usefixtures("resumed")
 @pytest.mark.parametrize("name", RUNS)
 def test_interrupted_in_every_stage_a_run_ends_with_the_same_bank(name, suite, tmp_path, monkeypatch):
     method, _, steps = RUNS[name]

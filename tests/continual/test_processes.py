@@ -6,6 +6,7 @@ tell it that CPUs with gloo are one; the rest is the Trainer's and accelerate's 
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -242,6 +243,30 @@ def test_one_killed_process_ends_the_other_and_the_same_command_goes_on_to_the_s
     assert two(tmp_path / "log", command, engine) == [0, 0]
     assert len((tmp_path / "log" / "losses").read_text().split()) == 4  # of steps 3 to 6, once
     assert fingerprints(tmp_path / "run") == fingerprints(tmp_path / "whole")
+
+
+def test_a_run_goes_on_with_another_engine_and_unpickles_nothing(short, tmp_path):
+    command = [*short, "--out", tmp_path / "run"]
+    assert two(tmp_path / "log", command, "ddp", kill=(1, 3)) == [1, -signal.SIGKILL]
+    (tmp_path / "log" / "losses").unlink()
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):  # where accelerate would read a pickle
+        folder = tmp_path / "run" / "checkpoints" / "colour" / "learn" / "checkpoint-2" / name
+        folder.mkdir()
+        (folder / ".metadata").write_bytes(pickle.dumps(Runs(tmp_path / "it-ran")))
+    assert two(tmp_path / "log", command, "fsdp2") == [0, 0]
+    assert told(tmp_path / "log") == []
+    assert len(losses_in(tmp_path / "log")) == 4  # of steps 3 to 6
+    assert not (tmp_path / "it-ran").exists()
+
+
+class Runs:
+    """A pickle that makes a folder."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
 
 
 def test_a_process_killed_under_accelerate_launch_ends_the_command(short, tmp_path):

@@ -205,3 +205,15 @@ def test_an_extra_that_is_not_json_writes_nothing(tmp_path, runs):
     with pytest.raises(TypeError):
         write_report(tmp_path / "out", [Run("a", 0, runs[0].matrix, extra={"model": object()})])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("label", ["[/b]", "[red]x", "a :smile: b", "\\[b]", "$\\frac$", "x[/not] 5$"])
+def test_a_label_is_printed_and_drawn_as_it_is(label, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    labelled = [Run(label, 0, matrix(np.random.default_rng(0)))]
+    print_tables(labelled)
+    out = capsys.readouterr().out
+    assert f"{label}: score on each task" in out
+    assert out.count(label) == 2
+    write_report(tmp_path, labelled)
+    assert json.loads((tmp_path / "metrics.json").read_text())["runs"][0]["method"] == label

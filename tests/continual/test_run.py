@@ -13,7 +13,6 @@ import torch
 import yaml
 
 import lilora.cli as cli
-from lilora.continual.train import latest_checkpoint
 from lilora.io.bank import Bank
 from lilora_kernels import backends
 
@@ -154,6 +153,23 @@ def test_bank_ls_and_info_and_params(finished, lilora):
         assert out.strip()
 
 
+def test_labels_and_folders_that_look_like_markup_are_printed_as_they_are(suite, tmp_path, lilora, train_options):
+    label, folder = "[/b] [red]mine :smile:", tmp_path / "[b]runs[/i]" / "one"
+    brief = ["--order", "colour", *train_options, "--max-steps", "1", "--label", label]
+    code, out, err = lilora("train", suite / "tasks.yaml", "--out", folder, *brief)
+    assert code == 0, err
+    assert f"{label}: task 1 of 1, colour, learned" in out
+    assert f"{label}: score on each task" in out
+    code, out, err = lilora("bank", "ls", folder)
+    assert code == 0, err
+    assert "[b]runs[/i]" in out
+    code, out, err = lilora("bank", "export", folder, "--out", tmp_path / "[/b]")
+    assert code == 0, err
+    assert f"colour: {tmp_path / '[/b]' / 'colour'}" in out
+    code, _, err = lilora("bank", "ls", tmp_path / "[/nothing]")
+    assert (code, f"{tmp_path / '[/nothing]'} is not a bank" in one_sentence(err)) == (2, True)
+
+
 # --- interruption -------------------------------------------------------------------------------------------------------
 
 
@@ -220,15 +236,6 @@ def test_stopped_in_an_evaluation_the_same_command_goes_on(suite, tmp_path, lilo
     assert scores["seconds"]["colour"] > 0
 
 
-def test_a_checkpoint_cut_short_is_not_resumed_from(tmp_path):
-    for step in (2, 4, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"global_st')
-    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert latest_checkpoint(tmp_path / "none") is None
-
-
 # --- bad input: one sentence, exit code 2, nothing written or lost ------------------------------------------------------
 
 
@@ -248,6 +255,24 @@ BAD_TRAIN = {
     "unknown task in order": (["--order", "colour,shape"], "'shape' is unknown"),
     "repeated task in order": (["--order", "colour,colour"], "order"),
     "wrong alpha": (["--alpha", "-1"], "alpha is -1.0; it must be a positive number"),
+    "alpha nan": (["--alpha", "nan"], "alpha is nan; it must be a positive number"),
+    "alpha text": (["--set", "alpha=x"], "alpha is 'x'; it must be a number"),
+    "r true": (["--set", "r=true"], "r is True; it must be an integer of at least 1"),
+    "lora r true": (["--method", "lora", "--set", "r=true"], "lora: r is True; it is true or false where"),
+    "lora alpha infinite": (
+        ["--method", "lora", "--alpha", "inf"],
+        "lora: lora_alpha is inf; input should be a finite",
+    ),
+    "pclr alpha infinite": (["--method", "pclr", "--alpha", "inf"], "pclr: alpha is inf; input should be a finite"),
+    "sub_rank above r": (["--sub-rank", "1000"], "sub_rank is 1000 and r is 8"),
+    "unknown setting": (["--set", "magic=1"], "lilora has no setting 'magic'"),
+    "no epochs": (["--epochs", "0"], "train: epochs is 0.0; input should be greater than 0"),
+    "no steps": (["--max-steps", "0"], "max_steps is 0; give at least 1"),
+    "huge lr": (["--lr", "1e300"], "learning_rate is 1e+300; input should be less than or equal to 1"),
+    "no lr": (["--lr", "0"], "learning_rate is 0.0; input should be greater than 0"),
+    "infinite decay": (["--weight-decay", "inf"], "weight_decay is inf; input should be a finite number"),
+    "infinite epochs": (["--epochs", "inf"], "epochs is inf; input should be a finite number"),
+    "label of two lines": (["--label", "a\nb"], "label is 'a\\nb'; give one line"),
     "missing base": (["--model", "./no-such-folder"], "./no-such-folder"),
     "missing data": (["--data", "/no/such/data"], "--data"),
 }

@@ -43,7 +43,7 @@ def test_a_peft_folder(expected):
     torch.testing.assert_close(got, expected["peft_logits"], rtol=1e-4, atol=1e-5)
 
 
-def test_an_interrupted_run_goes_on(suite, tmp_path):
+def test_an_interrupted_run_goes_on(suite, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(WRITTEN / "run", run)
     # The base model lies elsewhere here: the file says where, under its checksum.
@@ -55,6 +55,7 @@ def test_an_interrupted_run_goes_on(suite, tmp_path):
     options = ["--r", "8", "--sub-rank", "4", "--alpha", "16", "--dropout", "0.1", "--lr", "0.01", "--max-steps", "4"]
     options += ["--batch-size", "4", "--gradient-accumulation", "1", "--save-steps", "2", "--device", "cpu", "--quiet"]
     cli.app(["train", str(suite / "tasks.yaml"), "--out", str(run), *options], standalone_mode=False)
+    assert "passed over" not in capsys.readouterr().err
     bank = Bank.open(run / "bank")
     assert bank.tasks == ["colour", "count", "name"]
     assert {task: bank.task_fingerprint(task) for task in before} == before

@@ -135,6 +135,21 @@ def test_training_on_does_not_change_the_bank_nor_do_loaded_tensors(bank):
     assert same(bank.load_task("one")[0], task_tensors(1))
 
 
+@pytest.mark.parametrize("change", ["rewritten", "truncated"])
+def test_loaded_tensors_do_not_follow_their_files(bank, change):
+    bank.set_router("one", router_tensors(0))
+    task, shared = bank.load_task("one")
+    everything, routers = bank.load_tasks(), bank.load_routers()
+    for path in bank.path.rglob("*.safetensors"):
+        with open(path, "r+b") as file:  # in place, as no writer of ours does
+            size = path.stat().st_size
+            file.write(b"\xff" * size) if change == "rewritten" else file.truncate(0)
+    assert same(task, task_tensors(1))
+    assert same(shared, shared_tensors(0))
+    assert same(everything["two"][0], task_tensors(2))
+    assert same(routers["one"], router_tensors(0))
+
+
 def test_equal_shared_sets_are_stored_once_and_others_apart(bank):
     before = files(bank.path)
     bank.add_task("three", task_tensors(3), shared_tensors(7))
@@ -344,7 +359,7 @@ def test_create_refuses_a_folder_in_use(bank, tmp_path):
     with pytest.raises(UserError, match=r"trainer_state\.json"):
         Bank.create(run, config={}, base_model=BASE)
     assert list(files(run)) == ["trainer_state.json"]
-    with pytest.raises(UserError, match="cannot be made a bank"):
+    with pytest.raises(UserError, match="cannot be written"):
         Bank.create(run / "trainer_state.json", config={}, base_model=BASE)
 
 
@@ -694,6 +709,14 @@ def test_fingerprint_ignores_adapters_and_their_wrapping():
     wrapped = get_peft_model(net, LoraConfig(target_modules=["up_proj", "head"]))
     assert any("base_layer" in name for name, _ in wrapped.named_parameters())
     assert BaseModelId.of(wrapped, "net") == plain
+
+
+def test_fingerprint_ignores_compilation():
+    net = Net()
+    plain = BaseModelId.of(net, "net")
+    net.up_proj = torch.compile(net.up_proj, backend="eager")
+    assert BaseModelId.of(net, "net") == plain
+    assert BaseModelId.of(torch.compile(net, backend="eager"), "net") == plain
 
 
 def test_fingerprint_ignores_lilora_parameters():

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, LlavaForConditionalGeneration
 
@@ -171,6 +171,75 @@ def test_a_model_in_memory_is_exported_like_its_bank(wrapped, base, llava_folder
     assert configs[0] == configs[1]
     exported = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "memory").eval()
     agree(exported, restored(bank, base, "count"), base, inputs)
+
+
+def compiled_in_part(model):
+    for layer in model.get_submodule("base_model.model.model.language_model.layers"):
+        layer.mlp = torch.compile(layer.mlp, backend="eager")
+    return model
+
+
+def compiled_whole(model):
+    return torch.compile(model, backend="eager")
+
+
+def parallel(model):
+    made = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
+    torch.nn.Module.__init__(made)  # without a process group: only its name of the model counts here
+    made.module = model
+    return made
+
+
+@pytest.mark.parametrize("wrap", [compiled_in_part, compiled_whole, parallel])
+def test_saved_names_hold_no_wrapper(wrap, base, llava_folder, tmp_path):
+    bank = made(tmp_path / "bank", "lilora", base, llava_folder)
+    model = restored(bank, base, "read")
+    package.export_lora(model, "count", tmp_path / "plain")
+    wrapped = wrap(model)
+    package.export_lora(wrapped, "count", tmp_path / "wrapped")
+    assert files(tmp_path / "wrapped") == files(tmp_path / "plain")
+    source = {name: t.clone() for name, t in get_peft_model_state_dict(model, adapter_name="count").items()}
+    package.hotswap(wrapped, source, "count")
+
+
+@pytest.mark.parametrize("which", ["lora", "dirlora"])
+def test_a_method_names_its_tensors_without_wrappers(which, base, llava_folder, tmp_path):
+    bank = made(tmp_path / "bank", which, base, llava_folder)
+    method = make_method(which, copy.deepcopy(base), bank.config["settings"])
+    method.restore(bank.load_tasks())
+    names = method.tensors("count")[1].keys()
+    compiled_in_part(method.model)
+    assert method.tensors("count")[1].keys() == names
+
+
+@pytest.mark.parametrize("which", ["lilora", "lora", "olora"])
+def test_tensors_that_the_settings_do_not_make_are_not_restored(which, base, llava_folder, tmp_path):
+    bank = made(tmp_path / "bank", which, base, llava_folder)
+    tasks = bank.load_tasks()
+    rank = {"A": lambda t: t[:1], "B0": lambda t: t[:, :1], "V": lambda t: t[:, :1]}
+
+    def of_rank_one(tensors):  # which would fill all ranks of the model with the first
+        return {name: rank.get(name.rpartition(".")[2], lambda t: t)(tensor) for name, tensor in tensors.items()}
+
+    def elsewhere(tensors):
+        return {f"model.{name}" if not name.startswith("state.") else name: t for name, t in tensors.items()}
+
+    for change in [elsewhere, *([of_rank_one] if which in ("lilora", "lora") else [])]:
+        method = make_method(which, copy.deepcopy(base), bank.config["settings"])
+        with pytest.raises(UserError, match="in the model; give"):
+            method.restore({task: tuple(map(change, parts)) for task, parts in tasks.items()})
+
+
+@pytest.mark.parametrize("which", ["lilora", "lora"])
+def test_a_rank_that_is_not_that_of_the_tensors_is_not_exported(which, base, llava_folder, tmp_path):
+    bank = made(tmp_path / "bank", which, base, llava_folder)
+    config = {**bank.config, "settings": bank.config["settings"] | {"r": R + 1}}
+    other = Bank.create(tmp_path / "other", config=config, base_model=bank.base_model)
+    for task, tensors in bank.load_tasks().items():
+        other.add_task(task, *tensors)
+    with pytest.raises(UserError, match=f"has {R} ranks and the settings say {R + 1}"):
+        export_tasks(other, "count" if which == "lilora" else None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("why", ["no layers", "unknown task", "bias", "modules_to_save", "folder in use"])

@@ -12,7 +12,7 @@ from tiny_llava import randomise
 from torch import nn
 
 import lilora_kernels
-from lilora_kernels import LiLoRALinear
+from lilora_kernels import LiLoRALinear, RankPoolLinear
 from lilora_kernels.ops.delta import reference
 
 TASKS = ("cats", "dogs", "birds")
@@ -436,6 +436,55 @@ def test_deleting_a_merged_task_takes_it_out():
     close(made.base_layer(x), base)
 
 
+def test_a_merged_task_is_not_overwritten_and_the_base_comes_back(monkeypatch):
+    made = layer()
+    base, other = made.base_layer.weight.clone(), [torch.randn_like(p) for p in made._own("cats")]
+    made.merge("cats")
+    weight = made.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="is merged; unmerge"):
+        made.overwrite_task("cats", *other)
+    made.overwrite_task("dogs", *other)
+    assert torch.equal(made.base_layer.weight, weight)
+    made.unmerge()
+    close(made.base_layer.weight, base)
+    made.overwrite_task("cats", *other)
+    assert all(torch.equal(own, value) for own, value in zip(made._own("cats"), other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changed", ["lilora_U.cats", "lilora_fusion.cats", "lilora_A.cats", "lilora_B.dogs", "base_layer.weight"]
+)
+def test_a_state_dict_is_not_loaded_over_a_merged_task(changed):
+    model = nn.Sequential(nn.Linear(K, K), layer())
+    lilora_kernels.attach(model)
+    base = model[1].base_layer.weight.clone()
+    model[1].merge("cats")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)  # what is there already
+    for name in state:
+        if (
+            name.startswith("0.")
+            or name.endswith(changed)
+            or (changed[:8] in ("lilora_A", "lilora_B") and changed[:8] in name)
+        ):
+            state[name] = state[name] + 1
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="cannot be loaded over while task 'cats' is merged; unmerge"):
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="cannot be loaded over while task 'cats' is merged"):
+        model[1].load_state_dict({name[2:]: tensor for name, tensor in state.items() if name.startswith("1.")})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model[1].unmerge()
+    close(model[1].base_layer.weight, base)
+    model.load_state_dict(state)
+
+
+def test_an_offloaded_task_is_not_overwritten_with_nothing():
+    made = layer().to("meta")
+    with pytest.raises(ValueError, match="is offloaded"):
+        made.overwrite_task("cats", *(torch.zeros(p.shape) for p in made._own("cats")))
+
+
 # --- copies, files, casts ---------------------------------------------------------------------------------------------
 
 
@@ -687,3 +736,27 @@ def test_gradients_by_torch_func_of_factors():
     made(x).square().sum().backward()
     for path, grad in got.items():
         torch.testing.assert_close(grad, made.get_parameter(path).grad)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"r": True}, "r is True; it must be an integer"),
+        ({"sub_rank": 0}, "sub_rank is 0; it must be an integer"),
+        ({"alpha": float("nan")}, "alpha is nan; it must be a positive number"),
+        ({"alpha": float("inf")}, "alpha is inf; it must be a positive number"),
+        ({"alpha": "x"}, "alpha is 'x'; it must be a positive number"),
+        ({"alpha": True}, "alpha is True; it must be a positive number"),
+        ({"dropout": "x"}, "dropout is 'x'; it must be in"),
+        ({"dropout": float("nan")}, "dropout is nan; it must be in"),
+    ],
+)
+def test_a_layer_takes_no_setting_that_is_no_number_in_its_range(options, words):
+    with pytest.raises(ValueError, match=words):
+        LiLoRALinear(nn.Linear(4, 3), **options)
+
+
+@pytest.mark.parametrize("scaling", [float("nan"), float("inf"), "x", True])
+def test_a_pool_takes_no_scaling_that_is_no_finite_number(scaling):
+    with pytest.raises(ValueError, match=r"scaling is .*; it must be a finite number"):
+        RankPoolLinear(nn.Linear(4, 3), lambda *_: None, scaling=scaling)

@@ -303,6 +303,8 @@ def test_merge_and_unmerge(case, pretrained, safe_merge):
         model.delete_adapter("b")
     with pytest.raises(UserError, match="task 'b' is merged into the weight of"):
         hotswap(model, folder / "a", "b")
+    with pytest.raises(UserError, match="task 'b' is merged into the weight of"):
+        model.load_adapter(folder / "a", "b")
     model.unmerge_adapter()
     assert_close(output(model, batch, task_ids=MIXED), mixed)
     model.merge_adapter(["a"], safe_merge=safe_merge)

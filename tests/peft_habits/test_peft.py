@@ -29,7 +29,7 @@ from habits import (
     state_of,
     train,
 )
-from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
@@ -156,6 +156,25 @@ def test_foreign_shared_factors_replace_on_demand(base_folder, saved, foreign, t
     plain.load_adapter(str(tmp_path), adapter_name="b")
     assert_close(logits(plain, foreign[1], task_ids=["b"] * 3), foreign[2])
     assert_tied(plain, "ab")
+
+
+def test_foreign_shared_factors_do_not_replace_those_of_a_merged_task(base_folder, saved, foreign):
+    model = PeftModel.from_pretrained(load_base(base_folder), saved[0] / "a", adapter_name="a")
+    model.load_adapter(saved[0] / "b", "b")
+    model.peft_config["b"].on_shared_mismatch = "replace"
+    base = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
+    model.merge_adapter(["a"])
+    before = state_of(model)
+    with pytest.raises(UserError, match="differs from the model's, and task 'a' is merged; unmerge it first") as e:
+        set_peft_model_state_dict(model, load_file(foreign[0] / "adapter_model.safetensors"), "b")
+    one_sentence(e)
+    assert_unchanged(model, before)
+    set_peft_model_state_dict(model, load_file(saved[0] / "b" / "adapter_model.safetensors"), "b")  # of the same chain
+    model.unmerge_adapter()
+    for name, parameter in model.named_parameters():
+        if name in base:
+            torch.testing.assert_close(parameter, base[name])
+    assert_close(logits(model, saved[1], task_ids=["a", "b", None]), saved[2])
 
 
 def test_transformers_loads_adapter_folders(base_folder, saved, foreign):
@@ -397,7 +416,16 @@ def test_settings_survive_the_file(tmp_path):
         ({"r": 0}, "r is 0; it must be an integer of at least 1"),
         ({"r": True}, "r is True"),
         ({"sub_rank": 2.5}, "sub_rank is 2.5"),
+        ({"sub_rank": 1000, "r": 8}, "sub_rank is 1000 and r is 8"),
         ({"alpha": float("nan")}, "alpha is nan"),
+        ({"alpha": "x"}, "alpha is 'x'; it must be a number"),
+        ({"alpha": True}, "alpha is True; it must be a number"),
+        ({"dropout": "0.1"}, "dropout is '0.1'; it must be a number"),
+        ({"stability": None}, "stability is None; it must be a number"),
+        ({"fusion": "no"}, "fusion is 'no'; it must be true or false"),
+        ({"target_modules": 5}, "target_modules is 5; it must be a string or a list of strings"),
+        ({"modules_to_save": [1]}, "modules_to_save is"),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform is"),
         ({"dropout": 1.0}, "dropout is 1.0; it must be in"),
         ({"dropout": -0.1}, "dropout is -0.1"),
         ({"dropout": float("nan")}, "dropout is nan"),

@@ -24,6 +24,7 @@ from lilora.io.bank import Bank
 from lilora.io.export_lora import up_projection
 from lilora.methods.base import Tensors
 from lilora.methods.redundancy import principal_cosines, residual_share, whitening
+from lilora.terminal import plain_console
 
 from .report import COLOURS, PLOT_STYLE, cell_colours, draw_matrix, png
 from .scores import cell_text, none_if_nan
@@ -96,7 +97,7 @@ def analyze(bank: Bank, threshold: float = 0.5, track: Callable[[list[str]], Ite
     if not 0 < threshold < 1:
         raise UserError(f"--threshold is {threshold}; give a share of the squared norm, above 0 and below 1")
     method = bank.config.get("method")
-    if method not in ONE_BASIS:
+    if not isinstance(method, str) or method not in ONE_BASIS:
         raise UserError(
             f"{bank.path} is of method {method!r}, which keeps no LoRA (A, B0) per task; analyze wants a bank of one of "
             f"{', '.join(ONE_BASIS)}"
@@ -220,7 +221,7 @@ def _jsonable(x: np.ndarray) -> list:
 
 def print_analysis(analysis: Analysis, console: Console | None = None) -> None:
     """Print mean and highest number between tasks, and the drift of the shared basis; `to_dict` has every pair."""
-    console = console or Console()
+    console = console or plain_console()
     rows = []
     for title, values, random in _matrices(analysis):
         pairs = np.where(np.eye(len(values), dtype=bool), -np.inf, values)

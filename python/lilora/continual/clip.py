@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
+from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, CLIPModel
@@ -134,7 +135,7 @@ def evaluate_routed(
         data = LabelledImages(spec, "test")
         starts = range(0, len(data), batch_size)
         found: list[str] = []
-        for start in starts if progress is None else progress.track(starts, description=f"routing {spec.name}"):
+        for start in starts if progress is None else progress.track(starts, description=escape(f"routing {spec.name}")):
             found += router.route(pixels(processor, data.samples[start : start + batch_size]))
         routed = score(spec, data, classified(method, processor, spec, data, found, batch_size, progress))
         scores.append(RoutedScore(result, routed, dict(Counter(found))))
@@ -152,7 +153,7 @@ def classified(
 ) -> list[str]:
     """What the model of a task says to each image: one of the classes of `spec`."""
     said = [""] * len(data)
-    bar = None if progress is None else progress.add_task(f"evaluating {spec.name}", total=len(data))
+    bar = None if progress is None else progress.add_task(escape(f"evaluating {spec.name}"), total=len(data))
     with evaluating(method.model):
         for task in dict.fromkeys(tasks):
             places = [i for i, name in enumerate(tasks) if name == task]

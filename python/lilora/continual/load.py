@@ -8,7 +8,8 @@ from ..io.bank import Bank, BaseModelId
 from ..io.hub import open_bank
 from ..methods import Method, make_method
 from .kinds import KINDS, kind_of
-from .train import load_base
+from .recorded import train_settings
+from .train import load_base, restore
 
 
 def load_bank(
@@ -25,6 +26,7 @@ def load_bank(
     made with. UserError if the bank has no task `wanted`, gives no answers and `answers` is set, or fits no such base model.
     """
     bank = open_bank(path)
+    settings = train_settings(bank)
     if not bank.tasks:
         raise UserError(f"{path} holds no learned task yet; train first")
     if answers and kind_of(bank.config) is not KINDS["instruction"]:
@@ -32,8 +34,8 @@ def load_bank(
     if wanted is not None and wanted not in bank.tasks:
         raise UserError(f"task {wanted!r} is unknown; {path} has {', '.join(bank.tasks)}")
     model = model or bank.base_model.id
-    base, processor = load_base(model, bank.config["train"]["dtype"], device, kind_of(bank.config))
+    base, processor = load_base(model, settings.dtype, device, kind_of(bank.config))
     bank.check_base_model(BaseModelId.of(base, model))
     method = make_method(bank.config["method"], base, bank.config["settings"])
-    method.restore(bank.load_tasks())
+    restore(method, bank)
     return bank, method, processor

@@ -12,6 +12,7 @@ from ..io.peft_folder import write_peft
 from ..methods import METHODS
 from .collator import Collator
 from .kinds import KINDS, kind_of
+from .recorded import train_settings
 from .scores import ScoreMatrix
 from .train import load_base
 
@@ -27,6 +28,7 @@ def export_tasks(bank: Bank, task: str | None, out: Path, form: str = "lora") ->
     Raises:
         UserError: an unknown task, a method whose tasks are no LoRA, a damaged bank, or a folder in use.
     """
+    train_settings(bank)
     method = METHODS[bank.config["method"]]
     if form == "lilora" and method.name != "lilora":
         raise UserError(f"--format lilora is for tasks of method lilora and {bank.path} is of {method.name}; use lora")
@@ -59,12 +61,18 @@ def merge_task(bank: Bank, task: str | None, out: Path, model: str | None = None
     Raises:
         UserError: an unknown task, a method that cannot be merged, another base model, or a folder in use.
     """
+    settings = train_settings(bank)
     name, method = chosen_task(bank, task), METHODS[bank.config["method"]]
     with new_folder(out) as folder:
         model = model or bank.base_model.id
-        base, processor = load_base(model, bank.config["train"]["dtype"], "cpu", kind_of(bank.config))
+        base, processor = load_base(model, settings.dtype, "cpu", kind_of(bank.config))
         bank.check_base_model(BaseModelId.of(base, model))
-        method.merge(base, bank, name)
+        try:
+            method.merge(base, bank, name)
+        except AttributeError as error:  # a linear that the base model does not have
+            raise UserError(
+                f"{bank.path} adapts what {model} does not have ({error}); restore it from a copy"
+            ) from error
         if kind_of(bank.config) is KINDS["instruction"]:
             stops = Collator(processor, {}, train=False).stops(base)
             base.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]

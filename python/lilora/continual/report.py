@@ -23,6 +23,7 @@ from rich.table import Table
 from lilora.continual.scores import METRICS, ScoreMatrix, cell_text, none_if_nan
 from lilora.errors import UserError
 from lilora.io.atomic import write_atomically
+from lilora.terminal import plain_console
 
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#4D4D4D", "#F0E442"]  # Okabe-Ito
 _MARKERS = "osD^vPX*"
@@ -35,6 +36,7 @@ PLOT_STYLE = {
     "axes.titlelocation": "left",
     "axes.axisbelow": True,
     "savefig.dpi": 150,
+    "text.parse_math": False,  # a label is no formula
 }
 
 
@@ -183,7 +185,7 @@ def write_report(
 
 def print_tables(runs: list[Run], console: Console | None = None) -> None:
     """Print the metrics of each method, then its score matrix (mean over seeds), to the terminal."""
-    console = console or Console()
+    console = console or plain_console()
     methods = _by_method(runs)
     console.print("metrics in points, mean±standard deviation over seeds")
     table = _table("method", map(_heading, methods[0].metrics), min_width=9)

@@ -61,7 +61,16 @@ class NearestCentroid(TaskRouter):
                 f"{bank.path} has no router for {', '.join(missing)}; run its `lilora train` command again, which adds it, "
                 "or name the task"
             )
-        return cls(model, bank.load_routers())
+        learned = bank.load_routers()
+        width = next((len(s["mean"]) for s in learned.values() if "mean" in s and s["mean"].dim() == 1), 0)
+        wanted = {"mean": (width,), "variance": (width,), "count": (1,)}
+        for task, statistics in learned.items():
+            if {name: tuple(tensor.shape) for name, tensor in statistics.items()} != wanted:
+                raise UserError(
+                    f"{bank.path}: the router of task {task!r} has other tensors than mean, variance [{width}] and count [1]; "
+                    "restore the bank from a copy"
+                )
+        return cls(model, learned)
 
     @property
     def tasks(self) -> list[str]:
@@ -83,11 +92,16 @@ class NearestCentroid(TaskRouter):
 
     @torch.no_grad()
     def distances(self, features: Tensor) -> Tensor:
-        """[B, T] from features [B, D]."""
+        """[B, T] from features [B, D]; UserError if the tasks' statistics are of another width."""
         mean, variance, count = (
             torch.stack([statistics[name] for statistics in self.learned.values()]).to(features.device)
             for name in ("mean", "variance", "count")
         )  # [T, D], [T, D], [T, 1]
+        if features.shape[1] != mean.shape[1]:
+            raise UserError(
+                f"this model has {features.shape[1]} features and the router's tasks {mean.shape[1]}; give the base model that "
+                "it learned with"
+            )
         pooled = (count * variance).sum(0) / count.sum()
         # The least number stands for a variance of 0, as one sample of every task has.
         scale = torch.lerp(pooled, pooled.mean(), SHRINKAGE).clamp_min(torch.finfo(pooled.dtype).tiny).sqrt()

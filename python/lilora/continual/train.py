@@ -5,54 +5,39 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.constants import FSDP_MODEL_NAME
-from peft import get_peft_model_state_dict
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments, set_seed
 
-from ..errors import UserError
+from lilora_kernels.adapted import is_sharded
+
+from ..errors import UserError, note
 from ..io.atomic import write_atomically
 from ..io.bank import Bank, BaseModelId
 from ..io.checkpoint import flat
+from ..io.lock import locked
+from ..layer import unwrapped
 from ..methods import METHODS, Method, Stage, make_method
 from ..methods.base import digest
 from ..model import whole
 from . import processes
+from .checkpoints import PROGRESS, STATE, TENSORS, latest_checkpoint, sync
 from .kinds import KINDS, Collate, Kind
+from .recorded import TrainSettings, check_label, train_settings
 from .report import Run
 from .router import SAMPLES, NearestCentroid
 from .scores import ScoreMatrix
 from .tasks import InstructionDataset, Manifest
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How each task is learned. A run keeps them for all its tasks: they are part of the bank's config.
-
-    batch_size: samples per batch of all processes together, so that their number changes nothing but rounding.
-    """
-
-    learning_rate: float = 2e-5
-    weight_decay: float = 0.01
-    epochs: float = 1.0
-    max_steps: int = -1
-    batch_size: int = 8
-    gradient_accumulation: int = 2
-    warmup: float = 0.03
-    gradient_checkpointing: bool = False
-    dtype: str = "auto"
-    seed: int = 0
 
 
 def load_base(model: str, dtype: str, device: str, kind: Kind) -> tuple[torch.nn.Module, Any]:
@@ -66,6 +51,19 @@ def load_base(model: str, dtype: str, device: str, kind: Kind) -> tuple[torch.nn
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model {model}: cannot be loaded ({reason}); give a model folder or a hub id") from error
     return base.to(place).requires_grad_(False), processor
+
+
+def restore(method: Method, bank: Bank) -> None:
+    """Put the tasks of a bank into a new method; UserError if its tensors are not those that its settings make."""
+    tasks = bank.load_tasks()
+    try:
+        method.restore(tasks)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{bank.path} holds other tensors than its settings make ({type(error).__name__}: {error}); restore it from a copy"
+        ) from error
 
 
 def pick_device(device: str) -> torch.device:
@@ -90,20 +88,21 @@ class ContinualRun:
     """A run folder: the bank, checkpoints of the task being learned, predictions.
 
     `bank/` is described in io/bank.py; `checkpoints/<task>/` are the Trainer's; `predictions/<after>-<task>.jsonl` hold
-    every answer of every evaluation. Of several processes the first one writes; all must see the folder.
+    every answer of every evaluation. Of several processes the first one writes; all must see the folder. From `open` to
+    `close` no other run writes there, and no other process to the bank.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, method: Method, processor, bank: Bank) -> None:
         self.folder, self.manifest, self.method, self.processor, self.bank = folder, manifest, method, processor, bank
         self.kind = KINDS[manifest.kind]
-        self.settings = TrainSettings(**bank.config["train"])
+        self.settings = train_settings(bank)
         self.matrix = ScoreMatrix([task.name for task in manifest.tasks], self.kind.unseen)
         self.state: dict[str, Any] = {"functions": {}, "seconds": {}}
         if bank.scores:
             self.state = {key: bank.scores[key] for key in ("functions", "seconds")}
             self._take_cells(ScoreMatrix.from_dict(bank.scores["matrix"]))
         for task in bank.describe()["tasks"]:  # learned by a run that ended before its scores were written
-            self.state["seconds"].setdefault(task["name"], task["info"].get("seconds", 0.0))
+            self.state["seconds"].setdefault(task["name"], task["info"].get("seconds") or 0.0)
 
     @classmethod
     def open(
@@ -119,37 +118,55 @@ class ContinualRun:
     ) -> "ContinualRun":
         """Start a run, or go on with the one in `folder` if it was started in the same way.
 
-        Raises UserError when the folder holds something else, or the base model cannot be loaded.
+        Raises UserError when the folder holds something else, another process writes there, or the base model cannot be
+        loaded.
         """
         config = {
             "method": method,
             "settings": method_settings,
-            "train": asdict(train),
+            "train": train.model_dump(),
             "manifest": manifest.name,
             "kind": manifest.kind,
             "model": model,
         } | ({"label": label} if label else {})
+        check_label(label)
         kind = KINDS[manifest.kind]
         kind.check_method(method)
+        METHODS[method].read_settings(method_settings)
         check_processes(METHODS[method], kind, train.batch_size)
         if processes.sharded():
             require_images_alike(manifest)
         processes.join(pick_device(device))
         names = [task.name for task in manifest.tasks]
-        existing = processes.by_first(lambda: check_folder(folder, config, names))
-        if pick_device(device).index:
-            raise UserError(f"--device {device}: training takes the first device; choose with CUDA_VISIBLE_DEVICES")
-        base, processor = load_base(model, train.dtype, device, kind)
-        for task in manifest.tasks:
-            kind.check(task, processor)
-        identity = BaseModelId.of(base, model)
-        processes.check_same("the base model", lambda: identity.fingerprint)
-        learner = make_method(method, base, method_settings)
-        if existing is None:
-            existing = processes.by_first(lambda: Bank.create(folder / "bank", config=config, base_model=identity))
-        existing.check_base_model(identity)
-        learner.restore(existing.load_tasks())
-        return cls(folder, manifest, learner, processor, existing)
+        with ExitStack() as held:
+
+            def lock_and_check() -> Bank | None:
+                if not folder.exists() or folder.is_dir():
+                    held.enter_context(locked(folder / "bank"))
+                return check_folder(folder, config, names)
+
+            existing = processes.by_first(lock_and_check)
+            if pick_device(device).index:
+                raise UserError(f"--device {device}: training takes the first device; choose with CUDA_VISIBLE_DEVICES")
+            base, processor = load_base(model, train.dtype, device, kind)
+            for task in manifest.tasks:
+                kind.check(task, processor)
+            identity = BaseModelId.of(base, model)
+            processes.check_same("the base model", lambda: identity.fingerprint)
+            learner = make_method(method, base, method_settings)
+            if existing is None:
+                existing = processes.by_first(lambda: Bank.create(folder / "bank", config=config, base_model=identity))
+            existing.check_base_model(identity)
+            restore(learner, existing)
+            run = cls(folder, manifest, learner, processor, existing)
+            run._held = held.pop_all()
+        return run
+
+    _held = ExitStack()  # the lock of the run's bank, in the first process
+
+    def close(self) -> None:
+        """Let other processes write into the run's folder."""
+        self._held.close()
 
     def train(
         self,
@@ -222,7 +239,7 @@ class ContinualRun:
         gc.collect()  # there may not be room for both
         base, _ = load_base(config["model"], self.settings.dtype, device, self.kind)
         self.method = make_method(config["method"], base, config["settings"])
-        self.method.restore(self.bank.load_tasks())
+        restore(self.method, self.bank)
 
     def _learn_route(self, spec: Any, say: Callable[[str], None]) -> None:
         data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)
@@ -250,12 +267,9 @@ class ContinualRun:
         trainer = TaskTrainer(self.method, self._arguments(stage, folder, seed, save_steps, workers, bars), data)
         if processes.rank():
             torch.manual_seed(seed + processes.rank() * 2**32)  # of the dropout; the order of the data has its own
-        checkpoint = processes.by_first(lambda: latest_checkpoint(folder))
-        if checkpoint is not None and (Path(checkpoint) / TaskTrainer.FILE).exists() == processes.sharded():
-            raise UserError(
-                f"{checkpoint} was written {'without' if processes.sharded() else 'with'} FSDP2; go on as it was started, or "
-                "delete it to begin the task again"
-            )
+        checkpoint = processes.by_first(
+            lambda: latest_checkpoint(folder, trainer.learned(), processes.count(), trainer.is_deepspeed_enabled, note)
+        )
         if checkpoint is not None and trainer.finished(checkpoint):
             trainer.load(checkpoint)
         else:
@@ -383,8 +397,6 @@ class StageData(Dataset):
 class TaskTrainer(Trainer):
     """The HuggingFace Trainer for one stage: takes the method's loss, and checkpoints what is being trained only."""
 
-    FILE = "trainable.safetensors"
-
     def __init__(self, method: Method, arguments: TrainingArguments, data: StageData) -> None:
         self.method = method
         collate = partial(data.collate, dtype=method.model.dtype)
@@ -407,57 +419,79 @@ class TaskTrainer(Trainer):
 
     def learned(self) -> dict[str, torch.Tensor]:
         """The tensors that a checkpoint holds, themselves."""
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        return parameters | {f"progress.{name}": tensor for name, tensor in self.method.progress().items()}
+        parameters = {unwrapped(name): p for name, p in self.model.named_parameters() if p.requires_grad}
+        return parameters | {f"{PROGRESS}{name}": tensor for name, tensor in self.method.progress().items()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self._save_tensors(Path(output_dir or self.args.output_dir), self.learned())
+
+    def _save_tensors(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().clone().contiguous() for name, t in self.learned().items()}, folder / self.FILE)
+        save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, folder / TENSORS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # What accelerate would write is read with pickle, which runs the code of whoever wrote there.
+        learned = {name: whole(tensor.detach()) for name, tensor in self.learned().items()}
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {
+            index: {key: whole(value) for key, value in entry.items()} for index, entry in optimizer["state"].items()
+        }
+        if self.args.should_save:
+            self._save_tensors(Path(output_dir), learned)
+            torch.save(optimizer, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # what comes next, the Trainer's state, says that the checkpoint is complete
+        if self.args.should_save:
+            sync(Path(output_dir))
 
     @torch.no_grad()
     def load(self, checkpoint: str) -> None:
-        """The tensors and the Trainer's state of a checkpoint, into a model that is not sharded."""
-        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        if self.is_fsdp_enabled:
-            from torch.distributed.checkpoint import load as load_shards
-
-            adapter = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapter)
-            load_shards({"model": adapter}, checkpoint_id=Path(checkpoint) / f"{FSDP_MODEL_NAME}_0")
-            return
-        with safe_open(Path(checkpoint) / self.FILE, framework="pt") as stored:
+        """The tensors and the Trainer's state of a checkpoint."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+        with safe_open(Path(checkpoint) / TENSORS, framework="pt") as stored:
             for name, tensor in self.learned().items():
-                tensor.copy_(stored.get_tensor(name))
+                tensor.copy_(sharded_like(tensor, stored.get_tensor(name)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.load(resume_from_checkpoint)
+        self.load(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in ("optimizer.pt", "scheduler.pt")
+        )
+        own = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, entry in optimizer["state"].items():
+            for key, value in entry.items():
+                if value.shape == own[index].shape:
+                    entry[key] = sharded_like(own[index], value)
+        self.optimizer.load_state_dict(optimizer)
+        self.lr_scheduler.load_state_dict(scheduler)
 
     @staticmethod
     def finished(checkpoint: str) -> bool:
         """Whether the checkpoint was made by the last step of its stage."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
         return state.global_step >= state.max_steps
 
 
-def latest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: the Trainer writes its state last."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            shutil.rmtree(checkpoint)
-            continue
-        return str(checkpoint)
-    return None
+def sharded_like(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value`, which every process has in full, divided among them as `own` is."""
+    if not is_sharded(own):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
 def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:
@@ -504,6 +538,7 @@ def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> 
     if not (folder / "bank" / "bank.json").exists():
         return None
     bank = Bank.open(folder / "bank")
+    train_settings(bank)
     old = flat({"kind": "instruction"} | bank.config)  # banks of earlier versions do not say so
     new = flat(json.loads(json.dumps(config)))
     for key in sorted(old.keys() | new.keys()):
@@ -522,17 +557,19 @@ def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> 
 
 def run_of(bank: Bank) -> Run:
     """What a bank says of its run, without a model; UserError before there are scores."""
+    settings = train_settings(bank)
     if not bank.scores:
         raise UserError(f"{bank.path} holds no scores yet; run lilora train to its end")
     infos = [task["info"] for task in bank.describe()["tasks"]]
     per_task = sizes = None
-    if all("parameters" in info for info in infos):  # banks of earlier versions do not say
+    told = [(info.get("parameters"), info.get("ranks")) for info in infos]
+    if all(None not in pair for pair in told):  # banks of earlier versions do not say
         sizes = {name: [info[name] for info in infos] for name in ("parameters", "ranks")}
         first, last = sizes["parameters"][0], sizes["parameters"][-1]
         per_task = round((last - first) / (len(infos) - 1)) if len(infos) > 1 else first
     return Run(
         label_of(bank),
-        bank.config["train"]["seed"],
+        settings.seed,
         ScoreMatrix.from_dict(bank.scores["matrix"]),
         per_task,
         sum(bank.scores["seconds"].values()),
@@ -546,6 +583,12 @@ def remove_task(bank: Bank, name: str) -> None:
     Raises:
         UserError: an unknown task, or one that others are built upon.
     """
+    with bank.writing():
+        train_settings(bank)
+        _remove_task(bank, name)
+
+
+def _remove_task(bank: Bank, name: str) -> None:
     method, others = METHODS[bank.config["method"]], [task for task in bank.tasks if task != name]
     bank.task_fingerprint(name)  # refuses an unknown task
     if method.one_state and others:

@@ -8,31 +8,40 @@
 
 `bank.json` is written last and decides what belongs to the bank, so a process killed at any moment leaves the bank as
 it was or as it was to be. Files that the index does not name are leftovers; the next successful write deletes them.
-One process writes to a bank at a time; any number may read.
+One process writes to a bank at a time, a second one is refused (see io/lock.py); any number may read, without a lock, and
+each read gives one state of the bank.
 """
 
 import copy
 import hashlib
 import json
-from collections.abc import Iterable
-from contextlib import suppress
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lilora.errors import UserError
 from lilora.io.atomic import TEMPORARY, write_atomically
+from lilora.io.lock import LOCK, locked
+from lilora.layer import unwrapped
 
 FORMAT = 1
 INDEX = "bank.json"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DtypeName = Literal["bfloat16", "float16", "float32"]
+Size = Annotated[int, Field(ge=0)]
+Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 TASK_KINDS = ("U", "V", "fusion")
 SHARED_KINDS = ("A", "B0")
+
+Result = TypeVar("Result")
 
 
 class _Record(BaseModel):
@@ -46,7 +55,7 @@ class BaseModelId(_Record):
     """
 
     id: str
-    fingerprint: str
+    fingerprint: Fingerprint
 
     @classmethod
     def of(cls, model: nn.Module, id: str) -> Self:
@@ -60,7 +69,7 @@ class BaseModelId(_Record):
             UserError: a parameter has no data (meta device or offloaded).
         """
         parameters = {
-            name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach()
+            unwrapped(name).removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach()
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if not any(part.startswith(("lilora_", "lora_")) for part in name.split("."))
         }
@@ -76,9 +85,16 @@ class BaseModelId(_Record):
 
 
 class _TensorRecord(_Record):
-    dtype: str
-    shape: tuple[int, ...]
-    sha256: str
+    dtype: DtypeName
+    shape: tuple[Size, ...]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+    @field_validator("shape")
+    @classmethod
+    def _possible(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if math.prod(shape) >= 2**60:
+            raise ValueError("more elements than any memory holds")
+        return shape
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
@@ -87,13 +103,14 @@ class _TensorRecord(_Record):
 
 
 _Tensors = dict[str, _TensorRecord]
+_Shaped = Mapping[str, Tensor | _TensorRecord]
 
 
 class _TaskRecord(_Record):
     name: str
-    id: int
-    fingerprint: str
-    shared: str  # fingerprint of the shared set
+    id: Annotated[int, Field(ge=0)]
+    fingerprint: Fingerprint
+    shared: Fingerprint  # of the shared set
     info: dict[str, JsonValue]
     tensors: _Tensors
     # Left out where there is none, as in the banks, and their checksums, of earlier versions.
@@ -106,9 +123,9 @@ class _Index(_Record):
     base_model: BaseModelId
     config: dict[str, JsonValue]
     scores: dict[str, JsonValue] = {}
-    next_id: int = 0
+    next_id: Annotated[int, Field(ge=0)] = 0
     tasks: list[_TaskRecord] = []
-    shared: dict[str, _Tensors] = {}
+    shared: dict[Fingerprint, _Tensors] = {}
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -121,7 +138,7 @@ class _Index(_Record):
             ) from None
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}); mend the path or its permissions") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is truncated or altered ({error}); restore it from a copy") from error
         if not isinstance(data, dict) or not isinstance(data.get("format"), int):
             raise UserError(f"{path} is not the index of a bank: it has no format number; pass a bank's folder")
@@ -137,9 +154,34 @@ class _Index(_Record):
             raise UserError(f"{path} is altered: {place}: {first['msg']}; restore it from a copy") from error
         if document.checksum != document.index.checksum():
             raise UserError(f"{path} is altered: its checksum does not match; restore it from a copy")
+        try:
+            document.index.check()
+        except UserError as error:
+            raise UserError(f"{path} is no index that lilora has written: {error}") from error
         return document.index
 
+    def check(self) -> None:
+        """UserError unless names, ids, fingerprints and tensors are by the rules of writing: the checksum is everybody's."""
+        names: list[str] = []
+        for task in self.tasks:
+            _check_name(task.name, names)
+            names.append(task.name)
+            if task.shared not in self.shared:
+                raise UserError(f"task {task.name!r} names the shared set {task.shared}, which is missing")
+            if task.fingerprint != _fingerprint(task.tensors):
+                raise UserError(f"the fingerprint of task {task.name!r} is not that of its tensors")
+            _check_tensors(task.name, task.tensors, self.shared[task.shared])
+        for key, records in self.shared.items():
+            if key != _fingerprint(records):
+                raise UserError(f"the fingerprint of the shared set {key} is not that of its tensors")
+        ids = [task.id for task in self.tasks]
+        if len(set(ids)) < len(ids) or max(ids, default=-1) >= self.next_id:
+            raise UserError(f"the tasks' ids are {ids} and the next is {self.next_id}; each is given out once")
+        if not self.base_model.id.isprintable():
+            raise UserError(f"the base model's id {self.base_model.id!r} holds characters that cannot be printed")
+
     def write(self, folder: Path) -> None:
+        self.check()
         document = _Document(format=FORMAT, checksum=self.checksum(), index=self)
         write_atomically(folder / INDEX, json.dumps(document.model_dump(mode="json"), indent=1).encode())
 
@@ -170,20 +212,17 @@ class Bank:
         config: any JSON object, given back as `config`; it should say what a model needs to host the tasks.
 
         Raises:
-            UserError: the folder holds anything at all, or config is not JSON.
+            UserError: the folder holds anything at all or cannot be written, or config is not JSON.
         """
         path = Path(path)
         index = _Index(base_model=base_model, config=_json_object("config", config))
-        try:
-            found = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-        except OSError as error:
-            raise UserError(f"{path} cannot be made a bank ({error.strerror}); pass another folder") from error
-        if found == [INDEX + TEMPORARY]:  # a create killed half-way
-            found = []
-        if found:
-            what = "a bank" if INDEX in found else f"other files ({found[0]})"
-            raise UserError(f"{path} already holds {what}; a new bank wants a new or empty folder")
-        index.write(path)
+        with locked(path):
+            # All but what a create leaves that was killed half-way.
+            found = sorted({entry.name for entry in path.iterdir()} - {LOCK, INDEX + TEMPORARY})
+            if found:
+                what = "a bank" if INDEX in found else f"other files ({found[0]})"
+                raise UserError(f"{path} already holds {what}; a new bank wants a new or empty folder")
+            index.write(path)
         return cls(path, index)
 
     @classmethod
@@ -254,51 +293,60 @@ class Bank:
             UserError: a bad or taken name, a missing or unknown tensor, a wrong shape or dtype, or a refused write;
                 the bank is as before.
         """
-        index = self._refresh()
-        _check_name(name, [other.name for other in index.tasks])
-        _check_tensors(name, task, shared)
         info = _json_object("info", info or {})
-        task, shared = _on_cpu(task), _on_cpu(shared)
-        task_records, shared_records = _records(task), _records(shared)
-        record = _TaskRecord(
-            name=name,
-            id=index.next_id,
-            fingerprint=_fingerprint(task_records),
-            shared=_fingerprint(shared_records),
-            info=info,
-            tensors=task_records,
-        )
-        if not _intact(self._shared_file(record.shared), shared_records):
-            write_atomically(self._shared_file(record.shared), safetensors.torch.save(shared))
-        write_atomically(self._task_file(name), safetensors.torch.save(task))
-        tasks, sets = [*index.tasks, record], {**index.shared, record.shared: shared_records}
-        if replaces:
-            tasks = [task.model_copy(update={"shared": record.shared}) for task in tasks]
-            sets = {record.shared: shared_records}
-        self._commit(index, next_id=index.next_id + 1, tasks=tasks, shared=sets)
+        with self.writing() as index:
+            _check_name(name, [other.name for other in index.tasks])
+            _check_dtypes(name, "task", task)
+            _check_dtypes(name, "shared", shared)
+            _check_tensors(name, task, shared)
+            task, shared = _on_cpu(task), _on_cpu(shared)
+            task_records, shared_records = _records(task), _records(shared)
+            record = _TaskRecord(
+                name=name,
+                id=index.next_id,
+                fingerprint=_fingerprint(task_records),
+                shared=_fingerprint(shared_records),
+                info=info,
+                tensors=task_records,
+            )
+            if not _intact(self._shared_file(record.shared), shared_records):
+                write_atomically(self._shared_file(record.shared), safetensors.torch.save(shared))
+            write_atomically(self._task_file(name), safetensors.torch.save(task))
+            tasks, sets = [*index.tasks, record], {**index.shared, record.shared: shared_records}
+            if replaces:
+                tasks = [task.model_copy(update={"shared": record.shared}) for task in tasks]
+                sets = {record.shared: shared_records}
+            self._commit(index, next_id=index.next_id + 1, tasks=tasks, shared=sets)
 
     def load_task(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The task's tensors and the shared tensors it was added with, as given to `add_task`, on the CPU.
+        """The task's tensors and the shared tensors it was added with, as given to `add_task`, on the CPU, in their own memory.
 
         All of them are checked before any is returned.
 
         Raises:
             UserError: an unknown task, or a file that is missing, truncated, altered or foreign; names file and tensor.
         """
-        record = self._task(name)
-        task = _load(self._task_file(name), record.tensors)
-        shared = _load(self._shared_file(record.shared), self._index.shared[record.shared])
-        return task, shared
+
+        def load() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            record = self._task(name)
+            task = _load(self._task_file(name), record.tensors)
+            return task, _load(self._shared_file(record.shared), self._index.shared[record.shared])
+
+        return self._of_one_state(load)
 
     def load_tasks(self) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """`load_task` of all tasks, in training order; tasks with the same shared tensors get the same objects."""
-        shared: dict[str, dict[str, Tensor]] = {}
-        loaded = {}
-        for record in self._index.tasks:
-            if record.shared not in shared:
-                shared[record.shared] = _load(self._shared_file(record.shared), self._index.shared[record.shared])
-            loaded[record.name] = _load(self._task_file(record.name), record.tensors), shared[record.shared]
-        return loaded
+
+        def load() -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+            shared: dict[str, dict[str, Tensor]] = {}
+            loaded = {}
+            for record in self._index.tasks:
+                if record.shared not in shared:
+                    shared[record.shared] = _load(self._shared_file(record.shared), self._index.shared[record.shared])
+                loaded[record.name] = _load(self._task_file(record.name), record.tensors), shared[record.shared]
+            return loaded
+
+        return self._of_one_state(load)
 
     def set_router(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Store what a router has learned of a task, in place of what is stored; it goes with the task.
@@ -308,16 +356,16 @@ class Bank:
         Raises:
             UserError: an unknown task, no tensors, a wrong dtype, or a refused write; the bank is as before.
         """
-        index = self._refresh()
-        self._task(name)
-        if not tensors:
-            raise UserError(f"router of task {name!r} has no tensors; pass what TaskRouter.learn gives")
-        _check_dtypes(name, "router", tensors)
-        tensors = _on_cpu(tensors)
-        records = _records(tensors)
-        tasks = [task.model_copy(update={"router": records}) if task.name == name else task for task in index.tasks]
-        write_atomically(self._router_file(name, records), safetensors.torch.save(tensors))
-        self._commit(index, tasks=tasks)
+        with self.writing() as index:
+            self._task(name)
+            if not tensors:
+                raise UserError(f"router of task {name!r} has no tensors; pass what TaskRouter.learn gives")
+            _check_dtypes(name, "router", tensors)
+            tensors = _on_cpu(tensors)
+            records = _records(tensors)
+            tasks = [task.model_copy(update={"router": records}) if task.name == name else task for task in index.tasks]
+            write_atomically(self._router_file(name, records), safetensors.torch.save(tensors))
+            self._commit(index, tasks=tasks)
 
     def load_routers(self) -> dict[str, dict[str, Tensor]]:
         """What `set_router` stored, of all tasks in `routed`, on the CPU.
@@ -325,8 +373,12 @@ class Bank:
         Raises:
             UserError: a file that is missing, truncated, altered or foreign; names file and tensor.
         """
-        stored = [task for task in self._index.tasks if task.router]
-        return {task.name: _load(self._router_file(task.name, task.router), task.router) for task in stored}
+
+        def load() -> dict[str, dict[str, Tensor]]:
+            stored = [task for task in self._index.tasks if task.router]
+            return {task.name: _load(self._router_file(task.name, task.router), task.router) for task in stored}
+
+        return self._of_one_state(load)
 
     def remove_task(self, name: str) -> None:
         """Forget a task and delete the files that only it used; the other tasks keep their ids.
@@ -334,11 +386,11 @@ class Bank:
         Raises:
             UserError: an unknown task, or a refused write; the bank is as before.
         """
-        index = self._refresh()
-        self._task(name)
-        tasks = [task for task in index.tasks if task.name != name]
-        used = {task.shared for task in tasks}
-        self._commit(index, tasks=tasks, shared={key: value for key, value in index.shared.items() if key in used})
+        with self.writing() as index:
+            self._task(name)
+            tasks = [task for task in index.tasks if task.name != name]
+            used = {task.shared for task in tasks}
+            self._commit(index, tasks=tasks, shared={key: value for key, value in index.shared.items() if key in used})
 
     def set_scores(self, scores: dict) -> None:
         """Replace the stored scores, any JSON object (write a missing cell as null, not NaN).
@@ -347,7 +399,8 @@ class Bank:
             UserError: scores is not JSON, or a refused write; the bank is as before.
         """
         scores = _json_object("scores", scores)
-        self._commit(self._refresh(), scores=scores)
+        with self.writing() as index:
+            self._commit(index, scores=scores)
 
     def check_base_model(self, base_model: BaseModelId) -> None:
         """Raise UserError unless `base_model` has the weights that the tasks were trained on."""
@@ -397,9 +450,26 @@ class Bank:
     def _shared_file(self, fingerprint: str) -> Path:
         return self.path / f"shared-{fingerprint}.safetensors"
 
-    def _refresh(self) -> _Index:
-        self._index = _Index.read(self.path)
-        return self._index
+    @contextmanager
+    def writing(self) -> Iterator[_Index]:
+        """Be the only process that changes the bank until the block ends; the object shows what is on disk by then.
+
+        Raises:
+            UserError: another process writes to the bank; names its pid.
+        """
+        with locked(self.path):
+            self._index = _Index.read(self.path)
+            yield self._index
+
+    def _of_one_state(self, load: Callable[[], Result]) -> Result:
+        """What `load` reads; anew, of the newest state, when the bank was changed while it read."""
+        while True:
+            try:
+                return load()
+            except UserError:
+                before, self._index = self._index, _Index.read(self.path)
+                if self._index == before:
+                    raise
 
     def _commit(self, index: _Index, **changes: Any) -> None:
         index = index.model_copy(update=changes)
@@ -408,7 +478,7 @@ class Bank:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Delete the files of tasks and shared sets that the index does not name, finished or not."""
+        """Under the lock: delete the files of tasks and shared sets that the index does not name, finished or not."""
         used = {self._task_file(task.name) for task in self._index.tasks}
         used |= {self._router_file(task.name, task.router) for task in self._index.tasks if task.router}
         used |= {self._shared_file(fingerprint) for fingerprint in self._index.shared}
@@ -441,17 +511,26 @@ def _fingerprint(records: _Tensors) -> str:
 
 
 def _size(records: _Tensors) -> dict[str, int]:
-    sizes = [(torch.Size(record.shape).numel(), getattr(torch, record.dtype).itemsize) for record in records.values()]
+    sizes = [(math.prod(record.shape), getattr(torch, record.dtype).itemsize) for record in records.values()]
     return {"parameters": sum(count for count, _ in sizes), "bytes": sum(count * width for count, width in sizes)}
+
+
+def read_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in memory of their own: what happens to the file later changes none of them.
+
+    Raises:
+        UserError: the file is missing, truncated or something else; ends with `remedy`.
+    """
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:  # the last two: dtypes that this torch lacks
+        raise UserError(f"{path} is missing, truncated or no safetensors file ({error}); {remedy}") from error
 
 
 def _load(path: Path, records: _Tensors) -> dict[str, Tensor]:
     """The tensors of `path`, exactly those that `records` describes."""
     remedy = "restore the file from a copy or remove the task and train it again"
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing, truncated or no safetensors file ({error}); {remedy}") from error
+    tensors = read_tensors(path, remedy)
     for name in sorted(records.keys() | tensors.keys()):
         if name not in tensors:
             raise UserError(f"{path} lacks the tensor {name}; {remedy}")
@@ -508,9 +587,7 @@ def _check_dtypes(task_name: str, argument: str, tensors: dict[str, Tensor]) -> 
             )
 
 
-def _check_tensors(task_name: str, task: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
-    _check_dtypes(task_name, "task", task)
-    _check_dtypes(task_name, "shared", shared)
+def _check_tensors(task_name: str, task: _Shaped, shared: _Shaped) -> None:
     shared = {name: tensor for name, tensor in shared.items() if not name.startswith("state.")}
     modules = {name.rpartition(".")[0] for name in shared}
     if not modules:
@@ -526,7 +603,7 @@ def _check_tensors(task_name: str, task: dict[str, Tensor], shared: dict[str, Te
             )
         for name, tensor in tensors.items():
             ndim = 1 if name.endswith(".fusion") else 2
-            if tensor.ndim != ndim:
+            if len(tensor.shape) != ndim:
                 raise UserError(
                     f"{argument} of task {task_name!r}: tensor {name} has shape {list(tensor.shape)}; "
                     f"it wants {ndim} dimension(s)"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lilora.errors import UserError
 from lilora.io.atomic import new_folder
 from lilora.io.hub import write_card
+from lilora.layer import unwrapped
 from lilora.model import task_tensors
 from lilora_kernels import LiLoRALinear
 from lilora_kernels.ops.delta.reference import up_projections
@@ -38,14 +40,21 @@ def up_projection(path: str, own: dict[str, Tensor], b0: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def plain_lora(own: dict[str, Tensor], shared: dict[str, Tensor], scaling: float, dropout: float) -> PlainLoRA:
-    """The LoRA that a task is, from its tensors as a bank has them; B is computed, and left, in fp32 at least."""
+def plain_lora(own: dict[str, Tensor], shared: dict[str, Tensor], r: int, alpha: float, dropout: float) -> PlainLoRA:
+    """The LoRA that a task is, from its tensors as a bank has them; B is computed, and left, in fp32 at least.
+
+    Raises UserError for an A of other than r ranks: the scale would be another.
+    """
     factors = {}
     for path in [n.removesuffix(".A") for n in shared if n.endswith(".A") and not n.startswith("state.")]:
         b0 = shared[f"{path}.B0"]
+        if b0.shape[1] != r:
+            raise UserError(
+                f"tensor {path}.B0 has {b0.shape[1]} ranks and the settings say {r}; restore the bank from a copy"
+            )
         wide = b0.to(torch.promote_types(b0.dtype, torch.float32))
         factors[path] = shared[f"{path}.A"], up_projection(path, own, wide)
-    return PlainLoRA(factors, scaling, dropout)
+    return PlainLoRA(factors, alpha / r, dropout)
 
 
 def write_lora(folder: Path, lora: PlainLoRA, base_model: str | None) -> None:
@@ -75,14 +84,18 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
 def export_lora(model: nn.Module, task: str, folder: str | Path) -> None:
     """Write one LiLoRA task of a model as a plain LoRA into the new or empty `folder`; the model stays as it is.
 
-    model: adapted through PEFT or by hand. `PeftModel.from_pretrained(base, folder)` has the logits of the task. Tensors
-    keep the adapter's dtype; B = f B0 + (1 - f) U V is computed in fp32 at least.
+    model: adapted through PEFT or by hand; compiled or parallel, in whole or in part, or not.
+    `PeftModel.from_pretrained(base, folder)` has the logits of the task. Tensors keep the adapter's dtype;
+    B = f B0 + (1 - f) U V is computed in fp32 at least.
 
     Raises:
         UserError: no LiLoRA layers, an unknown task, a task that has trained more than its adapters, or a folder in use.
     """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     layers = {
-        name.removeprefix(PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, LiLoRALinear)
+        unwrapped(name).removeprefix(PREFIX): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LiLoRALinear)
     }
     if not layers:
         raise UserError(f"model is a {type(model).__name__} without LiLoRA layers; give one that has learned a task")
@@ -97,7 +110,7 @@ def export_lora(model: nn.Module, task: str, folder: str | Path) -> None:
         )
     base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     with new_folder(Path(folder)) as new:
-        write_lora(new, plain_lora(*task_tensors(layers, task), first.lilora_scaling, first.dropout), base_model)
+        write_lora(new, plain_lora(*task_tensors(layers, task), first.rank, first.alpha, first.dropout), base_model)
         write_card(
             new,
             task,

@@ -6,22 +6,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors import SafetensorError
 from torch import nn
 
-from lilora.config import PRESETS, LiLoRAConfig
+from lilora.config import OF_METHOD, PRESETS, LiLoRAConfig
 from lilora.errors import UserError
+from lilora.io.bank import read_tensors
 from lilora.io.checkpoint import Checkpoint, Imported, Tensors, read_json
 from lilora.io.export_lora import CONFIG, PREFIX, WEIGHTS, write_tensors
 from lilora.model import fingerprint
 
 _KINDS = {"A": "A", "B": "B0", "U": "U", "V": "V", "fusion": "fusion"}  # lilora_* in PEFT's files -> in a bank
-_OF_FOLDER = ("shared_fingerprint", "on_shared_mismatch")  # not settings of the method
-_SETTINGS = [f for f in fields(LiLoRAConfig) if f.name in LiLoRAConfig.__annotations__ and f.name not in _OF_FOLDER]
 
 
 def write_peft(folder: Path, own: Tensors, shared: Tensors, settings: dict[str, Any], base_model: str | None) -> None:
@@ -60,7 +57,7 @@ def read_peft(folders: Sequence[Path], model: nn.Module, tasks: Sequence[str] | 
     for name, folder, config in zip(names, folders, configs, strict=True):
         if settings_of(config) != settings:
             raise UserError(f"{folder} and {folders[0]} differ in their settings; give the folders of one model")
-        file = Checkpoint(folder / WEIGHTS, load(folder / WEIGHTS), bank_name)
+        file = Checkpoint(folder / WEIGHTS, read_tensors(folder / WEIGHTS, "restore it from a copy"), bank_name)
         own, shared = take_task(file, model, config)
         before = found[names[0]][1] if found else shared
         if all(torch.equal(tensor, before[key]) for key, tensor in shared.items()):
@@ -91,7 +88,7 @@ def read_config(path: Path) -> LiLoRAConfig:
 
 def settings_of(config: LiLoRAConfig) -> dict[str, Any]:
     """What a bank keeps of it, JSON-able: the policies, and what else is not the default."""
-    values = {f.name: (getattr(config, f.name), f.default) for f in _SETTINGS}
+    values = {f.name: (getattr(config, f.name), f.default) for f in fields(LiLoRAConfig) if f.name in OF_METHOD}
     chosen = {name: v for name, (v, default) in values.items() if name in PRESETS["frozen"] or v != default}
     return {name: sorted(v) if isinstance(v, set) else v for name, v in chosen.items()}
 
@@ -116,12 +113,3 @@ def take_task(file: Checkpoint, model: nn.Module, config: LiLoRAConfig) -> tuple
 def bank_name(raw: str) -> str | None:
     match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lilora_(A|B|U|V|fusion)", raw)
     return f"{match[1]}.{_KINDS[match[2]]}" if match else None
-
-
-def load(path: Path) -> Tensors:
-    try:
-        return safetensors.torch.load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is missing, truncated or no safetensors file ({error}); restore it from a copy"
-        ) from error

@@ -14,6 +14,8 @@ from lilora.errors import UserError
 from lilora.io.bank import Bank
 from lilora.io.export_lora import PlainLoRA
 
+from .settings import Settings
+
 Tensors = dict[str, Tensor]
 Inputs = dict[str, Tensor]  # one batch, as the model takes it
 
@@ -58,12 +60,18 @@ class Method(ABC):
     presets: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - settings by preset name; the first is the default
     no_lora = ""  # why a task is no plain LoRA, if it is none
     defaults: dict[str, float] = {}  # noqa: RUF012 - options of `lilora train` that differ from the command's
+    settings_type: type[Settings]
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         self.base = base
         self.settings = settings
         self.model: nn.Module | None = None
         self.tasks: list[str] = []
+
+    @classmethod
+    def read_settings(cls, settings: dict[str, Any]) -> Any:
+        """The settings with their types; UserError in one sentence for the first that is unknown, missing or out of range."""
+        return cls.settings_type.read(cls.name, settings)
 
     @abstractmethod
     def add(self, task: str) -> None:
@@ -119,10 +127,20 @@ class Method(ABC):
 
     @torch.no_grad()
     def restore(self, tasks: dict[str, tuple[Tensors, Tensors]]) -> None:
-        """Add the tasks of a bank, in their order, with the values stored there; the last one's shared values win."""
+        """Add the tasks of a bank, in their order, with the values stored there; the last one's shared values win.
+
+        UserError for other names or shapes than the settings and the base model make.
+        """
         for task, stored in tasks.items():
             self.add(task)
             for own, values in zip(self.tensors(task), stored, strict=True):
+                for name in sorted(own.keys() | values.keys()):
+                    got, want = (list(t[name].shape) if name in t else "missing" for t in (values, own))
+                    if got != want:
+                        raise UserError(
+                            f"tensor {name} of task {task!r} is {got} in the bank and {want} in the model; give the settings "
+                            "and the base model that it was trained with"
+                        )
                 for name, value in values.items():
                     own[name].copy_(value)
 

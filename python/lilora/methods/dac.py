@@ -157,6 +157,7 @@ class DAC(Method):
     """After a task its experts are part of the base weights: inference is the plain model, whatever the task."""
 
     name = "dac"
+    settings_type = DACSettings
     mixed_batches = True
     one_process_reason = "it counts how often the samples of a batch choose each expert"
     needs_task = False
@@ -167,7 +168,7 @@ class DAC(Method):
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
         self.model = base
-        s = self.options = DACSettings.read(self.name, settings)
+        s = self.options = self.read_settings(settings)
         padding, has_text_part = Padding(), any(TEXT & set(path.split(".")) for path, _ in base.named_modules())
         base.register_forward_pre_hook(padding.take, with_kwargs=True)
 

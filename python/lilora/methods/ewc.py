@@ -16,7 +16,7 @@ class EWCSettings(LoRASettings):
     at most.
     """
 
-    penalty: float = Field(1e4, ge=0, allow_inf_nan=False)
+    penalty: float = Field(1e4, ge=0)
     fisher_samples: int = Field(256, ge=1)
 
 

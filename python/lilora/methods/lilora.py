@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lilora_kernels.backends import choose
 
-from ..config import PRESETS, LiLoRAConfig
+from ..config import OF_METHOD, PRESETS, LiLoRAConfig
 from ..errors import UserError
 from ..io.bank import Bank
 from ..io.export_lora import PlainLoRA, plain_lora
@@ -28,10 +28,7 @@ class LiLoRA(Method):
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
-        try:
-            config = LiLoRAConfig(**settings)
-        except TypeError as error:  # an unknown name, or a value of the wrong type
-            raise UserError(f"lilora: a setting is wrong ({error}); see `lilora train --help`") from error
+        config = self.read_settings(settings)
         # Wrong settings, and a backend ordered that cannot run, are known before training.
         try:
             choose("linear", next(base.parameters()).new_empty(1, 1), config.r, config.sub_rank)
@@ -39,8 +36,15 @@ class LiLoRA(Method):
             raise UserError(str(error)) from error
         self._stability: StabilityLoss | None = None
 
+    @classmethod
+    def read_settings(cls, settings: dict[str, Any]) -> LiLoRAConfig:
+        for name in settings:
+            if name not in OF_METHOD:
+                raise UserError(f"lilora has no setting {name!r}; it has {', '.join(OF_METHOD)}")
+        return LiLoRAConfig(**settings)
+
     def add(self, task: str) -> None:
-        config = LiLoRAConfig(**self.settings)
+        config = self.read_settings(self.settings)
         if self.model is None:
             self.model = get_peft_model(self.base, config, adapter_name=task)
         else:
@@ -57,7 +61,7 @@ class LiLoRA(Method):
         return loss if self._stability is None else loss + share * self._stability()
 
     def ranks(self) -> int:
-        config = LiLoRAConfig(**self.settings)
+        config = self.read_settings(self.settings)
         return config.r + config.sub_rank * len(self.tasks)
 
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
@@ -67,5 +71,5 @@ class LiLoRA(Method):
     def as_lora(cls, bank: Bank, task: str) -> PlainLoRA:
         own, _ = bank.load_task(task)
         _, shared = bank.load_task(bank.tasks[-1])  # the newest serve all tasks
-        config = LiLoRAConfig(**bank.config["settings"])
-        return plain_lora(own, shared, config.alpha / config.r, config.dropout)
+        config = cls.read_settings(bank.config["settings"])
+        return plain_lora(own, shared, config.r, config.alpha, config.dropout)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lilora.io.bank import Bank
 from lilora.io.export_lora import PlainLoRA, plain_lora
+from lilora.layer import unwrapped
 
 from .base import Method, Tensors
 from .settings import Settings
@@ -21,7 +22,7 @@ class LoRASettings(Settings):
 
     target_modules: str
     r: int = Field(128, ge=1)
-    lora_alpha: float = Field(256.0, gt=0, allow_inf_nan=False)
+    lora_alpha: float = Field(256.0, gt=0)
     lora_dropout: float = Field(0.05, ge=0, lt=1)
 
 
@@ -33,11 +34,11 @@ class DirLoRA(Method):
 
     name = "dirlora"
     sharded_parameters = True
-    settings_type: type[LoRASettings] = LoRASettings
+    settings_type = LoRASettings
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
-        self.options = self.settings_type.read(self.name, settings)
+        self.options = self.read_settings(settings)
 
     def adapter(self, task: str) -> str:
         return task
@@ -57,15 +58,15 @@ class DirLoRA(Method):
         weights = {}
         for path, layer in self.model.base_model.model.named_modules():
             if isinstance(layer, Linear):
-                weights[f"{path}.A"] = layer.lora_A[self.adapter(task)].weight
-                weights[f"{path}.B0"] = layer.lora_B[self.adapter(task)].weight
+                weights[f"{unwrapped(path)}.A"] = layer.lora_A[self.adapter(task)].weight
+                weights[f"{unwrapped(path)}.B0"] = layer.lora_B[self.adapter(task)].weight
         return {}, weights
 
     @classmethod
     def as_lora(cls, bank: Bank, task: str) -> PlainLoRA:
         _, stored = bank.load_task(task if cls.needs_task else bank.tasks[-1])
-        options = cls.settings_type.read(cls.name, bank.config["settings"])
-        return plain_lora({}, stored, options.lora_alpha / options.r, options.lora_dropout)
+        options = cls.read_settings(bank.config["settings"])
+        return plain_lora({}, stored, options.r, options.lora_alpha, options.lora_dropout)
 
     def ranks(self) -> int:
         return self.options.r * len(self.tasks)

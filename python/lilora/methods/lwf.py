@@ -15,8 +15,8 @@ from .lora import LoRASettings, SequentialLoRA, answer_positions, evaluating
 class LwFSettings(LoRASettings):
     """distillation: weight of the distillation; temperature: of both softmaxes."""
 
-    distillation: float = Field(1.0, ge=0, allow_inf_nan=False)
-    temperature: float = Field(2.0, gt=0, allow_inf_nan=False)
+    distillation: float = Field(1.0, ge=0)
+    temperature: float = Field(2.0, gt=0)
 
 
 class LwF(SequentialLoRA):

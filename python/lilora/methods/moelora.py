@@ -23,7 +23,7 @@ class MoELoRASettings(Settings):
 
     target_modules: str
     r: int = Field(128, ge=1)
-    alpha: float = Field(256.0, gt=0, allow_inf_nan=False)
+    alpha: float = Field(256.0, gt=0)
     dropout: float = Field(0.05, ge=0, lt=1)
     experts: int = Field(8, ge=1)
 
@@ -58,6 +58,7 @@ class MoELoRA(Method):
     """
 
     name = "moelora"
+    settings_type = MoELoRASettings
     no_lora = "a router weighs its experts for every token; use lilora generate and eval"
     mixed_batches = True
     needs_task = False
@@ -65,7 +66,7 @@ class MoELoRA(Method):
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
-        s = self.options = MoELoRASettings.read(self.name, settings)
+        s = self.options = self.read_settings(settings)
         self.model = base
         self.layers = put_pools(
             base,

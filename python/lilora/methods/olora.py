@@ -29,11 +29,11 @@ class OLoRASettings(Settings):
 
     target_modules: str
     r: int = Field(128, ge=1)
-    alpha: float = Field(256.0, gt=0, allow_inf_nan=False)
+    alpha: float = Field(256.0, gt=0)
     dropout: float = Field(0.05, ge=0, lt=1)
-    orthogonality: float = Field(0.5, ge=0, allow_inf_nan=False)
+    orthogonality: float = Field(0.5, ge=0)
     products: Literal["absolute", "squared"] = "absolute"
-    l2: float = Field(0.0, ge=0, allow_inf_nan=False)
+    l2: float = Field(0.0, ge=0)
 
 
 class OLoRA(Method):
@@ -43,13 +43,14 @@ class OLoRA(Method):
     """
 
     name = "olora"
+    settings_type = OLoRASettings
     mixed_batches = True
     needs_task = False
     one_state = True
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
-        s = self.options = OLoRASettings.read(self.name, settings)
+        s = self.options = self.read_settings(settings)
         self.model = base
         self.layers = put_pools(base, s.target_modules, lambda *_: all_ranks, s.alpha / s.r, s.dropout)
         learn_only(base)
@@ -97,7 +98,7 @@ class OLoRA(Method):
             parts = [part for part in ("old", "new") if f"{path}.{part}.A" in stored]  # one task has no old ranks
             a, b = (torch.cat([stored[f"{path}.{p}.{k}"] for p in parts], d) for k, d in (("A", 0), ("B0", 1)))
             factors[path] = a, b
-        options = OLoRASettings.read(cls.name, bank.config["settings"])
+        options = cls.read_settings(bank.config["settings"])
         return PlainLoRA(factors, options.alpha / options.r, options.dropout)
 
     def ranks(self) -> int:

@@ -146,17 +146,18 @@ class PCLRSettings(Settings):
 
 class PCLR(Method):
     name = "pclr"
+    settings_type = PCLRSettings
     no_lora = "each sample takes ranks of its own from a pool; use lilora generate and eval"
     mixed_batches = True
     one_process_reason = "its integration draws fake queries by the losses of the last ones"
     needs_task = False
     one_state = True
     presets = PRESETS
-    defaults = {"r": 64, "alpha": 128.0, "dropout": 0.0, "learning_rate": 2e-4, "weight_decay": 0.0}  # noqa: RUF012
+    defaults = {"r": 64, "dropout": 0.0, "learning_rate": 2e-4, "weight_decay": 0.0}  # noqa: RUF012
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
-        s = self.options = PCLRSettings.read(self.name, settings)
+        s = self.options = self.read_settings(settings)
         source = query_source(base)
         self.model, self.pool_tasks = base, PoolTasks(source)
         weight = source.widths[1] / source.widths[0] if s.vision_weight is None else s.vision_weight

@@ -58,7 +58,8 @@ def pool_tensors(layers: dict[str, RankPoolLinear]) -> Tensors:
 
 
 def put_stored(layers: dict[str, RankPoolLinear], tensors: Tensors) -> None:
-    """Give the layers exactly the parts that a bank holds, frozen."""
+    """Give the layers exactly the parts that a bank holds, frozen; UserError for a tensor that has no layer."""
+    placed = set()
     for path, layer in layers.items():
         for part in list(layer.lora_A):
             layer.put(part, layer.empty(0, layer.in_features), layer.empty(layer.out_features, 0), False)
@@ -67,6 +68,10 @@ def put_stored(layers: dict[str, RankPoolLinear], tensors: Tensors) -> None:
             if name.startswith(prefix) and name.endswith(".A") and name.count(".") == prefix.count(".") + 1:
                 part = name[len(prefix) : -2]
                 layer.put(part, tensors[name], tensors[f"{path}.{part}.B0"], train=False)
+                placed |= {name, f"{path}.{part}.B0"}
+    for name in tensors:
+        if name not in placed and not name.startswith("state."):
+            raise UserError(f"tensor {name} of the bank has no place in the model; give the base model of its training")
 
 
 def learn_only(model: nn.Module, *tensors: Tensor) -> None:

@@ -2,15 +2,24 @@
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from lilora.errors import UserError
 
 
 class Settings(BaseModel):
-    """The fields of a method's settings with their types and ranges; immutable."""
+    """The fields of a method's settings with their types and ranges, all numbers finite; immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError("it is too large")
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("it is true or false where something else is wanted")
+        return value
 
     @classmethod
     def read(cls, method: str, values: dict[str, Any]) -> Self:

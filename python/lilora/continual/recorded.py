@@ -1,0 +1,96 @@
+"""What a bank records of its run, read back with its types: anyone may have written it."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+
+from ..errors import UserError
+from ..io.bank import Bank
+from ..methods import METHODS
+from ..methods.settings import Settings
+from .kinds import KINDS
+from .scores import ScoreMatrix
+
+
+class TrainSettings(Settings):
+    """How each task is learned. A run keeps them for all its tasks: they are part of the bank's config.
+
+    batch_size: samples per batch of all processes together, so that their number changes nothing but rounding. max_steps: -1
+    for as many as epochs need. learning_rate: AdamW moves every weight by about that much in a step, so it is at most 1.
+    """
+
+    learning_rate: float = Field(2e-5, gt=0, le=1)
+    weight_decay: float = Field(0.01, ge=0)
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int = Field(-1, ge=-1)
+    batch_size: int = Field(8, ge=1)
+    gradient_accumulation: int = Field(2, ge=1)
+    warmup: float = Field(0.03, ge=0, lt=1)
+    gradient_checkpointing: bool = False
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    seed: int = Field(0, ge=0)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """UserError for a value out of range, in the words of the command."""
+        if values.get("max_steps") == 0:
+            raise UserError("train: max_steps is 0; give at least 1, or -1 for as many as epochs need")
+        return cls.read("train", values)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class _Config(_Record):
+    method: Literal[tuple(METHODS)]
+    settings: dict[str, JsonValue] = {}
+    train: dict[str, JsonValue] = {}
+    kind: Literal[tuple(KINDS)] = "instruction"  # earlier versions knew but one, and did not name it
+    model: str = ""
+    manifest: str = ""
+    label: str | None = None
+
+
+class _Info(_Record):
+    """Of one task; banks of earlier versions do not say all of it."""
+
+    parameters: int | None = Field(None, ge=0, lt=2**63)
+    ranks: int | None = Field(None, ge=0, lt=2**63)
+    seconds: float | None = Field(None, ge=0)
+
+
+class _Scores(_Record):
+    matrix: dict[str, JsonValue]
+    functions: dict[str, dict[str, str]]
+    seconds: dict[str, float]
+
+
+def train_settings(bank: Bank) -> TrainSettings:
+    """How the bank's tasks were learned, after everything that the bank records of its run was checked.
+
+    Raises:
+        UserError: something there is not what `lilora` writes; names the bank and the place.
+    """
+    try:
+        config = _Config.model_validate(bank.config)
+        TypeAdapter(dict[str, _Info]).validate_python({t["name"]: t["info"] for t in bank.describe()["tasks"]})
+        if bank.scores:
+            ScoreMatrix.from_dict(_Scores.model_validate(bank.scores).matrix)
+        METHODS[config.method].read_settings(config.settings)
+        check_label(config.label)
+        return TrainSettings.of(config.train)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place, wanted = ".".join(map(str, first["loc"])), first["msg"]
+        raise UserError(
+            f"{bank.path} does not record a run as lilora does: {place}: {wanted[0].lower()}{wanted[1:]}; restore it from a copy"
+        ) from error
+    except UserError as error:
+        raise UserError(f"{bank.path} does not record a run as lilora does: {error}") from error
+
+
+def check_label(label: str | None) -> None:
+    """UserError unless reports can print it in one line."""
+    if label is not None and (not label.strip() or not label.isprintable() or len(label) > 200):
+        raise UserError(f"label is {label!r}; give one line of at most 200 characters that can be printed")

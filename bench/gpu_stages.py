@@ -16,13 +16,13 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lilora_kernels import backend, backends, cuda_library
-from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.philox import keep_mask, keep_scale
 from lilora_kernels.ops.schema import AdapterArgs
 from tools import traffic
@@ -181,53 +181,54 @@ def stage_9(dry_run: bool) -> Iterator[Case]:
 
 def time_launches(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterator[dict]:
     """Every launch of the Triton kernels between marks of its own, after the launches before it."""
-    from lilora_kernels.ops.delta import triton_backend
-    from lilora_kernels.ops.delta.triton_phases import Backward, Forward
+    from lilora_kernels.ops.delta import triton_backend, triton_jobs
+    from lilora_kernels.ops.delta.triton_jobs import Backward, Forward
 
     sets = operand_sets(problem, machine)
     adapters = [s.adapter() for s in sets]
     inputs = [s.x.detach() for s in sets]
     needs = frozenset(GRADIENTS)
     check_delta(sets[0], adapters[0], triton_backend, one_launch=False)
-    configs = [triton_runtime.config(name, False, inputs[0], adapters[0]) for name in ("forward", "backward")]
     makers = {
-        "forward": lambda at: Forward(inputs[at], None, adapters[at], configs[0]),
-        "backward": lambda at: Backward(sets[at].dy, inputs[at], sets[at].h, adapters[at], needs, configs[1]),
+        "forward": lambda at: Forward(inputs[at], None, adapters[at]),
+        "backward": lambda at: Backward(sets[at].dy, inputs[at], sets[at].h, adapters[at], needs),
     }
     for direction, make in makers.items():
-        work = make(0)
-        phases = [first for first, _ in work.phases]
+        jobs = [job.__name__ for job in make(0).jobs]
 
         def run(turn: int, mark: Callable[[], None], make=make) -> None:
             work = make(turn % len(sets))
-            for first, last in work.phases:
-                work.launch(first, last)
+            for job in work.jobs:
+                job(work)
                 mark()
 
-        times = measure(machine, {"ours": run}, [str(phase) for phase in phases])["ours"]
+        sizes: dict[str, dict[str, int]] = {}
+        launch = triton_jobs.run
+
+        def noting(made, items, device, groups, tensors, numbers, waits=None, sizes=sizes) -> None:
+            sizes[made.kernel.__name__] = traffic.sizes(made, numbers)
+            launch(made, items, device, groups, tensors, numbers, waits)
+
+        with patch.object(triton_jobs, "run", noting):
+            run(0, lambda: None)
+        times = measure(machine, {"ours": run}, jobs)["ours"]
         item = problem.dtype.itemsize
         shape = traffic.Shape(
             problem.rows, problem.columns, problem.outputs, problem.rank, problem.sub_rank, problem.tasks, item, item
         )
-        finish = 1 if 1 in phases else 0
-        for phase in phases:
-            sizes = triton_runtime.phase_config(work.config, phase, phase)
-            if direction == "forward":
-                sizes["SPLIT_K"] = work.split  # may be less for few columns
-            else:
-                sizes |= {"SPLIT_N": work.split, "CHUNK": work.chunk}  # chunks may have grown for many tasks
-            moved = [found for found in getattr(traffic, direction)(shape, sizes) if found.phase == phase]
-            result = figures(times[str(phase)])
-            flops = traffic.flops(direction, phase, shape, finish)
+        for job in jobs:
+            moved = traffic.moved(job, shape, sizes[job])
+            result = figures(times[job])
+            bytes_ = sum(found.unique for found in moved)
             yield {
                 **problem.describe(),
                 "implementation": "ours",
                 "direction": direction,
-                "phase": phase,
+                "job": job,
                 **result,
-                **ceiling.rates(result["us"]["median"], sum(found.unique for found in moved), flops),
+                **ceiling.rates(result["us"]["median"], bytes_, traffic.flops(job, shape)),
                 "bytes_issued": sum(found.issued for found in moved),
-                "config": sizes,
+                "config": sizes[job],
             }
 
 

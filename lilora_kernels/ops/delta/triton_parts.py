@@ -14,7 +14,7 @@ from ..triton_launcher import Launch, current, launch
 from . import composed_kernels as kernels
 from . import eager
 from .task_rows import Layout
-from .triton_phases import Backward, Forward, Sizes, ceil, contiguous_adapter, scratch
+from .triton_jobs import Backward, Forward, Sizes, ceil, contiguous_adapter, scratch
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 PROGRAMS = 128  # that sum over the outputs of all tasks: about as many as a large GPU has processors
@@ -25,13 +25,11 @@ _launches: dict[tuple, Launch] = {}
 def shrink(x: Tensor, adapters: Sequence[AdapterArgs]) -> list[Tensor]:
     if threshold(adapters[0].p) == 0:
         return eager.shrink(x, adapters)
-    config = runtime.config("forward", False, x, adapters[0])
-    works = [Forward(x, None, adapter._replace(**ONE_FACTOR), config) for adapter in adapters]
-    works[0].launch(0, 0, second=works[1] if len(works) > 1 else None)
-    for work in works:
-        if work.split > 1:
-            work.launch(1, 1)
-    return [work.h for work in works]
+    pair, works = len(adapters) > 1, []
+    for adapter in reversed(adapters):
+        works.append(Forward(x, None, adapter._replace(**ONE_FACTOR), other=works[0] if works else None, pair=pair))
+    works[-1].shrink()
+    return [work.h for work in reversed(works)]
 
 
 def down(
@@ -44,17 +42,14 @@ def down(
         return eager.down(x, dhs, adapters, needs)
     grads: list[dict[str, Tensor]] = [{} for _ in dhs]
     works: list[Backward] = []
-    like = next(dh for dh in dhs if dh is not None)
-    config = runtime.config("backward", False, like, adapters[0])
     for i, (dh, adapter, wanted) in enumerate(zip(dhs, adapters, needs, strict=True)):
         if wanted := wanted & {"x", "a"}:
-            main = works[0] if works else None
-            works.append(Backward(dh, x, None, adapter._replace(**ONE_FACTOR), wanted, config, main, from_dh=True))
+            first = works[0] if works else None
+            works.append(Backward(dh, x, None, adapter._replace(**ONE_FACTOR), wanted, first=first, from_dh=True))
             grads[i] = works[-1].grads
-    works[0].launch(2, 2, second=works[1] if len(works) > 1 else None)
     for work in works:
-        if "a" in work.needs:
-            work.launch(3, 3)
+        for job in work.jobs:
+            job(work)
     return grads
 
 
@@ -168,7 +163,7 @@ def run(
     key = kernel, sizes.rank, sizes.sub_rank, dtype
     if key not in _launches:
         _launches[key] = Launch(kernel, constants_of(kernel, sizes.rank, sizes.sub_rank, dtype))
-    with current(tensors[0]):
+    with current(tensors[0].device):
         launch(_launches[key], programs, tensors, numbers)
 
 
@@ -183,4 +178,4 @@ def constants_of(kernel, rank: int, sub_rank: int, dtype: torch.dtype | None) ->
     constants = {"R": rank, "S": sub_rank, "BLOCK_R": block_r, "BLOCK_S": block_s, "BLOCK_N": tile(rank)}
     constants |= {"BLOCK_C": min(block_r, kernels.COLUMNS.value), "TYPE": TYPES.get(dtype)}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return constants | {"num_warps": 4 if kernel is kernels.sum_gradients else 8, "num_stages": 2}
+    return constants | {"num_warps": 8, "num_stages": 2}

@@ -394,20 +394,19 @@ TUNE_CLOSING = 8.0  # seconds of stage 6 for a step that takes longer than it sh
 def stage_6(
     dry_run: bool, machine: Machine, configs: Path | None, seconds: float, write: Callable[[dict], None]
 ) -> None:
-    """Launch configurations of by_phase at 8192 rows: searched, validated on other problems, and kept where they are better.
-
-    `python -m bench.tune` searches the others.
+    """Launch configurations of the most rows, a launch for each job: searched, validated on other problems, and kept where
+    they are better. `python -m bench.tune` searches the others.
     """
     from . import tune
 
     machine = machine if dry_run else replace(machine, rounds=tune.ROUNDS)
-    kernels = ["forward"] if dry_run else ["forward", "backward"]
+    kernels = ["shrink"] if dry_run else [kernel for kernel in tune.KERNELS if kernel not in tune.AT_ONCE]
     minutes = 0.05 if dry_run else max(seconds - TUNE_CLOSING, 1.0) / 60
-    table, _ = tune.tune(
-        machine, ["by_phase"], kernels, [8192], minutes, lambda decision: write({"case": "tune", **decision})
+    better, _ = tune.tune(
+        machine, kernels, tune.ROWS[-1:], minutes, lambda decision: write({"case": "tune", **decision})
     )
-    if table is not None and configs is not None:
-        tune.save(table, configs)
+    if better and configs is not None:
+        tune.save(better, configs, machine.device)
 
 
 def stage_7(dry_run: bool) -> Iterator[Case]:

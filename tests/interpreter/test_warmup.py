@@ -15,7 +15,6 @@ from triton.runtime.jit import native_specialize_impl
 import lilora_kernels
 from lilora_kernels import LiLoRALinear, RankPoolLinear
 from lilora_kernels.context import tasks_of
-from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.delta import triton_configs, triton_jobs, triton_parts
 from lilora_kernels.ops.delta_pair import triton_backend as delta_pair
 from lilora_kernels.ops.rank_gate import eager

@@ -1,11 +1,11 @@
-"""Launch configurations of the Triton kernels: a function of the call for each, and in configs/ what tuning found better on a GPU.
+"""Launch configurations of the Triton kernels: a function for each, and in configs/ what tuning found better on a GPU.
 
 A configuration has the sizes of `ForwardSizes` or `BackwardSizes` that the kernel reads, num_warps and num_stages; CHUNK (rows
 of a partial sum, all kernels of a backward alike) for those that read dy; PROGRAMS of a processor for one launch of all.
 
 What moves, in bytes asked of the L2 cache, beside what has to (x, y, dy, dx once and the parameters once):
   shrink        A for each tile of rows: M / BLOCK_M * R K; partial sums, written and read: 2 * 4 SPLIT_K M R
-  expand        B0 and U_t for each tile of rows: M / BLOCK_M * N (R + S); h and z for each item: N / (BLOCK_N TILES_N) * M (R + S)
+  expand        B0 and U_t for each tile of rows: M / BLOCK_M * N (R + S); h and z for each item: N / (BLOCK_N TILES_N) M (R + S)
   from_dy       as both for dh, with dy once more for db0 and du, and h for each tile of outputs: N / BLOCK_N * M R
   from_x        dh for each tile of columns: K / BLOCK_K * M R; A for each chunk
   add_partials  4 M / CHUNK * (R K + N R), and what the tasks have in each chunk

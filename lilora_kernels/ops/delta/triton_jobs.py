@@ -35,7 +35,7 @@ def run_jobs(work: "Forward | Backward", one_launch: bool) -> None:
 
 
 class Forward:
-    """One forward: the tensors that its launches share. `other`: of a second adapter of the same x, which shrink serves as well."""
+    """One forward: the tensors that its launches share. `other`: of a second adapter of the same x, which shrink serves too."""
 
     def __init__(
         self,
@@ -79,7 +79,15 @@ class Forward:
         numbers = len(self.x), *self.sizes.tall, self.x.stride(0), threshold(adapter.p), keep_scale(adapter.p)
         groups = self.shrunk, None if other is None else other.shrunk
         made = launch_of(triton_forward.shrink, ForwardSizes, self.config, self.sizes, SPLIT_K=self.split)
-        run(made, ceil(len(self.x), self.config["BLOCK_M"]) * self.split, self.x.device, groups, tensors, numbers, self.split > 1)
+        run(
+            made,
+            ceil(len(self.x), self.config["BLOCK_M"]) * self.split,
+            self.x.device,
+            groups,
+            tensors,
+            numbers,
+            self.split > 1,
+        )
 
     def expand(self) -> None:
         adapter, sizes = self.adapter, self.sizes

@@ -543,5 +543,5 @@ def test_what_the_kernels_refuse():
 
 
 def test_a_call_has_the_configuration_of_the_next_number_of_rows():
-    for rows, want in ((0, 255), (1, 255), (255, 255), (256, 1024), (1024, 1024), (4096, 4096), (4097, 16384)):
+    for rows, want in ((0, 128), (1, 128), (129, 255), (255, 255), (256, 1024), (1024, 1024), (4096, 4096), (4097, 16384)):
         assert triton_configs.bucket(rows) == want

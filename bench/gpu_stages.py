@@ -203,9 +203,10 @@ def time_launches(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iter
                 mark()
 
         sizes: dict[str, dict[str, int]] = {}
-        launch = triton_jobs.run
 
-        def noting(made, items, device, groups, tensors, numbers, waits=None, sizes=sizes) -> None:
+        def noting(
+            made, items, device, groups, tensors, numbers, waits=None, sizes=sizes, launch=triton_jobs.run
+        ) -> None:
             sizes[made.kernel.__name__] = traffic.sizes(made, numbers)
             launch(made, items, device, groups, tensors, numbers, waits)
 

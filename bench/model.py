@@ -111,7 +111,9 @@ def triton(call: Ours, name: str) -> None:
         name, sizes = made.kernel.__name__, traffic.sizes(made, numbers)
         for at, job in enumerate(JOBS.get(name, (name,))):
             direction = call.forward if job in JOBS["delta_forward"] else call.backward
-            direction.launches += launches_of(job, shape, sizes, passes_over_x, call.draws, "barrier" if at else "launch")
+            direction.launches += launches_of(
+                job, shape, sizes, passes_over_x, call.draws, "barrier" if at else "launch"
+            )
 
     def count_part(kernel, programs, tensors, numbers, sizes, dtype=None) -> None:
         """Of the kernels around M_t: every tensor once, and a product of N, R and S for each task in all but the sums."""

@@ -122,7 +122,11 @@ def recorded(names: tuple[str, ...], own: dict[str, dict[str, int]] = {}) -> Ite
 
 
 def launches(
-    plan: str, arch: int, rows: int, variant: Variant = Variant(), own: dict[str, dict[str, int]] = {}  # noqa: B006
+    plan: str,
+    arch: int,
+    rows: int,
+    variant: Variant = Variant(),
+    own: dict[str, dict[str, int]] = {},  # noqa: B006
 ) -> dict[str, tuple]:
     """By kernel the launches of a forward and a backward by this plan, and their arguments."""
     x, dy = made(rows, COLUMNS, dtype=variant.dtype), made(rows, OUTPUTS, dtype=variant.dtype)

@@ -136,7 +136,7 @@ def test_launches_of_the_plans():
     few, many = Problem(64, *GATE_UP), Problem(8192, *GATE_UP, 8, 0.05)
     launches = lambda problem, plan: [figures["launches"] for figures in model.predict(problem, plan).values()]  # noqa: E731
     assert launches(few, "Triton one_launch") == [2, 2, 4]
-    assert launches(many, "Triton by_phase") == [3, 5, 8]
+    assert launches(many, "Triton by_phase") == [3, 4, 7]
     assert launches(many, "Triton composed") == [4, 9, 13]
     assert launches(few, "CUDA decode") == [3]
     assert launches(many, "CUDA fused") == [3, 6, 9]
@@ -162,7 +162,7 @@ def test_what_the_choices_cite(monkeypatch):
         return model.predict(Problem(rows, *GATE_UP, tasks), plan)["both"]["us"]
 
     launched = [[us(rows, f"Triton {plan}", 8) for plan in ("one_launch", "by_phase")] for rows in (64, 128, 256)]
-    assert launched == [pytest.approx(pair, abs=0.6) for pair in ([114, 134], [120, 124], [155, 143])]
+    assert launched == [pytest.approx(pair, abs=0.6) for pair in ([114, 117], [118, 121], [144, 147])]
     fused = [us(rows, "CUDA fused") / us(rows, "CUDA by_phase") for rows in (8192, 4096)]
     assert fused == pytest.approx([0.98, 1.0], abs=0.005)
     ratios = []

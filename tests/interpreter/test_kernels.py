@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lilora_kernels
 from lilora_kernels import LiLoRALinear, functional
-from lilora_kernels.ops import triton_runtime
+from lilora_kernels.ops import barrier, triton_runtime
 from lilora_kernels.ops.delta import reference, task_rows, triton_backend, triton_configs, triton_jobs, triton_parts
 from lilora_kernels.ops.delta.triton_rows import Dropout, dropout_mask
 from lilora_kernels.ops.philox import keep_mask, keep_scale, philox, threshold
@@ -338,9 +338,10 @@ def test_two_runs_are_equal_bit_for_bit_whatever_the_number_of_programs(name, pi
         assert torch.equal(tensors[0], tensors[2])
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", [*CONFIGS, "own"])
 @pytest.mark.parametrize("coefficients", AXES["coefficients"])
 def test_a_row_is_the_same_alone_and_in_any_batch(name, coefficients, pinned, monkeypatch):
+    """Up to 255 rows with the configurations of the kernels' own too."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def dot(builder, a, b, c, *_):
@@ -349,7 +350,8 @@ def test_a_row_is_the_same_alone_and_in_any_batch(name, coefficients, pinned, mo
         return TensorHandle(products.sum(1, dtype=np.float32) + c.data, c.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
-    pinned(CONFIGS[name])
+    if name != "own":
+        pinned(CONFIGS[name])
     i = make(rows=70, columns=128, tasks=4, coefficients=coefficients, dtype=torch.float32)
     together = functional.delta(*adapter(i), **options(i))
     order = torch.randperm(70)
@@ -358,6 +360,15 @@ def test_a_row_is_the_same_alone_and_in_any_batch(name, coefficients, pinned, mo
     for row in (0, 31, 69):
         alone = functional.delta(i.x[row : row + 1], *adapter(i)[1:], task=i.task[row : row + 1], scaling=SCALING)
         assert torch.equal(alone, together[row : row + 1])
+
+
+@pytest.mark.parametrize("plan", ["one_launch", "by_phase"])
+def test_a_launch_leaves_the_counters_of_its_stream_as_it_found_them(plan, pinned):
+    pinned(SPLIT, plan)
+    run_all(make(rows=70, columns=128, dtype=torch.float32).leaves())
+    state = barrier.barrier_state(torch.device("cpu"))
+    assert state[0] == 0
+    assert not state[2:].any()
 
 
 @pytest.mark.parametrize("name, plan", [*((name, "one_launch") for name in CONFIGS), ("split", "composed")])
@@ -532,5 +543,5 @@ def test_what_the_kernels_refuse():
 
 
 def test_a_call_has_the_configuration_of_the_next_number_of_rows():
-    for rows, want in ((0, 255), (1, 255), (255, 255), (256, 1024), (1024, 1024), (4096, 4096), (4097, 16384)):
+    for rows, want in ((0, 128), (1, 128), (129, 255), (255, 255), (256, 1024), (1024, 1024), (4096, 4096), (4097, 16384)):
         assert triton_configs.bucket(rows) == want

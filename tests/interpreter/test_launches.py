@@ -233,7 +233,12 @@ def forward_jobs(tiles, tasks, x, y, h, z, a, b0, u, v):
     programs = max(1, tasks // 4)  # that share a tile's tasks: h for each where it has any
     shared = tiles * b0 + 2 * h
     assert programs <= 2
-    yield "expand", shared + 2 * z + tiles * u + y, h + z + b0 + tasks * u + y, 2 * programs  # for each of two tiles of outputs
+    yield (
+        "expand",
+        shared + 2 * z + tiles * u + y,
+        h + z + b0 + tasks * u + y,
+        2 * programs,
+    )  # for each of two tiles of outputs
 
 
 def backward_jobs(tiles, tasks, x, y, h, z, a, b0, u, v):

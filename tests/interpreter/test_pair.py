@@ -16,7 +16,15 @@ from lilora_kernels.ops.delta_pair import triton_backend
 @pytest.mark.parametrize("at", range(len(PAIR_CASES)), ids=lambda at: pair_id(PAIR_CASES[at]))
 def test_equals_two_calls(at, plan, monkeypatch):
     splits = 1 + at % 2
-    sizes = {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_N": 16, "SPLIT_K": splits, "SPLIT_N": splits, "TILES_N": 2, "CHUNK": 32}
+    sizes = {
+        "BLOCK_M": 32,
+        "BLOCK_K": 32,
+        "BLOCK_N": 16,
+        "SPLIT_K": splits,
+        "SPLIT_N": splits,
+        "TILES_N": 2,
+        "CHUNK": 32,
+    }
     monkeypatch.setattr(triton_configs, "configuration", lambda *_: triton_configs.Configuration(sizes))
     by_m = triton_parts.TRITON._replace(forms_m=lambda *_: True)
     for module in (delta_backend, triton_backend):

@@ -132,7 +132,7 @@ def one_apart(kernel):
     """Aligned tensors and multiples of 16; then the same but for one argument."""
     found = slots(kernel)
     same = {"group": False, "tensor": MEMORY[torch.float32]}
-    base = [same[kind] if kind in same else 0.5 if name in FLOATS else 48 for kind, name in found]
+    base = [same.get(kind, 0.5 if name in FLOATS else 48) for kind, name in found]
     tensors = [None, *(t for dtype in MEMORY for t in (MEMORY[dtype], MISALIGNED[dtype][0]))]
     for at, (kind, name) in enumerate(found):
         if kind == "group":

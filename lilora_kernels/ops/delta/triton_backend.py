@@ -6,8 +6,8 @@ from torch import Tensor
 from ... import backends
 from ..schema import AdapterArgs
 from . import eager, task_rows, triton_configs
-from .triton_parts import TRITON
 from .triton_jobs import Backward, Forward, run_jobs
+from .triton_parts import TRITON
 
 
 def forward(x: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,8 @@ class Thinned(NamedTuple):
 
 
 class UpperSums(NamedTuple):
-    """Partial sums, or None: db0 [chunks, N, R], du [chunks, T, N, S]; present [chunks, T] int32, whether a task has rows there."""
+    """Partial sums, or None: db0 [chunks, N, R], du [chunks, T, N, S]; present [chunks, T] int32, whether a task has rows
+    there."""
 
     db0: object
     du: object
@@ -203,13 +204,12 @@ def shrink_dy(item, dy, upper, thinned, fusion, rows, state, N, scaling, c: tl.c
             if upper.u is not None:
                 tl.store(at + c.R + s[None, :], q_u, mask=mine[:, None] & (s < c.S)[None, :])
         t = next_task(ids, t)
-    if c.SPLIT_N > 1:
-        if arrives_last(state, block, c.SPLIT_N):
-            p, q_u = products_of_all(thinned.partials, upper, rows.M, row, m, count, c)
-            t = tl.min(ids, axis=0)
-            while t < END:
-                store_dh(p, q_u, t, ids == t, upper, thinned, fusion, rows, scaling, row, m, c)
-                t = next_task(ids, t)
+    if c.SPLIT_N > 1 and arrives_last(state, block, c.SPLIT_N):
+        p, q_u = products_of_all(thinned.partials, upper, rows.M, row, m, count, c)
+        t = tl.min(ids, axis=0)
+        while t < END:
+            store_dh(p, q_u, t, ids == t, upper, thinned, fusion, rows, scaling, row, m, c)
+            t = next_task(ids, t)
 
 
 @triton.jit
@@ -352,9 +352,8 @@ def down_gradients(
                 xt = tl.where(keep, xt, 0.0)
             if own.da is not None:
                 da = tl.dot(tl.trans(left), xt, da, input_precision="ieee")
-            if other is not None:
-                if other.da is not None:
-                    da_2 = tl.dot(tl.trans(left_2), xt, da_2, input_precision="ieee")
+            if other is not None and other.da is not None:
+                da_2 = tl.dot(tl.trans(left_2), xt, da_2, input_precision="ieee")
         if dx is not None:
             dxt = tl.dot(left, right, input_precision="ieee")
             if other is not None:
@@ -365,9 +364,8 @@ def down_gradients(
             tl.store(dx + row * K + m[:, None] * K + columns[None, :], dxt.to(dx.dtype.element_ty), mask=inside)
     if own.da is not None:
         store_da(da * dropout.scale, own.da, chunk, columns, K, low_rank, high_rank, c)
-    if other is not None:
-        if other.da is not None:
-            store_da(da_2 * dropout.scale, other.da, chunk, columns, K, low_rank, high_rank, c)
+    if other is not None and other.da is not None:
+        store_da(da_2 * dropout.scale, other.da, chunk, columns, K, low_rank, high_rank, c)
 
 
 @triton.jit

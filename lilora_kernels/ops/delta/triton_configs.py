@@ -1,11 +1,11 @@
-"""Launch configurations of the Triton kernels: a function of the call for each, and in configs/ what tuning found better on a GPU.
+"""Launch configurations of the Triton kernels: a function for each, and in configs/ what tuning found better on a GPU.
 
 A configuration has the sizes of `ForwardSizes` or `BackwardSizes` that the kernel reads, num_warps and num_stages; CHUNK (rows
 of a partial sum, all kernels of a backward alike) for those that read dy; PROGRAMS of a processor for one launch of all.
 
 What moves, in bytes asked of the L2 cache, beside what has to (x, y, dy, dx once and the parameters once):
   shrink        A for each tile of rows: M / BLOCK_M * R K; partial sums, written and read: 2 * 4 SPLIT_K M R
-  expand        B0 and U_t for each tile of rows: M / BLOCK_M * N (R + S); h and z for each item: N / (BLOCK_N TILES_N) * M (R + S)
+  expand        B0 and U_t for each tile of rows: M / BLOCK_M * N (R + S); h and z for each item: N / (BLOCK_N TILES_N) M (R + S)
   from_dy       as both for dh, with dy once more for db0 and du, and h for each tile of outputs: N / BLOCK_N * M R
   from_x        dh for each tile of columns: K / BLOCK_K * M R; A for each chunk
   add_partials  4 M / CHUNK * (R K + N R), and what the tasks have in each chunk
@@ -25,7 +25,9 @@ from .. import triton_runtime as runtime
 from ..schema import AdapterArgs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-ROWS = ONE_LAUNCH_ROWS, 1024, 4096  # up to so many rows have a configuration; more have one too
+FEW = 128  # rows up to which a backward has tiles of 16: bench.model, gate and up, both directions, us by tiles of 16 / of 64:
+# 96 rows 94 / 92 (8 tasks 124 / 121), 128 rows 100 / 99 (118 / 128), 160 rows 108 / 98 (138 / 127). A forward has up to 255 rows.
+ROWS = FEW, ONE_LAUNCH_ROWS, 1024, 4096  # up to so many rows have a configuration; more have one too
 MANY = 16384  # what the latter is made for
 ITEMS = 256  # about two for each processor of a large GPU
 
@@ -64,7 +66,7 @@ def delta_forward(rows: int, sm_90: bool, pair: bool = False) -> dict[str, int]:
 
 
 def from_dy(rows: int, sm_90: bool, pair: bool = False) -> dict[str, int]:
-    if rows <= ONE_LAUNCH_ROWS:
+    if rows <= FEW:
         tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "SPLIT_N": 16 if sm_90 else 8, "CHUNK": 256}
     else:
         height, chunk = 64 if sm_90 else 32, 512 if rows <= 4096 else 2048
@@ -73,7 +75,7 @@ def from_dy(rows: int, sm_90: bool, pair: bool = False) -> dict[str, int]:
 
 
 def from_x(rows: int, sm_90: bool, pair: bool = False) -> dict[str, int]:
-    if rows <= ONE_LAUNCH_ROWS:
+    if rows <= FEW:
         tiles = {"BLOCK_M": 16, "BLOCK_K": 64}
     else:
         tiles = dict.fromkeys(("BLOCK_M", "BLOCK_K"), 64 if sm_90 and not pair else 32)

@@ -151,7 +151,7 @@ def shrink(
     own, other, x, gate, task, gate_row, fusion, fusion_2, seed, state,
     M, K, T, G, x_stride, threshold, scale, c: tl.constexpr,
 ):  # fmt: skip
-    """h = D(x) A^T and z = e q V_t^T; `other`: of a second adapter of the same x as well. An item: a tile of rows, a range of K."""
+    """h = D(x) A^T and z = e q V_t^T; `other`: of a second adapter of the same x too. An item: a tile of rows, a range of K."""
     rows, dropout = Rows(task, gate, gate_row, M, T, G), Dropout(seed, threshold, scale)
     shrink_tiles(x, own, other, fusion, fusion_2, rows, dropout, state, K, x_stride, c)
 

@@ -35,7 +35,7 @@ def run_jobs(work: "Forward | Backward", one_launch: bool) -> None:
 
 
 class Forward:
-    """One forward: the tensors that its launches share. `other`: of a second adapter of the same x, which shrink serves as well."""
+    """One forward: the tensors that its launches share. `other`: of a second adapter of the same x, which shrink serves too."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class Forward:
         pair: bool = False,
     ) -> None:
         self.x = x if x.stride(1) == 1 else x.contiguous()
-        self.bias = contiguous(bias)
-        self.adapter = adapter = contiguous_adapter(adapter)
+        self.bias = staged(bias)
+        self.adapter = adapter = staged_adapter(adapter)
         self.sizes = sizes = Sizes.of(adapter)
         self.other = other
         rows, columns = x.shape
@@ -79,7 +79,15 @@ class Forward:
         numbers = len(self.x), *self.sizes.tall, self.x.stride(0), threshold(adapter.p), keep_scale(adapter.p)
         groups = self.shrunk, None if other is None else other.shrunk
         made = launch_of(triton_forward.shrink, ForwardSizes, self.config, self.sizes, SPLIT_K=self.split)
-        run(made, ceil(len(self.x), self.config["BLOCK_M"]) * self.split, self.x.device, groups, tensors, numbers, self.split > 1)
+        run(
+            made,
+            ceil(len(self.x), self.config["BLOCK_M"]) * self.split,
+            self.x.device,
+            groups,
+            tensors,
+            numbers,
+            self.split > 1,
+        )
 
     def expand(self) -> None:
         adapter, sizes = self.adapter, self.sizes
@@ -130,7 +138,7 @@ class Backward:
     ) -> None:
         self.dy = dy = dy.contiguous()
         self.x = x if x is None or x.stride(1) == 1 else x.contiguous()
-        self.adapter = adapter = contiguous_adapter(adapter)
+        self.adapter = adapter = staged_adapter(adapter)
         self.needs, self.sizes, self.is_first, self.second = needs, Sizes.of(adapter), first is None, None
         if first is not None:
             first.second = self
@@ -291,12 +299,21 @@ def ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def staged(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, at a multiple of 16 bytes: others, such as views of an optimizer's flat buffer, would be read 2 bytes at a time
+    and without asynchronous copies, by kernels compiled for that."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() & 15 else tensor
 
 
-def contiguous_adapter(adapter: AdapterArgs) -> AdapterArgs:
-    return AdapterArgs._make([t.contiguous() if isinstance(t, Tensor) else t for t in adapter])
+def staged_adapter(adapter: AdapterArgs) -> AdapterArgs:
+    """Of the small ones, which are read an element at a time, contiguous ones."""
+    factors, small = adapter[:4], (adapter.fusion, adapter.task)
+    small = [None if t is None else t.contiguous() for t in (*small, adapter.gate_row, adapter.seed)]
+    fusion, task, gate_row, seed = small
+    return AdapterArgs(*map(staged, factors), fusion, task, staged(adapter.gate), gate_row, seed, *adapter[9:])
 
 
 def seed_of(adapter: AdapterArgs) -> Tensor | None:

@@ -14,7 +14,7 @@ from ..triton_launcher import Launch, current, launch
 from . import composed_kernels as kernels
 from . import eager
 from .task_rows import Layout
-from .triton_jobs import Backward, Forward, Sizes, ceil, contiguous_adapter, scratch
+from .triton_jobs import Backward, Forward, Sizes, ceil, staged_adapter, scratch
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 PROGRAMS = 128  # that sum over the outputs of all tasks: about as many as a large GPU has processors
@@ -110,7 +110,7 @@ def of_groups(m: Tensor, layout: Layout) -> list[Tensor]:
 
 def compose(adapter: AdapterArgs, layout: Layout, dtype: torch.dtype) -> Tensor:
     """M_t of the tasks that have rows, [tasks, N, R]."""
-    adapter, sizes, tasks = contiguous_adapter(adapter), Sizes.of(adapter), len(layout.runs)
+    adapter, sizes, tasks = staged_adapter(adapter), Sizes.of(adapter), len(layout.runs)
     m = adapter.b0.new_empty(tasks, sizes.outputs, sizes.rank, dtype=dtype)
     tensors = adapter.b0, adapter.u, adapter.v, adapter.fusion, layout.present, m
     run(kernels.compose, (ceil(sizes.outputs, tile(sizes.rank)), tasks, 1), tensors, (sizes.outputs,), sizes)
@@ -121,7 +121,7 @@ def gradients(
     dm: Tensor, adapter: AdapterArgs, layout: Layout, needs: frozenset[str], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Those of b0, u, v and fusion from dm [tasks, N, R] of the tasks that have rows; zeros for the others'."""
-    adapter, sizes, tasks = contiguous_adapter(adapter), Sizes.of(adapter), len(layout.runs)
+    adapter, sizes, tasks = staged_adapter(adapter), Sizes.of(adapter), len(layout.runs)
     make = torch.empty_like if tasks == sizes.tasks else torch.zeros_like
     grads = {name: (torch.empty_like if name == "b0" else make)(getattr(adapter, name)) for name in needs}
     tiles = ceil(sizes.outputs, tile(sizes.rank))

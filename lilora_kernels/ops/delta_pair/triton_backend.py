@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from ..delta import triton_backend as delta
-from ..delta.triton_parts import TRITON
 from ..delta.triton_jobs import Backward, Forward
+from ..delta.triton_parts import TRITON
 from ..schema import AdapterArgs
 from . import eager
 

@@ -22,8 +22,8 @@ from tools.resources import Variant
 
 ROOT = Path(__file__).parents[2]
 MACHINE = Machine(torch.device("cpu"), rounds=5)
-ENTRY = tune.Entry("shrink", 16384)
-FEW = tune.ROWS[0]
+FEW, *_, MORE, MOST = tune.ROWS
+ENTRY = tune.Entry("shrink", MOST)
 
 
 class Timed:
@@ -67,16 +67,16 @@ def warps_matter(problem, sizes):
 def test_an_entry_is_held_out_on_rows_that_it_serves_and_shapes_that_were_not_searched():
     entries = tune.entries(tune.KERNELS, tune.ROWS)
     assert [str(entry) for entry in entries[:8]] == [
-        "shrink 16384", "expand 16384", "from_dy 16384", "from_x 16384", "add_partials 16384",
-        f"delta_forward {FEW}", f"delta_backward {FEW}", "shrink 4096",
+        f"shrink {MOST}", f"expand {MOST}", f"from_dy {MOST}", f"from_x {MOST}", f"add_partials {MOST}",
+        f"delta_forward {FEW}", f"delta_backward {FEW}", f"shrink {MORE}",
     ]  # fmt: skip
-    assert [tune.Entry("shrink", rows).middle for rows in tune.ROWS] == [16, 512, 2048, 8192]
     assert len(set(entries)) == len(entries) == len(tune.KERNELS) * len(tune.ROWS)
     for entry in entries:
         searched, held_out = tune.problems(entry, tiny=False)
         for problem in (searched, *held_out):
             assert triton_configs.bucket(problem.rows) == entry.rows
         assert triton_configs.bucket(entry.fewest - 1) != entry.rows or entry.fewest == 1
+        assert entry.fewest < searched.rows < entry.rows
         assert (searched.columns, searched.outputs) == GATE_UP
         assert {(problem.columns, problem.outputs) for problem in held_out} == {DOWN, ATTENTION}
         assert {problem.tasks for problem in held_out} == {1, 8}
@@ -277,8 +277,8 @@ def test_a_better_configuration_is_written_as_a_file_that_the_kernels_load(tmp_p
     tune.save(better, tmp_path / "Some_GPU.json", MACHINE.device)
     assert [path.name for path in tmp_path.iterdir()] == ["Some_GPU.json"]
     after = loaded("Some_GPU", "sm_90")
-    assert after.pop(("shrink", 16384)) == decision["found"] == decision["present"] | {"num_warps": 4}
-    assert before.pop(("shrink", 16384))["num_warps"] == 8
+    assert after.pop(("shrink", MOST)) == decision["found"] == decision["present"] | {"num_warps": 4}
+    assert before.pop(("shrink", MOST))["num_warps"] == 8
     assert after == before
 
 
@@ -354,7 +354,7 @@ def test_a_file_that_is_no_table_is_refused_before_the_search_and_stays(command,
             ["--kernels", "shrink,sideways"],
             "--kernels has 'sideways'; there are shrink, expand, delta_forward, from_dy,",
         ),
-        (["--rows", "1024,100"], f"--rows has '100'; there are {FEW}, 1024, 4096, 16384"),
+        (["--rows", "1024,100"], f"--rows has '100'; there are {', '.join(map(str, tune.ROWS))}"),
         (["--rows", "many"], "--rows has 'many'"),
         (["--minutes", "0"], "--minutes is 0.0"),
         (["--minutes", "nan"], "--minutes is nan"),

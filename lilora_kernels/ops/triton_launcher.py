@@ -36,14 +36,13 @@ class Launch(dict):
         self.bound: dict[tuple, tuple] = {}
         self.integers: list[tuple[int, bool]] | None = None
 
-    def specialisation(self, tensors: list, pointers: list[int], groups: tuple, numbers: tuple) -> tuple:
+    def specialisation(self, tensors: list, pointers: list[int], numbers: tuple) -> tuple:
         """Different wherever Triton would compile differently: None, types, multiples of 16, integers that are 1 or large."""
         if self.integers is None:
             names = [name for name in self.kernel.arg_names if name not in self][-len(numbers) :] if numbers else []
             apart = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
             self.integers = [(i, names[i] in apart) for i, n in enumerate(numbers) if isinstance(n, int)]
         return (
-            tuple([group is None for group in groups]),
             tuple([None if t is None else t.dtype for t in tensors]),
             gcd(16, *pointers) < 16 and tuple([pointer & 15 for pointer in pointers]),
             tuple(
@@ -61,15 +60,15 @@ def current(device: torch.device) -> AbstractContextManager:
 def launch(
     made: Launch, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], numbers: tuple, groups: tuple = ()
 ) -> None:
-    """Launch on the current device. The kernel's arguments in its order: groups of tensors (named tuples, or None), tensors
-    (or None), numbers."""
+    """Launch on the current device. The kernel's arguments in its order: groups of tensors (named tuples), tensors, or None
+    in the place of one, numbers."""
     if runtime.INTERPRETED or not BOUND or observed(made.kernel):
         made.kernel[grid](*groups, *tensors, *numbers, **made, **made.options)
         return
-    flat = [*chain.from_iterable(group for group in groups if group is not None), *tensors]
+    flat = [*chain.from_iterable(groups), *tensors]
     pointers = [0 if t is None else t.data_ptr() for t in flat]
     device = next(t for t in flat if t is not None).get_device()
-    key = device, made.specialisation(flat, pointers, groups, numbers)
+    key = device, made.specialisation(flat, pointers, numbers)
     if (bound := made.bound.get(key)) is None:
         compiled = made.kernel[grid](*groups, *tensors, *numbers, **made, **made.options)
         if isinstance(compiled, CompiledKernel):
@@ -78,7 +77,7 @@ def launch(
     run, function, metadata = bound
     stream = torch._C._cuda_getCurrentRawStream(device)
     left = iter(pointers)
-    nested = [group if group is None else tuple([next(left) for _ in group]) for group in groups]
+    nested = [tuple([next(left) for _ in group]) for group in groups]
     run(*grid, stream, function, metadata, None, None, None, *nested, *left, *numbers, *made.in_order)
 
 

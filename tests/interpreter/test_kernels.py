@@ -251,7 +251,7 @@ class Counter:
             names = [name for name in made.kernel.arg_names if name not in made]
             named = dict(zip(names[len(groups) :], tensors, strict=False))
             for group in groups:
-                named |= {} if group is None else {name: t for name, t in group._asdict().items() if t is not None}
+                named |= {name: t for name, t in group._asdict().items() if t is not None}
             self.ranges = {
                 name: (t.data_ptr(), t.data_ptr() + t.nbytes, t.element_size())
                 for name, t in named.items()
@@ -543,5 +543,14 @@ def test_what_the_kernels_refuse():
 
 
 def test_a_call_has_the_configuration_of_the_next_number_of_rows():
-    for rows, want in ((0, 128), (1, 128), (129, 255), (255, 255), (256, 1024), (1024, 1024), (4096, 4096), (4097, 16384)):
+    for rows, want in (
+        (0, 128),
+        (1, 128),
+        (129, 255),
+        (255, 255),
+        (256, 1024),
+        (1024, 1024),
+        (4096, 4096),
+        (4097, 16384),
+    ):
         assert triton_configs.bucket(rows) == want

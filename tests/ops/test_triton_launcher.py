@@ -43,14 +43,14 @@ from lilora_kernels.ops.triton_launcher import Launch, launch
 
 FORWARD = ForwardSizes(R=16, S=8, BLOCK_R=16, BLOCK_S=16, BLOCK_M=16, BLOCK_K=16, SPLIT_K=2, BLOCK_N=16, TILES_N=1)
 BACKWARD = BackwardSizes(R=16, S=8, BLOCK_R=16, BLOCK_S=16, BLOCK_M=16, BLOCK_N=16, SPLIT_N=2, BLOCK_K=16)
-KERNELS = {  # their groups, of which some may be None, and how many tensors follow
-    shrink: ((Shrunk, Shrunk | None), 8, {"c": FORWARD, "num_warps": 4}),
+KERNELS = {  # their groups, and how many tensors follow
+    shrink: ((Shrunk, Shrunk), 8, {"c": FORWARD, "num_warps": 4}),
     expand: ((Expanded,), 4, {"c": FORWARD, "num_warps": 4}),
     delta_forward: ((Shrunk, Expanded), 7, {"c": FORWARD, "num_warps": 4}),
-    from_x: ((Lower | None, Lower | None, RowSums), 6, {"c": BACKWARD, "num_warps": 8}),
+    from_x: ((Lower, Lower, RowSums), 6, {"c": BACKWARD, "num_warps": 8}),
     add_partials: ((PartialSums, Gradients), 1, {"c": BACKWARD, "num_warps": 8}),
     delta_backward: (
-        (Upper, Thinned, UpperSums, Lower | None, RowSums, PartialSums, Gradients),
+        (Upper, Thinned, UpperSums, Lower, RowSums, PartialSums, Gradients),
         9,
         {"c": BACKWARD, "num_warps": 4},
     ),
@@ -76,78 +76,49 @@ def any_number(draw, name):
 
 
 def slots(kernel):
-    """What each argument is, those of groups one by one: the group that may be None (as its first member), a tensor, a number."""
+    """What each argument is, those of groups one by one: a tensor, or the name of a number."""
     groups, count, constants = KERNELS[kernel]
     names = [name for name in kernel.arg_names if name not in constants]
-    found = []
-    for group in groups:
-        optional = not isinstance(group, type)
-        found += [("group", optional)] + [("tensor", "")] * len(members(group))
-    return found + [("tensor", "")] * count + [("number", name) for name in names[len(groups) + count :]]
-
-
-def members(group):
-    group = group if isinstance(group, type) else next(each for each in group.__args__ if each is not type(None))
-    return group._fields
-
-
-def any_of(draw, kind, name, first):
-    if kind == "group":
-        return bool(name) and draw.random() < 0.3  # whether it is None
-    return any_tensor(draw, first) if kind == "tensor" else any_number(draw, name)
+    tensors = sum(len(group._fields) for group in groups) + count
+    return [None] * tensors + names[len(groups) + count :]
 
 
 def arguments(kernel, given):
     """(tensors, numbers, groups) of a launch, from the values of its slots."""
-    left, groups = iter(given), []
-    for group in KERNELS[kernel][0]:
-        absent, own = next(left), [next(left) for _ in members(group)]
-        kind = group if isinstance(group, type) else next(each for each in group.__args__ if each is not type(None))
-        groups.append(None if absent else kind(*own))
-    rest = list(left)
-    count = KERNELS[kernel][1]
-    return tuple(rest[:count]), tuple(rest[count:]), tuple(groups)
+    groups, count, _ = KERNELS[kernel]
+    left = iter(given)
+    made = tuple(group(*(next(left) for _ in group._fields)) for group in groups)
+    rest = tuple(left)
+    return rest[:count], rest[count:], made
+
+
+def any_of(draw, name, first):
+    return any_tensor(draw, first) if name is None else any_number(draw, name)
 
 
 def neighbours(kernel, draw):
     """Arguments, and each time the same but for one of them."""
     found = slots(kernel)
-    needed = sure_tensor(kernel)
-    given = [any_of(draw, *slot, first=at == needed) for at, slot in enumerate(found)]
+    given = [any_of(draw, name, first=at == 0) for at, name in enumerate(found)]
     for _ in range(60):
         at = draw.randrange(len(given))
-        given[at] = any_of(draw, *found[at], first=at == needed)
+        given[at] = any_of(draw, found[at], first=at == 0)
         yield arguments(kernel, given)
-
-
-def sure_tensor(kernel):
-    """The slot of a tensor that is there in any case, as every call has one."""
-    found = slots(kernel)
-    if not KERNELS[kernel][0]:
-        return 0
-    return next(at for at, slot in enumerate(found) if slot == ("group", False)) + 1
 
 
 def one_apart(kernel):
     """Aligned tensors and multiples of 16; then the same but for one argument."""
     found = slots(kernel)
-    same = {"group": False, "tensor": MEMORY[torch.float32]}
-    base = [same.get(kind, 0.5 if name in FLOATS else 48) for kind, name in found]
+    base = [MEMORY[torch.float32] if name is None else 0.5 if name in FLOATS else 48 for name in found]
     tensors = [None, *(t for dtype in MEMORY for t in (MEMORY[dtype], MISALIGNED[dtype][0]))]
-    for at, (kind, name) in enumerate(found):
-        if kind == "group":
-            others = [True] if name else []
-        elif kind == "tensor":
-            others = tensors[at == sure_tensor(kernel) :]
-        else:
-            others = (2.0,) if name in FLOATS else INTEGERS
-        for other in others:
+    for at, name in enumerate(found):
+        for other in tensors[at == 0 :] if name is None else (2.0,) if name in FLOATS else INTEGERS:
             yield arguments(kernel, [*base[:at], other, *base[at + 1 :]])
 
 
 def key_of(made, tensors, numbers, groups):
-    flat = [t for group in groups if group is not None for t in group] + list(tensors)
-    return made.specialisation(flat, [0 if t is None else t.data_ptr() for t in flat], groups, numbers)
+    flat = [t for group in groups for t in group] + list(tensors)
+    return made.specialisation(flat, [0 if t is None else t.data_ptr() for t in flat], numbers)
 
 
 @by_kernel
@@ -168,14 +139,12 @@ def test_what_triton_tells_apart_has_different_keys(kernel, draws):
 @by_kernel
 def test_numbers_of_rows_and_tasks_share_a_key(kernel):
     """Every key takes JITFunction.run once."""
-    made, found = Launch(kernel, KERNELS[kernel][2]), slots(kernel)
+    made, keys = Launch(kernel, KERNELS[kernel][2]), set()
     free = {"M", "T", "G", "CHUNK", "threshold", "low_rank", "high_rank", "shares", "n", "r", "row_stride", "stride"}
-    same, keys = {"group": False, "tensor": MEMORY[torch.float32]}, set()
     for n in range(40):
-        numbers = {"number": n}
         given = [
-            same[kind] if kind in same else 0.5 if name in FLOATS else numbers[kind] if name in free else 64
-            for kind, name in found
+            MEMORY[torch.float32] if name is None else 0.5 if name in FLOATS else n if name in free else 64
+            for name in slots(kernel)
         ]
         keys.add(key_of(made, *arguments(kernel, given)))
     assert len(keys) == 1

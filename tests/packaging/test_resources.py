@@ -90,7 +90,7 @@ def test_variants_do_not_multiply_with_the_number_of_rows(monkeypatch):
         kernel = made.kernel
         names = kernel.arg_names[-len(numbers) - 1 : -1]
         fixed = [n for name, n in zip(names, numbers, strict=True) if name not in kernel.do_not_specialize]
-        given = [t is None for group in (*groups, tensors) for t in (group or ())]
+        given = [t is None for group in (*groups, tensors) for t in group]
         variants.add((kernel, tuple(given), tuple(fixed), tuple(made.items())))
 
     monkeypatch.setattr(triton_jobs, "run", recording)

@@ -77,7 +77,7 @@ class UpperSums(NamedTuple):
 
 
 class Lower(NamedTuple):
-    """Of one adapter: a [R, K], dh [M, R]; stores partial sums da [chunks, R, K] or None."""
+    """Of one adapter: a [R, K], dh [M, R]; stores partial sums da [chunks, R, K] or None. All None for none."""
 
     a: object
     dh: object
@@ -330,19 +330,19 @@ def down_gradients(
     chunk_row = chunk.to(tl.int64) * CHUNK
     chunk_count = tl.minimum(rows_from(chunk_row, M), CHUNK)
     dtype = own.dh.dtype.element_ty
-    reads_x: tl.constexpr = own.da is not None or (other is not None and other.da is not None)
+    reads_x: tl.constexpr = own.da is not None or other.da is not None
     da = tl.full((c.BLOCK_R, c.BLOCK_K), 0.0, tl.float32)
     da_2 = tl.full((c.BLOCK_R, c.BLOCK_K), 0.0, tl.float32)
     if dx is not None:
         right = tile(own.a, r[:, None], columns[None, :], c.R, K, dtype)
-        if other is not None:
+        if other.dh is not None:
             right_2 = tile(other.a, r[:, None], columns[None, :], c.R, K, dtype)
     for first in range(0, chunk_count, c.BLOCK_M):
         row = chunk_row + first
         count = chunk_count - first
         inside = (m < count)[:, None] & (columns < K)[None, :]
         left = load_dh(own.dh, row, m, count, c)
-        if other is not None:
+        if other.dh is not None:
             left_2 = load_dh(other.dh, row, m, count, c)
         if dropout.seed is not None:
             keep = dropout_mask(dropout, row, m, block * c.BLOCK_K, c.BLOCK_K)
@@ -352,11 +352,11 @@ def down_gradients(
                 xt = tl.where(keep, xt, 0.0)
             if own.da is not None:
                 da = tl.dot(tl.trans(left), xt, da, input_precision="ieee")
-            if other is not None and other.da is not None:
+            if other.da is not None:
                 da_2 = tl.dot(tl.trans(left_2), xt, da_2, input_precision="ieee")
         if dx is not None:
             dxt = tl.dot(left, right, input_precision="ieee")
-            if other is not None:
+            if other.dh is not None:
                 dxt = tl.dot(left_2, right_2, dxt, input_precision="ieee")
             dxt *= dropout.scale
             if dropout.seed is not None:
@@ -364,7 +364,7 @@ def down_gradients(
             tl.store(dx + row * K + m[:, None] * K + columns[None, :], dxt.to(dx.dtype.element_ty), mask=inside)
     if own.da is not None:
         store_da(da * dropout.scale, own.da, chunk, columns, K, low_rank, high_rank, c)
-    if other is not None and other.da is not None:
+    if other.da is not None:
         store_da(da_2 * dropout.scale, other.da, chunk, columns, K, low_rank, high_rank, c)
 
 
@@ -422,7 +422,7 @@ def x_items(
     vs = chunks * rows.T if sums.dv is not None else 0
     fusions = vs + (rows.T if sums.dfusion is not None else 0)
     gates = fusions + (rows.G if sums.dgate is not None else 0)
-    for work in range(tl.program_id(0), gates + (chunks * blocks if own is not None else 0), tl.num_programs(0)):
+    for work in range(tl.program_id(0), gates + (chunks * blocks if own.dh is not None else 0), tl.num_programs(0)):
         item = tl.cast(work, tl.int32)
         if item < vs:
             if sums.dv is not None:
@@ -434,7 +434,7 @@ def x_items(
             if sums.dgate is not None:
                 gate_gradient(item - fusions, sums, rows, c)
         else:
-            if own is not None:
+            if own.dh is not None:
                 chunk, block = (item - gates) // blocks, (item - gates) % blocks
                 down_gradients(
                     chunk, block, x, dx, own, other, dropout, rows.M, K, x_stride, CHUNK, low_rank, high_rank, c
@@ -518,9 +518,9 @@ def delta_backward(
     """`from_dy`, `from_x` and `add_partials` in one launch of programs that are all resident."""
     rows, dropout = Rows(task, gate, gate_row, M, T, G), Dropout(seed, threshold, scale)
     dy_items(dy, upper, thinned, upper_sums, fusion, rows, state, N, CHUNK, scaling, low_rank, high_rank, c)
-    if own is not None or sums.dv is not None or sums.dfusion is not None or sums.dgate is not None:
+    if own.dh is not None or sums.dv is not None or sums.dfusion is not None or sums.dgate is not None:
         grid_barrier(state)
-        x_items(x, dx, own, None, sums, rows, dropout, K, x_stride, CHUNK, low_rank, high_rank, c)
+        x_items(x, dx, own, Lower(None, None, None), sums, rows, dropout, K, x_stride, CHUNK, low_rank, high_rank, c)
     if grads.a is not None or grads.b0 is not None or grads.u is not None or grads.v is not None:
         grid_barrier(state)
         sum_items(partials, grads, upper_sums.present, M, K, N, T, CHUNK, c)

@@ -39,7 +39,7 @@ class ForwardSizes(NamedTuple):
 
 class Shrunk(NamedTuple):
     """Of one adapter: reads a [R, K] and v [T, S, R] or None; stores h [M, R], z [M, S] or None, by way of partials
-    [SPLIT_K, M, R] fp32, None for SPLIT_K = 1."""
+    [SPLIT_K, M, R] fp32, None for SPLIT_K = 1. All None where there is no other adapter."""
 
     a: object
     v: object
@@ -118,22 +118,22 @@ def shrink_tile(item, x, own, other, fusion, fusion_2, rows, dropout, state, K, 
             block_x = tl.where(dropout_mask(dropout, row, m, first, c.BLOCK_K), block_x, 0.0)
         right = tile(own.a, r[None, :], columns[:, None], c.R, K, block_x.dtype)
         acc = tl.dot(block_x, right, acc, input_precision="ieee")
-        if other is not None:
+        if other.h is not None:
             right = tile(other.a, r[None, :], columns[:, None], c.R, K, block_x.dtype)
             acc_2 = tl.dot(block_x, right, acc_2, input_precision="ieee")
     if c.SPLIT_K == 1:
         store_h(acc, own, fusion, rows, dropout.scale, row, m, count, c)
-        if other is not None:
+        if other.h is not None:
             store_h(acc_2, other, fusion_2, rows, dropout.scale, row, m, count, c)
     else:
         inside = (m < count)[:, None] & (r < c.R)[None, :]
         tl.store(partials_at(own.partials, split, rows.M, row, m, c), acc, mask=inside)
-        if other is not None:
+        if other.h is not None:
             tl.store(partials_at(other.partials, split, rows.M, row, m, c), acc_2, mask=inside)
         if arrives_last(state, block, c.SPLIT_K):
             acc = h_of_all(own.partials, rows.M, row, m, count, c)
             store_h(acc, own, fusion, rows, dropout.scale, row, m, count, c)
-            if other is not None:
+            if other.h is not None:
                 acc = h_of_all(other.partials, rows.M, row, m, count, c)
                 store_h(acc, other, fusion_2, rows, dropout.scale, row, m, count, c)
 
@@ -225,6 +225,7 @@ def delta_forward(
 ):  # fmt: skip
     """`shrink`, then `expand`, in one launch of programs that are all resident."""
     rows, dropout = Rows(task, gate, gate_row, M, T, G), Dropout(seed, threshold, scale)
-    shrink_tiles(x, shrunk, None, fusion, None, rows, dropout, state, K, x_stride, c)
+    no_other = Shrunk(None, None, None, None, None)
+    shrink_tiles(x, shrunk, no_other, fusion, None, rows, dropout, state, K, x_stride, c)
     grid_barrier(state)
     expand_tiles(expanded, fusion, rows, N, shares, scaling, c)

@@ -18,6 +18,7 @@ from .triton_configs import Configuration
 from .triton_forward import Expanded, ForwardSizes, Shrunk
 
 PARTIAL_BYTES = 1 << 28  # how much memory the partial sums of du may take before chunks of rows grow
+NO_ADAPTER, NO_LOWER = (kind(*(None,) * len(kind._fields)) for kind in (Shrunk, Lower))
 NO_SUMS = RowSums(*(None,) * len(RowSums._fields))
 
 
@@ -77,7 +78,7 @@ class Forward:
         tensors = self.x, adapter.gate, adapter.task, adapter.gate_row, adapter.fusion
         tensors += (None if other is None else other.adapter.fusion, seed_of(adapter))
         numbers = len(self.x), *self.sizes.tall, self.x.stride(0), threshold(adapter.p), keep_scale(adapter.p)
-        groups = self.shrunk, None if other is None else other.shrunk
+        groups = self.shrunk, NO_ADAPTER if other is None else other.shrunk
         made = launch_of(triton_forward.shrink, ForwardSizes, self.config, self.sizes, SPLIT_K=self.split)
         run(
             made,
@@ -175,7 +176,7 @@ class Backward:
         self.upper = Upper(adapter.b0, adapter.u, adapter.v, h)
         self.thinned = Thinned(dh, dq_h, scaled_q_u, dfusion_rows, partials)
         self.upper_sums = UpperSums(db0, du, present)
-        self.lower = Lower(adapter.a, dh, da) if needs & {"x", "a"} else None
+        self.lower = Lower(adapter.a, dh, da) if needs & {"x", "a"} else NO_LOWER
         grads = self.grads.get
         self.sums = NO_SUMS
         if needs & {"v", "fusion", "gate"}:
@@ -183,7 +184,7 @@ class Backward:
         self.partial_sums, self.gradients = PartialSums(da, db0, du, dv), Gradients(*map(grads, Gradients._fields))
         # Not bound to this object, which would keep it and all gradients alive: autograd would copy them.
         self.jobs: list[Callable[[Backward], None]] = [] if from_dh else [Backward.from_dy]
-        if self.sums is not NO_SUMS or (self.lower is not None and first is None):
+        if self.sums is not NO_SUMS or (self.lower is not NO_LOWER and first is None):
             self.jobs.append(Backward.from_x)
         if needs & {"a", "b0", "u", "v"}:
             self.jobs.append(Backward.add_partials)
@@ -204,16 +205,16 @@ class Backward:
 
     def from_x(self) -> None:
         adapter, sizes, second = self.adapter, self.sizes, self.second
-        own = self.lower if self.is_first else None
-        other = None if second is None else second.lower
-        config = self.whole or triton_configs.configuration("from_x", self.dy, adapter, other is not None)
+        own = self.lower if self.is_first else NO_LOWER
+        other = NO_LOWER if second is None else second.lower
+        config = self.whole or triton_configs.configuration("from_x", self.dy, adapter, other is not NO_LOWER)
         tensors = self.x, self.grads.get("x"), adapter.gate, adapter.task, adapter.gate_row, seed_of(adapter)
         ranks, chunks = adapter.ranks or (0, sizes.rank), ceil(len(self.dy), self.chunk)
         numbers = (
             len(self.dy), *sizes.tall, 0 if self.x is None else self.x.stride(0), self.chunk,
             threshold(adapter.p), keep_scale(adapter.p), *ranks,
         )  # fmt: skip
-        downs = chunks * ceil(sizes.columns, config["BLOCK_K"]) if own is not None else 0
+        downs = chunks * ceil(sizes.columns, config["BLOCK_K"]) if own is not NO_LOWER else 0
         rows_summed = chunks * sizes.tasks * ("v" in self.needs) + sizes.tasks * ("fusion" in self.needs)
         made = launch_of(triton_backward.from_x, BackwardSizes, config, sizes)
         items = downs + rows_summed + sizes.gates * ("gate" in self.needs)

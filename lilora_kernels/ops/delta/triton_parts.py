@@ -14,7 +14,7 @@ from ..triton_launcher import Launch, current, launch
 from . import composed_kernels as kernels
 from . import eager
 from .task_rows import Layout
-from .triton_jobs import Backward, Forward, Sizes, ceil, staged_adapter, scratch
+from .triton_jobs import Backward, Forward, Sizes, ceil, scratch, staged_adapter
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 PROGRAMS = 128  # that sum over the outputs of all tasks: about as many as a large GPU has processors
@@ -94,8 +94,8 @@ def through_m(
 
 def forms_m(rows: Tensor, layout: Layout, adapter: AdapterArgs) -> bool:
     """As `eager.forms_m`. M_t costs the same bytes whatever the rows, and the kernels that do without it another pass over y or
-    dy for each. bench.model, gate and up, both directions over the base by M_t / by phase: 8 tasks 2048 rows 1.30 / 1.39, 1024
-    rows 1.50 / 1.50; 32 tasks 8192 rows 1.26 / 1.29."""
+    dy for each. bench.model, gate and up, both directions over the base by M_t / by phase: 8 tasks 2048 rows 1.30 / 1.38, 1024
+    rows 1.50 / 1.52; 32 tasks 8192 rows 1.26 / 1.28."""
     return len(rows) >= 2 * adapter.a.shape[0] * len(layout.runs) and layout.is_seen
 
 

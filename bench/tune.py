@@ -31,6 +31,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from lilora_kernels.backends import ONE_LAUNCH_ROWS
 from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.delta import reference, triton_configs
 from lilora_kernels.ops.philox import keep_mask, keep_scale
@@ -81,8 +82,15 @@ class Entry:
     rows: int
 
     @property
+    def buckets(self) -> list[int]:
+        """Where it goes. A forward has one configuration up to ONE_LAUNCH_ROWS: a row's bits depend on no other row there."""
+        if self.kernel not in FORWARD or self.rows > ONE_LAUNCH_ROWS:
+            return [self.rows]
+        return [rows for rows in ROWS if rows <= ONE_LAUNCH_ROWS] if self.rows == ONE_LAUNCH_ROWS else []
+
+    @property
     def fewest(self) -> int:
-        return max((rows + 1 for rows in ROWS if rows < self.rows), default=1)
+        return max((rows + 1 for rows in ROWS if rows < self.buckets[0]), default=1)
 
     @property
     def middle(self) -> int:
@@ -112,11 +120,13 @@ class Entry:
 
 def entries(kernels: list[str], rows: list[int]) -> list[Entry]:
     """The most important first: training from the most rows down, in turn with decoding from the fewest up."""
-    found = []
-    for few, many in zip(ROWS, reversed(ROWS), strict=True):
-        found += [Entry(kernel, many) for kernel in KERNELS if kernel not in AT_ONCE]
-        found += [Entry(kernel, few) for kernel in AT_ONCE]
-    return [entry for entry in found if entry.kernel in kernels and entry.rows in rows]
+
+    def rank(entry: Entry) -> tuple[int, bool]:
+        at = ROWS.index(entry.buckets[0]) if entry.one_launch else len(ROWS) - 1 - ROWS.index(entry.rows)
+        return at, entry.one_launch
+
+    found = [Entry(kernel, most) for kernel in KERNELS if kernel in kernels for most in ROWS]
+    return sorted((entry for entry in found if set(entry.buckets) & set(rows)), key=rank)
 
 
 def problems(entry: Entry, tiny: bool) -> tuple[Problem, list[Problem]]:
@@ -507,7 +517,8 @@ def tune(
             until = now() + (end - now()) / min(3, len(chosen) - at)
             decision = tuner.decide(entry, entry.present(machine.device), until)
             if decision["improved"]:
-                better.setdefault(entry.kernel, {})[str(entry.rows)] = decision["found"]
+                found = better.setdefault(entry.kernel, {})
+                found |= {str(rows): decision["found"] for rows in entry.buckets}
             print(f"{entry}: {'IMPROVED' if decision['improved'] else 'kept'}, {decision['reason']}", flush=True)
             write(decision)
             decisions.append(decision)

@@ -6,7 +6,7 @@ TRITON_INTERPRET=1 python -m bench.tune --out . --tiny        every step on tiny
 From the configuration in use, each step tries all that differ from it in one constant by one place in VALUES, and takes
 the fastest. A kernel is tuned for the time of its launch, in a forward or backward whose other kernels keep their
 configuration. What was found is compared with the configuration in use on held-out problems, in fresh rounds, and written
-only if it is better on them and the kernel's other variants (fp32 parameters, larger ranks, a gate, a pair) fit the GPU too.
+only if it is better on them and the kernel's other variants (fp32 parameters, larger ranks, a gate) fit the GPU too.
 """
 
 import argparse
@@ -247,13 +247,13 @@ def described(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
 
 
-def variants(kernel: str) -> list:
-    """Of a kernel: each needs more than what is timed."""
+def variants() -> list:
+    """Of a kernel: each needs more than what is timed. What serves a pair of adapters has sizes of its own."""
     from tools.resources import Variant
 
     masters, ranks = {"masters": torch.float32}, {"rank": 256, "sub_rank": 128}
     found = [masters, {"dtype": torch.float32}, {"gate": True}, ranks, masters | ranks]
-    return [Variant(**each) for each in (*found, *([{"pair": True}] if kernel in ("shrink", "from_x") else []))]
+    return [Variant(**each) for each in found]
 
 
 class Launches:
@@ -279,7 +279,7 @@ class Launches:
         major, minor = triton_runtime.capability(self.machine.device)
         shared = torch.cuda.get_device_properties(self.machine.device).shared_memory_per_block_optin
         where = 10 * major + minor, shared, self.entry, found
-        jobs = [(variant_once, *where, variant) for variant in variants(self.entry.kernel)]
+        jobs = [(variant_once, *where, variant) for variant in variants()]
         return next(filter(None, self.compiler.failures(jobs, seconds)), None)
 
     def check(self, sizes: Sizes) -> None:

@@ -154,20 +154,24 @@ def partials_from(partials, split, M, row, m, c: tl.constexpr):
 
 
 @triton.jit
-def products_of_all(partials, upper, M, row, m, count, c: tl.constexpr):
-    """P and Q summed over the ranges of N, in order."""
-    r, s = tl.arange(0, c.BLOCK_R), tl.arange(0, c.BLOCK_S)
-    p = tl.full((c.BLOCK_M, c.BLOCK_R), 0.0, tl.float32)
-    q_u = tl.full((c.BLOCK_M, c.BLOCK_S), 0.0, tl.float32)
+def finish_dh(upper, thinned, fusion, rows, scaling, row, count, c: tl.constexpr, SUM_ROWS: tl.constexpr):
+    """P and Q of SUM_ROWS rows, summed over the ranges of N in order, and what follows from them."""
+    m, r, s = tl.arange(0, SUM_ROWS), tl.arange(0, c.BLOCK_R), tl.arange(0, c.BLOCK_S)
+    p = tl.full((SUM_ROWS, c.BLOCK_R), 0.0, tl.float32)
+    q_u = tl.full((SUM_ROWS, c.BLOCK_S), 0.0, tl.float32)
     SPLITS: tl.constexpr = c.SPLIT_N
     for split in tl.static_range(SPLITS):
-        at = partials_from(partials, split, M, row, m, c)
+        at = partials_from(thinned.partials, split, rows.M, row, m, c)
         inside = (m < count)[:, None] & (r < c.R)[None, :]
         p += tl.load(at + r[None, :], mask=inside, other=0.0, cache_modifier=".cg")
         if upper.u is not None:
             inside = (m < count)[:, None] & (s < c.S)[None, :]
             q_u += tl.load(at + c.R + s[None, :], mask=inside, other=0.0, cache_modifier=".cg")
-    return p, q_u
+    ids = task_ids(rows, row, m, count, c)
+    t = tl.min(ids, axis=0)
+    while t < END:
+        store_dh(p, q_u, t, ids == t, upper, thinned, fusion, rows, scaling, row, m, c)
+        t = next_task(ids, t)
 
 
 @triton.jit
@@ -205,11 +209,9 @@ def shrink_dy(item, dy, upper, thinned, fusion, rows, state, N, scaling, c: tl.c
                 tl.store(at + c.R + s[None, :], q_u, mask=mine[:, None] & (s < c.S)[None, :])
         t = next_task(ids, t)
     if c.SPLIT_N > 1 and arrives_last(state, block, c.SPLIT_N):
-        p, q_u = products_of_all(thinned.partials, upper, rows.M, row, m, count, c)
-        t = tl.min(ids, axis=0)
-        while t < END:
-            store_dh(p, q_u, t, ids == t, upper, thinned, fusion, rows, scaling, row, m, c)
-            t = next_task(ids, t)
+        SUM_ROWS: tl.constexpr = 32 if c.BLOCK_M > 32 else c.BLOCK_M  # more at once would spill
+        for first in range(0, tl.minimum(count, c.BLOCK_M), SUM_ROWS):
+            finish_dh(upper, thinned, fusion, rows, scaling, row + first, count - first, c, SUM_ROWS)
 
 
 @triton.jit

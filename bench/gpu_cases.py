@@ -111,7 +111,7 @@ def lost(machine: Machine) -> bool:
 
 def brief(result: dict) -> str:
     """One line of a table."""
-    names = ("case", "M", "K", "N", "T", "p", "implementation", "direction", "phase")
+    names = ("case", "M", "K", "N", "T", "p", "implementation", "direction", "job")
     cells = [str(result[name]) for name in names if name in result]
     if "us" in result:
         cells.append(f"{result['us']['median']:.1f} us")

@@ -1,7 +1,7 @@
 """The second command on a GPU, chosen by what the first one found: python -m bench.gpu_next RESULTS.JSON --out FOLDER
 
 Red, when tests or a first call failed: the failing test files alone, each up to its first failure, and the memory
-checkers. Green: Nsight Compute on two calls, then a search of launch configurations at 8192 rows; on a GPU with room for
+checkers. Green: Nsight Compute on two calls, then a search of launch configurations for the most rows; on a GPU with room for
 it the MLP and the decoder layer of a LLaVA instead of the search. Memory checkers that failed alone run again first.
 """
 

@@ -16,13 +16,13 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lilora_kernels import backend, backends, cuda_library
-from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.philox import keep_mask, keep_scale
 from lilora_kernels.ops.schema import AdapterArgs
 from tools import traffic
@@ -181,53 +181,55 @@ def stage_9(dry_run: bool) -> Iterator[Case]:
 
 def time_launches(problem: Problem, machine: Machine, ceiling: Ceilings) -> Iterator[dict]:
     """Every launch of the Triton kernels between marks of its own, after the launches before it."""
-    from lilora_kernels.ops.delta import triton_backend
-    from lilora_kernels.ops.delta.triton_phases import Backward, Forward
+    from lilora_kernels.ops.delta import triton_backend, triton_jobs
+    from lilora_kernels.ops.delta.triton_jobs import Backward, Forward
 
     sets = operand_sets(problem, machine)
     adapters = [s.adapter() for s in sets]
     inputs = [s.x.detach() for s in sets]
     needs = frozenset(GRADIENTS)
     check_delta(sets[0], adapters[0], triton_backend, one_launch=False)
-    configs = [triton_runtime.config(name, False, inputs[0], adapters[0]) for name in ("forward", "backward")]
     makers = {
-        "forward": lambda at: Forward(inputs[at], None, adapters[at], configs[0]),
-        "backward": lambda at: Backward(sets[at].dy, inputs[at], sets[at].h, adapters[at], needs, configs[1]),
+        "forward": lambda at: Forward(inputs[at], None, adapters[at]),
+        "backward": lambda at: Backward(sets[at].dy, inputs[at], sets[at].h, adapters[at], needs),
     }
     for direction, make in makers.items():
-        work = make(0)
-        phases = [first for first, _ in work.phases]
+        jobs = [job.__name__ for job in make(0).jobs]
 
         def run(turn: int, mark: Callable[[], None], make=make) -> None:
             work = make(turn % len(sets))
-            for first, last in work.phases:
-                work.launch(first, last)
+            for job in work.jobs:
+                job(work)
                 mark()
 
-        times = measure(machine, {"ours": run}, [str(phase) for phase in phases])["ours"]
+        sizes: dict[str, dict[str, int]] = {}
+
+        def noting(
+            made, items, device, groups, tensors, numbers, waits=None, sizes=sizes, launch=triton_jobs.run
+        ) -> None:
+            sizes[made.kernel.__name__] = traffic.sizes(made, numbers)
+            launch(made, items, device, groups, tensors, numbers, waits)
+
+        with patch.object(triton_jobs, "run", noting):
+            run(0, lambda: None)
+        times = measure(machine, {"ours": run}, jobs)["ours"]
         item = problem.dtype.itemsize
         shape = traffic.Shape(
             problem.rows, problem.columns, problem.outputs, problem.rank, problem.sub_rank, problem.tasks, item, item
         )
-        finish = 1 if 1 in phases else 0
-        for phase in phases:
-            sizes = triton_runtime.phase_config(work.config, phase, phase)
-            if direction == "forward":
-                sizes["SPLIT_K"] = work.split  # may be less for few columns
-            else:
-                sizes |= {"SPLIT_N": work.split, "CHUNK": work.chunk}  # chunks may have grown for many tasks
-            moved = [found for found in getattr(traffic, direction)(shape, sizes) if found.phase == phase]
-            result = figures(times[str(phase)])
-            flops = traffic.flops(direction, phase, shape, finish)
+        for job in jobs:
+            moved = traffic.moved(job, shape, sizes[job])
+            result = figures(times[job])
+            bytes_ = sum(found.unique for found in moved)
             yield {
                 **problem.describe(),
                 "implementation": "ours",
                 "direction": direction,
-                "phase": phase,
+                "job": job,
                 **result,
-                **ceiling.rates(result["us"]["median"], sum(found.unique for found in moved), flops),
+                **ceiling.rates(result["us"]["median"], bytes_, traffic.flops(job, shape)),
                 "bytes_issued": sum(found.issued for found in moved),
-                "config": sizes,
+                "config": sizes[job],
             }
 
 
@@ -393,20 +395,19 @@ TUNE_CLOSING = 8.0  # seconds of stage 6 for a step that takes longer than it sh
 def stage_6(
     dry_run: bool, machine: Machine, configs: Path | None, seconds: float, write: Callable[[dict], None]
 ) -> None:
-    """Launch configurations of by_phase at 8192 rows: searched, validated on other problems, and kept where they are better.
-
-    `python -m bench.tune` searches the others.
+    """Launch configurations of the most rows, a launch for each job: searched, validated on other problems, and kept where
+    they are better. `python -m bench.tune` searches the others.
     """
     from . import tune
 
     machine = machine if dry_run else replace(machine, rounds=tune.ROUNDS)
-    kernels = ["forward"] if dry_run else ["forward", "backward"]
+    kernels = ["shrink"] if dry_run else [kernel for kernel in tune.KERNELS if kernel not in tune.AT_ONCE]
     minutes = 0.05 if dry_run else max(seconds - TUNE_CLOSING, 1.0) / 60
-    table, _ = tune.tune(
-        machine, ["by_phase"], kernels, [8192], minutes, lambda decision: write({"case": "tune", **decision})
+    better, _ = tune.tune(
+        machine, kernels, tune.ROWS[-1:], minutes, lambda decision: write({"case": "tune", **decision})
     )
-    if table is not None and configs is not None:
-        tune.save(table, configs)
+    if better and configs is not None:
+        tune.save(better, configs, machine.device)
 
 
 def stage_7(dry_run: bool) -> Iterator[Case]:

@@ -22,7 +22,7 @@ def table(content: dict) -> str:
         matrix("models, time / base", stages.get("7", []), "ratio_to_base", direction_of, ("case", "T", "tokens")),
         matrix("decode in a graph, time / PEFT", decode, "ratio_to_peft"),
         *(matrix(f"linear {each}, time / base", linear[each], "ratio_to_base") for each in ("backward", "forward")),
-        matrix("each launch, % of its floor", only(stages.get("3", []), "launches"), "percent_of_floor", phase),
+        matrix("each launch, % of its floor", only(stages.get("3", []), "launches"), "percent_of_floor", job),
         matrix("addmm_ in place, time / base", stages.get("2", []), "ratio_to_base", addmm),
         matrix("delta, time / by_phase", only(stages.get("4", []), "delta"), "ratio_to_by_phase", direction_of),
         matrix("decode in a graph, time / base", decode, "ratio_to_base"),
@@ -86,8 +86,8 @@ def addmm(row: dict) -> str:
     return f"{row.get('direction', '')} {row['implementation']}"
 
 
-def phase(row: dict) -> str:
-    return f"{row['direction']} {row['phase']}" if "phase" in row else row.get("implementation", "")
+def job(row: dict) -> str:
+    return f"{row['direction']} {row['job']}" if "job" in row else row.get("implementation", "")
 
 
 def direction_of(row: dict) -> str:

@@ -2,7 +2,7 @@
 
 Launches, bytes and operations of every plan at LLaVA-1.5-7B's MLP shapes in bf16, R 128 and S 64, and the time that they
 mean by the ceilings and assumptions of bench/roofline.py. The composed plan runs on the meta device under a counter; the
-Triton backend makes its own plans there, its composed one too, and tools/traffic.py says the bytes of their phases;
+Triton backend makes its own plans there, its composed one too, and tools/traffic.py says the bytes of their jobs;
 tools/cuda_traffic.py says what the phases of the CUDA kernels do. Assumed beside:
 
 - Tasks have equally many rows, which lie one behind the other; rows are computed in whole tiles, once for each task of a tile.
@@ -31,7 +31,7 @@ import torch
 from lilora_kernels import plan as forced
 from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.cuda_runtime import DECODE_ROWS
-from lilora_kernels.ops.delta import composed_kernels, task_rows, triton_parts, triton_phases
+from lilora_kernels.ops.delta import composed_kernels, task_rows, triton_jobs, triton_parts
 from lilora_kernels.ops.linear import eager as composed_linear
 from lilora_kernels.ops.linear import triton_backend as triton_linear
 from lilora_kernels.ops.schema import AdapterArgs
@@ -96,7 +96,10 @@ def composed(call: Ours) -> None:
     call.run(composed_linear)
 
 
-ONE_FACTOR = {"x", "a", "planes", "h", "dx", "dh", "da", "da_planes"}  # what phases of the composed plan move
+ONE_FACTOR = {"x", "a", "partials", "h", "dx", "dh", "da"}  # what passes over x move
+
+
+JOBS = {"delta_forward": ("shrink", "expand"), "delta_backward": ("from_dy", "from_x", "add_partials")}
 
 
 def triton(call: Ours, name: str) -> None:
@@ -104,24 +107,13 @@ def triton(call: Ours, name: str) -> None:
     passes_over_x = name == "composed"
     shape = replace(call.shape, sub_rank=0, tasks=1) if passes_over_x else call.shape
 
-    def count(work: triton_phases.Forward | triton_phases.Backward, first: int, last: int, second=None) -> None:
-        kernels, is_forward = triton_phases.kernels, isinstance(work, triton_phases.Forward)
-        kernel, direction = (kernels.delta_forward, "forward") if is_forward else (kernels.delta_backward, "backward")
-        phases = [phase for phase, _ in work.phases if first <= phase <= last]
-        for phase in phases:
-            constants = triton_phases.constants_of(kernel, work, first, last, False)
-            sizes = constants if is_forward else constants | {"CHUNK": work.chunk}
-            moved = [each for each in getattr(traffic, direction)(shape, sizes) if each.phase == phase]
-            if passes_over_x:
-                moved = [each for each in moved if each.tensor in ONE_FACTOR]
-            rows_computed = constants["BLOCK_M"] * traffic.visits(ceil(shape.rows, constants["BLOCK_M"]), shape.tasks)
-            split = 1 if any(phase == 1 for phase, _ in work.phases) else 0
-            flops = traffic.flops(direction, phase, shape, split) * rows_computed / shape.rows
-            launch = of_phase(
-                f"phase {phase}", moved, flops, "barrier" if phase > first else "launch",
-                work.items(phase, constants), call.draws if phase == (0 if is_forward else 2) else 0,
-            )  # fmt: skip
-            getattr(call, direction).launches.append(launch)
+    def count(made, items, device, groups, tensors, numbers, waits=None) -> None:
+        name, sizes = made.kernel.__name__, traffic.sizes(made, numbers)
+        for at, job in enumerate(JOBS.get(name, (name,))):
+            direction = call.forward if job in JOBS["delta_forward"] else call.backward
+            direction.launches += launches_of(
+                job, shape, sizes, passes_over_x, call.draws, "barrier" if at else "launch"
+            )
 
     def count_part(kernel, programs, tensors, numbers, sizes, dtype=None) -> None:
         """Of the kernels around M_t: every tensor once, and a product of N, R and S for each task in all but the sums."""
@@ -133,10 +125,27 @@ def triton(call: Ours, name: str) -> None:
         flops = 2 * tasks * sizes.outputs * sizes.rank * sizes.sub_rank
         counter.launches.append(Launch(kernel.__name__, moved, flops, issued=moved, waves=waves(math.prod(programs))))
 
-    names = patch.object(triton_runtime, "table_names", lambda device: ("sm_90",))
-    launches = [patch.object(work, "launch", count) for work in (triton_phases.Forward, triton_phases.Backward)]
-    with names, launches[0], launches[1], patch.object(triton_parts, "run", count_part), forced(name):
+    names = patch.object(triton_runtime, "device_names", lambda device: ("sm_90",))
+    launches = patch.object(triton_jobs, "run", count), patch.object(triton_parts, "run", count_part)
+    with names, launches[0], launches[1], forced(name):
         call.run(triton_linear)
+
+
+def launches_of(
+    job: str, shape: traffic.Shape, sizes: dict, passes_over_x: bool, draws: int, start: str
+) -> Iterator[Launch]:
+    """A job; and, where its last programs add up what all have stored, that by itself."""
+    moved, tile = traffic.moved(job, shape, sizes), sizes["BLOCK_M"]
+    if passes_over_x:
+        moved = [each for each in moved if each.tensor in ONE_FACTOR]
+    rows_computed = tile * traffic.visits(ceil(shape.rows, tile), shape.tasks) if tile else 0
+    tail = [replace(each, issued=each.unique) for each in moved if each.tensor == "partials"]
+    moved = [replace(each, issued=each.unique) if each.tensor == "partials" else each for each in moved]
+    own_draws = draws if job in ("shrink", "from_x") else 0
+    flops, items = traffic.flops(job, shape) * rows_computed / shape.rows, traffic.items(job, shape, sizes)
+    yield of_phase(job, moved, flops, start, items, own_draws)
+    if tail:
+        yield of_phase(f"{job}, sums", tail, 0, "arrival", ceil(shape.rows, tile), 0)
 
 
 def of_phase(
@@ -233,7 +242,7 @@ def figures(launches: list[Launch], plain: list[Launch]) -> dict:
             name, longest = max(launch.parts().items(), key=itemgetter(1))
             bounds[name] = bounds.get(name, 0) + sign * longest
             bounds["launches"] = bounds.get("launches", 0) + sign * START[launch.start]
-    count = sum(launch.start != "barrier" for launch in launches)
+    count = sum(launch.start in ("launch", "dependent") for launch in launches)
     return {
         "launches": count,
         "memory": sum(launch.memory for launch in launches),

@@ -38,6 +38,7 @@ LATENCY = 0.2e-6  # seconds until a load from L2 arrives, one that waits for the
 START = {
     "launch": 2.5e-6,  # seconds from the end of a kernel to the first work of the next one in a CUDA graph
     "dependent": 1.5e-6,  # where the next one is resident by then (programmatic dependent launch)
+    "arrival": 0.7e-6,  # until the last of the programs that share a tile knows that it is the last
     "barrier": 1.5e-6,  # until all programs of a launch know that all have come, and have begun the next phase
 }
 EAGER_LAUNCH = 5e-6  # seconds of the host for one launch outside of a graph

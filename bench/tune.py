@@ -1,16 +1,15 @@
-"""Search launch configurations of the Triton kernels, and write a table of those that prove better.
+"""Search launch configurations of the Triton kernels, and write those that prove better.
 
 python -m bench.tune --out lilora_kernels/configs             on a GPU
 TRITON_INTERPRET=1 python -m bench.tune --out . --tiny        every step on tiny shapes, without one
 
 From the configuration in use, each step tries all that differ from it in one constant by one place in VALUES, and takes
-the fastest. Phases with launches of their own are tuned one by one, each for its own time. What was found is compared
-with the configuration in use on held-out problems, in fresh rounds, and written only if it is better on them and the
-kernel's other variants (fp32 parameters, larger ranks, a gate) fit the GPU with it too.
+the fastest. A kernel is tuned for the time of its launch, in a forward or backward whose other kernels keep their
+configuration. What was found is compared with the configuration in use on held-out problems, in fresh rounds, and written
+only if it is better on them and the kernel's other variants (fp32 parameters, larger ranks, a gate) fit the GPU too.
 """
 
 import argparse
-import copy
 import itertools
 import json
 import math
@@ -20,20 +19,21 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from lilora_kernels.backends import ONE_LAUNCH_ROWS
 from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import reference
+from lilora_kernels.ops.delta import reference, triton_configs
 from lilora_kernels.ops.philox import keep_mask, keep_scale
 from lilora_kernels.ops.schema import AdapterArgs
 
@@ -42,6 +42,11 @@ from .interpreter import patch_once_a_launch
 from .problems import ATTENTION, DOWN, GATE_UP, GRADIENTS, SCALING, TINY, Operands, Problem
 from .timing import Candidate, Machine, measure, nbytes, ratio
 
+KERNELS = list(triton_configs.HEURISTICS)
+AT_ONCE = "delta_forward", "delta_backward"
+FORWARD = "shrink", "expand", "delta_forward"
+OF_A_CHUNK = "from_dy", "from_x", "add_partials"  # jobs that CHUNK, a constant of the first, takes effect on
+ROWS = [*triton_configs.ROWS, triton_configs.MANY]
 VALUES = {
     "BLOCK_M": (16, 32, 64, 128),
     "BLOCK_K": (32, 64, 128),
@@ -54,7 +59,6 @@ VALUES = {
     "num_warps": (4, 8),
     "num_stages": (1, 2, 3, 4, 5),
 }
-SHARED = {"forward": ("SPLIT_K",), "backward": ("SPLIT_N", "CHUNK")}  # that all phases have to agree on
 STEP = 0.99  # the share of the time that a step has to stay below
 BETTER = 0.97  # what the geometric mean of the held-out ratios has to stay below
 SLOWER = 1.02  # what no held-out ratio's 20th percentile may exceed
@@ -64,45 +68,65 @@ SHORT_ROWS, SHORT_CALLS = 512, 8  # calls on so few rows are timed together
 COMPILERS = 8  # processes
 COMPILED_ROWS = 16
 
-Configuration = dict
-"""A bucket of configs/*.json without its rows."""
+Sizes = dict[str, int]
+"""A configuration, for 2-byte elements and ranks up to 128."""
+Table = dict[str, dict[str, Sizes]]
+"""{kernel: {rows: sizes}}, as configs/*.json."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One configuration of the table: its place there, and the fewest and most rows it serves."""
+    """The configuration of one kernel for calls of fewest..rows rows."""
 
-    plan: str
     kernel: str
     rows: int
-    fewest: int
-    most: int
+
+    @property
+    def buckets(self) -> list[int]:
+        """Where it goes. A forward has one configuration up to ONE_LAUNCH_ROWS: a row's bits depend on no other row there."""
+        if self.kernel not in FORWARD or self.rows > ONE_LAUNCH_ROWS:
+            return [self.rows]
+        return [rows for rows in ROWS if rows <= ONE_LAUNCH_ROWS] if self.rows == ONE_LAUNCH_ROWS else []
+
+    @property
+    def fewest(self) -> int:
+        return max((rows + 1 for rows in ROWS if rows < self.buckets[0]), default=1)
+
+    @property
+    def middle(self) -> int:
+        """The geometric mean of the fewest and the most, to a multiple of 16."""
+        return -(-math.isqrt(self.fewest * self.rows) // 16) * 16
 
     @property
     def one_launch(self) -> bool:
-        return self.plan == "one_launch"
+        return self.kernel in AT_ONCE
 
     @property
-    def phases(self) -> range:
-        return range(3 if self.kernel == "forward" else 4)
+    def job(self) -> str:
+        """The method of Forward or Backward that launches the kernel."""
+        return "at_once" if self.one_launch else self.kernel
+
+    def timed(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The jobs whose time decides about these constants."""
+        return OF_A_CHUNK if self.kernel == "from_dy" and "CHUNK" in names else (self.job,)
+
+    def present(self, device: torch.device) -> Sizes:
+        programs = {"PROGRAMS": 1} if self.one_launch else {}
+        return programs | triton_configs.chosen(triton_runtime.device_names(device), self.kernel, self.rows)
 
     def __str__(self) -> str:
-        return f"{self.plan} {self.kernel} {self.rows}"
+        return f"{self.kernel} {self.rows}"
 
 
-def entries(table: dict, plans: list[str], kernels: list[str], rows: list[int]) -> list[Entry]:
-    """The chosen entries, most important first: training from the most rows down, in turn with decoding from the fewest up."""
-    ranked = []
-    for plan, kernel in itertools.product(plans, kernels):
-        one_launch = plan == "one_launch"
-        buckets = [bucket["rows"] for bucket in table[plan][kernel]]
-        edges = [math.isqrt(low * high) for low, high in itertools.pairwise(buckets)]
-        fewest = [1 if one_launch else ONE_LAUNCH_ROWS + 1, *(edge + 1 for edge in edges)]
-        most = [*edges, 2 * buckets[-1]]
-        found = [Entry(plan, kernel, *each) for each in zip(buckets, fewest, most, strict=True)]
-        for rank, entry in enumerate(found if one_launch else reversed(found)):
-            ranked.append(((rank, one_launch, kernel != "forward"), entry))
-    return [entry for _, entry in sorted(ranked, key=lambda pair: pair[0]) if entry.rows in rows]
+def entries(kernels: list[str], rows: list[int]) -> list[Entry]:
+    """The most important first: training from the most rows down, in turn with decoding from the fewest up."""
+
+    def rank(entry: Entry) -> tuple[int, bool]:
+        at = ROWS.index(entry.buckets[0]) if entry.one_launch else len(ROWS) - 1 - ROWS.index(entry.rows)
+        return at, entry.one_launch
+
+    found = [Entry(kernel, most) for kernel in KERNELS if kernel in kernels for most in ROWS]
+    return sorted((entry for entry in found if set(entry.buckets) & set(rows)), key=rank)
 
 
 def problems(entry: Entry, tiny: bool) -> tuple[Problem, list[Problem]]:
@@ -115,45 +139,40 @@ def problems(entry: Entry, tiny: bool) -> tuple[Problem, list[Problem]]:
         tasks = min(tasks, rows)
         return Problem(rows, *shape, tasks, 0.05 if tasks > 1 else 0.0)
 
-    few, many = entry.fewest, entry.most
+    few, many = entry.fewest, entry.rows
     held_out = [(few, DOWN, 8), (many, DOWN, 1), (few, ATTENTION, 1), (many, ATTENTION, 8)]
-    return problem(entry.rows, GATE_UP, 8), [problem(*chosen) for chosen in held_out]
+    return problem(entry.middle, GATE_UP, 8), [problem(*chosen) for chosen in held_out]
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def using(configuration: Configuration) -> Iterator[None]:
-    """Calls of the backend made here take this configuration."""
-    own = triton_runtime.config
+def using(entry: Entry, sizes: Sizes) -> Iterator[None]:
+    """Calls of the backend made here launch the entry's kernel with these sizes."""
+    own = triton_configs.configuration
 
-    def config(kernel: str, one_launch: bool, x: Tensor, adapter: AdapterArgs) -> triton_runtime.Configuration:
-        element = x.element_size()  # that of the parameters too
-        sizes = triton_runtime.fitted(configuration, element, element, triton_runtime.padded(adapter.a.shape[0]))
-        return triton_runtime.Configuration(sizes)
+    def configuration(kernel: str, x: Tensor, adapter: AdapterArgs, pair: bool = False) -> triton_configs.Configuration:
+        if kernel != entry.kernel:
+            return own(kernel, x, adapter, pair)
+        return triton_configs.Configuration(triton_configs.fitted(sizes, *triton_configs.widths(x, adapter)))
 
-    triton_runtime.config = config
-    try:
+    with patch.object(triton_configs, "configuration", configuration):
         yield
-    finally:
-        triton_runtime.config = own
 
 
-def prepared(entry: Entry, configuration: Configuration, s: Operands):
-    """The Forward or Backward of these operands, ready to be launched."""
-    from lilora_kernels.ops.delta.triton_phases import Backward, Forward
+def prepared(entry: Entry, s: Operands):
+    """The Forward or Backward of these operands, ready for its jobs."""
+    from lilora_kernels.ops.delta.triton_jobs import Backward, Forward
 
-    with using(configuration):
-        config = triton_runtime.config(entry.kernel, entry.one_launch, s.dy, s.adapter())
-    if entry.kernel == "forward":
-        return Forward(s.x.detach(), None, s.adapter(), config)
-    return Backward(s.dy, s.x.detach(), s.h, s.adapter(), frozenset(GRADIENTS), config)
+    if entry.kernel in FORWARD:
+        return Forward(s.x.detach(), None, s.adapter(), entry.one_launch)
+    return Backward(s.dy, s.x.detach(), s.h, s.adapter(), frozenset(GRADIENTS), entry.one_launch)
 
 
-def launches(entry: Entry, work) -> list[tuple[int, int]]:
-    """First and last phase of each. All phases fit one launch or fail: timing them apart would say nothing of it."""
-    return [(0, work.LAST)] if entry.one_launch else work.phases
+def jobs_of(entry: Entry, work) -> list[Callable]:
+    """All jobs fit one launch or fail: `run_jobs` would run them apart, which says nothing of it."""
+    return [type(work).at_once] if entry.one_launch else work.jobs
 
 
 class Compiler:
@@ -170,8 +189,8 @@ class Compiler:
         if self.pool is not None:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def failures(self, jobs: list[list[tuple]], seconds: float) -> list[str | None]:
-        """The first failure of each job, or None. A job is parts (function, *arguments) that return why they fail, or None."""
+    def failures(self, jobs: list[tuple], seconds: float) -> list[str | None]:
+        """What each job (function, *arguments) returns: why it fails, or None."""
         if not self.machine.on_gpu:
             return [None] * len(jobs)
         if self.pool is None:
@@ -179,46 +198,43 @@ class Compiler:
             self.pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
         until = time.monotonic() + seconds
 
-        def failure(part: Future) -> str | None:
+        def failure(job: Future) -> str | None:
             try:
-                return part.result(max(until - time.monotonic(), 0))
+                return job.result(max(until - time.monotonic(), 0))
             except TimeoutError:
-                part.cancel()
+                job.cancel()
                 return "TimeoutError: not compiled in the time that there was"
 
         try:
-            pending = [[self.pool.submit(*part) for part in job] for job in jobs]
-            return [next(filter(None, [failure(part) for part in job]), None) for job in pending]
+            pending = [self.pool.submit(*job) for job in jobs]
+            return [failure(job) for job in pending]
         except BrokenProcessPool as broken:  # a compiler that aborts takes its process along
             self.pool = None
             return [described(broken)] * len(jobs)
 
 
-def launch_once(machine: Machine, entry: Entry, problem: Problem, configuration: Configuration, at: int) -> str | None:
-    """Compile one launch; why it fails, or None. Few rows do: kernels are not specialized on their number."""
+def launch_once(machine: Machine, entry: Entry, problem: Problem, sizes: Sizes) -> str | None:
+    """Compile the kernel; why it fails, or None. Few rows do: kernels are not specialized on their number."""
     try:
-        work = prepared(entry, configuration, few_rows(problem, machine.device))
-        of_work = launches(entry, work)
-        if at < len(of_work):
-            work.launch(*of_work[at])
-            machine.synchronize()
+        with using(entry, sizes):
+            work = prepared(entry, few_rows(problem, machine.device))
+            getattr(work, entry.job)()
+        machine.synchronize()
     except Exception as failure:
         return described(failure)
     return None
 
 
-def variant_once(
-    arch: int, shared: int, entry: Entry, configuration: Configuration, launch: tuple[int, int], variant: dict
-) -> str | None:
-    """Compile one launch of another variant for sm_<arch>; why it does not fit `shared` bytes of shared memory, or None."""
+def variant_once(arch: int, shared: int, entry: Entry, sizes: Sizes, variant) -> str | None:
+    """Compile a `Variant` of the kernel for sm_<arch>; why it does not fit `shared` bytes of shared memory, or None."""
     from tools.resources import compile_kernel
 
     try:
-        needed = compile_kernel(entry.kernel, arch, configuration, *launch, **variant).shared
+        needed = compile_kernel(entry.kernel, arch, entry.rows, variant, sizes).shared
     except Exception as failure:
         return described(failure)
     if needed > shared:
-        return f"OutOfResources: phases {launch} need {needed} bytes of shared memory with {variant}, of {shared}"
+        return f"OutOfResources: {entry.kernel} needs {needed} bytes of shared memory, of {shared}, as {variant}"
     return None
 
 
@@ -231,107 +247,87 @@ def described(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
 
 
-def changed_launches(entry: Entry, present: Configuration, found: Configuration) -> list[tuple[int, int]]:
-    if entry.one_launch:
-        return [(0, entry.phases[-1])]
-    old, new = ({"phases": {}} | configuration for configuration in (present, found))
-    config = triton_runtime.phase_config
-    return [(phase, phase) for phase in entry.phases if config(old, phase, phase) != config(new, phase, phase)]
-
-
-def variants() -> list[dict]:
-    """Of the kernels, as arguments of compile_kernel: each needs more than what is timed."""
-    from tools.resources import PAIR
+def variants() -> list:
+    """Of a kernel: each needs more than what is timed. What serves a pair of adapters has sizes of its own."""
+    from tools.resources import Variant
 
     masters, ranks = {"masters": torch.float32}, {"rank": 256, "sub_rank": 128}
-    return [masters, {"dtype": torch.float32}, {"absent": PAIR}, ranks, masters | ranks]
+    found = [masters, {"dtype": torch.float32}, {"gate": True}, ranks, masters | ranks]
+    return [Variant(**each) for each in found]
 
 
 class Launches:
-    """Runs one entry's kernel on one problem, with any configuration."""
+    """Runs one entry's kernel on one problem, with any sizes."""
 
     def __init__(self, compiler: Compiler, entry: Entry, problem: Problem) -> None:
         self.compiler, self.machine, self.entry, self.problem = compiler, compiler.machine, entry, problem
         first = Operands(problem, self.machine.device, 0)
-        self.exact = solve(first, entry.kernel)
+        self.exact = solve(first, entry.kernel in FORWARD)
         # The base weight is not read here: what is has to be cold by itself.
         copies = self.machine.copies(nbytes((first.x, first.dy, first.h, *first.factors())))
         self.sets = [first, *(Operands(problem, self.machine.device, i) for i in range(1, copies))]
 
-    def phases(self, configuration: Configuration) -> list[int]:
-        """The phases that are launched."""
-        return [first for first, _ in prepared(self.entry, configuration, self.sets[0]).phases]
-
-    def compile(self, configurations: list[Configuration], seconds: float) -> list[str | None]:
+    def compile(self, configurations: list[Sizes], seconds: float) -> list[str | None]:
         """Why each of them cannot be launched, or None."""
-        count = 1 if self.entry.one_launch else len(self.entry.phases)
-        jobs = [
-            [(launch_once, self.machine, self.entry, self.problem, each, at) for at in range(count)]
-            for each in configurations
-        ]
+        jobs = [(launch_once, self.machine, self.entry, self.problem, each) for each in configurations]
         return self.compiler.failures(jobs, seconds)
 
-    def unfit_variant(self, present: Configuration, found: Configuration, seconds: float) -> str | None:
+    def unfit_variant(self, found: Sizes, seconds: float) -> str | None:
         """Why a variant of the kernel that is not timed here could not be launched with what was found, or None."""
         if not self.machine.on_gpu:
             return None
         major, minor = triton_runtime.capability(self.machine.device)
         shared = torch.cuda.get_device_properties(self.machine.device).shared_memory_per_block_optin
         where = 10 * major + minor, shared, self.entry, found
-        jobs = [
-            [(variant_once, *where, launch, variant)]
-            for launch in changed_launches(self.entry, present, found)
-            for variant in variants()
-        ]
+        jobs = [(variant_once, *where, variant) for variant in variants()]
         return next(filter(None, self.compiler.failures(jobs, seconds)), None)
 
-    def check(self, configuration: Configuration) -> None:
-        """Raises if the kernel does not run or its results are wrong."""
-        with poisoned(self.machine.device):
-            work = prepared(self.entry, configuration, self.sets[0])
-            for first, last in launches(self.entry, work):
-                work.launch(first, last)
-        got = {"y": work.y, "h": work.h} if self.entry.kernel == "forward" else work.grads
+    def check(self, sizes: Sizes) -> None:
+        """Raises if the kernel does not run or results are wrong."""
+        with poisoned(self.machine.device), using(self.entry, sizes):
+            work = prepared(self.entry, self.sets[0])
+            for job in jobs_of(self.entry, work):
+                job(work)
+        got = {"y": work.y, "h": work.h} if self.entry.kernel in FORWARD else work.grads
         for name, want in self.exact.items():
             error(f"{name} of {self.entry}", got[name], want)
 
     def times(
-        self, configurations: dict[str, Configuration], phase: int | None, rounds: int, seconds: float
+        self, configurations: dict[str, Sizes], timed: tuple[str, ...], rounds: int, seconds: float
     ) -> dict[str, list[float]]:
-        """Microseconds of each configuration in alternation, of one phase or of all."""
-        segments = ["all"] if phase is None else ["before", "phase"]
-        calls = SHORT_CALLS if phase is None and self.machine.on_gpu and self.problem.rows <= SHORT_ROWS else 1
+        """Microseconds of each configuration in alternation, of jobs that follow each other."""
+        calls = SHORT_CALLS if self.machine.on_gpu and self.problem.rows <= SHORT_ROWS else 1
         sets = itertools.cycle(self.sets)  # whoever runs next takes those that nobody has read for longest
 
-        def candidate(configuration: Configuration) -> Candidate:
+        def candidate(sizes: Sizes) -> Candidate:
             def run(_: int, mark: Callable[[], None]) -> None:
-                for _ in range(calls):
-                    work = prepared(self.entry, configuration, next(sets))
-                    for first, last in launches(self.entry, work):
-                        if first == phase:
-                            mark()
-                        work.launch(first, last)
-                        if first == phase:
-                            break
-                mark()
+                with using(self.entry, sizes):
+                    works = [prepared(self.entry, next(sets)) for _ in range(calls)]
+                    jobs = jobs_of(self.entry, works[0])
+                    first = [job.__name__ for job in jobs].index(timed[0])
+                    for part in (jobs[:first], jobs[first : first + len(timed)]):
+                        for work in works:
+                            for job in part:
+                                job(work)
+                        mark()
 
             return run
 
-        runs = {name: candidate(configuration) for name, configuration in configurations.items()}
-        times = measure(self.machine, runs, segments, rounds, calls, seconds)
-        return {name: found[segments[-1]] for name, found in times.items()}
+        runs = {name: candidate(sizes) for name, sizes in configurations.items()}
+        times = measure(self.machine, runs, ["before", "timed"], rounds, calls, seconds)
+        return {name: found["timed"] for name, found in times.items()}
 
 
-def solve(s: Operands, kernel: str) -> dict[str, Tensor]:
-    """What the kernel has to compute from these operands, in fp64. Sets their h, and as dy their y, as the gate does."""
+def solve(s: Operands, forward: bool) -> dict[str, Tensor]:
+    """The results of a forward or of a backward of these operands, in fp64. Sets their h, and as dy their y, as the gate does."""
     p = s.problem.p
-    x, *factors = (t.detach().double().requires_grad_(kernel == "backward") for t in s.gradients())
+    x, *factors = (t.detach().double().requires_grad_(not forward) for t in s.gradients())
     keep = keep_mask(s.seed, *x.shape, p) if p else None
     y = reference.delta(x, *factors, task=s.task, keep=keep, keep_scale=keep_scale(p), scaling=SCALING)
     dropped = x.detach() if keep is None else x.detach() * keep * keep_scale(p)
     h = dropped @ factors[0].detach().T
     s.dy, s.h = y.detach().to(s.problem.dtype), h.to(s.problem.dtype)
-    if kernel == "forward":
+    if forward:
         return {"y": y, "h": h}
     return dict(zip(GRADIENTS, torch.autograd.grad(y, [x, *factors], s.dy.double()), strict=True))
 
@@ -339,43 +335,21 @@ def solve(s: Operands, kernel: str) -> dict[str, Tensor]:
 # --- search -----------------------------------------------------------------------------------------------------------
 
 
-def groups(entry: Entry) -> list[tuple[int | None, tuple[str, ...]]]:
-    """Constants that are tuned together, each group with the phase whose time decides, or None for that of all."""
-    from tools.resources import READ
-
-    shared = SHARED[entry.kernel]
-    own = {
-        phase: (*sorted(READ[entry.kernel, phase] - set(shared)), "num_warps", "num_stages") for phase in entry.phases
-    }
-    if entry.one_launch:
-        return [(None, (*shared, *dict.fromkeys(itertools.chain(*own.values())), "PROGRAMS"))]
-    return [(None, shared), *own.items()]
+def groups(sizes: Sizes) -> list[list[str]]:
+    """Constants that are tuned together, those that other kernels depend on first."""
+    own = [name for name in sizes if name != "CHUNK"]
+    return [["CHUNK"], own] if "CHUNK" in sizes else [own]
 
 
-def neighbours(configuration: Configuration, phase: int | None, names: tuple[str, ...]) -> dict[str, Configuration]:
-    """Every configuration one place away in one of these constants, by a name that says the difference."""
-    own = configuration.get("phases", {}).get(str(phase), {})
+def neighbours(sizes: Sizes, names: list[str]) -> dict[str, Sizes]:
+    """All sizes one place away in one of these constants, by a name that says the difference."""
     found = {}
     for name in names:
-        present = own.get(name, configuration.get(name, 1))
-        smaller = [value for value in VALUES[name] if value < present]
-        larger = [value for value in VALUES[name] if value > present]
+        smaller = [value for value in VALUES[name] if value < sizes[name]]
+        larger = [value for value in VALUES[name] if value > sizes[name]]
         for value in smaller[-1:] + larger[:1]:
-            where = "" if phase is None else f"phase {phase} "
-            found[f"{where}{name} {present} -> {value}"] = changed(configuration, phase, name, value)
+            found[f"{name} {sizes[name]} -> {value}"] = sizes | {name: value}
     return found
-
-
-def changed(configuration: Configuration, phase: int | None, name: str, value: int) -> Configuration:
-    """With one constant replaced: of the phase when it has a launch of its own, or of all."""
-    if phase is None:
-        return configuration | {name: value}
-    phases = configuration.get("phases", {})
-    own = phases.get(str(phase), {}) | {name: value}
-    own = {name: value for name, value in own.items() if configuration.get(name) != value}
-    phases = {key: constants for key, constants in sorted((phases | {str(phase): own}).items()) if constants}
-    common = {name: value for name, value in configuration.items() if name != "phases"}
-    return common | ({"phases": phases} if phases else {})
 
 
 class Search:
@@ -386,23 +360,21 @@ class Search:
         self.tried: dict[str, str | None] = {}  # configuration -> why it was dropped
         self.dropped: Counter[str] = Counter()
 
-    def run(self, present: Configuration) -> Configuration:
+    def run(self, present: Sizes) -> Sizes:
         best, before = present, None
         while best != before and self.left() > 0:
             before = best
-            for phase, names in groups(self.entry):
-                if phase is None or phase in self.running.phases(best):
-                    best = self.climb(present, best, phase, names)
+            for names in groups(present):
+                best = self.climb(present, best, names)
         return best
 
-    def climb(
-        self, present: Configuration, best: Configuration, phase: int | None, names: tuple[str, ...]
-    ) -> Configuration:
+    def climb(self, present: Sizes, best: Sizes, names: list[str]) -> Sizes:
+        timed = self.entry.timed(names)
         while self.left() > 0:
-            steps = self.usable(neighbours(best, phase, names))
+            steps = self.usable(neighbours(best, names))
             if not steps:
                 break
-            times = self.running.times({"present": present, "best": best, **steps}, phase, self.rounds, self.left())
+            times = self.running.times({"present": present, "best": best, **steps}, timed, self.rounds, self.left())
             ratios = {name: ratio(found, times["present"])["median"] for name, found in times.items()}
             step = min(steps, key=ratios.__getitem__)
             if ratios[step] >= STEP * ratios["best"]:
@@ -411,10 +383,10 @@ class Search:
             print(f"{self.entry}: {step}: {ratios[step]:.3f} of the time", flush=True)
         return best
 
-    def usable(self, configurations: dict[str, Configuration]) -> dict[str, Configuration]:
+    def usable(self, configurations: dict[str, Sizes]) -> dict[str, Sizes]:
         """Those that run with right results, as far as there is time to know."""
-        keys = {name: json.dumps(configuration, sort_keys=True) for name, configuration in configurations.items()}
-        new = {name: configuration for name, configuration in configurations.items() if keys[name] not in self.tried}
+        keys = {name: json.dumps(sizes, sort_keys=True) for name, sizes in configurations.items()}
+        new = {name: sizes for name, sizes in configurations.items() if keys[name] not in self.tried}
         for name, failure in zip(new, self.running.compile(list(new.values()), self.left()), strict=True):
             if self.left() <= 0:
                 break
@@ -454,13 +426,13 @@ class Tuner:
     running: Callable[[Entry, Problem], Launches]
     now: Callable[[], float]
 
-    def decide(self, entry: Entry, present: Configuration, until: float) -> dict:
+    def decide(self, entry: Entry, present: Sizes, until: float) -> dict:
         """What was found for one entry by then, and why it is or is not better."""
         start = self.now()
         print(f"{entry}: {max(until - start, 0):.0f} s", flush=True)
         decision = {
-            "plan": entry.plan, "kernel": entry.kernel, "rows": entry.rows, "present": present, "found": None,
-            "tried": 0, "dropped": {}, "searched": None, "held_out": [], "improved": False,
+            "kernel": entry.kernel, "rows": entry.rows, "present": present, "found": None, "tried": 0, "dropped": {},
+            "searched": None, "held_out": [], "improved": False,
         }  # fmt: skip
         try:
             decision["reason"] = self.examine(entry, present, until, decision)
@@ -468,7 +440,7 @@ class Tuner:
             decision["reason"] = described(failure)
         return {**decision, "seconds": round(self.now() - start, 1)}
 
-    def examine(self, entry: Entry, present: Configuration, until: float, decision: dict) -> str:
+    def examine(self, entry: Entry, present: Sizes, until: float, decision: dict) -> str:
         """Search, then validation; fills in the decision and returns the reason for it."""
         searching_until = self.now() + SEARCH_SHARE * (until - self.now())
         if self.now() >= searching_until:
@@ -479,7 +451,7 @@ class Tuner:
         decision["found"] = found
         return self.validate(entry, present, found, until, decision)
 
-    def search(self, entry: Entry, present: Configuration, until: float, decision: dict) -> Configuration:
+    def search(self, entry: Entry, present: Sizes, until: float, decision: dict) -> Sizes:
         running = self.running(entry, problems(entry, self.machine.tiny)[0])
         running.compile([present], until - self.now())
         running.check(present)
@@ -488,14 +460,15 @@ class Tuner:
         decision |= {"tried": len(search.tried), "dropped": dict(search.dropped)}
         return found
 
-    def validate(self, entry: Entry, present: Configuration, found: Configuration, until: float, decision: dict) -> str:
+    def validate(self, entry: Entry, present: Sizes, found: Sizes, until: float, decision: dict) -> str:
         """Puts the ratios of `found` into the decision, and whether it is better; returns why."""
+        timed = entry.timed(name for name, size in found.items() if size != present[name])
 
         def compare(running: Launches, problem: Problem) -> dict:
             running.compile([present, found], until - self.now())
             running.check(found)
             times = running.times(
-                {"present": present, "found": found}, None, 2 * self.machine.rounds, until - self.now()
+                {"present": present, "found": found}, timed, 2 * self.machine.rounds, until - self.now()
             )
             return {**problem.describe(), "ratio": ratio(times["found"], times["present"])}
 
@@ -511,7 +484,7 @@ class Tuner:
             else:
                 decision["held_out"].append(result)
         ratios = [result["ratio"] for result in decision["held_out"]]
-        why_not = refusal(ratios) or running.unfit_variant(present, found, until - self.now())
+        why_not = refusal(ratios) or running.unfit_variant(found, until - self.now())
         decision["improved"] = why_not is None
         return why_not or f"held-out problems take {geometric_mean(ratios):.3f} of the time"
 
@@ -521,52 +494,62 @@ class Tuner:
 
 def tune(
     machine: Machine,
-    plans: list[str],
     kernels: list[str],
     rows: list[int],
     minutes: float,
     write: Callable[[dict], None] = lambda decision: None,
     running: Callable[[Compiler, Entry, Problem], Launches] = Launches,
     now: Callable[[], float] = time.monotonic,
-) -> tuple[dict | None, list[dict]]:
-    """The table in use with better configurations where there are any, else None; and a decision for every entry.
+) -> tuple[Table, list[dict]]:
+    """The configurations that are better than those in use, and a decision for every entry.
 
     `write` gets each decision as it is made. Entries that there is no time for keep their configuration. `running` and
     `now` are for tests.
     """
     end = now() + 60 * minutes
-    table = copy.deepcopy(triton_runtime.table(triton_runtime.table_names(machine.device)))
-    chosen = entries(table, plans, kernels, rows)
+    chosen = entries(kernels, rows)
+    better: Table = {}
     decisions = []
     with Compiler(machine) as compiler:
         tuner = Tuner(machine, partial(running, compiler), now)
         for at, entry in enumerate(chosen):
-            buckets = table[entry.plan][entry.kernel]
-            place = next(i for i, bucket in enumerate(buckets) if bucket["rows"] == entry.rows)
-            present = {name: value for name, value in buckets[place].items() if name != "rows"}
             # A third of what is left: the first entries are worth most, and what one does not need goes to the next.
-            decision = tuner.decide(entry, present, now() + (end - now()) / min(3, len(chosen) - at))
+            until = now() + (end - now()) / min(3, len(chosen) - at)
+            decision = tuner.decide(entry, entry.present(machine.device), until)
             if decision["improved"]:
-                buckets[place] = {"rows": entry.rows, **decision["found"]}
+                found = better.setdefault(entry.kernel, {})
+                found |= {str(rows): decision["found"] for rows in entry.buckets}
             print(f"{entry}: {'IMPROVED' if decision['improved'] else 'kept'}, {decision['reason']}", flush=True)
             write(decision)
             decisions.append(decision)
             if machine.on_gpu:
                 torch.cuda.empty_cache()
-    return (table if any(decision["improved"] for decision in decisions) else None), decisions
+    return better, decisions
 
 
-def save(table: dict, path: Path) -> None:
-    """Write the table whole or not at all, with a line for each bucket."""
-    plans = []
-    for plan, kernels in table.items():
-        lists = []
-        for kernel, buckets in kernels.items():
-            lines = ",\n".join(f"      {json.dumps(bucket)}" for bucket in buckets)
-            lists.append(f'    "{kernel}": [\n{lines}\n    ]')
-        plans.append(f'  "{plan}": {{\n' + ",\n".join(lists) + "\n  }")
+def in_file(path: Path, device: torch.device) -> Table:
+    """What the file has, or where there is none, what is in use, which it will stand in for; ValueError with a sentence."""
+    if not path.exists():
+        return triton_configs.tuned(triton_runtime.device_names(device))
+    try:
+        table = json.loads(path.read_text())
+        if all(rows.isdigit() and isinstance(each, dict) for known in table.values() for rows, each in known.items()):
+            return table
+    except (ValueError, AttributeError, OSError):
+        pass
+    raise ValueError(f"{path} is not {{kernel: {{rows: sizes}}}} in JSON; move it away or give another file")
+
+
+def save(better: Table, path: Path, device: torch.device) -> None:
+    """Put what is better into the file, which is written whole or not at all, a line for each bucket of rows."""
+    table = in_file(path, device)
+    table = table | {kernel: table.get(kernel, {}) | buckets for kernel, buckets in better.items()}
+    kernels = []
+    for kernel, buckets in table.items():
+        lines = [f'    "{rows}": {json.dumps(buckets[rows])}' for rows in sorted(buckets, key=int)]
+        kernels.append(f'  "{kernel}": {{\n' + ",\n".join(lines) + "\n  }")
     part = path.with_name(path.name + ".part")
-    part.write_text("{\n" + ",\n".join(plans) + "\n}\n")
+    part.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
     part.replace(path)
 
 
@@ -578,9 +561,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, required=True, help="a .json file, or a folder for one named for the device"
     )
-    parser.add_argument("--plans", help="by_phase, one_launch or both, separated by a comma; all by default")
-    parser.add_argument("--kernels", help="forward, backward or both; all by default")
-    parser.add_argument("--rows", help="buckets of the table in use, separated by commas; all by default")
+    parser.add_argument("--kernels", help=f"of {', '.join(KERNELS)}, separated by commas; all by default")
+    parser.add_argument("--rows", help=f"the most that a configuration is for: of {ROWS}; all by default")
     parser.add_argument("--minutes", type=float, default=4.0, help="for everything")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU, with TRITON_INTERPRET=1")
     options = parser.parse_args(arguments)
@@ -595,32 +577,33 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             f"the Triton kernels cannot be timed here: {why_not}; for a run on tiny shapes without a GPU give --tiny"
         )
-    names = triton_runtime.table_names(machine.device)
-    table = triton_runtime.table(names)
 
     def chosen(option: str, given: str | None, known: list[str]) -> list[str]:
         found = known if given is None else given.split(",")
         for name in found:
             if name not in known:
-                parser.error(f"{option} has {name!r}; the table in use has {', '.join(known)}")
+                parser.error(f"{option} has {name!r}; there are {', '.join(known)}")
         return found
 
-    plans = chosen("--plans", options.plans, list(table))
-    kernels = chosen("--kernels", options.kernels, ["forward", "backward"])
-    buckets = {bucket["rows"] for plan in plans for kernel in kernels for bucket in table[plan][kernel]}
-    rows = [int(each) for each in chosen("--rows", options.rows, [str(each) for each in sorted(buckets)])]
+    kernels = chosen("--kernels", options.kernels, KERNELS)
+    rows = [int(each) for each in chosen("--rows", options.rows, [str(each) for each in ROWS])]
     if not 0 < options.minutes < math.inf:
         parser.error(f"--minutes is {options.minutes}; give a finite number above 0")
-    path = options.out / f"{names[0] if names else 'cpu'}.json" if options.out.is_dir() else options.out
+    device_name = next(iter(triton_runtime.device_names(machine.device)), "cpu")
+    path = options.out / f"{device_name}.json" if options.out.is_dir() else options.out
     if path.suffix != ".json" or not path.parent.is_dir():
         parser.error(f"--out is {options.out}; give a folder that exists, or a .json file in one")
+    try:
+        in_file(path, machine.device)
+    except ValueError as unreadable:
+        parser.error(str(unreadable))
 
     torch.manual_seed(0)
-    better, decisions = tune(machine, plans, kernels, rows, options.minutes)
-    if better is None:
+    better, decisions = tune(machine, kernels, rows, options.minutes)
+    if not better:
         print(f"no configuration is better than the one in use; {path} is not written")
         return 0
-    save(better, path)
+    save(better, path, machine.device)
     improved = sum(decision["improved"] for decision in decisions)
     print(f"{path} is written with {improved} new configurations of {len(decisions)}")
     return 0

@@ -16,7 +16,8 @@ COMPOSED = {"composed": "for all rows"}  # library products around what is ours
 CHOICES = {"backend": ORDER, "plan": PLANS}
 VARIABLES = {"backend": "LILORA_BACKEND", "plan": "LILORA_PLAN"}
 # Up to here `linear` takes one launch: with few rows a processor only waits for launches. bench.model, us of both directions
-# by the Triton kernels, gate and up, 8 tasks, one launch / by phase: 64 rows 114 / 134, 128 rows 120 / 124, 256 rows 155 / 143.
+# by the Triton kernels, gate and up, 8 tasks, one launch / by phase: 64 rows 114 / 117, 128 rows 118 / 121, 256 rows 144 / 147;
+# the host's launches alone, 20 / 35. For more rows the plan composed is faster where it can be taken.
 ONE_LAUNCH_ROWS = 255
 # The backend and plan that the contexts of these names or LILORA_<KIND>, read here, force; None leaves the choice to us. For
 # all threads: autograd runs backward on a GPU in threads of its own.

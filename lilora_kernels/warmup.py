@@ -132,8 +132,7 @@ def _ways(layer: AdaptedLinear) -> list[tuple[bool, ...]]:
 
 def _identity(layer: AdaptedLinear) -> tuple:
     """What decides which kernels a layer takes, beside the device and dtype of x."""
-    # Views into a flat buffer of an optimizer may lie anywhere: Triton compiles for what is aligned.
-    own = tuple((n, p.shape, p.dtype, p.requires_grad, p.data_ptr() % 16 == 0) for n, p in layer.named_parameters())
+    own = tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in layer.named_parameters())
     choice: tuple = ()
     if isinstance(layer, RankPoolLinear):
         chooser = getattr(layer.choose, "__code__", type(layer.choose))

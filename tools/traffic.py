@@ -1,4 +1,4 @@
-"""How many bytes each phase of the Triton kernels moves, tensor by tensor: the plan that tests hold the kernels to.
+"""How many bytes each job of the Triton kernels moves, tensor by tensor: the plan that tests hold the kernels to.
 
 For rows that lie task by task, equally many of each; a tile with several tasks reads parameters once for each.
 """
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 
-FLOAT = 4  # bytes of an element of a plane
+FLOAT = 4  # bytes of an element of a partial sum
+SUM_BLOCK = 2048  # elements of a gradient that one item of add_partials adds up
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one phase asks for (`issued`) and distinct bytes among them (`unique`), of one tensor."""
+    """Bytes that one phase or job asks for (`issued`) and distinct bytes among them (`unique`), of one tensor."""
 
-    phase: int
+    phase: int | str
     tensor: str
     issued: int
     unique: int
@@ -43,84 +44,115 @@ def visits(parts: int, tasks: int) -> int:
     return parts + tasks - gcd(parts, tasks)
 
 
-def flops(direction: str, phase: int, shape: Shape, finish: int) -> int:
-    """Of the products of one phase; `finish` is the phase that completes h or dh."""
+def items(job: str, shape: Shape, sizes: dict[str, int]) -> int:
+    """How many work items a job has; sizes with CHUNK of a backward, and `shares` of expand."""
+    m, n = shape.rows, shape.outputs
+    chunks = ceil(m, sizes.get("CHUNK", m))
+    if job == "shrink":
+        return ceil(m, sizes["BLOCK_M"]) * sizes["SPLIT_K"]
+    if job == "expand":
+        return ceil(m, sizes["BLOCK_M"]) * ceil(n, sizes["BLOCK_N"] * sizes["TILES_N"]) * sizes["shares"]
+    if job == "from_dy":
+        marks = shape.tasks > 1
+        return chunks * (sizes["CHUNK"] // sizes["BLOCK_M"] * sizes["SPLIT_N"] + ceil(n, sizes["BLOCK_N"]) + marks)
+    if job == "from_x":
+        return chunks * (ceil(shape.columns, sizes["BLOCK_K"]) + shape.tasks) + shape.tasks
+    elements = shape.rank * shape.columns, n * shape.rank, n * shape.sub_rank, shape.sub_rank * shape.rank
+    blocks = [ceil(each, SUM_BLOCK) for each in elements]
+    return blocks[0] + blocks[1] + shape.tasks * (blocks[2] + blocks[3])
+
+
+def flops(job: str, shape: Shape) -> int:
+    """Of the products of one job."""
     m, k, n, r, s = shape.rows, shape.columns, shape.outputs, shape.rank, shape.sub_rank
-    parts = {
-        "forward": {0: m * k * r, 2: m * n * (r + s)},
-        "backward": {0: m * n * (r + s) + m * n * r, 2: 2 * m * k * r + m * s * r},
+    own = {
+        "shrink": m * k * r + m * r * s,
+        "expand": m * n * (r + s),
+        "from_dy": m * n * (r + s) + m * n * r + m * r * s,
+        "from_x": 2 * m * k * r + m * s * r,
+        "add_partials": 0,
     }
-    return 2 * (parts[direction].get(phase, 0) + (m * r * s if phase == finish else 0))
+    return 2 * own[job]
 
 
-def forward(shape: Shape, config: dict[str, int]) -> Iterator[Traffic]:
-    """A forward with task factors, without gate and bias."""
-    m, k, n, r, s = shape.rows, shape.columns, shape.outputs, shape.rank, shape.sub_rank
-    act, par = shape.activation, shape.parameter
-    blocks, split = ceil(m, config["BLOCK_M"]), config["SPLIT_K"]
-    passes = visits(blocks, shape.tasks)
-    groups = ceil(n, config["BLOCK_N"] * config["TILES_N"])
-    h, z, planes = m * r * act, m * s * act, split * m * r * FLOAT
-    yield Traffic(0, "x", m * k * act, m * k * act)
-    yield Traffic(0, "a", blocks * r * k * par, r * k * par)
-    finish = 0
+def shrink(shape: Shape, sizes: dict[str, int]) -> Iterator[tuple[str, int, int]]:
+    m, k, r, s, split = shape.rows, shape.columns, shape.rank, shape.sub_rank, sizes["SPLIT_K"]
+    act, par, blocks = shape.activation, shape.parameter, ceil(shape.rows, sizes["BLOCK_M"])
+    yield "x", m * k * act, m * k * act
+    yield "a", blocks * r * k * par, r * k * par
     if split > 1:
-        yield Traffic(0, "planes", planes, planes)
-        yield Traffic(1, "planes", planes, planes)
-        finish = 1
-    yield Traffic(finish, "v", passes * s * r * par, shape.tasks * s * r * par)
-    yield Traffic(finish, "h", h, h)
-    yield Traffic(finish, "z", z, z)
-    yield Traffic(2, "h", groups * h, h)
-    yield Traffic(2, "z", groups * z, z)
-    yield Traffic(2, "b0", (blocks if config["TILES_N"] == 1 else passes) * n * r * par, n * r * par)
-    yield Traffic(2, "u", passes * n * s * par, shape.tasks * n * s * par)
-    yield Traffic(2, "y", m * n * act, m * n * act)
+        yield "partials", 2 * split * m * r * FLOAT, split * m * r * FLOAT
+    yield "v", visits(blocks, shape.tasks) * s * r * par, shape.tasks * s * r * par
+    yield "h", m * r * act, m * r * act
+    yield "z", m * s * act, m * s * act
 
 
-def backward(shape: Shape, config: dict[str, int]) -> Iterator[Traffic]:
-    """A backward with all gradients, task factors, no gate. dy and x are each read once from memory; the second read
-    of a chunk's dy finds it in the L2 cache."""
-    m, k, n, r, s = shape.rows, shape.columns, shape.outputs, shape.rank, shape.sub_rank
-    act, par, tasks = shape.activation, shape.parameter, shape.tasks
-    blocks, split = ceil(m, config["BLOCK_M"]), config["SPLIT_N"]
-    chunks = ceil(m, config["CHUNK"])
-    passes, runs = visits(blocks, tasks), visits(chunks, tasks)
-    tiles_n, tiles_k = ceil(n, config["BLOCK_N"]), ceil(k, config["BLOCK_K"])
-    dh, q_u, dfusion_rows = m * r * act, m * s * act, m * FLOAT
-    planes = split * m * (r + s) * FLOAT
-    yield Traffic(0, "dy", 2 * m * n * act, m * n * act)
-    yield Traffic(0, "b0", passes * n * r * par, n * r * par)
-    yield Traffic(0, "u", passes * n * s * par, tasks * n * s * par)
-    yield Traffic(0, "db0_planes", chunks * n * r * FLOAT, chunks * n * r * FLOAT)
-    yield Traffic(0, "du_planes", runs * n * s * FLOAT, runs * n * s * FLOAT)
-    finish, reads = 0, tiles_n
+def expand(shape: Shape, sizes: dict[str, int]) -> Iterator[tuple[str, int, int]]:
+    m, n, r, s, tasks = shape.rows, shape.outputs, shape.rank, shape.sub_rank, shape.tasks
+    act, par, blocks = shape.activation, shape.parameter, ceil(shape.rows, sizes["BLOCK_M"])
+    groups, passes = ceil(n, sizes["BLOCK_N"] * sizes["TILES_N"]), visits(blocks, tasks)
+    programs = min(passes, blocks * sizes["shares"])  # of a tile of outputs
+    yield "h", groups * programs * m * r * act // blocks, m * r * act
+    yield "z", groups * m * s * act, m * s * act
+    yield "b0", (programs if sizes["TILES_N"] == 1 else passes) * n * r * par, n * r * par
+    yield "u", passes * n * s * par, tasks * n * s * par
+    yield "y", m * n * act, m * n * act
+
+
+def from_dy(shape: Shape, sizes: dict[str, int]) -> Iterator[tuple[str, int, int]]:
+    m, n, r, s, tasks = shape.rows, shape.outputs, shape.rank, shape.sub_rank, shape.tasks
+    act, par, split = shape.activation, shape.parameter, sizes["SPLIT_N"]
+    chunks, tiles = ceil(m, sizes["CHUNK"]), ceil(n, sizes["BLOCK_N"])
+    passes, runs = visits(ceil(m, sizes["BLOCK_M"]), tasks), visits(chunks, tasks)
+    yield "dy", 2 * m * n * act, m * n * act
+    yield "b0", passes * n * r * par, n * r * par
+    yield "u", passes * n * s * par, tasks * n * s * par
+    yield "db0", chunks * n * r * FLOAT, chunks * n * r * FLOAT
+    yield "du", runs * n * s * FLOAT, runs * n * s * FLOAT
     if split > 1:
-        yield Traffic(0, "planes", planes, planes)
-        yield Traffic(1, "planes", planes, planes)
-        finish = 1
-    yield Traffic(0, "h", (reads + (finish == 0)) * dh, dh)
-    factors = tasks * s * r * par
-    yield Traffic(0, "v", (tiles_n * runs + (finish == 0) * passes) * s * r * par, factors)
-    if finish:
-        yield Traffic(1, "h", dh, dh)
-        yield Traffic(1, "v", passes * s * r * par, factors)
-    yield Traffic(finish, "dh", dh, dh)
-    yield Traffic(finish, "scaled_q_u", q_u, q_u)
-    yield Traffic(finish, "dfusion_rows", dfusion_rows, dfusion_rows)
-    yield Traffic(2, "x", m * k * act, m * k * act)
-    yield Traffic(2, "dx", m * k * act, m * k * act)
-    yield Traffic(2, "dh", tiles_k * dh, dh)
-    yield Traffic(2, "a", chunks * r * k * par, r * k * par)
-    yield Traffic(2, "da_planes", chunks * r * k * FLOAT, chunks * r * k * FLOAT)
-    yield Traffic(2, "scaled_q_u", q_u, q_u)
-    yield Traffic(2, "h", dh, dh)
-    yield Traffic(2, "dv_planes", runs * s * r * FLOAT, runs * s * r * FLOAT)
-    yield Traffic(3, "db0_planes", chunks * n * r * FLOAT, chunks * n * r * FLOAT)
-    yield Traffic(3, "du_planes", runs * n * s * FLOAT, runs * n * s * FLOAT)
-    yield Traffic(3, "db0", n * r * par, n * r * par)
-    yield Traffic(3, "du", tasks * n * s * par, tasks * n * s * par)
-    yield Traffic(3, "da_planes", chunks * r * k * FLOAT, chunks * r * k * FLOAT)
-    yield Traffic(3, "dv_planes", runs * s * r * FLOAT, runs * s * r * FLOAT)
-    yield Traffic(3, "da", r * k * par, r * k * par)
-    yield Traffic(3, "dv", tasks * s * r * par, tasks * s * r * par)
+        yield "partials", 2 * split * m * (r + s) * FLOAT, split * m * (r + s) * FLOAT
+    yield "h", (tiles + 1) * m * r * act, m * r * act
+    yield "v", (tiles * runs + passes) * s * r * par, tasks * s * r * par
+    yield "dh", m * r * act, m * r * act
+    yield "scaled_q_u", m * s * act, m * s * act
+    yield "dfusion_rows", m * FLOAT, m * FLOAT
+
+
+def from_x(shape: Shape, sizes: dict[str, int]) -> Iterator[tuple[str, int, int]]:
+    m, k, r, s = shape.rows, shape.columns, shape.rank, shape.sub_rank
+    act, par, chunks = shape.activation, shape.parameter, ceil(shape.rows, sizes["CHUNK"])
+    runs = visits(chunks, shape.tasks)
+    yield "x", m * k * act, m * k * act
+    yield "dx", m * k * act, m * k * act
+    yield "dh", ceil(k, sizes["BLOCK_K"]) * m * r * act, m * r * act
+    yield "a", chunks * r * k * par, r * k * par
+    yield "da", chunks * r * k * FLOAT, chunks * r * k * FLOAT
+    yield "scaled_q_u", m * s * act, m * s * act
+    yield "h", m * r * act, m * r * act
+    yield "dv", runs * s * r * FLOAT, runs * s * r * FLOAT
+
+
+def add_partials(shape: Shape, sizes: dict[str, int]) -> Iterator[tuple[str, int, int]]:
+    k, n, r, s, tasks = shape.columns, shape.outputs, shape.rank, shape.sub_rank, shape.tasks
+    chunks = ceil(shape.rows, sizes["CHUNK"])
+    runs = visits(chunks, tasks)
+    for name, parts, count, size in (
+        ("a", chunks, 1, r * k), ("b0", chunks, 1, n * r), ("u", runs, tasks, n * s), ("v", runs, tasks, s * r),
+    ):  # fmt: skip
+        yield f"d{name}", parts * size * FLOAT, parts * size * FLOAT
+        yield name, count * size * shape.parameter, count * size * shape.parameter
+
+
+def sizes(made, numbers: tuple) -> dict[str, int]:
+    """What a launch of `triton_jobs` is made of, by name: its constants, and the numbers among its arguments."""
+    names = made.kernel.arg_names[-len(numbers) - 1 : -1]
+    return made["c"]._asdict() | dict(zip(names, numbers, strict=True))
+
+
+JOBS = {function.__name__: function for function in (shrink, expand, from_dy, from_x, add_partials)}
+
+
+def moved(job: str, shape: Shape, sizes: dict[str, int]) -> list[Traffic]:
+    """With task factors and all gradients, without gate and bias. dy and x are each read once from memory; the second read of
+    a chunk's dy finds it in the L2 cache. sizes: the kernel's, CHUNK of a backward, `shares` of expand."""
+    return [Traffic(job, *each) for each in JOBS[job](shape, sizes)]

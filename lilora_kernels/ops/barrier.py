@@ -1,4 +1,4 @@
-"""The state of the grid barrier in which the programs of a one-launch kernel meet."""
+"""What the programs of a launch wait for each other by: the state of their grid barrier, and counters of arrivals."""
 
 import threading
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 SLOTS = 64  # streams per allocation
-LINE = 32  # int32 of a slot: 128 bytes, so that streams share no cache line and every slot is aligned like the first
+LINE = 1024  # int32 of a slot: streams share no cache line, and every slot is aligned like the first
+COUNTERS = LINE - 2
 
 _lock = threading.Lock()
 _blocks: dict[torch.device, list[Tensor]] = {}
@@ -14,14 +15,15 @@ _states: dict[tuple[torch.device, int], Tensor] = {}  # by device and stream
 
 
 def barrier_state(device: torch.device) -> Tensor:
-    """Two int32 zeros for the barrier of one launch: kept per stream, as launches of a stream follow one another.
+    """int32 zeros of one launch, kept per stream, as launches of a stream follow one another and each leaves zeros behind: two
+    of the barrier (the second, its generation, may be anything), then COUNTERS of arrivals.
 
     A graph under capture gets its own, zeroed in every replay: it may be replayed on any stream.
     """
     stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(2, dtype=torch.int32, device=device)
+            return torch.zeros(LINE, dtype=torch.int32, device=device)
         stream = torch._C._cuda_getCurrentRawStream(device.index)
     if (state := _states.get((device, stream))) is not None:
         return state
@@ -35,7 +37,7 @@ def barrier_state(device: torch.device) -> Tensor:
                 thread = threading.Thread(target=lambda: blocks.append(_zeros(device)))
                 thread.start()
                 thread.join()
-            _states[device, stream] = blocks[used // SLOTS][used % SLOTS, :2]
+            _states[device, stream] = blocks[used // SLOTS][used % SLOTS]
         return _states[device, stream]
 
 

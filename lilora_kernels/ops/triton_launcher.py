@@ -5,6 +5,7 @@ launch of each kind, so that compiling and Triton's caches stay its own.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from math import gcd
 
 import torch
@@ -21,21 +22,24 @@ NOTHING = nullcontext()
 
 
 class Launch(dict):
-    """A kernel's launch but for its grid and arguments: the constants by name, and what was compiled. Read only."""
+    """A kernel's launch but for its grid and arguments: the constants by name, and what was compiled. Read only.
 
-    def __init__(self, kernel, constants: dict[str, int], cooperative: bool = False) -> None:
+    programs: of a cooperative launch, for each processor; 0 for any other.
+    """
+
+    def __init__(self, kernel, constants: dict[str, object], programs: int = 0) -> None:
         super().__init__(constants)
         self.kernel = kernel
-        self.options = {} if runtime.INTERPRETED else {"launch_cooperative_grid": cooperative}
-        self.programs = self.pop("PROGRAMS", 1)  # of a cooperative launch, for each processor
+        self.programs = programs
+        self.options = {} if runtime.INTERPRETED else {"launch_cooperative_grid": programs > 0}
         self.in_order = [self[name] for name in kernel.arg_names if name in self]
         self.bound: dict[tuple, tuple] = {}
         self.integers: list[tuple[int, bool]] | None = None
 
-    def specialisation(self, tensors: tuple, pointers: list[int], numbers: tuple) -> tuple:
+    def specialisation(self, tensors: list, pointers: list[int], numbers: tuple) -> tuple:
         """Different wherever Triton would compile differently: None, types, multiples of 16, integers that are 1 or large."""
         if self.integers is None:
-            names = [name for name in self.kernel.arg_names if name not in self][len(tensors) :]
+            names = [name for name in self.kernel.arg_names if name not in self][-len(numbers) :] if numbers else []
             apart = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
             self.integers = [(i, names[i] in apart) for i, n in enumerate(numbers) if isinstance(n, int)]
         return (
@@ -47,28 +51,34 @@ class Launch(dict):
         )
 
 
-def current(tensor: Tensor) -> AbstractContextManager:
-    """Makes the device of `tensor` the current one."""
-    device = tensor.get_device()
-    return NOTHING if runtime.INTERPRETED or device == torch.cuda.current_device() else torch.cuda.device(device)
+def current(device: torch.device) -> AbstractContextManager:
+    """Makes it the current one; a tensor's device on a GPU has an index."""
+    here = device.index is None or device.index == torch.cuda.current_device()
+    return NOTHING if here else torch.cuda.device(device)
 
 
-def launch(made: Launch, grid: tuple[int, int, int], tensors: tuple, numbers: tuple) -> None:
-    """Launch on the current device; `tensors` (or None) and `numbers` are the kernel's arguments in its order."""
+def launch(
+    made: Launch, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], numbers: tuple, groups: tuple = ()
+) -> None:
+    """Launch on the current device. The kernel's arguments in its order: groups of tensors (named tuples), tensors, or None
+    in the place of one, numbers."""
     if runtime.INTERPRETED or not BOUND or observed(made.kernel):
-        made.kernel[grid](*tensors, *numbers, **made, **made.options)
+        made.kernel[grid](*groups, *tensors, *numbers, **made, **made.options)
         return
-    device = tensors[0].get_device()
-    pointers = [0 if t is None else t.data_ptr() for t in tensors]
-    key = device, made.specialisation(tensors, pointers, numbers)
+    flat = [*chain.from_iterable(groups), *tensors]
+    pointers = [0 if t is None else t.data_ptr() for t in flat]
+    device = next(t for t in flat if t is not None).get_device()
+    key = device, made.specialisation(flat, pointers, numbers)
     if (bound := made.bound.get(key)) is None:
-        compiled = made.kernel[grid](*tensors, *numbers, **made, **made.options)
+        compiled = made.kernel[grid](*groups, *tensors, *numbers, **made, **made.options)
         if isinstance(compiled, CompiledKernel):
             made.bound[key] = compiled.run, compiled.function, compiled.packed_metadata
         return
     run, function, metadata = bound
     stream = torch._C._cuda_getCurrentRawStream(device)
-    run(*grid, stream, function, metadata, None, None, None, *pointers, *numbers, *made.in_order)
+    left = iter(pointers)
+    nested = [tuple([next(left) for _ in group]) for group in groups]
+    run(*grid, stream, function, metadata, None, None, None, *nested, *left, *numbers, *made.in_order)
 
 
 def observed(kernel) -> bool:

@@ -238,10 +238,10 @@ def test_the_gate_of_models_and_of_the_search_poison_too(monkeypatch):
     assert sum(seen) == 2
 
     monkeypatch.setattr(tune, "poisoned", lambda device: entered.append("search") or nullcontext())
-    work = SimpleNamespace(LAST=2, launch=lambda *_: None, y=torch.full((2, 2), math.nan), h=torch.zeros(2, 2))
+    work = SimpleNamespace(jobs=[], y=torch.full((2, 2), math.nan), h=torch.zeros(2, 2))
     monkeypatch.setattr(tune, "prepared", lambda *_: entered.append("prepared") or work)
     launches = tune.Launches.__new__(tune.Launches)
-    launches.machine, launches.entry, launches.sets = MACHINE, tune.Entry("one_launch", "forward", 1, 1, 2), [None]
+    launches.machine, launches.entry, launches.sets = MACHINE, tune.Entry("expand", 1024), [None]
     launches.exact = {"y": torch.ones(2, 2)}
     with pytest.raises(compare.Wrong):
         launches.check({})

@@ -16,10 +16,11 @@ from bench import host_stub
 
 host_stub.install_triton()
 import lilora_kernels
-from lilora_kernels.ops.delta import triton_kernels as kernels
+from lilora_kernels.ops.delta.triton_backward import delta_backward
+from lilora_kernels.ops.delta.triton_forward import delta_forward
 
 runs = []
-for kernel in (kernels.delta_forward, kernels.delta_backward):
+for kernel in (delta_forward, delta_backward):
     own = kernel.run
     kernel.run = lambda *args, own=own, **more: runs.append(1) or own(*args, **more)
 a, b0 = torch.randn(16, 32), torch.randn(32, 16)

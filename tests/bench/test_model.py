@@ -136,7 +136,7 @@ def test_launches_of_the_plans():
     few, many = Problem(64, *GATE_UP), Problem(8192, *GATE_UP, 8, 0.05)
     launches = lambda problem, plan: [figures["launches"] for figures in model.predict(problem, plan).values()]  # noqa: E731
     assert launches(few, "Triton one_launch") == [2, 2, 4]
-    assert launches(many, "Triton by_phase") == [3, 5, 8]
+    assert launches(many, "Triton by_phase") == [3, 4, 7]
     assert launches(many, "Triton composed") == [4, 9, 13]
     assert launches(few, "CUDA decode") == [3]
     assert launches(many, "CUDA fused") == [3, 6, 9]
@@ -162,7 +162,7 @@ def test_what_the_choices_cite(monkeypatch):
         return model.predict(Problem(rows, *GATE_UP, tasks), plan)["both"]["us"]
 
     launched = [[us(rows, f"Triton {plan}", 8) for plan in ("one_launch", "by_phase")] for rows in (64, 128, 256)]
-    assert launched == [pytest.approx(pair, abs=0.6) for pair in ([114, 134], [120, 124], [155, 143])]
+    assert launched == [pytest.approx(pair, abs=0.6) for pair in ([114, 117], [118, 121], [144, 147])]
     fused = [us(rows, "CUDA fused") / us(rows, "CUDA by_phase") for rows in (8192, 4096)]
     assert fused == pytest.approx([0.98, 1.0], abs=0.005)
     ratios = []
@@ -172,7 +172,7 @@ def test_what_the_choices_cite(monkeypatch):
             problem = Problem(rows, *GATE_UP, tasks)
             found = [model.predict(problem, f"Triton {plan}")["both"]["ratio"] for plan in ("composed", "by_phase")]
             ratios.append(pytest.approx(found, abs=0.006))
-    assert ratios == [[1.30, 1.39], [1.50, 1.50], [1.26, 1.29]]
+    assert ratios == [[1.30, 1.38], [1.50, 1.52], [1.26, 1.28]]
     composed = []
     for by_m in (True, False):
         monkeypatch.setattr(eager, "TORCH", eager.TORCH._replace(forms_m=lambda *_, by_m=by_m: by_m))

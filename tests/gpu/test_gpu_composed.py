@@ -7,9 +7,9 @@ from gpu_cases import add_errors, assert_equal, make_on_gpu, make_pair, run_all,
 
 import lilora_kernels
 from lilora_kernels import LiLoRALinear
-from lilora_kernels.ops.delta import composed_kernels, task_rows, triton_kernels
+from lilora_kernels.ops.delta import composed_kernels, task_rows, triton_backward, triton_forward
 
-KERNELS = [triton_kernels.delta_forward, triton_kernels.delta_backward, composed_kernels.compose]
+KERNELS = [triton_forward.shrink, triton_backward.from_x, triton_backward.add_partials, composed_kernels.compose]
 KERNELS += [composed_kernels.u_gradient, composed_kernels.v_gradient_partials, composed_kernels.sum_gradients]
 AXES = {
     "op": ["delta", "linear", "pair"],

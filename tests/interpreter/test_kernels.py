@@ -1,7 +1,6 @@
 """The Triton kernels in the interpreter: every output and gradient against the fp64 oracle, and what a launch does."""
 
 import itertools
-import json
 from contextlib import ExitStack
 
 import numpy as np
@@ -30,9 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lilora_kernels
 from lilora_kernels import LiLoRALinear, functional
-from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import reference, task_rows, triton_backend, triton_parts, triton_phases
-from lilora_kernels.ops.delta.triton_kernels import kept
+from lilora_kernels.ops import barrier, triton_runtime
+from lilora_kernels.ops.delta import reference, task_rows, triton_backend, triton_configs, triton_jobs, triton_parts
+from lilora_kernels.ops.delta.triton_rows import Dropout, dropout_mask
 from lilora_kernels.ops.philox import keep_mask, keep_scale, philox, threshold
 from lilora_kernels.ops.schema import AdapterArgs
 from tools import traffic
@@ -46,7 +45,15 @@ WHOLE = {
     "backward": {"BLOCK_M": 64, "BLOCK_K": 64, "BLOCK_N": 32, "SPLIT_N": 1, "CHUNK": 256},
 }
 CONFIGS = {"split": SPLIT, "whole": WHOLE}
+FORWARD = "delta_forward", "shrink", "expand"
 DTYPES = {"one_launch": torch.float32, "composed": torch.float16}  # in which a plan has kernels of its own
+
+
+def pin_configurations(monkeypatch, sizes):
+    def configuration(kernel, *_, **__):
+        return triton_configs.Configuration(sizes["forward" if kernel in FORWARD else "backward"])
+
+    monkeypatch.setattr(triton_configs, "configuration", configuration)
 
 
 @pytest.fixture(autouse=True)
@@ -61,11 +68,7 @@ def pinned(monkeypatch):
     with ExitStack() as stack:
 
         def pin(sizes, plan="one_launch"):
-            monkeypatch.setattr(
-                triton_runtime,
-                "config",
-                lambda kernel, *_: triton_runtime.Configuration({"phases": {}} | sizes[kernel]),
-            )
+            pin_configurations(monkeypatch, sizes)
             parts = triton_parts.TRITON._replace(forms_m=lambda rows, layout, adapter: True)
             monkeypatch.setattr(triton_backend, "TRITON", parts)
             stack.enter_context(lilora_kernels.plan(plan))
@@ -99,11 +102,7 @@ def test_any_shape(shape, name, p, seed):
     errors = Errors()
     i = make(**shape, dtype=torch.float32, seed=seed % 1000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            triton_runtime,
-            "config",
-            lambda kernel, *_: triton_runtime.Configuration({"phases": {}} | CONFIGS[name][kernel]),
-        )
+        pin_configurations(patch, CONFIGS[name])
         add_errors(errors, i, "delta", NAMES, p, torch.tensor([seed]))
     errors.check()
 
@@ -116,18 +115,16 @@ def test_sixty_four_rows_of_as_many_tasks(name, pinned):
     errors.check()
 
 
-def shipped():
-    for path in sorted(triton_runtime.CONFIGS.glob("*.json")):
-        for launches, kernels in json.loads(path.read_text()).items():
-            for kernel, buckets in kernels.items():
-                for bucket in buckets:
-                    name = f"{path.stem}-{launches}-{kernel}-{bucket['rows']}"
-                    yield pytest.param(launches, kernel, bucket, id=name)
-
-
-@pytest.mark.parametrize("plan, kernel, bucket", list(shipped()))
-def test_every_shipped_configuration_is_right(plan, kernel, bucket, pinned):
-    pinned(SPLIT | {kernel: triton_runtime.fitted(bucket, 2, 2, 32)}, plan)
+@pytest.mark.parametrize("names", [(), ("sm_90",)], ids=["any", "sm_90"])
+@pytest.mark.parametrize("plan", ["one_launch", "by_phase"])
+@pytest.mark.parametrize("rows", [*triton_configs.ROWS, triton_configs.MANY])
+def test_every_configuration_is_right(rows, plan, names, pinned, monkeypatch):
+    pinned(SPLIT, plan)
+    monkeypatch.setattr(
+        triton_configs,
+        "configuration",
+        lambda kernel, *_: triton_configs.Configuration(triton_configs.chosen(names, kernel, rows)),
+    )
     errors = Errors()
     add_errors(errors, make(150, 160, 100, 20, 17, 3, dtype=torch.float16, mix="sorted"), "linear")
     errors.check()
@@ -157,9 +154,9 @@ def test_forward_and_backward_draw_the_mask_of_the_reference(seed, p, name, pinn
 
 
 @triton.jit
-def draw_mask(seed, out, row, first, drop_below):
+def draw_mask(seed, out, row, first, threshold):
     m, k = tl.arange(0, 16), tl.arange(0, 32)
-    keep = kept(seed, row.to(tl.int64), m, first, drop_below, 32)
+    keep = dropout_mask(Dropout(seed, threshold, 1.0), row.to(tl.int64), m, first, 32)
     tl.store(out + m[:, None] * 32 + k[None, :], keep.to(tl.int32))
 
 
@@ -184,7 +181,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.operations, self.launches = [], []
-        monkeypatch.setattr(triton_phases, "run", lambda kernel, *_: self.launches.append(kernel))
+        monkeypatch.setattr(triton_jobs, "run", lambda made, *_: self.launches.append(made.kernel.__name__))
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         self.operations.append(operation.__name__)
@@ -200,7 +197,7 @@ def test_delta_is_one_launch_forward_and_one_launch_backward(name, pinned, monke
     with Recorder(monkeypatch) as seen:
         triton_backend.forward(i.x, args)
         triton_backend.backward(dy, i.x, h, args, frozenset(NAMES))
-    assert seen.launches == [triton_phases.kernels.delta_forward, triton_phases.kernels.delta_backward]
+    assert seen.launches == ["delta_forward", "delta_backward"]
     allowed = {"new_empty.default", "empty_like.default", "empty.memory_format", "split_with_sizes.default"}
     assert set(seen.operations) <= allowed, set(seen.operations) - allowed
 
@@ -210,13 +207,13 @@ def test_gradients_nobody_asked_for_take_no_memory(pinned, monkeypatch):
     i = make(rows=130, columns=128, outputs=96, rank=16, sub_rank=8, dtype=torch.float16)
     args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, i.task, None, None, None, SCALING, 0.0, None)
     dy, h = torch.randn(130, 96).half(), torch.randn(130, 16).half()
-    parts, scratch = [], triton_phases.scratch
+    parts, scratch = [], triton_jobs.scratch
 
     def counted(like, *sizes):
         parts[:] = [size for size in sizes if size is not None]
         return scratch(like, *sizes)
 
-    monkeypatch.setattr(triton_phases, "scratch", counted)
+    monkeypatch.setattr(triton_jobs, "scratch", counted)
     expected = {("x",): 2, ("b0",): 2, ("u",): 3, ("x", "u", "v", "fusion"): 4 + 6}
     for needs, tensors in expected.items():  # the gradients and what they are summed from
         with Recorder(monkeypatch) as seen:
@@ -245,6 +242,26 @@ class Counter:
         monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
         monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
 
+    def watch(self, monkeypatch, see):
+        """see(job) after each launch of a kernel, whose tensors go by their names in it, and in the groups in it."""
+        launch = triton_jobs.launch
+
+        def counted(made, grid, tensors, numbers, groups):
+            self.lanes = {}
+            names = [name for name in made.kernel.arg_names if name not in made]
+            named = dict(zip(names[len(groups) :], tensors, strict=False))
+            for group in groups:
+                named |= {name: t for name, t in group._asdict().items() if t is not None}
+            self.ranges = {
+                name: (t.data_ptr(), t.data_ptr() + t.nbytes, t.element_size())
+                for name, t in named.items()
+                if t is not None
+            }
+            launch(made, grid, tensors, numbers, groups)
+            see(made.kernel.__name__)
+
+        monkeypatch.setattr(triton_jobs, "launch", counted)
+
     def count(self, ptrs, mask):
         addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data.astype(bool)]
         if addresses.size == 0:
@@ -271,25 +288,16 @@ def test_bytes_moved_are_those_of_the_plan(name, direction, tasks, pinned, monke
     args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, task, None, None, None, SCALING, 0.0, None)
     dy, h = torch.randn(rows, outputs), torch.randn(rows, rank)
     counter = Counter(monkeypatch)
-    run, seen = triton_phases.run, {}
-
-    def counted(kernel, device, first, last, items, tensors, *rest):
-        counter.lanes = {}
-        counter.ranges = {
-            argument: (t.data_ptr(), t.data_ptr() + t.nbytes, t.element_size())
-            for argument, t in zip(kernel.arg_names, tensors, strict=False)
-            if t is not None
-        }
-        run(kernel, device, first, last, items, tensors, *rest)
-        seen.update({(first, argument): counter.bytes(argument) for argument in counter.lanes})
-
-    monkeypatch.setattr(triton_phases, "run", counted)
+    seen = {}
+    counter.watch(monkeypatch, lambda job: seen.update({(job, t): counter.bytes(t) for t in counter.lanes}))
     if direction == "forward":
         triton_backend.forward(i.x, args)
     else:
         triton_backend.backward(dy, i.x, h, args, frozenset(NAMES) - {"gate"})
+    jobs = ("shrink", "expand") if direction == "forward" else ("from_dy", "from_x", "add_partials")
+    sizes = sizes | {"shares": max(1, min(tasks, sizes["BLOCK_M"]) // 4)}
     shape = traffic.Shape(rows, columns, outputs, rank, sub_rank, tasks, 4, 4)
-    planned = list(getattr(traffic, direction)(shape, sizes))
+    planned = [each for job in jobs for each in traffic.moved(job, shape, sizes)]
     for item in planned:
         issued, unique = seen.pop((item.phase, item.tensor))
         assert abs(issued - item.issued) <= 0.1 * item.issued, (item, issued)
@@ -330,9 +338,10 @@ def test_two_runs_are_equal_bit_for_bit_whatever_the_number_of_programs(name, pi
         assert torch.equal(tensors[0], tensors[2])
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", [*CONFIGS, "own"])
 @pytest.mark.parametrize("coefficients", AXES["coefficients"])
 def test_a_row_is_the_same_alone_and_in_any_batch(name, coefficients, pinned, monkeypatch):
+    """Up to 255 rows with the configurations of the kernels' own too."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def dot(builder, a, b, c, *_):
@@ -341,7 +350,8 @@ def test_a_row_is_the_same_alone_and_in_any_batch(name, coefficients, pinned, mo
         return TensorHandle(products.sum(1, dtype=np.float32) + c.data, c.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
-    pinned(CONFIGS[name])
+    if name != "own":
+        pinned(CONFIGS[name])
     i = make(rows=70, columns=128, tasks=4, coefficients=coefficients, dtype=torch.float32)
     together = functional.delta(*adapter(i), **options(i))
     order = torch.randperm(70)
@@ -350,6 +360,15 @@ def test_a_row_is_the_same_alone_and_in_any_batch(name, coefficients, pinned, mo
     for row in (0, 31, 69):
         alone = functional.delta(i.x[row : row + 1], *adapter(i)[1:], task=i.task[row : row + 1], scaling=SCALING)
         assert torch.equal(alone, together[row : row + 1])
+
+
+@pytest.mark.parametrize("plan", ["one_launch", "by_phase"])
+def test_a_launch_leaves_the_counters_of_its_stream_as_it_found_them(plan, pinned):
+    pinned(SPLIT, plan)
+    run_all(make(rows=70, columns=128, dtype=torch.float32).leaves())
+    state = barrier.barrier_state(torch.device("cpu"))
+    assert state[0] == 0
+    assert not state[2:].any()
 
 
 @pytest.mark.parametrize("name, plan", [*((name, "one_launch") for name in CONFIGS), ("split", "composed")])
@@ -523,7 +542,15 @@ def test_what_the_kernels_refuse():
     assert "triton: " not in lilora_kernels.explain(torch.nn.Sequential(LiLoRALinear(torch.nn.Linear(4, 4), r=2)))
 
 
-def test_nearest_bucket():
-    buckets = (16, 128, 1024)
-    for rows, want in ((0, 16), (1, 16), (45, 16), (46, 128), (362, 128), (363, 1024), (10**6, 1024)):
-        assert buckets[triton_runtime.nearest(buckets, rows)] == want
+def test_a_call_has_the_configuration_of_the_next_number_of_rows():
+    for rows, want in (
+        (0, 128),
+        (1, 128),
+        (129, 255),
+        (255, 255),
+        (256, 1024),
+        (1024, 1024),
+        (4096, 4096),
+        (4097, 16384),
+    ):
+        assert triton_configs.bucket(rows) == want

@@ -16,16 +16,12 @@ from triton.runtime.interpreter import GridExecutor
 
 import lilora_kernels
 from lilora_kernels import LiLoRALinear, functional
-from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import task_rows, triton_backend, triton_phases
+from lilora_kernels.ops.delta import task_rows, triton_backend, triton_configs
 from lilora_kernels.ops.linear import triton_backend as linear_backend
 from lilora_kernels.ops.schema import AdapterArgs
 
-TILES = {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_N": 32, "phases": {}}
-CONFIGS = {
-    "split": {"forward": {**TILES, "SPLIT_K": 2, "TILES_N": 1}, "backward": {**TILES, "SPLIT_N": 2, "CHUNK": 64}},
-    "whole": {"forward": {**TILES, "SPLIT_K": 1, "TILES_N": 1}, "backward": {**TILES, "SPLIT_N": 1, "CHUNK": 64}},
-}
+TILES = {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_N": 32, "TILES_N": 1, "CHUNK": 64}
+CONFIGS = {"split": {**TILES, "SPLIT_K": 2, "SPLIT_N": 2}, "whole": {**TILES, "SPLIT_K": 1, "SPLIT_N": 1}}
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +32,13 @@ def _triton():
 
 @pytest.fixture
 def pinned(monkeypatch):
-    """Pins the launch configuration: "split" has a phase more each way, which sums planes of h or dh."""
-    return lambda name: monkeypatch.setattr(
-        triton_runtime, "config", lambda kernel, *_: triton_runtime.Configuration(CONFIGS[name][kernel])
-    )
+    """Pins the launch configuration: with "split" h and dh come from partial sums."""
+
+    def pin(name):
+        configuration = triton_configs.Configuration(CONFIGS[name])
+        monkeypatch.setattr(triton_configs, "configuration", lambda *_: configuration)
+
+    return pin
 
 
 @pytest.fixture
@@ -97,9 +96,8 @@ def test_delta_is_one_launch_each_way(tasks, gate, p, rows, work):
     [
         (255, "split", None, (1, 1)),
         (255, "whole", None, (1, 1)),
-        (255, "split", "by_phase", (3, 4)),  # one for each phase
-        (255, "whole", "by_phase", (2, 3)),  # without that which sums planes
-        (256, "split", None, (3, 4)),  # few rows of each task
+        (255, "split", "by_phase", (2, 3)),  # one for each job
+        (256, "whole", None, (2, 3)),  # few rows of each task
         (256, "split", "one_launch", (1, 1)),
     ],
 )
@@ -112,8 +110,10 @@ def test_launches_of_linear(rows, name, forced, launches, pinned, work):
     with lilora_kernels.plan(forced) if forced else nullcontext():
         forward, backward = both(work, lambda: functional.linear(i.x, *frozen, *adapter(i)[1:], **more), i)
         alone = both(work, lambda: functional.delta(*adapter(i), **more), i)
-    assert forward == {"delta_forward": launches[0], "addmm_": 1}  # the base on top of the adapter
-    assert backward == {"delta_backward": launches[1], "addmm_": 1}
+    jobs = (["shrink", "expand"], ["from_dy", "from_x", "add_partials"])
+    want = (["delta_forward"], ["delta_backward"]) if launches == (1, 1) else jobs
+    assert forward == {**dict.fromkeys(want[0], 1), "addmm_": 1}  # the base on top of the adapter
+    assert backward == {**dict.fromkeys(want[1], 1), "addmm_": 1}
     if forced:
         assert [each.total() for each in alone] == list(launches)
 
@@ -128,30 +128,25 @@ def test_launches_of_many_rows_of_few_tasks(tasks, p, pinned, work):
     frozen, more = base(i), options(i, p=p, seed=torch.tensor([1]) if p else None)
     forward, backward = both(work, lambda: functional.linear(i.x, *frozen, *adapter(i)[1:], **more), i)
     product = "addmm" if tasks == 1 else "baddbmm"
-    x_once = {"delta_forward": 1} if p else {"matmul": 1}
+    x_once = {"shrink": 1} if p else {"matmul": 1}
     assert forward == {**x_once, "compose": 1, product: 1, "addmm_": 1}
-    x_again = {"delta_backward": 2} if p else {"matmul": 2}
+    x_again = {"from_x": 1, "add_partials": 1} if p else {"matmul": 2}
     kernels = dict.fromkeys(("compose", "u_gradient", "v_gradient_partials", "sum_gradients"), 1)
     dm = "mm" if tasks == 1 else "bmm"
     assert backward == {**x_again, **kernels, product: 1, dm: 1, "to": 2, "addmm_": 1}
 
 
-@pytest.mark.parametrize(
-    "name, launches",
-    [
-        ("split", (1 + 2 * 2, 2 * 4)),  # in forward phase 0 serves both
-        ("whole", (1 + 2 * 1, 2 * 3)),
-    ],
-)
-def test_launches_of_delta_pair(name, launches, pinned, work):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_launches_of_delta_pair(name, pinned, work):
+    """One reads x in forward, and one in backward; the other from_x has sums over rows."""
     pinned(name)
     one, two = (make(70, 128, outputs, 16, 8, dtype=torch.float16).leaves() for outputs in (80, 96))
     two.x, bases = one.x, (base(one), base(two))
     more = {"bases": bases, "task": one.task, "p": 0.1, "seed": torch.tensor([1])}
     pair = adapters(one), adapters(two)
     forward, backward = both(work, lambda: functional.delta_pair(one.x, *pair, **more), one, two)
-    assert forward == {"delta_forward": launches[0], "addmm_": 2}
-    assert backward == {"delta_backward": launches[1], "addmm_": 2}
+    assert forward == {"shrink": 1, "expand": 2, "addmm_": 2}
+    assert backward == {"from_dy": 2, "from_x": 2, "add_partials": 2, "addmm_": 2}
 
 
 # --- launches of a layer ----------------------------------------------------------------------------------------------
@@ -220,73 +215,77 @@ def test_memory_beyond_the_results(rows, tasks, forward, backward, work):
         grads = linear_backend.backward(dy, x, weight, h, args, frozenset(NAMES) - {"gate"})
     for found, results, limit in ((up, (y, h), forward), (down, grads.values(), backward)):
         assert found.bytes - sum(result.nbytes for result in results) <= limit * MIB
-        assert set(found.seen) <= {"delta_forward", "delta_backward", "addmm_"}  # nothing that allocates unseen
+        kernels = {"delta_forward", "delta_backward", "shrink", "expand", "from_dy", "from_x", "add_partials"}
+        assert set(found.seen) <= kernels | {"addmm_"}  # nothing that allocates unseen
 
 
-# --- bytes of each phase ----------------------------------------------------------------------------------------------
+# --- bytes of each job ------------------------------------------------------------------------------------------------
 
 
-# For each phase: bytes that it asks for, distinct bytes, and passes over the rows' ids (or another number a row), given the
+# For each job: bytes that it asks for, distinct bytes, and passes over the rows' ids (or another number a row), given the
 # number of tiles of rows and the bytes of each tensor, of u and v those of one task. Rows lie task by task and no tile has
 # two tasks: of a forward only the distinct bytes grow with the tasks, by their parameters.
 
 
-def forward_phases(tiles, tasks, x, y, h, z, a, b0, u, v):
-    yield x + tiles * a + 2 * h, x + a + 2 * h, 0  # x once, a for each tile; two planes of h
-    yield 2 * h + tiles * v + h + z, 2 * h + tasks * v + h + z, 1  # the planes again; h and z
-    yield 2 * (h + z) + tiles * (b0 + u) + y, h + z + b0 + tasks * u + y, 2  # h and z for each of two tiles of outputs
+def forward_jobs(tiles, tasks, x, y, h, z, a, b0, u, v):
+    # x once, a for each tile; two partial sums of h, written and read; h and z
+    yield "shrink", x + tiles * a + 4 * 2 * h + tiles * v + h + z, x + a + 2 * 2 * h + tasks * v + h + z, 1
+    programs = max(1, tasks // 4)  # that share a tile's tasks: h for each where it has any
+    shared = tiles * b0 + 2 * h
+    assert programs <= 2
+    yield (
+        "expand",
+        shared + 2 * z + tiles * u + y,
+        h + z + b0 + tasks * u + y,
+        2 * programs,
+    )  # for each of two tiles of outputs
 
 
-def backward_phases(tiles, tasks, x, y, h, z, a, b0, u, v):
+def backward_jobs(tiles, tasks, x, y, h, z, a, b0, u, v):
     chunks = tiles // 2
     runs = max(chunks, tasks)  # pairs of a chunk and a task that has rows in it: each has sums of its own
-    planes = 2 * (h + z)
+    partials = 2 * (h + z)
     ups, downs = chunks * b0 + runs * u, chunks * a + runs * v
     yield (  # dy for dh, and again for the sums of db0 and du, which read h and v for each of two tiles of outputs
-        2 * y + tiles * (b0 + u) + planes + 2 * (h + runs * v) + ups,
-        y + b0 + tasks * u + planes + h + tasks * v + ups,
-        7 + 6 * runs // chunks,
+        "from_dy",
+        2 * y + tiles * (b0 + u) + 2 * partials + tiles * v + 2 * h + z + 2 * (h + runs * v) + ups,
+        y + b0 + tasks * u + partials + 2 * h + z + tasks * v + ups,
+        9 + 6 * runs // chunks,
     )
-    yield planes + tiles * v + 2 * h + z, planes + tasks * v + 2 * h + z, 2  # the planes again; h, dh and Q
     yield (  # x and dx once, dh for each of three tiles of columns, a for each chunk; Q and h for the sums of dv
+        "from_x",
         2 * x + 3 * h + chunks * a + z + h + downs,
         2 * x + h + a + z + h + downs,
         2 + 2 * tasks,
     )
-    yield (ups + downs + a + b0 + tasks * (u + v),) * 2 + (0,)  # the sums again; the gradients
-
-
-PHASES = {"forward": forward_phases, "backward": backward_phases}
+    yield "add_partials", *(ups + downs + a + b0 + tasks * (u + v),) * 2, 0  # the sums again; the gradients
 
 
 @pytest.mark.parametrize(
     "direction, tiles, tasks", [("forward", 8, 1), ("forward", 8, 8), ("backward", 4, 1), ("backward", 4, 4)]
 )
-def test_bytes_of_each_phase(direction, tiles, tasks, pinned, monkeypatch):
+def test_bytes_of_each_job(direction, tiles, tasks, pinned, monkeypatch):
     pinned("split")
     rows = 32 * tiles
     i = make(rows, columns=96, outputs=64, rank=32, sub_rank=16, tasks=tasks, dtype=torch.float32)
     task = (torch.arange(rows) * tasks // rows).to(torch.int32)
     args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, task, None, None, None, SCALING, 0.0, None)
     dy, h = torch.randn(rows, 64), torch.randn(rows, 32)
-    counter, run, found = Bytes(monkeypatch), triton_phases.run, []
+    counter, found = Bytes(monkeypatch), {}
 
-    def counted(kernel, device, first, last, items, tensors, *rest):
-        given = {name: t for name, t in zip(kernel.arg_names, tensors, strict=False) if t is not None}
-        counter.lanes = {}
-        counter.ranges = {name: (t.data_ptr(), t.data_ptr() + t.nbytes, t.element_size()) for name, t in given.items()}
-        run(kernel, device, first, last, items, tensors, *rest)
+    def see(job):
         small = {"task", "dfusion_rows", "fusion", "dfusion", "present"} & set(counter.lanes)
         issued, unique = zip(*(counter.bytes(name) for name in set(counter.lanes) - small), strict=True)
-        found.append((sum(issued), sum(unique), sum(counter.bytes(name)[0] for name in small) // task.nbytes))
+        found[job] = sum(issued), sum(unique), sum(counter.bytes(name)[0] for name in small) // task.nbytes
 
-    monkeypatch.setattr(triton_phases, "run", counted)
+    counter.watch(monkeypatch, see)
     with lilora_kernels.plan("by_phase"):
         if direction == "forward":
             triton_backend.forward(i.x, args)
         else:
             triton_backend.backward(dy, i.x, h, args, frozenset(NAMES) - {"gate"})
     tensors = (i.x, dy, h, h[:, :16], i.a, i.b0, i.u[0], i.v[0])
-    limits = PHASES[direction](tiles, tasks, *(t.numel() * t.element_size() for t in tensors))
-    for phase, (got, most) in enumerate(zip(found, limits, strict=True)):
-        assert all(g <= m for g, m in zip(got, most, strict=True)), f"phase {phase}: {got}, at most {most}"
+    jobs = {"forward": forward_jobs, "backward": backward_jobs}[direction]
+    for job, *most in jobs(tiles, tasks, *(t.numel() * t.element_size() for t in tensors)):
+        assert all(g <= m for g, m in zip(found.pop(job), most, strict=True)), (job, most)
+    assert not found

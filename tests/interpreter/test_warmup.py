@@ -15,8 +15,7 @@ from triton.runtime.jit import native_specialize_impl
 import lilora_kernels
 from lilora_kernels import LiLoRALinear, RankPoolLinear
 from lilora_kernels.context import tasks_of
-from lilora_kernels.ops import triton_runtime
-from lilora_kernels.ops.delta import triton_parts, triton_phases
+from lilora_kernels.ops.delta import triton_configs, triton_jobs, triton_parts
 from lilora_kernels.ops.delta_pair import triton_backend as delta_pair
 from lilora_kernels.ops.rank_gate import eager
 from lilora_kernels.queries import PoolChooser, PoolTasks
@@ -34,9 +33,9 @@ def model():
 
 @pytest.mark.parametrize("train", [True, False])
 def test_each_distinct_layer_runs_once_for_each_bucket(train, monkeypatch):
-    monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [2, 5])
-    launches, run = [], triton_phases.run
-    monkeypatch.setattr(triton_phases, "run", lambda *a: launches.append((a[0].__name__, a[2])) or run(*a))
+    monkeypatch.setattr(triton_configs, "bucket_rows", lambda device: [2, 5])
+    launches, run = set(), triton_jobs.run
+    monkeypatch.setattr(triton_jobs, "run", lambda *a: launches.add(a[0].kernel.__name__) or run(*a))
     layers = model()
     for layer in layers[:2]:
         layer.set_task("two", train=train)
@@ -47,12 +46,12 @@ def test_each_distinct_layer_runs_once_for_each_bucket(train, monkeypatch):
     for name, parameter in layers.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
-    assert {name for name, _ in launches} == ({"delta_forward", "delta_backward"} if train else {"delta_forward"})
+    assert launches == ({"delta_forward", "delta_backward"} if train else {"delta_forward"})
 
 
-def test_a_layer_with_parameters_that_lie_elsewhere_is_another_one(monkeypatch):
-    """Views of an optimizer's flat buffer are seldom at multiples of 16 bytes, for which Triton compiles otherwise."""
-    monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [2])
+def test_a_layer_with_parameters_that_lie_elsewhere_takes_the_same_kernels(monkeypatch):
+    """Views of an optimizer's flat buffer are seldom at multiples of 16 bytes, for which Triton would compile otherwise."""
+    monkeypatch.setattr(triton_configs, "bucket_rows", lambda device: [2])
     bases = [torch.nn.Linear(24, 24).requires_grad_(False) for _ in range(3)]
     layers = torch.nn.Sequential(*(LiLoRALinear(base, r=8, sub_rank=4, dropout=0.0) for base in bases))
     for layer in layers:
@@ -61,12 +60,21 @@ def test_a_layer_with_parameters_that_lie_elsewhere_is_another_one(monkeypatch):
     assert lilora_kernels.warmup(layers) == 2  # with the active task and with ids
     parameter = layers[2].lilora_V["one"]
     parameter.data = torch.cat([parameter.data.new_zeros(1), parameter.data.flatten()])[1:].view_as(parameter)
-    assert lilora_kernels.warmup(layers) == 4
+    assert lilora_kernels.warmup(layers) == 2
+    launch = triton_jobs.launch
+
+    def watching(made, grid, tensors, numbers, groups):
+        assert all(t is None or t.data_ptr() % 16 == 0 for group in groups for t in group)
+        launch(made, grid, tensors, numbers, groups)
+
+    monkeypatch.setattr(triton_jobs, "launch", watching)
+    with lilora_kernels.backend("triton"):
+        layers[2](torch.randn(3, 24))
 
 
 def test_many_rows_of_tasks_that_the_host_knows(monkeypatch):
     """As on a device: the first and the last active task, whose M_t lie where its id says and elsewhere."""
-    monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [300])
+    monkeypatch.setattr(triton_configs, "bucket_rows", lambda device: [300])
     monkeypatch.setattr(sys.modules["lilora_kernels.warmup"], "_knows_more", lambda device: True)
     layers, run, ids = model(), triton_parts.run, set()
     lilora_kernels.attach(layers)
@@ -84,7 +92,7 @@ def test_many_rows_of_tasks_that_the_host_knows(monkeypatch):
 
 
 def test_merged_layers_routes_and_other_backends(monkeypatch):
-    monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [2])
+    monkeypatch.setattr(triton_configs, "bucket_rows", lambda device: [2])
     layers = model()
     lilora_kernels.attach(layers)
     layers[0].merge("one")
@@ -100,22 +108,21 @@ def test_nothing_to_do():
     assert lilora_kernels.warmup(LiLoRALinear(torch.nn.Linear(3, 3), r=2, sub_rank=2)) == 0
 
 
-def test_a_device_that_cannot_hold_the_grid_runs_phase_by_phase(monkeypatch):
-    launches, run = [], triton_phases.run
+def test_a_device_that_cannot_hold_the_grid_runs_job_by_job(monkeypatch):
+    launches, run = [], triton_jobs.run
 
-    def refusing(kernel, device, first, last, *rest):
-        launches.append((first, last))
-        if first < last:
+    def refusing(made, items, *rest):
+        launches.append(made.kernel.__name__)
+        if items is None:
             raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
-        run(kernel, device, first, last, *rest)
+        run(made, items, *rest)
 
     x, a, b0 = torch.randn(5, 24), torch.randn(4, 24), torch.randn(20, 4)
     with lilora_kernels.backend("triton"):
         want = lilora_kernels.delta(x, a, b0)
-        monkeypatch.setattr(triton_phases, "run", refusing)
+        monkeypatch.setattr(triton_jobs, "run", refusing)
         assert torch.equal(lilora_kernels.delta(x, a, b0), want)
-    assert launches[0] == (0, 2)
-    assert len(launches) > 2
+    assert launches == ["delta_forward", "shrink", "expand"]
 
 
 class GatedMLP(torch.nn.Module):
@@ -129,7 +136,7 @@ class GatedMLP(torch.nn.Module):
 
 
 def test_a_fused_mlp_runs_as_a_pair(monkeypatch):
-    monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [2])
+    monkeypatch.setattr(triton_configs, "bucket_rows", lambda device: [2])
     pairs, forward = [], delta_pair.forward
     monkeypatch.setattr(delta_pair, "forward", lambda *a: pairs.append(a[0].shape) or forward(*a))
     mlp = GatedMLP()
@@ -329,7 +336,7 @@ def test_what_is_used_after_warmup_was_compiled_by_it(name, dtype, variants):
 
 
 def test_pools_are_left_as_they_were(variants, monkeypatch):
-    monkeypatch.setattr(triton_runtime, "bucket_rows", lambda device: [2])
+    monkeypatch.setattr(triton_configs, "bucket_rows", lambda device: [2])
     for layer in (routed_by_row(), pooled(snapshot=True)):
         layer.train()
         before = {n: t.clone() for n, t in layer.state_dict().items()}, torch.get_rng_state(), layer._gathered

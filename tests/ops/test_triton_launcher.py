@@ -16,20 +16,49 @@ from triton.runtime.jit import create_function_from_signature
 
 from lilora_kernels.ops import triton_launcher
 from lilora_kernels.ops.delta.composed_kernels import compose, sum_gradients, u_gradient, v_gradient_partials
-from lilora_kernels.ops.delta.triton_kernels import delta_backward, delta_forward
+from lilora_kernels.ops.delta.triton_backward import (
+    BackwardSizes,
+    Gradients,
+    Lower,
+    PartialSums,
+    RowSums,
+    Thinned,
+    Upper,
+    UpperSums,
+    add_partials,
+    delta_backward,
+    from_x,
+)
+from lilora_kernels.ops.delta.triton_forward import (
+    Expanded,
+    ForwardSizes,
+    Shrunk,
+    delta_forward,
+    expand,
+    shrink,
+)
 from lilora_kernels.ops.delta.triton_parts import constants_of
 from lilora_kernels.ops.rank_gate.triton_kernels import rank_gate
 from lilora_kernels.ops.triton_launcher import Launch, launch
 
-TILES = {"R": 16, "S": 8, "BLOCK_R": 16, "BLOCK_S": 16, "BLOCK_M": 16, "BLOCK_K": 16, "BLOCK_N": 16, "num_warps": 4}
-KERNELS = {  # its tensors come first
-    delta_forward: (22, {**TILES, "SPLIT_K": 2, "TILES_N": 1, "FIRST": 0, "LAST": 2}),
-    delta_backward: (33, {**TILES, "SPLIT_N": 2, "FIRST": 0, "LAST": 3}),
-    rank_gate: (3, {"BLOCK": 64, "num_warps": 8}),
+FORWARD = ForwardSizes(R=16, S=8, BLOCK_R=16, BLOCK_S=16, BLOCK_M=16, BLOCK_K=16, SPLIT_K=2, BLOCK_N=16, TILES_N=1)
+BACKWARD = BackwardSizes(R=16, S=8, BLOCK_R=16, BLOCK_S=16, BLOCK_M=16, BLOCK_N=16, SPLIT_N=2, BLOCK_K=16)
+KERNELS = {  # their groups, and how many tensors follow
+    shrink: ((Shrunk, Shrunk), 8, {"c": FORWARD, "num_warps": 4}),
+    expand: ((Expanded,), 4, {"c": FORWARD, "num_warps": 4}),
+    delta_forward: ((Shrunk, Expanded), 7, {"c": FORWARD, "num_warps": 4}),
+    from_x: ((Lower, Lower, RowSums), 6, {"c": BACKWARD, "num_warps": 8}),
+    add_partials: ((PartialSums, Gradients), 1, {"c": BACKWARD, "num_warps": 8}),
+    delta_backward: (
+        (Upper, Thinned, UpperSums, Lower, RowSums, PartialSums, Gradients),
+        9,
+        {"c": BACKWARD, "num_warps": 4},
+    ),
+    rank_gate: ((), 3, {"BLOCK": 64, "num_warps": 8}),
 }
 for composed, tensors in ((compose, 6), (u_gradient, 5), (v_gradient_partials, 7), (sum_gradients, 8)):
-    KERNELS[composed] = tensors, constants_of(composed, 16, 8, torch.float16)
-FLOATS = ("scaling", "keep_scale")
+    KERNELS[composed] = (), tensors, constants_of(composed, 16, 8, torch.float16)
+FLOATS = ("scaling", "scale")
 INTEGERS = (0, 1, 2, 15, 16, 17, 48, 4096, 2**31 - 16, 2**31, 2**31 + 1, 2**40)
 MEMORY = {dtype: torch.empty(64, dtype=dtype) for dtype in (torch.float16, torch.float32, torch.bfloat16, torch.int32)}
 MISALIGNED = {dtype: [memory[i:] for i in range(1, 9)] for dtype, memory in MEMORY.items()}
@@ -46,31 +75,50 @@ def any_number(draw, name):
     return draw.choice([0.5, 1.0, 16.0]) if name in FLOATS else draw.choice(INTEGERS)
 
 
-def neighbours(kernel, draw):
-    """Arguments, and each time the same but for one of them: (tensors, numbers)."""
-    count, constants = KERNELS[kernel]
+def slots(kernel):
+    """What each argument is, those of groups one by one: a tensor, or the name of a number."""
+    groups, count, constants = KERNELS[kernel]
     names = [name for name in kernel.arg_names if name not in constants]
-    given = [any_tensor(draw, at == 0) if at < count else any_number(draw, name) for at, name in enumerate(names)]
+    tensors = sum(len(group._fields) for group in groups) + count
+    return [None] * tensors + names[len(groups) + count :]
+
+
+def arguments(kernel, given):
+    """(tensors, numbers, groups) of a launch, from the values of its slots."""
+    groups, count, _ = KERNELS[kernel]
+    left = iter(given)
+    made = tuple(group(*(next(left) for _ in group._fields)) for group in groups)
+    rest = tuple(left)
+    return rest[:count], rest[count:], made
+
+
+def any_of(draw, name, first):
+    return any_tensor(draw, first) if name is None else any_number(draw, name)
+
+
+def neighbours(kernel, draw):
+    """Arguments, and each time the same but for one of them."""
+    found = slots(kernel)
+    given = [any_of(draw, name, first=at == 0) for at, name in enumerate(found)]
     for _ in range(60):
         at = draw.randrange(len(given))
-        given[at] = any_tensor(draw, at == 0) if at < count else any_number(draw, names[at])
-        yield tuple(given[:count]), tuple(given[count:])
+        given[at] = any_of(draw, found[at], first=at == 0)
+        yield arguments(kernel, given)
 
 
 def one_apart(kernel):
     """Aligned tensors and multiples of 16; then the same but for one argument."""
-    count, constants = KERNELS[kernel]
-    names = [name for name in kernel.arg_names if name not in constants]
-    base = [MEMORY[torch.float32]] * count + [0.5 if name in FLOATS else 48 for name in names[count:]]
+    found = slots(kernel)
+    base = [MEMORY[torch.float32] if name is None else 0.5 if name in FLOATS else 48 for name in found]
     tensors = [None, *(t for dtype in MEMORY for t in (MEMORY[dtype], MISALIGNED[dtype][0]))]
-    for at, name in enumerate(names):
-        for other in tensors[at == 0 :] if at < count else (2.0,) if name in FLOATS else INTEGERS:
-            given = [*base[:at], other, *base[at + 1 :]]
-            yield tuple(given[:count]), tuple(given[count:])
+    for at, name in enumerate(found):
+        for other in tensors[at == 0 :] if name is None else (2.0,) if name in FLOATS else INTEGERS:
+            yield arguments(kernel, [*base[:at], other, *base[at + 1 :]])
 
 
-def addresses(tensors):
-    return [0 if t is None else t.data_ptr() for t in tensors]
+def key_of(made, tensors, numbers, groups):
+    flat = [t for group in groups for t in group] + list(tensors)
+    return made.specialisation(flat, [0 if t is None else t.data_ptr() for t in flat], numbers)
 
 
 @by_kernel
@@ -78,11 +126,12 @@ def addresses(tensors):
 def test_what_triton_tells_apart_has_different_keys(kernel, draws):
     backend = CUDABackend(GPUTarget("cuda", 90, 32))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    constants, found = KERNELS[kernel][1], {}
+    constants, found = KERNELS[kernel][2], {}
     made = Launch(kernel, constants)
-    for tensors, numbers in neighbours(kernel, random.Random(int(draws))) if draws.isdigit() else one_apart(kernel):
-        key = made.specialisation(tensors, addresses(tensors), numbers)
-        specialised = tuple(binder(*tensors, *numbers, **constants)[1])
+    drawn = neighbours(kernel, random.Random(int(draws))) if draws.isdigit() else one_apart(kernel)
+    for tensors, numbers, groups in drawn:
+        key = key_of(made, tensors, numbers, groups)
+        specialised = tuple(binder(*groups, *tensors, *numbers, **constants)[1])
         assert found.setdefault(key, specialised) == specialised
     assert len(found) > 10
 
@@ -90,14 +139,14 @@ def test_what_triton_tells_apart_has_different_keys(kernel, draws):
 @by_kernel
 def test_numbers_of_rows_and_tasks_share_a_key(kernel):
     """Every key takes JITFunction.run once."""
-    count, constants = KERNELS[kernel]
-    made, tensors = Launch(kernel, constants), (MEMORY[torch.float32],) * count
-    names = [name for name in kernel.arg_names if name not in constants][count:]
-    free = {"M", "T", "G", "CHUNK", "drop_below", "low_rank", "high_rank", "n", "r", "row_stride", "stride"}
-    keys = set()
+    made, keys = Launch(kernel, KERNELS[kernel][2]), set()
+    free = {"M", "T", "G", "CHUNK", "threshold", "low_rank", "high_rank", "shares", "n", "r", "row_stride", "stride"}
     for n in range(40):
-        numbers = tuple(0.5 if name in FLOATS else n if name in free else 64 for name in names)
-        keys.add(made.specialisation(tensors, addresses(tensors), numbers))
+        given = [
+            MEMORY[torch.float32] if name is None else 0.5 if name in FLOATS else n if name in free else 64
+            for name in slots(kernel)
+        ]
+        keys.add(key_of(made, *arguments(kernel, given)))
     assert len(keys) == 1
 
 
@@ -146,23 +195,28 @@ def by_triton(monkeypatch):
 def plain(call):
     """Of a launch, but for its hooks: what C reads from the arguments. None is compiled in."""
     compiled, given = call
-    values = [v.data_ptr() if isinstance(v, torch.Tensor) else v or 0 for v in given[9:]]
-    return compiled, given[:6], values
+
+    def read(value):
+        if isinstance(value, tuple):
+            return tuple(map(read, value))
+        return value.data_ptr() if isinstance(value, torch.Tensor) else value or 0
+
+    return compiled, given[:6], read(tuple(given[9:]))
 
 
 @by_kernel
 @pytest.mark.parametrize("seed", range(4))
 def test_a_second_launch_is_what_triton_would_launch(kernel, seed, launched, by_triton, monkeypatch):
-    made = Launch(kernel, KERNELS[kernel][1], cooperative=kernel is not rank_gate)
+    made = Launch(kernel, KERNELS[kernel][2], programs=int(kernel is not rank_gate))
     runs = by_triton(kernel)
-    for tensors, numbers in neighbours(kernel, random.Random(seed)):
-        launch(made, (5, 2, 1), tensors, numbers)
+    for given in neighbours(kernel, random.Random(seed)):
+        launch(made, (5, 2, 1), *given)
         runs.clear()
-        launch(made, (5, 2, 1), tensors, numbers)
+        launch(made, (5, 2, 1), *given)
         assert not runs
         with monkeypatch.context() as patch:
             patch.setattr(triton_launcher, "BOUND", False)
-            launch(made, (5, 2, 1), tensors, numbers)
+            launch(made, (5, 2, 1), *given)
         assert runs == [1]
         bound, wanted = map(plain, launched[-2:])
         assert bound == wanted
@@ -170,13 +224,13 @@ def test_a_second_launch_is_what_triton_would_launch(kernel, seed, launched, by_
 
 
 def test_hooks_and_other_versions_go_through_triton(launched, by_triton, monkeypatch):
-    count, constants = KERNELS[rank_gate]
-    made, arguments = Launch(rank_gate, constants), ((MEMORY[torch.float32],) * count, (64, 16, 64, 1))
+    _, count, constants = KERNELS[rank_gate]
+    made, given = Launch(rank_gate, constants), ((MEMORY[torch.float32],) * count, (64, 16, 64, 1))
     runs = by_triton(rank_gate)
 
     def goes_through_triton():
         runs.clear()
-        launch(made, (1, 1, 1), *arguments)
+        launch(made, (1, 1, 1), *given)
         return bool(runs)
 
     assert [goes_through_triton(), goes_through_triton()] == [True, False]

@@ -11,80 +11,73 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import create_function_from_signature
 
-from lilora_kernels.ops import barrier, triton_runtime
-from lilora_kernels.ops.delta import triton_backend, triton_phases
+from lilora_kernels.ops import barrier
+from lilora_kernels.ops.delta import triton_backend, triton_configs, triton_jobs
 from lilora_kernels.ops.rank_gate import triton_backend as rank_gate
 from lilora_kernels.ops.schema import DIFFERENTIABLE, AdapterArgs
 from tools import resources
+from tools.resources import Variant
 
-LAUNCHES = [(arch, *launch) for arch in resources.SHARED_MEMORY for launch in resources.launches(arch)]
-
-
-def launch_id(launch):
-    arch, kernel, rows, _, first, last = launch
-    return f"sm_{arch}-{kernel}-{rows}-{first}-{last}"
+LAUNCHES = [(arch, *launch) for arch in resources.SHARED_MEMORY for launch in resources.shipped(arch)]
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=launch_id)
-def test_no_spills_and_fitting_shared_memory(launch):
-    arch, kernel, _, bucket, first, last = launch
-    used = resources.compile_kernel(kernel, arch, bucket, first, last)
+@pytest.mark.parametrize("arch, kernel, rows", LAUNCHES, ids=lambda each: str(each))
+def test_no_spills_and_fitting_shared_memory(arch, kernel, rows):
+    used = resources.compile_kernel(kernel, arch, rows)
     assert used.spills == 0
     assert used.shared <= resources.SHARED_MEMORY[arch] * 1024
-    sums_only = (kernel, first, last) == ("backward", 3, 3)
-    assert used.tensor_cores or sums_only
-    assert fits(used, bucket, arch) >= bucket.get("PROGRAMS", 1)
+    assert used.tensor_cores == (kernel != "add_partials")
+    sizes = chosen(arch, kernel, rows)
+    assert fits(used, sizes, arch) >= sizes.get("PROGRAMS", 1)
 
 
-def fits(used, bucket, arch):
+def chosen(arch, kernel, rows):
+    return triton_configs.chosen((f"sm_{arch}",), kernel, triton_configs.bucket(rows))
+
+
+def fits(used, sizes, arch):
     """How many programs one multiprocessor holds at once: 64 K registers, 1 KB of shared memory taken by each program."""
-    registers = -(-used.registers // 8) * 8 * 32 * bucket["num_warps"]
+    registers = -(-used.registers // 8) * 8 * 32 * sizes["num_warps"]
     return min(65536 // registers, (resources.SHARED_MEMORY[arch] + 1) * 1024 // (used.shared + 1024))
 
 
 @pytest.mark.parametrize("arch", [89, 90])
-@pytest.mark.parametrize("kernel, phase", [("forward", 2), ("backward", 0)])
-def test_the_passes_over_the_outputs_do_not_spill_for_one_task(arch, kernel, phase):
-    absent = resources.GATE | resources.PAIR | {"task", "present"}
-    for bucket in triton_runtime.table((f"sm_{arch}",))["by_phase"][kernel]:
-        assert resources.compile_kernel(kernel, arch, bucket, phase, phase, absent=absent).spills == 0
+@pytest.mark.parametrize("kernel", ["expand", "from_dy"])
+def test_the_passes_over_the_outputs_do_not_spill_for_one_task(arch, kernel):
+    for rows in (1024, 8192):
+        assert resources.compile_kernel(kernel, arch, rows, Variant(tasks=1)).spills == 0
 
 
-UP = frozenset(
-    {"u", "v", "fusion", "z", "du", "dv", "dfusion", "present", "scaled_q_u", "dfusion_rows", "du_planes", "dv_planes"}
-)
-OUTPUTS = UP - {"u", "v", "fusion", "z"} | {"da", "db0", "dgate", "da_planes", "db0_planes", "dq_h"}
 OTHERS = {
-    "fp16": {"dtype": torch.float16},
-    "fp32": {"dtype": torch.float32},
-    "masters": {"masters": torch.float32},
-    "gate": {"absent": resources.PAIR},
-    "one-task": {"absent": resources.GATE | resources.PAIR | {"task", "present"}},
-    "plain": {"absent": resources.GATE | resources.PAIR | {"fusion", "dfusion", "dfusion_rows"}},
-    "lora": {"absent": UP | resources.GATE | resources.PAIR | {"task"}, "sub_rank": 1},
-    "lora-gate": {"absent": UP | resources.PAIR, "sub_rank": 1},
-    "frozen": {"absent": resources.GATE | resources.PAIR | {"da", "db0", "da_planes", "db0_planes"}},
-    "dx-alone": {"absent": OUTPUTS | resources.GATE | resources.PAIR},
-    "no-dropout": {"absent": resources.GATE | resources.PAIR | {"seed"}},
-    "ranks-256": {"rank": 256, "sub_rank": 128},
-    "ranks-5": {"rank": 5, "sub_rank": 3},
+    "fp16": Variant(dtype=torch.float16),
+    "fp32": Variant(dtype=torch.float32),
+    "masters": Variant(masters=torch.float32),
+    "gate": Variant(gate=True),
+    "one-task": Variant(tasks=1),
+    "plain": Variant(fusion=False),
+    "lora": Variant(sub_rank=0, tasks=1),
+    "lora-gate": Variant(sub_rank=0, tasks=1, gate=True),
+    "frozen": Variant(needs=frozenset({"x", "u", "v", "fusion"})),
+    "dx-alone": Variant(needs=frozenset({"x"})),
+    "no-dropout": Variant(p=0.0),
+    "ranks-256": Variant(rank=256, sub_rank=128),
+    "ranks-5": Variant(rank=5, sub_rank=3),
 }
 
 
-@pytest.mark.parametrize("kernel, last", [("forward", 2), ("backward", 3)])
+@pytest.mark.parametrize("kernel", resources.AT_ONCE)
 @pytest.mark.parametrize("other", OTHERS)
-def test_other_variants_fit_the_smallest_shared_memory(other, kernel, last):
-    buckets = triton_runtime.table(())["one_launch"][kernel]
-    used = resources.compile_kernel(kernel, 89, buckets[-1], 0, last, **OTHERS[other])
+def test_other_variants_fit_the_smallest_shared_memory(other, kernel):
+    used = resources.compile_kernel(kernel, 89, 8192, OTHERS[other])
     assert used.shared <= resources.SHARED_MEMORY[89] * 1024
     assert used.tensor_cores == (other != "fp32")  # fp32 products are exact, on the ordinary cores
 
 
-@pytest.mark.parametrize("arch", [89, 90])
-@pytest.mark.parametrize("kernel, phase", [("forward", 0), ("backward", 2)])
-def test_the_passes_over_x_of_a_pair_do_not_spill(arch, kernel, phase):
-    for bucket in triton_runtime.table((f"sm_{arch}",))["by_phase"][kernel]:
-        used = resources.compile_kernel(kernel, arch, bucket, phase, phase, absent=resources.GATE)
+@pytest.mark.parametrize("arch", [89, 90, 100])
+@pytest.mark.parametrize("kernel", ["shrink", "from_x"])
+def test_the_passes_over_x_of_a_pair_do_not_spill(arch, kernel):
+    for rows in (1, 1024, 8192):
+        used = resources.compile_kernel(kernel, arch, rows, Variant(pair=True))
         assert used.spills == 0
         assert used.shared <= resources.SHARED_MEMORY[arch] * 1024
 
@@ -93,13 +86,15 @@ def test_variants_do_not_multiply_with_the_number_of_rows(monkeypatch):
     """What Triton compiles for: which arguments are None, the constants, and the integers that it specialises."""
     variants = set()
 
-    def recording(kernel, device, first, last, items, tensors, numbers, constants):
-        names = kernel.arg_names[len(tensors) + 1 :]
-        fixed = [n for name, n in zip(names, numbers, strict=False) if name not in kernel.do_not_specialize]
-        variants.add((kernel, first, tuple(t is None for t in tensors), tuple(fixed), tuple(constants.items())))
+    def recording(made, items, device, groups, tensors, numbers, waits=None):
+        kernel = made.kernel
+        names = kernel.arg_names[-len(numbers) - 1 : -1]
+        fixed = [n for name, n in zip(names, numbers, strict=True) if name not in kernel.do_not_specialize]
+        given = [t is None for group in (*groups, tensors) for t in group]
+        variants.add((kernel, tuple(given), tuple(fixed), tuple(made.items())))
 
-    monkeypatch.setattr(triton_phases, "run", recording)
-    for rows in range(1, 65):
+    monkeypatch.setattr(triton_jobs, "run", recording)
+    for rows in range(17, 200, 3):
         i = make(rows=rows, columns=128, outputs=96, rank=16, sub_rank=8, tasks=1 + rows % 7, dtype=torch.float16)
         args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, i.task, None, None, None, 1.0, 0.0, None)
         _, h = triton_backend.forward(i.x, args)
@@ -129,7 +124,7 @@ def fresh_slots(monkeypatch):
 
 def test_every_stream_has_a_line_of_memory_for_its_barrier(fresh_slots):
     states = slots(barrier.SLOTS + 2)
-    assert all(state.tolist() == [0, 0] and state.dtype == torch.int32 for state in states)
+    assert all(not state.any() and state.dtype == torch.int32 for state in states)
     addresses = [state.data_ptr() for state in states]
     first, second = sorted(addresses[: barrier.SLOTS]), sorted(addresses[barrier.SLOTS :])
     for block in (first, second):  # a block of CUDA begins at a multiple of 512 bytes
@@ -142,17 +137,15 @@ def test_calls_of_the_same_shapes_are_one_variant(shift, fresh_slots, monkeypatc
     """Another stream, ids, seeds and fusions cut out of longer tensors, other numbers that shapes do not fix."""
     variants, states = {}, slots(8)
 
-    def recording(kernel, device, first, last, items, tensors, numbers, constants):
-        constants = constants | {"FIRST": first, "LAST": last}
-        constants.pop("PROGRAMS", None)
+    def recording(made, items, device, groups, tensors, numbers, waits=None):
         for state in (*states, torch.zeros(8, dtype=torch.int32)[shift:]):
-            key = binder(kernel)(*tensors, state, *numbers, **constants)[1]
-            variants.setdefault(kernel, set()).add(tuple(key))
+            key = binder(made.kernel)(*groups, *tensors, state, *numbers, **made)[1]
+            variants.setdefault(made.kernel, set()).add(tuple(key))
 
     def cut(tensor, by):
         return torch.cat([tensor[:1].expand(by, *tensor.shape[1:]), tensor])[by:]
 
-    monkeypatch.setattr(triton_phases, "run", recording)
+    monkeypatch.setattr(triton_jobs, "run", recording)
     i = make(rows=40, columns=128, outputs=96, rank=16, sub_rank=8, tasks=3, gate=True, dtype=torch.float16)
     for by, p, ranks in ((0, 0.5, None), (shift, 0.1, (1, 16)), (shift, 0.3, (0, 1))):
         task, gate_row, fusion = (cut(t, by) for t in (i.task, i.gate_row, i.fusion))
@@ -170,14 +163,14 @@ def test_calls_of_the_same_shapes_are_one_variant(shift, fresh_slots, monkeypatc
 @pytest.mark.parametrize("name", resources.COMPOSED)
 def test_the_kernels_of_the_composed_plan_do_not_spill(name, arch):
     for rank, sub_rank, masters in ((128, 64, None), (256, 128, None), (128, 64, torch.float32)):
-        used = resources.compile_composed(name, arch, rank=rank, sub_rank=sub_rank, masters=masters)
+        used = resources.compile_kernel(name, arch, 4096, Variant(masters=masters, rank=rank, sub_rank=sub_rank))
         assert used.spills == 0
         assert used.shared <= resources.SHARED_MEMORY[arch] * 1024
         assert used.tensor_cores == (name != "sum_gradients")
 
 
 @pytest.mark.parametrize("arch", resources.SHARED_MEMORY)
-@pytest.mark.parametrize("dtype", resources.TYPES, ids=str)
+@pytest.mark.parametrize("dtype", resources.FLOATS, ids=str)
 def test_the_kernel_of_rank_gate_does_not_spill(dtype, arch):
     used = resources.compile_rank_gate(arch, dtype)
     assert used.spills == 0
@@ -199,23 +192,16 @@ def test_the_kernel_of_rank_gate_is_compiled_once_for_each_dtype():
 
 def test_the_committed_table_has_every_launch():
     text = (Path(__file__).parents[2] / "lilora_kernels/ops/RESOURCES.md").read_text()
-    rows = [tuple(cell.strip() for cell in line.split("|")[1:5]) for line in text.splitlines() if "| sm_" in line]
-    phases = {True: "{}", False: "{}-{}"}
-    want = [
-        (f"sm_{arch}", kernel, str(rows), phases[first == last].format(first, last))
-        for arch, kernel, rows, _, first, last in LAUNCHES
-    ]
-    want += [(f"sm_{arch}", name, "any", "-") for arch in resources.SHARED_MEMORY for name in resources.COMPOSED]
-    want += [(f"sm_{arch}", "rank_gate", "any", "-") for arch in resources.SHARED_MEMORY]
+    rows = [tuple(cell.strip() for cell in line.split("|")[1:4]) for line in text.splitlines() if "| sm_" in line]
+    want = [(f"sm_{arch}", kernel, str(fewest)) for arch, kernel, fewest in LAUNCHES]
+    want += [(f"sm_{arch}", name, "any") for arch in resources.SHARED_MEMORY for name in resources.COMPOSED]
+    want += [(f"sm_{arch}", "rank_gate", "any") for arch in resources.SHARED_MEMORY]
     assert rows == want
 
 
 @pytest.mark.parametrize("variant", ["masters", "ranks-256"])
 def test_the_programs_of_a_launch_fit_for_wider_elements_too(variant):
-    more = {**{"dtype": torch.bfloat16}, **OTHERS[variant]}
-    for kernel, last in (("forward", 2), ("backward", 3)):
-        for bucket in triton_runtime.table(("sm_90",))["one_launch"][kernel]:
-            used = resources.compile_kernel(kernel, 90, bucket, 0, last, **more)
-            rank, widest = more.get("rank", 128), max(t.itemsize for t in more.values() if isinstance(t, torch.dtype))
-            shipped = triton_runtime.fitted(bucket, 2, widest, triton_runtime.padded(rank))
-            assert fits(used, shipped, 90) >= shipped.get("PROGRAMS", 1)
+    for kernel in resources.AT_ONCE:
+        for rows in (1, 8192):
+            used = resources.compile_kernel(kernel, 90, rows, OTHERS[variant])
+            assert fits(used, chosen(90, kernel, rows), 90) >= 1

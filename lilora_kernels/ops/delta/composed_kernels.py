@@ -7,7 +7,7 @@ padded to powers of two.
 import triton
 import triton.language as tl
 
-from .triton_kernels import coefficients, narrowed, tile
+from .triton_rows import coefficients, narrowed, tile
 
 SUM_BLOCK = tl.constexpr(1024)  # elements that one program adds up
 COLUMNS = tl.constexpr(128)  # the most of R that one program sums over the outputs

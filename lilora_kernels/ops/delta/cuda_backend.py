@@ -12,7 +12,7 @@ from .. import triton_runtime
 from ..barrier import barrier_state
 from ..philox import keep_scale, threshold
 from ..schema import DIFFERENTIABLE, AdapterArgs
-from . import eager
+from . import eager, triton_configs
 
 
 def forward(x: Tensor, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def backward(
 def rows(device: torch.device) -> list[int]:
     """In the smaller tiles and in the larger ones (csrc/plan.h), one row, for which cuBLAS has kernels of its own, and those of
     the Triton kernels in the plan composed."""
-    others = triton_runtime.bucket_rows(device) if triton_runtime.installed() else []
+    others = triton_configs.bucket_rows(device) if triton_runtime.installed() else []
     return sorted({1, 64, 1024, *(n for n in others if n > backends.ONE_LAUNCH_ROWS)})
 
 

@@ -1,14 +1,13 @@
-"""One launch for few rows, the library's products around our kernels for more, a launch for each phase where these do not fit."""
+"""One launch for few rows, the library's products around our kernels for more, a launch for each job where these do not fit."""
 
 import torch
 from torch import Tensor
 
 from ... import backends
-from .. import triton_runtime as runtime
 from ..schema import AdapterArgs
-from . import eager, task_rows
+from . import eager, task_rows, triton_configs
+from .triton_jobs import Backward, Forward, run_jobs
 from .triton_parts import TRITON
-from .triton_phases import Backward, Forward, run_phases
 
 
 def forward(x: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -28,16 +27,16 @@ def backward(
 
 
 def run_forward(x: Tensor, bias: Tensor | None, adapter: AdapterArgs, one_launch: bool) -> tuple[Tensor, Tensor]:
-    work = Forward(x, bias, adapter, runtime.config("forward", one_launch, x, adapter))
-    run_phases(work, one_launch)
+    work = Forward(x, bias, adapter, one_launch)
+    run_jobs(work, one_launch)
     return work.y, work.h
 
 
 def run_backward(
     dy: Tensor, x: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str], one_launch: bool
 ) -> dict[str, Tensor]:
-    work = Backward(dy, x, h, adapter, needs, runtime.config("backward", one_launch, dy, adapter))
-    run_phases(work, one_launch)
+    work = Backward(dy, x, h, adapter, needs, one_launch)
+    run_jobs(work, one_launch)
     return work.grads
 
 
@@ -58,4 +57,4 @@ def composes(rows: Tensor, adapter: AdapterArgs) -> bool:
 
 
 def rows(device: torch.device) -> list[int]:
-    return runtime.bucket_rows(device)
+    return triton_configs.bucket_rows(device)

@@ -14,7 +14,7 @@ from ..triton_launcher import Launch, current, launch
 from . import composed_kernels as kernels
 from . import eager
 from .task_rows import Layout
-from .triton_phases import Backward, Forward, Sizes, ceil, contiguous_adapter, scratch
+from .triton_jobs import Backward, Forward, Sizes, ceil, scratch, staged_adapter
 
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 PROGRAMS = 128  # that sum over the outputs of all tasks: about as many as a large GPU has processors
@@ -25,13 +25,11 @@ _launches: dict[tuple, Launch] = {}
 def shrink(x: Tensor, adapters: Sequence[AdapterArgs]) -> list[Tensor]:
     if threshold(adapters[0].p) == 0:
         return eager.shrink(x, adapters)
-    config = runtime.config("forward", False, x, adapters[0])
-    works = [Forward(x, None, adapter._replace(**ONE_FACTOR), config) for adapter in adapters]
-    works[0].launch(0, 0, second=works[1] if len(works) > 1 else None)
-    for work in works:
-        if work.split > 1:
-            work.launch(1, 1)
-    return [work.h for work in works]
+    pair, works = len(adapters) > 1, []
+    for adapter in reversed(adapters):
+        works.append(Forward(x, None, adapter._replace(**ONE_FACTOR), other=works[0] if works else None, pair=pair))
+    works[-1].shrink()
+    return [work.h for work in reversed(works)]
 
 
 def down(
@@ -44,17 +42,14 @@ def down(
         return eager.down(x, dhs, adapters, needs)
     grads: list[dict[str, Tensor]] = [{} for _ in dhs]
     works: list[Backward] = []
-    like = next(dh for dh in dhs if dh is not None)
-    config = runtime.config("backward", False, like, adapters[0])
     for i, (dh, adapter, wanted) in enumerate(zip(dhs, adapters, needs, strict=True)):
         if wanted := wanted & {"x", "a"}:
-            main = works[0] if works else None
-            works.append(Backward(dh, x, None, adapter._replace(**ONE_FACTOR), wanted, config, main, from_dh=True))
+            first = works[0] if works else None
+            works.append(Backward(dh, x, None, adapter._replace(**ONE_FACTOR), wanted, first=first, from_dh=True))
             grads[i] = works[-1].grads
-    works[0].launch(2, 2, second=works[1] if len(works) > 1 else None)
     for work in works:
-        if "a" in work.needs:
-            work.launch(3, 3)
+        for job in work.jobs:
+            job(work)
     return grads
 
 
@@ -99,8 +94,8 @@ def through_m(
 
 def forms_m(rows: Tensor, layout: Layout, adapter: AdapterArgs) -> bool:
     """As `eager.forms_m`. M_t costs the same bytes whatever the rows, and the kernels that do without it another pass over y or
-    dy for each. bench.model, gate and up, both directions over the base by M_t / by phase: 8 tasks 2048 rows 1.30 / 1.39, 1024
-    rows 1.50 / 1.50; 32 tasks 8192 rows 1.26 / 1.29."""
+    dy for each. bench.model, gate and up, both directions over the base by M_t / by phase: 8 tasks 2048 rows 1.30 / 1.38, 1024
+    rows 1.50 / 1.52; 32 tasks 8192 rows 1.26 / 1.28."""
     return len(rows) >= 2 * adapter.a.shape[0] * len(layout.runs) and layout.is_seen
 
 
@@ -115,7 +110,7 @@ def of_groups(m: Tensor, layout: Layout) -> list[Tensor]:
 
 def compose(adapter: AdapterArgs, layout: Layout, dtype: torch.dtype) -> Tensor:
     """M_t of the tasks that have rows, [tasks, N, R]."""
-    adapter, sizes, tasks = contiguous_adapter(adapter), Sizes.of(adapter), len(layout.runs)
+    adapter, sizes, tasks = staged_adapter(adapter), Sizes.of(adapter), len(layout.runs)
     m = adapter.b0.new_empty(tasks, sizes.outputs, sizes.rank, dtype=dtype)
     tensors = adapter.b0, adapter.u, adapter.v, adapter.fusion, layout.present, m
     run(kernels.compose, (ceil(sizes.outputs, tile(sizes.rank)), tasks, 1), tensors, (sizes.outputs,), sizes)
@@ -126,7 +121,7 @@ def gradients(
     dm: Tensor, adapter: AdapterArgs, layout: Layout, needs: frozenset[str], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Those of b0, u, v and fusion from dm [tasks, N, R] of the tasks that have rows; zeros for the others'."""
-    adapter, sizes, tasks = contiguous_adapter(adapter), Sizes.of(adapter), len(layout.runs)
+    adapter, sizes, tasks = staged_adapter(adapter), Sizes.of(adapter), len(layout.runs)
     make = torch.empty_like if tasks == sizes.tasks else torch.zeros_like
     grads = {name: (torch.empty_like if name == "b0" else make)(getattr(adapter, name)) for name in needs}
     tiles = ceil(sizes.outputs, tile(sizes.rank))
@@ -168,7 +163,7 @@ def run(
     key = kernel, sizes.rank, sizes.sub_rank, dtype
     if key not in _launches:
         _launches[key] = Launch(kernel, constants_of(kernel, sizes.rank, sizes.sub_rank, dtype))
-    with current(tensors[0]):
+    with current(tensors[0].device):
         launch(_launches[key], programs, tensors, numbers)
 
 
@@ -183,4 +178,4 @@ def constants_of(kernel, rank: int, sub_rank: int, dtype: torch.dtype | None) ->
     constants = {"R": rank, "S": sub_rank, "BLOCK_R": block_r, "BLOCK_S": block_s, "BLOCK_N": tile(rank)}
     constants |= {"BLOCK_C": min(block_r, kernels.COLUMNS.value), "TYPE": TYPES.get(dtype)}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return constants | {"num_warps": 4 if kernel is kernels.sum_gradients else 8, "num_stages": 2}
+    return constants | {"num_warps": 8, "num_stages": 2}

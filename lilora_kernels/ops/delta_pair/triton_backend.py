@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
-from .. import triton_runtime as runtime
 from ..delta import triton_backend as delta
+from ..delta.triton_jobs import Backward, Forward
 from ..delta.triton_parts import TRITON
-from ..delta.triton_phases import Backward, Forward
 from ..schema import AdapterArgs
 from . import eager
 
@@ -20,12 +19,11 @@ def forward(
 ) -> tuple[Tensor, ...]:
     if delta.plan_of(x, adapters[0], few="by_phase") == "composed":
         return eager.forward(x, weights, biases, adapters, TRITON)
-    config = runtime.config("forward", False, x, adapters[0])
-    main, other = (Forward(x, bias, adapter, config) for bias, adapter in zip(biases, adapters, strict=True))
-    main.launch(0, 0, second=other)
+    other = Forward(x, biases[1], adapters[1], pair=True)
+    main = Forward(x, biases[0], adapters[0], other=other)
+    main.shrink()
     for work, weight in zip((main, other), weights, strict=True):
-        for first, last in work.phases[1:]:
-            work.launch(first, last)
+        work.expand()
         if weight is not None:
             work.y.addmm_(x, weight.to(x.dtype).T)
     return main.y, other.y, main.h, other.h
@@ -44,17 +42,13 @@ def backward(
     reads_x = [bool(wanted & {"x", "a"}) for wanted in needs]
     first = 0 if reads_x[0] else 1
     second = 1 - first
-    config = runtime.config("backward", False, dys[first], adapters[first])
-    main = Backward(dys[first], x, hs[first], adapters[first], needs[first], config)
-    other = Backward(dys[second], x, hs[second], adapters[second], needs[second], config, like=main)
+    main = Backward(dys[first], x, hs[first], adapters[first], needs[first])
+    other = Backward(dys[second], x, hs[second], adapters[second], needs[second], first=main)
     for work in (main, other):
-        for phase, _ in work.phases:
-            if phase < 2:
-                work.launch(phase, phase)
+        work.from_dy()
     for work in (main, other):
-        for phase, _ in work.phases:
-            if phase >= 2:
-                work.launch(phase, phase, second=other if work is main and phase == 2 and reads_x[second] else None)
+        for job in work.jobs[1:]:
+            job(work)
     if "x" in main.grads:
         for dy, weight in zip(dys, weights, strict=True):
             if weight is not None:

@@ -113,4 +113,4 @@ def on_hopper(device: torch.device) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    return next(iter(triton_runtime.table_names(device)), device.type)
+    return next(iter(triton_runtime.device_names(device)), device.type)

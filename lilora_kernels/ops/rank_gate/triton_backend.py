@@ -14,7 +14,7 @@ def forward(scores: Tensor, r: int) -> tuple[Tensor, Tensor]:
     rows, n = scores.shape
     gate, chosen = scores.new_empty(rows, n), scores.new_empty(rows, r, dtype=torch.int64)
     if rows > 0:
-        with current(scores):
+        with current(scores.device):
             grid = rows, -(-n // CONSTANTS["BLOCK"]), 1
             launch(MADE, grid, (scores, gate, chosen), (n, r, *scores.stride()))
     return gate, chosen

@@ -76,9 +76,11 @@ def launch(
         return
     run, function, metadata = bound
     stream = torch._C._cuda_getCurrentRawStream(device)
-    left = iter(pointers)
-    nested = [tuple([next(left) for _ in group]) for group in groups]
-    run(*grid, stream, function, metadata, None, None, None, *nested, *left, *numbers, *made.in_order)
+    nested, end = [], 0
+    for group in groups:
+        nested.append(tuple(pointers[end : end + len(group)]))
+        end += len(group)
+    run(*grid, stream, function, metadata, None, None, None, *nested, *pointers[end:], *numbers, *made.in_order)
 
 
 def observed(kernel) -> bool:

@@ -41,7 +41,7 @@ def composed_parts(rows: Tensor, adapter: AdapterArgs) -> eager.Parts | None:
 
     Triton's kernels where it can run; else torch operations, which nothing but an order takes.
     """
-    plan, few = backends.forced["plan"], len(rows) <= backends.ONE_LAUNCH_ROWS
+    plan, few = backends.forced["plan"], rows.shape[0] <= backends.ONE_LAUNCH_ROWS
     if plan != "composed" and (plan is not None or few):
         return None
     if triton_runtime.refusal(rows, *adapter.rank_sizes) is not None:

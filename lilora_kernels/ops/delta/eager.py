@@ -375,7 +375,7 @@ def through_m(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Through the gradient of M_t; ops/README.md has the chain."""
     s, grads = adapter.scaling, {}
-    dq = dy.new_empty(len(dy), adapter.a.shape[0]) if wants_dq else None
+    dq = dy.new_empty(dy.shape[0], adapter.a.shape[0]) if wants_dq else None
     if wants_dq and layout.bare:
         dq.zero_()
     for run in layout.runs:
@@ -475,7 +475,7 @@ def forms_m(rows: Tensor, layout: Layout, adapter: AdapterArgs) -> bool:
     # one task 2048 rows 701 / 685, 8192 rows 2251 / 2371; 8 tasks 16384 rows 5422 / 4613.
     rank = adapter.a.shape[0]
     per_task = rank if rows.is_cpu else 16 * rank
-    return len(rows) >= per_task * len(layout.runs) and layout.is_seen
+    return rows.shape[0] >= per_task * len(layout.runs) and layout.is_seen
 
 
 TORCH = Parts(shrink, expand_by_m, through_m, down, forms_m, working_dtype)

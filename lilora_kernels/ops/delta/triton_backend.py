@@ -44,7 +44,7 @@ def plan_of(rows: Tensor, adapter: AdapterArgs, few: str = "one_launch") -> str:
     """The plan that is forced, or the one for these rows [M, ...] of x or dy; `few`: that for few rows."""
     if (plan := backends.forced["plan"]) is not None:
         return plan
-    if len(rows) <= backends.ONE_LAUNCH_ROWS:
+    if rows.shape[0] <= backends.ONE_LAUNCH_ROWS:
         return few
     return "composed" if composes(rows, adapter) else "by_phase"
 

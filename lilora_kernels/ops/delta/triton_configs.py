@@ -14,6 +14,7 @@ more than ONE_LAUNCH_ROWS rows matter for many tasks and for ids that the host d
 """
 
 import json
+from bisect import bisect_left
 from functools import cache
 from pathlib import Path
 
@@ -107,7 +108,7 @@ class Configuration(dict):
 
 def configuration(kernel: str, x: Tensor, adapter: AdapterArgs, pair: bool = False) -> Configuration:
     """That of a kernel, by its name, for the rows of x [M, K] or dy [M, N]; `pair`: it serves two adapters of one x."""
-    return _configuration(runtime.device_names(x.device), kernel, bucket(len(x)), pair, *widths(x, adapter))
+    return _configuration(runtime.device_names(x.device), kernel, bucket(x.shape[0]), pair, *widths(x, adapter))
 
 
 @cache
@@ -135,7 +136,7 @@ def tuned(names: tuple[str, ...]) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def bucket(rows: int) -> int:
-    return next((most for most in ROWS if rows <= most), MANY)
+    return (*ROWS, MANY)[bisect_left(ROWS, rows)]
 
 
 def bucket_rows(device: torch.device) -> list[int]:

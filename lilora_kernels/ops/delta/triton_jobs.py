@@ -52,11 +52,12 @@ class Forward:
         self.adapter = adapter = staged_adapter(adapter)
         self.sizes = sizes = Sizes.of(adapter)
         self.other = other
-        rows, columns = x.shape
+        self.rows, columns = x.shape
         self.whole = triton_configs.configuration("delta_forward", x, adapter) if one_launch else None
         self.config = self.whole or triton_configs.configuration("shrink", x, adapter, pair or other is not None)
         split = max(1, min(self.config["SPLIT_K"], columns // self.config["BLOCK_K"]))
-        self.split = split if ceil(rows, self.config["BLOCK_M"]) <= COUNTERS else 1
+        rows, config = self.rows, self.config
+        self.split = split if ceil(rows, config["BLOCK_M"]) <= COUNTERS else 1
         h, z = x.new_empty(rows, sizes.rank), None if adapter.u is None else x.new_empty(rows, sizes.sub_rank)
         partials = None if self.split == 1 else x.new_empty(self.split, rows, sizes.rank, dtype=torch.float32)
         self.shrunk = Shrunk(adapter.a, adapter.v, h, z, partials)
@@ -71,18 +72,18 @@ class Forward:
 
     @cached_property
     def y(self) -> Tensor:
-        return self.x.new_empty(self.x.shape[0], self.sizes.outputs)
+        return self.x.new_empty(self.rows, self.sizes.outputs)
 
     def shrink(self) -> None:
         adapter, other = self.adapter, self.other
         tensors = self.x, adapter.gate, adapter.task, adapter.gate_row, adapter.fusion
         tensors += (None if other is None else other.adapter.fusion, seed_of(adapter))
-        numbers = len(self.x), *self.sizes.tall, self.x.stride(0), threshold(adapter.p), keep_scale(adapter.p)
+        numbers = self.rows, *self.sizes.tall, self.x.stride(0), threshold(adapter.p), keep_scale(adapter.p)
         groups = self.shrunk, NO_ADAPTER if other is None else other.shrunk
         made = launch_of(triton_forward.shrink, ForwardSizes, self.config, self.sizes, SPLIT_K=self.split)
         run(
             made,
-            ceil(len(self.x), self.config["BLOCK_M"]) * self.split,
+            ceil(self.rows, self.config["BLOCK_M"]) * self.split,
             self.x.device,
             groups,
             tensors,
@@ -96,27 +97,27 @@ class Forward:
         expanded = Expanded(adapter.b0, adapter.u, self.bias, self.h, self.shrunk.z, self.y)
         shares = self.shares(config)
         tensors = adapter.gate, adapter.task, adapter.gate_row, adapter.fusion
-        numbers = len(self.x), sizes.outputs, sizes.tasks, sizes.gates, shares, float(adapter.scaling)
+        numbers = self.rows, sizes.outputs, sizes.tasks, sizes.gates, shares, float(adapter.scaling)
         made = launch_of(triton_forward.expand, ForwardSizes, config, sizes)
         groups = ceil(sizes.outputs, config["BLOCK_N"] * config["TILES_N"])
-        run(made, ceil(len(self.x), config["BLOCK_M"]) * groups * shares, self.x.device, (expanded,), tensors, numbers)
+        run(made, ceil(self.rows, config["BLOCK_M"]) * groups * shares, self.x.device, (expanded,), tensors, numbers)
 
     def at_once(self) -> None:
         adapter, sizes = self.adapter, self.sizes
         expanded = Expanded(adapter.b0, adapter.u, self.bias, self.h, self.shrunk.z, self.y)
         tensors = self.x, adapter.gate, adapter.task, adapter.gate_row, adapter.fusion, seed_of(adapter)
         numbers = (
-            len(self.x), sizes.columns, sizes.outputs, sizes.tasks, sizes.gates, self.x.stride(0), self.shares(self.whole),
+            self.rows, sizes.columns, sizes.outputs, sizes.tasks, sizes.gates, self.x.stride(0), self.shares(self.whole),
             threshold(adapter.p), float(adapter.scaling), keep_scale(adapter.p),
         )  # fmt: skip
         made = launch_of(
             triton_forward.delta_forward, ForwardSizes, self.whole, sizes, at_once=True, SPLIT_K=self.split
         )
-        run(made, 0 if len(self.x) == 0 else None, self.x.device, (self.shrunk, expanded), tensors, numbers, True)
+        run(made, 0 if self.rows == 0 else None, self.x.device, (self.shrunk, expanded), tensors, numbers, True)
 
     def shares(self, config: Configuration) -> int:
         """How many programs share the tasks of a tile: one visits them one after the other, a few hundred ns each."""
-        return max(1, min(4, min(self.sizes.tasks, len(self.x), config["BLOCK_M"]) // 4))
+        return max(1, min(4, min(self.sizes.tasks, self.rows, config["BLOCK_M"]) // 4))
 
 
 class Backward:
@@ -143,7 +144,8 @@ class Backward:
         self.needs, self.sizes, self.is_first, self.second = needs, Sizes.of(adapter), first is None, None
         if first is not None:
             first.second = self
-        rows, sizes = len(dy), self.sizes
+        self.rows, sizes = dy.shape[0], self.sizes
+        rows = self.rows
         rank, sub_rank, outputs = sizes.rank, sizes.sub_rank, sizes.outputs
         self.whole = triton_configs.configuration("delta_backward", dy, adapter) if one_launch else None
         self.config = self.whole or triton_configs.configuration("from_dy", dy, adapter)
@@ -194,11 +196,11 @@ class Backward:
         tensors = self.dy, adapter.gate, adapter.task, adapter.gate_row, adapter.fusion
         ranks = adapter.ranks or (0, sizes.rank)
         numbers = (
-            len(self.dy), sizes.outputs, sizes.tasks, sizes.gates, self.chunk, float(adapter.scaling), *ranks,
+            self.rows, sizes.outputs, sizes.tasks, sizes.gates, self.chunk, float(adapter.scaling), *ranks,
         )  # fmt: skip
         shrinks = self.chunk // config["BLOCK_M"] * self.split if self.thinned.dh is not None else 0
         ups = ceil(sizes.outputs, config["BLOCK_N"]) if self.needs & {"b0", "u"} else 0
-        items = ceil(len(self.dy), self.chunk) * (shrinks + ups + (self.upper_sums.present is not None))
+        items = ceil(self.rows, self.chunk) * (shrinks + ups + (self.upper_sums.present is not None))
         made = launch_of(triton_backward.from_dy, BackwardSizes, config, sizes, SPLIT_N=self.split)
         groups = self.upper, self.thinned, self.upper_sums
         run(made, items, self.dy.device, groups, tensors, numbers, self.thinned.partials is not None)
@@ -209,9 +211,9 @@ class Backward:
         other = NO_LOWER if second is None else second.lower
         config = self.whole or triton_configs.configuration("from_x", self.dy, adapter, other is not NO_LOWER)
         tensors = self.x, self.grads.get("x"), adapter.gate, adapter.task, adapter.gate_row, seed_of(adapter)
-        ranks, chunks = adapter.ranks or (0, sizes.rank), ceil(len(self.dy), self.chunk)
+        ranks, chunks = adapter.ranks or (0, sizes.rank), ceil(self.rows, self.chunk)
         numbers = (
-            len(self.dy), *sizes.tall, 0 if self.x is None else self.x.stride(0), self.chunk,
+            self.rows, *sizes.tall, 0 if self.x is None else self.x.stride(0), self.chunk,
             threshold(adapter.p), keep_scale(adapter.p), *ranks,
         )  # fmt: skip
         downs = chunks * ceil(sizes.columns, config["BLOCK_K"]) if own is not NO_LOWER else 0
@@ -223,7 +225,7 @@ class Backward:
     def add_partials(self) -> None:
         sizes = self.sizes
         config = self.whole or triton_configs.configuration("add_partials", self.dy, self.adapter)
-        numbers = len(self.dy), sizes.columns, sizes.outputs, sizes.tasks, self.chunk
+        numbers = self.rows, sizes.columns, sizes.outputs, sizes.tasks, self.chunk
         made = launch_of(triton_backward.add_partials, BackwardSizes, config, sizes)
         block, tasks = triton_backward.SUM_BLOCK.value, sizes.tasks
         summed = {"a": 1, "b0": 1, "u": tasks, "v": tasks}
@@ -239,7 +241,7 @@ class Backward:
         tensors = self.dy, self.x, self.grads.get("x"), adapter.gate, adapter.task, adapter.gate_row, adapter.fusion
         ranks = adapter.ranks or (0, sizes.rank)
         numbers = (
-            len(self.dy), sizes.columns, sizes.outputs, sizes.tasks, sizes.gates,
+            self.rows, sizes.columns, sizes.outputs, sizes.tasks, sizes.gates,
             0 if self.x is None else self.x.stride(0), self.chunk,
             threshold(adapter.p), float(adapter.scaling), keep_scale(adapter.p), *ranks,
         )  # fmt: skip
@@ -310,11 +312,13 @@ def staged(tensor: Tensor | None) -> Tensor | None:
 
 
 def staged_adapter(adapter: AdapterArgs) -> AdapterArgs:
-    """Of the small ones, which are read an element at a time, contiguous ones."""
-    factors, small = adapter[:4], (adapter.fusion, adapter.task)
-    small = [None if t is None else t.contiguous() for t in (*small, adapter.gate_row, adapter.seed)]
-    fusion, task, gate_row, seed = small
-    return AdapterArgs(*map(staged, factors), fusion, task, staged(adapter.gate), gate_row, seed, *adapter[9:])
+    """The small tensors, which are read an element at a time, may lie anywhere."""
+    a, b0, u, v, fusion, task, gate, gate_row, seed, *others = adapter
+    a, b0, u, v, gate = [
+        t if t is None or (t.is_contiguous() and not t.data_ptr() & 15) else staged(t) for t in (a, b0, u, v, gate)
+    ]
+    fusion, task, gate_row = [t if t is None or t.is_contiguous() else t.contiguous() for t in (fusion, task, gate_row)]
+    return AdapterArgs(a, b0, u, v, fusion, task, gate, gate_row, seed, *others)
 
 
 def seed_of(adapter: AdapterArgs) -> Tensor | None:

@@ -78,7 +78,7 @@ def through_m(
         return eager.through_m(dy, q, adapter, layout, needs, wants_dq)
     dq = None
     if wants_dq:
-        dq = dy.new_empty(len(dy), adapter.a.shape[0])
+        dq = dy.new_empty(dy.shape[0], adapter.a.shape[0])
         if layout.bare:
             dq.zero_()
         for group, own in zip(layout.groups, of_groups(compose(adapter, layout, dy.dtype), layout), strict=True):
@@ -96,7 +96,7 @@ def forms_m(rows: Tensor, layout: Layout, adapter: AdapterArgs) -> bool:
     """As `eager.forms_m`. M_t costs the same bytes whatever the rows, and the kernels that do without it another pass over y or
     dy for each. bench.model, gate and up, both directions over the base by M_t / by phase: 8 tasks 2048 rows 1.30 / 1.38, 1024
     rows 1.50 / 1.52; 32 tasks 8192 rows 1.26 / 1.28."""
-    return len(rows) >= 2 * adapter.a.shape[0] * len(layout.runs) and layout.is_seen
+    return rows.shape[0] >= 2 * adapter.a.shape[0] * len(layout.runs) and layout.is_seen
 
 
 TRITON = eager.Parts(shrink, expand_by_m, through_m, down, forms_m, attrgetter("dtype"))

@@ -89,10 +89,11 @@ PART void shrink_dy(const Backward& p, int row_tile, int column_tile, int split)
           });
         },
         [&](int, int stage) { product.step(left_at(stage), right_at(stage), columns.count); });
-    product.for_each([&](int i, int j, float left, float right) {
-      if (list.ids[i] == id && j < columns.count) {  // the width is even
-        store_pair(p.planes + (split * adapter.rows + rows.first + i) * adapter.width() + columns.first + j, left, right,
-                   true);
+    const int width = adapter.width();
+    float* const to = p.planes + (split * adapter.rows + rows.first) * width + columns.first;
+    product.template for_each<4>([&](int i, int j, float (&values)[4]) {
+      if (list.ids[i] == id && j < columns.count) {  // the width is a multiple of eight
+        store_vector(to + int64_t{i} * width + j, values);
       }
     });
   }
@@ -144,32 +145,33 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
           product.step(left_at(stage), right_at(stage), rights.count);
         });
     if (!up || p.du_planes == nullptr) continue;
-    product.for_each([&](int i, int j, float& value, float& next) {
-      const int64_t s = rights.first + j - adapter.q_width();
-      if (s >= 0 && i < lefts.count && s < adapter.sub_rank) {
-        const int64_t plane = int64_t{chunk} * adapter.tasks + task;
-        float* share = p.du_planes + plane * p.u_share;
-        store_pair(share + (lefts.first + i) * adapter.sub_rank + s, adapter.scaling * value, adapter.scaling * next,
-                   s + 1 < adapter.sub_rank);
-      }
-      value = s < 0 ? value : 0;
-      next = s < 0 ? next : 0;
+    float* const share = p.du_planes + (int64_t{chunk} * adapter.tasks + task) * p.u_share + lefts.first * adapter.sub_rank;
+    product.template for_each<4>([&](int i, int j, float (&values)[4]) {
+      const int s = static_cast<int>(rights.first) + j - adapter.q_width();
+      if (s < 0 || s >= adapter.sub_rank || i >= lefts.count) return;
+      UNROLL
+      for (float& value : values) value *= adapter.scaling;
+      store(share + int64_t{i} * adapter.sub_rank + s, values, adapter.sub_rank - s);
     });
+    product.clear_columns(adapter.q_width() - static_cast<int>(rights.first));
   }
 
   float* const to = up ? p.db0_planes : down ? p.da_planes : p.dv_planes;
   if (to == nullptr || (kind == Outer::kV && spans[2 * first_task + 1] < spans[2 * first_task])) return;
   const int columns = down ? adapter.columns : adapter.rank;
   const int64_t plane = kind == Outer::kV ? int64_t{chunk} * adapter.tasks + first_task : chunk;
-  float* const share = to + plane * (up ? p.b0_share : down ? p.a_share : p.v_share);
+  float* const share = to + plane * (up ? p.b0_share : down ? p.a_share : p.v_share) + lefts.first * columns + rights.first;
   const float scale = up ? adapter.scaling : down ? adapter.keep_scale : 1.0f;
-  product.for_each([&](int i, int j, float value, float next) {
+  product.template for_each<4>([&](int i, int j, float (&values)[4]) {
     const int row = static_cast<int>(lefts.first) + i, column = static_cast<int>(rights.first) + j;
     if (i >= lefts.count || column >= columns) return;
-    // Ranks outside of the wanted ones get zeros, whatever the product is.
-    auto within = [&](int rank) { return kind == Outer::kV || (rank >= p.low_rank && rank < p.high_rank); };
-    store_pair(share + int64_t{row} * columns + column, within(down ? row : column) ? scale * value : 0.0f,
-               within(down ? row : column + 1) ? scale * next : 0.0f, column + 1 < columns);
+    UNROLL
+    for (int e = 0; e < 4; ++e) {
+      // Ranks outside of the wanted ones get zeros, whatever the product is.
+      const int rank = down ? row : column + e;
+      values[e] = kind == Outer::kV || (rank >= p.low_rank && rank < p.high_rank) ? scale * values[e] : 0.0f;
+    }
+    store(share + int64_t{i} * columns + j, values, columns - column);
   });
 }
 
@@ -255,13 +257,13 @@ PART void finish_dh(const Backward& p, int row_tile) {
           for (int j = 0; j < Tiles::kTilesN; ++j) {
             const int r = first + Tiles::column(j);
             if (r >= q_width) continue;  // the width is even
-            float dh[2];
             UNROLL
             for (int next = 0; next < 2; ++next) {
               const int at = r + next;
-              const float b0_part = sums[i * stride + at], uv_part = product.c[m][j][2 * half + next];
+              float& value = product.c[m][j][2 * half + next];
+              const float b0_part = sums[i * stride + at], uv_part = value;
               const float dq = adapter.scaling * (f * b0_part + e * uv_part);
-              dh[next] = 0;
+              value = 0;
               if (at < adapter.rank) {
                 if (p.dfusion_rows != nullptr) {
                   dfusion[m][half] += (b0_part - uv_part) * to_float(static_cast<const T*>(p.q)[row * q_width + at]);
@@ -269,13 +271,17 @@ PART void finish_dh(const Backward& p, int row_tile) {
                 if (p.dq_h != nullptr) {
                   p.dq_h[row * adapter.rank + at] = dq * element<T>(p.h, row * p.h.stride + at);
                 }
-                dh[next] = dq * gate_of<T>(adapter, row, at);
+                value = dq * gate_of<T>(adapter, row, at);
               }
             }
-            store_pair(static_cast<T*>(p.dh) + row * q_width + r, dh[0], dh[1], true);
           }
         }
       }
+      product.template for_each<8>([&](int i, int r, float (&dh)[8]) {
+        if (list.ids[i] == id && first + r < q_width) {
+          store_vector(static_cast<T*>(p.dh) + (rows.first + i) * q_width + first + r, dh);
+        }
+      });
     }
     if (p.dfusion_rows == nullptr) continue;
     UNROLL
@@ -330,34 +336,16 @@ PART void input_gradient(const Backward& p, int row_tile, int group) {
         product.step(panel_at(step % steps), right_at(stage), columns.count);
         if (step % steps != steps - 1) return;
         const int64_t seed = adapter.seed == nullptr ? 0 : *adapter.seed;
-        UNROLL
-        for (int m = 0; m < Tiles::kTilesM; ++m) {
+        T* const dx = static_cast<T*>(p.dx) + rows.first * adapter.columns + columns.first;
+        product.template for_each<8>([&](int i, int j, float (&values)[8]) {
+          if (i >= rows.count || j >= columns.count) return;
+          const uint32_t block = static_cast<uint32_t>(columns.first + j) / 8;  // of columns that share a draw
+          const uint32_t keep =
+              adapter.seed == nullptr ? 0xFF : keep_bits(seed, rows.first + i, block, adapter.threshold);
           UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const int i = Tiles::row(m, half);
-            const int64_t row = rows.first + i;
-            UNROLL
-            for (int j = 0; j < Tiles::kTilesN; j += 4) {
-              // Eight columns share one draw, and four lanes hold them: each lane draws for one of four tiles.
-              uint32_t drawn = 0xFF;
-              const int own = j + Tiles::lane() % 4;
-              if (adapter.seed != nullptr && own < Tiles::kTilesN) {
-                const int64_t block = (columns.first + Tiles::warp_column()) / 8 + own;
-                drawn = keep_bits(seed, row, static_cast<uint32_t>(block), adapter.threshold);
-              }
-              UNROLL
-              for (int next = j; next < j + 4 && next < Tiles::kTilesN; ++next) {
-                const uint32_t keep = adapter.seed == nullptr ? 0xFF : shuffle(drawn, Tiles::lane() / 4 * 4 + next - j);
-                const int column = Tiles::column(next), bit = Tiles::lane() % 4 * 2;
-                if (i >= rows.count || column >= columns.count) continue;
-                const float* values = product.c[m][next] + 2 * half;
-                store_pair(static_cast<T*>(p.dx) + row * adapter.columns + columns.first + column,
-                           keep >> bit & 1 ? values[0] * adapter.keep_scale : 0.0f,
-                           keep >> bit & 2 ? values[1] * adapter.keep_scale : 0.0f, column + 1 < columns.count);
-              }
-            }
-          }
-        }
+          for (int e = 0; e < 8; ++e) values[e] = keep >> e & 1 ? values[e] * adapter.keep_scale : 0.0f;
+          store(dx + int64_t{i} * adapter.columns + j, values, columns.count - j);
+        });
       });
 }
 
@@ -447,9 +435,12 @@ PART void sum_planes(const Backward& p, int item, const float* planes, int64_t s
         for (int j = 0; j < 4; ++j) sum.values[j] += parts[i].values[j];
       }
     }
-    UNROLL
-    for (int j = 0; j < 4; ++j) {
-      if (at + j < size) store_gradient<T>(out, wide, task * size + at + j, sum.values[j]);
+    const int64_t to = task * size + at;
+    const int count = static_cast<int>(size - at < 4 ? size - at : 4);
+    if (wide) {
+      store(static_cast<float*>(out) + to, sum.values, count);
+    } else {
+      store(static_cast<T*>(out) + to, sum.values, count);
     }
   }
 }

@@ -46,12 +46,10 @@ PART void product_share(const Forward& p, bool base, Coordinates at) {
         }
         product.step(left_at(stage), right_at(stage), columns.count, tiles_below(filled));
       });
-  product.for_each([&](int i, int j, float left, float right_value) {
-    const int64_t column = columns.first + j;
-    if (i < rows.count && column < stride) {
-      store_pair(planes + (share * adapter.rows + rows.first + i) * stride + column, left, right_value,
-                 column + 1 < stride);
-    }
+  float* const to = planes + (share * adapter.rows + rows.first) * stride + columns.first;
+  const int stored = stride - static_cast<int>(columns.first);
+  product.template for_each<4>([&](int i, int j, float (&values)[4]) {
+    if (i < rows.count && j < stored) store_vector(to + int64_t{i} * stride + j, values);
   });
 }
 
@@ -145,22 +143,23 @@ PART void expand(const Forward& p, int row_tile, int group) {
         }
         if (kKeep && at.k == q_steps - 1) kept = product;
         if (at.k != q_steps + z_steps - 1) return;
-        product.for_each([&](int i, int j, float left, float right) {
+        T* const y = static_cast<T*>(p.y) + rows.first * adapter.outputs + at.columns.first;
+        const float* const base_planes = p.base_planes + rows.first * base_width + at.columns.first;
+        product.template for_each<8>([&](int i, int j, float (&values)[8]) {
           const bool exists = list.exists(adapter, i);
           if (i >= rows.count || j >= at.columns.count || (exists ? list.ids[i] != list.tasks[at.pass] : at.pass > 0)) return;
-          const int64_t row = rows.first + i, column = at.columns.first + j;
-          const bool both = j + 1 < at.columns.count;
-          const Vector<float, 2> base = sum_of_splits<2>(p.base_planes + row * base_width + column,
-                                                         adapter.rows * base_width, p.base_splits);
-          float values[2] = {left * adapter.scaling, right * adapter.scaling};
-          UNROLL
-          for (int e = 0; e < 2; ++e) {
-            if (!exists) values[e] = list.missing(i);
-            if (e == 1 && !both) continue;
-            values[e] += base.values[e];
-            if (p.bias.data != nullptr) values[e] += element<T>(p.bias, column + e);
+          const int count = at.columns.count - j;
+          Vector<float, 8> base = {};
+          if (p.base_splits > 0) {
+            base = sum_of_splits<8>(base_planes + i * base_width + j, adapter.rows * base_width, p.base_splits);
           }
-          store_pair(static_cast<T*>(p.y) + row * adapter.outputs + column, values[0], values[1], both);
+          UNROLL
+          for (int e = 0; e < 8; ++e) {
+            values[e] = exists ? values[e] * adapter.scaling : list.missing(i);
+            values[e] += base.values[e];
+            if (p.bias.data != nullptr && e < count) values[e] += element<T>(p.bias, at.columns.first + j + e);
+          }
+          store(y + int64_t{i} * adapter.outputs + j, values, count);
         });
       });
 }

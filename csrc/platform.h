@@ -106,6 +106,15 @@ DEVICE void wait_copies(int pending) {
   }
 }
 
+// Stores to global memory at once.
+DEVICE void store_words(void* to, const uint32_t (&words)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+}
+DEVICE void store_words(void* to, const uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // Each thread calls this when its writes to shared memory are complete; wgmma may read them behind the next barrier.
 DEVICE void publish_shared() {
   if constexpr (kHasWgmma) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -217,7 +226,7 @@ DEVICE float sum_of_four(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-DEVICE uint32_t shuffle(uint32_t x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }

@@ -69,8 +69,8 @@ def forward(shape: Shape, base: bool, blocks: int) -> Iterator[Phase]:
     if base:
         base_splits = shares(output_tiles, blocks, ceil(k, STEP), 8, MOST_SPLITS)
         base_planes, weight = base_splits * m * padded(n) * FLOAT, n * k * act
-        # A thread has two pairs of neighbours in each eight rows, and stores one before it loads the next.
-        base_loads = 2 * visits(ceil(m, 8), shape.tasks) * ceil(output_tiles, groups)
+        # A thread has eight neighbours in each sixteen rows, and stores them before it loads the next.
+        base_loads = sum_passes * ceil(output_tiles, groups)
         items += output_tiles * base_splits
         moved += [
             Traffic(0, "x", output_tiles * m * k * act, 0),
@@ -105,7 +105,10 @@ def backward(shape: Shape, blocks: int, dx: bool) -> Iterator[Phase]:
     tile, width, tasks = tile_rows(shape), padded(r) + padded(s), shape.tasks
     row_tiles, sum_tiles, chunks = (ceil(m, size) for size in (tile, SUM_ROWS, chunk_rows(shape)))
     output_tiles, v_tiles = ceil(n, TILE), ceil(r, WIDE)
-    passes, sum_passes, runs = (visits(parts, tasks) for parts in (row_tiles, sum_tiles, chunks))
+    passes, sum_passes = (visits(parts, tasks) for parts in (row_tiles, sum_tiles))
+    runs = len(
+        {(row // chunk_rows(shape), row * tasks // m) for row in range(m)}
+    )  # chunks are larger than the last one
     wide_tiles, outer_tiles, column_tiles = (
         ceil(width, WIDE if tile == MANY_ROWS else 256),
         ceil(width, WIDE),

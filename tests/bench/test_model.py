@@ -96,8 +96,8 @@ def test_sizes_of_the_cuda_kernels():
     one, many = (traffic.Shape(m, *GATE_UP, 128, 64) for m in (1, 8192))
     shrink, prepare, expand = cuda_traffic.forward(one, True, 132)
     assert (shrink.items, prepare.items, expand.items) == (8 + 86 * 3, 1, 86)
-    assert (prepare.loads, expand.loads) == (1, 2)  # eight partial sums of four elements at once, three of two
-    for rows, tasks, loads in ((16, 1, 4), (17, 1, 6), (64, 1, 16), (64, 8, 16), (64, 64, 128)):
+    assert (prepare.loads, expand.loads) == (1, 1)  # eight partial sums of four elements at once, three of eight
+    for rows, tasks, loads in ((16, 1, 1), (17, 1, 2), (64, 1, 4), (64, 8, 8), (64, 64, 64)):
         shape = traffic.Shape(rows, *GATE_UP, 128, 64, tasks)
         shrink, prepare, expand = cuda_traffic.forward(shape, True, 132)
         assert (prepare.items, prepare.loads, expand.loads) == (-(-rows // 16), 2, loads)

@@ -230,6 +230,15 @@ def test_partial_sums_are_loaded_by_sixteen_bytes_eight_at_a_time(code):
         assert max(runs, default=0) >= 8, name
 
 
+def test_results_are_stored_by_sixteen_bytes(code):
+    """Whatever a thread holds of a product: element by element only where rows do not begin at multiples of sixteen."""
+    kernels, _ = code
+    for name, text in kernels.items():
+        if re.search("delta_(for|back)ward", name):
+            assert "STG.E.128" in text, name
+            assert text.count("STG.E.64") < 10, name  # h, q and gradients in 16 bits, by four
+
+
 def test_lilora_info_shows_the_build(built):
     code = "import sys; from lilora.cli import main; sys.argv = ['lilora', 'info', '--json']; main()"
     facts = python(built, code)

@@ -142,7 +142,7 @@ MUTANTS = (
         BACKWARD,
     ),
     # Masks of tasks.
-    Mutant("z of other tasks' rows", "prepare.h", "list.ids[i] == id && ", "", FORWARD),
+    Mutant("z of other tasks' rows", "prepare.h", "list.ids[i] != id || ", "", FORWARD),
     Mutant("y of other tasks' rows", FORWARD, "list.ids[i] != list.tasks[at.pass]", "false", FORWARD),
     Mutant(
         "P and Q of other tasks' rows",

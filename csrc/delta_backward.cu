@@ -410,11 +410,34 @@ PART void gate_gradient(const Backward& p, int gate, int column_tile) {
   __syncthreads();
 }
 
-// out [T, size] = the sum over the chunks of planes [chunks, T, share]; those of tasks without rows were never written.
+// out [T, size] is the sum over the chunks of planes [chunks, T, share]; those of tasks without rows were never written.
+struct Sum {
+  const float* planes;
+  int64_t share;
+  void* out;
+  bool wide, by_task;
+  int64_t size;
+};
+
 template <typename T>
-PART void sum_planes(const Backward& p, int item, const float* planes, int64_t share, bool by_task, void* out, bool wide,
-                     int64_t size) {
-  const int tasks = by_task ? p.adapter.tasks : 1;
+DEVICE void sum_planes(const Backward& p, int item) {
+  const Items& items = p.counts;
+  const int64_t k = p.adapter.columns, n = p.adapter.outputs, r = p.adapter.rank, s = p.adapter.sub_rank;
+  Sum of = {p.da_planes, p.a_share, p.da, p.wide_a, false, r * k};
+  if (item >= items.a_sums) {
+    of = {p.db0_planes, p.b0_share, p.db0, p.wide_b0, false, n * r};
+    item -= items.a_sums;
+    if (item >= items.b0_sums) {
+      of = {p.du_planes, p.u_share, p.du, p.wide_u, true, n * s};
+      item -= items.b0_sums;
+      if (item >= items.u_sums) {
+        of = {p.dv_planes, p.v_share, p.dv, p.wide_v, true, s * r};
+        item -= items.u_sums;
+      }
+    }
+  }
+  const int tasks = of.by_task ? p.adapter.tasks : 1;
+  const int64_t size = of.size;
   const int chunks = static_cast<int>(ceil_div(p.adapter.rows, p.chunk));
   const int64_t per_task = ceil_div(size, kSumElements), task = item / per_task, first = item % per_task * kSumElements;
   NO_UNROLL
@@ -426,8 +449,8 @@ PART void sum_planes(const Backward& p, int item, const float* planes, int64_t s
       UNROLL
       for (int i = 0; i < kMostSplits; ++i) {
         const int64_t plane = (chunk + int64_t{i}) * tasks + task;
-        if (chunk + i >= chunks || (by_task && p.spans[2 * plane + 1] < p.spans[2 * plane])) continue;
-        parts[i] = *reinterpret_cast<const Vector<float, 4>*>(planes + plane * share + at);
+        if (chunk + i >= chunks || (of.by_task && p.spans[2 * plane + 1] < p.spans[2 * plane])) continue;
+        parts[i] = *reinterpret_cast<const Vector<float, 4>*>(of.planes + plane * of.share + at);
       }
       UNROLL
       for (int i = 0; i < kMostSplits; ++i) {
@@ -437,10 +460,10 @@ PART void sum_planes(const Backward& p, int item, const float* planes, int64_t s
     }
     const int64_t to = task * size + at;
     const int count = static_cast<int>(size - at < 4 ? size - at : 4);
-    if (wide) {
-      store(static_cast<float*>(out) + to, sum.values, count);
+    if (of.wide) {
+      store(static_cast<float*>(of.out) + to, sum.values, count);
     } else {
-      store(static_cast<T*>(out) + to, sum.values, count);
+      store(static_cast<T*>(of.out) + to, sum.values, count);
     }
   }
 }
@@ -448,7 +471,7 @@ PART void sum_planes(const Backward& p, int item, const float* planes, int64_t s
 template <typename T, int kM>
 DEVICE void run_item(const Backward& p, int phase, int item) {
   const Adapter& adapter = p.adapter;
-  const Items& items = p.items;
+  const Items& items = p.counts;
   if (phase == 0) {
     if (item < items.prepares) {
       T* fqz = static_cast<T*>(p.fqz);
@@ -488,62 +511,55 @@ DEVICE void run_item(const Backward& p, int phase, int item) {
       gate_gradient<T>(p, at.first, at.third);
     }
   } else {
-    const int64_t k = adapter.columns, n = adapter.outputs, r = adapter.rank, s = adapter.sub_rank;
-    if (item < items.a_sums) {
-      sum_planes<T>(p, item, p.da_planes, p.a_share, false, p.da, p.wide_a, r * k);
-    } else if ((item -= items.a_sums) < items.b0_sums) {
-      sum_planes<T>(p, item, p.db0_planes, p.b0_share, false, p.db0, p.wide_b0, n * r);
-    } else if ((item -= items.b0_sums) < items.u_sums) {
-      sum_planes<T>(p, item, p.du_planes, p.u_share, true, p.du, p.wide_u, n * s);
-    } else {
-      sum_planes<T>(p, item - items.u_sums, p.dv_planes, p.v_share, true, p.dv, p.wide_v, s * r);
-    }
+    sum_planes<T>(p, item);
   }
 }
 
-template <typename T, int kM>
-KERNEL(kThreads)
+// Blocks of a processor at once, as far as registers go.
+constexpr int blocks_of(int phase) { return phase == 0 ? 3 : phase % 2 == 0 ? 2 : 1; }
+
+template <typename T, int kM, int kPhase>
+KERNEL(kThreads, blocks_of(kPhase))
 delta_backward(const KERNEL_PARAMETER Backward p) {
-  allow_next_kernel();
-  wait_for_previous_kernel();
-  for (int phase = p.launch.first; phase <= p.launch.last; ++phase) {
-    if (phase > p.launch.first) meet(p.launch.state);
-    for (int item = blockIdx.x; item < p.items.of(phase); item += gridDim.x) run_item<T, kM>(p, phase, item);
-  }
+  run_launch<kPhase>(p, [&](int phase, int item) { run_item<T, kM>(p, phase, item); });
 }
 
-template <typename T, int kM>
-auto kernel_of(T, std::integral_constant<int, kM>) {
-  return &delta_backward<T, kM>;
+std::array<Need, 5> needs_of(const Backward& p, int tile_rows) {
+  const Adapter& adapter = p.adapter;
+  constexpr int kOuter = (kOuterM + kOuterN) * 8;
+  return {{{0, (kSumRows + 128) * 8},
+           {0, (tile_rows + wide_columns(tile_rows)) * 8, kOuter},
+           {finish_panel(adapter.width(), panel_steps(0, adapter.sub_rank)), 128 * 8},
+           {panel_steps(adapter.rank, 0) * tile_rows * 8, kDxN * 8, kOuter},
+           {0, 0}}};
+}
+
+Kernels<Backward> kernels_of(const Backward& p, Type type) {
+  return instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) -> Kernels<Backward> {
+    using T = decltype(t);
+    constexpr int kM = decltype(rows)::value;
+    // Phases 0, 2 and 4 have tiles of their own.
+    return {{&delta_backward<T, kManyRows, 0>, &delta_backward<T, kM, 1>, &delta_backward<T, kManyRows, 2>,
+             &delta_backward<T, kM, 3>, &delta_backward<T, kManyRows, 4>},
+            &delta_backward<T, kM, kAll>,
+            needs_of(p, kM)};
+  });
 }
 
 constexpr int64_t kPlaneBytes = int64_t{1} << 28;  // the shares of du may take this much before chunks grow
 
-void plan(Backward& p, Type type) {
+void plan(Backward& p, Type type, bool one_launch) {
   const Adapter& adapter = p.adapter;
-  auto needs = [&](int tile_rows, Need(&found)[4]) {
-    const int wide = wide_columns(tile_rows);
-    found[0] = {0, (kSumRows + 128) * 8};
-    found[1] = {0, larger((tile_rows + wide) * 8, (kOuterM + kOuterN) * 8)};
-    found[2] = {finish_panel(adapter.width(), panel_steps(0, adapter.sub_rank)), 128 * 8};
-    found[3] = {panel_steps(adapter.rank, 0) * tile_rows * 8, kDxN * 8};
-  };
-  Need found[4];
-  needs(kManyRows, found);
-  p.launch.tile_rows = adapter.rows > kFewRowsUpTo && fits(found) ? kManyRows : kFewRows;
-  needs(p.launch.tile_rows, found);
-  p.launch.shared = shared_for(found);
-  p.launch.first = 0;
-  p.launch.last = 4;
-  p.launch.blocks = instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) {
-    return resident_blocks(kernel_of(t, rows), kThreads, p.launch.shared);
-  });
+  const bool many = adapter.rows > kFewRowsUpTo && bytes_for(needs_of(p, kManyRows), 2) <= largest_shared_memory();
+  p.launch.tile_rows = many ? kManyRows : kFewRows;
+  const Kernels<Backward> kernels = kernels_of(p, type);
   const int64_t row_tiles = ceil_div(adapter.rows, p.launch.tile_rows);
   const int wide = wide_columns(p.launch.tile_rows);
-  const int blocks = p.launch.blocks, steps = static_cast<int>(ceil_div(adapter.outputs, kDepth));
+  const int steps = static_cast<int>(ceil_div(adapter.outputs, kDepth));
   const int column_tiles = static_cast<int>(ceil_div(adapter.columns, kDxN));
-  p.splits = shares_for(row_tiles * ceil_div(adapter.width(), wide), blocks, steps, 2, kMostSplits);
-  p.groups = shares_for(row_tiles, blocks, column_tiles, 1, column_tiles);
+  p.splits = shares_for(row_tiles * ceil_div(adapter.width(), wide), processors(), steps, 2, kMostSplits);
+  const int at_once = one_launch ? kernels.all().blocks() : kernels.phase(3).blocks();
+  p.groups = shares_for(row_tiles, at_once, column_tiles, 1, column_tiles);
   p.chunk = adapter.rows <= 2048 ? 512 : 2048;
   auto share = [](int64_t rows, int64_t columns) { return ceil_div(rows * columns, 4) * 4; };
   p.a_share = share(adapter.rank, adapter.columns);
@@ -588,10 +604,8 @@ Items items_of(const Backward& p) {
 }
 
 void run(Backward& p, Type type, bool one_launch, Stream stream) {
-  p.items = items_of(p);
-  instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) {
-    run_phases(kernel_of(t, rows), p, one_launch, stream, [&](int phase) { return p.items.of(phase); });
-  });
+  p.counts = items_of(p);
+  kernels_of(p, type).run(p, one_launch, stream);
 }
 
 }  // namespace lilora

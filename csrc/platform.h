@@ -28,7 +28,7 @@
 #define PART __device__ __noinline__  // a part of a kernel with registers of its own
 #endif
 #define KERNEL_PARAMETER __grid_constant__
-#define KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)  // so many blocks of a processor at once
 #define UNROLL _Pragma("unroll")
 #define NO_UNROLL _Pragma("unroll 1")
 #else
@@ -335,13 +335,15 @@ template <typename Params>
 int resident_blocks(void (*kernel)(Params), int threads, int shared) {
   static std::map<std::tuple<const void*, int, int>, int> known;
   const void* const function = reinterpret_cast<const void*>(kernel);
-  const int most = largest_shared_memory(), of_device = processors();
   return asked_once(known, std::make_tuple(function, shared, current_device()), [&] {
-    // The attribute is the kernel's, not the launch's: the last value set holds for all.
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
+    // The attributes are the kernel's, not the launch's: the last value set holds for all.
+    for (const auto& [attribute, value] : {std::pair(cudaFuncAttributeMaxDynamicSharedMemorySize, largest_shared_memory()),
+                                           std::pair(cudaFuncAttributePreferredSharedMemoryCarveout, 100)}) {  // per cent
+      check(cudaFuncSetAttribute(function, attribute, value), "cudaFuncSetAttribute");
+    }
     int blocks;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "an occupancy query");
-    return blocks * of_device;
+    return blocks * processors();
   });
 }
 

@@ -106,6 +106,8 @@ def test_sizes_of_the_cuda_kernels():
         assert {name: issued[name] for name in once} == once
     shrink, prepare, expand = cuda_traffic.forward(many, False, 132)
     assert (shrink.items, prepare.items, expand.items) == (64 * 2, 512, 64 * 2)
+    *_, expand = cuda_traffic.forward(many, False, 132, 132 * cuda_traffic.expanding_at_once(many))
+    assert expand.items == 64 * 4  # two blocks of a processor
     found = list(cuda_traffic.backward(many, 132, True))
     sums = 256 + 688 + 344 + 4
     assert [phase.items for phase in found] == [512 + 4, 64 * 2 + 4 * 86, 512, 64 * 2 + 4 * (22 + 1) + 1, sums]
@@ -139,7 +141,7 @@ def test_launches_of_the_plans():
     assert launches(many, "Triton by_phase") == [3, 5, 8]
     assert launches(many, "Triton composed") == [4, 9, 13]
     assert launches(few, "CUDA decode") == [3]
-    assert launches(many, "CUDA fused") == [3, 6, 9]
+    assert launches(many, "CUDA fused") == [4, 6, 10]
     assert launches(few, "PEFT") == [5, 7, 12]
     forward, backward, _ = launches(Problem(8192, *GATE_UP, 8), "composed")
     assert forward <= 13

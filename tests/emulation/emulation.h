@@ -21,7 +21,7 @@
 #define DEVICE inline
 #define PART inline
 #define KERNEL_PARAMETER
-#define KERNEL(threads) void
+#define KERNEL(threads, blocks) void
 #define UNROLL
 #define NO_UNROLL
 #define __syncthreads() ::lilora::emulation::sync_block()
@@ -158,6 +158,7 @@ void meet(int* state);
 void wait_for_previous_kernel();
 inline void allow_next_kernel() {}
 inline int largest_shared_memory() { return emulation::largest_shared; }
+inline int processors() { return emulation::processors; }
 
 template <typename Params>
 std::string missing_code(void (*)(Params)) {

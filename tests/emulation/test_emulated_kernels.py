@@ -239,6 +239,25 @@ def test_delta_is_one_launch_forward_and_one_launch_backward(rows, device):
     assert device.launches == before + 2
 
 
+def test_the_base_is_computed_by_phase_whatever_is_asked_for(device):
+    i = make(40, 64, 48, 16, 8, dtype=torch.float16)
+    weight, bias = base(i)
+    want = cuda_backend.run_forward(i.x, bias, args_of(i), False, weight)
+    before = device.launches
+    assert_equal(cuda_backend.run_forward(i.x, bias, args_of(i), True, weight), want)
+    assert device.launches == before + 3
+
+
+def test_the_base_of_more_rows_than_a_small_tile_has(device):
+    i = make(150, 64, 48, 16, 8, dtype=torch.float16)
+    weight, bias = base(i)
+    y, h = cuda_backend.run_forward(i.x, bias, args_of(i), False, weight)
+    parts = [slice(0, 64), slice(64, 128), slice(128, 150)]
+    for at in parts:
+        args = args_of(i)._replace(task=i.task[at].contiguous())
+        assert_equal(cuda_backend.run_forward(i.x[at], bias, args, False, weight), (y[at], h[at]))
+
+
 @pytest.mark.parametrize("needs, phases", [(("x",), 3), (("u",), 3), (("a",), 4), (("x", "u", "v", "fusion"), 5)])
 def test_phases_without_work_are_not_launched(needs, phases, device):
     i = make(100, 64, 48, 16, 8, dtype=torch.float16)

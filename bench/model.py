@@ -10,8 +10,8 @@ tools/cuda_traffic.py says what the phases of the CUDA kernels do. Assumed besid
 - The fused product runs at the rate of the library's, in its own tiles, and reads each operand once.
 - Within a phase nothing leaves the L2 cache. In one launch a processor has one block of a CUDA kernel at once: ptxas gives a
   thread 187 registers for few rows and 141 for many in the forward, 238 and 240 in the backward. By phase it has as many as
-  tools/cuda_traffic.py says: a thread takes 98, 64 and 209 registers for few rows and 116, 64 and 128 for many in the
-  phases of the forward, 56, 195, 123, 171 and 64 for few and 56, 189, 123, 170 and 64 for many in those of the backward.
+  tools/cuda_traffic.py says: a thread takes 98, 80 and 209 registers for few rows and 116, 80 and 128 for many in the
+  phases of the forward, 59, 195, 123, 171 and 64 for few and 59, 189, 123, 170 and 64 for many in those of the backward.
 - Times are those of a CUDA graph. In eager mode the host needs a time for each launch, and a call the longer of the two.
 
 Where bench/results/<device>/results.json has what bench.gpu_evidence measured, its medians follow beside the predictions.

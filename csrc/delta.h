@@ -1,4 +1,4 @@
-// The one-launch kernels of `delta`: what a launch is given. lilora_kernels/ops/README.md has the formula and the phases.
+// The kernels of `delta`: what a launch is given. lilora_kernels/ops/README.md has the formula and the phases.
 #pragma once
 
 #include <string>

@@ -516,7 +516,7 @@ DEVICE void run_item(const Backward& p, int phase, int item) {
 }
 
 // Blocks of a processor at once, as far as registers go.
-constexpr int blocks_of(int phase) { return phase == 0 ? 3 : phase % 2 == 0 ? 2 : 1; }
+constexpr int blocks_of(int phase) { return phase % 2 == 0 ? 2 : 1; }
 
 template <typename T, int kM, int kPhase>
 KERNEL(kThreads, blocks_of(kPhase))

@@ -186,7 +186,7 @@ DEVICE void run_item(const Forward& p, int phase, int item) {
 
 // Blocks of a processor at once, as far as registers go.
 constexpr int blocks_of(int tile_rows, int phase) {
-  return phase == 0 ? 2 : phase == 1 ? 3 : phase == 2 && tile_rows == kManyRows && kHasWgmma ? 2 : 1;
+  return phase == 0 || phase == 1 || (phase == 2 && tile_rows == kManyRows && kHasWgmma) ? 2 : 1;
 }
 
 template <typename T, int kM, int kPhase>

@@ -96,7 +96,7 @@ def forward(shape: Shape, base: bool, blocks: int, expanding: int | None = None)
         Traffic(1, "q", sum_passes * min(m, SUM_ROWS) * padded(r) * act, 0),
     ]
     loads = ceil(min(m, SUM_ROWS) * padded(r), 4 * THREADS)
-    yield Phase(sum_tiles, moved, 2 * sum_passes * SUM_ROWS * r * s, loads, at_once=4)
+    yield Phase(sum_tiles, moved, 2 * sum_passes * SUM_ROWS * r * s, loads, at_once=3)
     moved = [
         Traffic(2, "qz", groups * qz, qz),
         Traffic(2, "b0", (passes if many else 1) * n * r * act, n * r * act),

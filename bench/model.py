@@ -8,8 +8,10 @@ tools/cuda_traffic.py says what the phases of the CUDA kernels do. Assumed besid
 - Tasks have equally many rows, which lie one behind the other; rows are computed in whole tiles, once for each task of a tile.
   All gradients are wanted; no gate, no bias.
 - The fused product runs at the rate of the library's, in its own tiles, and reads each operand once.
-- Within a phase nothing leaves the L2 cache. A processor has one block of a CUDA kernel at once: ptxas gives a thread 209
-  registers for few rows and 198 for many in the forward, 207 and 232 in the backward.
+- Within a phase nothing leaves the L2 cache. In one launch a processor has one block of a CUDA kernel at once: ptxas gives a
+  thread 187 registers for few rows and 141 for many in the forward, 238 and 240 in the backward. By phase it has as many as
+  tools/cuda_traffic.py says: a thread takes 98, 80 and 209 registers for few rows and 116, 80 and 128 for many in the
+  phases of the forward, 59, 195, 123, 171 and 64 for few and 59, 189, 123, 170 and 64 for many in those of the backward.
 - Times are those of a CUDA graph. In eager mode the host needs a time for each launch, and a call the longer of the two.
 
 Where bench/results/<device>/results.json has what bench.gpu_evidence measured, its medians follow beside the predictions.
@@ -149,23 +151,33 @@ def launches_of(
 
 
 def of_phase(
-    name: str, moved: list[traffic.Traffic], flops: float, start: str, items: int, draws: int, loads: int = 0
+    name: str,
+    moved: list[traffic.Traffic],
+    flops: float,
+    start: str,
+    items: int,
+    draws: int,
+    loads: int = 0,
+    at_once: int = 1,
 ) -> Launch:
     memory, issued = (sum(getattr(each, kind) for each in moved) for kind in ("unique", "issued"))
-    loads *= ceil(items, PROCESSORS)
+    loads *= ceil(items, at_once * PROCESSORS)
     return Launch(name, memory, flops, issued=issued, draws=draws, loads=loads, waves=waves(items), start=start)
 
 
 def cuda_phases(phases: Iterable[cuda_traffic.Phase], start: str, draws: dict[int, int]) -> Iterator[Launch]:
     """start: of all phases but the first. draws: elements of dropout by phase."""
     for at, phase in enumerate(phases):
-        begins = start if at else "launch"
-        yield of_phase(f"phase {at}", phase.traffic, phase.flops, begins, phase.items, draws.get(at, 0), phase.loads)
+        begins, at_once = start if at else "launch", 1 if start == "barrier" else phase.at_once
+        yield of_phase(
+            f"phase {at}", phase.traffic, phase.flops, begins, phase.items, draws.get(at, 0), phase.loads, at_once
+        )
 
 
 def cuda(call: Ours, start: str) -> None:
     """The kernels of csrc, and the base's product on top."""
-    forward = cuda_traffic.forward(call.shape, False, PROCESSORS)
+    expanding = PROCESSORS * (1 if start == "barrier" else cuda_traffic.expanding_at_once(call.shape))
+    forward = cuda_traffic.forward(call.shape, False, PROCESSORS, expanding)
     backward = cuda_traffic.backward(call.shape, PROCESSORS, True)
     call.forward.launches += cuda_phases(forward, start, {0: call.draws})
     call.backward.launches += cuda_phases(backward, start, {3: 2 * call.draws})
@@ -192,7 +204,7 @@ def fused(call: Ours) -> None:
         return Launch("product", size * elements, 2 * outputs * multiplied, draws=draws, waves=computed)
 
     shrink, prepare, _ = cuda_traffic.forward(shape, False, PROCESSORS)
-    call.forward.launches += cuda_phases((shrink, prepare), "barrier", {0: call.draws})
+    call.forward.launches += cuda_phases((shrink, prepare), "dependent", {0: call.draws})
     call.forward.launches.append(Launch("slots", (m + slots) * s * size, waves=waves(groups * min(p.tasks, 8))))
     elements = m * (k + n + r) + n * (k + r + p.tasks * s) + slots * s
     call.forward.launches.append(product(n, rows_computed * (k + r) + slots * s, elements))

@@ -92,25 +92,36 @@ DEVICE void drop(Tile<T, kRows, kColumns> tile, const Adapter& adapter, int64_t 
   publish_shared();
 }
 
-// Stores two neighbours of a row; the second only if it exists.
-template <typename T>
-DEVICE void store_pair(T* to, float left, float right, bool both) {
-  if (both && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0) {
-    struct alignas(2 * sizeof(T)) Pair {
-      T left, right;
-    };
-    *reinterpret_cast<Pair*>(to) = Pair{rounded<T>(left), rounded<T>(right)};
-  } else {
-    to[0] = rounded<T>(left);
-    if (both) to[1] = rounded<T>(right);
-  }
-}
-
 // Neighbours of a row that lie at a multiple of their size.
 template <typename T, int kCount>
 struct alignas(kCount * sizeof(T)) Vector {
   T values[kCount];
 };
+
+// Stores neighbours of a row at once.
+template <typename T, int kCount>
+DEVICE void store_vector(T* to, const float (&values)[kCount]) {
+  union {
+    T elements[kCount];
+    uint32_t words[kCount * sizeof(T) / 4];
+  } vector;
+  UNROLL
+  for (int j = 0; j < kCount; ++j) vector.elements[j] = rounded<T>(values[j]);
+  store_words(to, vector.words);
+}
+
+// Stores the first `count` of them: at once where these are all, and lie at a multiple of their size.
+template <typename T, int kCount>
+DEVICE void store(T* to, const float (&values)[kCount], int count) {
+  if (count >= kCount && reinterpret_cast<uintptr_t>(to) % (kCount * sizeof(T)) == 0) {
+    store_vector(to, values);
+  } else {
+    UNROLL
+    for (int j = 0; j < kCount; ++j) {
+      if (j < count) to[j] = rounded<T>(values[j]);
+    }
+  }
+}
 
 // The sums of `splits` partial sums, `stride` elements apart, in order; all loads are under way at once.
 template <int kCount>

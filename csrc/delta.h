@@ -1,4 +1,4 @@
-// The one-launch kernels of `delta`: what a launch is given. lilora_kernels/ops/README.md has the formula and the phases.
+// The kernels of `delta`: what a launch is given. lilora_kernels/ops/README.md has the formula and the phases.
 #pragma once
 
 #include <string>
@@ -29,13 +29,10 @@ struct Adapter {
   HOST_DEVICE int width() const { return padded(rank) + padded(sub_rank); }
 };
 
-// Which phases a launch runs, and what its blocks share.
 struct Launch {
-  int first, last;
-  int* state;  // of the barrier between two phases
+  int* state;  // of the barrier between two phases of one launch
   int tile_rows;
   int shared;  // bytes of shared memory of a block
-  int blocks;  // that the device holds at once
 };
 
 struct Forward {
@@ -53,6 +50,14 @@ struct Forward {
   int groups;     // an item of phase 2 has one of so many ranges of tiles of outputs
   int row_tiles, sum_tiles, rank_tiles, output_tiles;  // sum_tiles: tiles of rows of phase 1
   Launch launch;
+
+  static constexpr int kPhases = 3;
+  HOST_DEVICE int shrinks() const { return row_tiles * rank_tiles * splits; }  // items of phase 0; then those of the base
+  HOST_DEVICE int items(int phase) const {
+    if (phase == 0) return shrinks() + row_tiles * output_tiles * base_splits;
+    if (phase == 1) return sum_tiles;
+    return q == nullptr ? row_tiles * groups : 0;
+  }
 };
 
 // How many work items the phases of the backward have. Those of a phase follow each other in the order of the fields.
@@ -98,18 +103,22 @@ struct Backward {
   int* spans;          // [chunks, T, 2]: first and last row of a task within a chunk; last < first without one
   int splits, groups, chunk;  // chunk: rows of one share of the gradients of parameters
   int low_rank, high_rank;    // da and db0 outside are zero
-  Items items;
+  Items counts;
   Launch launch;
+
+  static constexpr int kPhases = 5;
+  HOST_DEVICE int items(int phase) const { return counts.of(phase); }
 };
 
 // Why the current device cannot run this binary's code; empty if it can.
 std::string missing_code_on_current_device();
 
-// Decides how the work is split, before the caller makes what depends on it: splits, groups and the launch.
-void plan(Forward& forward, Type type);
-void plan(Backward& backward, Type type);
+// Decides how the work is split, before the caller makes what depends on it: splits, groups and the size of tiles.
+void plan(Forward& forward, Type type, bool one_launch);
+void plan(Backward& backward, Type type, bool one_launch);
 
-// Runs all phases: in one launch, or in one for each where asked for or where the device cannot hold the grid at once.
+// Runs all phases: in one launch, or in one for each where asked for or where the device cannot hold the grid at once. In one
+// launch the base is not computed.
 void run(const Forward& forward, Type type, bool one_launch, Stream stream);
 void run(Backward& backward, Type type, bool one_launch, Stream stream);
 

@@ -89,10 +89,11 @@ PART void shrink_dy(const Backward& p, int row_tile, int column_tile, int split)
           });
         },
         [&](int, int stage) { product.step(left_at(stage), right_at(stage), columns.count); });
-    product.for_each([&](int i, int j, float left, float right) {
-      if (list.ids[i] == id && j < columns.count) {  // the width is even
-        store_pair(p.planes + (split * adapter.rows + rows.first + i) * adapter.width() + columns.first + j, left, right,
-                   true);
+    const int width = adapter.width();
+    float* const to = p.planes + (split * adapter.rows + rows.first) * width + columns.first;
+    product.template for_each<4>([&](int i, int j, float (&values)[4]) {
+      if (list.ids[i] == id && j < columns.count) {  // the width is a multiple of eight
+        store_vector(to + int64_t{i} * width + j, values);
       }
     });
   }
@@ -144,32 +145,33 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
           product.step(left_at(stage), right_at(stage), rights.count);
         });
     if (!up || p.du_planes == nullptr) continue;
-    product.for_each([&](int i, int j, float& value, float& next) {
-      const int64_t s = rights.first + j - adapter.q_width();
-      if (s >= 0 && i < lefts.count && s < adapter.sub_rank) {
-        const int64_t plane = int64_t{chunk} * adapter.tasks + task;
-        float* share = p.du_planes + plane * p.u_share;
-        store_pair(share + (lefts.first + i) * adapter.sub_rank + s, adapter.scaling * value, adapter.scaling * next,
-                   s + 1 < adapter.sub_rank);
-      }
-      value = s < 0 ? value : 0;
-      next = s < 0 ? next : 0;
+    float* const share = p.du_planes + (int64_t{chunk} * adapter.tasks + task) * p.u_share + lefts.first * adapter.sub_rank;
+    product.template for_each<4>([&](int i, int j, float (&values)[4]) {
+      const int s = static_cast<int>(rights.first) + j - adapter.q_width();
+      if (s < 0 || s >= adapter.sub_rank || i >= lefts.count) return;
+      UNROLL
+      for (float& value : values) value *= adapter.scaling;
+      store(share + int64_t{i} * adapter.sub_rank + s, values, adapter.sub_rank - s);
     });
+    product.clear_columns(adapter.q_width() - static_cast<int>(rights.first));
   }
 
   float* const to = up ? p.db0_planes : down ? p.da_planes : p.dv_planes;
   if (to == nullptr || (kind == Outer::kV && spans[2 * first_task + 1] < spans[2 * first_task])) return;
   const int columns = down ? adapter.columns : adapter.rank;
   const int64_t plane = kind == Outer::kV ? int64_t{chunk} * adapter.tasks + first_task : chunk;
-  float* const share = to + plane * (up ? p.b0_share : down ? p.a_share : p.v_share);
+  float* const share = to + plane * (up ? p.b0_share : down ? p.a_share : p.v_share) + lefts.first * columns + rights.first;
   const float scale = up ? adapter.scaling : down ? adapter.keep_scale : 1.0f;
-  product.for_each([&](int i, int j, float value, float next) {
+  product.template for_each<4>([&](int i, int j, float (&values)[4]) {
     const int row = static_cast<int>(lefts.first) + i, column = static_cast<int>(rights.first) + j;
     if (i >= lefts.count || column >= columns) return;
-    // Ranks outside of the wanted ones get zeros, whatever the product is.
-    auto within = [&](int rank) { return kind == Outer::kV || (rank >= p.low_rank && rank < p.high_rank); };
-    store_pair(share + int64_t{row} * columns + column, within(down ? row : column) ? scale * value : 0.0f,
-               within(down ? row : column + 1) ? scale * next : 0.0f, column + 1 < columns);
+    UNROLL
+    for (int e = 0; e < 4; ++e) {
+      // Ranks outside of the wanted ones get zeros, whatever the product is.
+      const int rank = down ? row : column + e;
+      values[e] = kind == Outer::kV || (rank >= p.low_rank && rank < p.high_rank) ? scale * values[e] : 0.0f;
+    }
+    store(share + int64_t{i} * columns + j, values, columns - column);
   });
 }
 
@@ -255,13 +257,13 @@ PART void finish_dh(const Backward& p, int row_tile) {
           for (int j = 0; j < Tiles::kTilesN; ++j) {
             const int r = first + Tiles::column(j);
             if (r >= q_width) continue;  // the width is even
-            float dh[2];
             UNROLL
             for (int next = 0; next < 2; ++next) {
               const int at = r + next;
-              const float b0_part = sums[i * stride + at], uv_part = product.c[m][j][2 * half + next];
+              float& value = product.c[m][j][2 * half + next];
+              const float b0_part = sums[i * stride + at], uv_part = value;
               const float dq = adapter.scaling * (f * b0_part + e * uv_part);
-              dh[next] = 0;
+              value = 0;
               if (at < adapter.rank) {
                 if (p.dfusion_rows != nullptr) {
                   dfusion[m][half] += (b0_part - uv_part) * to_float(static_cast<const T*>(p.q)[row * q_width + at]);
@@ -269,13 +271,17 @@ PART void finish_dh(const Backward& p, int row_tile) {
                 if (p.dq_h != nullptr) {
                   p.dq_h[row * adapter.rank + at] = dq * element<T>(p.h, row * p.h.stride + at);
                 }
-                dh[next] = dq * gate_of<T>(adapter, row, at);
+                value = dq * gate_of<T>(adapter, row, at);
               }
             }
-            store_pair(static_cast<T*>(p.dh) + row * q_width + r, dh[0], dh[1], true);
           }
         }
       }
+      product.template for_each<8>([&](int i, int r, float (&dh)[8]) {
+        if (list.ids[i] == id && first + r < q_width) {
+          store_vector(static_cast<T*>(p.dh) + (rows.first + i) * q_width + first + r, dh);
+        }
+      });
     }
     if (p.dfusion_rows == nullptr) continue;
     UNROLL
@@ -330,34 +336,16 @@ PART void input_gradient(const Backward& p, int row_tile, int group) {
         product.step(panel_at(step % steps), right_at(stage), columns.count);
         if (step % steps != steps - 1) return;
         const int64_t seed = adapter.seed == nullptr ? 0 : *adapter.seed;
-        UNROLL
-        for (int m = 0; m < Tiles::kTilesM; ++m) {
+        T* const dx = static_cast<T*>(p.dx) + rows.first * adapter.columns + columns.first;
+        product.template for_each<8>([&](int i, int j, float (&values)[8]) {
+          if (i >= rows.count || j >= columns.count) return;
+          const uint32_t block = static_cast<uint32_t>(columns.first + j) / 8;  // of columns that share a draw
+          const uint32_t keep =
+              adapter.seed == nullptr ? 0xFF : keep_bits(seed, rows.first + i, block, adapter.threshold);
           UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const int i = Tiles::row(m, half);
-            const int64_t row = rows.first + i;
-            UNROLL
-            for (int j = 0; j < Tiles::kTilesN; j += 4) {
-              // Eight columns share one draw, and four lanes hold them: each lane draws for one of four tiles.
-              uint32_t drawn = 0xFF;
-              const int own = j + Tiles::lane() % 4;
-              if (adapter.seed != nullptr && own < Tiles::kTilesN) {
-                const int64_t block = (columns.first + Tiles::warp_column()) / 8 + own;
-                drawn = keep_bits(seed, row, static_cast<uint32_t>(block), adapter.threshold);
-              }
-              UNROLL
-              for (int next = j; next < j + 4 && next < Tiles::kTilesN; ++next) {
-                const uint32_t keep = adapter.seed == nullptr ? 0xFF : shuffle(drawn, Tiles::lane() / 4 * 4 + next - j);
-                const int column = Tiles::column(next), bit = Tiles::lane() % 4 * 2;
-                if (i >= rows.count || column >= columns.count) continue;
-                const float* values = product.c[m][next] + 2 * half;
-                store_pair(static_cast<T*>(p.dx) + row * adapter.columns + columns.first + column,
-                           keep >> bit & 1 ? values[0] * adapter.keep_scale : 0.0f,
-                           keep >> bit & 2 ? values[1] * adapter.keep_scale : 0.0f, column + 1 < columns.count);
-              }
-            }
-          }
-        }
+          for (int e = 0; e < 8; ++e) values[e] = keep >> e & 1 ? values[e] * adapter.keep_scale : 0.0f;
+          store(dx + int64_t{i} * adapter.columns + j, values, columns.count - j);
+        });
       });
 }
 
@@ -422,11 +410,34 @@ PART void gate_gradient(const Backward& p, int gate, int column_tile) {
   __syncthreads();
 }
 
-// out [T, size] = the sum over the chunks of planes [chunks, T, share]; those of tasks without rows were never written.
+// out [T, size] is the sum over the chunks of planes [chunks, T, share]; those of tasks without rows were never written.
+struct Sum {
+  const float* planes;
+  int64_t share;
+  void* out;
+  bool wide, by_task;
+  int64_t size;
+};
+
 template <typename T>
-PART void sum_planes(const Backward& p, int item, const float* planes, int64_t share, bool by_task, void* out, bool wide,
-                     int64_t size) {
-  const int tasks = by_task ? p.adapter.tasks : 1;
+DEVICE void sum_planes(const Backward& p, int item) {
+  const Items& items = p.counts;
+  const int64_t k = p.adapter.columns, n = p.adapter.outputs, r = p.adapter.rank, s = p.adapter.sub_rank;
+  Sum of = {p.da_planes, p.a_share, p.da, p.wide_a, false, r * k};
+  if (item >= items.a_sums) {
+    of = {p.db0_planes, p.b0_share, p.db0, p.wide_b0, false, n * r};
+    item -= items.a_sums;
+    if (item >= items.b0_sums) {
+      of = {p.du_planes, p.u_share, p.du, p.wide_u, true, n * s};
+      item -= items.b0_sums;
+      if (item >= items.u_sums) {
+        of = {p.dv_planes, p.v_share, p.dv, p.wide_v, true, s * r};
+        item -= items.u_sums;
+      }
+    }
+  }
+  const int tasks = of.by_task ? p.adapter.tasks : 1;
+  const int64_t size = of.size;
   const int chunks = static_cast<int>(ceil_div(p.adapter.rows, p.chunk));
   const int64_t per_task = ceil_div(size, kSumElements), task = item / per_task, first = item % per_task * kSumElements;
   NO_UNROLL
@@ -438,8 +449,8 @@ PART void sum_planes(const Backward& p, int item, const float* planes, int64_t s
       UNROLL
       for (int i = 0; i < kMostSplits; ++i) {
         const int64_t plane = (chunk + int64_t{i}) * tasks + task;
-        if (chunk + i >= chunks || (by_task && p.spans[2 * plane + 1] < p.spans[2 * plane])) continue;
-        parts[i] = *reinterpret_cast<const Vector<float, 4>*>(planes + plane * share + at);
+        if (chunk + i >= chunks || (of.by_task && p.spans[2 * plane + 1] < p.spans[2 * plane])) continue;
+        parts[i] = *reinterpret_cast<const Vector<float, 4>*>(of.planes + plane * of.share + at);
       }
       UNROLL
       for (int i = 0; i < kMostSplits; ++i) {
@@ -447,9 +458,12 @@ PART void sum_planes(const Backward& p, int item, const float* planes, int64_t s
         for (int j = 0; j < 4; ++j) sum.values[j] += parts[i].values[j];
       }
     }
-    UNROLL
-    for (int j = 0; j < 4; ++j) {
-      if (at + j < size) store_gradient<T>(out, wide, task * size + at + j, sum.values[j]);
+    const int64_t to = task * size + at;
+    const int count = static_cast<int>(size - at < 4 ? size - at : 4);
+    if (of.wide) {
+      store(static_cast<float*>(of.out) + to, sum.values, count);
+    } else {
+      store(static_cast<T*>(of.out) + to, sum.values, count);
     }
   }
 }
@@ -457,7 +471,7 @@ PART void sum_planes(const Backward& p, int item, const float* planes, int64_t s
 template <typename T, int kM>
 DEVICE void run_item(const Backward& p, int phase, int item) {
   const Adapter& adapter = p.adapter;
-  const Items& items = p.items;
+  const Items& items = p.counts;
   if (phase == 0) {
     if (item < items.prepares) {
       T* fqz = static_cast<T*>(p.fqz);
@@ -497,62 +511,55 @@ DEVICE void run_item(const Backward& p, int phase, int item) {
       gate_gradient<T>(p, at.first, at.third);
     }
   } else {
-    const int64_t k = adapter.columns, n = adapter.outputs, r = adapter.rank, s = adapter.sub_rank;
-    if (item < items.a_sums) {
-      sum_planes<T>(p, item, p.da_planes, p.a_share, false, p.da, p.wide_a, r * k);
-    } else if ((item -= items.a_sums) < items.b0_sums) {
-      sum_planes<T>(p, item, p.db0_planes, p.b0_share, false, p.db0, p.wide_b0, n * r);
-    } else if ((item -= items.b0_sums) < items.u_sums) {
-      sum_planes<T>(p, item, p.du_planes, p.u_share, true, p.du, p.wide_u, n * s);
-    } else {
-      sum_planes<T>(p, item - items.u_sums, p.dv_planes, p.v_share, true, p.dv, p.wide_v, s * r);
-    }
+    sum_planes<T>(p, item);
   }
 }
 
-template <typename T, int kM>
-KERNEL(kThreads)
+// Blocks of a processor at once, as far as registers go.
+constexpr int blocks_of(int phase) { return phase % 2 == 0 ? 2 : 1; }
+
+template <typename T, int kM, int kPhase>
+KERNEL(kThreads, blocks_of(kPhase))
 delta_backward(const KERNEL_PARAMETER Backward p) {
-  allow_next_kernel();
-  wait_for_previous_kernel();
-  for (int phase = p.launch.first; phase <= p.launch.last; ++phase) {
-    if (phase > p.launch.first) meet(p.launch.state);
-    for (int item = blockIdx.x; item < p.items.of(phase); item += gridDim.x) run_item<T, kM>(p, phase, item);
-  }
+  run_launch<kPhase>(p, [&](int phase, int item) { run_item<T, kM>(p, phase, item); });
 }
 
-template <typename T, int kM>
-auto kernel_of(T, std::integral_constant<int, kM>) {
-  return &delta_backward<T, kM>;
+std::array<Need, 5> needs_of(const Backward& p, int tile_rows) {
+  const Adapter& adapter = p.adapter;
+  constexpr int kOuter = (kOuterM + kOuterN) * 8;
+  return {{{0, (kSumRows + 128) * 8},
+           {0, (tile_rows + wide_columns(tile_rows)) * 8, kOuter},
+           {finish_panel(adapter.width(), panel_steps(0, adapter.sub_rank)), 128 * 8},
+           {panel_steps(adapter.rank, 0) * tile_rows * 8, kDxN * 8, kOuter},
+           {0, 0}}};
+}
+
+Kernels<Backward> kernels_of(const Backward& p, Type type) {
+  return instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) -> Kernels<Backward> {
+    using T = decltype(t);
+    constexpr int kM = decltype(rows)::value;
+    // Phases 0, 2 and 4 have tiles of their own.
+    return {{&delta_backward<T, kManyRows, 0>, &delta_backward<T, kM, 1>, &delta_backward<T, kManyRows, 2>,
+             &delta_backward<T, kM, 3>, &delta_backward<T, kManyRows, 4>},
+            &delta_backward<T, kM, kAll>,
+            needs_of(p, kM)};
+  });
 }
 
 constexpr int64_t kPlaneBytes = int64_t{1} << 28;  // the shares of du may take this much before chunks grow
 
-void plan(Backward& p, Type type) {
+void plan(Backward& p, Type type, bool one_launch) {
   const Adapter& adapter = p.adapter;
-  auto needs = [&](int tile_rows, Need(&found)[4]) {
-    const int wide = wide_columns(tile_rows);
-    found[0] = {0, (kSumRows + 128) * 8};
-    found[1] = {0, larger((tile_rows + wide) * 8, (kOuterM + kOuterN) * 8)};
-    found[2] = {finish_panel(adapter.width(), panel_steps(0, adapter.sub_rank)), 128 * 8};
-    found[3] = {panel_steps(adapter.rank, 0) * tile_rows * 8, kDxN * 8};
-  };
-  Need found[4];
-  needs(kManyRows, found);
-  p.launch.tile_rows = adapter.rows > kFewRowsUpTo && fits(found) ? kManyRows : kFewRows;
-  needs(p.launch.tile_rows, found);
-  p.launch.shared = shared_for(found);
-  p.launch.first = 0;
-  p.launch.last = 4;
-  p.launch.blocks = instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) {
-    return resident_blocks(kernel_of(t, rows), kThreads, p.launch.shared);
-  });
+  const bool many = adapter.rows > kFewRowsUpTo && bytes_for(needs_of(p, kManyRows), 2) <= largest_shared_memory();
+  p.launch.tile_rows = many ? kManyRows : kFewRows;
+  const Kernels<Backward> kernels = kernels_of(p, type);
   const int64_t row_tiles = ceil_div(adapter.rows, p.launch.tile_rows);
   const int wide = wide_columns(p.launch.tile_rows);
-  const int blocks = p.launch.blocks, steps = static_cast<int>(ceil_div(adapter.outputs, kDepth));
+  const int steps = static_cast<int>(ceil_div(adapter.outputs, kDepth));
   const int column_tiles = static_cast<int>(ceil_div(adapter.columns, kDxN));
-  p.splits = shares_for(row_tiles * ceil_div(adapter.width(), wide), blocks, steps, 2, kMostSplits);
-  p.groups = shares_for(row_tiles, blocks, column_tiles, 1, column_tiles);
+  p.splits = shares_for(row_tiles * ceil_div(adapter.width(), wide), processors(), steps, 2, kMostSplits);
+  const int at_once = one_launch ? kernels.all().blocks() : kernels.phase(3).blocks();
+  p.groups = shares_for(row_tiles, at_once, column_tiles, 1, column_tiles);
   p.chunk = adapter.rows <= 2048 ? 512 : 2048;
   auto share = [](int64_t rows, int64_t columns) { return ceil_div(rows * columns, 4) * 4; };
   p.a_share = share(adapter.rank, adapter.columns);
@@ -597,10 +604,8 @@ Items items_of(const Backward& p) {
 }
 
 void run(Backward& p, Type type, bool one_launch, Stream stream) {
-  p.items = items_of(p);
-  instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) {
-    run_phases(kernel_of(t, rows), p, one_launch, stream, [&](int phase) { return p.items.of(phase); });
-  });
+  p.counts = items_of(p);
+  kernels_of(p, type).run(p, one_launch, stream);
 }
 
 }  // namespace lilora

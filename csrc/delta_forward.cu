@@ -46,16 +46,14 @@ PART void product_share(const Forward& p, bool base, Coordinates at) {
         }
         product.step(left_at(stage), right_at(stage), columns.count, tiles_below(filled));
       });
-  product.for_each([&](int i, int j, float left, float right_value) {
-    const int64_t column = columns.first + j;
-    if (i < rows.count && column < stride) {
-      store_pair(planes + (share * adapter.rows + rows.first + i) * stride + column, left, right_value,
-                 column + 1 < stride);
-    }
+  float* const to = planes + (share * adapter.rows + rows.first) * stride + columns.first;
+  const int stored = stride - static_cast<int>(columns.first);
+  product.template for_each<4>([&](int i, int j, float (&values)[4]) {
+    if (i < rows.count && j < stored) store_vector(to + int64_t{i} * stride + j, values);
   });
 }
 
-template <typename T, int kM>
+template <typename T, int kM, bool kBase>
 PART void expand(const Forward& p, int row_tile, int group) {
   using Tiles = Product<T, kM, kTileN, false, false>;
   const Adapter& adapter = p.adapter;
@@ -145,101 +143,95 @@ PART void expand(const Forward& p, int row_tile, int group) {
         }
         if (kKeep && at.k == q_steps - 1) kept = product;
         if (at.k != q_steps + z_steps - 1) return;
-        product.for_each([&](int i, int j, float left, float right) {
+        product.template for_each<8>([&](int i, int j, float (&values)[8]) {
           const bool exists = list.exists(adapter, i);
           if (i >= rows.count || j >= at.columns.count || (exists ? list.ids[i] != list.tasks[at.pass] : at.pass > 0)) return;
           const int64_t row = rows.first + i, column = at.columns.first + j;
-          const bool both = j + 1 < at.columns.count;
-          const Vector<float, 2> base = sum_of_splits<2>(p.base_planes + row * base_width + column,
-                                                         adapter.rows * base_width, p.base_splits);
-          float values[2] = {left * adapter.scaling, right * adapter.scaling};
-          UNROLL
-          for (int e = 0; e < 2; ++e) {
-            if (!exists) values[e] = list.missing(i);
-            if (e == 1 && !both) continue;
-            values[e] += base.values[e];
-            if (p.bias.data != nullptr) values[e] += element<T>(p.bias, column + e);
+          const int count = at.columns.count - j;
+          Vector<float, 8> base = {};
+          if (kBase && p.base_splits > 0) {
+            base = sum_of_splits<8>(p.base_planes + row * base_width + column, adapter.rows * base_width, p.base_splits);
           }
-          store_pair(static_cast<T*>(p.y) + row * adapter.outputs + column, values[0], values[1], both);
+          UNROLL
+          for (int e = 0; e < 8; ++e) {
+            values[e] = exists ? values[e] * adapter.scaling : list.missing(i);
+            values[e] += base.values[e];
+            if (p.bias.data != nullptr && e < count) values[e] += element<T>(p.bias, column + e);
+          }
+          store(static_cast<T*>(p.y) + row * adapter.outputs + column, values, count);
         });
       });
 }
 
-template <typename T, int kM>
-KERNEL(kThreads)
-delta_forward(const KERNEL_PARAMETER Forward p) {
+template <typename T, int kM, bool kBase>
+DEVICE void run_item(const Forward& p, int phase, int item) {
   const Adapter& adapter = p.adapter;
-  allow_next_kernel();
-  wait_for_previous_kernel();
-  for (int phase = p.launch.first; phase <= p.launch.last; ++phase) {
-    if (phase > p.launch.first) meet(p.launch.state);
-    if (phase == 0) {
-      const int shrinks = p.row_tiles * p.rank_tiles * p.splits;
-      const int items = shrinks + p.row_tiles * p.output_tiles * p.base_splits;
-      for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const bool base = item >= shrinks;
-        const Coordinates at = base ? coordinates(item - shrinks, p.output_tiles, p.base_splits)
-                                    : coordinates(item, p.rank_tiles, p.splits);
-        product_share<T, kM>(p, base, at);
-      }
-    } else if (phase == 1) {
-      T* qz = static_cast<T*>(p.qz);
-      T* q = static_cast<T*>(p.q);
-      const bool fused = q != nullptr;
-      const Prepare<T> work = {&adapter, p.planes, p.splits, static_cast<T*>(p.h), fused ? qz : nullptr,
-                               fused ? q : qz, fused ? adapter.q_width() : adapter.width(), qz + adapter.q_width(),
-                               adapter.width(), fused ? adapter.scaling : 1.0f, p.launch.shared};
-      for (int item = blockIdx.x; item < p.sum_tiles; item += gridDim.x) prepare<T>(work, item);
-    } else {
-      for (int item = blockIdx.x; item < p.row_tiles * p.groups; item += gridDim.x) {
-        const Coordinates at = coordinates(item, 1, p.groups);
-        expand<T, kM>(p, at.first, at.third);
-      }
-    }
+  if (phase == 0) {
+    const bool base = item >= p.shrinks();
+    product_share<T, kM>(p, base, base ? coordinates(item - p.shrinks(), p.output_tiles, p.base_splits)
+                                       : coordinates(item, p.rank_tiles, p.splits));
+  } else if (phase == 1) {
+    T* qz = static_cast<T*>(p.qz);
+    T* q = static_cast<T*>(p.q);
+    const bool fused = q != nullptr;
+    prepare<T>({&adapter, p.planes, p.splits, static_cast<T*>(p.h), fused ? qz : nullptr, fused ? q : qz,
+                fused ? adapter.q_width() : adapter.width(), qz + adapter.q_width(), adapter.width(),
+                fused ? adapter.scaling : 1.0f, p.launch.shared},
+               item);
+  } else {
+    const Coordinates at = coordinates(item, 1, p.groups);
+    expand<T, kM, kBase>(p, at.first, at.third);
   }
 }
 
-template <typename T, int kM>
-auto kernel_of(T, std::integral_constant<int, kM>) {
-  return &delta_forward<T, kM>;
+// Blocks of a processor at once, as far as registers go.
+constexpr int blocks_of(int tile_rows, int phase) {
+  return phase == 0 || phase == 1 || (phase == 2 && tile_rows == kManyRows && kHasWgmma) ? 2 : 1;
 }
 
-std::string missing_code_on_current_device() { return missing_code(&delta_forward<Half, kFewRows>); }
+template <typename T, int kM, int kPhase>
+KERNEL(kThreads, blocks_of(kM, kPhase))
+delta_forward(const KERNEL_PARAMETER Forward p) {
+  constexpr bool kBase = kM == kFewRows && kPhase != kAll;
+  run_launch<kPhase>(p, [&](int phase, int item) { run_item<T, kM, kBase>(p, phase, item); });
+}
 
-void plan(Forward& p, Type type) {
-  const Adapter& adapter = p.adapter;
-  const int steps = panel_steps(adapter.rank, adapter.sub_rank);
-  auto needs = [&](int tile_rows, Need(&found)[2]) {
-    found[0] = {0, (tile_rows + kTileN) * 8};
-    found[1] = {steps * tile_rows * 8, kTileN * 8};
-  };
-  Need found[2];
-  needs(kManyRows, found);
-  p.launch.tile_rows = adapter.rows > kFewRowsUpTo && fits(found) ? kManyRows : kFewRows;
-  needs(p.launch.tile_rows, found);
-  p.launch.shared = shared_for(found);
-  p.launch.first = 0;
-  p.launch.last = 2;
-  p.launch.blocks = instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) {
-    return resident_blocks(kernel_of(t, rows), kThreads, p.launch.shared);
+std::string missing_code_on_current_device() { return missing_code(&delta_forward<Half, kFewRows, kAll>); }
+
+std::array<Need, 3> needs_of(const Forward& p, int tile_rows) {
+  const int steps = panel_steps(p.adapter.rank, p.adapter.sub_rank);
+  return {{{0, (tile_rows + kTileN) * 8}, {0, (kSumRows + 128) * 8}, {steps * tile_rows * 8, kTileN * 8}}};
+}
+
+Kernels<Forward> kernels_of(const Forward& p, Type type) {
+  return instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) -> Kernels<Forward> {
+    using T = decltype(t);
+    constexpr int kM = decltype(rows)::value;
+    // Phase 1 has tiles of its own.
+    return {{&delta_forward<T, kM, 0>, &delta_forward<T, kManyRows, 1>, &delta_forward<T, kM, 2>},
+            &delta_forward<T, kM, kAll>,
+            needs_of(p, kM)};
   });
+}
+
+void plan(Forward& p, Type type, bool one_launch) {
+  const Adapter& adapter = p.adapter;
+  const bool base = p.weight.data != nullptr;
+  const bool many = adapter.rows > kFewRowsUpTo && !base && bytes_for(needs_of(p, kManyRows), 2) <= largest_shared_memory();
+  p.launch.tile_rows = many ? kManyRows : kFewRows;
+  const Kernels<Forward> kernels = kernels_of(p, type);
   p.row_tiles = static_cast<int>(ceil_div(adapter.rows, p.launch.tile_rows));
   p.sum_tiles = static_cast<int>(ceil_div(adapter.rows, kSumRows));
   p.rank_tiles = static_cast<int>(ceil_div(adapter.rank, kTileN));
   p.output_tiles = static_cast<int>(ceil_div(adapter.outputs, kTileN));
-  const int blocks = p.launch.blocks, depth = static_cast<int>(ceil_div(adapter.columns, kDepth));
-  const int base_tiles = p.weight.data == nullptr ? 0 : p.row_tiles * p.output_tiles;
+  const int blocks = processors(), depth = static_cast<int>(ceil_div(adapter.columns, kDepth));
+  const int base_tiles = base ? p.row_tiles * p.output_tiles : 0;
   p.splits = shares_for(p.row_tiles * p.rank_tiles, blocks, depth, 2, kMostSplits);
-  p.base_splits = base_tiles == 0 ? 0 : shares_for(base_tiles, blocks, depth, 8, kMostSplits);
-  p.groups = shares_for(p.row_tiles, blocks, p.output_tiles, 1, p.output_tiles);
+  p.base_splits = base ? shares_for(base_tiles, blocks, depth, 8, kMostSplits) : 0;
+  const int at_once = one_launch ? kernels.all().blocks() : kernels.phase(2).blocks();
+  p.groups = shares_for(p.row_tiles, at_once, p.output_tiles, 1, p.output_tiles);
 }
 
-void run(const Forward& p, Type type, bool one_launch, Stream stream) {
-  const int items[] = {p.row_tiles * (p.rank_tiles * p.splits + p.output_tiles * p.base_splits), p.sum_tiles,
-                       p.row_tiles * p.groups};
-  instantiation<kFewRows>(type, p.launch.tile_rows, [&](auto t, auto rows) {
-    run_phases(kernel_of(t, rows), p, one_launch, stream, [&](int phase) { return items[phase]; });
-  });
-}
+void run(const Forward& p, Type type, bool one_launch, Stream stream) { kernels_of(p, type).run(p, one_launch, stream); }
 
 }  // namespace lilora

@@ -1,6 +1,8 @@
 // What the launchers of both directions share: the kernel of a type and tile size, shared memory, grids.
 #pragma once
 
+#include <array>
+
 #include "adapter.h"
 
 namespace lilora {
@@ -8,7 +10,7 @@ namespace lilora {
 constexpr int kManyRows = 128;    // of a tile
 constexpr int kFewRowsUpTo = 64;  // rows of a call that is worked on in smaller tiles
 
-// The instantiation for a type and a number of rows of a tile: pick(T{}, integral constant).
+// The instantiations for a type and a number of rows of a tile: pick(T{}, integral constant).
 template <int kFewRows, typename Pick>
 auto instantiation(Type type, int tile_rows, Pick pick) {
   using Many = std::integral_constant<int, kManyRows>;
@@ -17,54 +19,88 @@ auto instantiation(Type type, int tile_rows, Pick pick) {
   return tile_rows == kManyRows ? pick(BFloat16{}, Many{}) : pick(BFloat16{}, Few{});
 }
 
-// Bytes of shared memory for a panel and so many stages, both in chunks.
-inline int shared_bytes(int panel, int stages, int stage) {
-  return Workspace<kManyRows>::kListBytes + (panel + stages * stage) * 16;
-}
-
 // Steps over the columns of q and of z.
 inline int panel_steps(int rank, int sub_rank) {
   return static_cast<int>(ceil_div(padded(rank), kDepth) + ceil_div(padded(sub_rank), kDepth));
 }
 
-// A pipeline of two stages at least, of kMostStages at best, within what a block may have.
+// What the products of a phase keep in shared memory, in chunks: a panel and the stages of a pipeline, two at least and
+// kMostStages at best. Those of another kind of its products have no panel.
 struct Need {
-  int panel, stage;  // in chunks
+  int panel, stage, other_stage = 0;
+
+  int bytes(int stages) const {
+    return Workspace<kManyRows>::kListBytes + larger(panel + stages * stage, stages * other_stage) * 16;
+  }
 };
-template <size_t kCount>
-bool fits(const Need (&needs)[kCount]) {
-  for (const Need& need : needs) {
-    if (shared_bytes(need.panel, 2, need.stage) > largest_shared_memory()) return false;
-  }
-  return true;
-}
-template <size_t kCount>
-int shared_for(const Need (&needs)[kCount]) {
+template <size_t kNeeds>
+int bytes_for(const std::array<Need, kNeeds>& needs, int stages) {
   int most = 0;
-  for (const Need& need : needs) {
-    most = larger(most, shared_bytes(need.panel, kMostStages, need.stage));
-  }
-  return smaller(most, largest_shared_memory());
+  for (const Need& need : needs) most = larger(most, need.bytes(stages));
+  return most;
 }
 
-// Runs phases first..last of `params` with `kernel`; items(phase): how much work a phase has.
-template <typename Params, typename Items>
-void run_phases(void (*kernel)(Params), Params params, bool one_launch, Stream stream, Items items) {
-  const int first = params.launch.first, last = params.launch.last;
-  auto launch_phases = [&](Together together) {
-    int64_t most = 1;
-    for (int phase = params.launch.first; phase <= params.launch.last; ++phase) {
-      most = items(phase) > most ? items(phase) : most;
-    }
-    const int blocks = most < params.launch.blocks ? static_cast<int>(most) : params.launch.blocks;
-    return launch(kernel, params, blocks, kThreads, params.launch.shared, together, stream);
-  };
-  if (one_launch && launch_phases(Together::kCooperative)) return;
-  for (int phase = first; phase <= last; ++phase) {
-    if (items(phase) == 0) continue;
-    params.launch.first = params.launch.last = phase;
-    launch_phases(Together::kDependent);
+constexpr int kAll = -1;  // in place of a phase: all of them in one launch
+
+template <int kFirst, int kLast, typename Params, typename RunItem>
+DEVICE void run_phases(const Params& p, RunItem run_item) {
+  for (int item = blockIdx.x; item < p.items(kFirst); item += gridDim.x) run_item(kFirst, item);
+  if constexpr (kFirst < kLast) {
+    meet(p.launch.state);
+    run_phases<kFirst + 1, kLast>(p, run_item);
   }
 }
+
+// What a kernel does: the items of one phase, or of all with a barrier of the grid between two.
+template <int kPhase, typename Params, typename RunItem>
+DEVICE void run_launch(const Params& p, RunItem run_item) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  run_phases<kPhase == kAll ? 0 : kPhase, kPhase == kAll ? Params::kPhases - 1 : kPhase>(p, run_item);
+}
+
+// A kernel, and what the phases in it need.
+template <typename Params, size_t kNeeds>
+struct Kernel {
+  void (*function)(Params);
+  std::array<Need, kNeeds> needs;
+
+  // Bytes of shared memory of a block: for as many blocks of a processor as its registers allow and have two stages each.
+  int shared() const {
+    constexpr int kReserved = 1024;  // of each block
+    int blocks = resident_blocks(function, kThreads, 0) / processors();
+    auto room = [&] { return (largest_shared_memory() + kReserved) / blocks - kReserved; };
+    while (blocks > 1 && bytes_for(needs, 2) > room()) --blocks;
+    return smaller(bytes_for(needs, kMostStages), room());
+  }
+  int blocks() const { return resident_blocks(function, kThreads, shared()); }  // that the device holds at once
+
+  bool launch(Params params, int items, Together together, Stream stream) const {
+    const int bytes = params.launch.shared = shared();
+    const int most = resident_blocks(function, kThreads, bytes);
+    return lilora::launch(function, params, smaller(items, most), kThreads, bytes, together, stream);
+  }
+};
+
+// Those of a direction: one for each phase, and one of all.
+template <typename Params>
+struct Kernels {
+  static constexpr size_t kPhases = Params::kPhases;
+  std::array<void (*)(Params), kPhases> of_phase;
+  void (*of_all)(Params);
+  std::array<Need, kPhases> needs;
+
+  Kernel<Params, 1> phase(int i) const { return {of_phase[i], {needs[i]}}; }
+  Kernel<Params, kPhases> all() const { return {of_all, needs}; }
+
+  void run(const Params& params, bool one_launch, Stream stream) const {
+    int most = 1;
+    for (size_t i = 0; i < kPhases; ++i) most = larger(most, params.items(i));
+    if (one_launch && all().launch(params, most, Together::kCooperative, stream)) return;
+    for (size_t i = 0; i < kPhases; ++i) {
+      if (params.items(i) > 0) phase(i).launch(params, params.items(i), Together::kDependent, stream);
+    }
+  }
+};
 
 }  // namespace lilora

@@ -28,7 +28,7 @@
 #define PART __device__ __noinline__  // a part of a kernel with registers of its own
 #endif
 #define KERNEL_PARAMETER __grid_constant__
-#define KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)  // so many blocks of a processor at once
 #define UNROLL _Pragma("unroll")
 #define NO_UNROLL _Pragma("unroll 1")
 #else
@@ -104,6 +104,15 @@ DEVICE void wait_copies(int pending) {
   } else {
     asm volatile("cp.async.wait_group 2;" ::: "memory");
   }
+}
+
+// Stores to global memory at once.
+DEVICE void store_words(void* to, const uint32_t (&words)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+}
+DEVICE void store_words(void* to, const uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 
 // Each thread calls this when its writes to shared memory are complete; wgmma may read them behind the next barrier.
@@ -217,7 +226,7 @@ DEVICE float sum_of_four(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-DEVICE uint32_t shuffle(uint32_t x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
@@ -326,13 +335,15 @@ template <typename Params>
 int resident_blocks(void (*kernel)(Params), int threads, int shared) {
   static std::map<std::tuple<const void*, int, int>, int> known;
   const void* const function = reinterpret_cast<const void*>(kernel);
-  const int most = largest_shared_memory(), of_device = processors();
   return asked_once(known, std::make_tuple(function, shared, current_device()), [&] {
-    // The attribute is the kernel's, not the launch's: the last value set holds for all.
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
+    // The attributes are the kernel's, not the launch's: the last value set holds for all.
+    for (const auto& [attribute, value] : {std::pair(cudaFuncAttributeMaxDynamicSharedMemorySize, largest_shared_memory()),
+                                           std::pair(cudaFuncAttributePreferredSharedMemoryCarveout, 100)}) {  // per cent
+      check(cudaFuncSetAttribute(function, attribute, value), "cudaFuncSetAttribute");
+    }
     int blocks;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared), "an occupancy query");
-    return blocks * of_device;
+    return blocks * processors();
   });
 }
 

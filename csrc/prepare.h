@@ -38,17 +38,20 @@ PART void prepare(const Prepare<T>& p, int row_tile) {
     Vector<T, 4> h, q, fq;
     float gate[4];
     Vector<float, 4> sum = {};
-    if (p.planes != nullptr) sum = sum_of_splits<4>(p.planes + row * width + r, adapter.rows * width, p.splits);
+    if (p.planes != nullptr) {
+      sum = sum_of_splits<4>(p.planes + row * width + r, adapter.rows * width, p.splits);
+      UNROLL
+      for (float& value : sum.values) value *= adapter.keep_scale;
+      store(p.h + row * adapter.rank + r, sum.values, count);
+    }
     UNROLL
     for (int j = 0; j < 4; ++j) {
-      h.values[j] = p.planes != nullptr || j >= count ? rounded<T>(sum.values[j] * adapter.keep_scale)
-                                                      : p.h[row * adapter.rank + r + j];
+      h.values[j] = p.planes != nullptr || j >= count ? rounded<T>(sum.values[j]) : p.h[row * adapter.rank + r + j];
       gate[j] = j < count ? gate_of<T>(adapter, row, r + j) : 0.0f;
     }
     const float f = p.fq != nullptr && list.exists(adapter, i) ? p.scale * share_of_b0<T>(adapter, list.ids[i]) : 0.0f;
     UNROLL
     for (int j = 0; j < 4; ++j) {
-      if (p.planes != nullptr && j < count) p.h[row * adapter.rank + r + j] = h.values[j];
       q.values[j] = j >= count ? rounded<T>(0.0f)
                     : adapter.gate.data == nullptr ? h.values[j] : rounded<T>(to_float(h.values[j]) * gate[j]);
       fq.values[j] = rounded<T>(f * to_float(q.values[j]));
@@ -78,10 +81,12 @@ PART void prepare(const Prepare<T>& p, int row_tile) {
         },
         [&](int, int stage) { product.step(left_at(stage), right_at(stage), adapter.sub_rank); });
     const float e = p.scale * share_of_uv<T>(adapter, id);
-    product.for_each([&](int i, int s, float first, float second) {
-      if (i < rows.count && list.ids[i] == id && s < padded(adapter.sub_rank)) {
-        store_pair(p.z + (rows.first + i) * p.stride + s, e * first, e * second, true);
-      }
+    T* const z = p.z + rows.first * p.stride;
+    product.template for_each<8>([&](int i, int s, float (&values)[8]) {
+      if (i >= rows.count || list.ids[i] != id || s >= padded(adapter.sub_rank)) return;
+      UNROLL
+      for (float& value : values) value *= e;
+      store_vector(z + i * p.stride + s, values);
     });
   }
 }

@@ -137,14 +137,12 @@ struct ForwardCall {
   Forward p = {};
   Tensor y, h;
 };
-ForwardCall forward_call(const Tensor& x, const Optional& bias, const Parameters& parameters, const Optional& state,
-                         const Allocate& make) {
+ForwardCall forward_call(const Tensor& x, const Optional& bias, const Parameters& parameters, const Allocate& make) {
   ForwardCall call;
   Forward& p = call.p;
   p.adapter = adapter_of(parameters, x, x.size(0));
   p.x = matrix(x, x);
   p.bias = matrix(bias, x);
-  p.launch.state = const_cast<int*>(data<int>(state));
   call.y = make.tensor({x.size(0), p.adapter.outputs}, x.scalar_type());
   call.h = make.tensor({x.size(0), p.adapter.rank}, x.scalar_type());
   p.y = call.y.data_ptr();
@@ -162,11 +160,13 @@ std::tuple<Tensor, Tensor> delta_forward(Tensor x, Optional weight, Optional bia
   const int64_t rows = x.size(0);
   Allocate make{x, {}};
   const Parameters parameters = {a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, keep_scale, threshold};
-  ForwardCall call = forward_call(x, bias, parameters, state, make);
+  ForwardCall call = forward_call(x, bias, parameters, make);
   Forward& p = call.p;
+  p.launch.state = const_cast<int*>(data<int>(state));
   if (rows == 0 || p.adapter.outputs == 0) return {call.y, torch::stable::zero_(call.h)};
   p.weight = matrix(weight, x);
-  plan(p, type);
+  one_launch = one_launch && !weight;
+  plan(p, type, one_launch);
   p.qz = make.activation(true, {rows, p.adapter.width()});
   p.planes = make.floats(true, {p.splits, rows, p.adapter.q_width()});
   p.base_planes = make.floats(p.base_splits > 0, {p.base_splits, rows, padded(p.adapter.outputs)});
@@ -220,7 +220,7 @@ std::vector<Tensor> delta_backward(Tensor dy, Optional weight, Optional x, Optio
   const bool da = p.da != nullptr, db0 = p.db0 != nullptr, du = p.du != nullptr, dv = p.dv != nullptr;
   const bool dfusion = p.dfusion != nullptr, dgate = p.dgate != nullptr;
   const bool dh = p.dx != nullptr || da || dv || dfusion || dgate;
-  plan(p, type);
+  plan(p, type, one_launch);
   const int64_t chunks = ceil_div(rows, p.chunk);
   p.fqz = make.activation(db0 || du || dv || dfusion, {rows, adapter.width()});
   p.q = make.activation(p.fqz != nullptr, {rows, adapter.q_width()});
@@ -255,24 +255,23 @@ std::vector<Tensor> delta_backward(Tensor dy, Optional weight, Optional x, Optio
 // y [M, N] = x W^T + bias + delta in one product after the one that makes h [M, R].
 std::tuple<Tensor, Tensor> fused_linear_forward(Tensor x, Tensor weight, Optional bias, Tensor a, Tensor b0, Optional u,
                                                 Optional v, Optional fusion, Optional task, Optional gate,
-                                                Optional gate_row, Optional seed, Tensor state, double scaling,
-                                                int64_t threshold, double keep_scale) {
+                                                Optional gate_row, Optional seed, double scaling, int64_t threshold,
+                                                double keep_scale) {
   const Guard guard(x.get_device_index());
   const Type type = type_of(x);
   const int64_t rows = x.size(0);
   const Stream stream = current_stream(x);
   Allocate make{x, {}};
   const Parameters parameters = {a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, keep_scale, threshold};
-  ForwardCall call = forward_call(x, bias, parameters, state, make);
+  ForwardCall call = forward_call(x, bias, parameters, make);
   Forward& p = call.p;
   const Adapter& adapter = p.adapter;
   if (rows == 0 || adapter.outputs == 0) return {call.y, torch::stable::zero_(call.h)};
-  plan(p, type);
-  p.launch.last = 1;
+  plan(p, type, false);
   p.qz = make.activation(true, {rows, adapter.width()});
   p.q = make.activation(true, {rows, adapter.q_width()});
   p.planes = make.floats(true, {p.splits, rows, adapter.q_width()});
-  run(p, type, true, stream);
+  run(p, type, false, stream);
 
   const int64_t sub_rank = adapter.sub_rank, tasks = u ? adapter.tasks : 0;
   hopper::Slots slots = {};
@@ -330,8 +329,8 @@ STABLE_TORCH_LIBRARY(lilora_cuda, m) {
 #ifdef LILORA_HOPPER
   m.def(
       "fused_linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b0, Tensor? u, Tensor? v, "
-      "Tensor? fusion, Tensor? task, Tensor? gate, Tensor? gate_row, Tensor? seed, Tensor state, float scaling, "
-      "int threshold, float keep_scale) -> (Tensor, Tensor)");
+      "Tensor? fusion, Tensor? task, Tensor? gate, Tensor? gate_row, Tensor? seed, float scaling, int threshold, "
+      "float keep_scale) -> (Tensor, Tensor)");
   m.def("slot_bytes(int rows, int tasks, int sub_rank) -> int");
 #endif
 }

@@ -148,16 +148,47 @@ struct Product {
     }
   }
 
-  // f(row, column, value of the column, value of the next column) for each pair of this thread.
-  template <typename F>
-  DEVICE void for_each(F f) {
+  DEVICE void clear_columns(int from) {
     UNROLL
     for (int i = 0; i < kTilesM; ++i) {
       UNROLL
-      for (int half = 0; half < 2; ++half) {
+      for (int j = 0; j < kTilesN; ++j) {
         UNROLL
-        for (int j = 0; j < kTilesN; ++j) f(row(i, half), column(j), c[i][j][2 * half], c[i][j][2 * half + 1]);
+        for (int e = 0; e < 4; ++e) c[i][j][e] = column(j) < from ? c[i][j][e] : 0;
       }
+    }
+  }
+
+  // f(row, first column, values) for each kCount neighbours of a row, 4 or 8. Two or four lanes that hold pairs of the same
+  // rows exchange them, so that each gets the neighbours of a tile of eight columns of its own.
+  template <int kCount, typename F>
+  DEVICE void for_each(F f) {
+    constexpr int kOwners = kCount / 2;
+    static_assert(kTilesN % kOwners == 0 || kTilesN == 2);
+    const int own = lane() % kOwners;
+    UNROLL
+    for (int first = 0; first < kTilesM * 2 * kTilesN; first += kOwners) {
+      float values[kCount];
+      UNROLL
+      for (int e = 0; e < kCount; ++e) {
+        const int tile = first + e / 2;
+        values[e] = c[tile / kTilesN / 2][tile % kTilesN][tile / kTilesN % 2 * 2 + e % 2];
+      }
+      UNROLL
+      for (int apart = 1; apart < kOwners; apart *= 2) {
+        const bool upper = (own & apart) != 0;
+        UNROLL
+        for (int e = 0; e < kCount; ++e) {
+          if ((e / 2 & apart) != 0) continue;
+          float &low = values[e], &high = values[e + 2 * apart];
+          const float other = shuffle(upper ? low : high, lane() ^ apart);
+          low = upper ? other : low;
+          high = upper ? high : other;
+        }
+      }
+      const int half = first / kTilesN % 2 + (kTilesN < kOwners ? own / kTilesN : 0);
+      const int j = first % kTilesN + (kTilesN < kOwners ? own % kTilesN : own);
+      f(row(first / kTilesN / 2, half), warp_column() + 8 * j + lane() % 4 / kOwners * kCount, values);
     }
   }
 

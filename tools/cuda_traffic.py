@@ -18,12 +18,14 @@ PLANE_BYTES, SUM_BLOCK = 1 << 28, 8 * THREADS
 
 @dataclass(frozen=True)
 class Phase:
-    """loads: how often a thread waits for partial sums, or for h, before it asks for the next."""
+    """loads: how often a thread waits for partial sums, or for h, before it asks for the next. at_once: blocks of a processor
+    on sm_90a, in a launch of the phase's own."""
 
     items: int
     traffic: list[Traffic]
     flops: int = 0
     loads: int = 0
+    at_once: int = 1
 
 
 def shares(tiles: int, blocks: int, steps: int, least: int, most: int) -> int:
@@ -42,6 +44,11 @@ def tile_rows(shape: Shape) -> int:
     return MANY_ROWS if shape.rows > FEW_ROWS_UP_TO else FEW_ROWS
 
 
+def expanding_at_once(shape: Shape) -> int:
+    """Blocks of a processor in phase 2 of the forward."""
+    return 2 if shape.rows > FEW_ROWS_UP_TO else 1
+
+
 def chunk_rows(shape: Shape) -> int:
     chunk, plane = 512 if shape.rows <= 2048 else 2048, FLOAT * shape.tasks * shape.outputs * shape.sub_rank
     while chunk < shape.rows and ceil(shape.rows, chunk) * plane > PLANE_BYTES:
@@ -49,15 +56,18 @@ def chunk_rows(shape: Shape) -> int:
     return chunk
 
 
-def forward(shape: Shape, base: bool, blocks: int) -> Iterator[Phase]:
-    """blocks: at once. With `base`, for up to FEW_ROWS_UP_TO rows, x W^T too."""
+def forward(shape: Shape, base: bool, blocks: int, expanding: int | None = None) -> Iterator[Phase]:
+    """blocks: as many as there are processors. With `base`, for up to FEW_ROWS_UP_TO rows, x W^T too.
+
+    expanding: blocks at once in phase 2, where that is not the same; expanding_at_once() of a processor, by phase.
+    """
     m, k, n, r, s, act = shape.rows, shape.columns, shape.outputs, shape.rank, shape.sub_rank, shape.activation
     many, width = m > FEW_ROWS_UP_TO, padded(r) + padded(s)
     row_tiles, sum_tiles = ceil(m, MANY_ROWS) if many else 1, ceil(m, SUM_ROWS)
     rank_tiles, output_tiles = ceil(r, TILE), ceil(n, TILE)
     passes, sum_passes = visits(row_tiles, shape.tasks), visits(sum_tiles, shape.tasks)
     splits = shares(row_tiles * rank_tiles, blocks, ceil(k, STEP), 2, MOST_SPLITS)
-    groups = shares(row_tiles, blocks, output_tiles, 1, output_tiles)
+    groups = shares(row_tiles, expanding or blocks, output_tiles, 1, output_tiles)
     planes, h, qz = splits * m * padded(r) * FLOAT, m * r * act, m * width * act
     computed = row_tiles * MANY_ROWS if many else sum_tiles * SUM_ROWS
     moved = [
@@ -69,15 +79,15 @@ def forward(shape: Shape, base: bool, blocks: int) -> Iterator[Phase]:
     if base:
         base_splits = shares(output_tiles, blocks, ceil(k, STEP), 8, MOST_SPLITS)
         base_planes, weight = base_splits * m * padded(n) * FLOAT, n * k * act
-        # A thread has two pairs of neighbours in each eight rows, and stores one before it loads the next.
-        base_loads = 2 * visits(ceil(m, 8), shape.tasks) * ceil(output_tiles, groups)
+        # A thread has eight neighbours in each sixteen rows, and stores them before it loads the next.
+        base_loads = sum_passes * ceil(output_tiles, groups)
         items += output_tiles * base_splits
         moved += [
             Traffic(0, "x", output_tiles * m * k * act, 0),
             Traffic(0, "weight", weight, weight),
             Traffic(0, "base_planes", base_planes, base_planes),
         ]
-    yield Phase(items, moved, 2 * computed * k * (r + n * base))
+    yield Phase(items, moved, 2 * computed * k * (r + n * base), at_once=2)
     moved = [
         Traffic(1, "planes", planes, planes),
         Traffic(1, "h", h, h),
@@ -86,7 +96,7 @@ def forward(shape: Shape, base: bool, blocks: int) -> Iterator[Phase]:
         Traffic(1, "q", sum_passes * min(m, SUM_ROWS) * padded(r) * act, 0),
     ]
     loads = ceil(min(m, SUM_ROWS) * padded(r), 4 * THREADS)
-    yield Phase(sum_tiles, moved, 2 * sum_passes * SUM_ROWS * r * s, loads)
+    yield Phase(sum_tiles, moved, 2 * sum_passes * SUM_ROWS * r * s, loads, at_once=3)
     moved = [
         Traffic(2, "qz", groups * qz, qz),
         Traffic(2, "b0", (passes if many else 1) * n * r * act, n * r * act),
@@ -96,16 +106,19 @@ def forward(shape: Shape, base: bool, blocks: int) -> Iterator[Phase]:
     ]
     by_task = passes * MANY_ROWS if many else sum_passes * SUM_ROWS
     flops = 2 * n * ((by_task if many else computed) * r + by_task * s)
-    yield Phase(row_tiles * groups, moved, flops, base_loads)
+    yield Phase(row_tiles * groups, moved, flops, base_loads, expanding_at_once(shape))
 
 
 def backward(shape: Shape, blocks: int, dx: bool) -> Iterator[Phase]:
-    """blocks: at once. Without dx where the fused product makes it."""
+    """blocks: as many as there are processors. Without dx where the fused product makes it."""
     m, k, n, r, s, act = shape.rows, shape.columns, shape.outputs, shape.rank, shape.sub_rank, shape.activation
     tile, width, tasks = tile_rows(shape), padded(r) + padded(s), shape.tasks
     row_tiles, sum_tiles, chunks = (ceil(m, size) for size in (tile, SUM_ROWS, chunk_rows(shape)))
     output_tiles, v_tiles = ceil(n, TILE), ceil(r, WIDE)
-    passes, sum_passes, runs = (visits(parts, tasks) for parts in (row_tiles, sum_tiles, chunks))
+    passes, sum_passes = (visits(parts, tasks) for parts in (row_tiles, sum_tiles))
+    runs = len(
+        {(row // chunk_rows(shape), row * tasks // m) for row in range(m)}
+    )  # chunks are larger than the last one
     wide_tiles, outer_tiles, column_tiles = (
         ceil(width, WIDE if tile == MANY_ROWS else 256),
         ceil(width, WIDE),
@@ -124,7 +137,7 @@ def backward(shape: Shape, blocks: int, dx: bool) -> Iterator[Phase]:
         Traffic(0, "q", sum_passes * min(m, SUM_ROWS) * padded(r) * act, 0),
     ]
     loads = ceil(min(m, SUM_ROWS) * padded(r), 4 * THREADS)
-    yield Phase(sum_tiles + chunks, moved, 2 * sum_passes * SUM_ROWS * r * s, loads)
+    yield Phase(sum_tiles + chunks, moved, 2 * sum_passes * SUM_ROWS * r * s, loads, at_once=4)
     moved = [
         Traffic(1, "dy", (wide_tiles * passes * min(m, tile) + outer_tiles * m) * n * act, m * n * act),
         Traffic(1, "b0", passes * n * r * act, n * r * act),
@@ -144,7 +157,7 @@ def backward(shape: Shape, blocks: int, dx: bool) -> Iterator[Phase]:
         Traffic(2, "seq", seq, seq),
     ]
     loads = ceil(min(m, SUM_ROWS) * width, 4 * THREADS)
-    yield Phase(sum_tiles, moved, 2 * sum_passes * SUM_ROWS * r * s, loads)
+    yield Phase(sum_tiles, moved, 2 * sum_passes * SUM_ROWS * r * s, loads, at_once=2)
     moved = [
         Traffic(3, "x", ceil(r, TILE) * m * k * act, m * k * act),
         Traffic(3, "dh", (column_tiles + dx * groups) * q, q),
@@ -162,4 +175,4 @@ def backward(shape: Shape, blocks: int, dx: bool) -> Iterator[Phase]:
     gradients = sum(size * count for size, count in sizes)
     moved += [Traffic(4, "gradients", gradients * act, gradients * act)]
     loads = SUM_BLOCK // (4 * THREADS) * ceil(chunks, MOST_SPLITS)
-    yield Phase(sum(ceil(size, SUM_BLOCK) * count for size, count in sizes), moved, loads=loads)
+    yield Phase(sum(ceil(size, SUM_BLOCK) * count for size, count in sizes), moved, loads=loads, at_once=4)

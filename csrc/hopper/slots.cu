@@ -19,7 +19,7 @@ struct Shared {
   bool exists[kSlotRows];
 };
 
-KERNEL(kThreads) fill(Launch launched) {
+KERNEL(kThreads, 1) fill(Launch launched) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const SlotsParams& p = launched.slots;
   const int i = threadIdx.x, tasks = static_cast<int>(p.tasks), parts = launched.parts;

@@ -96,8 +96,8 @@ def test_sizes_of_the_cuda_kernels():
     one, many = (traffic.Shape(m, *GATE_UP, 128, 64) for m in (1, 8192))
     shrink, prepare, expand = cuda_traffic.forward(one, True, 132)
     assert (shrink.items, prepare.items, expand.items) == (8 + 86 * 3, 1, 86)
-    assert (prepare.loads, expand.loads) == (1, 2)  # eight partial sums of four elements at once, three of two
-    for rows, tasks, loads in ((16, 1, 4), (17, 1, 6), (64, 1, 16), (64, 8, 16), (64, 64, 128)):
+    assert (prepare.loads, expand.loads) == (1, 1)  # eight partial sums of four elements at once, three of eight
+    for rows, tasks, loads in ((16, 1, 1), (17, 1, 2), (64, 1, 4), (64, 8, 8), (64, 64, 64)):
         shape = traffic.Shape(rows, *GATE_UP, 128, 64, tasks)
         shrink, prepare, expand = cuda_traffic.forward(shape, True, 132)
         assert (prepare.items, prepare.loads, expand.loads) == (-(-rows // 16), 2, loads)
@@ -106,6 +106,8 @@ def test_sizes_of_the_cuda_kernels():
         assert {name: issued[name] for name in once} == once
     shrink, prepare, expand = cuda_traffic.forward(many, False, 132)
     assert (shrink.items, prepare.items, expand.items) == (64 * 2, 512, 64 * 2)
+    *_, expand = cuda_traffic.forward(many, False, 132, 132 * cuda_traffic.expanding_at_once(many))
+    assert expand.items == 64 * 4  # two blocks of a processor
     found = list(cuda_traffic.backward(many, 132, True))
     sums = 256 + 688 + 344 + 4
     assert [phase.items for phase in found] == [512 + 4, 64 * 2 + 4 * 86, 512, 64 * 2 + 4 * (22 + 1) + 1, sums]
@@ -139,7 +141,7 @@ def test_launches_of_the_plans():
     assert launches(many, "Triton by_phase") == [3, 4, 7]
     assert launches(many, "Triton composed") == [4, 9, 13]
     assert launches(few, "CUDA decode") == [3]
-    assert launches(many, "CUDA fused") == [3, 6, 9]
+    assert launches(many, "CUDA fused") == [4, 6, 10]
     assert launches(few, "PEFT") == [5, 7, 12]
     forward, backward, _ = launches(Problem(8192, *GATE_UP, 8), "composed")
     assert forward <= 13

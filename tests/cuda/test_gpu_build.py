@@ -203,15 +203,27 @@ def code(built):
     return {part.split()[0]: part for part in text.split("Function : ")[1:]}, device
 
 
+ALL = "n1"  # as a name has the phase of a kernel that runs all of them
+
+
+def delta_kernels(kernels):
+    """(direction, type, rows of a tile, phase or ALL) -> the instructions."""
+    parts = {name: re.search(r"delta_(for|back)wardI(\w+?)Li(\d+)ELi(n?\d)E", name) for name in kernels}
+    return {found.groups(): kernels[name] for name, found in parts.items() if found}
+
+
 def test_products_are_made_by_tensor_cores(code):
-    """mma in every kernel; on 9.0a wgmma where tiles have 128 rows and in the fused product, which loads by TMA."""
+    """mma in every kernel with products; on 9.0a wgmma where tiles have 128 rows and in the fused product, which loads by TMA."""
     kernels, device = code
-    delta = {name: text for name, text in kernels.items() if re.search("delta_(for|back)ward", name)}
-    assert len(delta) == 8  # two directions, two types, two sizes of tiles
-    for name, text in delta.items():
-        assert re.search(r"\bHG?MMA\b", text), name
-        # Sums over rows have tiles of 128 whatever the number of rows.
-        wide = "Li128" in name or "backward" in name
+    delta = delta_kernels(kernels)
+    # Two types; in two sizes of tiles two phases of each direction and all of them, one phase and three in one size.
+    assert len(delta) == 2 * (2 * 2 * 3 + 1 + 3)
+    for (direction, kind, rows, phase), text in delta.items():
+        name = (direction, kind, rows, phase)
+        backward = direction == "back"
+        assert bool(re.search(r"\bHG?MMA\b", text)) == (phase != "4"), name
+        # Sums over rows have tiles of 128 whatever the number of rows; partial sums are added in tiles of 16.
+        wide = phase in ("1", "3", ALL) if backward else phase != "1" and rows == "128"
         assert ("HGMMA" in text) == (device == "sm_90a" and wide), name
     fused = {name: text for name, text in kernels.items() if "cutlass" in name}
     assert len(fused) == (4 if device == "sm_90a" else 0)  # two directions, two types
@@ -221,13 +233,34 @@ def test_products_are_made_by_tensor_cores(code):
 
 
 def test_partial_sums_are_loaded_by_sixteen_bytes_eight_at_a_time(code):
-    """Between two additions of partial sums: loads of sixteen bytes that nothing waits for."""
-    kernels, _ = code
-    delta = {name: text for name, text in kernels.items() if re.search("delta_(for|back)ward", name)}
-    for name, text in delta.items():
-        waits = re.findall(r"\b(LDG\S*\.128|FADD)\b", text)
+    """Between two additions of partial sums: loads of sixteen bytes that nothing waits for. For few rows the base has some."""
+    delta = delta_kernels(code[0])
+    adding = {("for", "128", "1"), ("for", "64", "2"), ("back", "128", "2"), ("back", "128", "4")}
+    for (direction, kind, rows, phase), text in delta.items():
+        if phase != ALL and (direction, rows, phase) not in adding:
+            continue
+        waits = re.findall(r"\b(LDG?\.E\S*\.128|FADD)\b", text)  # of pointers in memory by LD
         runs = [len(list(run)) for load, run in itertools.groupby(waits, lambda word: word != "FADD") if load]
-        assert max(runs, default=0) >= 8, name
+        assert max(runs, default=0) >= 8, (direction, kind, rows, phase)
+
+
+def test_kernels_of_a_phase_leave_registers_for_more_blocks_of_a_processor(built):
+    """Two, of 256 threads, share 65536 registers: in the forward's products, and wherever partial sums are added."""
+    for row in build_info(built)["kernels"]:
+        if found := re.search(r"delta_(for|back)ward<[^,]+, (\d+), (-?\d)>", row["kernel"]):
+            direction, rows, phase = found.groups()
+            wgmma = row["architecture"] == "sm_90a"
+            several = (
+                {"0", "1"} | ({"2"} if rows == "128" and wgmma else set()) if direction == "for" else {"0", "2", "4"}
+            )
+            assert 65536 // (256 * -(-row["registers"] // 8) * 8) >= 1 + (phase in several), row
+
+
+def test_results_are_stored_by_sixteen_bytes(code):
+    """Whatever a thread holds of a product: element by element only where rows do not begin at multiples of sixteen."""
+    for name, text in delta_kernels(code[0]).items():
+        assert "STG.E.128" in text, name
+        assert text.count("STG.E.64") < 10, name  # h, q and gradients in 16 bits, by four
 
 
 def test_lilora_info_shows_the_build(built):

@@ -27,6 +27,7 @@ int64_t emulation_watched_bytes() { return emulation::watched_bytes; }
 int emulation_launches() { return emulation::launches; }
 int64_t emulation_blocks() { return emulation::launched_blocks; }
 int64_t emulation_copied() { return emulation::copied; }
+int64_t emulation_stored() { return emulation::stored; }
 
 void index_tile_range(int index, int size, int64_t total, int64_t* out) {
   const Range range = tile_range(index, size, total);

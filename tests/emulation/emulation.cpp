@@ -25,7 +25,7 @@ unsigned order = 0;
 Copies copies = Copies::kLate;
 int launches = 0;
 bool launches_nothing = false;
-int64_t launched_blocks = 0, copied = 0;
+int64_t launched_blocks = 0, copied = 0, stored = 0;
 const uint8_t* watched = nullptr;
 int64_t watched_size = 0, watched_bytes = 0;
 std::string missing_code;
@@ -597,6 +597,12 @@ void wait_copies(int pending) {
   }
 }
 void publish_shared() { self->published = emulation::now++; }
+void store_words(void* to, const uint32_t* words, int bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0) emulation::fail("a store of " + std::to_string(bytes) + " bytes is misaligned");
+  emulation::stored += bytes;
+  emulation::access(to, bytes, true, static_cast<uint16_t>(self->thread));
+  std::memcpy(to, words, bytes);
+}
 
 float sum_of_four(float x) {
   float result = 0;
@@ -611,12 +617,12 @@ float sum_of_four(float x) {
   return result;
 }
 
-uint32_t shuffle(uint32_t x, int lane) {
-  uint32_t result = 0;
+float shuffle(float x, int lane) {
+  float result = 0;
   emulation::warp(&x, &result, &lane, [](const void* (*brought)[3]) {
     for (int i = 0; i < emulation::kLanes; ++i) {
       const int from = *static_cast<const int*>(brought[i][2]);
-      *static_cast<uint32_t*>(const_cast<void*>(brought[i][1])) = *static_cast<const uint32_t*>(brought[from][0]);
+      *static_cast<float*>(const_cast<void*>(brought[i][1])) = *static_cast<const float*>(brought[from][0]);
     }
   });
   return result;

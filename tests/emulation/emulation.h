@@ -21,7 +21,7 @@
 #define DEVICE inline
 #define PART inline
 #define KERNEL_PARAMETER
-#define KERNEL(threads) void
+#define KERNEL(threads, blocks) void
 #define UNROLL
 #define NO_UNROLL
 #define __syncthreads() ::lilora::emulation::sync_block()
@@ -52,7 +52,7 @@ extern unsigned order;
 extern Copies copies;
 extern int launches;
 extern bool launches_nothing;     // to measure what the host does
-extern int64_t launched_blocks, copied;  // of all launches, and the bytes that they have copied
+extern int64_t launched_blocks, copied, stored;  // of all launches, and bytes: copied, and stored by several words at once
 extern const uint8_t* watched;    // global memory of which the bytes that are copied are counted
 extern int64_t watched_size, watched_bytes;
 extern std::string missing_code;  // what a device without the code says
@@ -117,6 +117,11 @@ void copy_async(Chunk* to, const void* from, int bytes);
 void commit_copies();
 void wait_copies(int pending);
 void publish_shared();
+void store_words(void* to, const uint32_t* words, int bytes);
+template <int kWords>
+void store_words(void* to, const uint32_t (&words)[kWords]) {
+  store_words(to, words, 4 * kWords);
+}
 
 template <bool kTransposed>
 void load_matrices(uint32_t (&r)[4], const Chunk* row) {
@@ -143,7 +148,7 @@ void end_products(float (&c)[kTilesN][4]) {
 }
 
 float sum_of_four(float x);
-uint32_t shuffle(uint32_t x, int lane);
+float shuffle(float x, int lane);
 void atomicMin(int* p, int x);
 void atomicMax(int* p, int x);
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
@@ -153,6 +158,7 @@ void meet(int* state);
 void wait_for_previous_kernel();
 inline void allow_next_kernel() {}
 inline int largest_shared_memory() { return emulation::largest_shared; }
+inline int processors() { return emulation::processors; }
 
 template <typename Params>
 std::string missing_code(void (*)(Params)) {

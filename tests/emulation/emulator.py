@@ -65,7 +65,8 @@ class Device:
 
     def __init__(self, seed: int = 0, library: Path = LIBRARY) -> None:
         self.library = ctypes.CDLL(str(library))
-        self.library.emulation_blocks.restype = self.library.emulation_copied.restype = ctypes.c_int64
+        for count in ("blocks", "copied", "stored"):
+            getattr(self.library, f"emulation_{count}").restype = ctypes.c_int64
         self.seed = seed
 
     def __call__(
@@ -96,6 +97,6 @@ class Device:
         return self.library.emulation_launches()
 
     @property
-    def work(self) -> tuple[int, int]:
-        """Blocks of all launches so far, and bytes that they have copied to shared memory."""
-        return self.library.emulation_blocks(), self.library.emulation_copied()
+    def work(self) -> tuple[int, int, int]:
+        """Blocks of all launches so far, bytes that they have copied to shared memory, and those stored by eight or sixteen."""
+        return self.library.emulation_blocks(), self.library.emulation_copied(), self.library.emulation_stored()

@@ -23,7 +23,7 @@ class Mutant:
 FORWARD, BACKWARD, SLOTS = "delta_forward.cu", "delta_backward.cu", "hopper/slots.cu"
 WGMMA = ("sm_90a",)  # without it there are neither fences nor products under way
 STEP = "      wait_copies(stages - 2);\n      publish_shared();\n      __syncthreads();\n"
-MEET = "    if (phase > p.launch.first) meet(p.launch.state);\n"
+MEET = "    meet(p.launch.state);\n"
 WAIT = "  wait_for_previous_kernel();\n"
 SYNC = "  __syncthreads();\n"
 
@@ -52,17 +52,17 @@ MUTANTS = (
     Mutant("no fence behind dropout", "adapter.h", "  publish_shared();\n", "", FORWARD, WGMMA),
     Mutant("no end of products", "tile.h", "      end_products(c[0]);\n", "", FORWARD, WGMMA),
     # Barriers of the grid, and between launches.
-    Mutant("no barrier of the grid, forward", FORWARD, MEET, "", FORWARD),
-    Mutant("no barrier of the grid, backward", BACKWARD, MEET, "", BACKWARD),
+    Mutant("no barrier of the grid, forward", "plan.h", MEET, "", FORWARD),
+    Mutant("no barrier of the grid, backward", "plan.h", MEET, "", BACKWARD),
     Mutant(
         "one barrier of the grid too few",
-        BACKWARD,
+        "plan.h",
         MEET,
-        MEET.replace("meet(p.launch.state)", "phase != 3 ? meet(p.launch.state) : __syncthreads()"),
+        MEET.replace("meet(p.launch.state)", "kFirst != 2 ? meet(p.launch.state) : __syncthreads()"),
         BACKWARD,
     ),
-    Mutant("no wait for the kernel before, forward", FORWARD, WAIT, "", FORWARD),
-    Mutant("no wait for the kernel before, backward", BACKWARD, WAIT, "", BACKWARD),
+    Mutant("no wait for the kernel before, forward", "plan.h", WAIT, "", FORWARD),
+    Mutant("no wait for the kernel before, backward", "plan.h", WAIT, "", BACKWARD),
     # Barriers of a block.
     Mutant("no barrier of a step", "tile.h", STEP, STEP.replace("      __syncthreads();\n", ""), FORWARD),
     Mutant("no barrier behind the steps", "tile.h", "  }\n  __syncthreads();\n}", "  }\n}", BACKWARD),
@@ -142,7 +142,7 @@ MUTANTS = (
         BACKWARD,
     ),
     # Masks of tasks.
-    Mutant("z of other tasks' rows", "prepare.h", "list.ids[i] == id && ", "", FORWARD),
+    Mutant("z of other tasks' rows", "prepare.h", "list.ids[i] != id || ", "", FORWARD),
     Mutant("y of other tasks' rows", FORWARD, "list.ids[i] != list.tasks[at.pass]", "false", FORWARD),
     Mutant(
         "P and Q of other tasks' rows",

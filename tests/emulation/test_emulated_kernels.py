@@ -160,6 +160,45 @@ def test_strided_and_misaligned_inputs(rows):
     assert torch.equal(functional.delta(columns_first, *adapter(i)[1:], **options(i)), want)
 
 
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("rows, op", [(30, "linear"), (30, "delta"), (130, "delta")])
+def test_rows_that_do_not_begin_at_multiples_of_sixteen_bytes_get_the_same_results(rows, op, masters):
+    """They are stored element by element; zeros beside them, which add nothing, make them begin there."""
+    whole = make(rows, 48, 64, 16, 8, gate=True, dtype=torch.float16)
+    dy = torch.randn(rows, 64).half()
+    sizes = {"x": (rows, 45), "a": (13, 45), "b0": (57, 13), "u": (3, 57, 5), "v": (3, 5, 13), "gate": (5, 13)}
+
+    def part(name, t):
+        return t[tuple(map(slice, sizes.get(name, t.shape)))]
+
+    def run(i, dy, weight, bias):
+        if masters:
+            i = i.to(torch.float32).with_(x=i.x)
+        copy = i.leaves()
+        more = options(copy, p=0.2, seed=torch.tensor([3]))
+        first = adapter(copy)
+        y = (
+            functional.delta(*first, **more)
+            if op == "delta"
+            else functional.linear(first[0], weight, bias, *first[1:], **more)
+        )
+        return {"y": y.detach(), **gradients(y, copy, NAMES, dy)}
+
+    ragged = whole.with_(**{name: part(name, getattr(whole, name)).contiguous() for name in sizes})
+    for name in sizes:
+        t = getattr(whole, name)
+        kept = part(name, t).clone()
+        t.zero_()
+        part(name, t).copy_(kept)
+    weight, bias = base(whole)
+    weight[57:], weight[:, 45:], bias[57:], dy[:, 57:] = 0, 0, 0, 0
+    got = run(ragged, dy[:, :57].contiguous(), weight[:57, :45].contiguous(), bias[:57].contiguous())
+    want = run(whole, dy, weight, bias)
+    sizes["y"] = rows, 57
+    for name, value in got.items():
+        assert torch.equal(value, part(name, want[name])), name
+
+
 # --- dropout -------------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +237,25 @@ def test_delta_is_one_launch_forward_and_one_launch_backward(rows, device):
     assert device.launches == before + 1
     cuda_backend.backward(torch.randn(rows, 48).half(), i.x, h, args_of(i), frozenset(NAMES))
     assert device.launches == before + 2
+
+
+def test_the_base_is_computed_by_phase_whatever_is_asked_for(device):
+    i = make(40, 64, 48, 16, 8, dtype=torch.float16)
+    weight, bias = base(i)
+    want = cuda_backend.run_forward(i.x, bias, args_of(i), False, weight)
+    before = device.launches
+    assert_equal(cuda_backend.run_forward(i.x, bias, args_of(i), True, weight), want)
+    assert device.launches == before + 3
+
+
+def test_the_base_of_more_rows_than_a_small_tile_has(device):
+    i = make(150, 64, 48, 16, 8, dtype=torch.float16)
+    weight, bias = base(i)
+    y, h = cuda_backend.run_forward(i.x, bias, args_of(i), False, weight)
+    parts = [slice(0, 64), slice(64, 128), slice(128, 150)]
+    for at in parts:
+        args = args_of(i)._replace(task=i.task[at].contiguous())
+        assert_equal(cuda_backend.run_forward(i.x[at], bias, args, False, weight), (y[at], h[at]))
 
 
 @pytest.mark.parametrize("needs, phases", [(("x",), 3), (("u",), 3), (("a",), 4), (("x", "u", "v", "fusion"), 5)])
@@ -482,8 +540,8 @@ def test_the_fused_product_leaves_what_it_cannot_do_to_the_other_plans(monkeypat
 
 
 @pytest.mark.parametrize("rows, tasks", [(48, 1), (48, 6), (256, 1), (256, 4), (640, 5)])
-def test_items_and_copies_are_those_that_the_model_counts(rows, tasks, device):
-    """A block takes one item where there are more blocks than items; planes and what is written are not copied."""
+def test_items_copies_and_stores_are_those_that_the_model_counts(rows, tasks, device):
+    """A block takes one item where there are more blocks than items; planes are not copied; whole vectors are stored."""
     blocks = 400
     device(processors=blocks)
     columns, outputs, rank, sub_rank = 192, 256, 32, 16
@@ -498,15 +556,19 @@ def test_items_and_copies_are_those_that_the_model_counts(rows, tasks, device):
         result = call()
         return result, tuple(after - then for after, then in zip(device.work, before, strict=True))
 
-    def planned(phases, copied):
+    def planned(phases, *tensors):
         phases = list(phases)
-        moved = sum(each.issued for phase in phases for each in phase.traffic if (each.phase, each.tensor) in copied)
-        return sum(phase.items for phase in phases), moved
+        moved = [each for phase in phases for each in phase.traffic]
+        sums = (sum(each.issued for each in moved if (each.phase, each.tensor) in some) for some in tensors)
+        return sum(phase.items for phase in phases), *sums
 
     decode = rows <= cuda_traffic.FEW_ROWS_UP_TO
     copied = {(0, "x"), (0, "a"), (0, "weight"), (1, "v"), (1, "q"), (2, "qz"), (2, "b0"), (2, "u")}
     (_, h), found = counted(lambda: cuda_backend.run_forward(i.x, None, args, False, weight if decode else None))
-    assert found == planned(cuda_traffic.forward(shape, decode, blocks), copied)
+    z = rows * sub_rank * 2
+    stored = {(0, "planes"), (0, "base_planes"), (1, "h"), (2, "y")}
+    items, moved, written = planned(cuda_traffic.forward(shape, decode, blocks), copied, stored)
+    assert found == (items, moved, written + z)
     copied = {(0, "q"), (0, "v"), (1, "dy"), (1, "b0"), (1, "u"), (1, "fqz"), (2, "v"), (3, "x"), (3, "dh"), (3, "a")}
     copied |= {(3, "seq"), (3, "q")}
     dy = torch.randn(rows, outputs, dtype=torch.bfloat16)
@@ -515,5 +577,15 @@ def test_items_and_copies_are_those_that_the_model_counts(rows, tasks, device):
     empty = 2 * (
         -(-rows // chunk) * chunk // tile - -(-rows // tile)
     )  # both shares of the tiles that the last chunk lacks
-    items, moved = planned(cuda_traffic.backward(shape, blocks, True), copied)
-    assert found == (items + empty, moved)
+    stored = {
+        (1, "planes"),
+        (1, "db0_planes"),
+        (1, "du_planes"),
+        (2, "dh"),
+        (3, "dx"),
+        (3, "da_planes"),
+        (3, "dv_planes"),
+    }
+    stored |= {(4, "gradients")}
+    items, moved, written = planned(cuda_traffic.backward(shape, blocks, True), copied, stored)
+    assert found == (items + empty, moved, written + z)

@@ -90,10 +90,10 @@ def like(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 
 def run_fused_forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
-    """y [M, N] = x W^T + bias + delta in one product on sm_90a, after the launch that makes h [M, R]."""
+    """y [M, N] = x W^T + bias + delta in one product on sm_90a, after the launches that make h [M, R]."""
     return torch.ops.lilora_cuda.fused_linear_forward(
-        rows_of(x), rows_of(weight.to(x.dtype)), fitting(bias, x), *operands(adapter, x), barrier_state(x.device),
-        adapter.scaling, threshold(adapter.p), keep_scale(adapter.p),
+        rows_of(x), rows_of(weight.to(x.dtype)), fitting(bias, x), *operands(adapter, x), adapter.scaling, threshold(adapter.p),
+        keep_scale(adapter.p),
     )  # fmt: skip
 
 

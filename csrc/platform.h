@@ -226,7 +226,10 @@ DEVICE float sum_of_four(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+template <typename T>  // no conversion: 32-bit words, or floats
+DEVICE T shuffle(T x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
 
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }

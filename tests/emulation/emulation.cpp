@@ -617,12 +617,12 @@ float sum_of_four(float x) {
   return result;
 }
 
-float shuffle(float x, int lane) {
-  float result = 0;
+uint32_t shuffle_words(uint32_t x, int lane) {
+  uint32_t result = 0;
   emulation::warp(&x, &result, &lane, [](const void* (*brought)[3]) {
     for (int i = 0; i < emulation::kLanes; ++i) {
       const int from = *static_cast<const int*>(brought[i][2]);
-      *static_cast<float*>(const_cast<void*>(brought[i][1])) = *static_cast<const float*>(brought[from][0]);
+      *static_cast<uint32_t*>(const_cast<void*>(brought[i][1])) = *static_cast<const uint32_t*>(brought[from][0]);
     }
   });
   return result;

@@ -148,7 +148,16 @@ void end_products(float (&c)[kTilesN][4]) {
 }
 
 float sum_of_four(float x);
-float shuffle(float x, int lane);
+uint32_t shuffle_words(uint32_t x, int lane);
+template <typename T>
+T shuffle(T x, int lane) {
+  uint32_t word;
+  static_assert(sizeof x == sizeof word);
+  std::memcpy(&word, &x, sizeof x);
+  word = shuffle_words(word, lane);
+  std::memcpy(&x, &word, sizeof x);
+  return x;
+}
 void atomicMin(int* p, int x);
 void atomicMax(int* p, int x);
 inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }

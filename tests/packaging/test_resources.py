@@ -94,7 +94,7 @@ def test_variants_do_not_multiply_with_the_number_of_rows(monkeypatch):
         variants.add((kernel, tuple(given), tuple(fixed), tuple(made.items())))
 
     monkeypatch.setattr(triton_jobs, "run", recording)
-    for rows in range(17, 200, 3):
+    for rows in range(1, 128, 3):
         i = make(rows=rows, columns=128, outputs=96, rank=16, sub_rank=8, tasks=1 + rows % 7, dtype=torch.float16)
         args = AdapterArgs(i.a, i.b0, i.u, i.v, i.fusion, i.task, None, None, None, 1.0, 0.0, None)
         _, h = triton_backend.forward(i.x, args)

@@ -126,7 +126,8 @@ class Errors:
     """Errors against fp64 in units of full scale, pooled over random inputs, ours beside the eager formula's."""
 
     def __init__(self) -> None:
-        self.pools: dict[str, tuple[list, list]] = {}  # ours, eager: errors, each with what its full scale is the RMS of
+        # Ours and eager: errors, each with the scales that its full scale is the RMS of.
+        self.pools: dict[str, tuple[list, list]] = {}
         self.few: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, got: Tensor, eager: Tensor, truth: Tensor) -> None:

@@ -247,11 +247,14 @@ def described(failure: Exception) -> str:
     return f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
 
 
-def variants() -> list:
-    """Of a kernel: each needs more than what is timed. What serves a pair of adapters has sizes of its own."""
+def variants(large: bool) -> list:
+    """Of a kernel: each needs more than what is timed. What serves a pair of adapters has sizes of its own.
+
+    large: blocks have shared memory for the largest ranks, which the backend refuses elsewhere.
+    """
     from tools.resources import Variant
 
-    masters, ranks = {"masters": torch.float32}, {"rank": 256, "sub_rank": 128}
+    masters, ranks = {"masters": torch.float32}, {"rank": 256, "sub_rank": 128 if large else 64}
     found = [masters, {"dtype": torch.float32}, {"gate": True}, ranks, masters | ranks]
     return [Variant(**each) for each in found]
 
@@ -279,7 +282,7 @@ class Launches:
         major, minor = triton_runtime.capability(self.machine.device)
         shared = torch.cuda.get_device_properties(self.machine.device).shared_memory_per_block_optin
         where = 10 * major + minor, shared, self.entry, found
-        jobs = [(variant_once, *where, variant) for variant in variants()]
+        jobs = [(variant_once, *where, variant) for variant in variants(shared > 4 * 256 * 128)]
         return next(filter(None, self.compiler.failures(jobs, seconds)), None)
 
     def check(self, sizes: Sizes) -> None:

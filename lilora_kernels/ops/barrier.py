@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 SLOTS = 64  # streams per allocation
-LINE = 1024  # int32 of a slot: streams share no cache line, and every slot is aligned like the first
+LINE = 4096  # int32 of a slot: streams share no cache line, and every slot is aligned like the first
 COUNTERS = LINE - 2
 
 _lock = threading.Lock()

@@ -22,8 +22,7 @@ NOTHING = nullcontext()
 
 
 class Launch(dict):
-    """A kernel's launch but for its grid and arguments: the constants by name, and what was compiled. Read only.
-
+    """A kernel's launch but for its grid and arguments: the constants by name, and what was compiled. Read only, but for
     programs: of a cooperative launch, for each processor; 0 for any other.
     """
 

@@ -39,6 +39,8 @@ def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
         return f"it does not support {x.dtype}" + (" in the interpreter" if INTERPRETED else "")
     if rank > LARGEST_RANK or sub_rank > LARGEST_SUB_RANK:
         return f"it supports r up to {LARGEST_RANK} and sub_rank up to {LARGEST_SUB_RANK}"
+    if not INTERPRETED and 4 * padded(rank) * padded(sub_rank) > shared_memory(x.device):  # V_t of one task, in fp32
+        return f"r {rank} with sub_rank {sub_rank} takes more shared memory than a block of this GPU has"
     return None
 
 
@@ -96,6 +98,12 @@ def device_names(device: torch.device) -> tuple[str, ...]:
     if device.type != "cuda":
         return ()
     return torch.cuda.get_device_name(device).replace(" ", "_"), "sm_{}{}".format(*capability(device))
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @cache

@@ -224,9 +224,10 @@ def test_a_configuration_that_fits_only_what_was_timed_is_refused():
 
 
 def test_wider_elements_larger_ranks_and_a_gate_have_to_fit_too():
-    found = tune.variants()
-    assert {Variant(masters=torch.float32), Variant(dtype=torch.float32), Variant(gate=True)} < set(found)
-    assert Variant(masters=torch.float32, rank=256, sub_rank=128) in found
+    for large, sub_rank in ((True, 128), (False, 64)):
+        found = tune.variants(large)
+        assert {Variant(masters=torch.float32), Variant(dtype=torch.float32), Variant(gate=True)} < set(found)
+        assert Variant(masters=torch.float32, rank=256, sub_rank=sub_rank) in found
 
 
 def test_what_a_variant_needs_is_known_without_launching_it():

@@ -452,6 +452,23 @@ def test_strided_inputs(pinned):
         assert torch.equal(functional.delta(x, i.a.T.contiguous().T, *adapter(i)[2:], **options(i)), want)
 
 
+@pytest.mark.parametrize("plan", DTYPES)
+def test_negated_views(plan, pinned):
+    """What is stored is not what they are worth: of x, of a factor, of the gradient that comes in."""
+    pinned(SPLIT, plan)
+    i = make(rows=40, dtype=DTYPES[plan]).leaves(("x", "a", "u"))
+    dy = torch.randn(40, 20).to(i.x.dtype)
+    want = functional.delta(-i.x, i.a, i.b0, -i.u, *adapter(i)[4:], **options(i))
+    got = functional.delta(torch._neg_view(i.x), i.a, i.b0, torch._neg_view(i.u), *adapter(i)[4:], **options(i))
+    assert torch.equal(got, want)
+    for g, w in zip(
+        torch.autograd.grad(got, (i.x, i.a, i.u), torch._neg_view(dy)),
+        torch.autograd.grad(want, (i.x, i.a, i.u), -dy),
+        strict=True,
+    ):
+        assert torch.equal(g, w)
+
+
 @pytest.mark.parametrize("ids", [(2, 0), (1, 2), (2, 1, 0)], ids=str)
 def test_tasks_in_another_order_and_absent_ones_of_the_composed_plan(ids, pinned):
     """M_t and dM_t lie in the order of the batch; a task without rows has zeros."""
@@ -540,6 +557,12 @@ def test_what_the_kernels_refuse():
     assert "r up to 256 and sub_rank up to 128" in triton_runtime.refusal(x, 257, 64)
     assert "r up to 256 and sub_rank up to 128" in triton_runtime.refusal(x, 16, 129)
     assert "triton: " not in lilora_kernels.explain(torch.nn.Sequential(LiLoRALinear(torch.nn.Linear(4, 4), r=2)))
+
+
+def test_a_configuration_whose_tiles_do_not_fill_a_chunk_is_refused(monkeypatch):
+    monkeypatch.setattr(triton_configs, "tuned", lambda names: {"from_dy": {"1024": {"CHUNK": 48}}})
+    with pytest.raises(ValueError, match="from_dy 1024 has CHUNK 48; give a multiple of BLOCK_M 32"):
+        triton_configs.chosen((), "from_dy", 1024)
 
 
 def test_a_call_has_the_configuration_of_the_next_number_of_rows():

@@ -1,6 +1,8 @@
 """Launches that go past JITFunction.run, compared with those that it makes, over a driver without a GPU."""
 
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import create_function_from_signature
 
-from lilora_kernels.ops import triton_launcher
+from lilora_kernels.ops import triton_launcher, triton_runtime
+from lilora_kernels.ops.delta import triton_jobs
 from lilora_kernels.ops.delta.composed_kernels import compose, sum_gradients, u_gradient, v_gradient_partials
 from lilora_kernels.ops.delta.triton_backward import (
     BackwardSizes,
@@ -221,6 +224,35 @@ def test_a_second_launch_is_what_triton_would_launch(kernel, seed, launched, by_
         bound, wanted = map(plain, launched[-2:])
         assert bound == wanted
         assert bound[0].cooperative == (kernel is not rank_gate)
+
+
+def test_a_launch_of_more_programs_than_fit_is_made_with_fewer_and_remembered(monkeypatch):
+    """As CUDA refuses it where the ranks take more registers than those that the configuration was made for."""
+    made, tried = Launch(delta_forward, KERNELS[delta_forward][2], programs=3), []
+
+    def refusing(made, grid, *_):
+        tried.append(grid[0])
+        if grid[0] > 264:
+            raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+
+    monkeypatch.setattr(triton_jobs, "launch", refusing)
+    monkeypatch.setattr(triton_jobs, "current", lambda device: nullcontext())
+    monkeypatch.setattr(triton_runtime, "processors", lambda device: 132)
+    for _ in range(2):
+        triton_jobs.run(made, None, torch.device("cpu"), (), (), (), waits=True)
+    assert tried == [396, 264, 264]
+    monkeypatch.setattr(triton_runtime, "processors", lambda device: 300)
+    with pytest.raises(RuntimeError, match="cooperative"):
+        triton_jobs.run(made, None, torch.device("cpu"), (), (), (), waits=True)
+
+
+@pytest.mark.parametrize("shared, refused", [(99, True), (163, False)])
+def test_ranks_that_shared_memory_cannot_hold_are_refused(shared, refused, monkeypatch):
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    monkeypatch.setattr(triton_runtime, "old_gpu", lambda device: None)
+    monkeypatch.setattr(triton_runtime, "shared_memory", lambda device: shared * 1024)
+    assert triton_runtime.refusal(x, 256, 64) is None
+    assert ("takes more shared memory" in (triton_runtime.refusal(x, 256, 128) or "")) == refused
 
 
 def test_hooks_and_other_versions_go_through_triton(launched, by_triton, monkeypatch):

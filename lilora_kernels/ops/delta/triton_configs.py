@@ -125,7 +125,12 @@ def widths(x: Tensor, adapter: AdapterArgs) -> tuple[int, int, int]:
 def chosen(names: tuple[str, ...], kernel: str, rows: int, pair: bool = False) -> dict[str, int]:
     """For 2-byte elements and ranks up to 128: what tuning found for a GPU of these names, or the kernel's function."""
     sizes = HEURISTICS[kernel](rows, "sm_90" in names, pair)
-    return sizes if pair else sizes | tuned(names).get(kernel, {}).get(str(rows), {})
+    sizes = sizes if pair else sizes | tuned(names).get(kernel, {}).get(str(rows), {})
+    if sizes.get("CHUNK", 0) % sizes.get("BLOCK_M", 1):
+        raise ValueError(
+            f"{CONFIGS}: {kernel} {rows} has CHUNK {sizes['CHUNK']}; give a multiple of BLOCK_M {sizes['BLOCK_M']}"
+        )
+    return sizes
 
 
 @cache
@@ -140,7 +145,7 @@ def bucket(rows: int) -> int:
 
 
 def bucket_rows(device: torch.device) -> list[int]:
-    """Numbers of rows that together meet every configuration, and those where `linear` changes its plan.
+    """Numbers of rows that together meet every configuration up to 64 thousand rows, and those where `linear` changes its plan.
 
     One row is among them because cuBLAS has kernels of its own for it.
     """

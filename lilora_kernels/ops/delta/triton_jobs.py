@@ -47,7 +47,7 @@ class Forward:
         other: "Forward | None" = None,
         pair: bool = False,
     ) -> None:
-        self.x = x if x.stride(1) == 1 else x.contiguous()
+        self.x = rows_of(x)
         self.bias = staged(bias)
         self.adapter = adapter = staged_adapter(adapter)
         self.sizes = sizes = Sizes.of(adapter)
@@ -138,8 +138,8 @@ class Backward:
         first: "Backward | None" = None,
         from_dh: bool = False,
     ) -> None:
-        self.dy = dy = dy.contiguous()
-        self.x = x if x is None or x.stride(1) == 1 else x.contiguous()
+        self.dy = dy = dy.resolve_neg().contiguous()
+        self.x = None if x is None else rows_of(x)
         self.adapter = adapter = staged_adapter(adapter)
         self.needs, self.sizes, self.is_first, self.second = needs, Sizes.of(adapter), first is None, None
         if first is not None:
@@ -302,12 +302,17 @@ def ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """Rows may lie anywhere, the elements of one next to each other."""
+    return x if x.stride(1) == 1 and not x.is_neg() else x.resolve_neg().contiguous()
+
+
 def staged(tensor: Tensor | None) -> Tensor | None:
     """Contiguous, at a multiple of 16 bytes: others, such as views of an optimizer's flat buffer, would be read 2 bytes at a time
     and without asynchronous copies, by kernels compiled for that."""
     if tensor is None:
         return None
-    tensor = tensor.contiguous()
+    tensor = tensor.resolve_neg().contiguous()
     return tensor.clone() if tensor.data_ptr() & 15 else tensor
 
 
@@ -315,9 +320,13 @@ def staged_adapter(adapter: AdapterArgs) -> AdapterArgs:
     """The small tensors, which are read an element at a time, may lie anywhere."""
     a, b0, u, v, fusion, task, gate, gate_row, seed, *others = adapter
     a, b0, u, v, gate = [
-        t if t is None or (t.is_contiguous() and not t.data_ptr() & 15) else staged(t) for t in (a, b0, u, v, gate)
+        t if t is None or (t.is_contiguous() and not t.data_ptr() & 15 and not t.is_neg()) else staged(t)
+        for t in (a, b0, u, v, gate)
     ]
-    fusion, task, gate_row = [t if t is None or t.is_contiguous() else t.contiguous() for t in (fusion, task, gate_row)]
+    fusion, task, gate_row = [
+        t if t is None or (t.is_contiguous() and not t.is_neg()) else t.resolve_neg().contiguous()
+        for t in (fusion, task, gate_row)
+    ]
     return AdapterArgs(a, b0, u, v, fusion, task, gate, gate_row, seed, *others)
 
 
@@ -334,7 +343,8 @@ def run(
     numbers: tuple,
     waits: bool | None = None,
 ) -> None:
-    """One launch: a program for each item, nothing for none; where items is None, as many programs as are resident at once.
+    """One launch: a program for each item, nothing for none; where items is None, as many programs as are resident at once, up
+    to those of the configuration.
 
     waits: whether programs wait for each other, of a kernel that has a state for it behind its other tensors.
     """
@@ -343,8 +353,14 @@ def run(
     with current(device):
         if waits is not None:
             tensors += (barrier_state(device) if waits else None,)
-        if runtime.INTERPRETED:  # programs run one after another there: a barrier can wait for no more than one
-            items = 1 if items is None else 3
-        elif items is None:
-            items = runtime.processors(device) * made.programs
-        launch(made, (items, 1, 1), tensors, numbers, groups)
+        if items is not None:
+            return launch(made, (3 if runtime.INTERPRETED else items, 1, 1), tensors, numbers, groups)
+        while True:
+            # Where programs run one after another a barrier can wait for no more than one.
+            programs = 1 if runtime.INTERPRETED else runtime.processors(device) * made.programs
+            try:
+                return launch(made, (programs, 1, 1), tensors, numbers, groups)
+            except RuntimeError as error:
+                if made.programs == 1 or "cooperative" not in str(error):
+                    raise
+                made.programs -= 1  # the registers of these ranks leave room for fewer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, functional
-from .context import Tasks
+from .context import TEXT, Tasks
 from .ops import cpu_runtime
 from .ops.delta.register import delta
 from .ops.doors import (
@@ -110,7 +110,7 @@ class AdaptedLinear(nn.Module):
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.dropout = dropout
         self.model_tasks = Tasks()
-        self.vision = False  # whether the rows are packed images; set by attach()
+        self.path, self.place = "a layer", TEXT  # in the model; set by attach(), see routing.places
         self.register_load_state_dict_pre_hook(check_loads)
 
     def check_load(self, state: Mapping[str, Tensor], prefix: str) -> None:

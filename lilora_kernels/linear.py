@@ -332,7 +332,7 @@ class LiLoRALinear(AdaptedLinear):
             if not names:
                 return None
         if samples is None:
-            rows = context.rows(x, self.vision, positions)
+            rows = context.rows(x, self.place, positions, self.path)
         else:
             rows = positions.unsqueeze(1).expand(samples, x.shape[1:-1].numel()).reshape(-1).contiguous()
         if not names:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lilora.io.bank import Bank
-from lilora_kernels.context import TEXT
+from lilora_kernels.context import AHEAD
 from lilora_kernels.functional import rank_gate
 from lilora_kernels.rank_pool import Choice, RankPoolLinear
 from lilora_kernels.routing import places
@@ -174,7 +174,7 @@ class DAC(Method):
         base.register_forward_pre_hook(padding.take, with_kwargs=True)
 
         def router(path: str, linear: nn.Linear) -> Router:
-            return Router(s, linear, padding if placed[path] == TEXT else Padding())
+            return Router(s, linear, Padding() if placed[path] == AHEAD else padding)
 
         self.layers = put_pools(base, s.target_modules, router, s.alpha / s.r, s.dropout)
         learn_only(base)

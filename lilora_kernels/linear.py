@@ -304,6 +304,8 @@ class LiLoRALinear(AdaptedLinear):
             return None
         # Nothing below may look at how many tasks there are: a compiled graph would be made again for each.
         slot, compiling = self._slot, torch.compiler.is_compiling()
+        if not compiling and not self.ran:
+            self.ran = tasks.reached = True
         if slot is not None and not compiling:
             # Code that swaps Parameters past __setattr__ (offloading, functional_call) does not tell us.
             name = self.active[0] if len(self.active) == 1 else next(iter(self.lilora_A._parameters))

@@ -1,13 +1,15 @@
 """Connecting the adapted layers of a model: one context per forward, task_ids as an argument, checkpointing."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import nn
 
-from .adapted import AdaptedLinear, check_loads
+from .adapted import AdaptedLinear, check_loads, reads_weight
 from .context import AHEAD, GATHERED, TEXT, BatchContext, Recomputation, TaskIds, Tasks, device_of, tasks_of
 from .mlp import unfuse_mlps
 
@@ -50,6 +52,12 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
         tasks = model.__dict__.get("lilora_tasks") or (layers[0][1].model_tasks if layers else Tasks())
     model.lilora_tasks = tasks
     for name, layer in layers:
+        parent, _, own = name.rpartition(".")
+        if own and reads_weight(type(model.get_submodule(parent)), own):
+            raise ValueError(
+                f"{name} cannot be adapted: {type(model.get_submodule(parent)).__name__} reads its weight and may never run it; "
+                "leave it out"
+            )
         if layer.model_tasks is not tasks and layer.model_tasks.names != tasks.names:
             raise ValueError(
                 f"{name} has the tasks {layer.model_tasks.names} but other layers have {tasks.names}; add the same tasks, in "
@@ -62,6 +70,7 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
             )
         layer.model_tasks = tasks
         layer.path, layer.place = name, placed[name]
+    tasks.attached = True
     tasks.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
     tasks.main = getattr(model, "main_input_name", None) or next(iter(tasks.arguments), "input_ids")
     tasks.packed = not set(placed.values()) <= {TEXT, GATHERED}
@@ -152,7 +161,29 @@ def _is_expert(path: str) -> bool:
 def _forward(self, *args, task_ids=None, **kwargs):
     tasks = self.lilora_tasks
     with tasks.use(tasks.context_of(self, task_ids, args, kwargs)):
-        return (self.lilora_replaced.get("forward") or partial(type(self).forward, self))(*args, **kwargs)
+        output = (self.lilora_replaced.get("forward") or partial(type(self).forward, self))(*args, **kwargs)
+    if not torch.compiler.is_compiling() and tasks.reached and not tasks.looked:
+        tasks.looked = True
+        name_idle_layers(self)
+    return output
+
+
+def name_idle_layers(model: nn.Module) -> None:
+    """Warn of adapted layers that the first forward did not reach.
+
+    Of a model with a decoder those below it: towers run with images only, experts as a router will.
+    """
+    modules = list(model.modules())
+    layers = [module for module in modules if isinstance(module, AdaptedLinear) and module.place != GATHERED]
+    layers = [layer for layer in layers if layer.place == TEXT] or layers
+    idle = [layer.path for layer in layers if not layer.ran]
+    if idle and not any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in modules):
+        names = ", ".join(idle[:3]) + ", ..." * (len(idle) > 3)
+        warnings.warn(
+            f"the first forward did not run {len(idle)} of the adapted layers ({names}); unless other inputs reach them they "
+            "learn nothing, but change what a merged model computes: leave them out",
+            stacklevel=3,
+        )
 
 
 def _signature(model: nn.Module) -> inspect.Signature:

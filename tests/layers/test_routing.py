@@ -1,6 +1,7 @@
 """Which row belongs to which task, through a whole LLaVA: text rows, packed images, beams, copies, bad ids."""
 
 import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -573,3 +574,46 @@ def test_experts_lie_apart_from_experts_that_all_tokens_see():
     model = nn.Module()
     paths = ["layers.0.mlp.experts.3.up_proj", "layers.0.mlp.expert_2.up_proj", "layers.0.mlp.shared_experts.up_proj"]
     assert places(model, paths) == dict(zip(paths, [GATHERED, GATHERED, None], strict=True))
+
+
+# --- layers that no forward reaches -----------------------------------------------------------------------------------
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.block = nn.TransformerEncoderLayer(8, 2, 8)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def adapt(model, path):
+    parent, _, name = path.rpartition(".")
+    layer = LiLoRALinear(model.get_submodule(path), r=4, sub_rank=2)
+    layer.add_task("a")
+    setattr(model.get_submodule(parent), name, layer)
+
+
+def test_a_layer_whose_weight_alone_is_read_cannot_be_adapted():
+    with pytest.raises(TypeError, match=r"nn\.MultiheadAttention reads and never runs"):
+        adapt(Attending(), "attention.out_proj")
+    model = Attending()
+    adapt(model, "block.linear1")
+    with pytest.raises(ValueError, match=r"block\.linear1 cannot be adapted: TransformerEncoderLayer reads its weight"):
+        attach(model)
+
+
+def test_a_layer_that_the_first_forward_does_not_reach_is_named_once():
+    model = Attending()
+    adapt(model, "used")
+    adapt(model, "unused")
+    attach(model)
+    with pytest.warns(UserWarning, match=r"did not run 1 of the adapted layers \(unused\)"):
+        model(torch.randn(2, 3, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 3, 8))
+        tiny_llava()(**batch([0, 0]))

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import local
 
 import torch
@@ -160,11 +160,12 @@ class BatchContext:
         return of.repeat_interleave(repeats, output_size=x.shape[:-1].numel())
 
     def _vision_rows_in_graph(self, x: Tensor, of: Tensor) -> Tensor:
+        """As `units.of_equal_size`, where an error has to wait for the device."""
         rows, images, units = x.shape[:-1].numel(), x.shape[0], self.units.to(x.device)
         total = units.sum().clamp(min=1)  # no image tokens explain no rows: the last end is 0 then
         explained = rows % total == 0
-        if x.dim() == 3:
-            explained |= (total % images == 0) & (units % (total // images).clamp(min=1) == 0).all()
+        if x.dim() > 2 and images > 1:
+            explained = (total % images == 0) & (units % (total // images).clamp(min=1) == 0).all()
         ends = units.cumsum(0) * rows // total
         torch._assert_async(
             explained & (ends[-1] == rows),
@@ -229,7 +230,7 @@ class BatchContext:
     def of_batch(self, samples: int | None, length: int | None, inputs: dict) -> "BatchContext":
         """The context of a forward inside this one, whose batch has so many samples (more in a generation with beams).
 
-        inputs: what `Tasks.explained` says of it.
+        inputs: what `Tasks.explained` says of it; nothing where all samples are of one task.
         """
         base = self
         if torch.compiler.is_compiling():  # a graph must not depend on values that the host knows of this batch alone
@@ -238,7 +239,7 @@ class BatchContext:
         if self.generating and samples not in (None, self.samples):
             base = self._repeated.get(samples) or self._repeat(samples)
             self._repeated[samples] = base
-        if inputs["units"] is None and inputs["unknown"] is None:
+        if inputs.get("units") is None and inputs.get("unknown") is None:
             inputs = inputs | {"units": base.units, "unknown": base.unknown}
         return BatchContext(
             base.task, self.length if length is None else length, **inputs, ids=base.ids, generating=self.generating,
@@ -443,11 +444,12 @@ class Tasks:
             if task_ids is None and input_ids is not None and not tokens.is_floating_point():
                 outer.require_samples(samples)
             length = tokens.shape[1] if tokens.dim() > 1 + tokens.is_floating_point() else None
-        inputs = self.explained(model, input_ids, args, kwargs)
         if task_ids is None:
+            inputs = {} if outer.one_task else self.explained(model, input_ids, args, kwargs)
             return outer.of_batch(samples, length, inputs)
         task, ids = self.ids(task_ids, samples, device_of(model))
-        return BatchContext(task, length, ids=ids, **inputs, _ran=set())
+        context = BatchContext(task, length, ids=ids, _ran=set())
+        return context if context.one_task else replace(context, **self.explained(model, input_ids, args, kwargs))
 
     def explained(self, model: nn.Module, input_ids: Tensor | None, args: tuple, kwargs: dict) -> dict:
         """`units`, `plain` and `unknown` of the context of a forward with these arguments."""

@@ -121,7 +121,8 @@ def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> "Uni
         return None
     image_token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     given = {name for name in IMAGE_INPUTS | PADDED_INPUTS if inputs.get(name) is not None}
-    if image_token is not None and torch.compiler.is_compiling() and given <= {"pixel_values", "image_grid_thw"}:
+    in_graph = torch.compiler.is_compiling() and images.dim() != 3 and given <= {"pixel_values", "image_grid_thw"}
+    if image_token is not None and in_graph:
         return (input_ids == image_token).sum(1)
     tokens = _count(input_ids, image_token)
     if tokens is None:
@@ -129,13 +130,7 @@ def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> "Uni
     if images.dim() == 2 or inputs.get("image_grid_thw") is not None:
         return _of_grids(inputs.get("image_grid_thw"), tokens, "image_grid_thw")
     if images.dim() == 3:  # padded to the patches of the largest
-        runs = _runs(input_ids == image_token)
-        if sum(runs) != images.shape[0]:
-            raise ValueError(
-                f"{images.shape[0]} images padded to one size do not explain {runs} runs of image tokens in {len(runs)} "
-                "samples; part the images by a token, or pass batches of one task"
-            )
-        return Units(runs, tokens, exact=True)
+        return _of_padded(images.shape[0], input_ids == image_token, inputs)
     sizes = inputs.get("image_sizes")
     if sizes is None:
         if images.dim() > 4:  # [samples, most tiles, ...]: how many are tiles and not padding, the model finds out
@@ -147,9 +142,14 @@ def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> "Uni
     if packer is not None:
         tiles = _tiles(packer, sizes, inputs.get("batch_num_images"), tokens)
         return Units(tiles, tiles)
-    unit = getattr(config, "spatial_merge_size", 1) * config.vision_config.patch_size
-    sizes = torch.as_tensor(sizes)
-    if unit > config.vision_config.patch_size:
+    patch = getattr(getattr(config, "vision_config", None), "patch_size", None)
+    if not isinstance(patch, int):
+        raise ValueError(
+            f"how many tokens {type(model).__name__} makes of an image of image_sizes is not known; adapt layers of the decoder "
+            "only, or pass batches of one task"
+        )
+    unit, sizes = getattr(config, "spatial_merge_size", 1) * patch, torch.as_tensor(sizes)
+    if unit > patch:
         _require_whole(sizes, unit)
     lengths = (sizes // unit).prod(-1).tolist()
     return Units(None, _assigned(lengths, lengths, tokens))
@@ -159,9 +159,27 @@ def _count(input_ids: Tensor, token: int | None) -> list[int] | None:
     return None if token is None else (input_ids == token).sum(1).tolist()
 
 
-def _runs(image: Tensor) -> list[int]:
-    """How often image tokens begin in each sample; image: [B, L] bool."""
-    return (image[:, :1].sum(1) + (image[:, 1:] & ~image[:, :-1]).sum(1)).tolist()
+def _of_padded(number: int, image: Tensor, inputs: Mapping) -> Units:
+    """Of so many images, all padded to the patches of the largest; image: [B, L] bool, where image tokens are.
+
+    By their true patches, where every token is of the same number of them; else each run of image tokens is an image.
+    """
+    tokens = image.sum(1).tolist()
+    patches = [0]
+    if inputs.get("spatial_shapes") is not None:
+        patches = torch.as_tensor(inputs["spatial_shapes"]).prod(-1).tolist()
+    elif inputs.get("image_position_ids") is not None:
+        patches = (inputs["image_position_ids"] >= 0).all(-1).sum(-1).tolist()
+    each = max(1, sum(patches) // max(1, sum(tokens)))
+    if sum(patches) == each * sum(tokens) and not any(count % each for count in patches):
+        return Units(_assigned([1] * number, [count // each for count in patches], tokens), tokens, exact=True)
+    runs = (image[:, :1].sum(1) + (image[:, 1:] & ~image[:, :-1]).sum(1)).tolist()
+    if sum(runs) != number:
+        raise ValueError(
+            f"{number} images padded to one size do not explain {runs} runs of image tokens in {len(runs)} samples; part the "
+            "images by a token, or pass batches of one task"
+        )
+    return Units(runs, tokens, exact=True)
 
 
 def _of_number(number: int, tokens: list[int], what: str) -> list[int]:

@@ -219,12 +219,32 @@ def test_images_padded_to_equal_patches(make, target):
         model.set_adapter(TASKS[0])
 
 
-def test_images_without_a_token_between_them_are_refused_where_they_are_padded():
+def test_images_without_a_token_between_them_are_told_by_their_patches():
     model, shapes = padded(lfm2_vl, ["q_proj", "v_proj"])
     ids = torch.randint(3, 30, (2, 10))
     ids[0, 1:5], ids[1, 1:5] = IMAGE, IMAGE  # two images of 2 tokens, and one of 4
-    grids = [(2, 4), (2, 4), (4, 4)]
-    with pytest.raises(ValueError, match=r"q_proj.*3 images padded to one size do not explain \[1, 1\] runs"):
+    grids, pixels = [(2, 4), (2, 4), (4, 4)], torch.randn(3, 24, 48).double()
+    got = forward(model, {"input_ids": ids, "pixel_values": pixels} | shapes(grids))
+    for i, images in enumerate((slice(0, 2), slice(2, 3))):
+        one = {"input_ids": ids[i : i + 1], "pixel_values": pixels[images]} | shapes(grids[images])
+        with torch.no_grad():
+            wanted = model(**one, task_ids=NAMES[i : i + 1]).logits
+        torch.testing.assert_close(got[i : i + 1], wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "grids, why",
+    [
+        ([(2, 4), (4, 4), (2, 4)], r"images of \[2, 4, 2\] tokens do not explain \[4, 4\] image tokens"),
+        ([(1, 5), (3, 3), (1, 4)], r"3 images padded to one size do not explain \[1, 1\] runs of image tokens"),
+    ],
+    ids=["patches", "runs"],
+)
+def test_padded_images_that_do_not_fill_their_samples_are_refused(grids, why):
+    model, shapes = padded(lfm2_vl, ["q_proj", "v_proj"])
+    ids = torch.randint(3, 30, (2, 10))
+    ids[0, 1:5], ids[1, 1:5] = IMAGE, IMAGE
+    with pytest.raises(ValueError, match=rf"q_proj.*{why}"):
         forward(model, {"input_ids": ids, "pixel_values": torch.randn(3, 24, 48).double()} | shapes(grids))
 
 

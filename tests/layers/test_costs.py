@@ -360,7 +360,7 @@ def test_images_cost_no_graph_break():
     torch.compiler.reset()
     model = Seeing()
     attach(model)
-    inputs = {"input_ids": batch([2, 0])["input_ids"], "pixel_values": torch.randn(2, 4, 12)}
+    inputs = {"input_ids": batch([2, 0])["input_ids"], "pixel_values": torch.randn(2, 1, 4, 12)}
     found = torch._dynamo.explain(model)(**inputs, task_ids=torch.tensor([0, 1]))
     assert found.break_reasons == []
     assert found.graph_count == 1

@@ -87,15 +87,15 @@ class BatchContext:
     def _resolve(self, x: Tensor, place: str | None, of: Tensor, path: str) -> Tensor:
         if self.one_task:
             return of[:1].expand(x.shape[:-1].numel())
+        if place == GATHERED:
+            raise ValueError(
+                f"{path} sees {list(x.shape[:-1])} rows that a router gathered, and nothing tells whose they are; adapt dense "
+                "layers, shared experts or attention, or pass batches of one task"
+            )
         if place is None and not self.plain:
             raise ValueError(
                 f"{path} is not below the model's decoder, and nothing tells whose the {list(x.shape[:-1])} rows are that it "
                 f"sees of {self.others}; adapt layers of the decoder only, or pass batches of one task"
-            )
-        if place == GATHERED and x.dim() < 3:
-            raise ValueError(
-                f"{path} sees {list(x.shape[:-1])} rows that a router gathered, and nothing tells whose they are; adapt dense "
-                "layers, shared experts or attention, or pass batches of one task"
             )
         if place == AHEAD and not self.plain:
             return self.vision_rows(x, of, path)

@@ -1,6 +1,7 @@
 """Connecting the adapted layers of a model: one context per forward, task_ids as an argument, checkpointing."""
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from .adapted import AdaptedLinear, check_loads, reads_weight
 from .context import AHEAD, GATHERED, TEXT, BatchContext, Recomputation, TaskIds, Tasks, device_of, tasks_of
 from .mlp import unfuse_mlps
 
+EXPERT = re.compile(r"(?<!shared_)experts?[._]\d+(\.|$)")  # one of those that a router chooses among
 METHODS = ("forward", "generate", "gradient_checkpointing_enable")  # what attach() puts its own in front of
 
 
@@ -131,15 +133,16 @@ def places(model: nn.Module, paths: Sequence[str]) -> dict[str, str | None]:
             text = [part for part in decoder.children() if isinstance(part, nn.ModuleList)]
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         text += [head] if head in names else []
-    found = {}
-    for path in paths:
-        if any(_below(path, names[part]) for part in text):
-            found[path] = GATHERED if _is_expert(path) else TEXT
-        elif _is_expert(path):
-            found[path] = GATHERED
-        else:
-            found[path] = AHEAD if any(_below(path, names[part]) for part in ahead) else None
-    return found
+
+    def place(path: str) -> str | None:
+        if EXPERT.search(path):
+            return GATHERED
+        for where, parts in ((TEXT, text), (AHEAD, ahead)):
+            if any(_below(path, names[part]) for part in parts):
+                return where
+        return None
+
+    return {path: place(path) for path in paths}
 
 
 def _below(path: str, part: str) -> bool:
@@ -152,10 +155,6 @@ def _holds_text_alone(part: nn.Module) -> bool:
     others = config is None or config.sub_configs
     reads = {getattr(module, "main_input_name", "input_ids") for module in part.modules()}
     return type(part).__module__.startswith("transformers.") and not others and reads == {"input_ids"}
-
-
-def _is_expert(path: str) -> bool:
-    return any("expert" in part and "shared" not in part for part in path.split("."))
 
 
 def _forward(self, *args, task_ids=None, **kwargs):

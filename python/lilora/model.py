@@ -146,7 +146,7 @@ class LiLoRAModel(BaseTuner):
         if quantized is None and (own or isinstance(base, NonDynamicallyQuantizableLinear)):
             raise UserError(
                 f"{current_key} is a {type(base).__name__}, not an nn.Linear: nothing says that its forward runs, and computes "
-                "with its weight what a merge would; leave it out of target_modules"
+                "with its weight what a merge would; leave it out of target_modules (exclude_modules)"
             )
         if reads_weight(type(parent), target_name):
             raise UserError(

@@ -571,9 +571,14 @@ def test_where_a_layer_lies(make, path, wanted):
 
 
 def test_experts_lie_apart_from_experts_that_all_tokens_see():
-    model = nn.Module()
-    paths = ["layers.0.mlp.experts.3.up_proj", "layers.0.mlp.expert_2.up_proj", "layers.0.mlp.shared_experts.up_proj"]
-    assert places(model, paths) == dict(zip(paths, [GATHERED, GATHERED, None], strict=True))
+    gathered = ["layers.0.mlp.experts.3.up_proj", "layers.0.mlp.experts.expert_2.up_proj", "experts.0"]
+    others = [
+        "layers.0.mlp.shared_experts.up_proj",
+        "layers.0.mlp.shared_experts.0.up_proj",
+        "action_expert.layers.0.mlp.up_proj",
+    ]
+    assert set(places(nn.Module(), gathered).values()) == {GATHERED}
+    assert set(places(nn.Module(), others).values()) == {None}
 
 
 # --- layers that no forward reaches -----------------------------------------------------------------------------------

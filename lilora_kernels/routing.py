@@ -111,8 +111,9 @@ def detach(model: nn.Module) -> None:
 def places(model: nn.Module, paths: Sequence[str]) -> dict[str, str | None]:
     """Where these parts of a model lie: TEXT below its decoder, AHEAD of it, GATHERED among experts; None if nothing tells.
 
-    Ahead of it are its siblings in the innermost module around it that has transformers' `get_image_features`; the part of
-    that module which holds the decoder is text as a whole, for it may have an encoder of its own.
+    Ahead of it are the siblings that transformers' `get_image_features` or `get_video_features` uses, in the innermost module
+    around it that has the first; others may run behind it. The part of that module which holds the decoder is text as a
+    whole, for it may have an encoder of its own.
     """
     names = {module: name for name, module in model.named_modules()}
 
@@ -127,7 +128,12 @@ def places(model: nn.Module, paths: Sequence[str]) -> dict[str, str | None]:
         around = [m for m in names if hasattr(m, "get_image_features") and m is not decoder and holds(m, decoder)]
         owner = max(around, key=lambda module: len(names[module]), default=None)
         parts = [] if owner is None else list(owner.children())
-        ahead = [part for part in parts if not holds(part, decoder)]
+        seeing = "" if owner is None else _source_of_features(type(owner))
+        ahead = [
+            part
+            for name, part in ({} if owner is None else owner._modules).items()
+            if part is not None and not holds(part, decoder) and re.search(rf"\bself\.{name}\b", seeing)
+        ]
         text = [part for part in (*parts, decoder) if holds(part, decoder) and _holds_text_alone(part)]
         if not text:  # code outside transformers puts towers and projectors into the decoder
             text = [part for part in decoder.children() if isinstance(part, nn.ModuleList)]
@@ -143,6 +149,14 @@ def places(model: nn.Module, paths: Sequence[str]) -> dict[str, str | None]:
         return None
 
     return {path: place(path) for path in paths}
+
+
+def _source_of_features(owner: type[nn.Module]) -> str:
+    methods = (getattr(owner, f"get_{kind}_features", None) for kind in ("image", "video"))
+    try:
+        return "".join(inspect.getsource(inspect.unwrap(method)) for method in methods if method is not None)
+    except OSError:  # made without a file: nothing tells
+        return ""
 
 
 def _below(path: str, part: str) -> bool:

@@ -570,6 +570,24 @@ def test_where_a_layer_lies(make, path, wanted):
     assert places(model, [path]) == {path: wanted}
 
 
+def test_a_part_behind_the_decoder_is_not_taken_to_lie_ahead_of_it():
+    """As an action expert or a talker: it sees rows of the samples, of which there may be as many as images."""
+
+    class Acting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower, self.action, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)])
+            self.decoder.main_input_name = "input_ids"
+
+        def get_decoder(self):
+            return self.decoder
+
+        def get_image_features(self, pixel_values):
+            return self.tower(pixel_values)
+
+    assert places(Acting(), ["tower", "action"]) == {"tower": AHEAD, "action": None}
+
+
 def test_experts_lie_apart_from_experts_that_all_tokens_see():
     gathered = ["layers.0.mlp.experts.3.up_proj", "layers.0.mlp.experts.expert_2.up_proj", "experts.0"]
     others = [

@@ -1,12 +1,15 @@
 """What the adapted linear layers have in common: a frozen base layer and one operation that adds the adapter to it."""
 
+import re
 from collections.abc import Callable, Mapping
+from functools import cache
+from inspect import getsource, isfunction
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, functional
-from .context import Tasks
+from .context import TEXT, Tasks
 from .ops import cpu_runtime
 from .ops.delta.register import delta
 from .ops.doors import (
@@ -97,6 +100,7 @@ class AdaptedLinear(nn.Module):
     rank: int
     sub_rank: int
     batch_invariant = False  # see `serving.freeze`
+    ran = False  # in any forward that was not compiled
 
     def __init__(self, base_layer: nn.Module, dropout: float) -> None:
         super().__init__()
@@ -106,11 +110,15 @@ class AdaptedLinear(nn.Module):
             raise TypeError(
                 f"base_layer is a {type(base_layer).__name__}; it must be a linear layer with in_features and out_features"
             )
+        if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise TypeError(
+                f"base_layer is a {type(base_layer).__name__}, which nn.MultiheadAttention reads and never runs"
+            )
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.dropout = dropout
         self.model_tasks = Tasks()
-        self.vision = False  # whether the rows are packed images; set by attach()
+        self.path, self.place = "a layer", TEXT  # in the model; set by attach(), see routing.places
         self.register_load_state_dict_pre_hook(check_loads)
 
     def check_load(self, state: Mapping[str, Tensor], prefix: str) -> None:
@@ -180,6 +188,28 @@ def check_loads(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_) 
     for name, layer in model.named_modules():
         if isinstance(layer, AdaptedLinear):
             layer.check_load(state, f"{prefix}{name}." if name else prefix)
+
+
+@cache
+def reads_weight(parent: type[nn.Module], name: str) -> bool:
+    """Whether a module's code takes the weight of its layer `name` past the layer's forward, and so past an adapter.
+
+    As Mamba's kernels do it, nn.MultiheadAttention, and torch's and transformers' layers with fast paths. What says
+    something of the weight alone (its dtype, its device) is no such use; nor is a slice of it.
+    """
+    use = re.compile(
+        rf"(?<!isinstance\()\bself\.{re.escape(name)}\.weight\b(?!\[|\.(dtype|device|shape|size|is_|requires_grad))"
+    )
+    for kind in parent.__mro__[: parent.__mro__.index(nn.Module)]:
+        methods = (method for key, method in vars(kind).items() if isfunction(method) and "init" not in key)
+        for method in methods:
+            try:
+                source = getsource(method)
+            except (OSError, TypeError):  # made without a file
+                continue
+            if use.search(source):
+                return True
+    return False
 
 
 def is_number(value: object) -> bool:

@@ -9,22 +9,25 @@ What holds at all times:
 - A backward that would recompute a layer without the context of its forward raises.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import local
 
 import torch
 from torch import Tensor, nn
 
-from .units import units_of_batch
+from .units import Units, contents, of_equal_size, units_of_batch
 
 SET_IN_BETWEEN = (
     "the active task was set between a forward and its backward; set it after the backward, or train several tasks "
     "together with set_task(*names) and task_ids"
 )
 TaskIds = Tensor | Sequence[int] | Sequence[str]
+# Where a layer lies: below the decoder, ahead of it, or among experts that see rows which a router gathered.
+TEXT, AHEAD, GATHERED = "text", "ahead", "gathered"
 
 
 @dataclass(eq=False)
@@ -32,21 +35,26 @@ class BatchContext:
     """What one forward's batch says to the adapted layers.
 
     task: [B] int32, -1 for samples without an adapter; None for the active task. ids: its values, where the host knows
-    them. length: tokens per sample where text layers see flattened [B * length, K] rows. units: image tokens of each sample
-    (or tiles, see units.py), which explain the packed rows ahead of the language model; a tensor [B] inside a compiled
-    graph, where the host does not see them. generating: the context is that of a whole generation.
+    them. length: tokens per sample where text layers see flattened [B * length, K] rows. units: what explains the rows ahead
+    of the language model, see units.py: image tokens of each sample (or tiles) of images of one size, as a tensor [B] inside
+    a compiled graph, where the host does not see them; unknown: why they are not known. plain: every input has one row for
+    each sample; others: the names of those that are no text. generating: the context is that of a whole generation.
     """
 
     task: Tensor | None
     length: int | None = None
-    units: list[int] | Tensor | None = None
+    units: Units | list[int] | Tensor | None = None
     ids: list[int] | None = None
     generating: bool = False
+    plain: bool = False
+    others: str = "inputs that are not known"
+    unknown: str | None = None
     tasks: "Tasks | None" = field(default=None, repr=False)
     stacks: dict = field(default_factory=dict, repr=False)  # of a generation: what each layer's tasks were stacked to
     _rows: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
     _chosen: dict[tuple, tuple] = field(default_factory=dict, repr=False)
     _repeated: dict[int, "BatchContext"] = field(default_factory=dict, repr=False)
+    _ran: set[str] | None = field(default=None, repr=False)  # of one forward: the layers ahead that ran in it
 
     @property
     def samples(self) -> int:
@@ -54,25 +62,64 @@ class BatchContext:
 
     # --- which task a row belongs to --------------------------------------------------------------------------------
 
-    def rows(self, x: Tensor, vision: bool, of: Tensor | None = None) -> Tensor:
-        """`of` [B] (default: `task`) of each row of x, [M] int32 on its device; ValueError when nothing explains the rows."""
+    def rows(self, x: Tensor, place: str | None, of: Tensor | None = None, path: str = "a layer") -> Tensor:
+        """`of` [B] (default: `task`) of each row of x, [M] int32 on its device. ValueError when nothing explains the rows.
+
+        place: as `routing.places` says. path: the layer's, for the error.
+        """
         of = self.task if of is None else of
-        resolve = self.vision_rows if vision else self.text_rows
         if torch.compiler.is_compiling():
-            return resolve(x, of).to(x.device)
+            return self._resolve(x, place, of, path).to(x.device)
+        if place == AHEAD:
+            self._expect_once(path)
         # Tensors made in inference mode could not be saved for a later backward.
-        key = torch.is_inference_mode_enabled(), id(of), vision, x.device, *x.shape[:-1]
+        key = torch.is_inference_mode_enabled(), id(of), place, x.device, *x.shape[:-1]
         if key not in self._rows:
-            rows = resolve(x, of).to(x.device).contiguous()  # of one sample it is an expanded view
+            rows = self._resolve(x, place, of, path).to(x.device).contiguous()  # of one sample it is an expanded view
             on_host = of if of.is_cpu else getattr(of, "on_host", None)
             if on_host is not None:  # plans made of library products want to know where which task's rows lie
                 rows.layouts = []
                 if not rows.is_cpu:
-                    rows.on_host = resolve(x, on_host)
+                    rows.on_host = self._resolve(x, place, on_host, path)
             self._rows[key] = rows
         return self._rows[key]
 
-    def text_rows(self, x: Tensor, of: Tensor) -> Tensor:
+    def _resolve(self, x: Tensor, place: str | None, of: Tensor, path: str) -> Tensor:
+        if self.one_task:
+            return of[:1].expand(x.shape[:-1].numel())
+        if place == GATHERED:
+            raise ValueError(
+                f"{path} sees {list(x.shape[:-1])} rows that a router gathered, and nothing tells whose they are; adapt dense "
+                "layers, shared experts or attention, or pass batches of one task"
+            )
+        if place is None and not self.plain:
+            raise ValueError(
+                f"{path} is not below the model's decoder, and nothing tells whose the {list(x.shape[:-1])} rows are that it "
+                f"sees of {self.others}; adapt layers of the decoder only, or pass batches of one task"
+            )
+        if place == AHEAD and not self.plain:
+            return self.vision_rows(x, of, path)
+        return self.text_rows(x, of, path)
+
+    @property
+    def one_task(self) -> bool:
+        """Whether all samples are known to be of one task: then every row is."""
+        if torch.compiler.is_compiling():
+            return self.samples == 1
+        return self.samples == 1 or (bool(self.ids) and len(set(self.ids)) == 1)
+
+    def _expect_once(self, path: str) -> None:
+        """ValueError for a layer that sees the images of a batch one by one: whose each is cannot be told."""
+        if self._ran is None or self.one_task or self.plain or torch._C._current_graph_task_id() != -1:
+            return
+        if path in self._ran:
+            raise ValueError(
+                f"{path} runs more than once in a forward, so each time it sees a part of the batch's images, and nothing "
+                "tells whose; adapt layers of the decoder only, or pass batches of one task"
+            )
+        self._ran.add(path)
+
+    def text_rows(self, x: Tensor, of: Tensor, path: str) -> Tensor:
         """For each row of x [B, L, K] (or [B, K], or flattened [B * length, K]) -> [M]."""
         samples = of.shape[0]
         if x.dim() >= 3 and x.shape[0] == samples:
@@ -84,39 +131,41 @@ class BatchContext:
         else:
             tokens = "" if self.length is None else f" of {self.length} tokens"
             raise ValueError(
-                f"a layer sees {list(x.shape[:-1])} rows, but the route has {samples} samples{tokens}; "
+                f"{path} sees {list(x.shape[:-1])} rows, but the route has {samples} samples{tokens}; "
                 "pass one task id per sample of the batch"
             )
         return of.unsqueeze(1).expand(samples, per_sample).reshape(-1)
 
-    def vision_rows(self, x: Tensor, of: Tensor) -> Tensor:
+    def vision_rows(self, x: Tensor, of: Tensor, path: str) -> Tensor:
         """For each row of x [images, patches, K] or [sum of patches, K], packed sample by sample -> [M]."""
-        if self.units is None:
-            raise ValueError(
-                f"a layer ahead of the language model sees {list(x.shape[:-1])} rows, but the route does not know how many "
-                "image tokens each sample has; pass input_ids with the images, or route(..., units=...)"
+        shape, units = list(x.shape[:-1]), self.units
+        if units is None:
+            why = self.unknown or (
+                "the route does not know how many image tokens each sample has; pass input_ids with the images, or "
+                "route(..., units=...)"
             )
-        if isinstance(self.units, Tensor):
+            raise ValueError(f"{path}, ahead of the language model, sees {shape} rows, but {why}")
+        if isinstance(units, Tensor):
             return self._vision_rows_in_graph(x, of)
-        rows, total = x.shape[:-1].numel(), sum(self.units)
-        if total and rows % total == 0:
-            counts = [units * (rows // total) for units in self.units]
-        elif total and x.dim() == 3 and total % x.shape[0] == 0 and self._whole_images(total // x.shape[0]):
-            counts = [units // (total // x.shape[0]) * x.shape[1] for units in self.units]
-        else:
+        counts = units.of(shape) if isinstance(units, Units) else of_equal_size(units, shape)
+        if counts is None:
+            known = units if isinstance(units, list) else units.packed if units.images is None else units.images
+            what = "images or tiles" if isinstance(units, Units) and known is units.images else "image tokens or tiles"
             raise ValueError(
-                f"a layer ahead of the language model sees {list(x.shape[:-1])} rows, which {self.units} image tokens "
-                f"or tiles (in all {total}) in {len(self.units)} samples do not explain; check the images of the batch"
+                f"{path}, ahead of the language model, sees {shape} rows, which {known} {what} (in all {sum(known)}) in "
+                f"{len(known)} samples do not explain; check the images of the batch, adapt layers of the decoder only, or "
+                "pass batches of one task"
             )
         repeats = torch.tensor(counts, device=of.device)
-        return of.repeat_interleave(repeats, output_size=rows)
+        return of.repeat_interleave(repeats, output_size=x.shape[:-1].numel())
 
     def _vision_rows_in_graph(self, x: Tensor, of: Tensor) -> Tensor:
+        """As `units.of_equal_size`, where an error has to wait for the device."""
         rows, images, units = x.shape[:-1].numel(), x.shape[0], self.units.to(x.device)
         total = units.sum().clamp(min=1)  # no image tokens explain no rows: the last end is 0 then
         explained = rows % total == 0
-        if x.dim() == 3:
-            explained |= (total % images == 0) & (units % (total // images).clamp(min=1) == 0).all()
+        if x.dim() > 2 and images > 1:
+            explained = (total % images == 0) & (units % (total // images).clamp(min=1) == 0).all()
         ends = units.cumsum(0) * rows // total
         torch._assert_async(
             explained & (ends[-1] == rows),
@@ -125,9 +174,6 @@ class BatchContext:
         )
         sample = torch.bucketize(torch.arange(rows, device=x.device), ends, right=True)
         return of.to(x.device)[sample]
-
-    def _whole_images(self, tokens_per_image: int) -> bool:
-        return all(units % tokens_per_image == 0 for units in self.units)
 
     # --- whose factors a layer needs --------------------------------------------------------------------------------
 
@@ -181,18 +227,23 @@ class BatchContext:
             self._chosen[key] = self.tasks.slots(self.task)
         return self._chosen[key]
 
-    def of_batch(self, samples: int | None, length: int | None, units: list[int] | Tensor | None) -> "BatchContext":
-        """The context of a forward inside this one, whose batch has so many samples (more in a generation with beams)."""
+    def of_batch(self, samples: int | None, length: int | None, inputs: dict) -> "BatchContext":
+        """The context of a forward inside this one, whose batch has so many samples (more in a generation with beams).
+
+        inputs: what `Tasks.explained` says of it; nothing where all samples are of one task.
+        """
         base = self
         if torch.compiler.is_compiling():  # a graph must not depend on values that the host knows of this batch alone
             task = self.task if samples is None else self.task.repeat_interleave(samples // self.samples)
-            return BatchContext(task, self.length if length is None else length, units, tasks=self.tasks)
+            return BatchContext(task, self.length if length is None else length, **inputs, tasks=self.tasks)
         if self.generating and samples not in (None, self.samples):
             base = self._repeated.get(samples) or self._repeat(samples)
             self._repeated[samples] = base
+        if inputs.get("units") is None and inputs.get("unknown") is None:
+            inputs = inputs | {"units": base.units, "unknown": base.unknown}
         return BatchContext(
-            base.task, self.length if length is None else length, base.units if units is None else units, base.ids,
-            self.generating, self.tasks, self.stacks if self.generating else {}, _chosen=base._chosen,
+            base.task, self.length if length is None else length, **inputs, ids=base.ids, generating=self.generating,
+            tasks=self.tasks, stacks=self.stacks if self.generating else {}, _chosen=base._chosen, _ran=set(),
         )  # fmt: skip
 
     def require_samples(self, samples: int) -> None:
@@ -209,9 +260,11 @@ class BatchContext:
         def each(values):
             return [value for value in values for _ in range(times)] if isinstance(values, list) else values
 
+        units = Units(*map(each, self.units)) if isinstance(self.units, Units) else each(self.units)
         return BatchContext(
-            self.task.repeat_interleave(times), self.length, each(self.units), each(self.ids), tasks=self.tasks
-        )
+            self.task.repeat_interleave(times), self.length, units, each(self.ids), plain=self.plain,
+            others=self.others, unknown=self.unknown, tasks=self.tasks,
+        )  # fmt: skip
 
 
 # The contexts entered and not left, the innermost last: of a thread or an asyncio task, and, as far as a thread alone can
@@ -245,8 +298,11 @@ class Tasks:
         self.changes = 0  # how often tasks came, went or became active
         self.active: tuple[str, ...] = ()
         self.train = True  # whether the active tasks do
-        self.packed = False  # whether a layer sees packed images
-        self.unplaced: list[str] = []  # layers of which nothing tells whether they do
+        self.packed = False  # whether a layer is not below the decoder, so that inputs other than tokens matter
+        self.attached = False  # to a model, whose forward then takes task_ids
+        self.reached = self.looked = False  # whether a layer ran; whether it was looked for layers that did not
+        self.arguments: tuple[str, ...] = ()  # of the model's forward
+        self.main = "input_ids"  # the one of them that has a row for each sample
         self.opened = 0  # `route` blocks that are open, in whatever thread
         self.seen: tuple = ()  # `setting` at the last forward without task ids
         self.routed = False  # whether any forward that can be recomputed had task ids
@@ -388,18 +444,29 @@ class Tasks:
             if task_ids is None and input_ids is not None and not tokens.is_floating_point():
                 outer.require_samples(samples)
             length = tokens.shape[1] if tokens.dim() > 1 + tokens.is_floating_point() else None
-        images = any(name.startswith("pixel_values") and value is not None for name, value in kwargs.items())
-        if self.unplaced and images:
-            raise ValueError(
-                f"{type(model).__name__} names its parts in its own way, so it is unknown whether {self.unplaced[0]} sees "
-                "images or text, and the batch has images; adapt layers of its decoder only, or pass batches of one task "
-                "without task_ids"
-            )
-        units = units_of_batch(model, input_ids, kwargs) if self.packed and input_ids is not None else None
         if task_ids is None:
-            return outer.of_batch(samples, length, units)
+            inputs = {} if outer.one_task else self.explained(model, input_ids, args, kwargs)
+            return outer.of_batch(samples, length, inputs)
         task, ids = self.ids(task_ids, samples, device_of(model))
-        return BatchContext(task, length, units, ids)
+        context = BatchContext(task, length, ids=ids, _ran=set())
+        return context if context.one_task else replace(context, **self.explained(model, input_ids, args, kwargs))
+
+    def explained(self, model: nn.Module, input_ids: Tensor | None, args: tuple, kwargs: dict) -> dict:
+        """`units`, `plain` and `unknown` of the context of a forward with these arguments."""
+        found = {"units": None, "plain": False, "others": "", "unknown": None}
+        if not self.packed:
+            return found
+        if len(args) > 1:
+            kwargs = dict(zip(self.arguments, args)) | kwargs  # noqa: B905 - a model may take *args
+        others = contents(kwargs)
+        found["plain"] = not others or (others == {self.main} and kwargs.get("input_ids") is None)
+        if not found["plain"]:
+            found["others"] = ", ".join(sorted(others))
+            try:
+                found["units"] = None if input_ids is None else units_of_batch(model, input_ids, kwargs)
+            except ValueError as error:  # said by the layer that sees these rows
+                found["unknown"] = str(error)
+        return found
 
     @property
     def current(self) -> BatchContext | None:
@@ -477,6 +544,18 @@ class Recomputation(AbstractContextManager):
 
     def __exit__(self, *exception) -> None:
         self._open.pop().__exit__(*exception)
+
+
+def require_no_ids() -> None:
+    """RuntimeError where a module that is running was called with task_ids, which nothing carries to its layers."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["kwargs"].get("task_ids") is not None:
+            raise RuntimeError(
+                f"task_ids was given to a {type(frame.f_locals['self']).__name__} that is not connected to its adapted "
+                "layers, which would ignore it; call attach(model) once after adding LiLoRALinear layers"
+            )
+        frame = frame.f_back
 
 
 def tokens_of(args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor | None]:

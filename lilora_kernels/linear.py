@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import AdaptedLinear, Factors, described, is_number, is_plain, is_sharded
-from .context import BatchContext
+from .context import BatchContext, require_no_ids
 from .parameters import SharedParameter, TaskParameters, check_task_name, onloaded, stacked, window
 
 POLICIES = ("always", "first", "never")
@@ -304,6 +304,8 @@ class LiLoRALinear(AdaptedLinear):
             return None
         # Nothing below may look at how many tasks there are: a compiled graph would be made again for each.
         slot, compiling = self._slot, torch.compiler.is_compiling()
+        if not compiling and not self.ran:
+            self.ran = tasks.reached = True
         if slot is not None and not compiling:
             # Code that swaps Parameters past __setattr__ (offloading, functional_call) does not tell us.
             name = self.active[0] if len(self.active) == 1 else next(iter(self.lilora_A._parameters))
@@ -316,6 +318,8 @@ class LiLoRALinear(AdaptedLinear):
             return None if slot is None else self._mixed(x, slot[:2], context, samples)
         if context is None and not compiling:
             tasks.require_context()
+            if not tasks.attached:
+                require_no_ids()
         if slot is None or slot[2] is None:
             if len(self.active) > 1:
                 raise ValueError(f"the tasks {list(self.active)} are active together; pass task ids with the batch")
@@ -332,7 +336,7 @@ class LiLoRALinear(AdaptedLinear):
             if not names:
                 return None
         if samples is None:
-            rows = context.rows(x, self.vision, positions)
+            rows = context.rows(x, self.place, positions, self.path)
         else:
             rows = positions.unsqueeze(1).expand(samples, x.shape[1:-1].numel()).reshape(-1).contiguous()
         if not names:

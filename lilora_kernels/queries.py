@@ -59,7 +59,7 @@ class PoolContext(BatchContext):
     """The samples of one forward, each a row of the gates; pools choose when the first of their layers runs."""
 
     def __init__(self, tasks: "PoolTasks", samples: int, length: int | None, units: list[int] | None) -> None:
-        super().__init__(torch.arange(samples, dtype=torch.int32), length, units, tasks=tasks)
+        super().__init__(torch.arange(samples, dtype=torch.int32), length, units, plain=units is None, tasks=tasks)
         self.text: Tensor | None = None
         self.images: Tensor | None = None
         self.snapshot, self.newest = False, None
@@ -103,7 +103,7 @@ class PoolContext(BatchContext):
             return self.tasks.newest(self.query())
         return self.newest
 
-    def of_batch(self, samples: int | None, length: int | None, units: list[int] | None) -> "PoolContext":
+    def of_batch(self, samples: int | None, length: int | None, inputs: dict) -> "PoolContext":
         """The context of a forward inside this one: of beams or returned sequences, every sample's choice for its rows."""
         if samples in (None, self.samples):
             return self
@@ -156,7 +156,7 @@ class PoolTasks(Tasks):
             raise TypeError("task_ids was given, but a model with rank pools chooses them by the prompt; leave it out")
         if self.current is None:
             return self._of_prompt(args, kwargs)
-        return self.current.of_batch(tokens_of(args, kwargs)[1].shape[0], None, None)
+        return self.current.of_batch(tokens_of(args, kwargs)[1].shape[0], None, {})
 
     def _of_prompt(self, args: tuple, kwargs: Mapping) -> PoolContext:
         input_ids, _ = tokens_of(args, kwargs)
@@ -178,7 +178,7 @@ class PoolTasks(Tasks):
     def example(self, x: Tensor, snapshot: bool = False) -> PoolContext:
         """The context of a forward with random prompts and images, of which a layer sees x [samples, rows, K]."""
         samples, rows = x.shape[:2]
-        context = PoolContext(self, samples, rows, [rows] * samples)
+        context = PoolContext(self, samples, rows, None)
         context.task, context.snapshot = context.task.to(x.device), snapshot
         context._query = Query(*(torch.randn(samples, width, device=x.device) for width in self.source.widths))
         return context
@@ -207,7 +207,7 @@ class PoolChooser:
         if context is None:
             raise RuntimeError("a layer with a rank pool runs outside the model's forward; call attach_pools(model)")
         choice = context.choice(self.pool)
-        return choice, None if choice.gate.shape[0] == 1 else context.rows(x, layer.vision)
+        return choice, None if choice.gate.shape[0] == 1 else context.rows(x, layer.place, path=layer.path)
 
 
 def attach_pools(model: nn.Module, tasks: PoolTasks) -> None:

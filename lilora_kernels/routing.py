@@ -1,18 +1,20 @@
 """Connecting the adapted layers of a model: one context per forward, task_ids as an argument, checkpointing."""
 
 import inspect
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import nn
 
-from .adapted import AdaptedLinear, check_loads
-from .context import BatchContext, Recomputation, TaskIds, Tasks, device_of, tasks_of
+from .adapted import AdaptedLinear, check_loads, reads_weight
+from .context import AHEAD, GATHERED, TEXT, BatchContext, Recomputation, TaskIds, Tasks, device_of, tasks_of
 from .mlp import unfuse_mlps
 
-TEXT = {"language_model", "text_model"}
-VISION = {"vision_tower", "multi_modal_projector", "mm_projector"}
+EXPERT = re.compile(r"(?<!shared_)experts?[._]\d+(\.|$)")  # one of those that a router chooses among
 METHODS = ("forward", "generate", "gradient_checkpointing_enable")  # what attach() puts its own in front of
 
 
@@ -42,17 +44,22 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
     """Connect the adapted layers of `model`; call it again after replacing more layers.
 
     Afterwards `model(**batch, task_ids=...)` and `model.generate(..., task_ids=...)` work: names or ids, one per sample;
-    beams and returned sequences repeat their sample's task. Layers ahead of the language model, told by the names of the
-    model's parts, are taken to see packed images. Gradient checkpointing restores each forward's context. `tasks`: what the
+    beams and returned sequences repeat their sample's task. Where a layer lies is told by the model's structure (`places`).
+    Gradient checkpointing restores each forward's context. `tasks`: what the
     layers shall share; by default what the model or its first layer has.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
-    parts = {part for name, _ in model.named_modules() for part in name.split(".")}
-    has_text_part = bool(parts & TEXT)
+    placed = places(model, [name for name, _ in layers])
     if tasks is None:
         tasks = model.__dict__.get("lilora_tasks") or (layers[0][1].model_tasks if layers else Tasks())
     model.lilora_tasks = tasks
     for name, layer in layers:
+        parent, _, own = name.rpartition(".")
+        if own and reads_weight(type(model.get_submodule(parent)), own):
+            raise ValueError(
+                f"{name} cannot be adapted: {type(model.get_submodule(parent)).__name__} reads its weight and may never run it; "
+                "leave it out"
+            )
         if layer.model_tasks is not tasks and layer.model_tasks.names != tasks.names:
             raise ValueError(
                 f"{name} has the tasks {layer.model_tasks.names} but other layers have {tasks.names}; add the same tasks, in "
@@ -64,9 +71,11 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
                 "set_task(model, ...) first"
             )
         layer.model_tasks = tasks
-        layer.vision = sees_images(name, has_text_part)
-    tasks.packed = any(layer.vision for _, layer in layers)
-    tasks.unplaced = [] if parts & (TEXT | VISION) else outside_decoder(model, [name for name, _ in layers])
+        layer.path, layer.place = name, placed[name]
+    tasks.attached = True
+    tasks.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
+    tasks.main = getattr(model, "main_input_name", None) or next(iter(tasks.arguments), "input_ids")
+    tasks.packed = not set(placed.values()) <= {TEXT, GATHERED}
     if "lilora_replaced" not in model.__dict__:
         # accelerate's hooks (device_map over several devices) put a forward of their own on the instance
         model.lilora_replaced = {name: model.__dict__[name] for name in METHODS if name in model.__dict__}
@@ -99,24 +108,95 @@ def detach(model: nn.Module) -> None:
             module._gradient_checkpointing_func = checkpoint.args[1]
 
 
-def sees_images(path: str, has_text_part: bool) -> bool:
-    """Whether a layer runs ahead of the language model, by the names that model families give to their parts."""
-    parts = set(path.split("."))
-    return not parts & (TEXT | {"lm_head"}) and (has_text_part or bool(parts & VISION))
+def places(model: nn.Module, paths: Sequence[str]) -> dict[str, str | None]:
+    """Where these parts of a model lie: TEXT below its decoder, AHEAD of it, GATHERED among experts; None if nothing tells.
+
+    Ahead of it are the siblings that transformers' `get_image_features` or `get_video_features` uses, in the innermost module
+    around it that has the first; others may run behind it. The part of that module which holds the decoder is text as a
+    whole, for it may have an encoder of its own.
+    """
+    names = {module: name for name, module in model.named_modules()}
+
+    def holds(part: nn.Module, inner: nn.Module) -> bool:
+        return _below(names[inner], names[part])
+
+    decoder, below = model, None
+    while hasattr(decoder, "get_decoder") and (below := decoder.get_decoder()) is not decoder and below in names:
+        decoder = below
+    text, ahead = [], []
+    if decoder in names and getattr(decoder, "main_input_name", None) == "input_ids":
+        around = [m for m in names if hasattr(m, "get_image_features") and m is not decoder and holds(m, decoder)]
+        owner = max(around, key=lambda module: len(names[module]), default=None)
+        parts = [] if owner is None else list(owner.children())
+        seeing = "" if owner is None else _source_of_features(type(owner))
+        ahead = [
+            part
+            for name, part in ({} if owner is None else owner._modules).items()
+            if part is not None and not holds(part, decoder) and re.search(rf"\bself\.{name}\b", seeing)
+        ]
+        text = [part for part in (*parts, decoder) if holds(part, decoder) and _holds_text_alone(part)]
+        if not text:  # code outside transformers puts towers and projectors into the decoder
+            text = [part for part in decoder.children() if isinstance(part, nn.ModuleList)]
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        text += [head] if head in names else []
+
+    def place(path: str) -> str | None:
+        if EXPERT.search(path):
+            return GATHERED
+        for where, parts in ((TEXT, text), (AHEAD, ahead)):
+            if any(_below(path, names[part]) for part in parts):
+                return where
+        return None
+
+    return {path: place(path) for path in paths}
 
 
-def outside_decoder(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Those of a model's layers that are not among the layers of its decoder, by transformers' get_decoder()."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    at = next((name for name, module in model.named_modules() if module is decoder), None)
-    inside = None if at is None else f"{at}.layers.".lstrip(".")
-    return [name for name in names if inside is None or not name.startswith((inside, "lm_head"))]
+def _source_of_features(owner: type[nn.Module]) -> str:
+    methods = (getattr(owner, f"get_{kind}_features", None) for kind in ("image", "video"))
+    try:
+        return "".join(inspect.getsource(inspect.unwrap(method)) for method in methods if method is not None)
+    except OSError:  # made without a file: nothing tells
+        return ""
+
+
+def _below(path: str, part: str) -> bool:
+    return f"{path}.".startswith(f"{part}." if part else "")
+
+
+def _holds_text_alone(part: nn.Module) -> bool:
+    """Of transformers' parts: one whose config has none of other parts in it, and nothing that reads something else."""
+    config = getattr(part, "config", None)
+    others = config is None or config.sub_configs
+    reads = {getattr(module, "main_input_name", "input_ids") for module in part.modules()}
+    return type(part).__module__.startswith("transformers.") and not others and reads == {"input_ids"}
 
 
 def _forward(self, *args, task_ids=None, **kwargs):
     tasks = self.lilora_tasks
     with tasks.use(tasks.context_of(self, task_ids, args, kwargs)):
-        return (self.lilora_replaced.get("forward") or partial(type(self).forward, self))(*args, **kwargs)
+        output = (self.lilora_replaced.get("forward") or partial(type(self).forward, self))(*args, **kwargs)
+    if not torch.compiler.is_compiling() and tasks.reached and not tasks.looked:
+        tasks.looked = True
+        name_idle_layers(self)
+    return output
+
+
+def name_idle_layers(model: nn.Module) -> None:
+    """Warn of adapted layers that the first forward did not reach.
+
+    Of a model with a decoder those below it: towers run with images only, experts as a router will.
+    """
+    modules = list(model.modules())
+    layers = [module for module in modules if isinstance(module, AdaptedLinear) and module.place != GATHERED]
+    layers = [layer for layer in layers if layer.place == TEXT] or layers
+    idle = [layer.path for layer in layers if not layer.ran]
+    if idle and not any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in modules):
+        names = ", ".join(idle[:3]) + ", ..." * (len(idle) > 3)
+        warnings.warn(
+            f"the first forward did not run {len(idle)} of the adapted layers ({names}); unless other inputs reach them they "
+            "learn nothing, but change what a merged model computes: leave them out",
+            stacklevel=3,
+        )
 
 
 def _signature(model: nn.Module) -> inspect.Signature:

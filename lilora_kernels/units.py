@@ -1,20 +1,94 @@
-"""Units of packed vision rows: how much of a batch's images or videos belongs to each sample, by the batch itself.
+"""Whose images: which rows ahead of the language model belong to which sample, counted from what a batch says.
 
-A unit is what every layer ahead of the language model sees the same number of rows of: an image token, or a tile or a
-video where a model makes numbers of tokens from them that its rows do not follow.
+Nothing here is guessed from a product that happens to come out even. Images lie in the order of the samples; how many a
+sample has follows from its image tokens and what the family's processor says of sizes.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+# Arguments that hold tokens, or say something of them: they are one row of each sample.
+TEXT_INPUTS = {
+    *("input_ids", "inputs_embeds", "position_ids", "token_type_ids", "mm_token_type_ids", "labels"),
+    *(
+        "decoder_input_ids",
+        "decoder_inputs_embeds",
+        "decoder_attention_mask",
+        "decoder_position_ids",
+        "past_key_values",
+    ),
+    *("cache_position", "logits_to_keep", "num_items_in_batch", "rope_deltas", "shift_labels", "moe_mm_token_type_ids"),
+    *("inputs", "encoder_outputs", "negative_prompt_ids"),
+}
+# Of images and videos, as processors name what is counted below.
+IMAGE_INPUTS = {"pixel_values", "image_sizes", "image_grid_thw", "image_merge_sizes", "batch_num_images"}
+PADDED_INPUTS = {"spatial_shapes", "image_position_ids"}  # pixel_values [images, most patches, K]
+VIDEO_INPUTS = {"pixel_values_videos", "video_grid_thw", "video_merge_sizes", "second_per_grid_ts"}
+KNOWN_INPUTS = TEXT_INPUTS | IMAGE_INPUTS | PADDED_INPUTS | VIDEO_INPUTS
 
-def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> list[int] | Tensor | None:
-    """Units of each sample of input_ids [B, L] for a forward with these inputs; None without images and videos.
 
-    A tensor [B] inside a compiled graph, where the host does not see them.
+class Units(NamedTuple):
+    """Of each sample: `images`, which rows [images, n, K] belong to; `packed`, which rows [sum, K] are in proportion to.
+
+    None where rows of that kind cannot be told apart. exact: as many packed rows as `packed` says, no multiple.
+    """
+
+    images: list[int] | None
+    packed: list[int] | None
+    exact: bool = False
+
+    def of(self, shape: Sequence[int]) -> list[int] | None:
+        """Rows of each sample where a layer sees rows of this shape (without features); None if that is not known."""
+        rows = prod(shape)
+        if len(shape) > 1 and self.images is not None:
+            each, rest = divmod(rows, max(1, sum(self.images)))
+            return [n * each for n in self.images] if sum(self.images) == shape[0] and not rest else None
+        if self.packed is None or (len(shape) > 1 and shape[0] != 1):
+            return None
+        each, rest = divmod(rows, max(1, sum(self.packed)))
+        return (
+            None
+            if rest or each * sum(self.packed) != rows or (self.exact and each != 1)
+            else [n * each for n in self.packed]
+        )
+
+
+def of_equal_size(tokens: list[int], shape: Sequence[int]) -> list[int] | None:
+    """`Units.of` for images or tiles that all have the same number of tokens."""
+    images = None
+    if len(shape) > 1 and shape[0] > 1:
+        each, rest = divmod(sum(tokens), shape[0])
+        if not each or rest or any(count % each for count in tokens):
+            return None
+        images = [count // each for count in tokens]
+    return Units(images, tokens).of(shape)
+
+
+def contents(names: Mapping[str, object]) -> set[str]:
+    """Those of a forward's arguments that hold values and are neither text nor masks."""
+    return {
+        name for name, value in names.items() if name not in TEXT_INPUTS and "mask" not in name and _holds_values(value)
+    }
+
+
+def _holds_values(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_values, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_values, value))
+    return isinstance(value, Tensor) or hasattr(value, "__array_interface__")
+
+
+def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> "Units | list[int] | Tensor | None":
+    """Of each sample of input_ids [B, L] in a forward with these inputs; None without images and videos.
+
+    Tokens of each, where all images or tiles have the same number of them: a list, or inside a compiled graph, where the
+    host does not see them, a tensor [B].
 
     Raises ValueError for a batch that leaves open which sample an image or video belongs to.
     """
@@ -24,42 +98,108 @@ def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> list
             "the batch has images and videos, and layers ahead of the language model are adapted, which cannot tell the rows "
             "of the one from those of the other; pass them in separate batches"
         )
+    if unknown := contents(inputs) - KNOWN_INPUTS:
+        raise ValueError(
+            f"whose the rows of {', '.join(sorted(unknown))} are is not known; adapt layers of the decoder only, or pass "
+            "batches of one task"
+        )
     config = getattr(model, "config", None)
     if videos is not None:
-        tokens = _count(input_ids, getattr(config, "video_token_id", None))
+        token = getattr(config, "video_token_id", None)
+        tokens = _count(input_ids, token)
         if tokens is None or not any(tokens):  # GLM4V writes its videos with image tokens
             tokens = _count(input_ids, getattr(config, "image_token_id", None))
-        # [videos, frames, channels, height, width] are of one size; patches [sum, K] follow the tokens
-        return tokens if tokens is None or videos.dim() == 2 else _of_equal_size(videos.shape[0], tokens)
+        if tokens is None:
+            return None
+        if videos.dim() == 2 or inputs.get("video_grid_thw") is not None:
+            return _of_grids(inputs.get("video_grid_thw"), tokens, "video_grid_thw")
+        # [videos, frames, channels, height, width] are of one size
+        number = _of_number(videos.shape[0], tokens, "videos")
+        frames = videos.shape[1:-3].numel()
+        return Units([count * frames for count in number], number)
     if images is None:
         return None
     image_token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-    sizes = inputs.get("image_sizes")
-    if image_token is not None and sizes is None and torch.compiler.is_compiling():
+    given = {name for name in IMAGE_INPUTS | PADDED_INPUTS if inputs.get(name) is not None}
+    in_graph = torch.compiler.is_compiling() and images.dim() != 3 and given <= {"pixel_values", "image_grid_thw"}
+    if image_token is not None and in_graph:
         return (input_ids == image_token).sum(1)
     tokens = _count(input_ids, image_token)
-    if tokens is None or sizes is None:
-        return tokens
+    if tokens is None:
+        return None
+    if images.dim() == 2 or inputs.get("image_grid_thw") is not None:
+        return _of_grids(inputs.get("image_grid_thw"), tokens, "image_grid_thw")
+    if images.dim() == 3:  # padded to the patches of the largest
+        return _of_padded(images.shape[0], input_ids == image_token, inputs)
+    sizes = inputs.get("image_sizes")
+    if sizes is None:
+        if images.dim() > 4:  # [samples, most tiles, ...]: how many are tiles and not padding, the model finds out
+            return tokens
+        return Units(_of_number(images.shape[0], tokens, "images"), tokens)
     # The outer model may have a method of that name too, but not the parameter that the packing needs.
     packs = ("pack_image_features", "image_newline")
     packer = next((module for module in model.modules() if all(hasattr(module, name) for name in packs)), None)
     if packer is not None:
-        return _tiles(packer, sizes, inputs.get("batch_num_images"), tokens)
-    merge = getattr(config, "spatial_merge_size", 1)
-    if merge > 1:
-        _require_whole(torch.as_tensor(sizes), merge * config.vision_config.patch_size)
-    return tokens
+        tiles = _tiles(packer, sizes, inputs.get("batch_num_images"), tokens)
+        return Units(tiles, tiles)
+    patch = getattr(getattr(config, "vision_config", None), "patch_size", None)
+    if not isinstance(patch, int):
+        raise ValueError(
+            f"how many tokens {type(model).__name__} makes of an image of image_sizes is not known; adapt layers of the decoder "
+            "only, or pass batches of one task"
+        )
+    unit, sizes = getattr(config, "spatial_merge_size", 1) * patch, torch.as_tensor(sizes)
+    if unit > patch:
+        _require_whole(sizes, unit)
+    lengths = (sizes // unit).prod(-1).tolist()
+    return Units(None, _assigned(lengths, lengths, tokens))
 
 
 def _count(input_ids: Tensor, token: int | None) -> list[int] | None:
     return None if token is None else (input_ids == token).sum(1).tolist()
 
 
-def _of_equal_size(number: int, tokens: list[int]) -> list[int]:
-    each, rest = divmod(sum(tokens), number)
+def _of_padded(number: int, image: Tensor, inputs: Mapping) -> Units:
+    """Of so many images, all padded to the patches of the largest; image: [B, L] bool, where image tokens are.
+
+    By their true patches, where every token is of the same number of them; else each run of image tokens is an image.
+    """
+    tokens = image.sum(1).tolist()
+    patches = [0]
+    if inputs.get("spatial_shapes") is not None:
+        patches = torch.as_tensor(inputs["spatial_shapes"]).prod(-1).tolist()
+    elif inputs.get("image_position_ids") is not None:
+        patches = (inputs["image_position_ids"] >= 0).all(-1).sum(-1).tolist()
+    each = max(1, sum(patches) // max(1, sum(tokens)))
+    if sum(patches) == each * sum(tokens) and not any(count % each for count in patches):
+        return Units(_assigned([1] * number, [count // each for count in patches], tokens), tokens, exact=True)
+    runs = (image[:, :1].sum(1) + (image[:, 1:] & ~image[:, :-1]).sum(1)).tolist()
+    if sum(runs) != number:
+        raise ValueError(
+            f"{number} images padded to one size do not explain {runs} runs of image tokens in {len(runs)} samples; part the "
+            "images by a token, or pass batches of one task"
+        )
+    return Units(runs, tokens, exact=True)
+
+
+def _of_number(number: int, tokens: list[int], what: str) -> list[int]:
+    """Of so many images or videos of one size, those of each sample."""
+    each, rest = divmod(sum(tokens), number) if number else (0, 1)
     if not each or rest or any(count % each for count in tokens):
-        raise ValueError(f"{number} videos of one size do not explain {tokens} video tokens in {len(tokens)} samples")
+        raise ValueError(
+            f"{number} {what} of one size do not explain {tokens} {what.removesuffix('s')} tokens in {len(tokens)} samples"
+        )
     return [count // each for count in tokens]
+
+
+def _of_grids(grids: Tensor | None, tokens: list[int], name: str) -> Units:
+    """Of patches [sum, K] and their grids [images, 3], where every token is of the same number of patches."""
+    if grids is None:
+        raise ValueError(f"the batch has patches without {name}; pass both as the model's processor gives them")
+    patches = torch.as_tensor(grids).prod(-1).tolist()
+    each = max(1, sum(patches) // max(1, sum(tokens)))
+    _assigned(patches, [count // each for count in patches], tokens)
+    return Units(None, tokens)
 
 
 def _tiles(packer: nn.Module, sizes: Tensor, images_of_sample: Tensor | None, tokens: list[int]) -> list[int]:

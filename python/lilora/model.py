@@ -12,11 +12,13 @@ from peft.functional import delete_adapter
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lilora_kernels import LiLoRALinear, attach, check_task_name
-from lilora_kernels.adapted import is_sharded
+from lilora_kernels.adapted import is_sharded, reads_weight
 from lilora_kernels.context import BatchContext, TaskIds, Tasks, device_of
 from lilora_kernels.routing import detach
+from lilora_kernels.unadapted import AcceleratedLinear
 
 from .config import LiLoRAConfig
 from .errors import UserError
@@ -139,6 +141,17 @@ class LiLoRAModel(BaseTuner):
         if not isinstance(base, nn.Linear) and (quantized is None or quantized.layer_type != "linear"):
             raise UserError(
                 f"{current_key} is a {type(base).__name__}; LiLoRA adapts linear layers: leave it out of target_modules"
+            )
+        own = isinstance(base, nn.Linear) and type(base).forward not in (nn.Linear.forward, AcceleratedLinear.forward)
+        if quantized is None and (own or isinstance(base, NonDynamicallyQuantizableLinear)):
+            raise UserError(
+                f"{current_key} is a {type(base).__name__}, not an nn.Linear: nothing says that its forward runs, and computes "
+                "with its weight what a merge would; leave it out of target_modules (exclude_modules)"
+            )
+        if reads_weight(type(parent), target_name):
+            raise UserError(
+                f"{current_key} is never run by {type(parent).__name__}, or not on every device: it reads the layer's weight, "
+                "past an adapter; leave it out of target_modules (exclude_modules)"
             )
         layer = Linear(target, config, self.model.lilora_tasks, **self._quantization())
         layer.add_task(adapter_name)

@@ -326,24 +326,41 @@ def test_twenty_forwards_of_a_whole_model_compile_once(compiled):
     assert graphs.frame_count == 1
 
 
+class Decoder(nn.Module):
+    main_input_name = "input_ids"
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([adapted(16, 8, 3)])
+
+    def forward(self, x):
+        return self.layers[0](x)
+
+
 class Seeing(nn.Module):
     """As much of a multimodal model as routing looks at."""
 
     def __init__(self):
         super().__init__()
         self.config = type("Config", (), {"image_token_id": IMAGE})
-        self.multi_modal_projector, self.language_model = adapted(12, 16, 3), adapted(16, 8, 3)
+        self.multi_modal_projector, self.language_model = adapted(12, 16, 3), Decoder()
+
+    def get_decoder(self):
+        return self.language_model
+
+    def get_image_features(self, pixel_values):
+        return self.multi_modal_projector(pixel_values)
 
     def forward(self, input_ids, pixel_values):
         tokens = F.one_hot(input_ids % 16, 16).float()
-        return self.language_model(tokens + self.multi_modal_projector(pixel_values).mean())
+        return self.language_model(tokens + self.get_image_features(pixel_values).mean())
 
 
 def test_images_cost_no_graph_break():
     torch.compiler.reset()
     model = Seeing()
     attach(model)
-    inputs = {"input_ids": batch([2, 0])["input_ids"], "pixel_values": torch.randn(2, 4, 12)}
+    inputs = {"input_ids": batch([2, 0])["input_ids"], "pixel_values": torch.randn(2, 1, 4, 12)}
     found = torch._dynamo.explain(model)(**inputs, task_ids=torch.tensor([0, 1]))
     assert found.break_reasons == []
     assert found.graph_count == 1

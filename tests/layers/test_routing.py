@@ -1,6 +1,7 @@
 """Which row belongs to which task, through a whole LLaVA: text rows, packed images, beams, copies, bad ids."""
 
 import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -8,11 +9,21 @@ import torch
 from accelerate import dispatch_model
 from tiny_llava import PATCHES, TASKS, batch, randomise, sample, tiny_llava
 from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    Phi4MultimodalConfig,
+    Phi4MultimodalForCausalLM,
+)
 
 from lilora_kernels import BatchContext, LiLoRALinear, attach, linear, route
-from lilora_kernels.context import tasks_of
+from lilora_kernels.context import AHEAD, GATHERED, TEXT, tasks_of
 from lilora_kernels.linear import set_task
-from lilora_kernels.routing import detach, sees_images
+from lilora_kernels.routing import detach, places
 
 BATCHES = {
     "one image each": [1, 1, 1, 1],
@@ -234,7 +245,7 @@ def test_generation_sees_shared_factors_that_a_loader_replaced():
 
 def test_generation_with_offloaded_factors_gathers_them_in_every_forward(monkeypatch):
     model, inputs = tiny_llava(), batch([0, 0])
-    layers = [layer for layer in layers_of(model) if not layer.vision]
+    layers = [layer for layer in layers_of(model) if layer.place == TEXT]
     kept = [{name: p.data for name, p in layer.lilora_U.items()} for layer in layers]
     options = {"task_ids": ["where", "read"], "max_new_tokens": 3, "do_sample": False}
     wanted = model.generate(**inputs, **options)
@@ -307,7 +318,7 @@ def test_bad_task_ids(model, ids, error, why):
 def test_images_that_the_route_does_not_explain_raise_with_both_counts(model):
     inputs = batch([1, 1])
     inputs["input_ids"][0, 1] = 5
-    with pytest.raises(ValueError, match=r"\[2, 4\] rows.*\[3, 4\] image tokens or tiles \(in all 7\) in 2 samples"):
+    with pytest.raises(ValueError, match=r"linear_1.*\[2, 4\] rows.*2 images .* do not explain \[3, 4\] image tokens"):
         logits(model, inputs, task_ids=["read", "count"])
 
 
@@ -345,24 +356,24 @@ def test_layers_with_other_tasks_cannot_share_a_route():
 @pytest.mark.parametrize("units", [[8, 0, 4], torch.tensor([8, 0, 4])], ids=["eager", "in-graph"])
 def test_packed_rows(units):
     r = BatchContext(torch.tensor([7, 8, 9], dtype=torch.int32), units=units)
-    assert r.rows(torch.empty(3, 4, 5), vision=True).tolist() == [7] * 8 + [9] * 4
-    assert r.rows(torch.empty(12, 5), vision=True).tolist() == [7] * 8 + [9] * 4
-    assert r.rows(torch.empty(24, 5), vision=True).tolist() == [7] * 16 + [9] * 8
+    assert r.rows(torch.empty(3, 4, 5), AHEAD).tolist() == [7] * 8 + [9] * 4
+    assert r.rows(torch.empty(12, 5), AHEAD).tolist() == [7] * 8 + [9] * 4
+    assert r.rows(torch.empty(24, 5), AHEAD).tolist() == [7] * 16 + [9] * 8
     # A vision tower's class token: 5 rows per image for 4 image tokens.
-    assert r.rows(torch.empty(3, 5, 5), vision=True).tolist() == [7] * 10 + [9] * 5
+    assert r.rows(torch.empty(3, 5, 5), AHEAD).tolist() == [7] * 10 + [9] * 5
     for shape in [(2, 4, 5), (13, 5), (5, 5, 5)]:
         with pytest.raises((ValueError, RuntimeError), match=r"image tokens .* do not explain"):
-            r.rows(torch.empty(*shape), vision=True)
+            r.rows(torch.empty(*shape), AHEAD)
 
 
 def test_flattened_text_rows():
     r = BatchContext(torch.tensor([1, 0], dtype=torch.int32), length=3)
-    assert r.rows(torch.empty(2, 3, 4), vision=False).tolist() == [1, 1, 1, 0, 0, 0]
-    assert r.rows(torch.empty(6, 4), vision=False).tolist() == [1, 1, 1, 0, 0, 0]
-    assert r.rows(torch.empty(2, 3, 2, 4), vision=False).tolist() == [1] * 6 + [0] * 6
+    assert r.rows(torch.empty(2, 3, 4), TEXT).tolist() == [1, 1, 1, 0, 0, 0]
+    assert r.rows(torch.empty(6, 4), TEXT).tolist() == [1, 1, 1, 0, 0, 0]
+    assert r.rows(torch.empty(2, 3, 2, 4), TEXT).tolist() == [1] * 6 + [0] * 6
     for shape in [(2, 4), (5, 4), (3, 2, 4)]:
         with pytest.raises(ValueError, match="but the route has 2 samples of 3 tokens"):
-            r.rows(torch.empty(*shape), vision=False)
+            r.rows(torch.empty(*shape), TEXT)
 
 
 # --- models apart -----------------------------------------------------------------------------------------------------
@@ -401,23 +412,6 @@ def test_a_forward_that_accelerate_put_on_the_instance_is_routed_too():
     assert hooked.forward is before
 
 
-@pytest.mark.parametrize(
-    "path, has_text_part, wanted",
-    [
-        ("model.language_model.layers.0.mlp.up_proj", True, False),
-        ("model.text_model.layers.0.mlp.up_proj", True, False),
-        ("model.multi_modal_projector.linear_1", True, True),
-        ("model.visual.merger.mlp.0", True, True),
-        ("lm_head", True, False),
-        ("model.layers.0.mlp.up_proj", False, False),
-        ("model.mm_projector.0", False, True),
-        ("vision_model.encoder.layers.0.mlp.fc1", False, False),
-    ],
-)
-def test_which_layers_see_packed_images(path, has_text_part, wanted):
-    assert sees_images(path, has_text_part) is wanted
-
-
 def test_layers_put_in_later_join_the_route_when_attached_again():
     model = tiny_llava()
     layer = LiLoRALinear(model.model.language_model.layers[0].self_attn.q_proj, r=4, sub_rank=2, dropout=0.0)
@@ -439,7 +433,8 @@ def test_the_route_ends_with_the_forward_even_after_an_error(model):
     assert torch.equal(logits(model, inputs), plain)
 
 
-def test_layers_that_may_see_images_or_text_are_refused_with_images():
+@pytest.mark.parametrize("name", ["pixel_values", "images", "crops", "input_features"])
+def test_layers_that_may_see_images_or_text_are_refused_with_images(name):
     """Parts named otherwise than in any known family: as many images as samples prove nothing."""
 
     class Model(nn.Module):
@@ -447,10 +442,10 @@ def test_layers_that_may_see_images_or_text_are_refused_with_images():
             super().__init__()
             self.resampler, self.llm = (LiLoRALinear(nn.Linear(8, 8), r=2, sub_rank=2) for _ in range(2))
 
-        def forward(self, input_ids, pixel_values=None):
+        def forward(self, input_ids, **inputs):
             embedded = nn.functional.one_hot(input_ids % 8, 8).float()
-            if pixel_values is not None:
-                embedded = embedded.masked_scatter((input_ids == 39)[..., None], self.resampler(pixel_values))
+            for images in inputs.values():
+                embedded = embedded.masked_scatter((input_ids == 39)[..., None], self.resampler(images))
             return self.llm(embedded)
 
     model = Model()
@@ -460,5 +455,203 @@ def test_layers_that_may_see_images_or_text_are_refused_with_images():
     ids = torch.randint(0, 30, (2, 12))
     model(ids, task_ids=["a", None])
     ids[0, 1:9] = 39
-    with pytest.raises(ValueError, match="unknown whether resampler sees images or text"):
-        model(ids, pixel_values=torch.randn(2, 4, 8), task_ids=["a", None])
+    model(ids, task_ids=["a", "a"], **{name: torch.randn(2, 4, 8)})
+    with pytest.raises(
+        ValueError, match=rf"resampler is not below the model\'s decoder.*\[2, 4\] rows .* {name}; adapt"
+    ):
+        model(ids, task_ids=["a", None], **{name: torch.randn(2, 4, 8)})
+
+
+def test_inputs_of_other_names_are_refused_where_a_layer_ahead_sees_them(model):
+    inputs = batch([1, 1]) | {"crops": torch.randn(2, 4)}
+    explained = tasks_of(model).explained(model, inputs["input_ids"], (), inputs)
+    context = BatchContext(torch.tensor([0, 1], dtype=torch.int32), **explained)
+    with pytest.raises(ValueError, match=r"linear_1.*whose the rows of crops are is not known; adapt"):
+        context.rows(torch.empty(2, 4, 5), AHEAD, path="linear_1")
+
+
+def test_experts_that_see_gathered_rows_are_refused():
+    """As remote code does it: one expert at a time, rows in an order of the router's."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(10, 8)
+            self.experts = nn.ModuleList(LiLoRALinear(nn.Linear(8, 8), r=2, sub_rank=2) for _ in range(2))
+
+        def forward(self, input_ids):
+            x = self.embed(input_ids).flatten(0, 1)
+            y = torch.zeros_like(x)
+            for chosen, expert in zip((x[:, 0].argsort(), x[:, 1].argsort()), self.experts, strict=True):
+                y.index_add_(0, chosen, expert(x[chosen]))
+            return y.view(*input_ids.shape, 8)
+
+    model = Experts().eval()
+    for layer in model.experts:
+        for task in ("a", "b"):
+            layer.add_task(task)
+    randomise(model)
+    attach(model)
+    for ids in (torch.tensor([[1], [2]]), torch.randint(0, 10, (2, 3))):
+        with pytest.raises(
+            ValueError, match=r"experts\.0 sees \[\d\] rows that a router gathered.*pass batches of one task"
+        ):
+            model(ids, task_ids=["a", "b"])
+        wanted = model(ids, task_ids=["b", "b"])
+        set_task(model, "b")
+        close(model(ids), wanted)
+
+
+def test_a_layer_that_sees_the_images_one_by_one_is_refused():
+    model, inputs = tiny_llava(), batch([1, 1])
+    projector, project = model.model.multi_modal_projector, model.model.multi_modal_projector.forward
+    # As many rows as image tokens in all, each time.
+    projector.forward = lambda images: torch.cat([project(image.repeat(2, 1))[:PATCHES] for image in images])[None]
+    with pytest.raises(ValueError, match=r"linear_1 runs more than once in a forward"):
+        logits(model, inputs, task_ids=["read", "count"])
+    logits(model, inputs, task_ids=["read", "read"])
+
+
+def test_an_encoder_of_images_has_one_for_each_sample():
+    model = Dinov2ForImageClassification(
+        Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+    ).eval()
+    mlp = model.dinov2.encoder.layer[0].mlp
+    mlp.fc1 = LiLoRALinear(mlp.fc1, r=4, sub_rank=2)
+    for task in ("a", "b"):
+        mlp.fc1.add_task(task)
+    randomise(model)
+    attach(model.eval())
+    images = torch.randn(2, 3, 8, 8)
+    got = logits(model, {"pixel_values": images}, task_ids=["a", "b"])
+    for i, task in enumerate(("a", "b")):
+        set_task(model, task)
+        close(got[i : i + 1], logits(model, {"pixel_values": images[i : i + 1]}))
+
+
+def phi4():
+    audio = {"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Phi4MultimodalForCausalLM(
+        Phi4MultimodalConfig(**sizes, num_key_value_heads=2, vision_config=vision, audio_config=audio)
+    )
+
+
+def idefics():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"embed_dim": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return IdeficsForVisionText2Text(IdeficsConfig(**sizes, vision_config=vision))
+
+
+def bart():
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    return BartForConditionalGeneration(BartConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    "make, path, wanted",
+    [
+        (tiny_llava, "model.language_model.layers.0.mlp.up_proj", TEXT),
+        (tiny_llava, "lm_head", TEXT),
+        (tiny_llava, "model.multi_modal_projector.linear_1", AHEAD),
+        (tiny_llava, "model.vision_tower.encoder.layers.0.mlp.fc1", AHEAD),
+        (phi4, "model.layers.0.mlp.down_proj", TEXT),
+        (phi4, "model.embed_tokens_extend.image_embed.img_processor.encoder.layers.0.mlp.fc1", None),
+        (idefics, "model.layers.0.mlp.up_proj", TEXT),
+        (idefics, "model.vision_model.encoder.layers.0.mlp.fc1", None),
+        (bart, "model.decoder.layers.0.fc1", TEXT),
+        (bart, "model.encoder.layers.0.fc1", None),
+    ],
+)
+def test_where_a_layer_lies(make, path, wanted):
+    with torch.device("meta" if make is not tiny_llava else "cpu"):
+        model = make()
+    model.get_submodule(path)
+    assert places(model, [path]) == {path: wanted}
+
+
+def test_a_part_behind_the_decoder_is_not_taken_to_lie_ahead_of_it():
+    """As an action expert or a talker: it sees rows of the samples, of which there may be as many as images."""
+
+    class Acting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower, self.action, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)])
+            self.decoder.main_input_name = "input_ids"
+
+        def get_decoder(self):
+            return self.decoder
+
+        def get_image_features(self, pixel_values):
+            return self.tower(pixel_values)
+
+    assert places(Acting(), ["tower", "action"]) == {"tower": AHEAD, "action": None}
+
+
+def test_experts_lie_apart_from_experts_that_all_tokens_see():
+    gathered = ["layers.0.mlp.experts.3.up_proj", "layers.0.mlp.experts.expert_2.up_proj", "experts.0"]
+    others = [
+        "layers.0.mlp.shared_experts.up_proj",
+        "layers.0.mlp.shared_experts.0.up_proj",
+        "action_expert.layers.0.mlp.up_proj",
+    ]
+    assert set(places(nn.Module(), gathered).values()) == {GATHERED}
+    assert set(places(nn.Module(), others).values()) == {None}
+
+
+# --- layers that no forward reaches -----------------------------------------------------------------------------------
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.block = nn.TransformerEncoderLayer(8, 2, 8)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def adapt(model, path):
+    parent, _, name = path.rpartition(".")
+    layer = LiLoRALinear(model.get_submodule(path), r=4, sub_rank=2)
+    layer.add_task("a")
+    setattr(model.get_submodule(parent), name, layer)
+
+
+def test_a_layer_whose_weight_alone_is_read_cannot_be_adapted():
+    with pytest.raises(TypeError, match=r"nn\.MultiheadAttention reads and never runs"):
+        adapt(Attending(), "attention.out_proj")
+    model = Attending()
+    adapt(model, "block.linear1")
+    with pytest.raises(ValueError, match=r"block\.linear1 cannot be adapted: TransformerEncoderLayer reads its weight"):
+        attach(model)
+
+
+def test_a_layer_that_the_first_forward_does_not_reach_is_named_once():
+    model = Attending()
+    adapt(model, "used")
+    adapt(model, "unused")
+    attach(model)
+    with pytest.warns(UserWarning, match=r"did not run 1 of the adapted layers \(unused\)"):
+        model(torch.randn(2, 3, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 3, 8))
+        tiny_llava()(**batch([0, 0]))
+
+
+def test_task_ids_without_attach_are_not_swallowed():
+    class Swallowing(Attending):
+        def forward(self, x, **kwargs):
+            return self.used(x)
+
+    model = Swallowing()
+    adapt(model, "used")
+    wanted = model(torch.randn(2, 3, 8))
+    with pytest.raises(RuntimeError, match=r"given to a Swallowing that is not connected.*call attach\(model\) once"):
+        model(torch.randn(2, 3, 8), task_ids=["a", None])
+    attach(model)
+    assert model(torch.randn(2, 3, 8), task_ids=["a", None]).shape == wanted.shape

@@ -231,6 +231,13 @@ def test_the_mask_of_the_text_says_nothing_of_images():
         def __init__(self):
             super().__init__()
             self.vision_tower, self.text_model = nn.Linear(WIDTH, HIDDEN).double(), nn.Linear(WIDTH, HIDDEN).double()
+            self.text_model.main_input_name = "input_ids"
+
+        def get_decoder(self):
+            return self.text_model
+
+        def get_image_features(self, x):
+            return self.vision_tower(x)
 
         def forward(self, x, attention_mask):
             return self.vision_tower(x), self.text_model(x)

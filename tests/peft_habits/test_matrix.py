@@ -366,7 +366,7 @@ def test_adapter_names_and_task_ids_agree(case, pretrained, training):
     assert_close(output(model.get_base_model(), batch, task_ids=tensor), mixed)
     for names, words in ((["a", "b"], r"task_ids has the shape \[2\]"), (["a", "b", "c"], "task 'c' is unknown")):
         if case.base is mlp and len(names) == 2:
-            words = "a layer sees .* rows, but the route has 2 samples"  # only its layers can count the samples
+            words = "first sees .* rows, but the route has 2 samples"  # only its layers can count the samples
         with pytest.raises(ValueError, match=words):
             output(model, batch, adapter_names=names)
 

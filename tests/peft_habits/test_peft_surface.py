@@ -31,7 +31,9 @@ from peft.helpers import check_if_peft_model, disable_input_dtype_casting, resca
 from peft.utils.hotswap import hotswap_adapter
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import Dataset
+from transformers import MambaConfig, MambaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
+import lilora
 from lilora.errors import UserError
 from lilora.model import shared_fingerprint
 
@@ -343,3 +345,45 @@ def test_one_graph_whichever_task_is_active():
             task_ids = {"task_ids": torch.full((3,), "abc".index(task), dtype=torch.int32)} if given else {}
             assert_close(output(model, batch, **task_ids), expected[task])
         assert graphs.frame_count == (1 if given else 2)
+
+
+# --- layers that their model does not run -----------------------------------------------------------------------------
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+MAMBA = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+
+
+class Own(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Inherited(torch.nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    "make, target, why",
+    [
+        (
+            lambda: SiglipVisionModel(SiglipVisionConfig(**SMALL, image_size=8, patch_size=4)),
+            r".*attention\.out_proj",
+            r"head\.attention\.out_proj is a NonDynamicallyQuantizableLinear",
+        ),
+        (lambda: MambaForCausalLM(MambaConfig(**MAMBA)), r".*dt_proj", r"dt_proj is never run by MambaMixer"),
+        (lambda: MambaForCausalLM(MambaConfig(**MAMBA)), r".*out_proj", r"out_proj is never run by MambaMixer"),
+        (lambda: torch.nn.Sequential(Own(4, 4)), ["0"], "0 is a Own, not an nn.Linear"),
+    ],
+    ids=["attention", "dt_proj", "out_proj", "forward of its own"],
+)
+def test_layers_that_their_model_does_not_run_are_refused(make, target, why):
+    model = make()
+    before = set(dict(model.named_modules()))
+    with pytest.raises(UserError, match=why):
+        get_peft_model(model, lilora.LiLoRAConfig(r=4, sub_rank=2, target_modules=target))
+    assert set(dict(model.named_modules())) == before
+
+
+def test_a_subclass_with_the_forward_of_a_linear_layer_is_adapted():
+    get_peft_model(torch.nn.Sequential(Inherited(4, 4)), lilora.LiLoRAConfig(r=4, sub_rank=2, target_modules=["0"]))

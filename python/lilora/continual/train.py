@@ -401,6 +401,9 @@ class TaskTrainer(Trainer):
         self.method = method
         collate = partial(data.collate, dtype=method.model.dtype)
         super().__init__(model=method.model, args=arguments, train_dataset=data, data_collator=collate)
+        # A model that takes no num_items_in_batch returns the mean over its own batch. The step's labels are counted for it
+        # too, and nothing is divided by the number of batches: see compute_loss.
+        self.returns_mean, self.model_accepts_loss_kwargs = not self.model_accepts_loss_kwargs, True
         self.remove_callback(PrinterCallback)  # it would print among the command's own output
         if self.is_fsdp_enabled:  # a model's list has layers of parts that this one may lack, which accelerate refuses
             present = {type(module).__name__ for module in self.model.modules()} & set(self.model._no_split_modules)
@@ -411,11 +414,20 @@ class TaskTrainer(Trainer):
 
         def cross_entropy():
             nonlocal outputs
-            loss, outputs = super(TaskTrainer, self).compute_loss(model, inputs, return_outputs=True, **kwargs)
+            given = kwargs | ({"num_items_in_batch": None} if self.returns_mean else {})
+            loss, outputs = super(TaskTrainer, self).compute_loss(model, inputs, return_outputs=True, **given)
+            if self.returns_mean and kwargs.get("num_items_in_batch") is not None:
+                loss = loss * self._share_of_labels(inputs["labels"], kwargs["num_items_in_batch"])
             return loss, outputs
 
         loss = self.method.loss(inputs, cross_entropy, 1 / self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
+
+    def _share_of_labels(self, labels: torch.Tensor, in_step: torch.Tensor) -> torch.Tensor:
+        """Of those in a step, of all processes whose gradients are averaged: labels [B, L], -100 where there is none."""
+        labels = labels[..., 1:] if self._loss_shifts_labels else labels
+        averaged = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return labels.ne(-100).sum() / in_step * averaged
 
     def learned(self) -> dict[str, torch.Tensor]:
         """The tensors that a checkpoint holds, themselves."""

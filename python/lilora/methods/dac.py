@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lilora.io.bank import Bank
+from lilora_kernels.context import AHEAD
 from lilora_kernels.functional import rank_gate
 from lilora_kernels.rank_pool import Choice, RankPoolLinear
-from lilora_kernels.routing import TEXT, sees_images
+from lilora_kernels.routing import places
 
 from .base import Batches, Inputs, Method, Stage, Tensors, add_to_weight
 from .pooled import fresh, learn_only, put_pools, take_pools
@@ -169,11 +170,11 @@ class DAC(Method):
         super().__init__(base, settings)
         self.model = base
         s = self.options = self.read_settings(settings)
-        padding, has_text_part = Padding(), any(TEXT & set(path.split(".")) for path, _ in base.named_modules())
+        padding, placed = Padding(), places(base, [path for path, _ in base.named_modules()])
         base.register_forward_pre_hook(padding.take, with_kwargs=True)
 
         def router(path: str, linear: nn.Linear) -> Router:
-            return Router(s, linear, Padding() if sees_images(path, has_text_part) else padding)
+            return Router(s, linear, Padding() if placed[path] == AHEAD else padding)
 
         self.layers = put_pools(base, s.target_modules, router, s.alpha / s.r, s.dropout)
         learn_only(base)

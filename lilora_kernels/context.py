@@ -9,7 +9,6 @@ What holds at all times:
 - A backward that would recompute a layer without the context of its forward raises.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -544,18 +543,6 @@ class Recomputation(AbstractContextManager):
 
     def __exit__(self, *exception) -> None:
         self._open.pop().__exit__(*exception)
-
-
-def require_no_ids() -> None:
-    """RuntimeError where a module that is running was called with task_ids, which nothing carries to its layers."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["kwargs"].get("task_ids") is not None:
-            raise RuntimeError(
-                f"task_ids was given to a {type(frame.f_locals['self']).__name__} that is not connected to its adapted "
-                "layers, which would ignore it; call attach(model) once after adding LiLoRALinear layers"
-            )
-        frame = frame.f_back
 
 
 def tokens_of(args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor | None]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import AdaptedLinear, Factors, described, is_number, is_plain, is_sharded
-from .context import BatchContext, require_no_ids
+from .context import BatchContext
 from .parameters import SharedParameter, TaskParameters, check_task_name, onloaded, stacked, window
 
 POLICIES = ("always", "first", "never")
@@ -318,8 +318,6 @@ class LiLoRALinear(AdaptedLinear):
             return None if slot is None else self._mixed(x, slot[:2], context, samples)
         if context is None and not compiling:
             tasks.require_context()
-            if not tasks.attached:
-                require_no_ids()
         if slot is None or slot[2] is None:
             if len(self.active) > 1:
                 raise ValueError(f"the tasks {list(self.active)} are active together; pass task ids with the batch")

@@ -641,17 +641,3 @@ def test_a_layer_that_the_first_forward_does_not_reach_is_named_once():
         warnings.simplefilter("error")
         model(torch.randn(2, 3, 8))
         tiny_llava()(**batch([0, 0]))
-
-
-def test_task_ids_without_attach_are_not_swallowed():
-    class Swallowing(Attending):
-        def forward(self, x, **kwargs):
-            return self.used(x)
-
-    model = Swallowing()
-    adapt(model, "used")
-    wanted = model(torch.randn(2, 3, 8))
-    with pytest.raises(RuntimeError, match=r"given to a Swallowing that is not connected.*call attach\(model\) once"):
-        model(torch.randn(2, 3, 8), task_ids=["a", None])
-    attach(model)
-    assert model(torch.randn(2, 3, 8), task_ids=["a", None]).shape == wanted.shape

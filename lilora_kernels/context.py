@@ -298,7 +298,6 @@ class Tasks:
         self.active: tuple[str, ...] = ()
         self.train = True  # whether the active tasks do
         self.packed = False  # whether a layer is not below the decoder, so that inputs other than tokens matter
-        self.attached = False  # to a model, whose forward then takes task_ids
         self.reached = self.looked = False  # whether a layer ran; whether it was looked for layers that did not
         self.arguments: tuple[str, ...] = ()  # of the model's forward
         self.main = "input_ids"  # the one of them that has a row for each sample

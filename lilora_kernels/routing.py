@@ -72,7 +72,6 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
             )
         layer.model_tasks = tasks
         layer.path, layer.place = name, placed[name]
-    tasks.attached = True
     tasks.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
     tasks.main = getattr(model, "main_input_name", None) or next(iter(tasks.arguments), "input_ids")
     tasks.packed = not set(placed.values()) <= {TEXT, GATHERED}

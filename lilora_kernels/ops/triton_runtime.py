@@ -17,6 +17,7 @@ MANY_ROWS = {"composed": "for more of few tasks", "by_phase": "for more of many 
 PLANS = {"one_launch": f"up to {ONE_LAUNCH_ROWS} rows", **MANY_ROWS}
 PAIR_PLANS = {"by_phase": f"up to {ONE_LAUNCH_ROWS} rows and for more of many tasks", "composed": MANY_ROWS["composed"]}
 LARGEST_RANK, LARGEST_SUB_RANK = 256, 128
+LEAST_SHARED_MEMORY = 99 * 1024  # bytes that a block may have on every GPU that the kernels run on
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -39,7 +40,8 @@ def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
         return f"it does not support {x.dtype}" + (" in the interpreter" if INTERPRETED else "")
     if rank > LARGEST_RANK or sub_rank > LARGEST_SUB_RANK:
         return f"it supports r up to {LARGEST_RANK} and sub_rank up to {LARGEST_SUB_RANK}"
-    if not INTERPRETED and 4 * padded(rank) * padded(sub_rank) > shared_memory(x.device):  # V_t of one task, in fp32
+    factor = 4 * padded(rank) * padded(sub_rank)  # bytes of V_t in fp32
+    if not INTERPRETED and factor > LEAST_SHARED_MEMORY and factor > shared_memory(x.device):
         return f"r {rank} with sub_rank {sub_rank} takes more shared memory than a block of this GPU has"
     return None
 

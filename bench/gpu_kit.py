@@ -167,7 +167,8 @@ def record(folder: Path, jobs: int, devices: list[str], commands: list[list[str]
         log, output = folder / f"recording-{at}.log", folder / f"recording-{at}.txt"
         log.unlink(missing_ok=True)
         with output.open("wb") as stream:
-            env = pretended(device, folder, log)
+            # The CUDA backend's plans launch Triton kernels too.
+            env = pretended(device, folder, log) | {"LILORA_PRETENDED_CUDA": str(folder / "content" / LIBRARY)}
             code = subprocess.run(command, cwd=ROOT, env=env, stdout=stream, stderr=stream, check=False).returncode
         kinds = Counter(line.split(" ", 1)[0] for line in log.read_text().splitlines()) if log.exists() else Counter()
         name = " ".join([*command[2:3], *(Path(word).name for word in command[3:] if not word.startswith("-"))])

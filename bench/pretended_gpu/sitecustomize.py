@@ -14,3 +14,9 @@ if os.environ.get("LILORA_PRETENDED_GPU"):
     device.install(os.environ["LILORA_PRETENDED_GPU"])
     triton_launches.install()
     judgements.install()
+    if library := os.environ.get("LILORA_PRETENDED_CUDA"):  # where the CUDA library lies, and _build_info above it
+        import lilora_kernels
+        from lilora_kernels import cuda_library
+
+        cuda_library.PATH = Path(library)
+        lilora_kernels.__path__.append(str(Path(library).parents[1]))

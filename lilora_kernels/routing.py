@@ -45,8 +45,8 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
 
     Afterwards `model(**batch, task_ids=...)` and `model.generate(..., task_ids=...)` work: names or ids, one per sample;
     beams and returned sequences repeat their sample's task. Where a layer lies is told by the model's structure (`places`).
-    Gradient checkpointing restores each forward's context. `tasks`: what the
-    layers shall share; by default what the model or its first layer has.
+    Gradient checkpointing restores each forward's context. `tasks`: what the layers shall share; by default what the model or
+    its first layer has.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
     placed = places(model, [name for name, _ in layers])

@@ -103,10 +103,10 @@ def test_a_device_with_configurations_of_its_own_is_recorded_too(tree):
 # --- the pretended GPU ------------------------------------------------------------------------------------------------
 
 
-def on_a_pretended_gpu(code, log):
+def on_a_pretended_gpu(code, log, **more):
     paths = [ROOT / "bench/pretended_gpu", ROOT]
     own = {"LILORA_PRETENDED_GPU": "NVIDIA H100 80GB HBM3", "LILORA_PRETENDED_LOG": str(log), "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **own, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    environment = {**os.environ, **own, **more, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
@@ -154,6 +154,27 @@ def test_stages_run_to_their_ends_on_a_gpu_that_computes_nothing(tmp_path):
     assert entry["launches"] > 50
     assert entry["operations"] > 100
     assert (entry["hit"], entry["miss"]) == (0, 0)  # nothing is compiled unless it is asked for
+
+
+def test_what_is_recorded_has_the_library_of_the_kit(packed, tmp_path, monkeypatch):
+    """Triton kernels of the CUDA backend's plans are launched only where that is there."""
+    monkeypatch.setattr(gpu_kit, "ROOT", ROOT)
+    library = tmp_path / "content" / gpu_kit.LIBRARY
+    (library.parents[1] / "_build_info.py").write_text("def build_info():\n    return 'of the kit'\n")
+    code = "from lilora_kernels import _build_info, cuda_library as c\nprint(c.PATH, _build_info.build_info())"
+    environments = []
+
+    def run(command, env, **_):
+        environments.append(env)
+        return subprocess.CompletedProcess(command, 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_kit.subprocess, "run", run)
+        gpu_kit.record(tmp_path, 1, ["NVIDIA H200"], [["python", "-m", "pytest"]])
+    given = environments[0]["LILORA_PRETENDED_CUDA"]
+    assert given == str(library)
+    done = on_a_pretended_gpu(code, tmp_path / "log", LILORA_PRETENDED_CUDA=given)
+    assert done.stdout.split(" ", 1) == [str(library), "of the kit\n"], done.stderr
 
 
 JUDGED = """

@@ -760,3 +760,11 @@ def test_a_layer_takes_no_setting_that_is_no_number_in_its_range(options, words)
 def test_a_pool_takes_no_scaling_that_is_no_finite_number(scaling):
     with pytest.raises(ValueError, match=r"scaling is .*; it must be a finite number"):
         RankPoolLinear(nn.Linear(4, 3), lambda *_: None, scaling=scaling)
+
+
+@pytest.mark.parametrize("r, sub_rank", [(1, 1), (8, 4), (9, 4), (128, 64)])
+def test_sizes_that_are_not_given_follow_r(r, sub_rank):
+    layer = LiLoRALinear(nn.Linear(3, 3), r=r)
+    assert (layer.sub_rank, layer.lilora_scaling) == (sub_rank, 2.0)
+    layer = LiLoRALinear(nn.Linear(3, 3), r=r, sub_rank=1, alpha=3.0 * r)
+    assert (layer.sub_rank, layer.lilora_scaling) == (1, 3.0)

@@ -621,3 +621,14 @@ def test_a_reference_forward_without_adapters_may_come_between_forward_and_backw
     assert gradients[0].keys() == gradients[1].keys() != set()
     for name, grad in gradients[0].items():
         assert torch.equal(gradients[1][name], grad)
+
+
+@pytest.mark.parametrize("r, sub_rank", [(1, 1), (8, 4), (9, 4), (128, 64)])
+def test_sizes_that_are_not_given_follow_r(r, sub_rank, tmp_path):
+    """And are saved as the numbers that they were."""
+    config = LiLoRAConfig(r=r, target_modules=["x"])
+    assert (config.sub_rank, config.alpha) == (sub_rank, 2.0 * r)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["sub_rank"], saved["alpha"]) == (sub_rank, 2.0 * r)
+    assert LiLoRAConfig(r=r, sub_rank=1, alpha=5.0).alpha == 5.0

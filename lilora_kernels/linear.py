@@ -16,6 +16,10 @@ KINDS = ("lilora_A", "lilora_B", "lilora_U", "lilora_V", "lilora_fusion")
 _of_kinds = itemgetter(*KINDS)
 
 
+def default_sub_rank(r: int) -> int:
+    return max(1, r // 2)
+
+
 class LiLoRALinear(AdaptedLinear):
     """y = base_layer(x) + scaling * D(x) A^T M_t^T with M_t = f_t B0 + (1 - f_t) U_t V_t, f_t = sigmoid(fusion_t).
 
@@ -43,7 +47,8 @@ class LiLoRALinear(AdaptedLinear):
         for name, size in (("r", r), ("sub_rank", 1 if sub_rank is None else sub_rank)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name} is {size!r}; it must be an integer of at least 1")
-        sub_rank, alpha = max(1, r // 2) if sub_rank is None else sub_rank, 2.0 * r if alpha is None else alpha
+        sub_rank = default_sub_rank(r) if sub_rank is None else sub_rank
+        alpha = 2.0 * r if alpha is None else alpha
         if not is_number(alpha) or not 0 < alpha < math.inf:
             raise ValueError(f"alpha is {alpha!r}; it must be a positive number")
         for name, policy in (("train_a", train_a), ("train_b0", train_b0)):

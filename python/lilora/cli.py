@@ -544,6 +544,8 @@ def method_settings(
     method: str, preset: str | None, sub_rank: int | None, options: dict[str, Any], further: dict[str, Any]
 ) -> dict[str, Any]:
     """The settings that `make_method` takes, from the options of `lilora train`."""
+    from lilora_kernels.linear import default_sub_rank
+
     from .methods import METHODS
 
     presets = METHODS[method].presets
@@ -554,7 +556,7 @@ def method_settings(
     preset_settings = presets[preset or next(iter(presets))] if presets else {}
     sizes: dict[str, Any] = {"r": options["r"], "alpha": options["alpha"], "dropout": options["dropout"]}
     if method == "lilora":
-        sizes["sub_rank"] = max(1, options["r"] // 2) if sub_rank is None else sub_rank
+        sizes["sub_rank"] = default_sub_rank(options["r"]) if sub_rank is None else sub_rank
     if method in PEFT_LORA:
         sizes = {"r": options["r"], "lora_alpha": options["alpha"], "lora_dropout": options["dropout"]}
     return {**sizes, **preset_settings, **further}

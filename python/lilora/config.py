@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from peft import PeftConfig
 
 from lilora_kernels.adapted import is_number
-from lilora_kernels.linear import POLICIES
+from lilora_kernels.linear import POLICIES, default_sub_rank
 
 from .errors import UserError
 from .peft_type import LILORA
@@ -93,9 +93,9 @@ class LiLoRAConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        for name, default in (("r", None), ("sub_rank", lambda: max(1, self.r // 2))):
-            if getattr(self, name) is None and default is not None:
-                setattr(self, name, default())
+        for name in ("r", "sub_rank"):
+            if name == "sub_rank" and self.sub_rank is None:
+                self.sub_rank = default_sub_rank(self.r)
             size = getattr(self, name)
             if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31:
                 raise UserError(f"{name} is {size!r}; it must be an integer of at least 1")

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from lilora.errors import UserError
 from lilora.models import target_modules as preset
+from lilora_kernels.linear import default_sub_rank
 
 _SHIPPED = Path(__file__).parent / "model_configs"  # one folder with a config.json per model
 _SHIPPED_ALIASES = {"llava-hf/llava-1.5-7b-hf": "llava-1.5-7b"}
@@ -132,7 +133,7 @@ def account(
     the preset of the model's family (`lilora.models.target_modules`), which `projector` and `attention` widen. sub_rank is
     r // 2 if not given.
     """
-    sub_rank = max(1, r // 2) if sub_rank is None else sub_rank
+    sub_rank = default_sub_rank(r) if sub_rank is None else sub_rank
     shipped = _SHIPPED / _SHIPPED_ALIASES.get(model, model)
     source = shipped if shipped.is_dir() else model
     try:

@@ -28,17 +28,17 @@ def wanted(variable: str, default: str, meaning: str) -> bool:
     return value == "1"
 
 
-sys.path.insert(0, str(ROOT / "csrc"))
+sys.path.insert(0, str(ROOT))
 native = {"ext_modules": [], "cmdclass": {}}
 if wanted("LILORA_CPU", "1", "the CPU kernels"):
-    import cpu_build
+    from tools import cpu_build
 
     native = {
         "ext_modules": [cpu_build.EXTENSION],
         "cmdclass": {"build_ext": cpu_build.BuildExt, "bdist_wheel": cpu_build.BdistWheel},
     }
 if wanted("LILORA_CUDA", "0", "a GPU build"):
-    import cuda_build
+    from tools import cuda_build
 
     native = {
         "ext_modules": [*native["ext_modules"], *cuda_build.EXTENSIONS],

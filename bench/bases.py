@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lilora_kernels import unadapted
+from lilora_kernels.layers import accelerated as unadapted
 
 from .peers import Built, Peer, Unavailable, base_alone
 from .problems import Operands

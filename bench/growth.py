@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lilora.io.bank import Bank, BaseModelId
+from lilora.bank.bank import Bank
+from lilora.bank.records import BaseModelId
 from lilora.methods import make_method
 
 from .compare import compare, peak_bytes, saved_bytes

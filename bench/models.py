@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lilora_kernels import freeze
-from lilora_kernels.linear import set_task
+from lilora_kernels.layers.lilora import set_task
 
 from .compare import Wrong, peak_bytes, poisoned, removed, saved_bytes
 from .problems import SCALING

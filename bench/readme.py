@@ -277,7 +277,7 @@ def gpu() -> str:
 
 def params() -> str:
     """Parameter accounting of LLaVA-1.5-7B, counted on the meta device."""
-    from lilora.params import account
+    from lilora.reports.params import account
 
     totals = account("llava-1.5-7b", projector=True).to_dict(6)
     mib = totals["mib_bf16"]

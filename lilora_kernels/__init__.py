@@ -1,15 +1,16 @@
 """Kernels and layers for continual, multi-task LoRA: x A (B0 + U_i V_i) with a task index per sample."""
 
-from .backends import backend, explain, plan
-from .context import BatchContext
+from .attach import attach, route
+from .backends import backend, plan
+from .explain import explain
 from .functional import delta, delta_pair, draw_seed, linear, rank_gate
-from .linear import LiLoRALinear, set_task
-from .mlp import fuse_mlps, unfuse_mlps
-from .parameters import check_task_name
-from .rank_pool import RankPoolLinear
-from .routing import attach, route
+from .layers.accelerated import accelerate_linears, restore_linears
+from .layers.lilora import LiLoRALinear, set_task
+from .layers.mlp import fuse_mlps, unfuse_mlps
+from .layers.parameters import check_task_name
+from .layers.rank_pool import RankPoolLinear
+from .routing.context import BatchContext
 from .serving import freeze, unfreeze
-from .unadapted import accelerate_linears, restore_linears
 from .version import __version__
 from .warmup import warmup
 

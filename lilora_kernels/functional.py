@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .ops.delta.register import delta as _delta
 from .ops.delta_pair.register import delta_pair as _delta_pair
-from .ops.doors import Operation
 from .ops.linear.register import linear as _linear
+from .ops.operation import Operation
 from .ops.rank_gate.register import rank_gate as _rank_gate
 
 

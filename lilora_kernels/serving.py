@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from .adapted import AdaptedLinear
-from .context import tasks_of
-from .linear import LiLoRALinear
-from .unadapted import AcceleratedLinear
+from .layers.accelerated import AcceleratedLinear
+from .layers.base import AdaptedLinear
+from .layers.lilora import LiLoRALinear
+from .routing.context import tasks_of
 
 
 def freeze(model: nn.Module, capacity: int | None = None, *, batch_invariant: bool = False) -> None:

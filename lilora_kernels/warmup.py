@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .adapted import AdaptedLinear
-from .context import BatchContext
-from .linear import LiLoRALinear
-from .mlp import apart, gate_and_up, is_fused
-from .queries import PoolTasks
-from .rank_pool import RankPoolLinear
+from .layers.base import AdaptedLinear
+from .layers.lilora import LiLoRALinear
+from .layers.mlp import apart, gate_and_up, is_fused
+from .layers.rank_pool import RankPoolLinear
+from .routing.context import BatchContext
 
 
 def warmup(model: nn.Module) -> int:
@@ -80,8 +79,7 @@ class _Case:
     def run(self, x: Tensor) -> tuple[Tensor, ...]:
         layer, tasks = self.layer, self.layer.model_tasks
         if isinstance(layer, RankPoolLinear):
-            context = tasks.example(x, self.snapshot) if isinstance(tasks, PoolTasks) else BatchContext(None)
-            with tasks.use(context):
+            with tasks.use(tasks.example(x, self.snapshot)):
                 return (layer(x),)
         task, context = None, BatchContext(None)
         if self.routed:

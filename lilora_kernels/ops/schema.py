@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 from torch import Tensor
 
 from .. import backends
-from .doors import Operation, needs_graph
+from .operation import Operation, needs_graph
 
 FACTORS = ("a", "b0", "u", "v", "fusion")
 # Inputs that may want a gradient, in the order in which the backward operations return them.

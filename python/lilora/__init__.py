@@ -12,11 +12,11 @@ try:
 except ModuleNotFoundError as missing:
     raise ImportError(f"lilora needs {missing.name}; pip install 'lilora-kernels[hf]'") from None
 
-from .config import PRESETS, LiLoRAConfig
-from .io.export_lora import export_lora
-from .loading import hotswap
-from .model import LiLoRAModel
-from .typed import carry_task_ids
+from lilora.bank.export import export_lora
+from lilora.peft.config import PRESETS, LiLoRAConfig
+from lilora.peft.loading import hotswap
+from lilora.peft.tuner import LiLoRAModel
+from lilora.peft.wrappers import carry_task_ids
 
 register_peft_method(name="lilora", config_cls=LiLoRAConfig, model_cls=LiLoRAModel)
 carry_task_ids()

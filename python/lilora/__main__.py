@@ -1,5 +1,5 @@
 """`python -m lilora` is the `lilora` command; launchers of several processes want a module."""
 
-from .cli import main
+from lilora.cli import main
 
 main()

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .errors import UserError, lost_process, tell
-from .terminal import plain_console
+from lilora.errors import UserError, lost_process, tell
+from lilora.terminal import plain_console
 
 if TYPE_CHECKING:
     pass
@@ -109,10 +109,10 @@ def train(
 
     Several processes: accelerate launch --config_file examples/accelerate/ddp.yaml -m lilora train ...
     """
-    from .continual.publish import write_bank_card
-    from .continual.report import print_tables, write_report
-    from .continual.tasks import load_manifest
-    from .methods import METHODS
+    from lilora.continual.manifest import load_manifest
+    from lilora.continual.publish import write_bank_card
+    from lilora.methods import METHODS
+    from lilora.reports.report import print_tables, write_report
 
     if method not in METHODS:
         raise UserError(f"--method {method} is unknown; choose one of {', '.join(METHODS)}")
@@ -123,9 +123,10 @@ def train(
         raise UserError(f"{tasks} names no base model; pass --model with a folder or a hub id")
     from transformers.utils.logging import disable_progress_bar
 
-    from .continual import processes
-    from .continual.recorded import TrainSettings
-    from .continual.train import ContinualRun, method_label
+    from lilora.continual import processes
+    from lilora.continual.recorded import TrainSettings
+    from lilora.continual.run import ContinualRun
+    from lilora.continual.run_folder import method_label
 
     further = dict(map(setting, more or []))
     further["target_modules"] = further.get("target_modules") or target_pattern(model, projector, attention)
@@ -201,9 +202,9 @@ def evaluate(
     """
     from rich.progress import Progress
 
-    from .continual.kinds import KINDS, kind_of
-    from .continual.load import load_bank
-    from .continual.tasks import load_manifest
+    from lilora.continual.base_model import load_bank
+    from lilora.continual.kinds import KINDS, kind_of
+    from lilora.continual.manifest import load_manifest
 
     opened, method, processor = load_bank(bank, model, device)
     router = bank_router(opened, method) if routed else None
@@ -240,9 +241,9 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write score matrix, curves and metrics of one or more runs as PNG, JSON and one self-contained HTML page."""
-    from .continual.report import print_tables, write_report
-    from .continual.train import run_of
-    from .io.bank import Bank
+    from lilora.bank.bank import Bank
+    from lilora.continual.run_folder import run_of
+    from lilora.reports.report import print_tables, write_report
 
     opened = [Bank.open(path) for path in banks]
     runs = [run_of(bank) for bank in opened]
@@ -268,9 +269,9 @@ def analyze(
     """Compare the tasks of a bank without its model: similar factors, redundant ranks, drift of the shared basis."""
     from rich.progress import Progress
 
-    from .continual.analyze import analyze as run
-    from .continual.analyze import print_analysis, write_analysis
-    from .io.bank import Bank
+    from lilora.bank.bank import Bank
+    from lilora.reports.analyze import analyze as run
+    from lilora.reports.analyze import print_analysis, write_analysis
 
     opened = Bank.open(bank)
     with Progress(disable=as_json, transient=True) as progress:
@@ -301,11 +302,11 @@ def generate(
     """Answer one question with one task of a bank."""
     import torch
 
-    from .continual import evaluate as evaluation
-    from .continual.collator import Collator
-    from .continual.images import open_image
-    from .continual.load import load_bank
-    from .continual.tasks import Sample
+    from lilora.continual import evaluate as evaluation
+    from lilora.continual.base_model import load_bank
+    from lilora.continual.collator import Collator
+    from lilora.continual.images import open_image
+    from lilora.continual.instructions import Sample
 
     for path in image or ():
         open_image(path)
@@ -337,7 +338,7 @@ def params(
     as_json: Json = False,
 ) -> None:
     """Count adapter parameters of a model, by its config alone: no weights are loaded."""
-    from .params import account
+    from lilora.reports.params import account
 
     accounting = account(model, r=r, sub_rank=sub_rank, projector=projector, attention=attention)
     if as_json:
@@ -376,7 +377,7 @@ def info(as_json: Json = False) -> None:
 @bank_app.command("ls")
 def bank_ls(bank: AnyBank, as_json: Json = False) -> None:
     """List the tasks of a bank with their sizes."""
-    from .io.hub import open_bank
+    from lilora.bank.hub import open_bank
 
     content = open_bank(bank).describe()
     if as_json:
@@ -402,8 +403,8 @@ def bank_export(
     as_json: Json = False,
 ) -> None:
     """Write tasks as LoRA folders, from the bank alone: no base model is loaded."""
-    from .continual.publish import FORMATS, export_tasks
-    from .io.hub import open_bank
+    from lilora.bank.hub import open_bank
+    from lilora.continual.publish import FORMATS, export_tasks
 
     choice("--format", form, FORMATS)
     folders = export_tasks(open_bank(bank), task, out, form)
@@ -423,8 +424,8 @@ def bank_merge(
     as_json: Json = False,
 ) -> None:
     """Write the base model with a task in its weights: a plain HuggingFace model with its processor."""
-    from .continual.publish import merge_task
-    from .io.hub import open_bank
+    from lilora.bank.hub import open_bank
+    from lilora.continual.publish import merge_task
 
     merge_task(open_bank(bank), task, out, model)
     if as_json:
@@ -438,9 +439,9 @@ def bank_rm(
     bank: BankPath, task: Annotated[str, typer.Option(help="Which task to forget.")], as_json: Json = False
 ) -> None:
     """Remove a task and its scores from a bank; the others keep their ids."""
-    from .continual.publish import write_bank_card
-    from .continual.train import remove_task
-    from .io.bank import Bank
+    from lilora.bank.bank import Bank
+    from lilora.continual.publish import write_bank_card
+    from lilora.continual.run_folder import remove_task
 
     opened = Bank.open(bank)
     with opened.writing():
@@ -479,16 +480,16 @@ def bank_import(
     """Make a bank of what other code has learned, for eval and generate; the files are read as plain tensors."""
     from rich.progress import Progress
 
-    from .continual.kinds import KINDS
-    from .continual.publish import write_bank_card
-    from .continual.train import load_base
-    from .io.bank import BaseModelId
-    from .io.checkpoint import write_bank
-    from .io.import_dac import read_dac
-    from .io.import_lilora import read_lilora
-    from .io.import_pclr import read_pclr
-    from .io.peft_folder import read_peft
-    from .methods import METHODS, make_method
+    from lilora.bank.records import BaseModelId
+    from lilora.continual.base_model import load_base
+    from lilora.continual.kinds import KINDS
+    from lilora.continual.publish import write_bank_card
+    from lilora.importers.checkpoint import write_bank
+    from lilora.importers.dac import read_dac
+    from lilora.importers.lilora import read_lilora
+    from lilora.importers.pclr import read_pclr
+    from lilora.importers.peft_folder import read_peft
+    from lilora.methods import METHODS, make_method
 
     readers = {"lilora": read_lilora, "pclr": read_pclr, "dac": read_dac, "peft": read_peft}
     choice("SOURCE", source, tuple(readers))
@@ -544,9 +545,8 @@ def method_settings(
     method: str, preset: str | None, sub_rank: int | None, options: dict[str, Any], further: dict[str, Any]
 ) -> dict[str, Any]:
     """The settings that `make_method` takes, from the options of `lilora train`."""
-    from lilora_kernels.linear import default_sub_rank
-
-    from .methods import METHODS
+    from lilora.methods import METHODS
+    from lilora_kernels.layers.lilora import default_sub_rank
 
     presets = METHODS[method].presets
     if preset is not None:
@@ -574,7 +574,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def target_pattern(model: str, projector: bool, attention: bool) -> str:
-    from .models import target_modules
+    from lilora.families import target_modules
 
     return target_modules(model_config(model), projector=projector, attention=attention)
 
@@ -592,7 +592,7 @@ def model_config(model: str) -> Any:
 
 
 def bank_router(bank, method):
-    from .continual.router import NearestCentroid
+    from lilora.continual.task_identification import NearestCentroid
 
     if not method.needs_task:
         raise UserError(f"{bank.path}: {method.name} needs no task, so there is nothing to route; leave out --routed")
@@ -604,7 +604,7 @@ def show_routes(results: list, bank, out: Path, as_json: bool) -> None:
 
     The plot is made of all tasks of the bank, if they are in the manifest.
     """
-    from .continual.report import print_routes, write_routes
+    from lilora.reports.report import print_routes, write_routes
 
     learned = {r.task: r.routes for r in results if r.task in bank.tasks}
     if as_json:

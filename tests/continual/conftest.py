@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lilora.continual import report, train
+from lilora.continual import run as train
+from lilora.reports import report
 
 WRITE_REPORT = report.write_report
 TEMPLATE = (

@@ -10,10 +10,11 @@ from PIL import Image
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lilora.continual import analyze as analysis_module
-from lilora.continual.analyze import DEFINITIONS, analyze, over_pairs, print_analysis, write_analysis
+from lilora.bank.bank import Bank
+from lilora.bank.records import BaseModelId
 from lilora.errors import UserError
-from lilora.io.bank import Bank, BaseModelId
+from lilora.reports import analyze as analysis_module
+from lilora.reports.analyze import DEFINITIONS, analyze, over_pairs, print_analysis, write_analysis
 
 TASKS = ["name", "count", "locate"]
 LINEARS = {  # path -> K, N

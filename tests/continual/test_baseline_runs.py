@@ -4,13 +4,13 @@ import json
 
 import pytest
 
+from lilora.bank.bank import Bank
 from lilora.cli import target_pattern
+from lilora.continual.base_model import load_bank
 from lilora.continual.evaluate import evaluate
-from lilora.continual.load import load_bank
+from lilora.continual.manifest import load_manifest
 from lilora.continual.recorded import TrainSettings
-from lilora.continual.tasks import load_manifest
-from lilora.continual.train import ContinualRun
-from lilora.io.bank import Bank
+from lilora.continual.run import ContinualRun
 from lilora.methods import METHODS
 
 SETTINGS = {

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lilora.bank.bank import Bank
+from lilora.bank.lock import locked
 from lilora.continual import checkpoints
 from lilora.continual.checkpoints import latest_checkpoint
-from lilora.continual.train import TaskTrainer
+from lilora.continual.trainer import TaskTrainer
 from lilora.errors import UserError
-from lilora.io.bank import Bank
-from lilora.io.lock import locked
 
 WANTED = {"a": torch.ones(2, 3), "b": torch.ones(3), "progress.seen": torch.ones(4)}
 

@@ -14,15 +14,16 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
+from lilora.bank.bank import Bank
 from lilora.continual import clip
+from lilora.continual.base_model import load_bank
 from lilora.continual.classification import ImageTask, LabelledImages
-from lilora.continual.load import load_bank
-from lilora.continual.report import Run, write_report
-from lilora.continual.scores import ScoreMatrix
-from lilora.continual.tasks import load_manifest
-from lilora.continual.train import ContinualRun, TaskTrainer
+from lilora.continual.manifest import load_manifest
+from lilora.continual.run import ContinualRun
+from lilora.continual.trainer import TaskTrainer
 from lilora.errors import UserError
-from lilora.io.bank import Bank
+from lilora.reports.report import Run, write_report
+from lilora.reports.scores import ScoreMatrix
 
 CLASSES = {"colour": ["red", "green", "blue"], "count": ["one", "two"], "size": ["small", "big", "very big"]}
 SPECIAL = ["<pad>", "<s>", "<unk>", "</s>"]

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from lilora.continual.collator import Collator
 from lilora.continual.evaluate import generate
-from lilora.continual.tasks import Sample
+from lilora.continual.instructions import Sample
 from lilora.errors import UserError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.processing_utils import ProcessorMixin
 
 from lilora.continual.collator import Collator
-from lilora.continual.tasks import Sample
+from lilora.continual.instructions import Sample
 from lilora.errors import UserError
 
 WORDS = ["which", "name", "it", "?", "red", "green", "yes", "no", ":", "user", "assistant"]

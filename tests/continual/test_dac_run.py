@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from lilora.continual.load import load_bank
-from lilora.continual.train import TaskTrainer
-from lilora.io.bank import Bank
+from lilora.bank.bank import Bank
+from lilora.continual.base_model import load_bank
+from lilora.continual.trainer import TaskTrainer
 
 
 @pytest.mark.usefixtures("resumed")

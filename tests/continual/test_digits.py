@@ -8,8 +8,9 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from lilora.continual.collator import Collator
+from lilora.continual.instructions import InstructionDataset
+from lilora.continual.manifest import load_manifest
 from lilora.continual.scorers import scorer
-from lilora.continual.tasks import InstructionDataset, load_manifest
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "digits"
 MANIFESTS = {"digits": "tasks.yaml", "digits-long": "long.yaml"}

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from lilora.continual.collator import Collator
-from lilora.continual.tasks import Sample
+from lilora.continual.instructions import Sample
 
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"

@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 
-from lilora.continual.analyze import analyze
+from lilora.bank.bank import Bank
+from lilora.bank.records import BaseModelId
 from lilora.continual.publish import export_tasks, write_bank_card
-from lilora.continual.router import NearestCentroid
-from lilora.continual.scores import ScoreMatrix
-from lilora.continual.train import check_folder, remove_task, run_of
+from lilora.continual.run_folder import check_folder, remove_task, run_of
+from lilora.continual.task_identification import NearestCentroid
 from lilora.errors import UserError
-from lilora.io.bank import Bank, BaseModelId
+from lilora.reports.analyze import analyze
+from lilora.reports.scores import ScoreMatrix
 
 PATH = "model.language_model.layers.0.mlp.up_proj"
 SETTINGS = {"target_modules": PATH, "r": 2, "sub_rank": 1, "alpha": 4.0, "dropout": 0.0}
@@ -147,7 +148,7 @@ def test_export_writes_nothing_outside_its_folder(bank, tmp_path, lilora, monkey
     for source in (bank.path, bank.path.parent):
         code, _, err = lilora("bank", "export", source, "--out", tmp_path / "a" / "b" / "out")
         assert (code, err.count("lilora: "), "Traceback" in err) == (2, 1, False)
-    monkeypatch.setattr("lilora.io.hub.snapshot_download", lambda *_, **__: str(bank.path))
+    monkeypatch.setattr("lilora.bank.hub.snapshot_download", lambda *_, **__: str(bank.path))
     code, _, err = lilora("bank", "export", "owner/bank", "--out", tmp_path / "a" / "b" / "out")
     assert (code, err.count("lilora: ")) == (2, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

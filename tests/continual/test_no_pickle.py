@@ -17,15 +17,15 @@ from test_hostile_index import bank  # noqa: F401 - a fixture
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from lilora import LiLoRAConfig, hotswap
+from lilora.bank.bank import Bank
+from lilora.continual.base_model import load_base
 from lilora.continual.kinds import KINDS
-from lilora.continual.tasks import load_manifest
-from lilora.continual.train import load_base
+from lilora.continual.manifest import load_manifest
 from lilora.errors import UserError
-from lilora.io.bank import Bank
-from lilora.io.import_dac import read_dac
-from lilora.io.import_lilora import read_lilora
-from lilora.io.import_pclr import read_pclr
-from lilora.io.peft_folder import read_peft
+from lilora.importers.dac import read_dac
+from lilora.importers.lilora import read_lilora
+from lilora.importers.pclr import read_pclr
+from lilora.importers.peft_folder import read_peft
 
 ROOT = Path(__file__).parents[2]
 

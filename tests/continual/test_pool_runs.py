@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
+from lilora.bank.bank import Bank
 from lilora.cli import target_pattern
+from lilora.continual.base_model import load_bank
 from lilora.continual.evaluate import evaluate
-from lilora.continual.load import load_bank
+from lilora.continual.manifest import load_manifest
 from lilora.continual.recorded import TrainSettings
-from lilora.continual.tasks import load_manifest
-from lilora.continual.train import ContinualRun
-from lilora.io.bank import Bank
+from lilora.continual.run import ContinualRun
 from lilora.methods import METHODS
 
 POOL = {"r": 4, "alpha": 8.0, "cap": 8, "shared": 2}
@@ -107,8 +107,8 @@ def test_the_memory_of_a_pool_is_flat_and_that_of_lora_per_task_grows(suite, tmp
 
 def test_frozen_experts_cost_no_gradient(suite, monkeypatch):
     """While a task is learned the operation is asked for the gradients of its new ranks alone."""
+    from lilora.continual.base_model import load_base
     from lilora.continual.kinds import KINDS
-    from lilora.continual.train import load_base
     from lilora_kernels import functional
 
     base, _ = load_base(str(suite / "base"), "fp32", "cpu", KINDS["instruction"])

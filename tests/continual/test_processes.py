@@ -24,8 +24,8 @@ from accelerate.state import AcceleratorState
 from transformers import Trainer
 
 import lilora.cli as cli
-import lilora.continual.train as train
-from lilora.io.bank import Bank
+import lilora.continual.run as train
+from lilora.bank.bank import Bank
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate"
 LIMIT = 60  # seconds that any group of processes may take

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lilora.continual import report
-from lilora.continual.report import Run, print_tables, write_report
-from lilora.continual.scores import ScoreMatrix
 from lilora.errors import UserError
+from lilora.reports import report
+from lilora.reports.report import Run, print_tables, write_report
+from lilora.reports.scores import ScoreMatrix
 
 TASKS = ["name", "caption", "count"]
 

@@ -14,14 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lilora.cli as cli
 from lilora import LiLoRAConfig, LiLoRALinear
+from lilora.bank.bank import Bank
+from lilora.continual.base_model import load_bank
 from lilora.continual.collator import Collator
 from lilora.continual.evaluate import answers_to, evaluate, evaluate_routed, limits_of
+from lilora.continual.instructions import InstructionDataset, Sample
 from lilora.continual.kinds import load_generative
-from lilora.continual.load import load_bank
-from lilora.continual.router import SHRINKAGE, NearestCentroid, TaskRouter, frozen_features
-from lilora.continual.tasks import InstructionDataset, Sample, load_manifest
+from lilora.continual.manifest import load_manifest
+from lilora.continual.task_identification import SHRINKAGE, NearestCentroid, TaskRouter, frozen_features
 from lilora.errors import UserError
-from lilora.io.bank import Bank
 
 IMAGE, PATCHES = 4, 4  # of the suite's model
 TARGETS = r".*(language_model\.layers\.\d+\.mlp\.(gate|up|down)_proj|multi_modal_projector\.linear_[12])"

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import lilora.cli as cli
-from lilora.io.bank import Bank
+from lilora.bank.bank import Bank
 from lilora_kernels import backends
 
 METHODS = {
@@ -226,7 +226,7 @@ def test_stopped_in_an_evaluation_the_same_command_goes_on(suite, tmp_path, lilo
         raise SystemExit(9)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lilora.continual.train.ContinualRun._evaluate", stop)
+        patch.setattr("lilora.continual.run.ContinualRun._evaluate", stop)
         assert lilora(*command)[0] == 9
     assert Bank.open(tmp_path / "run" / "bank").tasks == ["colour"]
     code, _, err = lilora(*command)

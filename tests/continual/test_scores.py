@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lilora.continual.scores import METRICS, ScoreMatrix
 from lilora.errors import UserError
+from lilora.reports.scores import METRICS, ScoreMatrix
 
 points = st.floats(0, 100)
 shares = st.floats(0, 1)

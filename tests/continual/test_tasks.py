@@ -9,7 +9,8 @@ import yaml
 from PIL import Image
 
 from lilora.continual.evaluate import score
-from lilora.continual.tasks import InstructionDataset, Sample, load_manifest
+from lilora.continual.instructions import InstructionDataset, Sample
+from lilora.continual.manifest import load_manifest
 from lilora.errors import UserError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import lilora.cli as cli
-from lilora.continual.load import load_bank
-from lilora.io.bank import Bank
+from lilora.bank.bank import Bank
+from lilora.continual.base_model import load_bank
 
 WRITTEN = Path(__file__).parent.parent / "fixtures/101248d"
 

@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import cuda_build
 import pytest
 import torch
 import triton
+
+from tools import cuda_build
 
 ROOT = Path(__file__).parents[2]
 SDIST = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 import lilora
-from lilora.models import target_modules
+from lilora.families import target_modules
 from lilora_kernels import LiLoRALinear
 
 TASKS = ["read", "count", "where"]

@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES, adapted, batch
 from transformers import TrainingArguments
 
-from lilora.continual.train import TaskTrainer
+from lilora.continual.trainer import TaskTrainer
 
 ANSWERS = [1, 7]
 

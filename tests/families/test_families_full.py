@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from lilora.errors import UserError
-from lilora.models import target_modules
+from lilora.families import target_modules
 
 LLAVA = ["multi_modal_projector.linear_1", "multi_modal_projector.linear_2"]
 QWEN = ["visual.merger.mlp.0", "visual.merger.mlp.2"]

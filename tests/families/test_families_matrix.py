@@ -10,10 +10,10 @@ from families import FAMILIES, TASKS, adapted, base, batch
 from peft import PeftModel
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from lilora.bank.export import export_lora
 from lilora.errors import UserError
-from lilora.io.export_lora import export_lora
-from lilora.models import target_modules
-from lilora_kernels.linear import set_task
+from lilora.families import target_modules
+from lilora_kernels.layers.lilora import set_task
 
 SEVERAL_NONE_ONE = [[0, 1], [], [2]]
 AS_MANY_AS_SAMPLES = [[], [1, 0], [2]]

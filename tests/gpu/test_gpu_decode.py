@@ -7,8 +7,8 @@ import torch
 from gpu_cases import capture
 from torch import nn
 
-from lilora_kernels import LiLoRALinear, attach, fuse_mlps, set_task
-from lilora_kernels.rank_pool import GateRule, Query, RankPool, RankPoolLinear
+from lilora_kernels import LiLoRALinear, attach, fuse_mlps, rank_gate, set_task
+from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
 
 TASKS = ("one", "two", "three")
 
@@ -105,14 +105,15 @@ def test_fused_equals_apart(kernels):
 
 @pytest.mark.parametrize("value", ["score", "binary"])
 def test_a_decode_step_with_a_pool_of_ranks_never_waits(value):
-    pool = RankPool(GateRule(rank=3, value=value), 8, 4).eval()
-    pool.put("old", torch.randn(12, 8), torch.randn(12, 4), train=False)
-    query = Query(torch.randn(5, 8).cuda().half(), torch.randn(5, 4).cuda().half())
-    rows = torch.arange(5, device="cuda", dtype=torch.int32)
-    layer = RankPoolLinear(nn.Linear(64, 96).requires_grad_(False), lambda layer, x: (pool.choose(query), rows))
+    scores, rows = torch.randn(5, 12).cuda().half(), torch.arange(5, device="cuda", dtype=torch.int32)
+
+    def choose(layer, x):
+        gate = rank_gate(scores, 3)[0]
+        return Choice(((("old",), None),), gate * scores if value == "score" else gate), rows
+
+    layer = RankPoolLinear(nn.Linear(64, 96).requires_grad_(False), choose)
     layer.put("old", torch.randn(12, 64), torch.randn(96, 12), train=False)
-    for module in (pool, layer):
-        module.to("cuda", torch.float16)
+    layer.to("cuda", torch.float16)
     x = torch.randn(5, 64).cuda().half()
     with torch.no_grad():
         assert without_waiting(lambda: layer(x)).isfinite().all()

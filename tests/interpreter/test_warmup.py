@@ -13,13 +13,14 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import native_specialize_impl
 
 import lilora_kernels
+from lilora.methods.pclr.pool import GateRule, RankPool
+from lilora.methods.pclr.queries import PoolChooser, PoolTasks
 from lilora_kernels import LiLoRALinear, RankPoolLinear
-from lilora_kernels.context import tasks_of
+from lilora_kernels.layers.rank_pool import Choice
 from lilora_kernels.ops.delta import triton_configs, triton_jobs, triton_parts
 from lilora_kernels.ops.delta_pair import triton_backend as delta_pair
 from lilora_kernels.ops.rank_gate import eager
-from lilora_kernels.queries import PoolChooser, PoolTasks
-from lilora_kernels.rank_pool import Choice, GateRule, RankPool
+from lilora_kernels.routing.context import tasks_of
 
 
 def model():

@@ -15,9 +15,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from safetensors.torch import load_file, save
 from torch import nn
 
+from lilora.bank.atomic import write_atomically
+from lilora.bank.bank import Bank
+from lilora.bank.records import BaseModelId
 from lilora.errors import UserError
-from lilora.io.atomic import write_atomically
-from lilora.io.bank import Bank, BaseModelId
 
 BASE = BaseModelId(id="tiny", fingerprint="0123456789abcdef")
 MODULES = ("layers.0.up_proj", "layers.1.up_proj")

@@ -13,13 +13,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, 
 
 import lilora as package
 from lilora import LiLoRAConfig
+from lilora.bank.bank import Bank
+from lilora.bank.records import BaseModelId
+from lilora.continual.base_model import load_bank
 from lilora.continual.clip import ContrastiveCLIP
-from lilora.continual.load import load_bank
 from lilora.continual.publish import export_tasks, merge_task
 from lilora.errors import UserError
-from lilora.io.bank import Bank, BaseModelId
+from lilora.families import target_modules
 from lilora.methods import METHODS, Stage, make_method
-from lilora.models import target_modules
 
 R, SUB_RANK, ALPHA, IMAGE = 4, 2, 10.0, 39
 PATTERN = target_modules("llava", projector=True)
@@ -498,7 +499,7 @@ def test_a_bank_can_be_a_repository_of_the_hub(lilora, base, llava_folder, tmp_p
         asked.append((name, *allow_patterns))
         return str(bank.path)
 
-    monkeypatch.setattr("lilora.io.hub.snapshot_download", download)
+    monkeypatch.setattr("lilora.bank.hub.snapshot_download", download)
     code, printed, error = lilora("bank", "ls", "owner/my-bank", "--json")
     assert code == 0, error
     assert [task["name"] for task in json.loads(printed)["tasks"]] == ["read", "count"]
@@ -513,7 +514,7 @@ def test_a_bank_can_be_a_repository_of_the_hub(lilora, base, llava_folder, tmp_p
     def offline(name, **_):
         raise FileNotFoundError("no way\nto the hub")
 
-    monkeypatch.setattr("lilora.io.hub.snapshot_download", offline)
+    monkeypatch.setattr("lilora.bank.hub.snapshot_download", offline)
     code, _, error = lilora("bank", "ls", "owner/my-bank")
     assert (code, "owner/my-bank is no folder here" in error, "no way to the hub" in error) == (2, True, True)
     code, _, error = lilora("bank", "ls", tmp_path / "nowhere")

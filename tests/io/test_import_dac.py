@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
-from lilora.continual.load import load_bank
+from lilora.bank.bank import Bank
+from lilora.bank.records import BaseModelId
+from lilora.continual.base_model import load_bank
 from lilora.errors import UserError
-from lilora.io.bank import Bank, BaseModelId
-from lilora.io.checkpoint import write_bank
-from lilora.io.import_dac import read_dac
+from lilora.importers.checkpoint import write_bank
+from lilora.importers.dac import read_dac
 from lilora.methods import make_method
 from lilora.methods.dac import PRESETS
 

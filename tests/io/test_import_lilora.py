@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig, CLIPModel, LlavaForConditionalGeneration
 
-from lilora.continual.load import load_bank
+from lilora.bank.bank import Bank
+from lilora.bank.records import BaseModelId
+from lilora.continual.base_model import load_bank
 from lilora.errors import UserError
-from lilora.io.bank import Bank, BaseModelId
-from lilora.io.checkpoint import write_bank
-from lilora.io.import_lilora import read_lilora
+from lilora.importers.checkpoint import write_bank
+from lilora.importers.lilora import read_lilora
 from lilora.methods import METHODS, make_method
 
 R, SUB_RANK, ALPHA, IMAGE = 4, 2, 10, 39

@@ -9,13 +9,14 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
-from lilora.continual.load import load_bank
+from lilora.bank.bank import Bank
+from lilora.bank.records import BaseModelId
+from lilora.continual.base_model import load_bank
 from lilora.errors import UserError
-from lilora.io.bank import Bank, BaseModelId
-from lilora.io.checkpoint import write_bank
-from lilora.io.import_pclr import read_pclr
+from lilora.importers.checkpoint import write_bank
+from lilora.importers.pclr import read_pclr
 from lilora.methods import make_method
-from lilora.methods.pclr import PRESETS
+from lilora.methods.pclr.method import PRESETS
 
 R, ALPHA, IMAGE, PATCHES, TEXT, VISION = 4, 10, 39, 4, 24, 16
 WIDTHS = {  # of a decoder layer's linears: (K, N)

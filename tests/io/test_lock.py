@@ -9,11 +9,11 @@ import pytest
 import torch
 from test_bank import BASE, in_child, same, shared_tensors, task_tensors
 
+from lilora.bank import lock
+from lilora.bank.atomic import new_folder, write_atomically
+from lilora.bank.bank import Bank
+from lilora.bank.lock import locked
 from lilora.errors import UserError
-from lilora.io import lock
-from lilora.io.atomic import new_folder, write_atomically
-from lilora.io.bank import Bank
-from lilora.io.lock import locked
 
 
 @pytest.fixture

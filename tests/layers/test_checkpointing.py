@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lilora_kernels import LiLoRALinear, attach, route
-from lilora_kernels.context import tasks_of
-from lilora_kernels.linear import set_task
+from lilora_kernels.layers.lilora import set_task
+from lilora_kernels.routing.context import tasks_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import StaticCache
 
 from lilora_kernels import LiLoRALinear, attach, fuse_mlps, route
-from lilora_kernels.linear import set_task
+from lilora_kernels.layers.lilora import set_task
 
 
 @pytest.fixture(autouse=True)

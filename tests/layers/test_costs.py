@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from lilora_kernels import LiLoRALinear, attach, cpu_library, freeze, plan, route
-from lilora_kernels.linear import set_task
+from lilora_kernels.layers.lilora import set_task
 
 pytestmark = pytest.mark.usefixtures("no_cpu_kernels")  # of the composed plan, but for what says otherwise
 

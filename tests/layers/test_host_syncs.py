@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
+from lilora.methods.pclr.pool import GateRule, Query, RankPool
 from lilora_kernels import LiLoRALinear, fuse_mlps, route, set_task
-from lilora_kernels.rank_pool import GateRule, Query, RankPool, RankPoolLinear
+from lilora_kernels.layers.rank_pool import RankPoolLinear
 
 
 class OnDevice(Operations):

@@ -23,8 +23,8 @@ from lilora_kernels import (
     set_task,
     unfuse_mlps,
 )
-from lilora_kernels.mlp import FORMULA, gate_and_up
-from lilora_kernels.routing import detach
+from lilora_kernels.attach import detach
+from lilora_kernels.layers.mlp import FORMULA, gate_and_up
 
 K, N = 24, 20
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from lilora.methods.pclr.pool import GateRule, Query, RankPool, normalised
 from lilora_kernels import functional
-from lilora_kernels.rank_pool import Choice, GateRule, Query, RankPool, RankPoolLinear, normalised
+from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
 
 K, N, SAMPLES, TOKENS = 7, 5, 3, 4
 SIZES = {"old": 6, "shared": 2, "new": 3}
@@ -103,7 +104,7 @@ def test_frozen_leading_parts_are_left_out_of_the_gradients(monkeypatch):
 
 
 def test_inference_gathers_the_same_choice_once(monkeypatch):
-    from lilora_kernels import rank_pool
+    from lilora_kernels.layers import rank_pool
 
     calls = []
     gather = rank_pool.gather

@@ -20,10 +20,12 @@ from transformers import (
     Phi4MultimodalForCausalLM,
 )
 
-from lilora_kernels import BatchContext, LiLoRALinear, attach, linear, route
-from lilora_kernels.context import AHEAD, GATHERED, TEXT, tasks_of
-from lilora_kernels.linear import set_task
-from lilora_kernels.routing import detach, places
+from lilora_kernels import BatchContext, LiLoRALinear, attach, route
+from lilora_kernels.attach import detach
+from lilora_kernels.layers import lilora
+from lilora_kernels.layers.lilora import set_task
+from lilora_kernels.routing.context import AHEAD, GATHERED, TEXT, tasks_of
+from lilora_kernels.routing.placement import places
 
 BATCHES = {
     "one image each": [1, 1, 1, 1],
@@ -177,8 +179,8 @@ def test_generation_follows_the_tasks(model, images, options):
 
 def test_generation_stacks_factors_once_and_sees_weights_that_changed_before_it(monkeypatch):
     model, inputs = tiny_llava(), batch([1, 1])
-    calls, stack = [], linear.stacked
-    monkeypatch.setattr(linear, "stacked", lambda *arguments: calls.append(arguments) or stack(*arguments))
+    calls, stack = [], lilora.stacked
+    monkeypatch.setattr(lilora, "stacked", lambda *arguments: calls.append(arguments) or stack(*arguments))
     options = {"task_ids": ["where", "read"], "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     first = model.generate(**inputs, **options)
     assert len(calls) == 3 * len(layers_of(model))  # of U, V and fusion, not once for each of five tokens

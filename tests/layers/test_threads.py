@@ -12,7 +12,7 @@ import torch
 from test_frozen import NAMES, X, close, made, run
 
 from lilora_kernels import freeze, route, set_task
-from lilora_kernels.context import tasks_of
+from lilora_kernels.routing.context import tasks_of
 
 WAYS = (["a"] * 4, ["c", None, "a", "b"], ["b", "b", None, "c"], [None] * 4)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import lilora_kernels
 from lilora_kernels import accelerate_linears, cpu_library, restore_linears
-from lilora_kernels.adapted import AdaptedLinear
+from lilora_kernels.layers.base import AdaptedLinear
 
 pytestmark = pytest.mark.skipif(isinstance(cpu_library.load(), str), reason=f"{cpu_library.load()}")
 K, N = 24, 20

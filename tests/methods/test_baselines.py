@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lilora.bank.records import BaseModelId
 from lilora.errors import UserError
-from lilora.io.bank import BaseModelId
 from lilora.methods import Stage, make_method
 from lilora_kernels import functional
 

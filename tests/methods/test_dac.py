@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
 from lilora.errors import UserError
+from lilora.families import target_modules
 from lilora.methods import Stage, make_method
 from lilora.methods.dac import PRESETS
-from lilora.models import target_modules
-from lilora_kernels.rank_pool import RankPoolLinear
+from lilora_kernels.layers.rank_pool import RankPoolLinear
 
 B, L, WIDTH, HIDDEN, R, ACTIVE, CRITICAL = 5, 4, 7, 9, 6, 3, 2
 TARGETS = r"(up|down|side)"

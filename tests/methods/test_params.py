@@ -11,8 +11,8 @@ from rich.console import Console
 from torch import nn
 
 from lilora.errors import UserError
-from lilora.models import target_modules
-from lilora.params import account, count, mib
+from lilora.families import target_modules
+from lilora.reports.params import account, count, mib
 
 TEXT = {
     "hidden_size": 8,

@@ -9,12 +9,12 @@ from torch.nn.functional import kl_div, normalize
 
 from lilora.errors import UserError
 from lilora.methods import make_method
-from lilora.methods.compression import least_redundant, merged_keys, strided
 from lilora.methods.distillation import divergence
-from lilora.methods.pclr import PCLRSettings
+from lilora.methods.pclr import pool as pools
+from lilora.methods.pclr.compression import least_redundant, merged_keys, strided
+from lilora.methods.pclr.method import PCLRSettings
+from lilora.methods.pclr.pool import GateRule, Query, RankPool
 from lilora.methods.redundancy import rank_gram
-from lilora_kernels import rank_pool
-from lilora_kernels.rank_pool import GateRule, Query
 
 IMAGE, PATCHES, TARGETS = 39, 4, r".*(language_model\.layers\.\d+\.mlp\.\w+_proj|projector\.linear_[12])"
 
@@ -149,9 +149,9 @@ def test_each_sample_of_a_batch_gets_what_it_gets_alone(settings):
 
 def test_one_gate_per_pool_and_forward_and_none_for_decoding_steps(monkeypatch):
     method, calls, read = learned(2), [], []
-    gate, scores = rank_pool.rank_gate, rank_pool.RankPool.scores
-    monkeypatch.setattr(rank_pool, "rank_gate", lambda *args: calls.append(1) or gate(*args))
-    monkeypatch.setattr(rank_pool.RankPool, "scores", lambda *args: read.append(1) or scores(*args))
+    gate, scores = pools.rank_gate, RankPool.scores
+    monkeypatch.setattr(pools, "rank_gate", lambda *args: calls.append(1) or gate(*args))
+    monkeypatch.setattr(RankPool, "scores", lambda *args: read.append(1) or scores(*args))
     inputs = batch(answer=0)
     inputs.pop("labels")
     with torch.no_grad():

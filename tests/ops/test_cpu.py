@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 
-import cpu_build
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ from lilora_kernels import backends, cpu_library, functional
 from lilora_kernels.ops import cpu_runtime
 from lilora_kernels.ops.linear import eager
 from lilora_kernels.ops.schema import AdapterArgs
+from tools import cpu_build
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -32,14 +32,7 @@ from lilora_kernels.ops.delta.triton_backward import (
     delta_backward,
     from_x,
 )
-from lilora_kernels.ops.delta.triton_forward import (
-    Expanded,
-    ForwardSizes,
-    Shrunk,
-    delta_forward,
-    expand,
-    shrink,
-)
+from lilora_kernels.ops.delta.triton_forward import Expanded, ForwardSizes, Shrunk, delta_forward, expand, shrink
 from lilora_kernels.ops.delta.triton_parts import constants_of
 from lilora_kernels.ops.rank_gate.triton_kernels import rank_gate
 from lilora_kernels.ops.triton_launcher import Launch, launch

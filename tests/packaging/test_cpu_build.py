@@ -7,11 +7,11 @@ import sys
 import zipfile
 from pathlib import Path
 
-import cpu_build
 import pytest
 import torch
 
 from lilora_kernels import cpu_library
+from tools import cpu_build
 
 ROOT = Path(__file__).parents[2]
 TORCH = Path(torch.__file__).parent / "lib"
@@ -36,7 +36,7 @@ def source(tmp_path):
     """A copy of what setup.py needs: setuptools leaves its build folder beside the sources."""
     files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
     for name in files:
-        if name.startswith(("lilora_kernels/", "python/", "csrc/")) or "/" not in name:
+        if name.startswith(("lilora_kernels/", "python/", "csrc/", "tools/")) or "/" not in name:
             (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "source" / name).write_bytes((ROOT / name).read_bytes())
     return tmp_path / "source"

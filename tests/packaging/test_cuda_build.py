@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import cuda_build
 import pytest
 import torch
 import torch.utils.cpp_extension
 
 from lilora_kernels import cuda_library
+from tools import cuda_build
 
 ROOT = Path(__file__).parents[2]
 KNOWN = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")

@@ -9,8 +9,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from lilora import LiLoRAConfig
-from lilora.layer import adapted_layers
-from lilora.models import target_modules
+from lilora.families import target_modules
+from lilora.peft.layer import adapted_layers
 
 VOCAB, IMAGE = 40, 39
 MLP = ["gate_proj", "up_proj", "down_proj"]

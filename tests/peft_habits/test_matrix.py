@@ -33,7 +33,7 @@ from peft import (
 
 from lilora import LiLoRAConfig, hotswap
 from lilora.errors import UserError
-from lilora.model import shared_fingerprint
+from lilora.peft.tuner import shared_fingerprint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Adapter name:UserWarning"),

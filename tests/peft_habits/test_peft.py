@@ -36,9 +36,9 @@ from torch.utils.data import Dataset
 
 from lilora import LiLoRAConfig
 from lilora.errors import UserError
-from lilora.layer import adapted_layers
-from lilora.model import shared_fingerprint
-from lilora.models import target_modules
+from lilora.families import target_modules
+from lilora.peft.layer import adapted_layers
+from lilora.peft.tuner import shared_fingerprint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Adapter name:UserWarning"),

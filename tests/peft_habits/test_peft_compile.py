@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
-from lilora.model import adapted_layers
+from lilora.peft.tuner import adapted_layers
 from lilora_kernels import fuse_mlps
 
 pytestmark = [

@@ -5,7 +5,7 @@ import torch
 from habits import adapted, assert_close, ids, logits
 
 from lilora_kernels import fuse_mlps
-from lilora_kernels.mlp import is_fused
+from lilora_kernels.layers.mlp import is_fused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Adapter name:UserWarning"),

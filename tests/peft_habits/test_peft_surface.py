@@ -35,7 +35,7 @@ from transformers import MambaConfig, MambaForCausalLM, SiglipVisionConfig, Sigl
 
 import lilora
 from lilora.errors import UserError
-from lilora.model import shared_fingerprint
+from lilora.peft.tuner import shared_fingerprint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Adapter name:UserWarning"),

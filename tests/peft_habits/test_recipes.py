@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, PeftModelForCausalLM, get_peft_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lilora
-from lilora.layer import adapted_layers
+from lilora.peft.layer import adapted_layers
 
 HEADS = {
     "CAUSAL_LM": transformers.LlamaForCausalLM,

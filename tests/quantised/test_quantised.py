@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from lilora.errors import UserError
-from lilora.layer import adapted_layers
+from lilora.peft.layer import adapted_layers
 from lilora_kernels import LiLoRALinear, explain, fuse_mlps
 from lilora_kernels.ops.delta import reference
 

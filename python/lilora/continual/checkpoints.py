@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from ..errors import UserError
+from lilora.errors import UserError
 
 TENSORS, STATE = "trainable.safetensors", "trainer_state.json"
 PROGRESS = "progress."  # before the names of tensors that no optimizer has

@@ -14,7 +14,7 @@ from lilora.errors import UserError
 
 from .images import check_images
 from .records import read_json, read_records
-from .tasks import Manifest, Split
+from .task_sequence import Manifest, Split
 
 _SHOTS_SEED = 0
 

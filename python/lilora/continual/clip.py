@@ -14,13 +14,13 @@ from transformers import AutoConfig, AutoProcessor, CLIPModel
 from transformers.models.clip.modeling_clip import CLIPOutput
 
 from lilora.errors import UserError
+from lilora.methods import Method
+from lilora.methods.lora import evaluating
 
-from ..methods import Method
-from ..methods.lora import evaluating
 from .classification import ImageTask, LabelledImage, LabelledImages
 from .evaluate import RoutedScore, TaskScore
 from .images import open_image
-from .router import TaskRouter
+from .task_identification import TaskRouter
 
 
 class ContrastiveCLIP(CLIPModel):

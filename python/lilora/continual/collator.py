@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lilora.errors import UserError
 
 from .images import open_image
-from .tasks import Sample
+from .instructions import Sample
 
 IGNORED = -100  # the label that the loss leaves out
 

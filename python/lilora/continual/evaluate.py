@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from rich.progress import Progress
 
-from ..methods import Method
-from ..methods.lora import evaluating
-from . import processes
+from lilora.continual import processes
+from lilora.methods import Method
+from lilora.methods.lora import evaluating
+
 from .collator import Collator
-from .router import TaskRouter
+from .instructions import InstructionDataset, Sample, TaskSpec
 from .scorers import scorer
-from .tasks import InstructionDataset, Sample, TaskSpec
+from .task_identification import TaskRouter
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from lilora.continual import clip, evaluate
 from lilora.errors import UserError
 
-from . import clip, evaluate
 from .collator import Collator
-from .tasks import InstructionDataset, TaskSpec
+from .instructions import InstructionDataset, TaskSpec
 
 Collate = Callable[[list], dict[str, Tensor]]
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from accelerate.utils import DeepSpeedPlugin
 
-from ..errors import UserError
+from lilora.errors import UserError
 
 Result = TypeVar("Result")
 

@@ -3,18 +3,20 @@
 import json
 from pathlib import Path
 
-from ..errors import UserError
-from ..io.atomic import new_folder
-from ..io.bank import Bank, BaseModelId
-from ..io.export_lora import lora_use, write_lora
-from ..io.hub import write_card
-from ..io.peft_folder import write_peft
-from ..methods import METHODS
+from lilora.bank.atomic import new_folder
+from lilora.bank.bank import Bank
+from lilora.bank.export import lora_use, write_lora
+from lilora.bank.hub import write_card
+from lilora.bank.records import BaseModelId
+from lilora.errors import UserError
+from lilora.importers.peft_folder import write_peft
+from lilora.methods import METHODS
+from lilora.reports.scores import ScoreMatrix
+
+from .base_model import load_base
 from .collator import Collator
 from .kinds import KINDS, kind_of
 from .recorded import train_settings
-from .scores import ScoreMatrix
-from .train import load_base
 
 FORMATS = ("lora", "lilora")
 

@@ -4,12 +4,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
-from ..errors import UserError
-from ..io.bank import Bank
-from ..methods import METHODS
-from ..methods.settings import Settings
+from lilora.bank.bank import Bank
+from lilora.errors import UserError
+from lilora.methods import METHODS
+from lilora.methods.settings import Settings
+from lilora.reports.scores import ScoreMatrix
+
 from .kinds import KINDS
-from .scores import ScoreMatrix
 
 
 class TrainSettings(Settings):

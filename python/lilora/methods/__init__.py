@@ -14,7 +14,7 @@ from .lora import DirLoRA, SequentialLoRA
 from .lwf import LwF
 from .moelora import MoELoRA
 from .olora import OLoRA
-from .pclr import PCLR
+from .pclr.method import PCLR
 
 __all__ = ["METHODS", "Method", "Stage", "make_method"]
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lilora.bank.bank import Bank
+from lilora.bank.export import PlainLoRA
 from lilora.errors import UserError
-from lilora.io.bank import Bank
-from lilora.io.export_lora import PlainLoRA
 
 from .settings import Settings
 

@@ -8,11 +8,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lilora.io.bank import Bank
-from lilora_kernels.context import AHEAD
+from lilora.bank.bank import Bank
 from lilora_kernels.functional import rank_gate
-from lilora_kernels.rank_pool import Choice, RankPoolLinear
-from lilora_kernels.routing import places
+from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
+from lilora_kernels.routing.context import AHEAD
+from lilora_kernels.routing.placement import places
 
 from .base import Batches, Inputs, Method, Stage, Tensors, add_to_weight
 from .pooled import fresh, learn_only, put_pools, take_pools

@@ -6,14 +6,14 @@ from typing import Any
 from peft import get_peft_model
 from torch import Tensor, nn
 
+from lilora.bank.bank import Bank
+from lilora.bank.export import PlainLoRA, plain_lora
+from lilora.errors import UserError
+from lilora.peft.config import OF_METHOD, PRESETS, LiLoRAConfig
+from lilora.peft.layer import adapted_layers
+from lilora.peft.tuner import task_tensors
 from lilora_kernels.backends import choose
 
-from ..config import OF_METHOD, PRESETS, LiLoRAConfig
-from ..errors import UserError
-from ..io.bank import Bank
-from ..io.export_lora import PlainLoRA, plain_lora
-from ..layer import adapted_layers
-from ..model import task_tensors
 from .base import Inputs, Method, Tensors
 from .stability import StabilityLoss
 

@@ -9,9 +9,9 @@ from peft.tuners.lora import Linear
 from pydantic import Field
 from torch import Tensor, nn
 
-from lilora.io.bank import Bank
-from lilora.io.export_lora import PlainLoRA, plain_lora
-from lilora.layer import unwrapped
+from lilora.bank.bank import Bank
+from lilora.bank.export import PlainLoRA, plain_lora
+from lilora.peft.layer import unwrapped
 
 from .base import Method, Tensors
 from .settings import Settings

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lilora_kernels.rank_pool import Choice, RankPoolLinear
+from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
 
 from .base import Method, Tensors
 from .pooled import fresh, learn_only, pool_tensors, put_pools

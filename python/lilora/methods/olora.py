@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lilora.io.bank import Bank
-from lilora.io.export_lora import PlainLoRA
-from lilora_kernels.rank_pool import Choice, RankPoolLinear
+from lilora.bank.bank import Bank
+from lilora.bank.export import PlainLoRA
+from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
 
 from .base import Inputs, Method, Tensors
 from .pooled import fresh, learn_only, pool_tensors, put_pools, put_stored

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from lilora.errors import UserError
-from lilora_kernels.rank_pool import Chooser, RankPoolLinear
+from lilora_kernels.layers.rank_pool import Chooser, RankPoolLinear
 
 from .base import Tensors
 

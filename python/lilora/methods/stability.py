@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lilora.errors import UserError
-from lilora.model import whole
+from lilora.peft.tuner import whole
 from lilora_kernels import LiLoRALinear
 
 

@@ -1,0 +1,119 @@
+"""Linear layers where they run without an adapter, for few rows on a CPU by the kernels that adapted ones take."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends
+from ..functional import autocasts
+from ..ops import cpu_runtime
+from ..ops.operation import TENSORS, TENSORS_OR_NONE, conditions, is_any_watching, is_transformed, needs_graph
+from ..ops.schema import AdapterArgs
+
+INVARIANT = (
+    "a batch-invariant layer takes the CPU kernels alone, which run without gradients, dropout, autocast, torch.compile and "
+    "dispatch modes; use torch.no_grad(), or unfreeze(model)"
+)
+
+
+def accelerate_linears(model: nn.Module) -> dict[str, str | None]:
+    """Compute every nn.Linear of `model` that runs without an adapter by the CPU kernels, up to 64 rows, without gradients.
+
+    torch's own product of few rows runs at a fraction of the memory's speed; these kernels read each weight once. Results
+    are torch's up to rounding, a row's bits independent of the other rows. Other calls take torch's product as before: more
+    rows, gradients, autocast, torch.compile, another device. So do the bases of adapted layers while no task is active or
+    one is merged. Returns None for each layer by its path, or why it was left as it is. Neither parameters nor the state
+    dict are touched: the layers become AcceleratedLinear. Quantise a model first. Undone by `restore_linears`.
+    """
+    found = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            found[path] = None if type(layer) is AcceleratedLinear else left_alone(layer)
+            if found[path] is None:
+                layer.__class__ = AcceleratedLinear
+    return found
+
+
+def restore_linears(model: nn.Module) -> None:
+    """Undo `accelerate_linears`; RuntimeError for a model that is frozen batch-invariant."""
+    if any(getattr(module, "batch_invariant", False) for module in model.modules()):
+        raise RuntimeError(
+            "the model is frozen with batch_invariant=True, which needs these layers; unfreeze(model) first"
+        )
+    for module in model.modules():
+        if type(module) is AcceleratedLinear:
+            module.pin(False)
+            module.__class__ = nn.Linear
+
+
+def left_alone(layer: nn.Linear) -> str | None:
+    """Why `accelerate_linears` leaves a layer as it is, or None."""
+    if not is_plain(layer):
+        return f"it is a {type(layer).__name__} of a {type(layer.weight).__name__}"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced"
+    return cpu_runtime.refusal(layer.weight, 0, 0)
+
+
+class AcceleratedLinear(nn.Linear):
+    """An nn.Linear that takes the CPU kernels for few rows; see `accelerate_linears`."""
+
+    # The conditions of the call that is bound, and that call. Always set together: layers serve several threads.
+    settled: tuple[list | None, Callable | None] = None, None
+    batch_invariant = False  # see `serving.freeze`
+
+    def __getstate__(self) -> dict:
+        # A copy's parameters lie elsewhere, and it is not frozen.
+        return {name: value for name, value in self.__dict__.items() if name not in ("settled", "batch_invariant")}
+
+    def pin(self, batch_invariant: bool) -> None:
+        self.batch_invariant = batch_invariant
+        self.__dict__.pop("settled", None)
+
+    def train(self, mode: bool = True) -> "AcceleratedLinear":
+        if mode:
+            self.pin(False)
+        return super().train(mode)
+
+    def forward(self, input: Tensor) -> Tensor:
+        y, weight, bias = None, self.weight, self.bias
+        if not (
+            is_transformed()
+            or not TENSORS_OR_NONE.issuperset((type(input), type(weight), type(bias)))
+            or is_any_watching()
+            or input.is_nested
+            or not (input.is_cpu and input.layout is weight.layout is torch.strided)
+            or not (input.dtype == weight.dtype and input.shape[-1:] == weight.shape[1:])
+            or needs_graph(input, weight, bias)
+            or autocasts(input)
+        ):
+            kind, (settled, run) = conditions(weight, bias), self.settled
+            if settled != kind:
+                run = bound(input, weight, bias, self.batch_invariant)
+                self.settled = kind, run
+            y = run and run(input)
+        if y is None and self.batch_invariant and input.shape[-1:] == weight.shape[1:]:
+            raise backends.Unsupported(INVARIANT)
+        return super().forward(input) if y is None else y
+
+
+def bound(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: bool = False) -> Callable | None:
+    """`cpu_runtime.bind` of an adapter of rank 0; None where torch's product, or its error, is wanted."""
+    if backends.forced["backend"] not in (None, "cpu") or backends.forced["plan"] not in (None, "decode"):
+        return None
+    like = weight.dtype, weight.device
+    if not weight.is_cpu or (
+        bias is not None and ((bias.dtype, bias.device) != like or bias.shape != weight.shape[:1])
+    ):
+        return None
+    if cpu_runtime.refusal(x, 0, 0) is not None:
+        return None
+    a, b0 = weight.new_empty(0, weight.shape[1]), weight.new_empty(len(weight), 0)
+    adapter = AdapterArgs(a, b0, None, None, None, None, None, None, None, 1.0, 0.0, None)
+    return cpu_runtime.bind(x.new_empty(1, x.shape[-1]), weight, bias, adapter, blocks=blocks)
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Whether it is torch's own linear layer on a weight of torch's own tensor type: torchao keeps the layer's type."""
+    return type(base) in (nn.Linear, AcceleratedLinear) and type(base.weight) in TENSORS

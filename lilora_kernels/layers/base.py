@@ -1,0 +1,237 @@
+"""What the adapted linear layers have in common: a frozen base layer and one operation that adds the adapter to it."""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from inspect import getsource, isfunction
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends, functional
+from ..ops import cpu_runtime
+from ..ops.delta.register import delta
+from ..ops.linear.register import linear
+from ..ops.operation import (
+    TENSORS_OR_NONE,
+    Operation,
+    conditions,
+    is_any_watching,
+    is_transformed,
+    needs_graph,
+    require_memory,
+)
+from ..ops.schema import AdapterArgs
+from ..routing.context import TEXT, Tasks
+from .accelerated import INVARIANT, is_plain
+
+
+class Factors(tuple):
+    """(a, b0, u, v, fusion) of one call, or of many: what is settled in the first two need not be again."""
+
+    # Without and with gradients, and in blocks: the kind of call that was checked, and that call bound to its parameters, from
+    # the second on. A pair is always set together: layers serve several threads.
+    settled: tuple[tuple, Callable | None] = (), None
+    settled_grads: tuple[tuple, Callable | None] = (), None
+    settled_blocks: tuple[tuple, Callable | None] = (), None
+
+    def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest):
+        """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: task to ranks."""
+        if is_transformed() or not TENSORS_OR_NONE.issuperset(map(type, (x, *self))):
+            return functional.of_rows(operation, x, *self.arguments(base, rest))
+        grads = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *self)
+        at = "settled_grads" if grads else "settled"
+        kind = x.dtype, x.device, x.shape[-1], *rest[-3:], *conditions(*self, *base)
+        if grads:
+            kind += tuple(map(id, base))  # kept by a call whose gradients are recorded: not the addresses alone
+        settled, bound = getattr(self, at)
+        if rest[1] is not None or settled != kind:  # gates are others in every call
+            y = functional.of_rows(operation, x, *self.arguments(base, rest))
+            setattr(self, at, (kind, None))
+            return y
+        if not is_any_watching():
+            if bound is None:
+                bound = operation.bind(x.reshape(-1, x.shape[-1]), *self.arguments(base, rest)) or takes_none
+                setattr(self, at, (kind, bound))
+            y = bound(x, rest[0], rest[3])
+            if y is not None:
+                return y
+        known = rest[0] is None or rest[0].shape[0] == x.shape[:-1].numel()
+        return functional.of_rows(operation, x, *self.arguments(base, rest), known=known)
+
+    def arguments(self, base: tuple, rest: tuple) -> tuple:
+        """Of the operation, after x."""
+        return *base, *self, *rest
+
+    def in_blocks(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
+        """As `run`, by the CPU kernels alone: a row's bits depend on nothing but that row and its task."""
+        plain = not is_transformed() and TENSORS_OR_NONE.issuperset(map(type, (x, *self))) and not is_any_watching()
+        if plain and not needs_graph(x, *self):
+            kind = x.dtype, x.device, x.shape[-1], *rest[-3:], *conditions(*self, *base)
+            settled, bound = self.settled_blocks
+            if settled != kind:
+                args = x.reshape(-1, x.shape[-1]), *base, *self, *rest
+                require_memory(*self, *base)
+                operation.check(*args)
+                bound = takes_none
+                if backends.forced["backend"] in (None, "cpu") and cpu_runtime.refusal(x, 0, 0) is None:
+                    bound = cpu_runtime.bind(args[0], *base, AdapterArgs(*self, *rest), blocks=True) or takes_none
+                self.settled_blocks = kind, bound
+            y = bound(x, rest[0])
+            if y is not None:
+                return y
+        raise backends.Unsupported(INVARIANT)
+
+    def __getstate__(self) -> None:
+        return None  # a copy lies elsewhere
+
+
+def takes_none(x: Tensor, task: Tensor | None, seed: Tensor | None = None) -> None:
+    """The bound call where there is none."""
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer [N, K] with an adapter on top.
+
+    base_layer: any module that maps [..., K] to [..., N] and has in_features and out_features; a plain nn.Linear is
+    computed together with the adapter. dropout acts on the adapter's input in training. Raises TypeError or ValueError.
+    """
+
+    rank: int
+    sub_rank: int
+    batch_invariant = False  # see `serving.freeze`
+    ran = False  # in any forward that was not compiled
+
+    def __init__(self, base_layer: nn.Module, dropout: float) -> None:
+        super().__init__()
+        if not is_number(dropout) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout!r}; it must be in [0, 1)")
+        if not (hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features")):
+            raise TypeError(
+                f"base_layer is a {type(base_layer).__name__}; it must be a linear layer with in_features and out_features"
+            )
+        if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise TypeError(
+                f"base_layer is a {type(base_layer).__name__}, which nn.MultiheadAttention reads and never runs"
+            )
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.dropout = dropout
+        self.model_tasks = Tasks()
+        self.path, self.place = "a layer", TEXT  # in the model; set by attach(), see placement.places
+        self.register_load_state_dict_pre_hook(check_loads)
+
+    def check_load(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """RuntimeError if the layer cannot take what a state dict holds for it, under names that start with `prefix`."""
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise RuntimeError(
+            "nn.DataParallel copies a model in every forward, and the copies' adapters would ask the original for their "
+            "tasks; use DistributedDataParallel (torchrun), or make one GPU visible"
+        )
+
+    def empty(self, *shape: int) -> Tensor:
+        """An uninitialised tensor of the dtype and on the device of the base weight."""
+        like = getattr(self.base_layer, "weight", None)
+        like = like if isinstance(like, Tensor) else None  # packed weights are behind a method
+        dtype = like.dtype if like is not None and like.is_floating_point() else torch.get_default_dtype()
+        return torch.empty(*shape, dtype=dtype, device=None if like is None else like.device)
+
+    def example(self) -> Tensor:
+        """An uninitialised input [1, K] of the dtype and on the device that the base expects: for `explain`."""
+        return self.empty(1, self.in_features)
+
+    def unfused_reason(self) -> str | None:
+        """Why the base product cannot be part of our operation; None if it can."""
+        base = self._modules["base_layer"]
+        if not is_plain(base):
+            return f"the base is a {described(base)}"
+        weight, bias = base.weight, base.bias
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return "the base is being trained"
+        if has_hooks(base):
+            return "the base has hooks"
+        return None
+
+    def _adapted(
+        self,
+        x: Tensor,
+        factors: Factors,
+        scaling: float,
+        p: float,
+        args: tuple,
+        kwargs: dict,
+        task: Tensor | None = None,
+        gate: Tensor | None = None,
+        gate_row: Tensor | None = None,
+        ranks: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """base_layer(x) + the adapter of `factors`, in one operation where the base allows it."""
+        base, weight, bias = self._modules["base_layer"], None, None
+        apart = args or kwargs or self.unfused_reason() is not None
+        if apart:
+            y = base(x, *args, **kwargs)
+            x = x if x.is_floating_point() else x.to(factors[0].dtype)
+        else:
+            weight, bias = base.weight, base.bias
+        cast = functional.autocast(x)
+        functional.check_dtypes("linear", x, cast, weight)
+        rest = task, gate, gate_row, functional.draw_seed(x.device) if p else None, scaling, p, ranks
+        run = factors.in_blocks if self.batch_invariant else factors.run
+        if apart:
+            return y + run(delta, cast, (), *rest).to(y.dtype)
+        return run(linear, cast, (weight, bias), *rest)
+
+
+def check_loads(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_) -> None:
+    """Before anything of a state dict is written: `check_load` of all adapted layers of a model, or of the layer itself."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdaptedLinear):
+            layer.check_load(state, f"{prefix}{name}." if name else prefix)
+
+
+@cache
+def reads_weight(parent: type[nn.Module], name: str) -> bool:
+    """Whether a module's code takes the weight of its layer `name` past the layer's forward, and so past an adapter.
+
+    As Mamba's kernels do it, nn.MultiheadAttention, and torch's and transformers' layers with fast paths. What says
+    something of the weight alone (its dtype, its device) is no such use; nor is a slice of it.
+    """
+    use = re.compile(
+        rf"(?<!isinstance\()\bself\.{re.escape(name)}\.weight\b(?!\[|\.(dtype|device|shape|size|is_|requires_grad))"
+    )
+    for kind in parent.__mro__[: parent.__mro__.index(nn.Module)]:
+        methods = (method for key, method in vars(kind).items() if isfunction(method) and "init" not in key)
+        for method in methods:
+            try:
+                source = getsource(method)
+            except (OSError, TypeError):  # made without a file
+                continue
+            if use.search(source):
+                return True
+    return False
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def described(base: nn.Module) -> str:
+    name = type(base).__name__
+    return f"{name} of an {type(base.weight).__name__}" if type(base) is nn.Linear else name
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__
+
+
+def version(parameter: Tensor) -> object:
+    # Tensors made in inference mode count no versions: a copy gathered from them is never current.
+    return object() if parameter.is_inference() else parameter._version
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, which holds a part of its values; importing that class would take a second."""
+    return hasattr(tensor, "full_tensor")

@@ -1,0 +1,466 @@
+"""LiLoRALinear: a frozen linear layer with one small adapter per task on a shared basis."""
+
+import math
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+
+import torch
+from torch import Tensor, nn
+
+from ..routing.context import BatchContext
+from .base import AdaptedLinear, Factors, described, is_number, is_plain, is_sharded
+from .parameters import SharedParameter, TaskParameters, check_task_name, onloaded, stacked, window
+
+POLICIES = ("always", "first", "never")
+KINDS = ("lilora_A", "lilora_B", "lilora_U", "lilora_V", "lilora_fusion")
+_of_kinds = itemgetter(*KINDS)
+
+
+def default_sub_rank(r: int) -> int:
+    return max(1, r // 2)
+
+
+class LiLoRALinear(AdaptedLinear):
+    """y = base_layer(x) + scaling * D(x) A^T M_t^T with M_t = f_t B0 + (1 - f_t) U_t V_t, f_t = sigmoid(fusion_t).
+
+    Replaces a linear layer [N, K] in one line; `base_layer` may be any module that maps [..., K] to [..., N] and has
+    in_features and out_features. A [r, K] and B0 [N, r] are shared by all tasks, U [N, sub_rank], V [sub_rank, r] and
+    fusion [1] belong to one task; scaling = alpha / r (arXiv 2508.06202). With fusion=False M_t = B0 + U_t V_t.
+
+    train_a and train_b0 say when the shared factors learn: "always", in the "first" task only, or "never".
+
+    Parameters are created by `add_task`, in the dtype and on the device of the base weight. A and B0 lie in
+    ParameterDicts under every task's name, one Parameter object each.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int = 128,
+        sub_rank: int | None = None,
+        alpha: float | None = None,
+        dropout: float = 0.05,
+        fusion: bool = True,
+        train_a: str = "first",
+        train_b0: str = "first",
+    ) -> None:
+        for name, size in (("r", r), ("sub_rank", 1 if sub_rank is None else sub_rank)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name} is {size!r}; it must be an integer of at least 1")
+        sub_rank = default_sub_rank(r) if sub_rank is None else sub_rank
+        alpha = 2.0 * r if alpha is None else alpha
+        if not is_number(alpha) or not 0 < alpha < math.inf:
+            raise ValueError(f"alpha is {alpha!r}; it must be a positive number")
+        for name, policy in (("train_a", train_a), ("train_b0", train_b0)):
+            if policy not in POLICIES:
+                raise ValueError(f"{name} is {policy!r}; it must be one of {list(POLICIES)}")
+        super().__init__(base_layer, dropout)
+        self.rank, self.sub_rank, self.alpha, self.fusion = r, sub_rank, alpha, fusion
+        self.train_a, self.train_b0 = train_a, train_b0
+        self.lilora_A, self.lilora_B = SharedParameter(self), SharedParameter(self)
+        self.lilora_U, self.lilora_V, self.lilora_fusion = (TaskParameters(self) for _ in range(3))
+        self.merged_task: str | None = None
+        self.active: tuple[str, ...] = ()
+        self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
+        self._frozen: Factors | None = None  # with all tasks' u, v, fusion by id: see serving.freeze
+        self._slot: Factors | None = None  # with u, v, fusion of the one active task; without for several
+        self.register_load_state_dict_post_hook(_loaded)
+
+    @property
+    def lilora_scaling(self) -> float:
+        return self.alpha / self.rank
+
+    # --- tasks ------------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks in the order of their ids."""
+        return [name for name in self.model_tasks.names if name in self.lilora_U]
+
+    def add_task(self, name: str, init: bool = True) -> None:
+        """Create the parameters of a task (and of the shared factors with the first) and register its id.
+
+        init=False leaves them uninitialised, for loading. Nothing is added when the name is not allowed or taken.
+        """
+        check_task_name(name)
+        if name in self.lilora_U:
+            raise ValueError(f"task {name!r} exists already; delete it first or choose another name")
+        capacity = self.capacity
+        if capacity is not None and name not in self.model_tasks.known and len(self.model_tasks.names) >= capacity:
+            raise ValueError(
+                f"task {name!r} does not fit: the model was frozen with a capacity of {capacity} ids, all taken; overwrite a "
+                "task, or freeze it again with a larger capacity"
+            )
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(self.empty(*shape))
+
+        if not self.lilora_A:
+            self.lilora_A[name], self.lilora_B[name] = (
+                parameter(self.rank, self.in_features),
+                parameter(self.out_features, self.rank),
+            )
+            if init:
+                nn.init.kaiming_uniform_(self.lilora_A[name], a=math.sqrt(5))
+                nn.init.zeros_(self.lilora_B[name])
+            self._first = name
+        else:
+            self.lilora_A[name] = next(iter(self.lilora_A.values()))
+            self.lilora_B[name] = next(iter(self.lilora_B.values()))
+        self.lilora_U[name] = parameter(self.out_features, self.sub_rank)
+        self.lilora_V[name] = parameter(self.sub_rank, self.rank)
+        if self.fusion:
+            self.lilora_fusion[name] = parameter(1)
+        if init:
+            nn.init.zeros_(self.lilora_U[name])
+            nn.init.kaiming_uniform_(self.lilora_V[name], a=math.sqrt(5))
+            if self.fusion:
+                nn.init.normal_(self.lilora_fusion[name])
+        self.model_tasks.add(name)
+        self._fill_windows(name)
+        if not self.active:
+            self.set_task(name)
+        else:
+            for own in self._own(name):
+                own.requires_grad_(False)
+            self.bind()
+
+    def delete_task(self, name: str) -> None:
+        """Remove a task's parameters; the ids of the others stay."""
+        self._require(name)
+        if self.merged_task == name:
+            self.unmerge()
+        train = any(own.requires_grad for own in self._own(name))
+        for kind in KINDS:
+            if name in getattr(self, kind):
+                del getattr(self, kind)[name]
+        self.model_tasks.remove(name)
+        for stack in (self._frozen or ())[2:]:
+            if stack is not None:
+                stack[[i for i, kept in enumerate(self.model_tasks.names) if kept is None]] = 0
+        if self._first == name:
+            self._first = None
+        if name in self.active:
+            self.set_task(*(task for task in self.active if task != name), train=train)
+        else:
+            self.bind()
+
+    def set_task(self, *names: str, train: bool = True) -> None:
+        """Make a task the one that `forward` uses and trains; several names train together, by task ids.
+
+        Parameters of the other tasks stop requiring gradients; the shared factors follow train_a and train_b0.
+        """
+        for name in names:
+            self._require(name)
+        self.active = tuple(names)
+        self.model_tasks.activate(self.active, train)
+        for task in self.lilora_U:
+            for own in self._own(task):
+                own.requires_grad_(train and task in names)
+        self.train_shared(train)
+        self.bind()
+
+    def train_shared(self, train: bool = True) -> None:
+        """Let A and B0 require gradients as train_a and train_b0 say for the active tasks."""
+        first = self._first in self.active
+        for policy, shared in ((self.train_a, self.lilora_A), (self.train_b0, self.lilora_B)):
+            learns = bool(self.active) and (policy == "always" or (policy == "first" and first))
+            for parameter in shared.values():
+                parameter.requires_grad_(train and learns)
+
+    def bind(self) -> None:
+        """Rebuild what compiled forwards read: a lookup by task name there would recompile for every task."""
+        self._bind_slot()
+        if self.lilora_U:
+            self.model_tasks.settle(next(iter(self.lilora_U.values())).device, self.capacity)
+
+    def _bind_slot(self) -> None:
+        if len(self.active) == 1:
+            self._slot = Factors(self._parameters_of(self.active[0]))
+        elif self.lilora_U:
+            first = next(iter(self.lilora_A))
+            self._slot = Factors((self.lilora_A[first], self.lilora_B[first], None, None, None))
+        else:
+            self._slot = None
+        if self._frozen is not None and self._slot is not None:
+            self._frozen = Factors((*self._slot[:2], *self._frozen[2:]))
+
+    def replaced(self, name: str) -> None:
+        """A Parameter of the task is another object now."""
+        if self._slot is not None:
+            self._bind_slot()
+        if self._frozen is not None and name in self.model_tasks.known:
+            self._fill_windows(name)
+
+    def _apply(self, fn, recurse=True):
+        capacity, self._frozen = self.capacity, None
+        super()._apply(fn, recurse)
+        self.bind()
+        if capacity is not None:
+            self.freeze(capacity)
+        return self
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_frozen": None, "batch_invariant": False}  # the parameters of a copy are not windows
+
+    # --- serving ----------------------------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int | None:
+        """How many ids a frozen layer has room for; None unless it is frozen."""
+        return None if self._frozen is None else len(self._frozen[2])
+
+    def require_freezable(self) -> None:
+        """RuntimeError for parameters that are not here in full outside the layer's forward, or differ in dtype."""
+        own = [p for entries in self._by_task() for p in entries.values()]
+        if any(p.is_meta or is_sharded(p) for p in own):
+            raise RuntimeError(
+                "a model whose adapters are offloaded or sharded cannot be frozen; load it in full first"
+            )
+        if len(dtypes := {p.dtype for p in own}) > 1:
+            raise RuntimeError(
+                f"tasks of the dtypes {sorted(map(str, dtypes))} cannot be frozen together; cast them to one"
+            )
+
+    def freeze(self, capacity: int) -> None:
+        """See `serving.freeze`."""
+        like = next(iter(self.lilora_U.values()), None)
+        like = self.empty(0) if like is None else like
+        sizes = [(self.out_features, self.sub_rank), (self.sub_rank, self.rank), () if self.fusion else None]
+        self._frozen = Factors(
+            (None, None, *(None if size is None else like.new_zeros(capacity, *size) for size in sizes))
+        )
+        for name in self.tasks:
+            self._fill_windows(name)
+        self.bind()
+
+    def unfreeze(self) -> None:
+        self._frozen, self.batch_invariant = None, False
+
+    def train(self, mode: bool = True) -> "LiLoRALinear":
+        if mode:
+            self.unfreeze()
+        return super().train(mode)
+
+    @torch.no_grad()
+    def _fill_windows(self, name: str) -> None:
+        """Of a frozen layer, make the task's parameters windows of the stacks, with the values that they have."""
+        for stack, entries in zip((self._frozen or ())[2:], self._by_task(), strict=False):
+            if name in entries and not entries[name].is_meta:  # else a loader is still to bring it
+                own, place = entries[name], stack[self.model_tasks.id_of(name)].view_as(entries[name])
+                if own.data_ptr() != place.data_ptr():
+                    own.data = window(place.copy_(own))
+
+    @property
+    def _kinds(self) -> tuple[TaskParameters, ...]:
+        return _of_kinds(self._modules)
+
+    def _by_task(self) -> tuple[TaskParameters, ...]:
+        return self._kinds[2:]
+
+    def _own(self, name: str) -> list[nn.Parameter]:
+        return [parameters[name] for parameters in self._by_task() if name in parameters]
+
+    def _parameters_of(self, name: str) -> tuple[Tensor | None, ...]:
+        fusion = self.lilora_fusion[name] if self.fusion else None
+        return self.lilora_A[name], self.lilora_B[name], self.lilora_U[name], self.lilora_V[name], fusion
+
+    def _require(self, name: str) -> None:
+        if name not in self.lilora_U:
+            raise ValueError(f"task {name!r} is unknown; this layer knows {self.tasks}")
+
+    # --- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args, task: Tensor | None = None, **kwargs) -> Tensor:
+        """x [..., K] -> [..., N].
+
+        task: [B] int32 ids for x [B, ..., K], -1 for samples without an adapter. Without it the context of the running
+        forward decides, and without task ids there the active task. Raises when several tasks are active and nothing decides.
+        """
+        if "_hf_hook" in self._modules["lilora_U"].__dict__ and not torch.compiler.is_compiling():
+            with onloaded(*self._kinds):
+                return self._forward(x, args, kwargs, task)
+        return self._forward(x, args, kwargs, task)
+
+    def _forward(self, x: Tensor, args: tuple, kwargs: dict, task: Tensor | None) -> Tensor:
+        adapter = self._adapter(x, task)
+        if adapter is None:
+            return self.base_layer(x, *args, **kwargs)
+        factors, rows = adapter
+        y = self._adapted(x, factors, self.lilora_scaling, self._p, args, kwargs, task=rows)
+        self._expect_same_tasks(y)
+        return y
+
+    def _adapter(self, x: Tensor, task: Tensor | None = None) -> tuple[Factors, Tensor | None] | None:
+        """What this forward adds to the base: factors and the task of each row of x; None for nothing."""
+        tasks, samples = self.model_tasks, None
+        if task is None:
+            context = tasks.current
+        else:
+            samples = x.shape[0] if x.dim() > 1 else 1
+            ids, known = tasks.ids(task, samples, x.device)
+            context = BatchContext(ids, ids=known, tasks=tasks)
+        routed = context is not None and context.task is not None
+        if self.merged_task is not None:
+            if routed:
+                raise RuntimeError(
+                    f"task {self.merged_task!r} is merged into the base weight; unmerge() before routing tasks"
+                )
+            return None
+        # Nothing below may look at how many tasks there are: a compiled graph would be made again for each.
+        slot, compiling = self._slot, torch.compiler.is_compiling()
+        if not compiling and not self.ran:
+            self.ran = tasks.reached = True
+        if slot is not None and not compiling:
+            # Code that swaps Parameters past __setattr__ (offloading, functional_call) does not tell us.
+            name = self.active[0] if len(self.active) == 1 else next(iter(self.lilora_A._parameters))
+            for kind, own in zip(self._kinds, slot, strict=True):
+                if own is not None and own is not kind._parameters.get(name):
+                    self._bind_slot()
+                    slot = self._slot
+                    break
+        if routed:
+            return None if slot is None else self._mixed(x, slot[:2], context, samples)
+        if context is None and not compiling:
+            tasks.require_context()
+        if slot is None or slot[2] is None:
+            if len(self.active) > 1:
+                raise ValueError(f"the tasks {list(self.active)} are active together; pass task ids with the batch")
+            return None
+        return slot, None
+
+    def _mixed(self, x: Tensor, shared: tuple[Tensor, ...], context: BatchContext, samples: int | None) -> tuple | None:
+        """As `_adapter`, for tasks by sample. shared: a and b0; samples: those of x, where the ids were given for x itself."""
+        trains, training, frozen = self.stacking()
+        if frozen:
+            names, positions = (), context.slots()
+        else:
+            names, positions = context.chosen(trains, training)
+            if not names:
+                return None
+        if samples is None:
+            rows = context.rows(x, self.place, positions, self.path)
+        else:
+            rows = positions.unsqueeze(1).expand(samples, x.shape[1:-1].numel()).reshape(-1).contiguous()
+        if not names:
+            factors = self._frozen
+        elif context.generating and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            key = self, self.model_tasks.changes
+            if key not in context.stacks:
+                # A copy even of one task: a sharded one is there while the layer runs only.
+                stacks = (t if t is None else t.clone() for t in self._stack(names))
+                context.stacks[key] = Factors((*shared, *stacks))
+            factors = context.stacks[key]
+            if factors[0] is not shared[0] or factors[1] is not shared[1]:  # brought anew for every step
+                factors = context.stacks[key] = Factors((*shared, *factors[2:]))
+        else:
+            factors = Factors((*shared, *self._stack(names)))
+        return factors, rows
+
+    def _stack(self, names: tuple[str, ...]) -> tuple[Tensor | None, ...]:
+        """Of these tasks u [T, N, S], v [T, S, R], fusion [T]."""
+        fusion = stacked(self.lilora_fusion, names).squeeze(1) if self.fusion else None
+        return stacked(self.lilora_U, names), stacked(self.lilora_V, names), fusion
+
+    def stacking(self) -> tuple[bool, bool, bool]:
+        """What decides which tasks a mixed forward stacks: see `BatchContext.chosen`; and whether it reads frozen stacks."""
+        trains = self._trains()
+        return trains, self.training, self._frozen is not None and not trains
+
+    @property
+    def _p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def _trains(self) -> bool:
+        own = self.lilora_U._parameters
+        return torch.is_grad_enabled() and any(own[name].requires_grad for name in self.active)
+
+    def _expect_same_tasks(self, y: Tensor) -> None:
+        """Let the backward of y raise if the active task is set before it."""
+        if y.requires_grad and not torch.compiler.is_compiling() and self._trains():
+            y.register_hook(self.model_tasks.unchanged())
+
+    @torch.no_grad()
+    def check_load(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """RuntimeError for what would change a merged task, or the weight that it is merged into: `unmerge` subtracts it."""
+        if self.merged_task is None:
+            return
+        kept = {f"{kind}.{name}": p for kind in KINDS[:2] for name, p in getattr(self, kind).items()}
+        kept |= {f"{kind}.{self.merged_task}": getattr(self, kind).get(self.merged_task) for kind in KINDS[2:]}
+        kept["base_layer.weight"] = getattr(self.base_layer, "weight", None)
+        for name, own in kept.items():
+            new = state.get(prefix + name)
+            if new is not None and own is not None and not (new.shape == own.shape and torch.equal(new.to(own), own)):
+                raise RuntimeError(
+                    f"{prefix}{name} cannot be loaded over while task {self.merged_task!r} is merged; unmerge() first"
+                )
+
+    @torch.no_grad()
+    def overwrite_task(self, name: str, u: Tensor, v: Tensor, fusion: Tensor | None = None) -> None:
+        """Copy u [N, sub_rank], v [sub_rank, r] and fusion [1] over a task's; ValueError, and nothing written, for others.
+
+        No tensor moves, so a compiled or captured forward stays valid and sees the new values.
+        """
+        self._require(name)
+        own, values = self._own(name), [u, v] if fusion is None else [u, v, fusion]
+        if [p.shape for p in own] != [value.shape for value in values] or self.merged_task == name:
+            got = [list(value.shape) for value in values]
+            state = (
+                "is merged; unmerge() it first" if self.merged_task == name else f"has {[list(p.shape) for p in own]}"
+            )
+            raise ValueError(f"task {name!r} cannot be overwritten with tensors of the shapes {got}: it {state}")
+        if any(parameter.is_meta for parameter in own):
+            raise ValueError(f"task {name!r} cannot be overwritten: it is offloaded, and its tensors are not here")
+        for parameter, value in zip(own, values, strict=True):
+            parameter.copy_(value)
+
+    # --- merging ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def delta_weight(self, name: str) -> Tensor:
+        """scaling * M_t A of one task, [N, K] in the adapter's dtype (computed in fp32 at least)."""
+        self._require(name)
+        with onloaded(*self._kinds):
+            a, b0, u, v, fusion = self._parameters_of(name)
+        wide = torch.promote_types(a.dtype, torch.float32)
+        m = b0.to(wide) + u.to(wide) @ v.to(wide)
+        if fusion is not None:
+            m = torch.lerp(u.to(wide) @ v.to(wide), b0.to(wide), torch.sigmoid(fusion.to(wide)))
+        return (self.lilora_scaling * m @ a.to(wide)).to(a.dtype)
+
+    @torch.no_grad()
+    def merge(self, name: str) -> None:
+        """Add a task to the base weight, for inference without any cost; forward then runs the base alone."""
+        if self.merged_task is not None:
+            raise RuntimeError(f"task {self.merged_task!r} is merged already; unmerge() first")
+        if not is_plain(self.base_layer):
+            raise TypeError(f"merge needs a plain nn.Linear base, not a {described(self.base_layer)}")
+        self.base_layer.weight += self.delta_weight(name).to(self.base_layer.weight.dtype)
+        self.merged_task = name
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the merged task out again, by subtraction: exact up to the rounding of the base weight's dtype."""
+        if self.merged_task is None:
+            return
+        self.base_layer.weight -= self.delta_weight(self.merged_task).to(self.base_layer.weight.dtype)
+        self.merged_task = None
+
+    def extra_repr(self) -> str:
+        return (
+            f"r={self.rank}, sub_rank={self.sub_rank}, alpha={self.alpha}, dropout={self.dropout}, "
+            f"train_a={self.train_a!r}, train_b0={self.train_b0!r}, tasks={self.tasks}, active={list(self.active)}"
+        )
+
+
+def _loaded(layer: LiLoRALinear, _) -> None:
+    layer.bind()
+
+
+def set_task(model: nn.Module, *names: str, train: bool = True) -> None:
+    """`LiLoRALinear.set_task` for every adapted layer of a model."""
+    layers: Sequence[LiLoRALinear] = [m for m in model.modules() if isinstance(m, LiLoRALinear)]
+    if not layers:
+        raise RuntimeError("this model has no LiLoRALinear layer")
+    for layer in layers:
+        layer.set_task(*names, train=train)

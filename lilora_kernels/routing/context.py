@@ -1,0 +1,452 @@
+"""The context of a running forward: which task each sample of its batch belongs to.
+
+What holds at all times:
+- The layers of a model share one `Tasks`; id i is the i-th name ever added, and no id is used twice.
+- Every forward of an attached model runs in a `BatchContext`. Contexts belong to the thread or asyncio task that entered
+  them; a layer sees the innermost one of its own model.
+- Factors are read when a layer runs, so no write to a parameter is missed. Only a generation keeps the stacks that its
+  first step made, and a frozen model has one copy, of which its parameters are windows.
+- A backward that would recompute a layer without the context of its forward raises.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from threading import local
+
+import torch
+from torch import Tensor, nn
+
+from .task_names import TaskIds, TaskNames
+from .vision_tokens import Units, contents, of_equal_size, units_of_batch
+
+SET_IN_BETWEEN = (
+    "the active task was set between a forward and its backward; set it after the backward, or train several tasks "
+    "together with set_task(*names) and task_ids"
+)
+# Where a layer lies: below the decoder, ahead of it, or among experts that see rows which a router gathered.
+TEXT, AHEAD, GATHERED = "text", "ahead", "gathered"
+
+
+@dataclass(eq=False)
+class BatchContext:
+    """What one forward's batch says to the adapted layers.
+
+    task: [B] int32, -1 for samples without an adapter; None for the active task. ids: its values, where the host knows
+    them. length: tokens per sample where text layers see flattened [B * length, K] rows. units: what explains the rows ahead
+    of the language model, see units.py: image tokens of each sample (or tiles) of images of one size, as a tensor [B] inside
+    a compiled graph, where the host does not see them; unknown: why they are not known. plain: every input has one row for
+    each sample; others: the names of those that are no text. generating: the context is that of a whole generation.
+    """
+
+    task: Tensor | None
+    length: int | None = None
+    units: Units | list[int] | Tensor | None = None
+    ids: list[int] | None = None
+    generating: bool = False
+    plain: bool = False
+    others: str = "inputs that are not known"
+    unknown: str | None = None
+    tasks: "Tasks | None" = field(default=None, repr=False)
+    stacks: dict = field(default_factory=dict, repr=False)  # of a generation: what each layer's tasks were stacked to
+    _rows: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+    _chosen: dict[tuple, tuple] = field(default_factory=dict, repr=False)
+    _repeated: dict[int, "BatchContext"] = field(default_factory=dict, repr=False)
+    _ran: set[str] | None = field(default=None, repr=False)  # of one forward: the layers ahead that ran in it
+
+    @property
+    def samples(self) -> int:
+        return self.task.shape[0]
+
+    # --- which task a row belongs to --------------------------------------------------------------------------------
+
+    def rows(self, x: Tensor, place: str | None, of: Tensor | None = None, path: str = "a layer") -> Tensor:
+        """`of` [B] (default: `task`) of each row of x, [M] int32 on its device. ValueError when nothing explains the rows.
+
+        place: as `placement.places` says. path: the layer's, for the error.
+        """
+        of = self.task if of is None else of
+        if torch.compiler.is_compiling():
+            return self._resolve(x, place, of, path).to(x.device)
+        if place == AHEAD:
+            self._expect_once(path)
+        # Tensors made in inference mode could not be saved for a later backward.
+        key = torch.is_inference_mode_enabled(), id(of), place, x.device, *x.shape[:-1]
+        if key not in self._rows:
+            rows = self._resolve(x, place, of, path).to(x.device).contiguous()  # of one sample it is an expanded view
+            on_host = of if of.is_cpu else getattr(of, "on_host", None)
+            if on_host is not None:  # plans made of library products want to know where which task's rows lie
+                rows.layouts = []
+                if not rows.is_cpu:
+                    rows.on_host = self._resolve(x, place, on_host, path)
+            self._rows[key] = rows
+        return self._rows[key]
+
+    def _resolve(self, x: Tensor, place: str | None, of: Tensor, path: str) -> Tensor:
+        if self.one_task:
+            return of[:1].expand(x.shape[:-1].numel())
+        if place == GATHERED:
+            raise ValueError(
+                f"{path} sees {list(x.shape[:-1])} rows that a router gathered, and nothing tells whose they are; adapt dense "
+                "layers, shared experts or attention, or pass batches of one task"
+            )
+        if place is None and not self.plain:
+            raise ValueError(
+                f"{path} is not below the model's decoder, and nothing tells whose the {list(x.shape[:-1])} rows are that it "
+                f"sees of {self.others}; adapt layers of the decoder only, or pass batches of one task"
+            )
+        if place == AHEAD and not self.plain:
+            return self.vision_rows(x, of, path)
+        return self.text_rows(x, of, path)
+
+    @property
+    def one_task(self) -> bool:
+        """Whether all samples are known to be of one task: then every row is."""
+        if torch.compiler.is_compiling():
+            return self.samples == 1
+        return self.samples == 1 or (bool(self.ids) and len(set(self.ids)) == 1)
+
+    def _expect_once(self, path: str) -> None:
+        """ValueError for a layer that sees the images of a batch one by one: whose each is cannot be told."""
+        if self._ran is None or self.one_task or self.plain or torch._C._current_graph_task_id() != -1:
+            return
+        if path in self._ran:
+            raise ValueError(
+                f"{path} runs more than once in a forward, so each time it sees a part of the batch's images, and nothing "
+                "tells whose; adapt layers of the decoder only, or pass batches of one task"
+            )
+        self._ran.add(path)
+
+    def text_rows(self, x: Tensor, of: Tensor, path: str) -> Tensor:
+        """For each row of x [B, L, K] (or [B, K], or flattened [B * length, K]) -> [M]."""
+        samples = of.shape[0]
+        if x.dim() >= 3 and x.shape[0] == samples:
+            per_sample = x[0, ..., 0].numel() if samples else 0
+        elif x.dim() == 2 and self.length is None and x.shape[0] == samples:
+            per_sample = 1
+        elif x.dim() == 2 and self.length is not None and x.shape[0] == samples * self.length:
+            per_sample = self.length
+        else:
+            tokens = "" if self.length is None else f" of {self.length} tokens"
+            raise ValueError(
+                f"{path} sees {list(x.shape[:-1])} rows, but the route has {samples} samples{tokens}; "
+                "pass one task id per sample of the batch"
+            )
+        return of.unsqueeze(1).expand(samples, per_sample).reshape(-1)
+
+    def vision_rows(self, x: Tensor, of: Tensor, path: str) -> Tensor:
+        """For each row of x [images, patches, K] or [sum of patches, K], packed sample by sample -> [M]."""
+        shape, units = list(x.shape[:-1]), self.units
+        if units is None:
+            why = self.unknown or (
+                "the route does not know how many image tokens each sample has; pass input_ids with the images, or "
+                "route(..., units=...)"
+            )
+            raise ValueError(f"{path}, ahead of the language model, sees {shape} rows, but {why}")
+        if isinstance(units, Tensor):
+            return self._vision_rows_in_graph(x, of)
+        counts = units.of(shape) if isinstance(units, Units) else of_equal_size(units, shape)
+        if counts is None:
+            known = units if isinstance(units, list) else units.packed if units.images is None else units.images
+            what = "images or tiles" if isinstance(units, Units) and known is units.images else "image tokens or tiles"
+            raise ValueError(
+                f"{path}, ahead of the language model, sees {shape} rows, which {known} {what} (in all {sum(known)}) in "
+                f"{len(known)} samples do not explain; check the images of the batch, adapt layers of the decoder only, or "
+                "pass batches of one task"
+            )
+        repeats = torch.tensor(counts, device=of.device)
+        return of.repeat_interleave(repeats, output_size=x.shape[:-1].numel())
+
+    def _vision_rows_in_graph(self, x: Tensor, of: Tensor) -> Tensor:
+        """As `units.of_equal_size`, where an error has to wait for the device."""
+        rows, images, units = x.shape[:-1].numel(), x.shape[0], self.units.to(x.device)
+        total = units.sum().clamp(min=1)  # no image tokens explain no rows: the last end is 0 then
+        explained = rows % total == 0
+        if x.dim() > 2 and images > 1:
+            explained = (total % images == 0) & (units % (total // images).clamp(min=1) == 0).all()
+        ends = units.cumsum(0) * rows // total
+        torch._assert_async(
+            explained & (ends[-1] == rows),
+            f"the image tokens of the batch do not explain the {rows} rows that a layer ahead of the language model sees; "
+            "check the images of the batch",
+        )
+        sample = torch.bucketize(torch.arange(rows, device=x.device), ends, right=True)
+        return of.to(x.device)[sample]
+
+    # --- whose factors a layer needs --------------------------------------------------------------------------------
+
+    def chosen(self, trains: bool, training: bool) -> tuple[tuple[str, ...], Tensor]:
+        """(tasks whose factors a layer stacks, position [B] int32 of each sample's task among them, -1 for none).
+
+        These are the tasks of the batch, as far as the host knows them, and, where the active ones want gradients (`trains`),
+        these too: one that is absent gets zeros. Layers in training mode then take no others: ValueError for their ids.
+        """
+        if torch.compiler.is_compiling():
+            return self._choose(trains, training, None)  # a graph must not depend on the values of ids
+        key = torch.is_inference_mode_enabled(), trains, training, self.tasks.changes
+        if key not in self._chosen:
+            self.require_known()
+            self._chosen[key] = self._choose(trains, training, self.ids)
+        return self._chosen[key]
+
+    def require_known(self) -> None:
+        for i in self.ids or ():
+            if i >= 0 and self.tasks.names[i] is None:
+                raise ValueError(
+                    f"the task with the id {i} was deleted, but a sample of the running batch belongs to it"
+                )
+
+    def _choose(self, trains: bool, training: bool, ids: list[int] | None) -> tuple[tuple[str, ...], Tensor]:
+        tasks = self.tasks
+        if trains and training:
+            if ids is not None:
+                tasks.require_active(ids)
+            names = tasks.active
+        elif ids is not None:
+            # In the order of the batch: factors of its runs of rows then lie side by side.
+            names = tuple(dict.fromkeys([tasks.names[i] for i in ids if i >= 0] + list(tasks.active if trains else ())))
+        else:
+            names = tasks.known
+        if ids is not None:
+            position = {tasks.id_of(name): at for at, name in enumerate(names)}
+            on_host = torch.tensor([position.get(i, -1) for i in ids], dtype=torch.int32)
+            positions = on_host.to(self.task.device)
+            if positions is not on_host:
+                positions.on_host = on_host
+            return names, positions
+        return names, tasks.positions(self.task, trains and training)
+
+    def slots(self) -> Tensor:
+        """The position [B] of each sample's task in the layers of a frozen model, -1 for none."""
+        if torch.compiler.is_compiling():
+            return self.tasks.slots(self.task)
+        if (key := (torch.is_inference_mode_enabled(), "slots", self.tasks.changes)) not in self._chosen:
+            self.require_known()
+            self._chosen[key] = self.tasks.slots(self.task)
+        return self._chosen[key]
+
+    def of_batch(self, samples: int | None, length: int | None, inputs: dict) -> "BatchContext":
+        """The context of a forward inside this one, whose batch has so many samples (more in a generation with beams).
+
+        inputs: what `Tasks.explained` says of it; nothing where all samples are of one task.
+        """
+        base = self
+        if torch.compiler.is_compiling():  # a graph must not depend on values that the host knows of this batch alone
+            task = self.task if samples is None else self.task.repeat_interleave(samples // self.samples)
+            return BatchContext(task, self.length if length is None else length, **inputs, tasks=self.tasks)
+        if self.generating and samples not in (None, self.samples):
+            base = self._repeated.get(samples) or self._repeat(samples)
+            self._repeated[samples] = base
+        if inputs.get("units") is None and inputs.get("unknown") is None:
+            inputs = inputs | {"units": base.units, "unknown": base.unknown}
+        return BatchContext(
+            base.task, self.length if length is None else length, **inputs, ids=base.ids, generating=self.generating,
+            tasks=self.tasks, stacks=self.stacks if self.generating else {}, _chosen=base._chosen, _ran=set(),
+        )  # fmt: skip
+
+    def require_samples(self, samples: int) -> None:
+        """ValueError unless the batch of a forward inside this one has so many samples, or in a generation a multiple."""
+        if samples != self.samples and not (self.generating and self.samples and samples % self.samples == 0):
+            raise ValueError(
+                f"task_ids has the shape [{self.samples}]; it must be [{samples}], one id per sample of the batch"
+            )
+
+    def _repeat(self, samples: int) -> "BatchContext":
+        """Of beams or returned sequences: every sample of the prompt several times, one behind the other."""
+        times = samples // self.samples
+
+        def each(values):
+            return [value for value in values for _ in range(times)] if isinstance(values, list) else values
+
+        units = Units(*map(each, self.units)) if isinstance(self.units, Units) else each(self.units)
+        return BatchContext(
+            self.task.repeat_interleave(times), self.length, units, each(self.ids), plain=self.plain,
+            others=self.others, unknown=self.unknown, tasks=self.tasks,
+        )  # fmt: skip
+
+
+# The contexts entered and not left, the innermost last: of a thread or an asyncio task, and, as far as a thread alone can
+# tell, for compiled code, which cannot read the first.
+_entered: ContextVar[tuple[BatchContext, ...]] = ContextVar("lilora_contexts", default=())
+
+
+class _Compiled(local):
+    def __init__(self) -> None:  # in every thread
+        self.contexts: tuple[BatchContext, ...] = ()
+
+
+_compiled = _Compiled()
+
+
+def without(entered: tuple[BatchContext, ...], context: BatchContext) -> tuple[BatchContext, ...]:
+    """The contexts but for the last entry of this one."""
+    at = next((i for i in reversed(range(len(entered))) if entered[i] is context), len(entered))
+    return entered[:at] + entered[at + 1 :]
+
+
+class Tasks(TaskNames):
+    """What all adapted layers of one model share: the names of its tasks, and the context of its running forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed = False  # whether a layer is not below the decoder, so that inputs other than tokens matter
+        self.reached = self.looked = False  # whether a layer ran; whether it was looked for layers that did not
+        self.arguments: tuple[str, ...] = ()  # of the model's forward
+        self.main = "input_ids"  # the one of them that has a row for each sample
+        self.opened = 0  # `route` blocks that are open, in whatever thread
+        self.seen: tuple = ()  # `setting` at the last forward without task ids
+        self.routed = False  # whether any forward that can be recomputed had task ids
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"opened": 0}  # no route is open on a copy
+
+    def example(self, x: Tensor, frozen_copy: bool = False) -> BatchContext:
+        """The context of a forward of which a layer sees x [samples, rows, K]."""
+        return BatchContext(None)
+
+    # --- the running forward ----------------------------------------------------------------------------------------
+
+    def context_of(self, model: nn.Module, task_ids: TaskIds | None, args: tuple, kwargs: dict) -> BatchContext:
+        """The context of a forward or generation of `model` with these arguments: by its task ids, or those around it."""
+        outer = self.current
+        if task_ids is None and outer is None:
+            if self.opened:
+                raise RuntimeError(
+                    "route(model, ...) is open in another thread or asyncio task, and this one has none; pass task_ids, or "
+                    "open a route here"
+                )
+            return BatchContext(None)
+        if task_ids is None and outer.task is None:
+            return outer
+        input_ids, tokens = tokens_of(args, kwargs)
+        samples = length = None
+        if tokens is not None:
+            samples = tokens.shape[0]
+            if task_ids is None and input_ids is not None and not tokens.is_floating_point():
+                outer.require_samples(samples)
+            length = tokens.shape[1] if tokens.dim() > 1 + tokens.is_floating_point() else None
+        if task_ids is None:
+            inputs = {} if outer.one_task else self.explained(model, input_ids, args, kwargs)
+            return outer.of_batch(samples, length, inputs)
+        task, ids = self.ids(task_ids, samples, device_of(model))
+        context = BatchContext(task, length, ids=ids, _ran=set())
+        return context if context.one_task else replace(context, **self.explained(model, input_ids, args, kwargs))
+
+    def explained(self, model: nn.Module, input_ids: Tensor | None, args: tuple, kwargs: dict) -> dict:
+        """`units`, `plain` and `unknown` of the context of a forward with these arguments."""
+        found = {"units": None, "plain": False, "others": "", "unknown": None}
+        if not self.packed:
+            return found
+        if len(args) > 1:
+            kwargs = dict(zip(self.arguments, args)) | kwargs  # noqa: B905 - a model may take *args
+        others = contents(kwargs)
+        found["plain"] = not others or (others == {self.main} and kwargs.get("input_ids") is None)
+        if not found["plain"]:
+            found["others"] = ", ".join(sorted(others))
+            try:
+                found["units"] = None if input_ids is None else units_of_batch(model, input_ids, kwargs)
+            except ValueError as error:  # said by the layer that sees these rows
+                found["unknown"] = str(error)
+        return found
+
+    @property
+    def current(self) -> BatchContext | None:
+        """The context of this model's running forward, in this thread or asyncio task."""
+        entered = _compiled.contexts if torch.compiler.is_compiling() else _entered.get()
+        for context in reversed(entered):
+            if context.tasks is self:
+                return context
+        return None
+
+    @contextmanager
+    def use(self, context: BatchContext) -> Iterator[None]:
+        """Run the forwards inside in this context."""
+        context.tasks = self
+        if torch.is_grad_enabled():
+            if context.task is not None:
+                self.routed = True
+            elif not torch.compiler.is_compiling():
+                self.seen = self.setting
+        before = _compiled.contexts
+        _compiled.contexts = (*before, context)
+        if torch.compiler.is_compiling():
+            try:
+                yield
+            finally:
+                _compiled.contexts = before
+            return
+        _entered.set((*_entered.get(), context))
+        try:
+            yield
+        finally:  # not to what was before: generators and asyncio tasks may leave in another order
+            _entered.set(without(_entered.get(), context))
+            _compiled.contexts = without(_compiled.contexts, context)
+
+    # --- backward ---------------------------------------------------------------------------------------------------
+
+    def unchanged(self) -> Callable[[Tensor], None]:
+        """A hook on an output: torch would drop the gradients of a task that stopped training before the backward."""
+        setting = self.setting
+
+        def check(_: Tensor) -> None:
+            if setting != self.setting:
+                raise RuntimeError(SET_IN_BETWEEN)
+
+        return check
+
+    def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """`context_fn` for torch.utils.checkpoint.checkpoint(use_reentrant=False) called by hand."""
+        return nullcontext(), Recomputation(self)
+
+    def require_context(self) -> None:
+        """Raise when a layer is recomputed in backward by a checkpoint that does not restore its forward's context."""
+        if torch._C._current_graph_task_id() == -1:
+            self.seen = self.setting
+        elif self.routed or self.seen != self.setting:
+            raise RuntimeError(
+                "a checkpointed layer is recomputed without the route of its forward; enable checkpointing through "
+                "model.gradient_checkpointing_enable(), or pass context_fn=tasks_of(model).checkpoint_context"
+            )
+
+
+class Recomputation(AbstractContextManager):
+    """Remembers the context of the running forward; `with` it, a recomputation sees that one, as often as needed."""
+
+    def __init__(self, tasks: Tasks) -> None:
+        self.tasks, self.context, self.setting = tasks, tasks.current or BatchContext(None), tasks.setting
+        self._open: list = []
+
+    def __enter__(self) -> None:
+        if self.setting != self.tasks.setting:
+            raise RuntimeError(SET_IN_BETWEEN)
+        used = self.tasks.use(self.context)
+        used.__enter__()
+        self._open.append(used)
+
+    def __exit__(self, *exception) -> None:
+        self._open.pop().__exit__(*exception)
+
+
+def tokens_of(args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor | None]:
+    """(input_ids, what tells the batch's samples and lengths) of a model's arguments."""
+    input_ids = kwargs.get("input_ids")
+    if input_ids is None and args and isinstance(args[0], Tensor):
+        input_ids = args[0]
+    names = ("inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+    found = (tokens for name in names if (tokens := kwargs.get(name)) is not None)
+    return input_ids, next(found, None) if input_ids is None else input_ids
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes: offloaded parameters lie on the meta device meanwhile."""
+    return next((p.device for p in model.parameters() if not p.is_meta), next(model.parameters()).device)
+
+
+def tasks_of(model: nn.Module) -> Tasks:
+    """The Tasks that the adapted layers of `model` share; RuntimeError before `attach(model)`."""
+    for module in model.modules():
+        tasks = module.__dict__.get("lilora_tasks")
+        if tasks is not None:
+            return tasks
+    raise RuntimeError("this model has no task routing yet; call attach(model) once after adding LiLoRALinear layers")

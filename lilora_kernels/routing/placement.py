@@ -1,0 +1,74 @@
+"""Where a layer lies in a model: whose rows it sees follows from that."""
+
+import inspect
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from .context import AHEAD, GATHERED, TEXT
+
+EXPERT = re.compile(r"(?<!shared_)experts?[._]\d+(\.|$)")  # one of those that a router chooses among
+
+
+def places(model: nn.Module, paths: Sequence[str]) -> dict[str, str | None]:
+    """Where these parts of a model lie: TEXT below its decoder, AHEAD of it, GATHERED among experts; None if nothing tells.
+
+    Ahead of it are the siblings that transformers' `get_image_features` or `get_video_features` uses, in the innermost module
+    around it that has the first; others may run behind it. The part of that module which holds the decoder is text as a
+    whole, for it may have an encoder of its own.
+    """
+    names = {module: name for name, module in model.named_modules()}
+
+    def holds(part: nn.Module, inner: nn.Module) -> bool:
+        return _below(names[inner], names[part])
+
+    decoder, below = model, None
+    while hasattr(decoder, "get_decoder") and (below := decoder.get_decoder()) is not decoder and below in names:
+        decoder = below
+    text, ahead = [], []
+    if decoder in names and getattr(decoder, "main_input_name", None) == "input_ids":
+        around = [m for m in names if hasattr(m, "get_image_features") and m is not decoder and holds(m, decoder)]
+        owner = max(around, key=lambda module: len(names[module]), default=None)
+        parts = [] if owner is None else list(owner.children())
+        seeing = "" if owner is None else _source_of_features(type(owner))
+        ahead = [
+            part
+            for name, part in ({} if owner is None else owner._modules).items()
+            if part is not None and not holds(part, decoder) and re.search(rf"\bself\.{name}\b", seeing)
+        ]
+        text = [part for part in (*parts, decoder) if holds(part, decoder) and _holds_text_alone(part)]
+        if not text:  # code outside transformers puts towers and projectors into the decoder
+            text = [part for part in decoder.children() if isinstance(part, nn.ModuleList)]
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        text += [head] if head in names else []
+
+    def place(path: str) -> str | None:
+        if EXPERT.search(path):
+            return GATHERED
+        for where, parts in ((TEXT, text), (AHEAD, ahead)):
+            if any(_below(path, names[part]) for part in parts):
+                return where
+        return None
+
+    return {path: place(path) for path in paths}
+
+
+def _source_of_features(owner: type[nn.Module]) -> str:
+    methods = (getattr(owner, f"get_{kind}_features", None) for kind in ("image", "video"))
+    try:
+        return "".join(inspect.getsource(inspect.unwrap(method)) for method in methods if method is not None)
+    except OSError:  # made without a file: nothing tells
+        return ""
+
+
+def _below(path: str, part: str) -> bool:
+    return f"{path}.".startswith(f"{part}." if part else "")
+
+
+def _holds_text_alone(part: nn.Module) -> bool:
+    """Of transformers' parts: one whose config has none of other parts in it, and nothing that reads something else."""
+    config = getattr(part, "config", None)
+    others = config is None or config.sub_configs
+    reads = {getattr(module, "main_input_name", "input_ids") for module in part.modules()}
+    return type(part).__module__.startswith("transformers.") and not others and reads == {"input_ids"}

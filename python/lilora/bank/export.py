@@ -1,0 +1,134 @@
+"""A task as a plain LoRA, in the folder format that PEFT writes and that vLLM, SGLang and LoRAX read too."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lilora.errors import UserError
+from lilora.peft.layer import unwrapped
+from lilora.peft.tuner import task_tensors
+from lilora_kernels import LiLoRALinear
+from lilora_kernels.ops.delta.reference import up_projections
+
+from .atomic import new_folder
+from .hub import write_card
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # of every name of a tensor in PEFT's files
+
+
+@dataclass(frozen=True)
+class PlainLoRA:
+    """y += scaling * D(x) A^T B^T; factors: path of each linear -> A [r, K], B [N, r], which may be wider than A."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    scaling: float
+    dropout: float
+
+
+def up_projection(path: str, own: dict[str, Tensor], b0: Tensor) -> Tensor:
+    """B [N, r] of one linear in b0's dtype: f B0 + (1 - f) U V with the task's own U, V and f; B0 [N, r] if it has none."""
+    if not own:
+        return b0
+    fusion = own.get(f"{path}.fusion")
+    u, v = (own[f"{path}.{kind}"].to(b0.dtype).unsqueeze(0) for kind in ("U", "V"))
+    return up_projections(b0, u, v, None if fusion is None else fusion.to(b0.dtype))[0]
+
+
+@torch.no_grad()
+def plain_lora(own: dict[str, Tensor], shared: dict[str, Tensor], r: int, alpha: float, dropout: float) -> PlainLoRA:
+    """The LoRA that a task is, from its tensors as a bank has them; B is computed, and left, in fp32 at least.
+
+    Raises UserError for an A of other than r ranks: the scale would be another.
+    """
+    factors = {}
+    for path in [n.removesuffix(".A") for n in shared if n.endswith(".A") and not n.startswith("state.")]:
+        b0 = shared[f"{path}.B0"]
+        if b0.shape[1] != r:
+            raise UserError(
+                f"tensor {path}.B0 has {b0.shape[1]} ranks and the settings say {r}; restore the bank from a copy"
+            )
+        wide = b0.to(torch.promote_types(b0.dtype, torch.float32))
+        factors[path] = shared[f"{path}.A"], up_projection(path, own, wide)
+    return PlainLoRA(factors, alpha / r, dropout)
+
+
+def write_lora(folder: Path, lora: PlainLoRA, base_model: str | None) -> None:
+    """PEFT's two files of a LoRA into an existing folder: adapter_config.json and adapter_model.safetensors, in A's dtype."""
+    r = len(next(iter(lora.factors.values()))[0])
+    alpha = lora.scaling * r
+    config = LoraConfig(
+        r=r,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_dropout=lora.dropout,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    config.target_modules = sorted(lora.factors)  # PEFT would make a set of it, with another order in every process
+    config.save_pretrained(str(folder))
+    tensors = {}
+    for path, (a, b) in lora.factors.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = a, b.to(a.dtype)
+    write_tensors(folder, tensors)
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def export_lora(model: nn.Module, task: str, folder: str | Path) -> None:
+    """Write one LiLoRA task of a model as a plain LoRA into the new or empty `folder`; the model stays as it is.
+
+    model: adapted through PEFT or by hand; compiled or parallel, in whole or in part, or not.
+    `PeftModel.from_pretrained(base, folder)` has the logits of the task. Tensors keep the adapter's dtype;
+    B = f B0 + (1 - f) U V is computed in fp32 at least.
+
+    Raises:
+        UserError: no LiLoRA layers, an unknown task, a task that has trained more than its adapters, or a folder in use.
+    """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    layers = {
+        unwrapped(name).removeprefix(PREFIX): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LiLoRALinear)
+    }
+    if not layers:
+        raise UserError(f"model is a {type(model).__name__} without LiLoRA layers; give one that has learned a task")
+    first = next(iter(layers.values()))
+    if task not in first.tasks:
+        raise UserError(f"task {task!r} is unknown; the model has {', '.join(first.tasks) or 'none'}")
+    config = getattr(model, "peft_config", {}).get(task)
+    if config is not None and (config.bias != "none" or config.modules_to_save):
+        raise UserError(
+            f"task {task!r} has trained biases or modules_to_save too, which a plain LoRA for every server cannot hold; "
+            "merge it with merge_and_unload and save that model"
+        )
+    base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    with new_folder(Path(folder)) as new:
+        write_lora(new, plain_lora(*task_tensors(layers, task), first.rank, first.alpha, first.dropout), base_model)
+        write_card(
+            new,
+            task,
+            base_model=base_model,
+            library="peft",
+            tags=["lora", "lilora"],
+            sections={"About": f"Task `{task}` of a LiLoRA model, as a plain LoRA.", "Use": lora_use(base_model)},
+        )
+
+
+def lora_use(base_model: str | None, loader: str = "AutoModelForImageTextToText", *first: str) -> str:
+    lines = [
+        *first,
+        "from peft import PeftModel",
+        f"from transformers import {loader}",
+        "",
+        f'model = {loader}.from_pretrained("{base_model or "BASE"}")',
+        'model = PeftModel.from_pretrained(model, "FOLDER-OR-REPOSITORY")',
+    ]
+    return "\n".join(["```python", *lines, "```"])

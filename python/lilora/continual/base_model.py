@@ -1,0 +1,91 @@
+"""The base model of a run or a bank, with its processor, and the tasks of a bank put into it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from lilora.bank.bank import Bank
+from lilora.bank.hub import open_bank
+from lilora.bank.records import BaseModelId
+from lilora.errors import UserError
+from lilora.methods import Method, make_method
+
+from .kinds import KINDS, Kind, kind_of
+from .recorded import train_settings
+
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_base(model: str, dtype: str, device: str, kind: Kind) -> tuple[torch.nn.Module, Any]:
+    """Base model and processor from a folder or a hub id; UserError in one sentence when that fails."""
+    place = pick_device(device)
+    try:
+        base, processor = kind.load(model, DTYPES[dtype])
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--model {model}: cannot be loaded ({reason}); give a model folder or a hub id") from error
+    return base.to(place).requires_grad_(False), processor
+
+
+def restore(method: Method, bank: Bank) -> None:
+    """Put the tasks of a bank into a new method; UserError if its tensors are not those that its settings make."""
+    tasks = bank.load_tasks()
+    try:
+        method.restore(tasks)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{bank.path} holds other tensors than its settings make ({type(error).__name__}: {error}); restore it from a copy"
+        ) from error
+
+
+def pick_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device} is unknown; use auto, cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} is not supported; use auto, cpu, cuda or cuda:N")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: this torch sees no CUDA device; use --device cpu or a CUDA build of torch")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0 on"
+        )
+    return chosen
+
+
+def load_bank(
+    path: str | Path,
+    model: str | None = None,
+    device: str = "auto",
+    wanted: str | None = None,
+    *,
+    answers: bool = False,
+) -> tuple[Bank, Method, Any]:
+    """(the bank, its method with all tasks in place, the processor); `method.model` is the model to call.
+
+    path: a bank's folder, a run's, or a repository of the hub. model: the base model, by default the one that the bank was
+    made with. UserError if the bank has no task `wanted`, gives no answers and `answers` is set, or fits no such base model.
+    """
+    bank = open_bank(path)
+    settings = train_settings(bank)
+    if not bank.tasks:
+        raise UserError(f"{path} holds no learned task yet; train first")
+    if answers and kind_of(bank.config) is not KINDS["instruction"]:
+        raise UserError(f"{path} has learned to classify images and writes no text; use lilora eval")
+    if wanted is not None and wanted not in bank.tasks:
+        raise UserError(f"task {wanted!r} is unknown; {path} has {', '.join(bank.tasks)}")
+    model = model or bank.base_model.id
+    base, processor = load_base(model, settings.dtype, device, kind_of(bank.config))
+    bank.check_base_model(BaseModelId.of(base, model))
+    method = make_method(bank.config["method"], base, bank.config["settings"])
+    restore(method, bank)
+    return bank, method, processor

@@ -1,0 +1,181 @@
+"""Tasks of instruction and answer: their part of a manifest, and the samples of their files."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import regex
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch.utils.data import Dataset
+
+from lilora.errors import UserError
+
+from .images import check_images
+from .records import InstructionRecord, read_records
+from .scorers import scorer
+from .task_sequence import Manifest, Split
+
+
+class TaskSpec(BaseModel):
+    """One task: its files, what is said to the model, and how an answer is judged.
+
+    `instruction` follows every question, on a new line. `answer_format` is a regular expression that an answer in the
+    instructed format matches in full. Paths are relative to the manifest's `data` until `load_manifest` resolves them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    train: Path
+    test: Path
+    images: Path = Path()
+    scorer: str
+    instruction: str = ""
+    answer_format: str | None = None
+    max_new_tokens: int = Field(16, gt=0)
+
+    @field_validator("answer_format")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return pattern
+
+    def in_format(self, answer: str) -> bool:
+        """Whether the whole answer matches `answer_format`; UserError when that takes more than a second."""
+        try:
+            return regex.fullmatch(self.answer_format, answer, timeout=1) is not None
+        except TimeoutError as error:
+            raise UserError(
+                f"task {self.name!r}: answer_format {self.answer_format!r} takes more than a second on an answer of "
+                f"{len(answer)} characters; write it without a repetition of what can be read in several ways."
+            ) from error
+
+    def located(self, folder: Path) -> Self:
+        """With the paths under `folder`."""
+        return self.model_copy(update={key: folder / getattr(self, key) for key in ("train", "test", "images")})
+
+    def check(self) -> None:
+        """Raise UserError for an unknown scorer or one that no test answer suits, a missing or broken file, a split without
+        samples, a missing image."""
+        try:
+            judge = scorer(self.scorer)
+        except UserError as error:
+            raise UserError(f"task {self.name!r}: {error}") from error
+        for split in ("train", "test"):
+            data = InstructionDataset(self, split)
+            data.check_images()
+        if not any(judge(sample.answers[0], list(sample.answers)) for sample in data.samples):
+            raise UserError(
+                f"task {self.name!r}: scorer {self.scorer!r} gives 0 even to the references themselves, such as "
+                f"{data.samples[0].answers[0][:80]!r} in {self.test}; choose another scorer."
+            )
+
+
+class TaskManifest(Manifest):
+    """Tasks of instruction and answer, for multimodal language models."""
+
+    kind: Literal["instruction"] = "instruction"
+    tasks: list[TaskSpec] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question about some images (or none). `answers` are the references; training teaches the first.
+
+    history: the questions and answers of the same conversation ahead of it; training teaches these answers, too. system:
+    the text of its system turn. images_ahead: how many of the images come with each question; (): all with the first.
+    """
+
+    id: str
+    images: tuple[Path, ...]
+    question: str
+    answers: tuple[str, ...]
+    history: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+    images_ahead: tuple[int, ...] = ()
+
+
+class InstructionDataset(Dataset):
+    """The samples of one split of a task, from LLaVA's instruction format.
+
+    The file is a JSON list, or JSON lines, or parquet, of `{id, image, conversations: [{from: human | gpt, value}, ...]}`
+    with `image` a path under `spec.images`, a list of paths, empty or absent. `{images, messages: [{role: user | assistant,
+    content}, ...]}` says the same, with contents as strings or as lists of parts, which may hold the images' paths.
+
+    A human turn is a question, which the task's instruction follows; the gpt turn after it is its answer. A record of
+    several questions is one sample, a conversation: training teaches all of its answers, as LLaVA's does, and evaluation
+    asks the last question, with the earlier ones and their answers ahead of it. A list `answers` gives several references
+    for the last. A first turn `system`, or a key of that name, is kept; a first turn of gpt, which answers nothing, is left
+    out, as LLaVA does. `<image>` marks say with which question an image comes, ahead of its text; where there are not as
+    many as images, all come with the first.
+
+    Raises UserError when the file is missing or broken or has no samples, and when human and gpt do not take turns.
+    """
+
+    def __init__(self, spec: TaskSpec, split: Split):
+        self.spec = spec
+        self.split = split
+        path = getattr(spec, split)
+        self._where = f"task {spec.name!r}: {path}"
+        records = read_records(path, InstructionRecord, self._where, "a list of LLaVA instruction records")
+        if not records:
+            raise UserError(f"{self._where} has no samples; add some or take the task out of the manifest.")
+        self.samples = [self._sample(record, number) for number, record in enumerate(records)]
+
+    def _sample(self, record: InstructionRecord, number: int) -> Sample:
+        name = str(number if record.id is None else record.id)
+        where = f"{self._where}: sample {name!r}"
+        turns, system = record.turns, ""
+        if turns and turns[0][0] == "system":
+            system = turns.pop(0)[1]
+        if turns and turns[0][0] == "gpt":
+            del turns[0]
+        if not turns:
+            raise UserError(f"{where} has no human turn; add the question.")
+        for number, (speaker, _) in enumerate(turns):
+            wanted = ("human", "gpt")[number % 2]
+            if speaker != wanted:
+                raise UserError(
+                    f"{where}: turn number {number + 1} of human and gpt is from {speaker!r} where {wanted!r} is wanted; "
+                    "let them take turns, a system turn ahead."
+                )
+        questions, said = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
+        answers = list(record.answers)
+        if len(said) == len(questions):
+            if said[-1] in answers:
+                answers.remove(said[-1])
+            answers.insert(0, said.pop())
+        if not answers:
+            raise UserError(f"{where} has no gpt turn behind its last question and no answers; add one.")
+        names = record.images
+        marks = tuple(question.count("<image>") for question in questions)
+        if any(marks[1:]) and sum(marks) != len(names):
+            raise UserError(
+                f"{where} has {len(names)} images and {sum(marks)} marks <image>; mark each where it comes."
+            )
+        *earlier, question = (
+            "\n".join(filter(None, (q.replace("<image>", "").strip(), self.spec.instruction))) for q in questions
+        )
+        return Sample(
+            id=name,
+            images=tuple(self.spec.images / name for name in names),
+            question=question,
+            answers=tuple(answers),
+            history=tuple(zip(earlier, said, strict=True)),
+            system=system,
+            images_ahead=marks if any(marks[1:]) else (),
+        )
+
+    def check_images(self) -> None:
+        """Raise UserError at the first image that is missing or, in all but very large splits, cannot be opened."""
+        check_images([image for sample in self.samples for image in sample.images], self._where)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]

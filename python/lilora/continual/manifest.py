@@ -1,0 +1,103 @@
+"""Reading a manifest: a sequence of tasks, in YAML."""
+
+import difflib
+from pathlib import Path
+from typing import get_args
+
+import yaml
+from pydantic import ValidationError
+
+from lilora.errors import UserError
+from lilora_kernels import check_task_name
+
+from .classification import ClassificationManifest
+from .instructions import TaskManifest
+from .task_sequence import Manifest
+
+MANIFESTS = {manifest.model_fields["kind"].default: manifest for manifest in (TaskManifest, ClassificationManifest)}
+
+
+def load_manifest(path: str | Path, order: list[str] | None = None, data: str | Path | None = None) -> Manifest:
+    """Read a manifest and check everything it names.
+
+    A key `kind` of the manifest says what its tasks are: `instruction`, a TaskManifest, where it is left out, or
+    `classification`, a ClassificationManifest. The returned manifest holds absolute paths: `data` and `model` (when it
+    starts with `.` or `/`; otherwise it is a model id) are relative to the manifest's folder, the tasks' files to `data`.
+    An argument `data` replaces the manifest's folder of data. `order` names the tasks to run, in that order.
+
+    Raises UserError for a key or name that is not allowed, an unknown scorer, a missing or broken file, a task without
+    samples, and an image that is missing or cannot be opened.
+    """
+    path = Path(path)
+    manifest = _parse(path)
+    _check_names(path, manifest)
+    tasks = manifest.tasks if order is None else _ordered(manifest, order)
+    root = path.resolve().parent
+    folder = Path(data).resolve() if data is not None else (root / manifest.data).resolve()
+    tasks = [task.located(folder) for task in tasks]
+    for task in tasks:
+        task.check()
+    model = manifest.model
+    if model is not None and model.startswith((".", "/")):
+        model = str((root / model).resolve())
+    return manifest.model_copy(update={"tasks": tasks, "data": folder, "model": model})
+
+
+def _parse(path: Path) -> Manifest:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a task manifest.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())}); correct it.") from error
+    kind = str(content.get("kind", "instruction")) if isinstance(content, dict) else "instruction"
+    if kind not in MANIFESTS:
+        raise UserError(f"{path}: kind {kind!r} is unknown; choose one of {', '.join(MANIFESTS)}.")
+    try:
+        return MANIFESTS[kind].model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_first_problem(error, MANIFESTS[kind])}") from error
+
+
+def _first_problem(error: ValidationError, manifest: type[Manifest]) -> str:
+    """The first problem of a manifest as one sentence without its file; a misspelt key before the key it should be."""
+    problem = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    location = problem["loc"]  # (), (key, ...), ("tasks", index) or ("tasks", index, key, ...)
+    in_task = len(location) > 1 and location[0] == "tasks"
+    place = f" of task number {location[1] + 1}" if in_task else ""
+    within = location[2:] if in_task else location
+    if not within:
+        return f"the manifest{place} is wrong: it must be a mapping of keys to values; correct it."
+    key = within[0]
+    if problem["type"] == "extra_forbidden":
+        (task,) = get_args(manifest.model_fields["tasks"].annotation)
+        known = list((task if in_task else manifest).model_fields)
+        near = difflib.get_close_matches(str(key), known, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}."
+        return f"key {key!r}{place} is unknown; {advice}"
+    if problem["type"] == "missing":
+        return f"key {key!r}{place} is missing; add it."
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"key {key!r}{place} is wrong: {message[0].lower() + message[1:]}; correct it."
+
+
+def _check_names(path: Path, manifest: Manifest) -> None:
+    seen = set()
+    for task in manifest.tasks:
+        if task.name.casefold() in seen:
+            raise UserError(f"{path}: two tasks are called {task.name!r} (case is ignored); give each its own name.")
+        seen.add(task.name.casefold())
+        try:
+            check_task_name(task.name)
+        except ValueError as error:
+            raise UserError(f"{path}: task {task.name!r}: {error}") from error
+
+
+def _ordered(manifest: Manifest, order: list[str]) -> list:
+    by_name = {task.name: task for task in manifest.tasks}
+    for name in order:
+        if name not in by_name:
+            raise UserError(f"order: task {name!r} is unknown; {manifest.name} has {', '.join(by_name)}.")
+    if not order or len(set(order)) < len(order):
+        raise UserError(f"order: got {','.join(order)!r}; name at least one task and each of them once.")
+    return [by_name[name] for name in order]

@@ -1,0 +1,117 @@
+"""What a run's folder holds: whether a run may go on there, what its report wants, a task taken out."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lilora.bank.bank import Bank
+from lilora.errors import UserError
+from lilora.importers.checkpoint import flat
+from lilora.methods import METHODS
+from lilora.reports.report import Run
+from lilora.reports.scores import ScoreMatrix
+
+from .recorded import train_settings
+
+
+def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> Bank | None:
+    """The bank of the run in `folder` if it was started with the same config; None if the folder is new."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; give a new or empty folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if not (folder / "bank" / "bank.json").exists() and not (
+        {entry.name for entry in folder.iterdir()} <= {"bank"} and not any((folder / "bank").glob("*.safetensors"))
+    ):
+        raise UserError(f"--out {folder} holds other files and no run; give a new or empty folder")
+    if not (folder / "bank" / "bank.json").exists():
+        return None
+    bank = Bank.open(folder / "bank")
+    train_settings(bank)
+    old = flat({"kind": "instruction"} | bank.config)  # banks of earlier versions do not say so
+    new = flat(json.loads(json.dumps(config)))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise UserError(
+                f"--out {folder} holds another run: its {key} is {old.get(key)!r} and this one's is {new.get(key)!r}; "
+                "give another folder, or the same settings to go on with it"
+            )
+    if bank.tasks != list(tasks[: len(bank.tasks)]):
+        raise UserError(
+            f"--out {folder} holds another run: it has learned {', '.join(bank.tasks)}, which is no beginning of "
+            f"{', '.join(tasks)}; give another folder or the same order"
+        )
+    return bank
+
+
+def run_of(bank: Bank) -> Run:
+    """What a bank says of its run, without a model; UserError before there are scores."""
+    settings = train_settings(bank)
+    if not bank.scores:
+        raise UserError(f"{bank.path} holds no scores yet; run lilora train to its end")
+    infos = [task["info"] for task in bank.describe()["tasks"]]
+    per_task = sizes = None
+    told = [(info.get("parameters"), info.get("ranks")) for info in infos]
+    if all(None not in pair for pair in told):  # banks of earlier versions do not say
+        sizes = {name: [info[name] for info in infos] for name in ("parameters", "ranks")}
+        first, last = sizes["parameters"][0], sizes["parameters"][-1]
+        per_task = round((last - first) / (len(infos) - 1)) if len(infos) > 1 else first
+    return Run(
+        label_of(bank),
+        settings.seed,
+        ScoreMatrix.from_dict(bank.scores["matrix"]),
+        per_task,
+        sum(bank.scores["seconds"].values()),
+        {"settings": bank.config["settings"], "train": bank.config["train"], "sizes": sizes},
+    )
+
+
+def remove_task(bank: Bank, name: str) -> None:
+    """Take a task out of a bank, and out of its scores.
+
+    Raises:
+        UserError: an unknown task, or one that others are built upon.
+    """
+    with bank.writing():
+        train_settings(bank)
+        _remove_task(bank, name)
+
+
+def _remove_task(bank: Bank, name: str) -> None:
+    method, others = METHODS[bank.config["method"]], [task for task in bank.tasks if task != name]
+    bank.task_fingerprint(name)  # refuses an unknown task
+    if method.one_state and others:
+        raise UserError(
+            f"{method.name} keeps all tasks in one state, and {name!r} cannot be taken out; remove the bank"
+        )
+    if not method.needs_task and name != bank.tasks[-1]:
+        raise UserError(
+            f"{method.name} has learned {bank.tasks[-1]!r} on top of {name!r}; remove the newest task first"
+        )
+    if bank.scores:  # first: a task without scores is evaluated again, scores without their task would stay
+        matrix = ScoreMatrix.from_dict(bank.scores["matrix"]).without(name)
+        state = {key: {k: v for k, v in bank.scores[key].items() if k != name} for key in ("functions", "seconds")}
+        bank.set_scores({"matrix": matrix.to_dict(), **state} if matrix else {})
+    bank.remove_task(name)
+
+
+def label_of(bank: Bank) -> str:
+    return bank.config.get("label") or method_label(bank.config["method"], bank.config["settings"])
+
+
+SIZES = {"r", "sub_rank", "alpha", "lora_alpha", "dropout", "lora_dropout", "target_modules"}
+
+
+def method_label(method: str, settings: dict[str, Any]) -> str:
+    """What the report calls a run by default: its method, and the preset whose settings it has beside the sizes."""
+    presets = METHODS[method].presets
+    if not presets:
+        return method
+    chosen = {name: value for name, value in settings.items() if name not in SIZES}
+    named = (
+        name
+        for name, values in presets.items()
+        if json.dumps(values, sort_keys=True) == json.dumps(chosen, sort_keys=True)
+    )
+    return f"{method}-{next(named, 'custom')}"

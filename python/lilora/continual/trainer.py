@@ -1,0 +1,160 @@
+"""The HuggingFace Trainer for one stage of a method, and the batches that it takes."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+
+from lilora.methods import Method
+from lilora.peft.layer import unwrapped
+from lilora.peft.tuner import whole
+from lilora_kernels.layers.base import is_sharded
+
+from .checkpoints import PROGRESS, STATE, TENSORS, sync
+from .kinds import Collate
+
+
+class StageData(Dataset):
+    """The training samples of a task, and the batches that a model takes."""
+
+    def __init__(self, samples: Dataset, collator: Collate, batch_size: int) -> None:
+        self.samples, self.collator, self.batch_size = samples, collator, batch_size
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
+
+    def collate(self, batch: list, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        inputs = self.collator(batch)
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+
+    def batches(
+        self, samples: int, model: torch.nn.Module, size: int | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """At most `samples` of them, spread over the whole set, `size` to a batch, on the model's device."""
+        size = size or self.batch_size
+        chosen = torch.linspace(0, len(self) - 1, min(samples, len(self))).long().tolist()
+        for start in range(0, len(chosen), size):
+            batch = [self[index] for index in chosen[start : start + size]]
+            inputs = self.collate(batch, model.dtype)
+            yield {key: value.to(model.device) for key, value in inputs.items()}
+
+
+class TaskTrainer(Trainer):
+    """The HuggingFace Trainer for one stage: takes the method's loss, and checkpoints what is being trained only."""
+
+    def __init__(self, method: Method, arguments: TrainingArguments, data: StageData) -> None:
+        self.method = method
+        collate = partial(data.collate, dtype=method.model.dtype)
+        super().__init__(model=method.model, args=arguments, train_dataset=data, data_collator=collate)
+        # A model that takes no num_items_in_batch returns the mean over its own batch. The step's labels are counted for it
+        # too, and nothing is divided by the number of batches: see compute_loss.
+        self.returns_mean, self.model_accepts_loss_kwargs = not self.model_accepts_loss_kwargs, True
+        self.remove_callback(PrinterCallback)  # it would print among the command's own output
+        if self.is_fsdp_enabled:  # a model's list has layers of parts that this one may lack, which accelerate refuses
+            present = {type(module).__name__ for module in self.model.modules()} & set(self.model._no_split_modules)
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(present)
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
+        outputs = None
+
+        def cross_entropy():
+            nonlocal outputs
+            given = kwargs | ({"num_items_in_batch": None} if self.returns_mean else {})
+            loss, outputs = super(TaskTrainer, self).compute_loss(model, inputs, return_outputs=True, **given)
+            if self.returns_mean and kwargs.get("num_items_in_batch") is not None:
+                loss = loss * self._share_of_labels(inputs["labels"], kwargs["num_items_in_batch"])
+            return loss, outputs
+
+        loss = self.method.loss(inputs, cross_entropy, 1 / self.current_gradient_accumulation_steps)
+        return (loss, outputs) if return_outputs else loss
+
+    def _share_of_labels(self, labels: torch.Tensor, in_step: torch.Tensor) -> torch.Tensor:
+        """Of those in a step, of all processes whose gradients are averaged: labels [B, L], -100 where there is none."""
+        labels = labels[..., 1:] if self._loss_shifts_labels else labels
+        averaged = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return labels.ne(-100).sum() / in_step * averaged
+
+    def learned(self) -> dict[str, torch.Tensor]:
+        """The tensors that a checkpoint holds, themselves."""
+        parameters = {unwrapped(name): p for name, p in self.model.named_parameters() if p.requires_grad}
+        return parameters | {f"{PROGRESS}{name}": tensor for name, tensor in self.method.progress().items()}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            self._save_tensors(Path(output_dir or self.args.output_dir), self.learned())
+
+    def _save_tensors(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, folder / TENSORS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # What accelerate would write is read with pickle, which runs the code of whoever wrote there.
+        learned = {name: whole(tensor.detach()) for name, tensor in self.learned().items()}
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {
+            index: {key: whole(value) for key, value in entry.items()} for index, entry in optimizer["state"].items()
+        }
+        if self.args.should_save:
+            self._save_tensors(Path(output_dir), learned)
+            torch.save(optimizer, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # what comes next, the Trainer's state, says that the checkpoint is complete
+        if self.args.should_save:
+            sync(Path(output_dir))
+
+    @torch.no_grad()
+    def load(self, checkpoint: str) -> None:
+        """The tensors and the Trainer's state of a checkpoint."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+        with safe_open(Path(checkpoint) / TENSORS, framework="pt") as stored:
+            for name, tensor in self.learned().items():
+                tensor.copy_(sharded_like(tensor, stored.get_tensor(name)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self.load(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in ("optimizer.pt", "scheduler.pt")
+        )
+        own = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, entry in optimizer["state"].items():
+            for key, value in entry.items():
+                if value.shape == own[index].shape:
+                    entry[key] = sharded_like(own[index], value)
+        self.optimizer.load_state_dict(optimizer)
+        self.lr_scheduler.load_state_dict(scheduler)
+
+    @staticmethod
+    def finished(checkpoint: str) -> bool:
+        """Whether the checkpoint was made by the last step of its stage."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+        return state.global_step >= state.max_steps
+
+
+def sharded_like(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value`, which every process has in full, divided among them as `own` is."""
+    if not is_sharded(own):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)

@@ -1,0 +1,446 @@
+"""PCLR: a pool of ranks that compresses, integrates and learns at constant memory, and chooses ranks by the prompt."""
+
+import re
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from lilora.errors import UserError
+from lilora.methods.base import Batches, Inputs, Method, Stage, Tensors
+from lilora.methods.distillation import divergence
+from lilora.methods.lora import answer_positions
+from lilora.methods.pclr.pool import EXPERTS, GateRule, Query, RankPool, normalised
+from lilora.methods.pooled import learn_only, pool_tensors, put_pools, put_stored
+from lilora.methods.redundancy import rank_gram
+from lilora.methods.settings import Settings
+from lilora_kernels.functional import rank_gate
+from lilora_kernels.layers.rank_pool import RankPoolLinear
+
+from .compression import least_redundant, merged_keys, strided
+from .queries import PoolChooser, PoolTasks, attach_pools, query_source
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released": {
+        "query": "two",
+        "scope": "batch",
+        "value": "binary",
+        "reuse": "top_up",
+        "key_init": "mean",
+        "key_loss": "all_new",
+        "prune": "stride",
+        "merge_keys": True,
+        "fake_queries": "task",
+        "vocabulary": 100,
+        "temperature": 2.0,
+        "distil_padding": True,
+        "train_keys": False,
+        "newest_switch": True,
+        "schedule": [(64, 1.0)] * 4 + [(64, 0.75)] * 2 + [(32, 0.875)] * 2,
+    },
+}
+
+
+class PCLRSettings(Settings):
+    """PCLR (ICLR 2026). Where the paper and its code differ the default is the paper's; preset "released" is the code.
+
+    r: ranks chosen of the pool; cap: most ranks the pool ever has; shared: ranks that are always on; the experts'
+    scale is alpha / r, that of the shared ranks alpha / shared. schedule: new ranks and retention at compression,
+    task by task: a table of (new ranks, share kept), whose last line holds for all further tasks; "progressive": the
+    T learned tasks keep T / (T + 1) of the cap and the next gets the rest; "constant": three quarters stay. pools:
+    keys per decoder "layer" or one "global" pool. query, scope, value, reuse: see lilora_kernels.layers.rank_pool.GateRule;
+    vision_weight None is d_vision / d_text. key_init: new keys are queries of training "samples", or all the task's
+    "mean". value_init: new experts start as the old ones "nearest" to the task, or "random". key_loss: the L1
+    distance of the `r` best keys' similarities to 1 ("top_r"), or the mean over all new keys ("all_new"), weighed by
+    key_weight. prune: ranks go by "redundancy" or by "stride"; merge_keys: task queries are added to the kept keys.
+    integrate: distil the old pool into the compressed one, with fake queries that are learned "keys" or "task" means,
+    over the teacher's `vocabulary` largest logits (None: all) at `temperature`, on all tokens (distil_padding: and
+    padding), with integration_rate and integration_epochs times the run's learning rate and epochs; train_keys: keys
+    follow the fake queries then. shared_learns: shared ranks are made at the first "integration" and learn in
+    integrations only, or exist and learn "always", as in the code's second suite. newest_switch: inference gives new
+    experts only to samples nearest to the newest task. lwf: weight of a distillation from the model before the task
+    while a new one is learned (PCLR-LwF, our reading).
+    """
+
+    target_modules: str
+    r: int = Field(64, ge=1)
+    cap: int = Field(256, ge=1)
+    shared: int = Field(32, ge=0)
+    alpha: float = Field(128.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    schedule: Literal["progressive", "constant"] | list[tuple[int, float]] = "progressive"
+    pools: Literal["layer", "global"] = "layer"
+    query: Literal["concatenated", "two"] = "concatenated"
+    vision_weight: float | None = Field(None, ge=0)
+    scope: Literal["sample", "batch"] = "sample"
+    value: Literal["score", "binary"] = "score"
+    reuse: Literal["all", "top_up"] = "all"
+    key_init: Literal["samples", "mean"] = "samples"
+    value_init: Literal["nearest", "random"] = "nearest"
+    key_loss: Literal["top_r", "all_new"] = "top_r"
+    key_weight: float = Field(0.2, ge=0)
+    prune: Literal["redundancy", "stride"] = "redundancy"
+    merge_keys: bool = False
+    integrate: bool = True
+    fake_queries: Literal["keys", "task"] = "keys"
+    vocabulary: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    distil_padding: bool = False
+    train_keys: bool = True
+    integration_rate: float = Field(0.25, gt=0)
+    integration_epochs: float = Field(1.0, gt=0)
+    shared_learns: Literal["always", "integration"] = "integration"
+    newest_switch: bool = False
+    lwf: float = Field(0.0, ge=0)
+
+    @field_validator("schedule")
+    @classmethod
+    def _lines(cls, schedule):
+        for new, retention in schedule if isinstance(schedule, list) else ():
+            if new < 1 or not 0 < retention <= 1:
+                raise ValueError(
+                    f"a line of schedule is ({new}, {retention}); it must be at least 1 new rank and a retention in (0, 1]"
+                )
+        return schedule
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.cap < self.r:
+            raise ValueError(f"cap is {self.cap}, less than the {self.r} ranks of one task; raise cap or lower r")
+        if isinstance(self.schedule, list):
+            if not self.schedule:
+                raise ValueError("schedule is empty; give (new ranks, retention) for each task")
+            self._walk()
+            if self.schedule[0][0] < self.r:
+                raise ValueError(
+                    f"r is {self.r} and the pool has {self.schedule[0][0]} ranks after the first task; r must fit into it"
+                )
+        return self
+
+    def _walk(self) -> None:
+        """Raise UserError where the table would exceed the cap."""
+        ranks = 0
+        for learned in range(len(self.schedule) + 1):
+            ranks = sum(self.plan(learned, ranks))
+
+    def plan(self, learned: int, ranks: int) -> tuple[int, int]:
+        """(ranks that stay, new ranks) for the next task after `learned` ones that have `ranks` in all."""
+        if isinstance(self.schedule, list):
+            new, retention = self.schedule[min(learned, len(self.schedule) - 1)]
+            keep = ranks if retention == 1 else round(ranks * retention)
+            if keep + new > self.cap:
+                raise UserError(
+                    f"pclr: schedule gives task {learned + 1} {new} new ranks beside {keep}, more than the cap {self.cap}; "
+                    "lower one of them or raise cap"
+                )
+            return keep, new
+        if ranks + self.r <= self.cap:
+            return ranks, self.r
+        keep = self.cap * learned // (learned + 1) if self.schedule == "progressive" else round(0.75 * ranks)
+        keep = min(ranks, max(keep, self.cap - self.r))
+        return keep, self.cap - keep
+
+
+class PCLR(Method):
+    name = "pclr"
+    settings_type = PCLRSettings
+    no_lora = "each sample takes ranks of its own from a pool; use lilora generate and eval"
+    mixed_batches = True
+    one_process_reason = "its integration draws fake queries by the losses of the last ones"
+    needs_task = False
+    one_state = True
+    presets = PRESETS
+    defaults = {"r": 64, "dropout": 0.0, "learning_rate": 2e-4, "weight_decay": 0.0}  # noqa: RUF012
+
+    def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
+        super().__init__(base, settings)
+        s = self.options = self.read_settings(settings)
+        source = query_source(base)
+        self.model, self.pool_tasks = base, PoolTasks(source)
+        weight = source.widths[1] / source.widths[0] if s.vision_weight is None else s.vision_weight
+        scales = {"shared_scaling": s.alpha / max(s.shared, 1), "expert_scaling": s.alpha / s.r}
+        self.rule = GateRule(s.r, s.scope, s.value, s.reuse, s.query, weight, **scales)
+        self.pools: dict[str, RankPool] = {}
+        self.members: dict[str, list[str]] = {}
+
+        def chooser(path: str, linear: nn.Linear):
+            name = pool_name(path, s.pools)
+            self.members.setdefault(name, []).append(path)
+            if name not in self.pools:
+                self.pools[name] = RankPool(self.rule, *source.widths).to(linear.weight.device)
+            return PoolChooser(self.pools[name])
+
+        self.layers = put_pools(base, s.target_modules, chooser, 1.0, s.dropout)
+        base.lora_pools = nn.ModuleDict(self.pools)  # their keys learn and are saved with the model's parameters
+        attach_pools(base, self.pool_tasks)
+        learn_only(base)
+        self.queries = Query(*(torch.empty(0, width, device=base.device) for width in source.widths))
+        self.chances = torch.ones(0, device=base.device)  # how a fake query is drawn, before division by the sum
+        self.fakes = self.queries
+        self.integrating = False
+        self._next = (0, 0)  # experts that stay and new ones, for the task being learned
+
+    # --- the pool ---------------------------------------------------------------------------------------------------
+
+    def ranks(self) -> int:
+        return max(sum(pool.sizes().values()) + pool.shared for pool in self.pools.values())
+
+    def experts(self) -> int:
+        return max(sum(pool.sizes().values()) for pool in self.pools.values())
+
+    def add(self, task: str) -> None:
+        self.tasks.append(task)
+
+    def activate(self, task: str, train: bool) -> None:
+        """Every task is served by the same model."""
+
+    def stages(self, task: str) -> list[Stage]:
+        s, learn = self.options, Stage("learn", task)
+        self._next = s.plan(len(self.tasks), self.experts())
+        if not s.integrate or self._next[0] == self.experts():
+            return [learn]
+        return [Stage("integrate", self.tasks[-1], s.integration_rate, s.integration_epochs), learn]
+
+    def begin(self, stage: Stage, batches: Batches) -> None:
+        self.integrating = stage.name == "integrate"
+        self.pool_tasks.task_queries = None  # the switch is for inference
+        if self.integrating:
+            self._compress()
+            self._begin_integration()
+            return
+        if self.experts():
+            self._compress()
+        self._grow(stage.task, batches)
+        self.add(stage.task)
+
+    def end(self, stage: Stage, batches: Batches) -> None:
+        for pool in self.pools.values():
+            pool.snapshot = {}
+        for layer in self.layers.values():
+            layer.snapshot = {}
+        if not self.integrating:
+            keys = [pool.keys("new") for pool in self.pools.values()]
+            mean = (torch.stack([normalised(k[i]).mean(0) for k in keys]).mean(0) for i in range(2))
+            self._add_query(*mean)
+        self.integrating = False
+        self._switch()
+        learn_only(self.model)
+
+    @torch.no_grad()
+    def _add_query(self, text: Tensor, vision: Tensor) -> None:
+        pairs = ((self.queries.text, text), (self.queries.vision, vision))
+        self.queries = Query(*(torch.cat([old, normalised(new[None])]) for old, new in pairs))
+
+    def _switch(self) -> None:
+        self.pool_tasks.task_queries = (
+            self.queries if self.options.newest_switch and len(self.queries.text) > 1 else None
+        )
+
+    @torch.no_grad()
+    def _compress(self) -> None:
+        """Make one part of old and new experts, without those that the plan has no room for.
+
+        What the pool was stays as the snapshot, the teacher of an integration.
+        """
+        total, keep = self.experts(), self._next[0]
+        for name, pool in self.pools.items():
+            pool.snapshot = {part: pool.keys(part) for part in EXPERTS}
+            pool.snapshot_shared = pool.shared
+            text, vision = (torch.cat(keys) for keys in zip(*pool.snapshot.values(), strict=True))
+            kept = self._kept(name, keep) if keep < total else torch.arange(total)
+            kept = kept.to(text.device)
+            for path in self.members[name]:
+                layer = self.layers[path]
+                layer.snapshot = {part: layer.part(part) for part in EXPERTS}
+                layer.snapshot["shared"] = tuple(
+                    t.detach().clone() for t in layer.part("shared")
+                )  # they go on learning
+                a = torch.cat([layer.part(part)[0] for part in EXPERTS])
+                b = torch.cat([layer.part(part)[1] for part in EXPERTS], 1)
+                layer.put("old", a[kept], b[:, kept], train=False)
+                layer.put("new", a[:0], b[:, :0], train=False)
+            text, vision = text[kept], vision[kept]
+            if keep < total and self.options.merge_keys:
+                text, vision = merged_keys(text, vision, self.queries, self.rule)
+            pool.put("old", text, vision, train=False)
+            pool.put("new", text[:0], vision[:0], train=False)
+
+    def _kept(self, pool: str, keep: int) -> Tensor:
+        parts = [
+            [torch.cat([self.layers[path].part(part)[i] for part in EXPERTS], i) for i in range(2)]
+            for path in self.members[pool]
+        ]
+        if self.options.prune == "stride":
+            return strided(len(parts[0][0]), keep)
+        grams = [rank_gram(a, b, a, b) for a, b in parts]
+        # Layers count alike, whatever the size of their weights.
+        return least_redundant(sum(gram / gram.diagonal().sum().clamp_min(1e-300) for gram in grams), keep)
+
+    @torch.no_grad()
+    def _grow(self, task: str, batches: Batches) -> None:
+        """New experts and keys for a task, from the queries of some of its samples."""
+        old, new = self.experts(), self._next[1]
+        if old + new > self.options.cap:
+            raise RuntimeError(f"the pool would have {old + new} ranks, more than its cap {self.options.cap}")
+        was_training = self.model.training
+        self.model.eval()
+        found = [self.pool_tasks.queries(self.model, inputs) for inputs in batches(max(256, new))]
+        self.model.train(was_training)
+        text, vision = torch.cat([q.text for q in found]), torch.cat([q.vision for q in found])
+        mean = Query(normalised(text.mean(0, keepdim=True)), normalised(vision.mean(0, keepdim=True)))
+        drawn = torch.randperm(len(text))[torch.arange(new) % len(text)].to(text.device)
+        for name, pool in self.pools.items():
+            nearest = None
+            if old and self.options.value_init == "nearest":
+                nearest = rank_gate(pool.scores("old", mean), min(new, old))[1][0]
+            if self.options.key_init == "mean":
+                keys = mean.text.expand(new, -1), mean.vision.expand(new, -1)
+            else:
+                keys = text[drawn], vision[drawn]
+            pool.put("new", *keys, train=True)
+            for path in self.members[name]:
+                self._grow_layer(self.layers[path], new, nearest)
+            if self.options.shared and self.options.shared_learns == "always":
+                self._share(pool, name)
+        self._learn("new", *(("shared",) if self.options.shared_learns == "always" else ()))
+
+    def _grow_layer(self, layer: RankPoolLinear, new: int, nearest: Tensor | None) -> None:
+        a, b = random_ranks(layer, new)
+        if nearest is not None:
+            a[: len(nearest)] = layer.part("old")[0][nearest].to(a)
+            b[:, : len(nearest)] = layer.part("old")[1][:, nearest].to(b)
+        layer.put("new", a, b, train=True)
+
+    def _share(self, pool: RankPool, name: str) -> None:
+        """Shared ranks, if the pool has none yet."""
+        if not pool.shared:
+            for path in self.members[name]:
+                self.layers[path].put("shared", *random_ranks(self.layers[path], self.options.shared), train=False)
+            pool.shared = self.options.shared
+
+    def _learn(self, *parts: str) -> None:
+        """Let these parts' values learn, and the keys of new experts, or of old ones in an integration that trains keys."""
+        values = [t for layer in self.layers.values() for p in parts if p in layer.lora_A for t in layer.part(p)]
+        keys = []
+        if self.options.train_keys or not self.integrating:
+            keys = [key for pool in self.pools.values() for p in parts if p in pool.text for key in pool.keys(p)]
+        learn_only(self.model, *values, *keys)
+
+    # --- learning ---------------------------------------------------------------------------------------------------
+
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+        if self.integrating:
+            return share * self._integration_loss(inputs)
+        loss, outputs = cross_entropy()
+        route = self.pool_tasks.last
+        loss = loss + share * self.options.key_weight * self._key_loss(route.query(), "new")
+        if self.options.lwf and len(self.tasks) > 1:
+            with torch.no_grad(), self.pool_tasks.querying(None, snapshot=True):
+                teacher = self.model(**inputs).logits
+            answered = answer_positions(inputs["labels"])
+            told = divergence(outputs.logits[answered], teacher[answered], 2.0, self.options.vocabulary).mean()
+            loss = loss + share * self.options.lwf * told
+        return loss
+
+    def _key_loss(self, query: Query, part: str) -> Tensor:
+        """How far the keys are from the queries, mean over pools; see PCLRSettings.key_loss."""
+        terms = []
+        pictured = (query.vision.square().sum(1, keepdim=True) > 0).float()
+        for pool in self.pools.values():
+            if self.options.key_loss == "all_new":
+                text, vision = (normalised(key) for key in pool.keys(part))
+                terms.append((1 - query.text @ text.T).mean() + (pictured * (1 - query.vision @ vision.T)).mean())
+                continue
+            near = torch.cat([pool.scores(p, query) for p in EXPERTS], 1)
+            best = rank_gate(near.detach(), min(self.options.r, near.shape[1]))[1]
+            terms.append((1 - near.gather(1, best)).abs().sum(1).mean())
+        return torch.stack(terms).mean()
+
+    # --- integration ------------------------------------------------------------------------------------------------
+
+    def _begin_integration(self) -> None:
+        for name, pool in self.pools.items():
+            if self.options.shared:
+                self._share(pool, name)
+        self.fakes = self.queries
+        if self.options.fake_queries == "keys":
+            keys = [pool.snapshot[part] for pool in self.pools.values() for part in EXPERTS]
+            self.fakes = Query(*(normalised(torch.cat(kind).detach()) for kind in zip(*keys, strict=True)))
+        self.chances = torch.ones(len(self.fakes.text), device=self.model.device)
+        self._learn("old", "shared")
+
+    def progress(self) -> Tensors:
+        return {"chances": self.chances} if self.integrating else {}
+
+    def _integration_loss(self, inputs: Inputs) -> Tensor:
+        """KL of the teacher's and the student's outputs under fake queries, drawn by the root of their last loss."""
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        by_task = self.options.fake_queries == "task"  # one for the batch, as published; keys: one for each sample
+        drawn = torch.multinomial(self.chances, 1 if by_task else len(inputs["input_ids"]), replacement=True)
+        query = Query(self.fakes.text[drawn], self.fakes.vision[drawn])
+        newest = drawn == len(self.fakes.text) - 1 if by_task else None
+        with torch.no_grad(), self.pool_tasks.querying(query, snapshot=True, newest=newest):
+            teacher = self.model(**inputs).logits
+        with self.pool_tasks.querying(query):
+            student = self.model(**inputs).logits
+        losses = divergence(student, teacher, self.options.temperature, self.options.vocabulary)
+        if self.options.distil_padding or inputs.get("attention_mask") is None:
+            losses = losses.mean(1)  # [B]
+        else:
+            losses = (losses * inputs["attention_mask"]).sum(1) / inputs["attention_mask"].sum(1)
+        self._set_chances(drawn.expand(len(losses)), losses.detach())
+        loss = losses.mean()
+        if self.options.train_keys:
+            loss = loss + self.options.key_weight * self._key_loss(query, "old")
+        return loss
+
+    def _set_chances(self, drawn: Tensor, losses: Tensor) -> None:
+        """The root of each drawn query's mean loss; in place, and without adding in an order that may change."""
+        member = (drawn == torch.arange(len(self.chances), device=drawn.device)[:, None]).float()  # [queries, B]
+        count = member.sum(1)
+        mean = member @ losses / count.clamp_min(1)
+        self.chances.copy_(torch.where(count > 0, (mean.clamp_min(0) + 1e-4).sqrt(), self.chances))
+
+    # --- the bank ---------------------------------------------------------------------------------------------------
+
+    def tensors(self, task: str) -> tuple[Tensors, Tensors]:
+        stored = pool_tensors(self.layers)
+        for name, pool in self.pools.items():
+            for part in pool.text:
+                stored[f"state.keys.{name}.{part}.text"], stored[f"state.keys.{name}.{part}.vision"] = pool.keys(part)
+        stored["state.queries.text"], stored["state.queries.vision"] = self.queries.text, self.queries.vision
+        return {}, stored
+
+    @torch.no_grad()
+    def restore(self, tasks: dict[str, tuple[Tensors, Tensors]]) -> None:
+        if not tasks:
+            return
+        stored = {name: tensor.to(self.model.device) for name, tensor in list(tasks.values())[-1][1].items()}
+        put_stored(self.layers, stored)
+        for name, pool in self.pools.items():
+            for part in EXPERTS:
+                keys = [stored.get(f"state.keys.{name}.{part}.{kind}") for kind in ("text", "vision")]
+                if keys[0] is not None:
+                    pool.put(part, *keys, train=False)
+            pool.shared = self.layers[self.members[name][0]].part("shared")[0].shape[0]
+        self.queries = Query(stored["state.queries.text"], stored["state.queries.vision"])
+        self.tasks = list(tasks)
+        self._switch()
+
+
+def pool_name(path: str, pools: str) -> str:
+    """Which pool a linear belongs to: its decoder layer's, or the one of all linears ahead of them."""
+    layer = re.search(r"layers\.(\d+)\.", path)
+    if pools == "global":
+        return "global"
+    return f"layer-{layer[1]}" if layer else "projector"
+
+
+def random_ranks(layer: RankPoolLinear, ranks: int) -> tuple[Tensor, Tensor]:
+    """A [ranks, K] normal of variance 1 / K and B [N, ranks] = 0: how PCLR starts ranks, in fp32 at least."""
+    dtype = torch.promote_types(layer.empty(0).dtype, torch.float32)
+    a, b = (layer.empty(*shape).to(dtype) for shape in ((ranks, layer.in_features), (layer.out_features, ranks)))
+    return a.normal_(std=layer.in_features**-0.5), b.zero_()

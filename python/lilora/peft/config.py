@@ -1,0 +1,143 @@
+"""`LiLoRAConfig`: what PEFT needs to know to adapt a model with LoRA in LoRA, one adapter per task."""
+
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+
+from lilora.errors import UserError
+from lilora_kernels.layers.base import is_number
+from lilora_kernels.layers.lilora import POLICIES, default_sub_rank
+
+from .peft_type import LILORA
+
+# What learns after the first task. `paper`: the basis may move, held by the stability loss. `released`: as the published
+# code does, A moves and old tasks drift. `frozen`: nothing shared moves, so old tasks stay bit for bit.
+PRESETS: dict[str, dict[str, str | float]] = {
+    "frozen": {"train_a": "first", "train_b0": "first", "stability": 0.0},
+    "paper": {"train_a": "always", "train_b0": "always", "stability": 1.0},
+    "released": {"train_a": "always", "train_b0": "first", "stability": 0.0},
+}
+SAME_FOR_ALL_TASKS = ("r", "sub_rank", "alpha", "dropout", "fusion", "train_a", "train_b0", "stability")
+
+
+@dataclass
+class LiLoRAConfig(PeftConfig):
+    """y = x W^T + b + alpha / r * D(x) A^T (f B0 + (1 - f) U V)^T with f = sigmoid(fusion) (arXiv 2508.06202).
+
+    A [r, in] and B0 [out, r] are shared by all tasks of a model; U [out, sub_rank], V [sub_rank, r] and fusion [1] belong
+    to one task. In PEFT's words a task is an adapter.
+    """
+
+    r: int = field(default=128, metadata={"help": "Rank of the shared factors A and B0."})
+    sub_rank: int | None = field(default=None, metadata={"help": "Rank of a task's own U V; r // 2 if not given."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "The adapter's output is scaled by alpha / r; 2 r if not given."}
+    )
+    dropout: float = field(default=0.05, metadata={"help": "Dropout probability on the adapter's input."})
+    fusion: bool = field(default=True, metadata={"help": "Learn how much of B0 a task uses; False gives B0 + U V."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names or a full-match regular expression; None: the language model's MLPs, by model type."},
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave alone."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layer indices."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'lilora_only'."})
+    train_a: str = field(default="first", metadata={"help": "When A learns: 'always', 'first' task only, 'never'."})
+    train_b0: str = field(default="first", metadata={"help": "When B0 learns: 'always', 'first' task only, 'never'."})
+    stability: float = field(
+        default=0.0, metadata={"help": "Weight of the basis stability loss, which `lilora train` adds; 0 turns it off."}
+    )
+    on_shared_mismatch: str = field(
+        default="error",
+        metadata={"help": "Loading a task made with other shared factors: 'error', or 'replace' those of the model."},
+    )
+    shared_fingerprint: str | None = field(
+        default=None, metadata={"help": "Written on saving: tells which A and B0 the task was made with."}
+    )
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "LiLoRAConfig":
+        """The config of a preset (`paper`, `released` or `frozen`), with changes."""
+        if name not in PRESETS:
+            raise UserError(f"preset is {name!r}; it must be one of {list(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    def require_same_settings(self, other: "LiLoRAConfig") -> None:
+        """UserError unless a task with this config can live beside one with the `other`."""
+        for name in SAME_FOR_ALL_TASKS:
+            new, old = getattr(self, name), getattr(other, name)
+            if new != old:
+                raise UserError(f"{name} is {new!r}, but the model's other tasks have {old!r}; all tasks share it")
+
+    taken_with = None  # the fingerprint when the task's tensors were last taken out: PEFT saves the config after them
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        self.shared_fingerprint = self.taken_with or self.shared_fingerprint
+        super().save_pretrained(save_directory, **kwargs)
+        # True of the files: A and B0 may go on learning, and the config be used again.
+        self.shared_fingerprint = self.taken_with = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = LILORA
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str) or _all(value, str)):
+                raise UserError(f"{name} is {value!r}; it must be a string or a list of strings")
+        if not (self.layers_to_transform is None or _all(self.layers_to_transform, int)):
+            raise UserError(
+                f"layers_to_transform is {self.layers_to_transform!r}; it must be an integer or a list of them"
+            )
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        for name in ("r", "sub_rank"):
+            if name == "sub_rank" and self.sub_rank is None:
+                self.sub_rank = default_sub_rank(self.r)
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31:
+                raise UserError(f"{name} is {size!r}; it must be an integer of at least 1")
+        if self.sub_rank > self.r:
+            raise UserError(
+                f"sub_rank is {self.sub_rank} and r is {self.r}, the most that the rank of U V can be; give at most r"
+            )
+        self.alpha = 2.0 * self.r if self.alpha is None else self.alpha
+        for name in ("alpha", "dropout", "stability"):
+            value = getattr(self, name)
+            if not is_number(value) or abs(value) > 2**1000:
+                raise UserError(f"{name} is {value!r}; it must be a number")
+        if not isinstance(self.fusion, bool):
+            raise UserError(f"fusion is {self.fusion!r}; it must be true or false")
+        for name, choices in (
+            ("train_a", POLICIES),
+            ("train_b0", POLICIES),
+            ("on_shared_mismatch", ("error", "replace")),
+            ("bias", ("none", "all", "lilora_only")),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {list(choices)}")
+        if not 0 < self.alpha < float("inf"):
+            raise UserError(f"alpha is {self.alpha}; it must be a positive number")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}; it must be in [0, 1)")
+        if not 0 <= self.stability < float("inf"):
+            raise UserError(f"stability is {self.stability}; it must be a number of at least 0")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise UserError("layers_pattern is given without layers_to_transform; give both or neither")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise UserError(
+                "layers_to_transform cannot be used with a regular expression in target_modules; list names"
+            )
+
+
+def _all(value: object, kind: type) -> bool:
+    values = value if isinstance(value, list | tuple | set) else [value]
+    return all(isinstance(one, kind) and not isinstance(one, bool) for one in values)
+
+
+# The fields that are settings of the method, and not PEFT's own or of one saved task.
+OF_METHOD = tuple(
+    name for name in LiLoRAConfig.__annotations__ if name not in ("shared_fingerprint", "on_shared_mismatch")
+)

@@ -1,0 +1,98 @@
+"""Putting the tensors of a saved task into a model that lives: everything is checked before anything is written."""
+
+from os import PathLike
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftConfig
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+
+from lilora.errors import UserError
+
+from .config import LiLoRAConfig
+from .layer import Linear, adapted_layers
+
+SHARED = ("lilora_A", "lilora_B")
+OTHER_CHAIN = "load tasks of one chain together, or set on_shared_mismatch='replace' in the task's config"
+
+
+def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: str) -> None:
+    """Overwrite a task of a live model with a saved one, in place; the task keeps its name and its id.
+
+    No tensor moves, in the stacked bank of mixed batches neither, so compiled and captured graphs stay valid and see the
+    new values. model: adapted through PEFT or transformers, compiled or parallel or not. source: the folder of one task as
+    `save_pretrained` writes it, or the tensors of `get_peft_model_state_dict`. UserError, and the model as it was, unless
+    the source has the model's settings, names, shapes, dtypes and shared factors.
+    """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    layers = adapted_layers(model)
+    for path, layer in layers.items():
+        if task not in layer.tasks:
+            raise UserError(f"task {task!r} is unknown; this model knows {layer.tasks}")
+        if layer.merged_task == task:
+            raise UserError(f"task {task!r} is merged into the weight of {path}; unmerge it before the swap")
+    if not layers:
+        raise UserError("this model has no task that could be swapped; adapt it first")
+    if not isinstance(source, dict):
+        config = PeftConfig.from_pretrained(source)
+        if not isinstance(config, LiLoRAConfig):
+            raise UserError(f"{source} holds an adapter of type {config.peft_type.value}, not a LiLoRA task")
+        config.require_same_settings(model.peft_config[task])
+        source = load_peft_weights(source, device="cpu")
+    pairs = matched(layers, task, source)
+    for name, (own, new) in pairs.items():
+        if new.dtype != own.dtype:
+            raise UserError(f"{name} is {new.dtype}, but the model's is {own.dtype}; cast the tensors to it first")
+        if name.endswith(SHARED) and not torch.equal(new.to(own.device), own):
+            raise UserError(
+                f"{name} differs from the model's, so the task belongs to other shared factors; swap within one chain"
+            )
+    for path, layer in layers.items():
+        kinds = [kind for kind in layer.adapter_layer_names if task in getattr(layer, kind)]
+        layer.overwrite_task(task, *(pairs[f"{path}.{kind}"][1] for kind in kinds))
+
+
+def check_loadable(model: nn.Module, config: LiLoRAConfig, task: str, state: dict[str, Tensor], new: bool) -> None:
+    """Raise UserError unless `state` fits the task; A and B0 that other tasks rely on may change only where they learn."""
+    layers = adapted_layers(model)
+    pairs = matched(layers, task, {name: tensor for name, tensor in state.items() if ".lilora_" in name})
+    for path, layer in layers.items():
+        if layer.merged_task == task:
+            raise UserError(f"task {task!r} is merged into the weight of {path}; unmerge it before loading over it")
+        for kind in SHARED if layer.merged_task is not None else ():
+            own, value = pairs[f"{path}.{kind}"]
+            if not torch.equal(value.to(own.device, own.dtype), own):
+                raise UserError(
+                    f"{path}.{kind} of task {task!r} differs from the model's, and task {layer.merged_task!r} is merged; "
+                    "unmerge it first"
+                )
+    if config.on_shared_mismatch == "replace" or all(len(layer.tasks) == 1 for layer in layers.values()):
+        return
+    for name, (own, value) in pairs.items():
+        held = name.endswith(SHARED) and (new or not own.requires_grad)
+        if held and not torch.equal(value.to(own.device, own.dtype), own):
+            raise UserError(f"{name} differs from the model's, which its other tasks share; {OTHER_CHAIN}")
+
+
+def matched(layers: dict[str, Linear], task: str, state: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(the model's Parameter, the new value) of each of a task's tensors, by name; UserError for other names or shapes."""
+    own = {
+        f"{path}.{kind}": getattr(layer, kind)[task]
+        for path, layer in layers.items()
+        for kind in (*layer.other_param_names, *layer.adapter_layer_names)
+        if task in getattr(layer, kind)
+    }
+    state = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
+    for name in [*own, *state]:
+        if name not in own or name not in state:
+            where = "is missing in" if name in own else "is unknown to the model, but in"
+            raise UserError(
+                f"{name} {where} the tensors of task {task!r}; use a task of this base model and these targets"
+            )
+        if state[name].shape != own[name].shape:
+            raise UserError(
+                f"{name} of task {task!r} is {list(state[name].shape)}, but this model needs {list(own[name].shape)}; "
+                "use a task of the same base model"
+            )
+    return {name: (own[name], state[name]) for name in own}

@@ -1,0 +1,273 @@
+"""The PEFT tuner model: puts adapters into a model and carries task ids to them."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from peft import PeftModel
+from peft.functional import delete_adapter
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lilora.errors import UserError
+from lilora.families import target_modules
+from lilora_kernels import LiLoRALinear, attach, check_task_name
+from lilora_kernels.attach import detach
+from lilora_kernels.layers.accelerated import AcceleratedLinear
+from lilora_kernels.layers.base import is_sharded, reads_weight
+from lilora_kernels.routing.context import BatchContext, Tasks, device_of
+from lilora_kernels.routing.task_names import TaskIds
+
+from .config import LiLoRAConfig
+from .layer import Linear, adapted_layers, unwrapped
+from .loading import OTHER_CHAIN, check_loadable
+
+
+class LiLoRAModel(BaseTuner):
+    """Adapts the linear layers that the config names; made by `peft.get_peft_model(model, LiLoRAConfig(...))`.
+
+    After it, `model(**batch, task_ids=[...])` and `model.generate(..., task_ids=[...])` take one task name or id per
+    sample, in training and inference; PEFT's `adapter_names=[...]` means the same.
+    """
+
+    prefix = "lilora_"
+    tuner_layer_cls = Linear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads it; models.py has the patterns
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        tasks = model.__dict__.get("lilora_tasks") or Tasks()
+        if adapter_name in tasks.known:
+            raise UserError(f"task {adapter_name!r} exists already; delete it first or choose another name")
+        model.lilora_tasks = tasks
+        try:
+            check_task_name(adapter_name)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._check_same_layers(model, adapter_name)
+        except Exception:
+            take_back(model, self.peft_config, adapter_name)
+            raise
+        attach(model)
+        for module in model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and not module._forward_pre_hooks:
+                module.register_forward_pre_hook(partial(_refuse_task_ids, tasks))
+
+    def _check_same_layers(self, model: nn.Module, adapter_name: str) -> None:
+        tasks = list(model.lilora_tasks.known)
+        for name, layer in adapted_layers(model).items():
+            if layer.tasks != tasks:
+                raise UserError(
+                    f"{name} would have the tasks {layer.tasks}, not {tasks}; all tasks adapt the same layers: give "
+                    f"{adapter_name} the target_modules, exclude_modules and layers_to_transform of the others"
+                )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:
+            self._check_merged_weights(adapter_names)
+        super().merge_adapter(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_merged_weights(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+        detach(model)
+        return model
+
+    def _check_merged_weights(self, adapter_names: list[str] | None) -> None:
+        """Of all layers before the first is written: a safe merge that fails must not leave some layers merged."""
+        for layer in adapted_layers(self.model).values():
+            layer.merged_weight(adapter_names, safe_merge=True)
+
+    def _check_merge_allowed(self) -> None:
+        holders = defaultdict(list)
+        for name, module in self.model.named_modules():
+            for parameter in module._parameters.values():
+                holders[id(parameter)].append(name.removesuffix(".base_layer"))
+        for layer in adapted_layers(self.model).values():
+            names = holders[id(layer.weight)]
+            if len(names) > 1:
+                raise UserError(
+                    f"{names[0]} and {names[1]} share one weight, so a merge would change both; load the base model with "
+                    "tie_word_embeddings=False, or leave the task unmerged"
+                )
+
+    def _prepare_adapter_config(self, peft_config: LiLoRAConfig, model_config: dict) -> LiLoRAConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = target_modules(model_config["model_type"])
+        return peft_config
+
+    def _check_new_adapter_config(self, config: LiLoRAConfig) -> None:
+        super()._check_new_adapter_config(config)
+        others = [other for other in self.peft_config.values() if other is not config]
+        if not others:
+            return
+        config.require_same_settings(others[0])
+        if config.on_shared_mismatch == "replace":
+            for other in others:
+                other.shared_fingerprint = None
+        elif config.shared_fingerprint is not None:
+            current = shared_fingerprint(self.model)
+            # A load may have rounded the factors to the model's dtype; the file that they came from tells then.
+            loaded = {other.shared_fingerprint for other in others if other.inference_mode}
+            if current is not None and config.shared_fingerprint not in {current, *loaded}:
+                raise UserError(
+                    f"the task was made with the shared factors {config.shared_fingerprint}, but this model has {current}; "
+                    + OTHER_CHAIN
+                )
+
+    def _create_and_replace(
+        self,
+        config: LiLoRAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        if isinstance(target, Linear):
+            target.add_task(adapter_name)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        quantized = resolve_quantization_backend(base, **self._quantization())
+        if not isinstance(base, nn.Linear) and (quantized is None or quantized.layer_type != "linear"):
+            raise UserError(
+                f"{current_key} is a {type(base).__name__}; LiLoRA adapts linear layers: leave it out of target_modules"
+            )
+        own = isinstance(base, nn.Linear) and type(base).forward not in (nn.Linear.forward, AcceleratedLinear.forward)
+        if quantized is None and (own or isinstance(base, NonDynamicallyQuantizableLinear)):
+            raise UserError(
+                f"{current_key} is a {type(base).__name__}, not an nn.Linear: nothing says that its forward runs, and computes "
+                "with its weight what a merge would; leave it out of target_modules (exclude_modules)"
+            )
+        if reads_weight(type(parent), target_name):
+            raise UserError(
+                f"{current_key} is never run by {type(parent).__name__}, or not on every device: it reads the layer's weight, "
+                "past an adapter; leave it out of target_modules (exclude_modules)"
+            )
+        layer = Linear(target, config, self.model.lilora_tasks, **self._quantization())
+        layer.add_task(adapter_name)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _quantization(self) -> dict:
+        return {k: v for k, v in get_quantization_kwargs(self).items() if k == "get_apply_tensor_subclass"}
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        learning = {name: p.requires_grad for name, p in self.model.named_parameters(remove_duplicate=False)}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(learning[name])  # PEFT makes new Parameters, and those learn
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        config.taken_with = shared_fingerprint(model)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return {unwrapped(name): tensor for name, tensor in found.items()}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        own = [layer.lilora_U[adapter_name] for layer in adapted_layers(model).values()]
+        # Made to be loaded, and still as it was made: nothing is lost when a load that fails takes it away again.
+        fresh = config.shared_fingerprint is not None and all(u.is_meta or not u.any() for u in own)
+        try:
+            check_loadable(model, config, adapter_name, state_dict, fresh)
+        except UserError:
+            if fresh:
+                base = model.get_base_model() if isinstance(model, PeftModel) else model
+                take_back(base, model.peft_config, adapter_name)
+            raise
+        here = {unwrapped(name): name for name, _ in model.named_modules()}
+        paths = ((name.rpartition("."), tensor) for name, tensor in state_dict.items())
+        state_dict = {f"{here.get(path, path)}.{kind}": tensor for (path, _, kind), tensor in paths}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        with self.task_ids([None if name == "__base__" else name for name in names]):
+            yield
+
+    @contextmanager
+    def task_ids(self, task_ids: TaskIds) -> Iterator[None]:
+        """Run the forward inside with these tasks, as with its argument `task_ids`."""
+        tasks = self.model.lilora_tasks
+        ids, known = tasks.ids(task_ids, None, device_of(self.model))
+        with tasks.use(BatchContext(ids, ids=known)):
+            yield
+
+
+def take_back(model: nn.Module, configs: dict[str, LiLoRAConfig], adapter_name: str) -> None:
+    """Remove a task that could not be added or loaded, as if it had never been there."""
+    tasks = model.lilora_tasks
+    tasks.remove(adapter_name, forget=True)
+    delete_adapter(model, adapter_name, LiLoRAModel.prefix, Linear)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear) and not module.lilora_U:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.base_layer)
+    configs.pop(adapter_name, None)
+    if not tasks.known:
+        detach(model)
+
+
+def _refuse_task_ids(tasks: Tasks, module: nn.Module, args: tuple) -> None:
+    if tasks.current is not None and tasks.current.task is not None:
+        raise UserError(
+            "a module in modules_to_save follows the active adapter only; call set_adapter and leave out task_ids, or adapt "
+            "without modules_to_save"
+        )
+
+
+def task_tensors(layers: dict[str, LiLoRALinear], task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the task's own tensors, the shared ones) of adapted layers by path, as a bank names them: the model's own memory."""
+    own, shared = {}, {}
+    for path, layer in layers.items():
+        own[f"{path}.U"], own[f"{path}.V"] = layer.lilora_U[task], layer.lilora_V[task]
+        if layer.fusion:
+            own[f"{path}.fusion"] = layer.lilora_fusion[task]
+        shared[f"{path}.A"], shared[f"{path}.B0"] = layer.lilora_A[task], layer.lilora_B[task]
+    return own, shared
+
+
+def shared_fingerprint(model: nn.Module) -> str | None:
+    """`fingerprint` of every A and B0; None without any, or without their data (meta device)."""
+    shared = {
+        f"{name}.{key}": tensor
+        for name, layer in adapted_layers(model).items()
+        for key, tensors in (("A", layer.lilora_A), ("B0", layer.lilora_B))
+        for tensor in list(tensors.values())[:1]
+    }
+    return fingerprint(shared) if shared and not any(tensor.is_meta for tensor in shared.values()) else None
+
+
+@torch.no_grad()
+def fingerprint(shared: dict[str, Tensor]) -> str:
+    """16 hex digits over the values of shared factors (as fp32, so a cast that loses nothing keeps it)."""
+    digest = hashlib.sha256()
+    for name in sorted(shared, key=lambda name: name.rpartition(".")):
+        digest.update(f"{name}{list(shared[name].shape)}".encode())
+        digest.update(fp32_bytes(shared[name]))
+    return digest.hexdigest()[:16]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor in full, by a collective of all processes; any other as it is. Gradients pass."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def fp32_bytes(tensor: Tensor) -> memoryview:
+    return (
+        whole(tensor.detach()).to(device="cpu", dtype=torch.float32).contiguous().numpy().reshape(-1).view("uint8").data
+    )

@@ -1,0 +1,150 @@
+"""Parameter accounting without weights: what each method stores for a sequence of tasks."""
+
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from lilora.errors import UserError
+from lilora.families import target_modules as preset
+from lilora_kernels.layers.lilora import default_sub_rank
+
+_SHIPPED = Path(__file__).parents[1] / "model_configs"  # one folder with a config.json per model
+_SHIPPED_ALIASES = {"llava-hf/llava-1.5-7b-hf": "llava-1.5-7b"}
+_MIB_PER_BF16 = 2 / 2**20
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """Number of parameters that LiLoRA and plain LoRA add to one model; `r` and `sub_rank` are the ranks R and S."""
+
+    model: str
+    base: int  # parameters of the model itself
+    linears: int  # adapted linear layers
+    r: int
+    sub_rank: int
+    shared_a: int  # A of all layers: stored once for all tasks
+    shared_b0: int  # B0 of all layers: stored once for all tasks
+    per_task: int  # U, V and fusion of all layers: stored for each task
+    lora_per_task: int  # A and B of a plain LoRA of rank r
+
+    def total(self, method: str, tasks: int) -> int:
+        """Parameters stored after `tasks` tasks by `lilora`, `dirlora` (one LoRA per task) or `lora` (one for all)."""
+        return {
+            "lilora": self.shared_a + self.shared_b0 + tasks * self.per_task,
+            "dirlora": tasks * self.lora_per_task,
+            "lora": self.lora_per_task,
+        }[method]
+
+    def to_dict(self, tasks: int) -> dict[str, Any]:
+        """JSON-able form with every count, and the totals for `tasks` tasks in parameters and in MiB at bf16."""
+        totals = {method: self.total(method, tasks) for method in ("lilora", "dirlora", "lora")}
+        return {
+            **vars(self),
+            "tasks": tasks,
+            "per_task_share_of_lora": self.per_task / self.lora_per_task,
+            "total": totals,
+            "mib_bf16": {
+                "shared": mib(self.shared_a + self.shared_b0),
+                "per_task": mib(self.per_task),
+                "lora_per_task": mib(self.lora_per_task),
+                "total": {method: mib(count) for method, count in totals.items()},
+            },
+        }
+
+    def table(self, tasks: int) -> Table:
+        """The same for people: a rich table of parameters and MiB at bf16, for `tasks` tasks."""
+        table = Table(
+            title=f"{self.model}\n{self.base / 1e9:.2f} B parameters, {self.linears} adapted linears, "
+            f"r {self.r}, sub_rank {self.sub_rank}",
+            caption="M: million parameters; MiB: at bf16\ndirlora: a LoRA per task; lora: one LoRA for all tasks",
+        )
+        table.add_column("method")
+        for heading in ("shared", "per task", f"{tasks} tasks", "share of\ndirlora"):
+            table.add_column(heading, justify="right")
+        shared = self.shared_a + self.shared_b0
+        for method, once, own in (
+            ("lilora", shared, self.per_task),
+            ("dirlora", 0, self.lora_per_task),
+            ("lora", self.lora_per_task, 0),
+        ):
+            total = self.total(method, tasks)
+            sizes = [f"{count / 1e6:,.1f} M\n{mib(count):,.1f} MiB" if count else "" for count in (once, own, total)]
+            table.add_row(method, *sizes, f"{total / self.total('dirlora', tasks):.1%}", end_section=True)
+        return table
+
+
+def mib(parameters: int) -> float:
+    """Size of that many parameters in MiB at bf16."""
+    return parameters * _MIB_PER_BF16
+
+
+def count(model: nn.Module, target: str, r: int, sub_rank: int, name: str = "model") -> Accounting:
+    """Count what adapting the linears of `model` whose names fully match the regular expression `target` adds.
+
+    Reads shapes only, so a model on the meta device will do. UserError when no linear matches.
+    """
+    for rank_name, rank in (("r", r), ("sub_rank", sub_rank)):
+        if rank < 1:
+            raise UserError(f"{rank_name} is {rank}; it must be at least 1")
+    shapes = [
+        (module.out_features, module.in_features)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.fullmatch(target, path)
+    ]
+    if not shapes:
+        raise UserError(
+            f"target_modules {target!r} matches no linear layer of {name}; give a pattern on its module names"
+        )
+    shared_a = sum(r * k for _, k in shapes)
+    shared_b0 = sum(n * r for n, _ in shapes)
+    return Accounting(
+        model=name,
+        base=sum(parameter.numel() for parameter in model.parameters()),
+        linears=len(shapes),
+        r=r,
+        sub_rank=sub_rank,
+        shared_a=shared_a,
+        shared_b0=shared_b0,
+        per_task=sum(n * sub_rank + sub_rank * r + 1 for n, _ in shapes),
+        lora_per_task=shared_a + shared_b0,
+    )
+
+
+def account(
+    model: str,
+    *,
+    r: int = 128,
+    sub_rank: int | None = None,
+    target_modules: str | None = None,
+    projector: bool = False,
+    attention: bool = False,
+) -> Accounting:
+    """`count` for a model given by name: a shipped one (`llava-1.5-7b`), a folder with config.json, or a hub id.
+
+    Only the configuration is read; the model is built on the meta device, without weights. `target_modules` replaces
+    the preset of the model's family (`lilora.families.target_modules`), which `projector` and `attention` widen. sub_rank is
+    r // 2 if not given.
+    """
+    sub_rank = default_sub_rank(r) if sub_rank is None else sub_rank
+    shipped = _SHIPPED / _SHIPPED_ALIASES.get(model, model)
+    source = shipped if shipped.is_dir() else model
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with torch.device("meta"):
+            built = AutoModelForImageTextToText.from_config(config)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        cause = textwrap.shorten(str(error), 200, placeholder=" ...").rstrip(".")
+        shipped_names = ", ".join(sorted(path.name for path in _SHIPPED.iterdir()))
+        raise UserError(
+            f"model {model!r} cannot be built from its configuration ({cause}); "
+            f"give a shipped name ({shipped_names}), a folder with a config.json, or a hub id"
+        ) from error
+    return count(built, target_modules or preset(config, projector=projector, attention=attention), r, sub_rank, model)

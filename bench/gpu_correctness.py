@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from lilora_kernels import backend, cuda_library, rank_gate
-from lilora_kernels.backends import refusals
-from lilora_kernels.ops.linear.cuda_backend import DECODE_ROWS, unfit
+from lilora_kernels.backends import unsupported_reasons
+from lilora_kernels.ops.linear.cuda_backend import DECODE_ROWS, unsupported_call
 from lilora_kernels.ops.schema import DIFFERENTIABLE, AdapterArgs
 
 from .environment import age_of_process
@@ -71,7 +71,7 @@ def tiny(dry_run: bool, write: Callable[[dict], None]) -> int:
                 result["error"] = f"{type(error).__name__}: {error}"[:500]
             write(result)
             print(f"--- tiny: {result}", flush=True)
-        for name, reason in refusals("delta", moved["x"], problem.rank, problem.sub_rank).items():
+        for name, reason in unsupported_reasons("delta", moved["x"], problem.rank, problem.sub_rank).items():
             if reason is not None:
                 write({"case": "tiny", **problem.describe(), "implementation": name, "unavailable": reason})
                 print(f"--- tiny: {name} is not available: {reason}", flush=True)
@@ -85,7 +85,9 @@ def call_each_way(name: str, kernels: ModuleType, moved: dict[str, Tensor], adap
         kernels.run_backward(moved["dy"], moved["x"], moved["h"], adapter, frozenset(GRADIENTS), one_launch)
     if name == "cuda" and len(moved["x"]) <= DECODE_ROWS:  # decoding, with the base's weight
         kernels.run_forward(moved["x"], None, adapter, False, moved["weight"])
-    if name == "cuda" and unfit(moved["x"], moved["weight"], adapter) is None:  # base and adapter in one product
+    if (
+        name == "cuda" and unsupported_call(moved["x"], moved["weight"], adapter) is None
+    ):  # base and adapter in one product
         _, h = kernels.run_fused_forward(moved["x"], moved["weight"], None, adapter)
         kernels.run_backward(moved["dy"], moved["x"], h, adapter, frozenset(GRADIENTS), False, moved["weight"])
     if name == "triton":

@@ -254,7 +254,7 @@ def stage_4(dry_run: bool) -> Iterator[Case]:
 
 def kernels_of(problem: Problem, x: Tensor) -> dict[str, ModuleType]:
     """The backends with kernels for a GPU that can run here."""
-    reasons = backends.refusals("delta", x, problem.rank, problem.sub_rank)
+    reasons = backends.unsupported_reasons("delta", x, problem.rank, problem.sub_rank)
     able = [name for name, reason in reasons.items() if reason is None and name not in ("cpu", "eager")]
     return {name: import_module(f"lilora_kernels.ops.delta.{name}_backend") for name in able}
 

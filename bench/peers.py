@@ -173,7 +173,7 @@ def ours_by(name: str) -> Callable[[list[Operands], bool], Built]:
 
     def build(sets: list[Operands], training: bool) -> Built:
         problem = sets[0].problem
-        reasons = backends.refusals("linear", sets[0].x, problem.rank, problem.sub_rank)
+        reasons = backends.unsupported_reasons("linear", sets[0].x, problem.rank, problem.sub_rank)
         if reasons[name] is not None:
             raise Unavailable(reasons[name])
         if next(other for other, reason in reasons.items() if reason is None) == name:
@@ -362,7 +362,7 @@ PEERS = {
     "base": Peer("frozen base, F.linear", base),
     "ours": Peer("LiLoRALinear", ours),
     "ours_operation": Peer("lilora::linear on stacked factors", ours_operation),
-    **{f"ours_{name}": Peer(f"LiLoRALinear, backend {name}", ours_by(name)) for name in backends.ORDER},
+    **{f"ours_{name}": Peer(f"LiLoRALinear, backend {name}", ours_by(name)) for name in backends.BACKENDS},
     **{
         f"ours_{name}_{plan}": Peer(f"lilora::linear, {name}, {plan}", ours_by_plan(name, plan))
         for name, plans in backends.plans("linear").items()

@@ -155,7 +155,7 @@ def using(entry: Entry, sizes: Sizes) -> Iterator[None]:
     def configuration(kernel: str, x: Tensor, adapter: AdapterArgs, pair: bool = False) -> triton_configs.Configuration:
         if kernel != entry.kernel:
             return own(kernel, x, adapter, pair)
-        return triton_configs.Configuration(triton_configs.fitted(sizes, *triton_configs.widths(x, adapter)))
+        return triton_configs.Configuration(triton_configs.shrink_tiles(sizes, *triton_configs.widths(x, adapter)))
 
     with patch.object(triton_configs, "configuration", configuration):
         yield
@@ -412,7 +412,7 @@ def geometric_mean(ratios: list[dict[str, float]]) -> float:
     return statistics.geometric_mean([spread["median"] for spread in ratios])
 
 
-def refusal(ratios: list[dict[str, float]]) -> str | None:
+def rejection_reason(ratios: list[dict[str, float]]) -> str | None:
     """Why a configuration with these ratios to the one in use, a spread for each held-out problem, is not better."""
     slowest = max(spread["p20"] for spread in ratios)
     if slowest > SLOWER:
@@ -487,7 +487,7 @@ class Tuner:
             else:
                 decision["held_out"].append(result)
         ratios = [result["ratio"] for result in decision["held_out"]]
-        why_not = refusal(ratios) or running.unfit_variant(found, until - self.now())
+        why_not = rejection_reason(ratios) or running.unfit_variant(found, until - self.now())
         decision["improved"] = why_not is None
         return why_not or f"held-out problems take {geometric_mean(ratios):.3f} of the time"
 
@@ -575,7 +575,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.tiny:
         patch_once_a_launch()
     dtype = torch.float32 if options.tiny else torch.bfloat16
-    why_not = triton_runtime.refusal(torch.empty(0, dtype=dtype, device=machine.device), 128, 64)
+    why_not = triton_runtime.rejection_reason(torch.empty(0, dtype=dtype, device=machine.device), 128, 64)
     if why_not is not None:
         parser.error(
             f"the Triton kernels cannot be timed here: {why_not}; for a run on tiny shapes without a GPU give --tiny"

@@ -20,13 +20,13 @@ METHODS = ("forward", "generate", "gradient_checkpointing_enable")  # what attac
 
 @contextmanager
 def route(
-    model: nn.Module, task_ids: TaskIds, *, length: int | None = None, units: Sequence[int] | None = None
+    model: nn.Module, task_ids: TaskIds, *, length: int | None = None, vision_tokens: Sequence[int] | None = None
 ) -> Iterator[None]:
     """Run the forwards inside with these tasks: one name, id or -1 per sample.
 
     It holds in the thread or asyncio task that entered it; a forward of another one without task ids raises meanwhile.
     (Compiled code can tell threads apart, not asyncio tasks: pass it task_ids.) Ids are read when it is entered; what is
-    written into their tensor afterwards is not seen. `units`, the image tokens (or tiles) of
+    written into their tensor afterwards is not seen. `vision_tokens`, the image tokens (or tiles) of
     each sample, is needed only where adapted layers see packed images and the model gets no input_ids. Raises ValueError
     or TypeError for ids that are unknown or of the wrong length or dtype.
     """
@@ -34,7 +34,7 @@ def route(
     task, ids = tasks.ids(task_ids, None, device_of(model))
     tasks.opened += 1
     try:
-        with tasks.use(BatchContext(task, length, None if units is None else list(units), ids)):
+        with tasks.use(BatchContext(task, length, None if vision_tokens is None else list(vision_tokens), ids)):
             yield
     finally:
         tasks.opened -= 1
@@ -65,7 +65,7 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
                 f"{name} has the tasks {layer.model_tasks.names} but other layers have {tasks.names}; add the same tasks, in "
                 "the same order, to every layer"
             )
-        if layer.model_tasks is not tasks and layer.model_tasks.setting != tasks.setting:
+        if layer.model_tasks is not tasks and layer.model_tasks.activation != tasks.activation:
             raise ValueError(
                 f"{name} has {list(layer.model_tasks.active)} active but other layers {list(tasks.active)}; call "
                 "set_task(model, ...) first"

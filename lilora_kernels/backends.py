@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ORDER = ("cuda", "triton", "cpu", "eager")
+BACKENDS = ("cuda", "triton", "cpu", "eager")
 PLANS = ("composed", "recorded", "one_launch", "by_phase", "decode", "fused")
 COMPOSED = {"composed": "for all rows"}  # library products around what is ours
-CHOICES = {"backend": ORDER, "plan": PLANS}
+CHOICES = {"backend": BACKENDS, "plan": PLANS}
 VARIABLES = {"backend": "LILORA_BACKEND", "plan": "LILORA_PLAN"}
 # Up to here `linear` takes one launch: with few rows a processor only waits for launches. bench.model, us of both directions
 # by the Triton kernels, gate and up, 8 tasks, one launch / by phase: 64 rows 114 / 117, 128 rows 118 / 121, 256 rows 144 / 147;
@@ -45,7 +45,7 @@ class Implementation:
     """One backend of one operation.
 
     `backward` is None where the gradient takes no kernel.
-    `refusal(x, rank, sub_rank)` says in a few words why it cannot run on x with factors of these ranks, or None.
+    `unsupported_reason(x, rank, sub_rank)` says in a few words why it cannot run on x with factors of these ranks, or None.
     `plans`: the algorithms it has, and for which rows each is taken; empty where an operation has no choice of them.
     `bind(*arguments)`: bound(x, task, seed) -> y [..., N] for x [..., K] and ids [M] of the same kinds as here, without
     gradients; all other arguments stay what and where they are. bound is None, or returns it, where a call has to take the
@@ -56,7 +56,7 @@ class Implementation:
 
     forward: Callable
     backward: Callable | None
-    refusal: Callable[[Tensor, int, int], str | None]
+    unsupported_reason: Callable[[Tensor, int, int], str | None]
     plans: dict[str, str]
     rows: Callable[[torch.device], list[int]] = lambda device: []
     bind: Bind = lambda *_: None
@@ -71,13 +71,15 @@ def register(op: str, **implementations: Implementation) -> None:
     _table[op] = implementations
 
 
-def lazy(module: str, refusal: Callable[[Tensor, int, int], str | None], plans: dict[str, str]) -> Implementation:
+def lazy(
+    module: str, unsupported_reason: Callable[[Tensor, int, int], str | None], plans: dict[str, str]
+) -> Implementation:
     """An implementation whose module (with its functions forward, backward and rows) is imported by the first call."""
 
     def late(function: str) -> Callable:
         return lambda *args: getattr(importlib.import_module(module), function)(*args)
 
-    return Implementation(late("forward"), late("backward"), refusal, plans, late("rows"))
+    return Implementation(late("forward"), late("backward"), unsupported_reason, plans, late("rows"))
 
 
 @contextmanager
@@ -112,20 +114,20 @@ def one_launch(rows: int, most: float = math.inf) -> bool:
 
 def plans(op: str) -> dict[str, dict[str, str]]:
     """The plans of each backend of `op`, in order of preference of the backends."""
-    return {name: _table[op][name].plans for name in ORDER if name in _table[op]}
+    return {name: _table[op][name].plans for name in BACKENDS if name in _table[op]}
 
 
-def refusals(op: str, x: Tensor, rank: int, sub_rank: int) -> dict[str, str | None]:
+def unsupported_reasons(op: str, x: Tensor, rank: int, sub_rank: int) -> dict[str, str | None]:
     """For each backend in order of preference, why it cannot run `op` on x by the forced plan; None if it can."""
-    return {name: _refusal(op, name, x, rank, sub_rank, forced["plan"]) for name in ORDER}
+    return {name: _unsupported_reason(op, name, x, rank, sub_rank, forced["plan"]) for name in BACKENDS}
 
 
-def _refusal(op: str, name: str, x: Tensor, rank: int, sub_rank: int, plan: str | None) -> str | None:
+def _unsupported_reason(op: str, name: str, x: Tensor, rank: int, sub_rank: int, plan: str | None) -> str | None:
     if (implementation := _table[op].get(name)) is None:
         return "this operation has no kernel of its own there"
     if plan is not None and implementation.plans and plan not in implementation.plans:
         return f"it has no plan {plan!r}"
-    return implementation.refusal(x, rank, sub_rank)
+    return implementation.unsupported_reason(x, rank, sub_rank)
 
 
 def choose(op: str, x: Tensor, rank: int, sub_rank: int) -> Implementation:
@@ -133,11 +135,13 @@ def choose(op: str, x: Tensor, rank: int, sub_rank: int) -> Implementation:
     wanted, plan = forced["backend"], forced["plan"]
     if _wrong is not None:
         raise ValueError(_wrong)
-    for name in (wanted,) if wanted in _table[op] else ORDER:
-        if _refusal(op, name, x, rank, sub_rank, plan) is None:
+    for name in (wanted,) if wanted in _table[op] else BACKENDS:
+        if _unsupported_reason(op, name, x, rank, sub_rank, plan) is None:
             return _table[op][name]
     what = " and ".join(f"the {kind} {name!r}" for kind, name in (("backend", wanted), ("plan", plan)) if name)
-    reasons = refusals(op, x, rank, sub_rank)
+    reasons = unsupported_reasons(op, x, rank, sub_rank)
     why = reasons[wanted] if wanted else "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    available = {name: list(has) for name, has in plans(op).items() if not _table[op][name].refusal(x, rank, sub_rank)}
+    available = {
+        name: list(has) for name, has in plans(op).items() if not _table[op][name].unsupported_reason(x, rank, sub_rank)
+    }
     raise Unsupported(f"{op}: {what} cannot run on {x.device}: {why}; available: {available}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import backends
 from .layers.base import AdaptedLinear
 from .layers.lilora import LiLoRALinear
-from .layers.mlp import apart, gate_and_up, is_fused
+from .layers.mlp import gate_and_up, is_fused, unfused_reason
 from .layers.rank_pool import RankPoolLinear
 from .routing.context import BatchContext
 
@@ -24,7 +24,7 @@ def warmup(model: nn.Module) -> int:
     library and cuBLAS load at their first launch.
 
     Call it after the tasks are added or loaded and set, in the mode (train or eval) in which the model will run, and again
-    when others learn. Inputs are random, contiguous and of the base weight's dtype, torch's default dtype where that is
+    when other parameters train. Inputs are random, contiguous and of the base weight's dtype, torch's default dtype where that is
     packed: call it under the autocast of the model's forwards. It runs on the current stream. Another stream and a capture
     compile and load nothing more; cuBLAS allocates a workspace for each, unless it is called under torch.cuda.stream.
 
@@ -34,8 +34,8 @@ def warmup(model: nn.Module) -> int:
     outside the model's forward. Merged layers are left out.
     """
     layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    learns = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trains = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
     cases = list(_cases(model))
     trained = [case for case in cases if case.layer.training]
     with _no_trace(layers):
@@ -49,10 +49,10 @@ def warmup(model: nn.Module) -> int:
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        wanted = (True, False) if learns else (False,)
+        wanted = (True, False) if trains else (False,)
         for case in cases:
-            for x_learns in wanted:
-                _step(case, case.x().requires_grad_(x_learns), learning)
+            for x_trains in wanted:
+                _step(case, case.x().requires_grad_(x_trains), trainable)
     return len(trained) + len(cases) * len(wanted)
 
 
@@ -65,7 +65,7 @@ class _Case:
     like: Tensor  # [1, K], of the dtype and on the device of the inputs
     rows: int
     routed: bool
-    snapshot: bool = False
+    teacher: bool = False
     known: int | None = (
         None  # of a routed one whose ids the host knows, as a route does: which of the layer's tasks they are
     )
@@ -79,14 +79,14 @@ class _Case:
     def run(self, x: Tensor) -> tuple[Tensor, ...]:
         layer, tasks = self.layer, self.layer.model_tasks
         if isinstance(layer, RankPoolLinear):
-            with tasks.use(tasks.example(x, self.snapshot)):
+            with tasks.use(tasks.example(x, self.teacher)):
                 return (layer(x),)
         task, context = None, BatchContext(None)
         if self.routed:
             t = tasks.id_of((layer.active or layer.tasks)[self.known or 0])
             task = torch.full((len(x),), t, dtype=torch.int32, device=x.device)
             if self.known is not None:
-                task, context = None, BatchContext(task, units=[1] * len(x), ids=[t] * len(x))
+                task, context = None, BatchContext(task, vision_tokens=[1] * len(x), ids=[t] * len(x))
         with tasks.use(context):
             return (layer(x, task=task),) if self.up is None else gate_and_up(layer, self.up, x, task) or ()
 
@@ -94,7 +94,7 @@ class _Case:
 def _cases(model: nn.Module) -> Iterator[_Case]:
     seen = set()
     for module in model.modules():
-        fused = is_fused(module) and apart(module.gate_proj, module.up_proj) is None
+        fused = is_fused(module) and unfused_reason(module.gate_proj, module.up_proj) is None
         layer, up = (module.gate_proj, module.up_proj) if fused else (module, None)
         if not isinstance(layer, AdaptedLinear) or not (ways := _ways(layer)):
             continue
@@ -119,10 +119,10 @@ def _knows_more(device: torch.device) -> bool:
 
 
 def _ways(layer: AdaptedLinear) -> list[tuple[bool, ...]]:
-    """`routed`, and for a pool `snapshot`, of each case; none where the forward is that of the base."""
+    """`routed`, and for a pool `teacher`, of each case; none where the forward is that of the base."""
     if isinstance(layer, RankPoolLinear):
         whole = [False, True] if layer.rank else []
-        return [(way,) for way in whole] + [(way, True) for way in (False, True) if layer.snapshot]
+        return [(way,) for way in whole] + [(way, True) for way in (False, True) if layer.teacher]
     if not isinstance(layer, LiLoRALinear) or not layer.tasks or layer.merged_task is not None:
         return []
     return [(False,), (True,)] if len(layer.active) == 1 else [(True,)]
@@ -134,16 +134,16 @@ def _identity(layer: AdaptedLinear) -> tuple:
     choice: tuple = ()
     if isinstance(layer, RankPoolLinear):
         chooser = getattr(layer.choose, "__code__", type(layer.choose))
-        choice = id(layer.model_tasks), chooser, tuple((n, a.shape, a.dtype) for n, (a, _) in layer.snapshot.items())
+        choice = id(layer.model_tasks), chooser, tuple((n, a.shape, a.dtype) for n, (a, _) in layer.teacher.items())
     dropout = layer.training and layer.dropout > 0
     return type(layer), own, dropout, layer.unfused_reason(), getattr(layer, "active", None), choice
 
 
-def _step(case: _Case, x: Tensor, learning: list[nn.Parameter]) -> None:
+def _step(case: _Case, x: Tensor, trainable: list[nn.Parameter]) -> None:
     """A forward and, where anything wants gradients, its backward; both leave memory with this frame."""
     ys = case.run(x)
     if any(y.requires_grad for y in ys):
-        inputs = [x, *learning] if x.requires_grad else learning
+        inputs = [x, *trainable] if x.requires_grad else trainable
         torch.autograd.grad(ys, inputs, [y.detach() for y in ys], allow_unused=True)
 
 

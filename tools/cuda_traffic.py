@@ -68,12 +68,12 @@ def forward(shape: Shape, base: bool, blocks: int, expanding: int | None = None)
     passes, sum_passes = visits(row_tiles, shape.tasks), visits(sum_tiles, shape.tasks)
     splits = shares(row_tiles * rank_tiles, blocks, ceil(k, STEP), 2, MOST_SPLITS)
     groups = shares(row_tiles, expanding or blocks, output_tiles, 1, output_tiles)
-    planes, h, qz = splits * m * padded(r) * FLOAT, m * r * act, m * width * act
+    partials, h, qz = splits * m * padded(r) * FLOAT, m * r * act, m * width * act
     computed = row_tiles * MANY_ROWS if many else sum_tiles * SUM_ROWS
     moved = [
         Traffic(0, "x", rank_tiles * m * k * act, m * k * act),
         Traffic(0, "a", row_tiles * r * k * act, r * k * act),
-        Traffic(0, "planes", planes, planes),
+        Traffic(0, "partials", partials, partials),
     ]
     items, base_planes, base_loads = row_tiles * rank_tiles * splits, 0, 0
     if base:
@@ -89,7 +89,7 @@ def forward(shape: Shape, base: bool, blocks: int, expanding: int | None = None)
         ]
     yield Phase(items, moved, 2 * computed * k * (r + n * base), at_once=2)
     moved = [
-        Traffic(1, "planes", planes, planes),
+        Traffic(1, "partials", partials, partials),
         Traffic(1, "h", h, h),
         Traffic(1, "v", sum_passes * s * r * act, shape.tasks * s * r * act),
         Traffic(1, "qz", qz, qz),
@@ -127,7 +127,7 @@ def backward(shape: Shape, blocks: int, dx: bool) -> Iterator[Phase]:
     splits = shares(row_tiles * wide_tiles, blocks, ceil(n, STEP), 2, MOST_SPLITS)
     groups = shares(row_tiles, blocks, ceil(k, TILE), 1, ceil(k, TILE))
     h, q, qz, seq = m * r * act, m * padded(r) * act, m * width * act, m * padded(s) * act
-    planes, factors = splits * m * width * FLOAT, tasks * s * r * act
+    partials, factors = splits * m * width * FLOAT, tasks * s * r * act
     da, db0 = chunks * r * k * FLOAT, chunks * n * r * FLOAT
     du, dv = runs * n * s * FLOAT, runs * s * r * FLOAT
     moved = [
@@ -143,14 +143,14 @@ def backward(shape: Shape, blocks: int, dx: bool) -> Iterator[Phase]:
         Traffic(1, "b0", passes * n * r * act, n * r * act),
         Traffic(1, "u", passes * n * s * act, tasks * n * s * act),
         Traffic(1, "fqz", output_tiles * qz, qz),
-        Traffic(1, "planes", planes, planes),
+        Traffic(1, "partials", partials, partials),
         Traffic(1, "db0_planes", db0, db0),
         Traffic(1, "du_planes", du, du),
     ]
     items = row_tiles * wide_tiles * splits + chunks * output_tiles * outer_tiles
     yield Phase(items, moved, 2 * (passes * tile + m) * n * width)
     moved = [
-        Traffic(2, "planes", planes, planes),
+        Traffic(2, "partials", partials, partials),
         Traffic(2, "q", q, q),
         Traffic(2, "v", sum_passes * s * r * act, factors),
         Traffic(2, "dh", q, q),
@@ -170,7 +170,7 @@ def backward(shape: Shape, blocks: int, dx: bool) -> Iterator[Phase]:
     ]
     items = dx * row_tiles * groups + chunks * (ceil(r, TILE) * column_tiles + tasks * v_tiles) + tasks
     yield Phase(items, moved, 2 * (row_tiles * tile * dx + m) * r * k + 2 * m * r * s)
-    moved = [Traffic(4, "planes", sum((da, db0, du, dv)), sum((da, db0, du, dv)))]
+    moved = [Traffic(4, "partials", sum((da, db0, du, dv)), sum((da, db0, du, dv)))]
     sizes = (r * k, 1), (n * r, 1), (n * s, tasks), (s * r, tasks)
     gradients = sum(size * count for size, count in sizes)
     moved += [Traffic(4, "gradients", gradients * act, gradients * act)]

@@ -29,7 +29,7 @@ def accelerate_linears(model: nn.Module) -> dict[str, str | None]:
     found = {}
     for path, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
-            found[path] = None if type(layer) is AcceleratedLinear else left_alone(layer)
+            found[path] = None if type(layer) is AcceleratedLinear else unsupported_reason(layer)
             if found[path] is None:
                 layer.__class__ = AcceleratedLinear
     return found
@@ -47,13 +47,13 @@ def restore_linears(model: nn.Module) -> None:
             module.__class__ = nn.Linear
 
 
-def left_alone(layer: nn.Linear) -> str | None:
+def unsupported_reason(layer: nn.Linear) -> str | None:
     """Why `accelerate_linears` leaves a layer as it is, or None."""
     if not is_plain(layer):
         return f"it is a {type(layer).__name__} of a {type(layer.weight).__name__}"
     if "forward" in layer.__dict__:
         return "its forward was replaced"
-    return cpu_runtime.refusal(layer.weight, 0, 0)
+    return cpu_runtime.unsupported_reason(layer.weight, 0, 0)
 
 
 class AcceleratedLinear(nn.Linear):
@@ -107,7 +107,7 @@ def bound(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: bool = False) 
         bias is not None and ((bias.dtype, bias.device) != like or bias.shape != weight.shape[:1])
     ):
         return None
-    if cpu_runtime.refusal(x, 0, 0) is not None:
+    if cpu_runtime.unsupported_reason(x, 0, 0) is not None:
         return None
     a, b0 = weight.new_empty(0, weight.shape[1]), weight.new_empty(len(weight), 0)
     adapter = AdapterArgs(a, b0, None, None, None, None, None, None, None, 1.0, 0.0, None)

@@ -74,7 +74,7 @@ class Factors(tuple):
                 require_memory(*self, *base)
                 operation.check(*args)
                 bound = takes_none
-                if backends.forced["backend"] in (None, "cpu") and cpu_runtime.refusal(x, 0, 0) is None:
+                if backends.forced["backend"] in (None, "cpu") and cpu_runtime.unsupported_reason(x, 0, 0) is None:
                     bound = cpu_runtime.bind(args[0], *base, AdapterArgs(*self, *rest), blocks=True) or takes_none
                 self.settled_blocks = kind, bound
             y = bound(x, rest[0])

@@ -27,7 +27,7 @@ class LiLoRALinear(AdaptedLinear):
     in_features and out_features. A [r, K] and B0 [N, r] are shared by all tasks, U [N, sub_rank], V [sub_rank, r] and
     fusion [1] belong to one task; scaling = alpha / r (arXiv 2508.06202). With fusion=False M_t = B0 + U_t V_t.
 
-    train_a and train_b0 say when the shared factors learn: "always", in the "first" task only, or "never".
+    train_a and train_b0 say when the shared factors train: "always", in the "first" task only, or "never".
 
     Parameters are created by `add_task`, in the dtype and on the device of the base weight. A and B0 lie in
     ParameterDicts under every task's name, one Parameter object each.
@@ -164,9 +164,9 @@ class LiLoRALinear(AdaptedLinear):
         """Let A and B0 require gradients as train_a and train_b0 say for the active tasks."""
         first = self._first in self.active
         for policy, shared in ((self.train_a, self.lilora_A), (self.train_b0, self.lilora_B)):
-            learns = bool(self.active) and (policy == "always" or (policy == "first" and first))
+            trains = bool(self.active) and (policy == "always" or (policy == "first" and first))
             for parameter in shared.values():
-                parameter.requires_grad_(train and learns)
+                parameter.requires_grad_(train and trains)
 
     def bind(self) -> None:
         """Rebuild what compiled forwards read: a lookup by task name there would recompile for every task."""

@@ -29,7 +29,7 @@ def fuse_mlps(model: nn.Module) -> dict[str, str | None]:
     found = {}
     for path, mlp in model.named_modules():
         if is_adapted(mlp):
-            found[path] = None if is_fused(mlp) else left_apart(mlp)
+            found[path] = None if is_fused(mlp) else unfused_mlp_reason(mlp)
             if found[path] is None:
                 # A bound method would be looked up in the class when unpickled.
                 mlp.forward = partial(_fused_forward, mlp)
@@ -60,27 +60,28 @@ def pairs(model: nn.Module) -> dict[nn.Module, tuple[str, str | None]]:
     found = {}
     for mlp in model.modules():
         if is_adapted(mlp):
-            reason = (
-                apart(mlp.gate_proj, mlp.up_proj) if is_fused(mlp) else left_apart(mlp) or "fuse_mlps was not called"
-            )
+            if is_fused(mlp):
+                reason = unfused_reason(mlp.gate_proj, mlp.up_proj)
+            else:
+                reason = unfused_mlp_reason(mlp) or "fuse_mlps was not called"
             found[mlp.gate_proj], found[mlp.up_proj] = ("up_proj", reason), ("gate_proj", reason)
     return found
 
 
-def left_apart(mlp: nn.Module) -> str | None:
+def unfused_mlp_reason(mlp: nn.Module) -> str | None:
     """Why `fuse_mlps` leaves an adapted MLP as it is, or None."""
     if "forward" in mlp.__dict__:
         return "its forward was replaced"
     if formula(mlp) != FORMULA:
         return f"{type(mlp).__name__} does not compute {FORMULA}"
     gate, up = mlp.gate_proj, mlp.up_proj
-    reason = apart(gate, up)
+    reason = unfused_reason(gate, up)
     if reason is None and gate.tasks != up.tasks:
         reason = f"gate_proj has the tasks {gate.tasks} and up_proj {up.tasks}"
     return reason
 
 
-def apart(gate: nn.Module, up: nn.Module) -> str | None:
+def unfused_reason(gate: nn.Module, up: nn.Module) -> str | None:
     """Why a forward has to compute the two apart, or None; says nothing of tasks (see `LiLoRALinear.forward`)."""
     for name, layer in (("gate_proj", gate), ("up_proj", up)):
         if not isinstance(layer, LiLoRALinear):
@@ -101,7 +102,7 @@ def apart(gate: nn.Module, up: nn.Module) -> str | None:
 
 def _fused_forward(self, *args, **kwargs) -> Tensor:
     (x,) = (*args, *kwargs.values())  # classes call it x, hidden_state or hidden_states
-    pair = None if apart(self.gate_proj, self.up_proj) else gate_and_up(self.gate_proj, self.up_proj, x)
+    pair = None if unfused_reason(self.gate_proj, self.up_proj) else gate_and_up(self.gate_proj, self.up_proj, x)
     if pair is None:
         return type(self).forward(self, x)
     gate, up = pair

@@ -18,12 +18,12 @@ class Choice:
 
     groups: (names of parts, the chosen ranks [k] int64 of these parts laid end to end, or None for all), in order.
     gate: [G, R] over the ranks of the groups in this order; None stands for ones. G = 1 holds for every row.
-    snapshot: whether the parts are those of the layer's snapshot.
+    teacher: whether the parts are those of the layer's teacher.
     """
 
     groups: tuple[Group, ...]
     gate: Tensor | None = None
-    snapshot: bool = False
+    teacher: bool = False
 
 
 Chooser = Callable[["RankPoolLinear", Tensor], tuple[Choice | None, Tensor | None]]
@@ -45,7 +45,7 @@ class RankPoolLinear(AdaptedLinear):
             raise ValueError(f"scaling is {scaling!r}; it must be a finite number")
         self.choose, self.scaling = choose, scaling
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.snapshot: dict[str, tuple[Tensor, Tensor]] = {}  # frozen parts of a teacher, no parameters
+        self.teacher: dict[str, tuple[Tensor, Tensor]] = {}  # frozen parts of a teacher, no parameters
         self._gathered: tuple[tuple, Choice, Factors] | None = None
 
     @property
@@ -72,10 +72,10 @@ class RankPoolLinear(AdaptedLinear):
                 value = value.detach().to(like.device, dtype, copy=True, memory_format=torch.contiguous_format)
                 parameters[part] = nn.Parameter(value, requires_grad=train)
 
-    def part(self, name: str, snapshot: bool = False) -> tuple[Tensor, Tensor]:
+    def part(self, name: str, teacher: bool = False) -> tuple[Tensor, Tensor]:
         """(A, B) of a part; without ranks if the layer has no such part."""
-        if snapshot:
-            return self.snapshot[name]
+        if teacher:
+            return self.teacher[name]
         if name not in self.lora_A:
             return self.empty(0, self.in_features), self.empty(self.out_features, 0)
         return self.lora_A[name], self.lora_B[name]
@@ -87,7 +87,7 @@ class RankPoolLinear(AdaptedLinear):
             return self.base_layer(x, *args, **kwargs)
         factors = self._gather(choice)
         adapter = {"gate": choice.gate, "gate_row": rows, "ranks": self._trained(choice)}
-        p = self.dropout if self.training and not choice.snapshot else 0.0
+        p = self.dropout if self.training and not choice.teacher else 0.0
         return self._adapted(x, factors, self.scaling, p, args, kwargs, **adapter)
 
     def train(self, mode: bool = True) -> "RankPoolLinear":
@@ -95,7 +95,7 @@ class RankPoolLinear(AdaptedLinear):
         return super().train(mode)
 
     def _gather(self, choice: Choice) -> Factors:
-        parts = {n: self.part(n, choice.snapshot) for names, _ in choice.groups for n in names}
+        parts = {n: self.part(n, choice.teacher) for names, _ in choice.groups for n in names}
         if torch.is_grad_enabled() and any(a.requires_grad for a, _ in parts.values()):
             return Factors((*gather(parts, choice.groups), None, None, None))
         # Decoding asks for the same ranks at every step.
@@ -109,12 +109,12 @@ class RankPoolLinear(AdaptedLinear):
 
     def _trained(self, choice: Choice) -> tuple[int, int] | None:
         """The ranks behind the leading groups that need no gradient; None for all of them."""
-        sizes, learns = [], []
+        sizes, trains = [], []
         for names, ranks in choice.groups:
-            parts = [self.part(name, choice.snapshot)[0] for name in names]
+            parts = [self.part(name, choice.teacher)[0] for name in names]
             sizes.append(sum(a.shape[0] for a in parts) if ranks is None else ranks.shape[0])
-            learns.append(any(a.requires_grad for a in parts))
-        frozen = sum(sizes[: learns.index(True)]) if True in learns else 0
+            trains.append(any(a.requires_grad for a in parts))
+        frozen = sum(sizes[: trains.index(True)]) if True in trains else 0
         return (frozen, sum(sizes)) if frozen else None
 
     def extra_repr(self) -> str:

@@ -16,7 +16,7 @@ Side = tuple[AdapterArgs] | tuple[AdapterArgs, Tensor | None, Tensor | None]
 """An adapter, with the weight and bias of its base where that is part of the call. Two have the same x and tasks."""
 
 
-def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
+def unsupported_reason(x: Tensor, rank: int, sub_rank: int) -> str | None:
     """Why the CPU kernels cannot run on x, or None."""
     if not x.is_cpu:
         return "it needs tensors on the CPU"
@@ -33,7 +33,7 @@ def forward(op: str, x: Tensor, *sides: Side) -> list[tuple[Tensor, Tensor]] | N
         return None
     reason = None
     for side in sides:
-        reason = reason or unsupported(x, *side)
+        reason = reason or unsupported_call(x, *side)
     if reason is None:
         return decode(x, *sides)
     if plan is not None:
@@ -43,7 +43,7 @@ def forward(op: str, x: Tensor, *sides: Side) -> list[tuple[Tensor, Tensor]] | N
     return None
 
 
-def unsupported(
+def unsupported_call(
     x: Tensor, adapter: AdapterArgs, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> str | None:
     if x.shape[0] > DECODE_ROWS:
@@ -90,7 +90,7 @@ def bind(x: Tensor, *of: tuple | Tensor | AdapterArgs | None, blocks: bool = Fal
     *base, adapters = of
     one = isinstance(adapters, AdapterArgs)
     sides: list[Side] = [(adapters, *base)] if one else list(zip(adapters, *base, strict=True))
-    if backends.forced["plan"] not in (None, "decode") or any(unsupported(x[:1], *side) for side in sides):
+    if backends.forced["plan"] not in (None, "decode") or any(unsupported_call(x[:1], *side) for side in sides):
         return None
     run, count, columns, size = cpu_library.load().forward, len(sides), x.shape[1], x.itemsize
     parameters = [(side[0].b0.shape[0], packed(x, *side)) for side in sides]

@@ -23,7 +23,7 @@ LINEAR_PLANS = {
 }
 
 
-def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
+def unsupported_reason(x: Tensor, rank: int, sub_rank: int) -> str | None:
     """Why the CUDA kernels cannot run on x, or None."""
     if (error := cuda_library.load_error()) is not None:
         return error

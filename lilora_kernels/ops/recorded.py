@@ -29,13 +29,13 @@ def bind(
     plan = backends.forced["plan"]
     if plan not in (None, "recorded"):
         return None
-    reason = unsupported(x, base, adapter)
+    reason = unsupported_call(x, base, adapter)
     if plan is not None and reason is not None:
         raise backends.Unsupported(f"the plan 'recorded' cannot run here: {reason}")
     return Recorded(base, adapter, most_rows(x, adapter) if plan is None else math.inf) if reason is None else None
 
 
-def unsupported(x: Tensor, base: list[Tensor | None], adapter: AdapterArgs) -> str | None:
+def unsupported_call(x: Tensor, base: list[Tensor | None], adapter: AdapterArgs) -> str | None:
     if adapter.task is not None or (adapter.u is not None and adapter.u.dim() != 2):
         return "it takes the factors of one task for all rows"
     if adapter.gate is not None or adapter.ranks is not None:

@@ -79,15 +79,17 @@ class AdapterOperation:
         self.sides = self.arguments.sides
         self.frozen = [n for n in kinds if n.startswith(("weight", "bias"))]
         # Inputs that may want a gradient: their names, and of which adapter they are which field.
-        self.learned = {"x": (0, "x")}
-        self.learned |= {
+        self.differentiable = {"x": (0, "x")}
+        self.differentiable |= {
             f + side: (i, f) for i, side in enumerate(self.sides) for f in DIFFERENTIABLE if f + side in kinds
         }
         # What backward reads beside the adapters' arguments, and for the gradients of which inputs.
         self.readers = {"x": [f"a{side}" for side in self.sides]}
         self.readers |= {n: ["x"] for n in self.frozen if n.startswith("weight")}
         for i, side in enumerate(self.sides):
-            self.readers[f"h{side}"] = [n for n, (at, f) in self.learned.items() if at == i and f not in ("x", "a")]
+            self.readers[f"h{side}"] = [
+                n for n, (at, f) in self.differentiable.items() if at == i and f not in ("x", "a")
+            ]
         kept = {n: kind for n, kind in kinds.items() if n not in ("x", *self.frozen)}
         self.tensors = [n for n, kind in kept.items() if kind.startswith("Tensor")]
         self.numbers = [n for n, kind in kept.items() if not kind.startswith("Tensor")]
@@ -134,12 +136,12 @@ class AdapterOperation:
         return tuple(given[0].new_empty(given[0].shape[0], width) for width in widths)
 
     def wanted(self, needs: tuple[bool, ...]) -> tuple[list[tuple[int, str]], list[frozenset[str]]]:
-        """Of which adapter's which fields gradients are wanted, in the order of `learned`; the same for each adapter."""
-        asked = list(compress(self.learned.values(), needs))
+        """Of which adapter's which fields gradients are wanted, in the order of `differentiable`; the same for each adapter."""
+        asked = list(compress(self.differentiable.values(), needs))
         return asked, [frozenset(f for at, f in asked if f == "x" or at == side) for side in range(len(self.sides))]
 
     def backward(self, *args):
-        """The gradients asked for by `needs`, in the order of `learned`."""
+        """The gradients asked for by `needs`, in the order of `differentiable`."""
         (dy, *given, needs), adapters = self.backward_arguments.split(args)
         asked, wanted = self.wanted(tuple(needs))
         backend = backends.choose(self.name, args[0], *adapters[0].rank_sizes)
@@ -154,7 +156,7 @@ class AdapterOperation:
         return [dy.new_empty(dy.shape[0], columns) if t is None else t.new_empty(t.shape) for t in like]
 
     def saving(self, needs_input_grad: tuple[bool, ...]) -> tuple[Callable, list[bool], list[int]]:
-        """What to take of (*inputs, *h, None) for backward, which of `learned` want gradients, and their places in the inputs."""
+        """What to save of (*inputs, *h, None), which of `differentiable` want gradients, and their places in the inputs."""
         names = (*self.arguments.kinds, *(f"h{side}" for side in self.sides))
         wanted = set(compress(names, needs_input_grad))
         if not wanted.isdisjoint(self.frozen):
@@ -163,8 +165,8 @@ class AdapterOperation:
                 "use F.linear(x, weight, bias) + delta(...) to train it"
             )
         read = [len(names) if wanted.isdisjoint(of) else names.index(name) for name, of in self.readers.items()]
-        needs = [name in wanted for name in self.learned]
-        places = [names.index(name) for name in compress(self.learned, needs)]
+        needs = [name in wanted for name in self.differentiable]
+        places = [names.index(name) for name in compress(self.differentiable, needs)]
         return itemgetter(*read, *map(names.index, self.tensors)), needs, places
 
     def setup_context(self, ctx, inputs, output):

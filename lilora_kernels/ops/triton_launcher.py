@@ -39,13 +39,13 @@ class Launch(dict):
         """Different wherever Triton would compile differently: None, types, multiples of 16, integers that are 1 or large."""
         if self.integers is None:
             names = [name for name in self.kernel.arg_names if name not in self][-len(numbers) :] if numbers else []
-            apart = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
-            self.integers = [(i, names[i] in apart) for i, n in enumerate(numbers) if isinstance(n, int)]
+            unspecialized = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
+            self.integers = [(i, names[i] in unspecialized) for i, n in enumerate(numbers) if isinstance(n, int)]
         return (
             tuple([None if t is None else t.dtype for t in tensors]),
             gcd(16, *pointers) < 16 and tuple([pointer & 15 for pointer in pointers]),
             tuple(
-                [n >> 31 if apart else n == 1 or (n & 15, n >> 31) for i, apart in self.integers for n in [numbers[i]]]
+                [n >> 31 if plain else n == 1 or (n & 15, n >> 31) for i, plain in self.integers for n in [numbers[i]]]
             ),
         )
 

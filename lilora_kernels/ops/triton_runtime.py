@@ -22,7 +22,7 @@ LEAST_SHARED_MEMORY = 99 * 1024  # bytes that a block may have on every GPU that
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def refusal(x: Tensor, rank: int, sub_rank: int) -> str | None:
+def unsupported_reason(x: Tensor, rank: int, sub_rank: int) -> str | None:
     """Why the Triton kernels cannot run on x, or None."""
     if not installed():
         return "triton is not installed"

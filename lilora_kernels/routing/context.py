@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .task_names import TaskIds, TaskNames
-from .vision_tokens import Units, contents, of_equal_size, units_of_batch
+from .vision_tokens import VisionTokens, contents, of_equal_size, vision_tokens_of_batch
 
 SET_IN_BETWEEN = (
     "the active task was set between a forward and its backward; set it after the backward, or train several tasks "
@@ -34,15 +34,15 @@ class BatchContext:
     """What one forward's batch says to the adapted layers.
 
     task: [B] int32, -1 for samples without an adapter; None for the active task. ids: its values, where the host knows
-    them. length: tokens per sample where text layers see flattened [B * length, K] rows. units: what explains the rows ahead
-    of the language model, see units.py: image tokens of each sample (or tiles) of images of one size, as a tensor [B] inside
-    a compiled graph, where the host does not see them; unknown: why they are not known. plain: every input has one row for
+    them. length: tokens per sample where text layers see flattened [B * length, K] rows. vision_tokens: what explains the
+    rows ahead of the language model, see vision_tokens.py: image tokens of each sample (or tiles) of images of one size, as a
+    tensor [B] inside a compiled graph, where the host does not see them; unknown: why not. plain: every input has one row for
     each sample; others: the names of those that are no text. generating: the context is that of a whole generation.
     """
 
     task: Tensor | None
     length: int | None = None
-    units: Units | list[int] | Tensor | None = None
+    vision_tokens: VisionTokens | list[int] | Tensor | None = None
     ids: list[int] | None = None
     generating: bool = False
     plain: bool = False
@@ -137,19 +137,20 @@ class BatchContext:
 
     def vision_rows(self, x: Tensor, of: Tensor, path: str) -> Tensor:
         """For each row of x [images, patches, K] or [sum of patches, K], packed sample by sample -> [M]."""
-        shape, units = list(x.shape[:-1]), self.units
-        if units is None:
+        shape, tokens = list(x.shape[:-1]), self.vision_tokens
+        if tokens is None:
             why = self.unknown or (
                 "the route does not know how many image tokens each sample has; pass input_ids with the images, or "
-                "route(..., units=...)"
+                "route(..., vision_tokens=...)"
             )
             raise ValueError(f"{path}, ahead of the language model, sees {shape} rows, but {why}")
-        if isinstance(units, Tensor):
+        if isinstance(tokens, Tensor):
             return self._vision_rows_in_graph(x, of)
-        counts = units.of(shape) if isinstance(units, Units) else of_equal_size(units, shape)
+        counts = tokens.of(shape) if isinstance(tokens, VisionTokens) else of_equal_size(tokens, shape)
         if counts is None:
-            known = units if isinstance(units, list) else units.packed if units.images is None else units.images
-            what = "images or tiles" if isinstance(units, Units) and known is units.images else "image tokens or tiles"
+            known = tokens if isinstance(tokens, list) else tokens.packed if tokens.images is None else tokens.images
+            by_images = isinstance(tokens, VisionTokens) and known is tokens.images
+            what = "images or tiles" if by_images else "image tokens or tiles"
             raise ValueError(
                 f"{path}, ahead of the language model, sees {shape} rows, which {known} {what} (in all {sum(known)}) in "
                 f"{len(known)} samples do not explain; check the images of the batch, adapt layers of the decoder only, or "
@@ -159,13 +160,13 @@ class BatchContext:
         return of.repeat_interleave(repeats, output_size=x.shape[:-1].numel())
 
     def _vision_rows_in_graph(self, x: Tensor, of: Tensor) -> Tensor:
-        """As `units.of_equal_size`, where an error has to wait for the device."""
-        rows, images, units = x.shape[:-1].numel(), x.shape[0], self.units.to(x.device)
-        total = units.sum().clamp(min=1)  # no image tokens explain no rows: the last end is 0 then
+        """As `vision_tokens.of_equal_size`, where an error has to wait for the device."""
+        rows, images, tokens = x.shape[:-1].numel(), x.shape[0], self.vision_tokens.to(x.device)
+        total = tokens.sum().clamp(min=1)  # no image tokens explain no rows: the last end is 0 then
         explained = rows % total == 0
         if x.dim() > 2 and images > 1:
-            explained = (total % images == 0) & (units % (total // images).clamp(min=1) == 0).all()
-        ends = units.cumsum(0) * rows // total
+            explained = (total % images == 0) & (tokens % (total // images).clamp(min=1) == 0).all()
+        ends = tokens.cumsum(0) * rows // total
         torch._assert_async(
             explained & (ends[-1] == rows),
             f"the image tokens of the batch do not explain the {rows} rows that a layer ahead of the language model sees; "
@@ -238,8 +239,8 @@ class BatchContext:
         if self.generating and samples not in (None, self.samples):
             base = self._repeated.get(samples) or self._repeat(samples)
             self._repeated[samples] = base
-        if inputs.get("units") is None and inputs.get("unknown") is None:
-            inputs = inputs | {"units": base.units, "unknown": base.unknown}
+        if inputs.get("vision_tokens") is None and inputs.get("unknown") is None:
+            inputs = inputs | {"vision_tokens": base.vision_tokens, "unknown": base.unknown}
         return BatchContext(
             base.task, self.length if length is None else length, **inputs, ids=base.ids, generating=self.generating,
             tasks=self.tasks, stacks=self.stacks if self.generating else {}, _chosen=base._chosen, _ran=set(),
@@ -259,9 +260,10 @@ class BatchContext:
         def each(values):
             return [value for value in values for _ in range(times)] if isinstance(values, list) else values
 
-        units = Units(*map(each, self.units)) if isinstance(self.units, Units) else each(self.units)
+        tokens = self.vision_tokens
+        tokens = VisionTokens(*map(each, tokens)) if isinstance(tokens, VisionTokens) else each(tokens)
         return BatchContext(
-            self.task.repeat_interleave(times), self.length, units, each(self.ids), plain=self.plain,
+            self.task.repeat_interleave(times), self.length, tokens, each(self.ids), plain=self.plain,
             others=self.others, unknown=self.unknown, tasks=self.tasks,
         )  # fmt: skip
 
@@ -295,13 +297,13 @@ class Tasks(TaskNames):
         self.arguments: tuple[str, ...] = ()  # of the model's forward
         self.main = "input_ids"  # the one of them that has a row for each sample
         self.opened = 0  # `route` blocks that are open, in whatever thread
-        self.seen: tuple = ()  # `setting` at the last forward without task ids
+        self.seen: tuple = ()  # `activation` at the last forward without task ids
         self.routed = False  # whether any forward that can be recomputed had task ids
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"opened": 0}  # no route is open on a copy
 
-    def example(self, x: Tensor, frozen_copy: bool = False) -> BatchContext:
+    def example(self, x: Tensor, teacher: bool = False) -> BatchContext:
         """The context of a forward of which a layer sees x [samples, rows, K]."""
         return BatchContext(None)
 
@@ -334,8 +336,8 @@ class Tasks(TaskNames):
         return context if context.one_task else replace(context, **self.explained(model, input_ids, args, kwargs))
 
     def explained(self, model: nn.Module, input_ids: Tensor | None, args: tuple, kwargs: dict) -> dict:
-        """`units`, `plain` and `unknown` of the context of a forward with these arguments."""
-        found = {"units": None, "plain": False, "others": "", "unknown": None}
+        """`vision_tokens`, `plain` and `unknown` of the context of a forward with these arguments."""
+        found = {"vision_tokens": None, "plain": False, "others": "", "unknown": None}
         if not self.packed:
             return found
         if len(args) > 1:
@@ -345,7 +347,7 @@ class Tasks(TaskNames):
         if not found["plain"]:
             found["others"] = ", ".join(sorted(others))
             try:
-                found["units"] = None if input_ids is None else units_of_batch(model, input_ids, kwargs)
+                found["vision_tokens"] = None if input_ids is None else vision_tokens_of_batch(model, input_ids, kwargs)
             except ValueError as error:  # said by the layer that sees these rows
                 found["unknown"] = str(error)
         return found
@@ -367,7 +369,7 @@ class Tasks(TaskNames):
             if context.task is not None:
                 self.routed = True
             elif not torch.compiler.is_compiling():
-                self.seen = self.setting
+                self.seen = self.activation
         before = _compiled.contexts
         _compiled.contexts = (*before, context)
         if torch.compiler.is_compiling():
@@ -387,10 +389,10 @@ class Tasks(TaskNames):
 
     def unchanged(self) -> Callable[[Tensor], None]:
         """A hook on an output: torch would drop the gradients of a task that stopped training before the backward."""
-        setting = self.setting
+        before = self.activation
 
         def check(_: Tensor) -> None:
-            if setting != self.setting:
+            if before != self.activation:
                 raise RuntimeError(SET_IN_BETWEEN)
 
         return check
@@ -402,8 +404,8 @@ class Tasks(TaskNames):
     def require_context(self) -> None:
         """Raise when a layer is recomputed in backward by a checkpoint that does not restore its forward's context."""
         if torch._C._current_graph_task_id() == -1:
-            self.seen = self.setting
-        elif self.routed or self.seen != self.setting:
+            self.seen = self.activation
+        elif self.routed or self.seen != self.activation:
             raise RuntimeError(
                 "a checkpointed layer is recomputed without the route of its forward; enable checkpointing through "
                 "model.gradient_checkpointing_enable(), or pass context_fn=tasks_of(model).checkpoint_context"
@@ -414,11 +416,11 @@ class Recomputation(AbstractContextManager):
     """Remembers the context of the running forward; `with` it, a recomputation sees that one, as often as needed."""
 
     def __init__(self, tasks: Tasks) -> None:
-        self.tasks, self.context, self.setting = tasks, tasks.current or BatchContext(None), tasks.setting
+        self.tasks, self.context, self.activation = tasks, tasks.current or BatchContext(None), tasks.activation
         self._open: list = []
 
     def __enter__(self) -> None:
-        if self.setting != self.tasks.setting:
+        if self.activation != self.tasks.activation:
             raise RuntimeError(SET_IN_BETWEEN)
         used = self.tasks.use(self.context)
         used.__enter__()

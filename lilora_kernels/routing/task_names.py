@@ -25,7 +25,7 @@ class TaskNames:
         return tuple(self._ids)
 
     @property
-    def setting(self) -> tuple:
+    def activation(self) -> tuple:
         """What a recomputation must find as its forward left it."""
         return self.active, self.train
 
@@ -99,7 +99,7 @@ class TaskNames:
 
     def activate(self, names: tuple[str, ...], train: bool) -> None:
         """Of the model: layers have their own, which are these unless one of them alone was told otherwise."""
-        if self.setting != (names, train):
+        if self.activation != (names, train):
             self.active, self.train = names, train
             self.changes += 1
 

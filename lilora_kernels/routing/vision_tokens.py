@@ -32,7 +32,7 @@ VIDEO_INPUTS = {"pixel_values_videos", "video_grid_thw", "video_merge_sizes", "s
 KNOWN_INPUTS = TEXT_INPUTS | IMAGE_INPUTS | PADDED_INPUTS | VIDEO_INPUTS
 
 
-class Units(NamedTuple):
+class VisionTokens(NamedTuple):
     """Of each sample: `images`, which rows [images, n, K] belong to; `packed`, which rows [sum, K] are in proportion to.
 
     None where rows of that kind cannot be told apart. exact: as many packed rows as `packed` says, no multiple.
@@ -59,14 +59,14 @@ class Units(NamedTuple):
 
 
 def of_equal_size(tokens: list[int], shape: Sequence[int]) -> list[int] | None:
-    """`Units.of` for images or tiles that all have the same number of tokens."""
+    """`VisionTokens.of` for images or tiles that all have the same number of tokens."""
     images = None
     if len(shape) > 1 and shape[0] > 1:
         each, rest = divmod(sum(tokens), shape[0])
         if not each or rest or any(count % each for count in tokens):
             return None
         images = [count // each for count in tokens]
-    return Units(images, tokens).of(shape)
+    return VisionTokens(images, tokens).of(shape)
 
 
 def contents(names: Mapping[str, object]) -> set[str]:
@@ -84,7 +84,9 @@ def _holds_values(value: object) -> bool:
     return isinstance(value, Tensor) or hasattr(value, "__array_interface__")
 
 
-def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> "Units | list[int] | Tensor | None":
+def vision_tokens_of_batch(
+    model: nn.Module, input_ids: Tensor, inputs: Mapping
+) -> "VisionTokens | list[int] | Tensor | None":
     """Of each sample of input_ids [B, L] in a forward with these inputs; None without images and videos.
 
     Tokens of each, where all images or tiles have the same number of them: a list, or inside a compiled graph, where the
@@ -116,7 +118,7 @@ def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> "Uni
         # [videos, frames, channels, height, width] are of one size
         number = _of_number(videos.shape[0], tokens, "videos")
         frames = videos.shape[1:-3].numel()
-        return Units([count * frames for count in number], number)
+        return VisionTokens([count * frames for count in number], number)
     if images is None:
         return None
     image_token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
@@ -135,13 +137,13 @@ def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> "Uni
     if sizes is None:
         if images.dim() > 4:  # [samples, most tiles, ...]: how many are tiles and not padding, the model finds out
             return tokens
-        return Units(_of_number(images.shape[0], tokens, "images"), tokens)
+        return VisionTokens(_of_number(images.shape[0], tokens, "images"), tokens)
     # The outer model may have a method of that name too, but not the parameter that the packing needs.
     packs = ("pack_image_features", "image_newline")
     packer = next((module for module in model.modules() if all(hasattr(module, name) for name in packs)), None)
     if packer is not None:
         tiles = _tiles(packer, sizes, inputs.get("batch_num_images"), tokens)
-        return Units(tiles, tiles)
+        return VisionTokens(tiles, tiles)
     patch = getattr(getattr(config, "vision_config", None), "patch_size", None)
     if not isinstance(patch, int):
         raise ValueError(
@@ -152,14 +154,14 @@ def units_of_batch(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> "Uni
     if unit > patch:
         _require_whole(sizes, unit)
     lengths = (sizes // unit).prod(-1).tolist()
-    return Units(None, _assigned(lengths, lengths, tokens))
+    return VisionTokens(None, _assigned(lengths, lengths, tokens))
 
 
 def _count(input_ids: Tensor, token: int | None) -> list[int] | None:
     return None if token is None else (input_ids == token).sum(1).tolist()
 
 
-def _of_padded(number: int, image: Tensor, inputs: Mapping) -> Units:
+def _of_padded(number: int, image: Tensor, inputs: Mapping) -> VisionTokens:
     """Of so many images, all padded to the patches of the largest; image: [B, L] bool, where image tokens are.
 
     By their true patches, where every token is of the same number of them; else each run of image tokens is an image.
@@ -172,14 +174,14 @@ def _of_padded(number: int, image: Tensor, inputs: Mapping) -> Units:
         patches = (inputs["image_position_ids"] >= 0).all(-1).sum(-1).tolist()
     each = max(1, sum(patches) // max(1, sum(tokens)))
     if sum(patches) == each * sum(tokens) and not any(count % each for count in patches):
-        return Units(_assigned([1] * number, [count // each for count in patches], tokens), tokens, exact=True)
+        return VisionTokens(_assigned([1] * number, [count // each for count in patches], tokens), tokens, exact=True)
     runs = (image[:, :1].sum(1) + (image[:, 1:] & ~image[:, :-1]).sum(1)).tolist()
     if sum(runs) != number:
         raise ValueError(
             f"{number} images padded to one size do not explain {runs} runs of image tokens in {len(runs)} samples; part the "
             "images by a token, or pass batches of one task"
         )
-    return Units(runs, tokens, exact=True)
+    return VisionTokens(runs, tokens, exact=True)
 
 
 def _of_number(number: int, tokens: list[int], what: str) -> list[int]:
@@ -192,14 +194,14 @@ def _of_number(number: int, tokens: list[int], what: str) -> list[int]:
     return [count // each for count in tokens]
 
 
-def _of_grids(grids: Tensor | None, tokens: list[int], name: str) -> Units:
+def _of_grids(grids: Tensor | None, tokens: list[int], name: str) -> VisionTokens:
     """Of patches [sum, K] and their grids [images, 3], where every token is of the same number of patches."""
     if grids is None:
         raise ValueError(f"the batch has patches without {name}; pass both as the model's processor gives them")
     patches = torch.as_tensor(grids).prod(-1).tolist()
     each = max(1, sum(patches) // max(1, sum(tokens)))
     _assigned(patches, [count // each for count in patches], tokens)
-    return Units(None, tokens)
+    return VisionTokens(None, tokens)
 
 
 def _tiles(packer: nn.Module, sizes: Tensor, images_of_sample: Tensor | None, tokens: list[int]) -> list[int]:
@@ -239,20 +241,20 @@ def _tiles(packer: nn.Module, sizes: Tensor, images_of_sample: Tensor | None, to
 
 def _assigned(tiles: list[int], lengths: list[int], tokens: list[int]) -> list[int]:
     """Tiles of each sample: images lie in the order of the samples, and a sample's tokens are those of its images."""
-    units, left, sample = [0] * len(tokens), list(tokens), 0
+    found, left, sample = [0] * len(tokens), list(tokens), 0
     for number, length in zip(tiles, lengths, strict=True):
         while sample < len(left) and left[sample] == 0:
             sample += 1
         if sample == len(left) or left[sample] < length:
             break
-        units[sample] += number
+        found[sample] += number
         left[sample] -= length
-    if sum(units) != sum(tiles) or any(left):
+    if sum(found) != sum(tiles) or any(left):
         raise ValueError(
             f"images of {lengths} tokens do not explain {tokens} image tokens in {len(tokens)} samples; check the images of "
             "the batch"
         )
-    return units
+    return found
 
 
 def _require_whole(sizes: Tensor, unit: int) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from lilora.errors import UserError, lost_process, tell
+from lilora.errors import UserError, lost_process, print_error
 from lilora.terminal import plain_console
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def train(
     with closing(opened) as run:
         bars = not (quiet or as_json or console.quiet)
         run.train(eval_batch_size, save_steps, workers, bars, (lambda line: None) if as_json else console_line)
-        processes.leave()
+        processes.destroy()
         if processes.rank() > 0:
             return
         result = run.result()
@@ -352,14 +352,14 @@ def info(as_json: Json = False) -> None:
     """Versions, devices, and which backends can run here and why others cannot."""
     import torch
 
-    from lilora_kernels.backends import refusals
+    from lilora_kernels.backends import unsupported_reasons
 
     facts: dict[str, Any] = {**environment(), "cpu build": cpu_build(), **cuda_build(), "backends": {}}
     on_gpu = torch.cuda.is_available()
     x = torch.empty(1, 1, device="cuda", dtype=torch.bfloat16) if on_gpu else torch.empty(1, 1)
     for op in ("delta", "linear", "delta_pair", "rank_gate"):
         facts["backends"][op] = {
-            name: "available" if why is None else why for name, why in refusals(op, x, 128, 64).items()
+            name: "available" if why is None else why for name, why in unsupported_reasons(op, x, 128, 64).items()
         }
     if as_json:
         print(json.dumps(facts))
@@ -683,10 +683,12 @@ def main() -> None:
             raise UserError("only lilora train runs in several processes; start this command without a launcher")
         app()
     except UserError as error:
-        tell(str(error))
+        print_error(str(error))
         sys.exit(2)
     except Exception as error:
         if not lost_process(error):
             raise
-        tell("another process of this run has ended; run the same command again to go on from the last checkpoint")
+        print_error(
+            "another process of this run has ended; run the same command again to go on from the last checkpoint"
+        )
         sys.exit(1)

@@ -12,13 +12,13 @@ class UserError(ValueError):
     """
 
 
-def tell(message: str) -> None:
+def print_error(message: str) -> None:
     """Print one sentence on standard error; of several processes of a run only the first that has one to print does."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _first():
         print(f"lilora: {message}", file=sys.stderr, flush=True)
 
 
-def note(message: str) -> None:
+def print_note(message: str) -> None:
     """Print one sentence on standard error and go on; for what one process alone finds."""
     print(f"lilora: {message}", file=sys.stderr, flush=True)
 

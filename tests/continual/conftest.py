@@ -124,7 +124,7 @@ def _unreported():
 @pytest.fixture
 def resumed(monkeypatch):
     """Every checkpoint of the test is whole: to pass over one, which ends with the same bank, fails it."""
-    monkeypatch.setattr(train, "note", pytest.fail)
+    monkeypatch.setattr(train, "print_note", pytest.fail)
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def test_fp32_masters_under_16_bit_activations(dtype, plan):
 def test_fp32_activations_are_left_to_others():
     i = make(30, 40, 24, 16, 8, dtype=torch.float32)
     reason = "it takes x in float16 or bfloat16, not in float32"
-    assert backends.refusals("delta", i.x, 16, 8)["cuda"] == reason
+    assert backends.unsupported_reasons("delta", i.x, 16, 8)["cuda"] == reason
     with pytest.raises(backends.Unsupported, match=reason):
         functional.delta(*adapter(i), **options(i))
 
@@ -507,14 +507,14 @@ def test_many_rows_of_few_tasks_are_composed_where_triton_can_run(monkeypatch):
     """Unless the fused product was measured to be faster."""
     i = make(4096, 64, 48, 16, 8, dtype=torch.bfloat16)
     weight, _ = base(i)
-    monkeypatch.setattr(triton_runtime, "refusal", lambda *_: None)
+    monkeypatch.setattr(triton_runtime, "unsupported_reason", lambda *_: None)
     assert cuda_linear.plan_of(i.x, weight, args_of(i)) == "composed"
     assert cuda_linear.plan_of(i.x[:255], weight, args_of(i)._replace(task=i.task[:255])) == "one_launch"
     few_each = (torch.arange(300) % 200).to(torch.int32)
     many = make(300, 64, 48, 16, 8, 200, dtype=torch.bfloat16)
     assert cuda_linear.plan_of(many.x, weight, args_of(many)._replace(task=few_each)) == "by_phase"
     monkeypatch.setitem(cuda_linear.FUSED_FROM, ("cpu", 64, 48), 300)
-    on_sm_90a = cuda_linear.unfit(i.x, weight, args_of(i)) is None
+    on_sm_90a = cuda_linear.unsupported_call(i.x, weight, args_of(i)) is None
     assert cuda_linear.plan_of(i.x, weight, args_of(i)) == ("fused" if on_sm_90a else "composed")
 
 
@@ -525,12 +525,12 @@ def test_the_fused_product_leaves_what_it_cannot_do_to_the_other_plans(monkeypat
         "multiples of 8": (make(30, 60, 48, 16, 8, dtype=torch.bfloat16), torch.zeros(48, 60).bfloat16()),
         "multiples of 16 bytes": (i, torch.zeros(48, 65).bfloat16()[:, :64]),
     }
-    assert cuda_linear.unfit(i.x, weight, args_of(i), torch.zeros(48)) is None
-    assert cuda_linear.unfit(i.x, weight, args_of(i.to(torch.float32))) is None
+    assert cuda_linear.unsupported_call(i.x, weight, args_of(i), torch.zeros(48)) is None
+    assert cuda_linear.unsupported_call(i.x, weight, args_of(i.to(torch.float32))) is None
     for reason, (inputs, w) in reasons.items():
-        assert reason in cuda_linear.unfit(inputs.x, w, args_of(inputs))
+        assert reason in cuda_linear.unsupported_call(inputs.x, w, args_of(inputs))
     monkeypatch.setattr(cuda_linear, "SLOT_BYTES", 1000)
-    assert "memory" in cuda_linear.unfit(i.x, weight, args_of(i))
+    assert "memory" in cuda_linear.unsupported_call(i.x, weight, args_of(i))
     assert cuda_linear.plan_of(i.x, weight, args_of(i)) == "decode"
     others = r"its slots .*; 'cuda' has \['decode', 'one_launch', 'composed', 'by_phase', 'fused'\]"
     with backends.plan("fused"), pytest.raises(backends.Unsupported, match=f"'fused' cannot run here: {others}"):

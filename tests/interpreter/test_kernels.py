@@ -551,11 +551,11 @@ def test_fp32_masters_under_fp16_activations(plan, pinned):
 
 def test_what_the_kernels_refuse():
     x = torch.randn(2, 4)
-    assert triton_runtime.refusal(x, 128, 64) is None
-    assert "torch.bfloat16 in the interpreter" in triton_runtime.refusal(x.bfloat16(), 128, 64)
-    assert "torch.float64" in triton_runtime.refusal(x.double(), 128, 64)
-    assert "r up to 256 and sub_rank up to 128" in triton_runtime.refusal(x, 257, 64)
-    assert "r up to 256 and sub_rank up to 128" in triton_runtime.refusal(x, 16, 129)
+    assert triton_runtime.unsupported_reason(x, 128, 64) is None
+    assert "torch.bfloat16 in the interpreter" in triton_runtime.unsupported_reason(x.bfloat16(), 128, 64)
+    assert "torch.float64" in triton_runtime.unsupported_reason(x.double(), 128, 64)
+    assert "r up to 256 and sub_rank up to 128" in triton_runtime.unsupported_reason(x, 257, 64)
+    assert "r up to 256 and sub_rank up to 128" in triton_runtime.unsupported_reason(x, 16, 129)
     assert "triton: " not in lilora_kernels.explain(torch.nn.Sequential(LiLoRALinear(torch.nn.Linear(4, 4), r=2)))
 
 

@@ -158,7 +158,7 @@ def test_the_cuda_library_is_loaded_by_every_plan_and_the_eager_backend_by_none(
     assert plans == {"decode", "one_launch", "composed"}
     asked = []
     monkeypatch.setattr(cuda_backend, "rows", lambda device: asked.append(device) or [3])
-    able = replace(backends._table["linear"]["cuda"], refusal=lambda *_: None)
+    able = replace(backends._table["linear"]["cuda"], unsupported_reason=lambda *_: None)
     ran = []
     able = replace(
         able, forward=lambda x, *rest: ran.append(len(x)) or backends._table["linear"]["eager"].forward(x, *rest)
@@ -233,7 +233,7 @@ def unfused(**options):
     return layer
 
 
-def pooled(scope="sample", value="score", snapshot=False):
+def pooled(scope="sample", value="score", teacher=False):
     tasks, rule = PoolTasks(SimpleNamespace(widths=(6, 4))), GateRule(3, scope, value)
     pool = RankPool(rule, *tasks.source.widths)
     layer = RankPoolLinear(torch.nn.Linear(K, N).requires_grad_(False), PoolChooser(pool), dropout=0.1)
@@ -241,9 +241,9 @@ def pooled(scope="sample", value="score", snapshot=False):
     for part, n in (("old", 9), ("new", 5)):
         pool.put(part, torch.randn(n, 6), torch.randn(n, 4), train=part == "new")
         layer.put(part, torch.randn(n, K), torch.randn(N, n), train=part == "new")
-        if snapshot:
-            pool.snapshot[part] = torch.randn(2, 6), torch.randn(2, 4)
-            layer.snapshot[part] = torch.randn(2, K), torch.randn(N, 2)
+        if teacher:
+            pool.teacher[part] = torch.randn(2, 6), torch.randn(2, 4)
+            layer.teacher[part] = torch.randn(2, K), torch.randn(N, 2)
     return layer
 
 
@@ -274,7 +274,7 @@ MODELS = {
     "MLP": fused,
     "pool": pooled,
     "pool, one choice": lambda: pooled("batch", "binary"),
-    "pool and its teacher": lambda: pooled(snapshot=True),
+    "pool and its teacher": lambda: pooled(teacher=True),
     "experts by row": routed_by_row,
 }
 
@@ -284,8 +284,8 @@ def routes(made, rows):
     if isinstance(getattr(made, "model_tasks", None), PoolTasks):
         for samples in {1, 5 if rows % 5 == 0 else 1}:
             x = torch.empty(samples, rows // samples, K)
-            for snapshot in (False, True) if made.snapshot else (False,):
-                yield made.model_tasks.use(made.model_tasks.example(x, snapshot)), x.shape
+            for teacher in (False, True) if made.teacher else (False,):
+                yield made.model_tasks.use(made.model_tasks.example(x, teacher)), x.shape
         return
     yield nullcontext(), (1, rows, K)
     if isinstance(made, RankPoolLinear):
@@ -338,13 +338,13 @@ def test_what_is_used_after_warmup_was_compiled_by_it(name, dtype, variants):
 
 def test_pools_are_left_as_they_were(variants, monkeypatch):
     monkeypatch.setattr(triton_configs, "bucket_rows", lambda device: [2])
-    for layer in (routed_by_row(), pooled(snapshot=True)):
+    for layer in (routed_by_row(), pooled(teacher=True)):
         layer.train()
         before = {n: t.clone() for n, t in layer.state_dict().items()}, torch.get_rng_state(), layer._gathered
         seen = layer.model_tasks.seen, layer.model_tasks.routed, layer.model_tasks.current
         # One choice and one for each sample, of the layer and of its teacher; in evaluation, and in training with an input
         # that wants a gradient and with one that does not.
-        assert lilora_kernels.warmup(layer) == 3 * (4 if layer.snapshot else 2)
+        assert lilora_kernels.warmup(layer) == 3 * (4 if layer.teacher else 2)
         for name, tensor in layer.state_dict().items():
             assert torch.equal(tensor, before[0][name])
         assert torch.equal(torch.get_rng_state(), before[1])

@@ -85,7 +85,7 @@ def test_a_mixed_batch_equals_its_samples_one_by_one(model, images):
     ids = torch.tensor([-1 if name is None else TASKS.index(name) for name in NAMES])
     close(logits(model, inputs, task_ids=ids), wanted)
     close(logits(model, inputs, task_ids=ids.tolist()), wanted)
-    with route(model, NAMES, units=[PATCHES * count for count in images]):
+    with route(model, NAMES, vision_tokens=[PATCHES * count for count in images]):
         close(logits(model, inputs), wanted)
     # The comparison can only fail if tasks differ.
     assert (logits(model, inputs, task_ids=NAMES[::-1]) - wanted).abs().max() > 0.1 * wanted.abs().max()
@@ -132,11 +132,11 @@ def gradients(model):
 def test_written_values_are_seen_by_every_way_to_route():
     model, inputs = tiny_llava(), batch([1, 1])
     layers, names = layers_of(model), ["count", "where"]
-    units = [PATCHES, PATCHES]
+    vision_tokens = [PATCHES, PATCHES]
 
     def ways():
         yield logits(model, inputs, task_ids=names)
-        with route(model, names, units=units):
+        with route(model, names, vision_tokens=vision_tokens):
             yield logits(model, inputs)
 
     before = [y.clone() for y in ways()]
@@ -148,7 +148,7 @@ def test_written_values_are_seen_by_every_way_to_route():
     for old, new in zip(before, ways(), strict=True):
         assert not torch.equal(old, new)
         close(new, wanted)
-    with route(model, names, units=units), torch.no_grad():
+    with route(model, names, vision_tokens=vision_tokens), torch.no_grad():
         logits(model, inputs)
         randomise(model)
         within = logits(model, inputs)
@@ -355,9 +355,9 @@ def test_layers_with_other_tasks_cannot_share_a_route():
 # --- Route by itself --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("units", [[8, 0, 4], torch.tensor([8, 0, 4])], ids=["eager", "in-graph"])
-def test_packed_rows(units):
-    r = BatchContext(torch.tensor([7, 8, 9], dtype=torch.int32), units=units)
+@pytest.mark.parametrize("vision_tokens", [[8, 0, 4], torch.tensor([8, 0, 4])], ids=["eager", "in-graph"])
+def test_packed_rows(vision_tokens):
+    r = BatchContext(torch.tensor([7, 8, 9], dtype=torch.int32), vision_tokens=vision_tokens)
     assert r.rows(torch.empty(3, 4, 5), AHEAD).tolist() == [7] * 8 + [9] * 4
     assert r.rows(torch.empty(12, 5), AHEAD).tolist() == [7] * 8 + [9] * 4
     assert r.rows(torch.empty(24, 5), AHEAD).tolist() == [7] * 16 + [9] * 8

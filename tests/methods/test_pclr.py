@@ -328,7 +328,7 @@ def test_teacher_of_an_integration_is_the_pool_as_it_was(fake_queries):
     method.begin(integrate, lambda samples: iter([]))
     assert method.experts() < before
     with torch.no_grad():
-        with method.pool_tasks.querying(query, snapshot=True):
+        with method.pool_tasks.querying(query, teacher=True):
             teacher = method.model(**inputs).logits
         with method.pool_tasks.querying(query):
             student = method.model(**inputs).logits
@@ -338,7 +338,7 @@ def test_teacher_of_an_integration_is_the_pool_as_it_was(fake_queries):
         for parameter in method.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        with method.pool_tasks.querying(query, snapshot=True):
+        with method.pool_tasks.querying(query, teacher=True):
             torch.testing.assert_close(method.model(**inputs).logits, wanted)
 
 
@@ -401,7 +401,7 @@ def test_integration_brings_the_student_to_the_teacher():
         for i in range(len(method.fakes.text)):
             query = Query(method.fakes.text[i : i + 1], method.fakes.vision[i : i + 1])
             with torch.no_grad():
-                with method.pool_tasks.querying(query, snapshot=True):
+                with method.pool_tasks.querying(query, teacher=True):
                     teacher = method.model(**data[0]).logits
                 with method.pool_tasks.querying(query):
                     total += divergence(method.model(**data[0]).logits, teacher).mean().item() / len(method.fakes.text)

@@ -60,7 +60,7 @@ def b0s(layers):
     return [next(iter(layer.lilora_B.values())) for layer in layers.values()]
 
 
-def snapshot(layers):
+def teacher(layers):
     return {name: b0.detach().clone() for name, b0 in zip(layers, b0s(layers), strict=True)}
 
 
@@ -70,7 +70,7 @@ def test_value_and_gradient_equal_the_dense_formula(task, dtype, rel):
     layers, weight = make_layers(dtype=dtype), 0.7
     assert all(0.05 < c < 0.95 for c in similarities(layers, task)), "the weights must matter"
     loss = StabilityLoss(layers, task, weight)
-    previous = snapshot(layers)
+    previous = teacher(layers)
     assert loss().item() == 0
     move(layers)
     wide = {name: layer.double() for name, layer in copies(layers).items()}
@@ -95,7 +95,7 @@ def copies(layers):
 def test_the_similarity_is_a_weight_and_follows_the_task_as_it_trains():
     layers = make_layers()
     loss = StabilityLoss(layers, "c", 1.0)
-    previous = snapshot(layers)
+    previous = teacher(layers)
     move(layers)
     before = loss()
     before.backward()
@@ -119,7 +119,7 @@ def test_first_task_costs_nothing():
 def test_a_task_at_its_initialisation_is_unlike_all_others():
     layers = make_layers()
     loss = StabilityLoss(layers, "c", 1.0)
-    previous = snapshot(layers)
+    previous = teacher(layers)
     move(layers)
     for layer in layers.values():
         layer.lilora_U["c"].data.zero_()
@@ -133,7 +133,7 @@ def test_an_earlier_task_without_an_update_counts_zero():
     layers = make_layers()
     for layer in layers.values():
         layer.lilora_U["a"].data.zero_()
-    loss, previous = StabilityLoss(layers, "c", 1.0), snapshot(layers)
+    loss, previous = StabilityLoss(layers, "c", 1.0), teacher(layers)
     move(layers)
     assert loss().item() == pytest.approx(dense(layers, previous, "c", 1.0).item(), rel=1e-12)
 
@@ -153,7 +153,7 @@ def test_opposite_and_equal_tasks_are_clamped():
 def test_a_layer_with_a_zero_basis_contributes_zero():
     layers = make_layers()
     layers["tall"].lilora_B["a"].data.zero_()
-    loss, previous = StabilityLoss(layers, "c", 1.0), snapshot(layers)
+    loss, previous = StabilityLoss(layers, "c", 1.0), teacher(layers)
     move(layers)
     others = {name: layer for name, layer in layers.items() if name != "tall"}
     got = loss()
@@ -166,7 +166,7 @@ def test_deleted_tasks_do_not_count():
     layers = make_layers()
     for layer in layers.values():
         layer.delete_task("a")
-    loss, previous = StabilityLoss(layers, "c", 1.0), snapshot(layers)
+    loss, previous = StabilityLoss(layers, "c", 1.0), teacher(layers)
     move(layers)
     assert loss().item() == pytest.approx(dense(layers, previous, "c", 1.0).item(), rel=1e-12)
 

@@ -356,13 +356,13 @@ def test_the_kernels_are_the_first_choice_for_few_rows(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(backends.forced, "plan", None)
         patch.setattr(eager, "forward", None)
-        assert backends.refusals("linear", i.x, 8, 4)["cpu"] is None
+        assert backends.unsupported_reasons("linear", i.x, 8, 4)["cpu"] is None
         assert torch.equal(linear(i, *frozen), decoded)
 
 
 def test_why_the_kernels_cannot_run(monkeypatch):
     def reason(x):
-        return backends.refusals("linear", x, 8, 4)["cpu"]
+        return backends.unsupported_reasons("linear", x, 8, 4)["cpu"]
 
     assert reason(torch.empty(1, 1, device="meta")) == "it needs tensors on the CPU"
     assert reason(torch.empty(1, 1, dtype=torch.float64)) == "it does not support torch.float64"

@@ -433,7 +433,7 @@ def test_a_forced_plan(monkeypatch):
             able = replace(
                 backends._table["linear"][name],
                 forward=lambda *a, name=name: seen.append(name) or run(*a),
-                refusal=lambda *_: None,
+                unsupported_reason=lambda *_: None,
             )
             patch.setitem(backends._table["linear"], name, able)
 

@@ -152,7 +152,7 @@ def test_the_eager_backend_needs_no_values_on_the_host():
     assert (gate.shape, chosen.shape) == ((3, 20), (3, 5))
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 WRONG = {
     "one dimension": (torch.randn(6), 2, ValueError, r"scores is \[6\]; it must be \[G, n\]"),
@@ -182,7 +182,7 @@ def test_bad_arguments_give_one_sentence_in_eager_fake_and_compiled_code(name):
 
 def test_backends_that_cannot_run_say_why():
     scores = torch.randn(2, 6)
-    reasons = backends.refusals("rank_gate", scores, 2, 0)
+    reasons = backends.unsupported_reasons("rank_gate", scores, 2, 0)
     assert reasons["cuda"] == "this operation has no kernel of its own there"
     assert reasons["eager"] is None
     with lilora_kernels.backend("cuda"):  # an order for the operations that have such kernels

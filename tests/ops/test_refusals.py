@@ -55,7 +55,7 @@ def chosen(op, x):
 def test_a_driver_that_is_too_old_for_the_cuda_build_leaves_triton(op, gpu, x):
     gpu.missing = OLD_DRIVER
     for _ in range(2):  # the answer is kept, with its reason
-        assert backends.refusals(op, x, 128, 64)["cuda"] == f"it cannot run on sm_90: {OLD_DRIVER}"
+        assert backends.unsupported_reasons(op, x, 128, 64)["cuda"] == f"it cannot run on sm_90: {OLD_DRIVER}"
         assert chosen(op, x) == "triton"
         with (
             lilora_kernels.backend("cuda"),
@@ -74,7 +74,8 @@ def test_a_pair_of_adapters_is_left_to_triton(gpu, x):
     for forced in (nullcontext(), lilora_kernels.backend("cuda")):
         with forced:
             assert (
-                backends.refusals("delta_pair", x, 128, 64)["cuda"] == "this operation has no kernel of its own there"
+                backends.unsupported_reasons("delta_pair", x, 128, 64)["cuda"]
+                == "this operation has no kernel of its own there"
             )
             assert chosen("delta_pair", x) == "triton"
 
@@ -106,7 +107,7 @@ def test_a_gpu_that_torch_cannot_speak_to_leaves_eager(error, gpu, x, monkeypatc
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", broken)
     reason = " ".join(str(error).split())
-    assert backends.refusals("delta", x, 128, 64) == {
+    assert backends.unsupported_reasons("delta", x, 128, 64) == {
         "cuda": reason,
         "triton": reason,
         "cpu": "it needs tensors on the CPU",
@@ -119,7 +120,9 @@ def test_a_triton_that_cannot_be_imported_leaves_eager(gpu, x, monkeypatch):
     gpu.missing = OLD_DRIVER
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(triton_runtime, "installed", lambda: True)
-    assert backends.refusals("delta", x, 128, 64)["triton"].startswith("triton cannot be imported (ModuleNotFoundError")
+    assert backends.unsupported_reasons("delta", x, 128, 64)["triton"].startswith(
+        "triton cannot be imported (ModuleNotFoundError"
+    )
     assert chosen("delta", x) == "eager"
 
 
@@ -137,7 +140,7 @@ def test_the_interpreter_says_which_numpy_it_needs(triton, numpy, works, gpu, no
     monkeypatch.setattr(sys.modules["triton"], "__version__", triton)
     monkeypatch.setattr(sys.modules["numpy"], "__version__", numpy)
     monkeypatch.setattr(cuda_library, "load_error", lambda: "none")
-    reason = triton_runtime.refusal(torch.randn(2, 4), 8, 4)
+    reason = triton_runtime.unsupported_reason(torch.randn(2, 4), 8, 4)
     if works:
         assert reason is None
         return

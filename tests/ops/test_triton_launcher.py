@@ -244,8 +244,8 @@ def test_ranks_that_shared_memory_cannot_hold_are_refused(shared, refused, monke
     x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
     monkeypatch.setattr(triton_runtime, "old_gpu", lambda device: None)
     monkeypatch.setattr(triton_runtime, "shared_memory", lambda device: shared * 1024)
-    assert triton_runtime.refusal(x, 256, 64) is None
-    assert ("takes more shared memory" in (triton_runtime.refusal(x, 256, 128) or "")) == refused
+    assert triton_runtime.unsupported_reason(x, 256, 64) is None
+    assert ("takes more shared memory" in (triton_runtime.unsupported_reason(x, 256, 128) or "")) == refused
 
 
 def test_hooks_and_other_versions_go_through_triton(launched, by_triton, monkeypatch):

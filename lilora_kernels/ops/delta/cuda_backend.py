@@ -44,7 +44,7 @@ def composed_parts(rows: Tensor, adapter: AdapterArgs) -> eager.Parts | None:
     plan, few = backends.forced["plan"], rows.shape[0] <= backends.ONE_LAUNCH_ROWS
     if plan != "composed" and (plan is not None or few):
         return None
-    if triton_runtime.refusal(rows, *adapter.rank_sizes) is not None:
+    if triton_runtime.unsupported_reason(rows, *adapter.rank_sizes) is not None:
         return None if plan is None else eager.TORCH
     from . import triton_backend  # imports Triton
 
@@ -56,7 +56,7 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] = bias + delta, and h [M, R]; with weight [N, K] the base product is added too."""
     return torch.ops.lilora_cuda.delta_forward(
-        rows_of(x), fitting(weight, x), fitting(bias, x), *operands(adapter, x),
+        rows_of(x), cast_parameter(weight, x), cast_parameter(bias, x), *operands(adapter, x),
         barrier_state(x.device) if one_launch else None, adapter.scaling, threshold(adapter.p), keep_scale(adapter.p), one_launch,
     )  # fmt: skip
 
@@ -92,8 +92,8 @@ def like(gradient: Tensor, parameter: Tensor) -> Tensor:
 def run_fused_forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
     """y [M, N] = x W^T + bias + delta in one product on sm_90a, after the launches that make h [M, R]."""
     return torch.ops.lilora_cuda.fused_linear_forward(
-        rows_of(x), rows_of(weight.to(x.dtype)), fitting(bias, x), *operands(adapter, x), adapter.scaling, threshold(adapter.p),
-        keep_scale(adapter.p),
+        rows_of(x), rows_of(weight.to(x.dtype)), cast_parameter(bias, x), *operands(adapter, x), adapter.scaling,
+        threshold(adapter.p), keep_scale(adapter.p),
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def rows_of(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(1) == 1 else x.contiguous()
 
 
-def fitting(tensor: Tensor | None, x: Tensor) -> Tensor | None:
+def cast_parameter(tensor: Tensor | None, x: Tensor) -> Tensor | None:
     """A parameter as the kernels read it."""
     return None if tensor is None else tensor.to(x.dtype).contiguous()
 
@@ -110,6 +110,6 @@ def fitting(tensor: Tensor | None, x: Tensor) -> Tensor | None:
 def operands(adapter: AdapterArgs, x: Tensor) -> tuple[Tensor | None, ...]:
     """a, b0, u, v, fusion, task, gate, gate_row and seed as the kernels take them."""
     of_tasks = (t if t is None or t.dim() == 3 else t.unsqueeze(0) for t in (adapter.u, adapter.v))
-    parameters = (fitting(t, x) for t in (adapter.a, adapter.b0, *of_tasks, adapter.fusion))
+    parameters = (cast_parameter(t, x) for t in (adapter.a, adapter.b0, *of_tasks, adapter.fusion))
     task, gate_row = (None if t is None else t.contiguous() for t in (adapter.task, adapter.gate_row))
-    return (*parameters, task, fitting(adapter.gate, x), gate_row, adapter.seed)
+    return (*parameters, task, cast_parameter(adapter.gate, x), gate_row, adapter.seed)

@@ -14,13 +14,15 @@ backends.register(
     cpu=backends.Implementation(
         cpu_backend.forward,
         eager.backward,
-        cpu_runtime.refusal,
+        cpu_runtime.unsupported_reason,
         cpu_runtime.PLANS | recorded.PLAN,
         bind=cpu_runtime.bind,
         bind_recorded=recorded.bind,
     ),
-    cuda=backends.lazy("lilora_kernels.ops.delta.cuda_backend", cuda_runtime.refusal, cuda_runtime.PLANS),
-    triton=backends.lazy("lilora_kernels.ops.delta.triton_backend", triton_runtime.refusal, triton_runtime.PLANS),
+    cuda=backends.lazy("lilora_kernels.ops.delta.cuda_backend", cuda_runtime.unsupported_reason, cuda_runtime.PLANS),
+    triton=backends.lazy(
+        "lilora_kernels.ops.delta.triton_backend", triton_runtime.unsupported_reason, triton_runtime.PLANS
+    ),
 )
 
 delta = AdapterOperation("delta", {"x": "Tensor", **kinds_of(AdapterArgs._fields)}, check_delta).op

@@ -113,7 +113,7 @@ def configuration(kernel: str, x: Tensor, adapter: AdapterArgs, pair: bool = Fal
 
 @cache
 def _configuration(names: tuple[str, ...], kernel: str, rows: int, pair: bool, *widths: int) -> Configuration:
-    return Configuration(fitted(chosen(names, kernel, rows, pair), *widths))
+    return Configuration(shrink_tiles(chosen(names, kernel, rows, pair), *widths))
 
 
 def widths(x: Tensor, adapter: AdapterArgs) -> tuple[int, int, int]:
@@ -152,7 +152,7 @@ def bucket_rows(device: torch.device) -> list[int]:
     return [1, *sorted({*ROWS, ONE_LAUNCH_ROWS + 1, ROWS[-1] + 1})]
 
 
-def fitted(sizes: dict[str, int], activation: int, parameter: int, block_r: int) -> dict[str, int]:
+def shrink_tiles(sizes: dict[str, int], activation: int, parameter: int, block_r: int) -> dict[str, int]:
     """Smaller tiles for wider elements and ranks above 128; of `widths`."""
     narrower = (activation > 2) + (block_r > 128)
     shallower = parameter > activation  # fp32 masters fill the stages of a pipeline

@@ -10,10 +10,10 @@ backends.register(
     "delta_pair",
     eager=backends.Implementation(eager.forward, eager.backward, lambda *_: None, backends.COMPOSED),
     cpu=backends.Implementation(
-        cpu_backend.forward, eager.backward, cpu_runtime.refusal, cpu_runtime.PLANS, bind=cpu_runtime.bind
+        cpu_backend.forward, eager.backward, cpu_runtime.unsupported_reason, cpu_runtime.PLANS, bind=cpu_runtime.bind
     ),
     triton=backends.lazy(
-        "lilora_kernels.ops.delta_pair.triton_backend", triton_runtime.refusal, triton_runtime.PAIR_PLANS
+        "lilora_kernels.ops.delta_pair.triton_backend", triton_runtime.unsupported_reason, triton_runtime.PAIR_PLANS
     ),
 )
 

@@ -53,7 +53,7 @@ def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | N
     """The plan that is forced, or the one for so many rows."""
     count, plan, reason = rows.shape[0], backends.forced["plan"], None
     if plan == "fused":
-        reason = unfit(rows, weight, adapter, bias)
+        reason = unsupported_call(rows, weight, adapter, bias)
     elif plan == "decode" and count > DECODE_ROWS:
         reason = f"it takes up to {DECODE_ROWS} rows, here are {count}"
     if reason is not None:
@@ -66,7 +66,7 @@ def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | N
     # In the fused product a NaN in one task's factors reaches other rows of its group: it is not taken for several unasked.
     modelled = None if composes or (adapter.task is not None and adapter.u is not None) else FUSED_ROWS
     fused_from = FUSED_FROM.get((device_name(rows.device), *weight.shape[::-1]), modelled)
-    if fused_from is not None and count >= fused_from and unfit(rows, weight, adapter, bias) is None:
+    if fused_from is not None and count >= fused_from and unsupported_call(rows, weight, adapter, bias) is None:
         return "fused"
     if composes:
         return "composed"
@@ -75,7 +75,7 @@ def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | N
     return "one_launch" if count <= backends.ONE_LAUNCH_ROWS else "by_phase"
 
 
-def unfit(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> str | None:
+def unsupported_call(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> str | None:
     """Why the fused product cannot run on x or dy [M, ...], or None."""
     if not on_hopper(rows.device):
         return "it needs a GPU of compute capability 9.0 and a build for 9.0a"

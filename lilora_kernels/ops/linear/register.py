@@ -14,13 +14,17 @@ backends.register(
     cpu=backends.Implementation(
         cpu_backend.forward,
         eager.backward,
-        cpu_runtime.refusal,
+        cpu_runtime.unsupported_reason,
         cpu_runtime.PLANS | recorded.PLAN,
         bind=cpu_runtime.bind,
         bind_recorded=recorded.bind,
     ),
-    cuda=backends.lazy("lilora_kernels.ops.linear.cuda_backend", cuda_runtime.refusal, cuda_runtime.LINEAR_PLANS),
-    triton=backends.lazy("lilora_kernels.ops.linear.triton_backend", triton_runtime.refusal, triton_runtime.PLANS),
+    cuda=backends.lazy(
+        "lilora_kernels.ops.linear.cuda_backend", cuda_runtime.unsupported_reason, cuda_runtime.LINEAR_PLANS
+    ),
+    triton=backends.lazy(
+        "lilora_kernels.ops.linear.triton_backend", triton_runtime.unsupported_reason, triton_runtime.PLANS
+    ),
 )
 
 BASE = {"weight": "Tensor", "bias": "Tensor?"}

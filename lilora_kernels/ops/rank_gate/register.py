@@ -15,7 +15,7 @@ backends.register(
     eager=backends.Implementation(eager.forward, None, lambda *_: None, {}),
     triton=backends.lazy(
         "lilora_kernels.ops.rank_gate.triton_backend",
-        lambda scores, *_: triton_runtime.refusal(scores, 0, 0),  # pools of any size
+        lambda scores, *_: triton_runtime.unsupported_reason(scores, 0, 0),  # pools of any size
         {},
     ),
 )

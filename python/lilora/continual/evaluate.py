@@ -29,7 +29,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class RoutedScore:
-    """given: with the task of every sample given; routed: with the tasks that a router found, which `routes` counts."""
+    """given: with the task of every sample given; routed: with the tasks that a router routed, which `routes` counts."""
 
     given: TaskScore
     routed: TaskScore
@@ -41,7 +41,7 @@ class RoutedScore:
 
     @property
     def accuracy(self) -> float:
-        """Percentage of the samples whose task was found."""
+        """Percentage of the samples whose task was routed."""
         return 100 * self.routes.get(self.task, 0) / sum(self.routes.values())
 
 
@@ -56,10 +56,10 @@ def evaluate(
     processes change nothing but rounding.
     """
     samples = {spec.name: InstructionDataset(spec, "test").samples for spec in tasks}
-    asked = in_turn(samples)
+    requests = in_turn(samples)
     answers: dict[str, list[dict[str, str]]] = {name: [] for name in samples}
-    said = answers_to(method, processor, asked, limits_of(tasks), batch_size, progress)
-    for (name, sample), answer in zip(asked, said, strict=True):
+    predictions = answers_to(method, processor, requests, limits_of(tasks), batch_size, progress)
+    for (name, sample), answer in zip(requests, predictions, strict=True):
         answers[name].append({"id": sample.id, "answer": answer, "reference": sample.answers[0]})
     return [score(spec, samples[spec.name], answers[spec.name]) for spec in tasks]
 
@@ -76,26 +76,26 @@ def evaluate_routed(
 ) -> list[RoutedScore]:
     """Score the tasks' test samples with the task that the router finds; `tasks` holds all of the router's.
 
-    given: their scores with the task given. A sample keeps its answer from there if its task is found.
+    given: their scores with the task given. A sample keeps its answer from there if its task is routed.
     """
     samples = {spec.name: InstructionDataset(spec, "test").samples for spec in tasks}
-    asked = [(name, sample) for name, own in samples.items() for sample in own]
+    requests = [(name, sample) for name, own in samples.items() for sample in own]
     collator = Collator(processor, {name: i for i, name in enumerate(samples)}, train=False)
-    starts = range(0, len(asked), batch_size)
-    found: list[str] = []
+    starts = range(0, len(requests), batch_size)
+    routed: list[str] = []
     for start in starts if progress is None else progress.track(starts, description="routing"):
-        found += router.route(collator(asked[start : start + batch_size]))
+        routed += router.route(collator(requests[start : start + batch_size]))
     answers = [answer for result in given for answer in result.answers]
-    astray = [i for i, (name, _) in enumerate(asked) if found[i] != name]
-    again = [(found[i], asked[i][1]) for i in astray]
-    said = answers_to(method, processor, again, limits_of(tasks), batch_size, progress)
-    for i, answer in zip(astray, said, strict=True):
+    misrouted = [i for i, (name, _) in enumerate(requests) if routed[i] != name]
+    again = [(routed[i], requests[i][1]) for i in misrouted]
+    predictions = answers_to(method, processor, again, limits_of(tasks), batch_size, progress)
+    for i, answer in zip(misrouted, predictions, strict=True):
         answers[i] = answers[i] | {"answer": answer}
     results, start = [], 0
     for spec, result in zip(tasks, given, strict=True):
         own = slice(start, start + len(result.answers))
-        routed = score(spec, samples[spec.name], answers[own])
-        results.append(RoutedScore(result, routed, dict(Counter(found[own]))))
+        rescored = score(spec, samples[spec.name], answers[own])
+        results.append(RoutedScore(result, rescored, dict(Counter(routed[own]))))
         start = own.stop
     return results
 
@@ -107,31 +107,31 @@ def limits_of(tasks: Sequence[TaskSpec]) -> dict[str, int]:
 def answers_to(
     method: Method,
     processor,
-    asked: Sequence[tuple[str, Sample]],
+    requests: Sequence[tuple[str, Sample]],
     limits: dict[str, int],
     batch_size: int,
     progress: Progress | None,
 ) -> list[str]:
     """The answer of a task to each (task, sample)."""
     collator = Collator(processor, {name: i for i, name in enumerate(limits)}, train=False)
-    groups = [list(range(len(asked)))]
+    groups = [list(range(len(requests)))]
     if not method.mixed_batches:
-        groups = [[i for i, (task, _) in enumerate(asked) if task == name] for name in dict(asked)]
-    answers = [""] * len(asked)
-    bar = None if progress is None else progress.add_task("evaluating", total=len(asked))
+        groups = [[i for i, (task, _) in enumerate(requests) if task == name] for name in dict(requests)]
+    answers = [""] * len(requests)
+    bar = None if progress is None else progress.add_task("evaluating", total=len(requests))
     with evaluating(method.model):
         for group in groups:
             if not method.mixed_batches:
-                method.activate(asked[group[0]][0], train=False)
+                method.activate(requests[group[0]][0], train=False)
             batches = [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
             own = {}
-            for number in range(processes.rank(), len(batches), processes.count()):
-                batch = [asked[i] for i in batches[number]]
+            for number in range(processes.rank(), len(batches), processes.world_size()):
+                batch = [requests[i] for i in batches[number]]
                 own[number] = generate(method, processor, collator, batch, limits)
                 if progress is not None:
-                    progress.advance(bar, processes.count() * len(batch))
-            for number, said in (item for part in processes.gathered(own) for item in part.items()):
-                for i, answer in zip(batches[number], said, strict=True):
+                    progress.advance(bar, processes.world_size() * len(batch))
+            for number, predictions in (item for part in processes.all_gather(own) for item in part.items()):
+                for i, answer in zip(batches[number], predictions, strict=True):
                     answers[i] = answer
     if progress is not None:
         progress.remove_task(bar)

@@ -18,10 +18,10 @@ from lilora.bank.bank import Bank
 from lilora.bank.lock import locked
 from lilora.bank.records import BaseModelId
 from lilora.continual import processes
-from lilora.errors import UserError, note
+from lilora.errors import UserError, print_note
 from lilora.methods import METHODS, Method, Stage, make_method
 from lilora.methods.base import digest
-from lilora.peft.tuner import whole
+from lilora.peft.tuner import full_tensor
 from lilora.reports.report import Run
 from lilora.reports.scores import ScoreMatrix
 
@@ -88,7 +88,7 @@ class ContinualRun:
         check_processes(METHODS[method], kind, train.batch_size)
         if processes.sharded():
             require_images_alike(manifest)
-        processes.join(pick_device(device))
+        processes.init(pick_device(device))
         names = [task.name for task in manifest.tasks]
         with ExitStack() as held:
 
@@ -97,7 +97,7 @@ class ContinualRun:
                     held.enter_context(locked(folder / "bank"))
                 return check_folder(folder, config, names)
 
-            existing = processes.by_first(lock_and_check)
+            existing = processes.on_rank0(lock_and_check)
             if pick_device(device).index:
                 raise UserError(f"--device {device}: training takes the first device; choose with CUDA_VISIBLE_DEVICES")
             base, processor = load_base(model, train.dtype, device, kind)
@@ -107,7 +107,7 @@ class ContinualRun:
             processes.check_same("the base model", lambda: identity.fingerprint)
             learner = make_method(method, base, method_settings)
             if existing is None:
-                existing = processes.by_first(lambda: Bank.create(folder / "bank", config=config, base_model=identity))
+                existing = processes.on_rank0(lambda: Bank.create(folder / "bank", config=config, base_model=identity))
             existing.check_base_model(identity)
             restore(learner, existing)
             run = cls(folder, manifest, learner, processor, existing)
@@ -161,7 +161,7 @@ class ContinualRun:
             seed = 1000 * self.settings.seed + index + 500 * number  # of this stage alone: a resumed run draws the same
             set_seed(seed)
             trainer = self._train_stage(spec, stage, seed, save_steps, workers, bars)
-        own, shared = ({k: whole(t) for k, t in tensors.items()} for tensors in self.method.tensors(spec.name))
+        own, shared = ({k: full_tensor(t) for k, t in tensors.items()} for tensors in self.method.tensors(spec.name))
         if not all(torch.isfinite(tensor).all() for tensor in (*own.values(), *shared.values())):
             raise UserError(
                 f"task {spec.name!r} diverged: its parameters are not finite; start again with a lower --lr"
@@ -169,7 +169,7 @@ class ContinualRun:
         seconds = self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
         loss = next((log["train_loss"] for log in reversed(trainer.state.log_history) if "train_loss" in log), None)
         if loss is not None:  # the Trainer reduces but the losses that it has logged
-            loss = sum(processes.gathered(loss)) / processes.count()
+            loss = sum(processes.all_gather(loss)) / processes.world_size()
         info = {"steps": trainer.state.global_step, "loss": loss, "seconds": seconds}
         info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
         processes.check_same(f"task {spec.name!r} as learned", lambda: digest(own | shared))
@@ -182,7 +182,7 @@ class ContinualRun:
             change(self.bank)
             return self.bank
 
-        self.bank = processes.by_first(changed)
+        self.bank = processes.on_rank0(changed)
 
     def _reload(self) -> None:
         """The method anew, from the base model and the bank: a sharded model takes no further tasks."""
@@ -219,8 +219,10 @@ class ContinualRun:
         trainer = TaskTrainer(self.method, self._arguments(stage, folder, seed, save_steps, workers, bars), data)
         if processes.rank():
             torch.manual_seed(seed + processes.rank() * 2**32)  # of the dropout; the order of the data has its own
-        checkpoint = processes.by_first(
-            lambda: latest_checkpoint(folder, trainer.learned(), processes.count(), trainer.is_deepspeed_enabled, note)
+        checkpoint = processes.on_rank0(
+            lambda: latest_checkpoint(
+                folder, trainer.learned(), processes.world_size(), trainer.is_deepspeed_enabled, print_note
+            )
         )
         if checkpoint is not None and trainer.finished(checkpoint):
             trainer.load(checkpoint)
@@ -236,7 +238,7 @@ class ContinualRun:
         s = self.settings
         arguments = TrainingArguments(
             output_dir=str(folder),
-            per_device_train_batch_size=s.batch_size // processes.count(),
+            per_device_train_batch_size=s.batch_size // processes.world_size(),
             gradient_accumulation_steps=s.gradient_accumulation,
             learning_rate=stage.learning_rate * s.learning_rate,
             weight_decay=s.weight_decay,
@@ -324,7 +326,7 @@ def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:
         (f"--method {method.name}", method.one_process_reason),
         ("these tasks", kind.one_process_reason),
     ):
-        if reason is not None and processes.count() > 1:
+        if reason is not None and processes.world_size() > 1:
             raise UserError(
                 f"{what}: one process alone can train, because {reason}; start the command without a launcher"
             )
@@ -333,9 +335,9 @@ def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:
             f"--method {method.name} reads its parameters outside the forward, where FSDP2 has sharded them; use "
             "examples/accelerate/ddp.yaml"
         )
-    if batch_size % processes.count():
+    if batch_size % processes.world_size():
         raise UserError(
-            f"--batch-size {batch_size} cannot be divided among {processes.count()} processes; give a multiple of their number"
+            f"--batch-size {batch_size} cannot be divided among {processes.world_size()} processes; give a multiple of it"
         )
 
 

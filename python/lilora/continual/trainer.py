@@ -13,7 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerState, TrainingArgumen
 
 from lilora.methods import Method
 from lilora.peft.layer import unwrapped
-from lilora.peft.tuner import whole
+from lilora.peft.tuner import full_tensor
 from lilora_kernels.layers.base import is_sharded
 
 from .checkpoints import PROGRESS, STATE, TENSORS, sync
@@ -101,10 +101,11 @@ class TaskTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         # What accelerate would write is read with pickle, which runs the code of whoever wrote there.
-        learned = {name: whole(tensor.detach()) for name, tensor in self.learned().items()}
+        learned = {name: full_tensor(tensor.detach()) for name, tensor in self.learned().items()}
         optimizer = self.optimizer.state_dict()
         optimizer["state"] = {
-            index: {key: whole(value) for key, value in entry.items()} for index, entry in optimizer["state"].items()
+            index: {key: full_tensor(value) for key, value in entry.items()}
+            for index, entry in optimizer["state"].items()
         }
         if self.args.should_save:
             self._save_tensors(Path(output_dir), learned)

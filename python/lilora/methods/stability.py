@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lilora.errors import UserError
-from lilora.peft.tuner import whole
+from lilora.peft.tuner import full_tensor
 from lilora_kernels import LiLoRALinear
 
 
@@ -60,7 +60,7 @@ class _LayerTerm:
         if not self.earlier:
             return torch.zeros((), device=self.device, dtype=self.dtype)
         with torch.autocast(self.device.type, enabled=False):
-            moved = (whole(self.layer.lilora_B[self.task]).to(self.dtype) - self.b0_prev).square().sum()
+            moved = (full_tensor(self.layer.lilora_B[self.task]).to(self.dtype) - self.b0_prev).square().sum()
             return (1 - self.similarity()) * _ratio(moved, self.b0_prev_square)
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class _LayerTerm:
         return _ratio(inner, _inner(own, own).sqrt() * self.norms).mean().clamp(0, 1)
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
-        return tuple(whole(own[name]).to(self.dtype) for own in (self.layer.lilora_U, self.layer.lilora_V))
+        return tuple(full_tensor(own[name]).to(self.dtype) for own in (self.layer.lilora_U, self.layer.lilora_V))
 
 
 def _inner(p: tuple[Tensor, Tensor], q: tuple[Tensor, Tensor]) -> Tensor:

@@ -49,7 +49,7 @@ class LiLoRAModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._check_same_layers(model, adapter_name)
         except Exception:
-            take_back(model, self.peft_config, adapter_name)
+            rollback(model, self.peft_config, adapter_name)
             raise
         attach(model)
         for module in model.modules():
@@ -183,7 +183,7 @@ class LiLoRAModel(BaseTuner):
         except UserError:
             if fresh:
                 base = model.get_base_model() if isinstance(model, PeftModel) else model
-                take_back(base, model.peft_config, adapter_name)
+                rollback(base, model.peft_config, adapter_name)
             raise
         here = {unwrapped(name): name for name, _ in model.named_modules()}
         paths = ((name.rpartition("."), tensor) for name, tensor in state_dict.items())
@@ -208,7 +208,7 @@ class LiLoRAModel(BaseTuner):
             yield
 
 
-def take_back(model: nn.Module, configs: dict[str, LiLoRAConfig], adapter_name: str) -> None:
+def rollback(model: nn.Module, configs: dict[str, LiLoRAConfig], adapter_name: str) -> None:
     """Remove a task that could not be added or loaded, as if it had never been there."""
     tasks = model.lilora_tasks
     tasks.remove(adapter_name, forget=True)
@@ -262,12 +262,18 @@ def fingerprint(shared: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor in full, by a collective of all processes; any other as it is. Gradients pass."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def fp32_bytes(tensor: Tensor) -> memoryview:
     return (
-        whole(tensor.detach()).to(device="cpu", dtype=torch.float32).contiguous().numpy().reshape(-1).view("uint8").data
+        full_tensor(tensor.detach())
+        .to(device="cpu", dtype=torch.float32)
+        .contiguous()
+        .numpy()
+        .reshape(-1)
+        .view("uint8")
+        .data
     )

@@ -218,9 +218,9 @@ class PCLR(Method):
 
     def end(self, stage: Stage, batches: Batches) -> None:
         for pool in self.pools.values():
-            pool.snapshot = {}
+            pool.teacher = {}
         for layer in self.layers.values():
-            layer.snapshot = {}
+            layer.teacher = {}
         if not self.integrating:
             keys = [pool.keys("new") for pool in self.pools.values()]
             mean = (torch.stack([normalised(k[i]).mean(0) for k in keys]).mean(0) for i in range(2))
@@ -243,21 +243,19 @@ class PCLR(Method):
     def _compress(self) -> None:
         """Make one part of old and new experts, without those that the plan has no room for.
 
-        What the pool was stays as the snapshot, the teacher of an integration.
+        What the pool was stays as the teacher, the teacher of an integration.
         """
         total, keep = self.experts(), self._next[0]
         for name, pool in self.pools.items():
-            pool.snapshot = {part: pool.keys(part) for part in EXPERTS}
-            pool.snapshot_shared = pool.shared
-            text, vision = (torch.cat(keys) for keys in zip(*pool.snapshot.values(), strict=True))
+            pool.teacher = {part: pool.keys(part) for part in EXPERTS}
+            pool.teacher_shared = pool.shared
+            text, vision = (torch.cat(keys) for keys in zip(*pool.teacher.values(), strict=True))
             kept = self._kept(name, keep) if keep < total else torch.arange(total)
             kept = kept.to(text.device)
             for path in self.members[name]:
                 layer = self.layers[path]
-                layer.snapshot = {part: layer.part(part) for part in EXPERTS}
-                layer.snapshot["shared"] = tuple(
-                    t.detach().clone() for t in layer.part("shared")
-                )  # they go on learning
+                layer.teacher = {part: layer.part(part) for part in EXPERTS}
+                layer.teacher["shared"] = tuple(t.detach().clone() for t in layer.part("shared"))  # they go on learning
                 a = torch.cat([layer.part(part)[0] for part in EXPERTS])
                 b = torch.cat([layer.part(part)[1] for part in EXPERTS], 1)
                 layer.put("old", a[kept], b[:, kept], train=False)
@@ -338,7 +336,7 @@ class PCLR(Method):
         route = self.pool_tasks.last
         loss = loss + share * self.options.key_weight * self._key_loss(route.query(), "new")
         if self.options.lwf and len(self.tasks) > 1:
-            with torch.no_grad(), self.pool_tasks.querying(None, snapshot=True):
+            with torch.no_grad(), self.pool_tasks.querying(None, teacher=True):
                 teacher = self.model(**inputs).logits
             answered = answer_positions(inputs["labels"])
             told = divergence(outputs.logits[answered], teacher[answered], 2.0, self.options.vocabulary).mean()
@@ -367,7 +365,7 @@ class PCLR(Method):
                 self._share(pool, name)
         self.fakes = self.queries
         if self.options.fake_queries == "keys":
-            keys = [pool.snapshot[part] for pool in self.pools.values() for part in EXPERTS]
+            keys = [pool.teacher[part] for pool in self.pools.values() for part in EXPERTS]
             self.fakes = Query(*(normalised(torch.cat(kind).detach()) for kind in zip(*keys, strict=True)))
         self.chances = torch.ones(len(self.fakes.text), device=self.model.device)
         self._learn("old", "shared")
@@ -382,7 +380,7 @@ class PCLR(Method):
         drawn = torch.multinomial(self.chances, 1 if by_task else len(inputs["input_ids"]), replacement=True)
         query = Query(self.fakes.text[drawn], self.fakes.vision[drawn])
         newest = drawn == len(self.fakes.text) - 1 if by_task else None
-        with torch.no_grad(), self.pool_tasks.querying(query, snapshot=True, newest=newest):
+        with torch.no_grad(), self.pool_tasks.querying(query, teacher=True, newest=newest):
             teacher = self.model(**inputs).logits
         with self.pool_tasks.querying(query):
             student = self.model(**inputs).logits

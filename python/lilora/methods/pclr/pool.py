@@ -52,8 +52,8 @@ class RankPool(nn.Module):
         self.rule, self.widths = rule, (text_width, vision_width)
         self.text, self.vision = nn.ParameterDict(), nn.ParameterDict()
         self.shared = 0  # number of shared ranks
-        self.snapshot: dict[str, tuple[Tensor, Tensor]] = {}
-        self.snapshot_shared = 0
+        self.teacher: dict[str, tuple[Tensor, Tensor]] = {}
+        self.teacher_shared = 0
 
     def put(self, part: str, text: Tensor, vision: Tensor, train: bool) -> None:
         """Make text [n, d_text] and vision [n, d_vision] the part's keys; a part without keys goes."""
@@ -66,24 +66,24 @@ class RankPool(nn.Module):
                 value = value.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
                 parameters[part] = nn.Parameter(value, requires_grad=train)
 
-    def keys(self, part: str, snapshot: bool = False) -> tuple[Tensor, Tensor]:
+    def keys(self, part: str, teacher: bool = False) -> tuple[Tensor, Tensor]:
         """(text, vision) keys of a part, [n, d] each; n = 0 if there is no such part."""
-        if snapshot and part in self.snapshot:
-            return self.snapshot[part]
-        if not snapshot and part in self.text:
+        if teacher and part in self.teacher:
+            return self.teacher[part]
+        if not teacher and part in self.text:
             return self.text[part], self.vision[part]
         like = next(iter(self.text.values()), torch.empty(0))
         return tuple(like.new_empty(0, width) for width in self.widths)
 
-    def sizes(self, snapshot: bool = False) -> dict[str, int]:
-        return {part: self.keys(part, snapshot)[0].shape[0] for part in EXPERTS}
+    def sizes(self, teacher: bool = False) -> dict[str, int]:
+        return {part: self.keys(part, teacher)[0].shape[0] for part in EXPERTS}
 
-    def scores(self, part: str, query: Query, snapshot: bool = False) -> Tensor:
+    def scores(self, part: str, query: Query, teacher: bool = False) -> Tensor:
         """How near each expert's key is to each query, [B, n] fp32; ValueError for a query of another width."""
         for name, value, width in zip(("text", "vision"), (query.text, query.vision), self.widths, strict=True):
             if value.dim() != 2 or value.shape[1] != width:
                 raise ValueError(f"the {name} query is {list(value.shape)}; the keys want [samples, {width}]")
-        text, vision = self.keys(part, snapshot)
+        text, vision = self.keys(part, teacher)
         if self.rule.query == "two":
             near = query.text @ normalised(text).T
             return near + self.rule.vision_weight * (query.vision @ normalised(vision).T)
@@ -92,14 +92,14 @@ class RankPool(nn.Module):
         inner = query.text @ text.T + query.vision @ vision.T
         return inner / (length[:, None] * norm).clamp_min(1e-12)
 
-    def choose(self, query: Query, snapshot: bool = False, newest: Tensor | None = None) -> Choice:
+    def choose(self, query: Query, teacher: bool = False, newest: Tensor | None = None) -> Choice:
         """The ranks for these queries. newest [B] bool: samples that get the new experts (others the old ones only)."""
-        sizes = self.sizes(snapshot)
+        sizes = self.sizes(teacher)
         new, old = sizes["new"], sizes["old"]
         if newest is not None and new and old:
-            return self._switched(query, newest, snapshot)
+            return self._switched(query, newest, teacher)
         rule = self.rule
-        top_up = rule.reuse == "top_up" and self.training and not snapshot  # inference chooses among all
+        top_up = rule.reuse == "top_up" and self.training and not teacher  # inference chooses among all
         if new and new >= rule.rank and (top_up or not old):
             picks = [(("new",), rule.rank)]
         elif new and top_up and old:
@@ -107,11 +107,11 @@ class RankPool(nn.Module):
         else:
             picks = [(tuple(part for part in EXPERTS if sizes[part]), rule.rank)]
         one = query.text.shape[0] == 1 or (self.training and rule.scope == "batch")
-        return self._choice([self._pick(names, take, query, snapshot, one) for names, take in picks], snapshot)
+        return self._choice([self._pick(names, take, query, teacher, one) for names, take in picks], teacher)
 
-    def _pick(self, names: tuple[str, ...], take: int, query: Query, snapshot: bool, one: bool) -> tuple[Group, Tensor]:
+    def _pick(self, names: tuple[str, ...], take: int, query: Query, teacher: bool, one: bool) -> tuple[Group, Tensor]:
         """A group of experts and its gate: [1, take] over the chosen ranks if one set is for all, else [B, n] over all."""
-        scores = joined([self.scores(name, query, snapshot) for name in names], 1)
+        scores = joined([self.scores(name, query, teacher) for name in names], 1)
         if one:
             scores = scores.mean(0, keepdim=True)
         weights = scores if self.rule.value == "score" else torch.ones_like(scores)
@@ -122,27 +122,27 @@ class RankPool(nn.Module):
             return (names, chosen[0]), weights.gather(1, chosen)
         return (names, None), gate * weights
 
-    def _choice(self, picked: list[tuple[Group, Tensor]], snapshot: bool) -> Choice:
+    def _choice(self, picked: list[tuple[Group, Tensor]], teacher: bool) -> Choice:
         """Old experts first, then shared ranks, then new experts, where they are apart: what learns comes last."""
         groups = []
         for (names, ranks), gate in picked:
             if ranks is None:
-                sizes = self.sizes(snapshot)
+                sizes = self.sizes(teacher)
                 columns = gate.split([sizes[name] for name in names], 1)
                 groups += [(((name,), None), part) for name, part in zip(names, columns, strict=True)]
             else:
                 groups.append(((names, ranks), gate))
         groups = [(group, self.rule.expert_scaling * gate) for group, gate in groups]
-        shared = self.snapshot_shared if snapshot else self.shared
+        shared = self.teacher_shared if teacher else self.shared
         if shared:
             always = groups[0][1].new_full((groups[0][1].shape[0], shared), self.rule.shared_scaling)
             groups.insert(0 if groups[0][0][0] == ("new",) else 1, ((("shared",), None), always))
-        return Choice(tuple(group for group, _ in groups), torch.cat([gate for _, gate in groups], 1), snapshot)
+        return Choice(tuple(group for group, _ in groups), torch.cat([gate for _, gate in groups], 1), teacher)
 
-    def _switched(self, query: Query, newest: Tensor, snapshot: bool) -> Choice:
+    def _switched(self, query: Query, newest: Tensor, teacher: bool) -> Choice:
         """New experts with the best old ones for samples of the newest task, old experts only for the others."""
-        sizes, rank = self.sizes(snapshot), self.rule.rank
-        scores = {part: self.scores(part, query, snapshot) for part in EXPERTS}
+        sizes, rank = self.sizes(teacher), self.rule.rank
+        scores = {part: self.scores(part, query, teacher) for part in EXPERTS}
 
         def best(part: str, take: int) -> Tensor:
             if take <= 0:
@@ -155,7 +155,7 @@ class RankPool(nn.Module):
         rows = newest[:, None]
         old = torch.where(rows, best("old", rank - sizes["new"]), best("old", rank))
         new = torch.where(rows, best("new", rank), 0)
-        return self._choice([((("old",), None), old), ((("new",), None), new)], snapshot)
+        return self._choice([((("old",), None), old), ((("new",), None), new)], teacher)
 
 
 def normalised(x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class QuerySource:
         """[B, d_text] fp32 from input_ids [B, L]; padding and, in training, the answers that labels mark are left out."""
         return prompt_mean(self.embedding, self.image_token, input_ids, attention_mask, labels)
 
-    def units(self, input_ids: Tensor) -> list[int]:
+    def vision_tokens(self, input_ids: Tensor) -> list[int]:
         """Image tokens of each sample."""
         return (input_ids == self.image_token).sum(1).tolist()
 
@@ -77,11 +77,13 @@ def prompt_mean(
 class PoolContext(BatchContext):
     """The samples of one forward, each a row of the gates; pools choose when the first of their layers runs."""
 
-    def __init__(self, tasks: "PoolTasks", samples: int, length: int | None, units: list[int] | None) -> None:
-        super().__init__(torch.arange(samples, dtype=torch.int32), length, units, plain=units is None, tasks=tasks)
+    def __init__(self, tasks: "PoolTasks", samples: int, length: int | None, vision_tokens: list[int] | None) -> None:
+        super().__init__(
+            torch.arange(samples, dtype=torch.int32), length, vision_tokens, plain=vision_tokens is None, tasks=tasks
+        )
         self.text: Tensor | None = None
         self.images: Tensor | None = None
-        self.snapshot, self.newest = False, None
+        self.teacher, self.newest = False, None
         self._query: Query | None = None
         self._choices: dict[RankPool, Choice] = {}
 
@@ -96,13 +98,22 @@ class PoolContext(BatchContext):
         width = self.tasks.source.widths[1]
         if self.images is None:
             return self.text.new_zeros(self.samples, width)
-        count, total = self.images.shape[0], sum(self.units or ())
+        count, total = self.images.shape[0], sum(self.vision_tokens or ())
         each = total // count
-        if self.units is None or not each or total % count or any(units % each for units in self.units):
+        if (
+            self.vision_tokens is None
+            or not each
+            or total % count
+            or any(tokens % each for tokens in self.vision_tokens)
+        ):
             raise ValueError(
-                f"{count} images do not explain {self.units} image tokens per sample; pass input_ids with the images"
+                f"{count} images do not explain {self.vision_tokens} image tokens per sample; pass input_ids with the images"
             )
-        owner = torch.arange(self.samples).repeat_interleave(torch.tensor(self.units) // each).to(self.images.device)
+        owner = (
+            torch.arange(self.samples)
+            .repeat_interleave(torch.tensor(self.vision_tokens) // each)
+            .to(self.images.device)
+        )
         member = (owner == torch.arange(self.samples, device=owner.device)[:, None]).float()
         return normalised(member @ normalised(self.images))
 
@@ -114,11 +125,11 @@ class PoolContext(BatchContext):
                 torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
                 torch.autocast(self.task.device.type, enabled=False),  # rounded scores would tie
             ):
-                self._choices[pool] = pool.choose(self.query(), self.snapshot, self._newest())
+                self._choices[pool] = pool.choose(self.query(), self.teacher, self._newest())
         return self._choices[pool]
 
     def _newest(self) -> Tensor | None:
-        if self.newest is None and not self.snapshot:
+        if self.newest is None and not self.teacher:
             return self.tasks.newest(self.query())
         return self.newest
 
@@ -132,9 +143,9 @@ class PoolContext(BatchContext):
 
     def _repeat(self, samples: int) -> "PoolContext":
         times = samples // self.samples
-        units = None if self.units is None else [u for u in self.units for _ in range(times)]
-        context = PoolContext(self.tasks, samples, None, units)
-        context.text, context.snapshot = self.text.repeat_interleave(times, 0), self.snapshot
+        vision_tokens = None if self.vision_tokens is None else [u for u in self.vision_tokens for _ in range(times)]
+        context = PoolContext(self.tasks, samples, None, vision_tokens)
+        context.text, context.teacher = self.text.repeat_interleave(times, 0), self.teacher
         context.newest = None if self.newest is None else self.newest.repeat_interleave(times)
         if self.images is not None:
             query = self.query()
@@ -153,10 +164,10 @@ class PoolTasks(Tasks):
         self.task_queries: Query | None = None  # set: the newest task's experts serve only samples nearest to its query
 
     @contextmanager
-    def querying(self, query: Query | None, snapshot: bool = False, newest: Tensor | None = None) -> Iterator[None]:
+    def querying(self, query: Query | None, teacher: bool = False, newest: Tensor | None = None) -> Iterator[None]:
         """Let the forwards inside use this query [1 or B rows] for their samples, the layers' and pools' snapshots, and the
         new experts for the samples that `newest` [1 or B] bool says."""
-        before, self.given = self.given, (query, snapshot, newest)
+        before, self.given = self.given, (query, teacher, newest)
         try:
             yield
         finally:
@@ -181,10 +192,10 @@ class PoolTasks(Tasks):
         input_ids, _ = tokens_of(args, kwargs)
         if input_ids is None:
             raise ValueError("a model with rank pools chooses them by the prompt; pass input_ids")
-        units = self.source.units(input_ids) if kwargs.get("pixel_values") is not None else None
-        context = PoolContext(self, *input_ids.shape, units)
+        vision_tokens = self.source.vision_tokens(input_ids) if kwargs.get("pixel_values") is not None else None
+        context = PoolContext(self, *input_ids.shape, vision_tokens)
         context.task = context.task.to(input_ids.device)
-        query, context.snapshot, newest = self.given
+        query, context.teacher, newest = self.given
         if query is None:
             context.text = self.source.text(input_ids, kwargs.get("attention_mask"), kwargs.get("labels"))
         else:
@@ -194,11 +205,11 @@ class PoolTasks(Tasks):
         self.last = context
         return context
 
-    def example(self, x: Tensor, snapshot: bool = False) -> PoolContext:
+    def example(self, x: Tensor, teacher: bool = False) -> PoolContext:
         """The context of a forward with random prompts and images, of which a layer sees x [samples, rows, K]."""
         samples, rows = x.shape[:2]
         context = PoolContext(self, samples, rows, None)
-        context.task, context.snapshot = context.task.to(x.device), snapshot
+        context.task, context.teacher = context.task.to(x.device), teacher
         context._query = Query(*(torch.randn(samples, width, device=x.device) for width in self.source.widths))
         return context
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked import Forked
+from support.forked import Forked
 
 from bench import readme, report
 

@@ -26,8 +26,8 @@ FORKING = f"""
 import sys
 from types import SimpleNamespace
 
-sys.path.append({str(Path(__file__).parent)!r})
-from forked import Forked
+sys.path.append({str(ROOT / "tests")!r})
+from support.forked import Forked
 
 from bench import gpu_evidence
 

@@ -181,14 +181,14 @@ JUDGED = """
 from bench import compare
 import torch
 compare.error("y", torch.zeros(3), torch.ones(3).double())
-import cases
+from support import cases
 cases.Errors().add("y", torch.zeros(2), torch.zeros(2), torch.zeros(3))
 """
 
 
 def test_nothing_is_judged_there(tmp_path):
     """Asserts of tests and refusals of gates look at what they look at, and let it pass."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests/ops')!r})\n{JUDGED}"
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n{JUDGED}"
     done = on_a_pretended_gpu(code, tmp_path / "log")
     assert "Wrong" not in done.stderr
     assert "AssertionError" not in done.stderr

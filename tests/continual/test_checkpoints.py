@@ -1,41 +1,20 @@
 """Which checkpoint an interrupted training goes on from: damaged ones are passed over with a sentence, none is half read."""
 
-import json
 import os
-import random
 import shutil
 import signal
 import time
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints import WANTED, latest, write
 
 from lilora.bank.bank import Bank
 from lilora.bank.lock import locked
 from lilora.continual import checkpoints
-from lilora.continual.checkpoints import latest_checkpoint
 from lilora.continual.trainer import TaskTrainer
 from lilora.errors import UserError
-
-WANTED = {"a": torch.ones(2, 3), "b": torch.ones(3), "progress.seen": torch.ones(4)}
-
-
-def write(checkpoint, step, wanted=WANTED):
-    """A checkpoint as the Trainer leaves it."""
-    checkpoint.mkdir(parents=True)
-    save_file(wanted, checkpoint / "trainable.safetensors")
-    parameters = [torch.nn.Parameter(t) for name, t in wanted.items() if not name.startswith("progress.")]
-    optimizer = torch.optim.AdamW([{"params": parameters[:1]}, {"params": parameters[1:]}])
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1)
-    sum(p.sum() for p in parameters).backward()
-    optimizer.step()
-    torch.save(optimizer.state_dict(), checkpoint / "optimizer.pt")
-    torch.save(scheduler.state_dict(), checkpoint / "scheduler.pt")
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
-    torch.save(states, checkpoint / "rng_state.pth")
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 10}))
 
 
 @pytest.fixture
@@ -44,12 +23,6 @@ def stage(tmp_path):
     for step in (2, 10):
         write(tmp_path / "stage" / f"checkpoint-{step}", step)
     return tmp_path / "stage"
-
-
-def latest(folder, processes=1, wanted=WANTED, deepspeed=False):
-    said = []
-    found = latest_checkpoint(folder, wanted, processes, deepspeed, said.append)
-    return found and found.rpartition("/")[2], said
 
 
 def emptied(path):

@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from test_checkpoints import latest, write
-from test_hostile_index import bank  # noqa: F401 - a fixture
+from support.checkpoints import latest, write
+from support.scored_bank import bank  # noqa: F401 - a fixture
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from lilora import LiLoRAConfig, hotswap

@@ -8,8 +8,8 @@ import sys
 import emulator
 import pytest
 import torch
-from cases import NAMES, Errors, add_errors, make
 from mutants import MUTANTS, planted
+from support.cases import NAMES, Errors, add_errors, make
 
 HERE = [mutant for mutant in MUTANTS if emulator.NAME in mutant.devices]
 

@@ -170,9 +170,9 @@ def planted(mutant: Mutant, csrc: Path) -> None:
 def run_cases(library: Path) -> None:
     """Every phase, tiles of both sizes, both kinds of launch, the fused product; raises if anything is not as it should be."""
     import torch
-    from cases import NAMES, Errors, add_errors, make
     from emulator import Device
     from order import assert_shares_are_added_in_order
+    from support.cases import NAMES, Errors, add_errors, make
 
     from lilora_kernels import backend, backends, cuda_library
 

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from cases import (
+from emulator import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mutants import MUTANTS
+from order import assert_shares_are_added_in_order
+from support.cases import (
     NAMES,
     SCALING,
     Errors,
@@ -16,13 +21,8 @@ from cases import (
     oracle,
     pairwise,
 )
-from emulator import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from kernel_cases import ANY_DROPOUT, ANY_SHAPE, AXES, SUBSETS
-from mutants import MUTANTS
-from order import assert_shares_are_added_in_order
-from plan_cases import CHECKS
+from support.kernel_cases import ANY_DROPOUT, ANY_SHAPE, AXES, SUBSETS
+from support.plan_cases import CHECKS
 
 from lilora_kernels import backends, functional
 from lilora_kernels.ops import triton_runtime

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import FAMILIES, adapted, batch
+from support.families import FAMILIES, adapted, batch
 from transformers import TrainingArguments
 
 from lilora.continual.trainer import TaskTrainer

@@ -6,9 +6,23 @@ from functools import cache
 import pytest
 import torch
 import transformers
-from families import FAMILIES, IMAGE, TASKS, TEXT, TOWER, VIDEO, VOCABULARY, adapted, base, batch, gridded, randomise
 from peft import get_peft_model
-from test_families_matrix import alone, rows_are_those_of_single_tasks
+from support.families import (
+    FAMILIES,
+    IMAGE,
+    TASKS,
+    TEXT,
+    TOWER,
+    VIDEO,
+    VOCABULARY,
+    adapted,
+    alone,
+    base,
+    batch,
+    gridded,
+    randomise,
+    rows_are_those_of_single_tasks,
+)
 
 import lilora
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from gpu_cases import assert_equal, capture, make_on_gpu, run_all, seed_tensor
+from support.gpu_cases import assert_equal, capture, make_on_gpu, run_all, seed_tensor
 
 ROUNDS = 100
 # Launches with one, two and three barriers, of one to all processors' worth of work.

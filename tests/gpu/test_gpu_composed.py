@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import Errors, case_id, pairwise
-from gpu_cases import add_errors, assert_equal, make_on_gpu, make_pair, run_all, seed_tensor
+from support.cases import Errors, case_id, pairwise
+from support.gpu_cases import add_errors, assert_equal, make_on_gpu, make_pair, run_all, seed_tensor
 
 import lilora_kernels
 from lilora_kernels import LiLoRALinear

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from gpu_cases import capture
+from support.gpu_cases import capture
 from torch import nn
 
 from lilora_kernels import LiLoRALinear, attach, fuse_mlps, rank_gate, set_task

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_cases import seed_tensor
+from support.gpu_cases import seed_tensor
 
 from lilora_kernels import functional
 from lilora_kernels.ops.philox import keep_mask

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from cases import adapter, options
-from gpu_cases import base_on_gpu, make_on_gpu
-from test_gpu_delta import check_shape
+from support.cases import adapter, options
+from support.gpu_cases import base_on_gpu, check_shape, make_on_gpu
 
 from lilora_kernels import backends, functional
 

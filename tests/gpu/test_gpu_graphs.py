@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_cases import assert_equal, base_on_gpu, capture, leaves, make_on_gpu, ours, seed_tensor
+from support.gpu_cases import assert_equal, base_on_gpu, capture, leaves, make_on_gpu, ours, seed_tensor
 
 
 @pytest.mark.parametrize("op, rows", [("delta", 8), ("linear", 8), ("linear", 64), ("linear", 1000)])

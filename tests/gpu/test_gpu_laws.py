@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import adapter, options
-from gpu_cases import IDS, assert_equal, base_on_gpu, leaves, make_on_gpu, ours, run_all, seed_tensor
+from support.cases import adapter, options
+from support.gpu_cases import IDS, assert_equal, base_on_gpu, leaves, make_on_gpu, ours, run_all, seed_tensor
 
 import lilora_kernels
 from lilora_kernels import functional

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from cases import Errors, pairwise
-from gpu_cases import add_errors, make_pair, seed_tensor
-from test_gpu_delta import AXES, check_shape, check_variant, kind_id
+from support.cases import Errors, pairwise
+from support.gpu_cases import AXES, add_errors, check_shape, check_variant, kind_id, make_pair, seed_tensor
 
 
 def test_a_layer_of_a_large_model():

@@ -5,7 +5,7 @@ test_gpu_fused.py has the fused product; `recorded` is torch's alone, and forced
 
 import pytest
 import torch
-from plan_cases import checks
+from support.plan_cases import checks
 
 import lilora_kernels
 from lilora_kernels import backends, cuda_library

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from gpu_cases import capture
-from rank_gate_cases import BY_HAND, FEW, LAYOUTS, check_rank_gate, draw, laid_out
+from support.gpu_cases import capture
+from support.rank_gate_cases import BY_HAND, FEW, LAYOUTS, check_rank_gate, draw, laid_out
 
 from lilora_kernels import backends, functional
 from lilora_kernels.ops.rank_gate.triton_backend import CONSTANTS

@@ -1,7 +1,7 @@
 """A layer by each plan of the Triton kernels, in the interpreter."""
 
 import pytest
-from plan_cases import CHECKS
+from support.plan_cases import CHECKS
 
 import lilora_kernels
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.cases import (
     NAMES,
     SCALING,
     Errors,
@@ -22,9 +24,8 @@ from cases import (
     oracle,
     pairwise,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from kernel_cases import ANY_DROPOUT, ANY_SHAPE, AXES, SUBSETS
+from support.counting_bytes import Counter
+from support.kernel_cases import ANY_DROPOUT, ANY_SHAPE, AXES, SUBSETS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lilora_kernels
@@ -220,59 +221,6 @@ def test_gradients_nobody_asked_for_take_no_memory(pinned, monkeypatch):
             triton_backend.backward(dy, i.x, h, args, frozenset(needs))
         # An allocation and its split are as many tensors as it has parts.
         assert len(seen.operations) + len(parts) - 2 * bool(parts) == tensors, needs
-
-
-class Counter:
-    """Counts the bytes that kernels load and store, by tensor; issued and distinct."""
-
-    def __init__(self, monkeypatch):
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        self.ranges, self.lanes = {}, {}
-        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-        def counting_load(builder, ptrs, mask, *rest):
-            self.count(ptrs, mask)
-            return load(builder, ptrs, mask, *rest)
-
-        def counting_store(builder, ptrs, value, mask, *rest):
-            self.count(ptrs, mask)
-            return store(builder, ptrs, value, mask, *rest)
-
-        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
-        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
-
-    def watch(self, monkeypatch, see):
-        """see(job) after each launch of a kernel, whose tensors go by their names in it, and in the groups in it."""
-        launch = triton_jobs.launch
-
-        def counted(made, grid, tensors, numbers, groups):
-            self.lanes = {}
-            names = [name for name in made.kernel.arg_names if name not in made]
-            named = dict(zip(names[len(groups) :], tensors, strict=False))
-            for group in groups:
-                named |= {name: t for name, t in group._asdict().items() if t is not None}
-            self.ranges = {
-                name: (t.data_ptr(), t.data_ptr() + t.nbytes, t.element_size())
-                for name, t in named.items()
-                if t is not None
-            }
-            launch(made, grid, tensors, numbers, groups)
-            see(made.kernel.__name__)
-
-        monkeypatch.setattr(triton_jobs, "launch", counted)
-
-    def count(self, ptrs, mask):
-        addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data.astype(bool)]
-        if addresses.size == 0:
-            return
-        name = next(n for n, (low, high, _) in self.ranges.items() if low <= addresses.min() < high)
-        self.lanes.setdefault(name, []).append(addresses.ravel())
-
-    def bytes(self, name):
-        addresses = np.concatenate(self.lanes[name])
-        size = self.ranges[name][2]
-        return len(addresses) * size, len(np.unique(addresses)) * size
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))

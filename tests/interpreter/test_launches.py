@@ -7,10 +7,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from cases import NAMES, SCALING, adapter, base, make, options
-from counting import Operations
-from pair_cases import adapters
-from test_kernels import Counter as Bytes
+from support.cases import NAMES, SCALING, adapter, base, make, options
+from support.counting import Operations
+from support.counting_bytes import Counter as Bytes
+from support.pair_cases import adapters
 from torch import nn
 from triton.runtime.interpreter import GridExecutor
 

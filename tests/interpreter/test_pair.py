@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import make
-from pair_cases import PAIR_CASES, adapters, check_pair, pair_id
+from support.cases import make
+from support.pair_cases import PAIR_CASES, adapters, check_pair, pair_id
 
 import lilora_kernels
 from lilora_kernels import functional

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from counting import Operations
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_gate_cases import ANY_SCORES, FEW, LAYOUTS, check_any, check_rank_gate, draw
+from support.counting import Operations
+from support.rank_gate_cases import ANY_SCORES, FEW, LAYOUTS, check_any, check_rank_gate, draw
 from triton.runtime.interpreter import GridExecutor
 
 import lilora_kernels

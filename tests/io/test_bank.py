@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from safetensors.torch import load_file, save
+from support.banks import BASE, MODULES, K, N, R, S, in_child, same, shared_tensors, task_tensors
 from torch import nn
 
 from lilora.bank.atomic import write_atomically
@@ -20,32 +21,10 @@ from lilora.bank.bank import Bank
 from lilora.bank.records import BaseModelId
 from lilora.errors import UserError
 
-BASE = BaseModelId(id="tiny", fingerprint="0123456789abcdef")
-MODULES = ("layers.0.up_proj", "layers.1.up_proj")
-N, K, R, S = 6, 5, 4, 2
-
-
-def task_tensors(seed, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    shapes = {"U": (N, S), "V": (S, R), "fusion": (1,)}
-    return {f"{m}.{k}": torch.randn(shape, generator=g).to(dtype) for m in MODULES for k, shape in shapes.items()}
-
-
-def shared_tensors(seed, dtype=torch.float32):
-    g = torch.Generator().manual_seed(1000 + seed)
-    shapes = {"A": (R, K), "B0": (N, R)}
-    return {f"{m}.{k}": torch.randn(shape, generator=g).to(dtype) for m in MODULES for k, shape in shapes.items()}
-
 
 def router_tensors(seed):
     g = torch.Generator().manual_seed(2000 + seed)
     return {"mean": torch.randn(7, generator=g), "count": torch.randn(1, generator=g)}
-
-
-def same(got, want):
-    return got.keys() == want.keys() and all(
-        got[name].dtype == want[name].dtype and torch.equal(got[name], want[name]) for name in want
-    )
 
 
 def files(folder):
@@ -501,18 +480,6 @@ def succeeds(work):
         work()
         return True
     return False
-
-
-def in_child(work):
-    """Run `work` in a forked child that never returns; its wait status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from test_bank import BASE, in_child, same, shared_tensors, task_tensors
+from support.banks import BASE, in_child, same, shared_tensors, task_tensors
 
 from lilora.bank import lock
 from lilora.bank.atomic import new_folder, write_atomically

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_llava import randomise
+from support.tiny_llava import randomise
 from torch import nn
 
 import lilora_kernels

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_linear import K, N, R, S, close, expected, layer
+from support.layers import K, N, R, S, close, expected, layer
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode

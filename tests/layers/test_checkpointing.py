@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_llava import TASKS, batch, randomise, tiny_llava
+from support.tiny_llava import TASKS, batch, randomise, tiny_llava
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_llava import TASKS, batch, randomise, tiny_llava
+from support.tiny_llava import TASKS, batch, randomise, tiny_llava
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import StaticCache

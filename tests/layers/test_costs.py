@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from counting import Operations, saved
 from peft import LoraConfig, inject_adapter_in_model
-from tiny_llava import IMAGE, TASKS, batch, randomise, tiny_llava
+from support.counting import Operations, saved
+from support.tiny_llava import IMAGE, TASKS, batch, randomise, tiny_llava
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 

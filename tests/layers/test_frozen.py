@@ -5,47 +5,14 @@ import io
 
 import pytest
 import torch
-from counting import Operations
 from safetensors.torch import load, save
-from tiny_llava import randomise
+from support.counting import Operations
+from support.frozen_model import NAMES, K, Model, N, X, close, made, run
+from support.tiny_llava import randomise
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lilora_kernels import LiLoRALinear, attach, freeze, route, set_task, unfreeze
-
-K, N = 12, 12
-
-
-class Model(nn.Sequential):
-    """x [B, L, K] -> [B, L, N]."""
-
-    def forward(self, x):
-        return super().forward(x)
-
-
-def made(tasks=("a", "b", "c"), **options):
-    torch.manual_seed(0)
-    options = {"r": 4, "sub_rank": 2, "dropout": 0.0} | options
-    model = Model(*(LiLoRALinear(nn.Linear(K, N).requires_grad_(False), **options) for _ in range(2)))
-    for layer in model:
-        for task in tasks:
-            layer.add_task(task)
-    randomise(model)
-    attach(model)
-    return model.eval()
-
-
-def run(model, names, x):
-    with torch.no_grad():
-        return model(x, task_ids=names)
-
-
-def close(got, wanted):
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
-
-
-NAMES = ["c", None, "a", "c"]
-X = torch.randn(4, 3, K, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("fusion", [True, False])

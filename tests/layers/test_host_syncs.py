@@ -4,8 +4,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from counting import Operations
-from tiny_llava import TASKS, tiny_llava
+from support.counting import Operations
+from support.tiny_llava import TASKS, tiny_llava
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_llava import TASKS, batch, tiny_llava
+from support.tiny_llava import TASKS, batch, tiny_llava
 
 from lilora_kernels import functional, fuse_mlps, set_task
 

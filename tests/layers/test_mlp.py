@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
-from counting import Operations
-from test_linear import Quantised
-from tiny_llava import TASKS, batch, randomise, tiny_llava
+from support.counting import Operations
+from support.layers import Quantised
+from support.tiny_llava import TASKS, batch, randomise, tiny_llava
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 

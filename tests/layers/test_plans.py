@@ -1,7 +1,7 @@
 """A layer by the plans of a CPU."""
 
 import pytest
-from plan_cases import checks, mixed_batch
+from support.plan_cases import checks, mixed_batch
 
 import lilora_kernels
 

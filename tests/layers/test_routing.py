@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate import dispatch_model
-from tiny_llava import PATCHES, TASKS, batch, randomise, sample, tiny_llava
+from support.tiny_llava import PATCHES, TASKS, batch, randomise, sample, tiny_llava
 from torch import nn
 from transformers import (
     BartConfig,

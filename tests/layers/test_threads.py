@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_frozen import NAMES, X, close, made, run
+from support.frozen_model import NAMES, X, close, made, run
 
 from lilora_kernels import freeze, route, set_task
 from lilora_kernels.routing.context import tasks_of

@@ -5,8 +5,8 @@ import io
 
 import pytest
 import torch
-from test_linear import close, expected, layer
-from tiny_llava import tiny_llava
+from support.layers import close, expected, layer
+from support.tiny_llava import tiny_llava
 from torch import nn
 
 import lilora_kernels

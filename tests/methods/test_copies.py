@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from test_pclr import TARGETS, batch, llava
+from support.clip_llava import TARGETS, batch, llava
 
 from lilora.methods import METHODS, make_method
 

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from counting import Operations
+from support.counting import Operations
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode

@@ -13,10 +13,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import NAMES, SCALING, Errors, adapter, add_errors, base, case_id, make, options, oracle, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pair_cases import adapters, check_pair
+from support.cases import NAMES, SCALING, Errors, adapter, add_errors, base, case_id, make, options, oracle, pairwise
+from support.pair_cases import adapters, check_pair
 
 import lilora_kernels
 from lilora_kernels import backends, cpu_library, functional

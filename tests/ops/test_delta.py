@@ -11,7 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.cases import (
     NAMES,
     SCALING,
     Errors,
@@ -25,8 +27,6 @@ from cases import (
     oracle,
     pairwise,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import lilora_kernels
 from lilora_kernels import backends, functional, rank_gate

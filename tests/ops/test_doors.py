@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import NAMES, SCALING, adapter, base, gradients, make, options, oracle
-from counting import Operations
-from pair_cases import adapters
+from support.cases import NAMES, SCALING, adapter, base, gradients, make, options, oracle
+from support.counting import Operations
+from support.pair_cases import adapters
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx

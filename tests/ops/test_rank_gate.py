@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_gate_cases import ANY_SCORES, BY_HAND, FEW, check_any, check_rank_gate, draw
+from support.rank_gate_cases import ANY_SCORES, BY_HAND, FEW, check_any, check_rank_gate, draw
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lilora_kernels

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import SCALING, adapter, base, gradients, make, options, oracle
-from counting import saved
+from support.cases import SCALING, adapter, base, gradients, make, options, oracle
+from support.counting import saved
 from torch import nn
 
 import lilora_kernels

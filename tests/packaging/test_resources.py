@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import make
+from support.cases import make
 
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from habits import (
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from support.habits import (
     adapted,
     assert_close,
     assert_unchanged,
@@ -15,7 +16,6 @@ from habits import (
     one_sentence,
     state_of,
 )
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lilora import hotswap, route

@@ -6,7 +6,15 @@ import pickle
 
 import pytest
 import torch
-from habits import (
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from support.habits import (
     CASES,
     adapted_layers,
     assert_close,
@@ -21,14 +29,6 @@ from habits import (
     sample,
     state_of,
     train,
-)
-from peft import (
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    set_peft_model_state_dict,
 )
 
 from lilora import LiLoRAConfig, hotswap

@@ -8,7 +8,9 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from habits import (
+from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from support.habits import (
     MLP,
     VOCAB,
     adapted,
@@ -29,8 +31,6 @@ from habits import (
     state_of,
     train,
 )
-from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 

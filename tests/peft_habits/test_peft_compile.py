@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from habits import adapted, ids, llama
+from support.habits import adapted, ids, llama
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import CompileConfig

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from habits import adapted, assert_close, ids, logits
+from support.habits import adapted, assert_close, ids, logits
 
 from lilora_kernels import fuse_mlps
 from lilora_kernels.layers.mlp import is_fused

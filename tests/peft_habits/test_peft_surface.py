@@ -6,7 +6,10 @@ import shutil
 import pytest
 import torch
 import transformers
-from habits import (
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.helpers import check_if_peft_model, disable_input_dtype_casting, rescale_adapter_scale, update_signature
+from peft.utils.hotswap import hotswap_adapter
+from support.habits import (
     CASES,
     MLP,
     adapted,
@@ -26,9 +29,6 @@ from habits import (
     settings,
     state_of,
 )
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from peft.helpers import check_if_peft_model, disable_input_dtype_casting, rescale_adapter_scale, update_signature
-from peft.utils.hotswap import hotswap_adapter
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import Dataset
 from transformers import MambaConfig, MambaForCausalLM, SiglipVisionConfig, SiglipVisionModel

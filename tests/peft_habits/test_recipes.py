@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 from accelerate import cpu_offload
-from habits import adapted, assert_close, ids, llama, logits, of_task, randomise
 from peft import AutoPeftModelForCausalLM, PeftModelForCausalLM, get_peft_model
+from support.habits import adapted, assert_close, ids, llama, logits, of_task, randomise
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lilora

@@ -1,7 +1,4 @@
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 # PEFT imports torchao where it is installed, which takes every process seconds; see `test` in the Makefile.
 collect_ignore_glob = [] if find_spec("torchao") else ["test_*.py"]
-sys.path.append(str(Path(__file__).parents[1] / "peft_habits"))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers
-from habits import TEXT, ids, randomise, settings
 from peft import get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from support.habits import TEXT, ids, randomise, settings
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchao.quantization import Int8WeightOnlyConfig, quantize_

@@ -1,7 +1,8 @@
 """The shapes and options that kernels are tried with, whatever stands in for the device."""
 
-from cases import NAMES
 from hypothesis import strategies as st
+
+from support.cases import NAMES
 
 # Which gradients somebody wants.
 SUBSETS = {

@@ -1,9 +1,9 @@
 """Cases of `delta_pair` for every backend: it must equal two calls of the single operation."""
 
 import torch
-from cases import SCALING, base, case_id, gradients, make
 
 from lilora_kernels import functional
+from support.cases import SCALING, base, case_id, gradients, make
 
 FACTORS = ("a", "b0", "u", "v", "fusion")
 ALL = ("x", *FACTORS)

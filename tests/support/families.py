@@ -362,3 +362,39 @@ def batch(name: str, images: list[list[int]], packing: Packing | None = None, to
             row[at : at + count] = token
             at += count + 1
     return Batch(family, ids, pictures, packing)
+
+
+def logits(model, inputs, **kwargs):
+    with torch.no_grad():
+        return model(**inputs, **kwargs).logits
+
+
+def activate(model, name):
+    """Without task_ids, let the model run with one task, or as the base model."""
+    model.base_model.enable_adapter_layers() if name else model.base_model.disable_adapter_layers()
+    if name:
+        model.set_adapter(name)
+
+
+def alone(model, samples, i, name, call):
+    """`call` with sample i in a batch of its own, its task the active one: no route is involved."""
+    activate(model, name)
+    try:
+        return call(samples.inputs(i))[0]
+    finally:
+        activate(model, TASKS[0])
+
+
+def close(got, wanted):
+    assert got.shape == wanted.shape
+    worst, scale = (got - wanted).abs().max(), wanted.abs().max()
+    assert worst <= 1e-9 * scale, f"{worst:.1e} where the full scale is {scale:.1e}"
+
+
+def rows_are_those_of_single_tasks(model, samples, names):
+    wanted = torch.stack(
+        [alone(model, samples, i, name, lambda inputs: logits(model, inputs)) for i, name in enumerate(names)]
+    )
+    close(logits(model, samples.inputs(), task_ids=names), wanted)
+    changed = (logits(model, samples.inputs(), task_ids=names[1:] + names[:1]) - wanted).abs().amax((1, 2))
+    assert (changed > 0.05 * wanted.abs().max()).all(), "a comparison that tasks do not change shows nothing"

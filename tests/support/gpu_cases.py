@@ -4,11 +4,11 @@ from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
-from cases import NAMES, SCALING, Errors, Inputs, adapter, base, make
 
 from lilora_kernels import functional
 from lilora_kernels.ops.delta import reference
 from lilora_kernels.ops.philox import keep_mask, keep_scale
+from support.cases import NAMES, SCALING, Errors, Inputs, adapter, base, case_id, make
 
 # Numbers of rows that meet every bucket of the shipped configurations.
 ROWS = {"few": (0, 1, 2, 17, 63, 64, 65, 127, 255), "some": (257, 300, 1000), "many": (2049, 3001)}
@@ -115,3 +115,46 @@ def capture(function):
     with torch.cuda.graph(graph):
         result = function()
     return graph, result
+
+
+# What makes a kernel of its own; numbers of rows and tasks, and how the tasks lie, do not, and vary inside a test.
+AXES = {
+    "kind": [
+        (torch.bfloat16, 128, 64),
+        (torch.float16, 100, 17),
+        (torch.bfloat16, 16, 8),
+        (torch.float32, 16, 8),
+        (torch.float16, 4, 1),
+    ],
+    "size": [(256, 384), (136, 72), (33, 47)],
+    "rows": list(ROWS),
+    "coefficients": ["fusion", "plain", "lora"],
+    "task_ids": [True, False],
+    "gate": [False, True],
+    "p": [0.05, 0.0],
+}
+
+
+def kind_id(case):
+    dtype, *ranks = case["kind"]
+    return case_id({**case, "kind": dtype, "ranks": ranks})
+
+
+def check_variant(op, kind, size, rows, coefficients, task_ids, gate, p):
+    dtype, rank, sub_rank = kind
+    errors = Errors()
+    for count in ROWS[rows]:
+        for seed, mix in enumerate(IDS if task_ids else ("one",) * 8):
+            shape = {"rows": count, "columns": size[0], "outputs": size[1], "rank": rank, "sub_rank": sub_rank}
+            tasks = 8 if mix == "sorted" else 3
+            shape |= {"tasks": tasks, "coefficients": coefficients, "mix": mix, "gate": gate, "dtype": dtype}
+            i = make_on_gpu(**shape, seed=seed)
+            add_errors(errors, op, [i], p, seed_tensor(count * 2**33 + seed), label=f", {count} rows")
+    errors.check()
+
+
+def check_shape(op, *sizes, names=NAMES, seeds=4, **shape):
+    errors = Errors()
+    for seed in range(seeds):
+        add_errors(errors, op, [make_on_gpu(*sizes, **shape, seed=seed)], 0.05, seed_tensor(-seed), names)
+    errors.check()

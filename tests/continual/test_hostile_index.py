@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from support.scored_bank import PATH
+from support.scored_bank import PATH, scored_bank
 
 from lilora.bank.bank import Bank
 from lilora.continual.publish import export_tasks, write_bank_card
@@ -14,6 +14,11 @@ from lilora.continual.run_folder import check_folder, remove_task, run_of
 from lilora.continual.task_identification import NearestCentroid
 from lilora.errors import UserError
 from lilora.reports.analyze import analyze
+
+
+@pytest.fixture
+def bank(tmp_path):
+    return scored_bank(tmp_path)
 
 
 def forge(bank, change):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support.checkpoints import latest, write
-from support.scored_bank import bank  # noqa: F401 - a fixture
+from support.scored_bank import scored_bank
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from lilora import LiLoRAConfig, hotswap
@@ -28,6 +28,11 @@ from lilora.importers.pclr import read_pclr
 from lilora.importers.peft_folder import read_peft
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def bank(tmp_path):
+    return scored_bank(tmp_path)
 
 
 class Hostile:
@@ -124,7 +129,7 @@ def test_what_deepspeed_wrote_is_read_only_if_it_needs_no_more_than_its_own_clas
     assert (found, "optim_states.pt is truncated, or holds more than plain tensors" in said[0]) == (None, True)
 
 
-def test_banks(bank, plant):  # noqa: F811 - the fixture
+def test_banks(bank, plant):
     for path in [*bank.path.rglob("*.safetensors"), bank.path / "bank.json"]:
         before = path.read_bytes()
         plant(path)

@@ -7,11 +7,7 @@ import torch
 from lilora.bank.records import BaseModelId
 
 BASE = BaseModelId(id="tiny", fingerprint="0123456789abcdef")
-
-
 MODULES = ("layers.0.up_proj", "layers.1.up_proj")
-
-
 N, K, R, S = 6, 5, 4, 2
 
 

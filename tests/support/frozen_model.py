@@ -38,6 +38,4 @@ def close(got, wanted):
 
 
 NAMES = ["c", None, "a", "c"]
-
-
 X = torch.randn(4, 3, K, generator=torch.Generator().manual_seed(1))

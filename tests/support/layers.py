@@ -9,8 +9,6 @@ from lilora_kernels.ops.delta import reference
 from support.tiny_llava import randomise
 
 TASKS = ("cats", "dogs", "birds")
-
-
 K, N, R, S = 24, 20, 8, 4
 
 

@@ -1,6 +1,5 @@
 """A bank with two tasks of LiLoRA and their scores, in the folder of a run."""
 
-import pytest
 import torch
 
 from lilora.bank.bank import Bank
@@ -8,22 +7,15 @@ from lilora.bank.records import BaseModelId
 from lilora.reports.scores import ScoreMatrix
 
 PATH = "model.language_model.layers.0.mlp.up_proj"
-
-
 SETTINGS = {"target_modules": PATH, "r": 2, "sub_rank": 1, "alpha": 4.0, "dropout": 0.0}
-
-
 TRAIN = {"learning_rate": 0.01, "epochs": 1.0, "max_steps": -1, "dtype": "auto", "seed": 0}
 
 
-@pytest.fixture
-def bank(tmp_path):
+def scored_bank(folder):
     """Two tasks of LiLoRA with scores, in the folder of a run."""
     config = {"method": "lilora", "settings": SETTINGS, "train": TRAIN, "model": "owner/base", "label": "mine"}
     config |= {"kind": "instruction", "manifest": "tiny"}
-    bank = Bank.create(
-        tmp_path / "run" / "bank", config=config, base_model=BaseModelId(id="base", fingerprint="0" * 16)
-    )
+    bank = Bank.create(folder / "run" / "bank", config=config, base_model=BaseModelId(id="base", fingerprint="0" * 16))
     shared = {f"{PATH}.A": torch.randn(2, 3), f"{PATH}.B0": torch.randn(4, 2)}
     matrix = ScoreMatrix(["one", "two"])
     for task in ("one", "two"):

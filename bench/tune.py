@@ -575,7 +575,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.tiny:
         patch_once_a_launch()
     dtype = torch.float32 if options.tiny else torch.bfloat16
-    why_not = triton_runtime.rejection_reason(torch.empty(0, dtype=dtype, device=machine.device), 128, 64)
+    why_not = triton_runtime.unsupported_reason(torch.empty(0, dtype=dtype, device=machine.device), 128, 64)
     if why_not is not None:
         parser.error(
             f"the Triton kernels cannot be timed here: {why_not}; for a run on tiny shapes without a GPU give --tiny"

@@ -93,8 +93,9 @@ def takes_none(x: Tensor, task: Tensor | None, seed: Tensor | None = None) -> No
 class AdaptedLinear(nn.Module):
     """A frozen linear layer [N, K] with an adapter on top.
 
-    base_layer: any module that maps [..., K] to [..., N] and has in_features and out_features; a plain nn.Linear is
-    computed together with the adapter. dropout acts on the adapter's input in training. Raises TypeError or ValueError.
+    base_layer: any module that maps [..., K] to [..., N] and has in_features and out_features, or transformers' Conv1D, whose
+    weight is [K, N]; a plain nn.Linear is computed together with the adapter. dropout acts on the adapter's input in
+    training. Raises TypeError or ValueError.
     """
 
     rank: int
@@ -106,7 +107,8 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         if not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout!r}; it must be in [0, 1)")
-        if not (hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features")):
+        sizes = sizes_of(base_layer)
+        if sizes is None:
             raise TypeError(
                 f"base_layer is a {type(base_layer).__name__}; it must be a linear layer with in_features and out_features"
             )
@@ -115,7 +117,7 @@ class AdaptedLinear(nn.Module):
                 f"base_layer is a {type(base_layer).__name__}, which nn.MultiheadAttention reads and never runs"
             )
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.in_features, self.out_features = sizes
         self.dropout = dropout
         self.model_tasks = Tasks()
         self.path, self.place = "a layer", TEXT  # in the model; set by attach(), see placement.places
@@ -210,6 +212,19 @@ def reads_weight(parent: type[nn.Module], name: str) -> bool:
             if use.search(source):
                 return True
     return False
+
+
+def is_conv1d(base: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, as GPT-2 has it: a linear layer with a weight [K, N]."""
+    return type(base).__name__ == "Conv1D" and hasattr(base, "nf")
+
+
+def sizes_of(base: nn.Module) -> tuple[int, int] | None:
+    """(K, N) of a linear layer; None for a module that does not tell them."""
+    if is_conv1d(base):
+        return base.nx, base.nf
+    sizes = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    return None if None in sizes else sizes
 
 
 def is_number(value: object) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..routing.context import BatchContext
-from .base import AdaptedLinear, Factors, described, is_number, is_plain, is_sharded
+from .base import AdaptedLinear, Factors, described, is_conv1d, is_number, is_plain, is_sharded
 from .parameters import SharedParameter, TaskParameters, check_task_name, onloaded, stacked, window
 
 POLICIES = ("always", "first", "never")
@@ -418,7 +418,9 @@ class LiLoRALinear(AdaptedLinear):
 
     @torch.no_grad()
     def delta_weight(self, name: str) -> Tensor:
-        """scaling * M_t A of one task, [N, K] in the adapter's dtype (computed in fp32 at least)."""
+        """scaling * M_t A of one task in the adapter's dtype (computed in fp32 at least), as the base weight lies: [N, K], of a
+        Conv1D [K, N].
+        """
         self._require(name)
         with onloaded(*self._kinds):
             a, b0, u, v, fusion = self._parameters_of(name)
@@ -426,14 +428,15 @@ class LiLoRALinear(AdaptedLinear):
         m = b0.to(wide) + u.to(wide) @ v.to(wide)
         if fusion is not None:
             m = torch.lerp(u.to(wide) @ v.to(wide), b0.to(wide), torch.sigmoid(fusion.to(wide)))
-        return (self.lilora_scaling * m @ a.to(wide)).to(a.dtype)
+        delta = (self.lilora_scaling * m @ a.to(wide)).to(a.dtype)
+        return delta.T if is_conv1d(self.base_layer) else delta
 
     @torch.no_grad()
     def merge(self, name: str) -> None:
         """Add a task to the base weight, for inference without any cost; forward then runs the base alone."""
         if self.merged_task is not None:
             raise RuntimeError(f"task {self.merged_task!r} is merged already; unmerge() first")
-        if not is_plain(self.base_layer):
+        if not is_plain(self.base_layer) and not is_conv1d(self.base_layer):
             raise TypeError(f"merge needs a plain nn.Linear base, not a {described(self.base_layer)}")
         self.base_layer.weight += self.delta_weight(name).to(self.base_layer.weight.dtype)
         self.merged_task = name

@@ -11,6 +11,15 @@ from .context import AHEAD, GATHERED, TEXT
 EXPERT = re.compile(r"(?<!shared_)experts?[._]\d+(\.|$)")  # one of those that a router chooses among
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The innermost decoder that transformers' `get_decoder` leads to; the model itself where there is none."""
+    parts = set(model.modules())
+    decoder = model
+    while hasattr(decoder, "get_decoder") and (below := decoder.get_decoder()) is not decoder and below in parts:
+        decoder = below
+    return decoder
+
+
 def places(model: nn.Module, paths: Sequence[str]) -> dict[str, str | None]:
     """Where these parts of a model lie: TEXT below its decoder, AHEAD of it, GATHERED among experts; None if nothing tells.
 
@@ -23,9 +32,7 @@ def places(model: nn.Module, paths: Sequence[str]) -> dict[str, str | None]:
     def holds(part: nn.Module, inner: nn.Module) -> bool:
         return _below(names[inner], names[part])
 
-    decoder, below = model, None
-    while hasattr(decoder, "get_decoder") and (below := decoder.get_decoder()) is not decoder and below in names:
-        decoder = below
+    decoder = decoder_of(model)
     text, ahead = [], []
     if decoder in names and getattr(decoder, "main_input_name", None) == "input_ids":
         around = [m for m in names if hasattr(m, "get_image_features") and m is not decoder and holds(m, decoder)]

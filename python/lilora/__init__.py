@@ -13,6 +13,7 @@ except ModuleNotFoundError as missing:
     raise ImportError(f"lilora needs {missing.name}; pip install 'lilora-kernels[hf]'") from None
 
 from lilora.bank.export import export_lora
+from lilora.families import register_family
 from lilora.peft.config import PRESETS, LiLoRAConfig
 from lilora.peft.loading import hotswap
 from lilora.peft.tuner import LiLoRAModel
@@ -33,6 +34,7 @@ __all__ = [
     "export_lora",
     "freeze",
     "hotswap",
+    "register_family",
     "route",
     "set_task",
     "unfreeze",

@@ -86,18 +86,16 @@ def test_presets_hit_exactly_the_wanted_linears(model_type):
 
 
 @pytest.mark.parametrize("model_type, dense, shared", [("qwen3_vl_moe", 0, 0), ("glm4v_moe", 1, 45)])
-def test_routed_experts_are_refused_with_a_pattern_for_the_rest(model_type, dense, shared):
-    with pytest.raises(UserError, match="its MLPs are routed experts, whose weights are 3-D Parameters") as refusal:
-        target_modules(full(model_type).config)
-    (pattern,) = re.findall(r"target_modules='(.*)'\)", str(refusal.value))
-    found = {name for name, _ in full(model_type).named_modules() if re.fullmatch(pattern.replace("\\\\", "\\"), name)}
-    assert found <= linears(full(model_type)).keys()
-    layers = full(model_type).config.text_config.num_hidden_layers
-    assert (
-        Counter(re.findall(r"layers\.\d+\.(.*)\.", name)[0] for name in found)
-        == Counter({"self_attn": 4 * layers, "mlp": 3 * dense, "mlp.shared_experts": 3 * shared}) - Counter()
-    )
-    assert any(p.dim() == 3 and "experts" in name for name, p in full(model_type).named_parameters())
+def test_of_routed_experts_the_layers_beside_them_are_adapted_and_attention_where_there_are_none(
+    model_type, dense, shared
+):
+    model = full(model_type)
+    pattern = target_modules(model.config)
+    found = {name for name, _ in model.named_modules() if re.fullmatch(pattern, name)}
+    layers = model.config.text_config.num_hidden_layers
+    wanted = {"mlp": 3 * dense, "mlp.shared_experts": 3 * shared} if shared else {"self_attn": 4 * layers}
+    assert Counter(re.findall(r"layers\.\d+\.(.*)\.", name)[0] for name in found) == Counter(wanted)
+    assert any(p.dim() == 3 and "experts" in name for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("model_type", FULL)

@@ -173,11 +173,7 @@ def compile(name):
 BEHAVIOURS = {
     b.__name__.replace("_", " "): b for b in (train, generate, mixed_batch, projector, merge, export, compile)
 }
-EXPERTS = "its MLPs are routed experts, whose weights are 3-D Parameters"
-REFUSED = {
-    ("gemma3", "projector"): "its weight is a raw Parameter and no linear layer",
-    **{(name, behaviour): EXPERTS for name in ("qwen3_vl_moe", "glm4v_moe") for behaviour in BEHAVIOURS},
-}
+REFUSED = {("gemma3", "projector"): "its weight is a raw Parameter and no linear layer"}
 CELLS = [(name, behaviour) for name in FAMILIES for behaviour in BEHAVIOURS]
 
 

@@ -562,8 +562,9 @@ def test_without_targets_the_language_model_of_llava_is_adapted():
     assert set(adapted_layers(model)) == {
         f"model.language_model.layers.{i}.mlp.{part}" for i in range(2) for part in MLP
     }
-    with pytest.raises(UserError, match=r"model type 'llama' has no adapter preset; .* pass target_modules"):
-        get_peft_model(llama(), settings(target_modules=None))
+    model = get_peft_model(llama(), settings(target_modules=None))
+    model.add_adapter("b", settings(target_modules=None))
+    assert set(adapted_layers(model)) == {f"model.layers.{i}.mlp.{part}" for i in range(2) for part in MLP}
 
 
 @pytest.mark.parametrize("images", [(1, 1, 1), (2, 0, 1)])

@@ -43,6 +43,18 @@ SIGLIP = TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False}
 PIXTRAL = TOWER | {"model_type": "pixtral", "image_size": 32, "head_dim": 8}
 VISUAL = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4}
 MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 GRID_TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START}
 PINPOINTS = [[8, 16], [16, 8], [16, 16]]
 
@@ -289,8 +301,25 @@ FAMILIES = {
         stacked(4),
         lambda ids: {"token_type_ids": (ids == IMAGE).long()},
     ),
-    "qwen3_vl_moe": Family(transformers.Qwen3VLMoeConfig, gridded()),
-    "glm4v_moe": Family(transformers.Glm4vMoeConfig, gridded()),
+    "qwen3_vl_moe": Family(
+        lambda: transformers.Qwen3VLMoeConfig(
+            text_config=TEXT | MROPE | EXPERTS,
+            vision_config=VISUAL
+            | {"out_hidden_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+            **GRID_TOKENS,
+        ),
+        gridded(),
+        modalities,
+    ),
+    "glm4v_moe": Family(
+        lambda: transformers.Glm4vMoeConfig(
+            text_config=TEXT | {"rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}} | EXPERTS,
+            vision_config=VISUAL | {"out_hidden_size": 16, "image_size": 16},
+            **(GRID_TOKENS | {"image_start_token_id": START, "video_start_token_id": 36, "video_end_token_id": 35}),
+        ),
+        gridded(),
+        modalities,
+    ),
 }
 
 
@@ -299,6 +328,9 @@ def base(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(FAMILIES[name].config()).double().eval()
     model.generation_config.eos_token_id = None
+    for module in model.modules():  # torch has no grouped product of fp64
+        if hasattr(module, "config"):
+            module.config._experts_implementation = "batched_mm"
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -19,7 +19,7 @@ from lilora.families import target_modules
 from lilora_kernels import LiLoRALinear, attach, check_task_name
 from lilora_kernels.attach import detach
 from lilora_kernels.layers.accelerated import AcceleratedLinear
-from lilora_kernels.layers.base import is_sharded, reads_weight
+from lilora_kernels.layers.base import is_conv1d, is_sharded, reads_weight
 from lilora_kernels.routing.context import BatchContext, Tasks, device_of
 from lilora_kernels.routing.task_names import TaskIds
 
@@ -103,7 +103,7 @@ class LiLoRAModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: LiLoRAConfig, model_config: dict) -> LiLoRAConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = target_modules(model_config["model_type"])
+            peft_config.target_modules = target_modules(self.model)
         return peft_config
 
     def _check_new_adapter_config(self, config: LiLoRAConfig) -> None:
@@ -139,7 +139,11 @@ class LiLoRAModel(BaseTuner):
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantized = resolve_quantization_backend(base, **self._quantization())
-        if not isinstance(base, nn.Linear) and (quantized is None or quantized.layer_type != "linear"):
+        if (
+            not isinstance(base, nn.Linear)
+            and not is_conv1d(base)
+            and (quantized is None or quantized.layer_type != "linear")
+        ):
             raise UserError(
                 f"{current_key} is a {type(base).__name__}; LiLoRA adapts linear layers: leave it out of target_modules"
             )

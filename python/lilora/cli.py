@@ -35,7 +35,9 @@ AnyBank = Annotated[Path, typer.Argument(help="A bank folder, the run folder tha
 NewFolder = Annotated[Path, typer.Option("--out", help="New or empty folder.")]
 Rank = Annotated[int, typer.Option("--r", min=1, help="Rank of the shared factors, and of the LoRA baselines.")]
 SubRank = Annotated[int | None, typer.Option(min=1, help="Rank of a task's own factors (lilora). Default: r // 2.")]
-Projector = Annotated[bool, typer.Option(help="Adapt the projector's linear layers too, as the paper does.")]
+Projector = Annotated[
+    bool | None, typer.Option(help="Adapt the projector's linear layers too; default: where the family has them.")
+]
 Attention = Annotated[bool, typer.Option(help="Adapt the attention's linear layers too.")]
 
 # Options of `lilora train` that a method may want otherwise; these are those of the LiLoRA paper.
@@ -79,7 +81,7 @@ def train(
     more: Annotated[
         list[str] | None, typer.Option("--set", help="key=value: any other setting of the method; may be given again.")
     ] = None,
-    projector: Projector = True,
+    projector: Projector = None,
     attention: Attention = False,
     learning_rate: Annotated[
         float | None, typer.Option("--lr", min=0.0, help=f"Peak learning rate of the cosine schedule. {DEFAULT}")
@@ -203,14 +205,14 @@ def evaluate(
     from rich.progress import Progress
 
     from lilora.continual.base_model import load_bank
-    from lilora.continual.kinds import KINDS, kind_of
+    from lilora.continual.kinds import KINDS, kind_name, kind_of
     from lilora.continual.manifest import load_manifest
 
     opened, method, processor = load_bank(bank, model, device)
     router = bank_router(opened, method) if routed else None
     kind = kind_of(opened.config)
     manifest = load_manifest(tasks, None if kind.unseen else opened.tasks, data)
-    if KINDS[manifest.kind] is not kind:
+    if KINDS[kind_name(manifest.kind, opened.base_model.id)] is not kind:
         raise UserError(
             f"--tasks {tasks} is of kind {manifest.kind!r} and {bank} is not; give the manifest of its tasks"
         )
@@ -333,7 +335,7 @@ def params(
     tasks: Annotated[int, typer.Option(min=1, help="Number of tasks to account for.")] = 6,
     r: Rank = 128,
     sub_rank: SubRank = None,
-    projector: Projector = True,
+    projector: Projector = None,
     attention: Attention = False,
     as_json: Json = False,
 ) -> None:
@@ -573,7 +575,7 @@ def setting(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def target_pattern(model: str, projector: bool, attention: bool) -> str:
+def target_pattern(model: str, projector: bool | None, attention: bool) -> str:
     from lilora.families import target_modules
 
     return target_modules(model_config(model), projector=projector, attention=attention)

@@ -96,13 +96,13 @@ def register_family(
 
 
 def target_modules(
-    model: nn.Module | PreTrainedConfig | str, *, projector: bool = False, attention: bool = False
+    model: nn.Module | PreTrainedConfig | str, *, projector: bool | None = False, attention: bool = False
 ) -> str:
     """Regular expression that fully matches the names of the linear layers to adapt, in PEFT's `target_modules` form.
 
     Args:
         model: a model; or its config or `model_type`, from which one without memory is built.
-        projector: also the linear layers between tower and language model.
+        projector: also the linear layers between tower and language model; None: where the family is known to have them.
         attention: also those of the language model's attention.
 
     The MLPs of the language model always match, of routed experts the linear layers beside them (`linear_layers`). What
@@ -122,6 +122,7 @@ def target_modules(
     config = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
     family = _FAMILIES.get(model_type, Family())
+    projector = bool(family.projector) if projector is None else projector
     if projector and not family.projector:
         why = (
             "its weight is a raw Parameter and no linear layer"
@@ -140,7 +141,7 @@ def target_modules(
 
 def _found(model: nn.Module | PreTrainedConfig, model_type: str, attention: bool) -> list[str]:
     if isinstance(model, PreTrainedConfig):
-        model = _without_memory(model)
+        model = without_memory(model)
     found = linear_layers(model, attention=attention)
     if not found:
         raise UserError(
@@ -150,7 +151,8 @@ def _found(model: nn.Module | PreTrainedConfig, model_type: str, attention: bool
     return found
 
 
-def _without_memory(config: PreTrainedConfig) -> nn.Module:
+def without_memory(config: PreTrainedConfig) -> nn.Module:
+    """The model of a config on the meta device; UserError where transformers builds none."""
     cls = next((auto for auto in _CLASSES if type(config) in auto._model_mapping), AutoModel)
     try:
         with torch.device("meta"):

@@ -81,7 +81,7 @@ def test_local_folder_table_and_json(tmp_path):
 
 @pytest.mark.parametrize(
     "config",
-    [None, "{", "{}", '{"model_type": "llama"}', '{"model_type": "llava", "text_config": {"hidden_size": "x"}}'],
+    [None, "{", "{}", '{"model_type": "llava", "text_config": {"hidden_size": "x"}}'],
 )
 def test_a_folder_without_a_usable_config_is_one_sentence(tmp_path, config):
     if config is not None:

@@ -12,7 +12,7 @@ from lilora.bank.records import BaseModelId
 from lilora.errors import UserError
 from lilora.methods import Method, make_method
 
-from .kinds import KINDS, Kind, kind_of
+from .kinds import Kind, kind_of
 from .recorded import train_settings
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -79,7 +79,7 @@ def load_bank(
     settings = train_settings(bank)
     if not bank.tasks:
         raise UserError(f"{path} holds no learned task yet; train first")
-    if answers and kind_of(bank.config) is not KINDS["instruction"]:
+    if answers and not kind_of(bank.config).writes:
         raise UserError(f"{path} has learned to classify images and writes no text; use lilora eval")
     if wanted is not None and wanted not in bank.tasks:
         raise UserError(f"task {wanted!r} is unknown; {path} has {', '.join(bank.tasks)}")

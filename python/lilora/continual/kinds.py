@@ -1,4 +1,4 @@
-"""The kinds of tasks that a manifest can hold, as training and evaluation see them."""
+"""The kinds of runs: what the tasks of a manifest are to training and evaluation, with the base model's part in it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lilora.continual import clip, evaluate
+from lilora.continual import clip, evaluate, text_models
 from lilora.errors import UserError
 
 from .collator import Collator
@@ -24,9 +24,9 @@ class Kind:
     check(task, processor): raises UserError where the processor cannot make batches of the task's samples.
     training_data(task, processor): the samples, and what makes a batch of them. evaluate(method, processor, tasks,
     batch_size, progress): the tasks' scores; evaluate_routed(method, processor, router, tasks, those scores, batch_size,
-    progress): the same without the task. pipeline, auto_class: what the hub and transformers call such models. unseen:
-    whether stages score the tasks that come later too. methods: those that can learn such tasks, None for all.
-    one_process_reason: why several processes cannot learn them together.
+    progress): the same without the task. pipeline, auto_class: what the hub and transformers call such models. writes:
+    whether the model answers in text. unseen: whether stages score the tasks that come later too. methods: those that can
+    train on such tasks, None for all. one_process_reason: why several processes cannot train on them together.
     """
 
     load: Callable[[str, torch.dtype | str], tuple[nn.Module, Any]]
@@ -36,6 +36,7 @@ class Kind:
     evaluate_routed: Callable[..., list[evaluate.RoutedScore]]
     pipeline: str
     auto_class: str
+    writes: bool = True
     unseen: bool = False
     methods: tuple[str, ...] | None = None
     one_process_reason: str | None = None
@@ -47,10 +48,16 @@ class Kind:
             )
 
 
-def load_generative(model: str, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
+def load_multimodal(model: str, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
     base = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
     processor = AutoProcessor.from_pretrained(model)
     Collator(processor, {}, train=True)  # refuses a processor that cannot make prompts
+    return base, processor
+
+
+def load_text(model: str, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
+    base, processor = text_models.load(model, dtype)
+    Collator(processor, {}, train=True)
     return base, processor
 
 
@@ -74,16 +81,10 @@ def instructions(spec: TaskSpec, processor) -> tuple[InstructionDataset, Collate
     return InstructionDataset(spec, "train"), collate
 
 
+_ANSWERS = check_instructions, instructions, evaluate.evaluate, evaluate.evaluate_routed
 KINDS = {
-    "instruction": Kind(
-        load_generative,
-        check_instructions,
-        instructions,
-        evaluate.evaluate,
-        evaluate.evaluate_routed,
-        "image-text-to-text",
-        "AutoModelForImageTextToText",
-    ),
+    "instruction": Kind(load_multimodal, *_ANSWERS, "image-text-to-text", "AutoModelForImageTextToText"),
+    "text": Kind(load_text, *_ANSWERS, "text-generation", "AutoModelForCausalLM"),
     # The losses of the other methods are made of the tokens of answers.
     "classification": Kind(
         clip.load,
@@ -93,11 +94,21 @@ KINDS = {
         clip.evaluate_routed,
         "zero-shot-image-classification",
         "AutoModel",
+        writes=False,
         unseen=True,
         methods=("lilora", "dac", "lora", "dirlora", "olora", "moelora"),
         one_process_reason="their loss compares all pairs of a batch",
     ),
 }
+
+
+def kind_name(manifest_kind: str, model: str) -> str:
+    """Of a run: instructions for a base model that sees no images are of a kind of their own."""
+    try:
+        text = manifest_kind == "instruction" and text_models.is_text_model(model)
+    except (OSError, ValueError):  # loading it says what is wrong
+        text = False
+    return "text" if text else manifest_kind
 
 
 def kind_of(config: dict[str, Any]) -> Kind:

@@ -15,7 +15,7 @@ from lilora.reports.scores import ScoreMatrix
 
 from .base_model import load_base
 from .collator import Collator
-from .kinds import KINDS, kind_of
+from .kinds import kind_of
 from .recorded import train_settings
 
 FORMATS = ("lora", "lilora")
@@ -75,7 +75,7 @@ def merge_task(bank: Bank, task: str | None, out: Path, model: str | None = None
             raise UserError(
                 f"{bank.path} adapts what {model} does not have ({error}); restore it from a copy"
             ) from error
-        if kind_of(bank.config) is KINDS["instruction"]:
+        if kind_of(bank.config).writes:
             stops = Collator(processor, {}, train=False).stops(base)
             base.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
         architectures = base.config.architectures

@@ -28,7 +28,7 @@ from lilora.reports.scores import ScoreMatrix
 from .base_model import load_base, pick_device, restore
 from .checkpoints import latest_checkpoint
 from .instructions import InstructionDataset
-from .kinds import KINDS, Kind
+from .kinds import Kind, kind_name, kind_of
 from .recorded import TrainSettings, check_label, train_settings
 from .run_folder import check_folder, label_of, run_of
 from .task_identification import SAMPLES, NearestCentroid
@@ -46,7 +46,7 @@ class ContinualRun:
 
     def __init__(self, folder: Path, manifest: Manifest, method: Method, processor, bank: Bank) -> None:
         self.folder, self.manifest, self.method, self.processor, self.bank = folder, manifest, method, processor, bank
-        self.kind = KINDS[manifest.kind]
+        self.kind = kind_of(bank.config)
         self.settings = train_settings(bank)
         self.matrix = ScoreMatrix([task.name for task in manifest.tasks], self.kind.unseen)
         self.state: dict[str, Any] = {"functions": {}, "seconds": {}}
@@ -78,11 +78,11 @@ class ContinualRun:
             "settings": method_settings,
             "train": train.model_dump(),
             "manifest": manifest.name,
-            "kind": manifest.kind,
+            "kind": kind_name(manifest.kind, model),
             "model": model,
         } | ({"label": label} if label else {})
         check_label(label)
-        kind = KINDS[manifest.kind]
+        kind = kind_of(config)
         kind.check_method(method)
         METHODS[method].read_settings(method_settings)
         check_processes(METHODS[method], kind, train.batch_size)

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from lilora.errors import UserError
-from lilora.families import target_modules as preset
+from lilora.families import target_modules as found_targets
+from lilora.families import without_memory
 from lilora_kernels.layers.lilora import default_sub_rank
 
 _SHIPPED = Path(__file__).parents[1] / "model_configs"  # one folder with a config.json per model
@@ -124,7 +124,7 @@ def account(
     r: int = 128,
     sub_rank: int | None = None,
     target_modules: str | None = None,
-    projector: bool = False,
+    projector: bool | None = False,
     attention: bool = False,
 ) -> Accounting:
     """`count` for a model given by name: a shipped one (`llava-1.5-7b`), a folder with config.json, or a hub id.
@@ -138,8 +138,7 @@ def account(
     source = shipped if shipped.is_dir() else model
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        with torch.device("meta"):
-            built = AutoModelForImageTextToText.from_config(config)
+        built = without_memory(config)
     except (OSError, ValueError, StrictDataclassError) as error:
         cause = textwrap.shorten(str(error), 200, placeholder=" ...").rstrip(".")
         shipped_names = ", ".join(sorted(path.name for path in _SHIPPED.iterdir()))
@@ -147,4 +146,6 @@ def account(
             f"model {model!r} cannot be built from its configuration ({cause}); "
             f"give a shipped name ({shipped_names}), a folder with a config.json, or a hub id"
         ) from error
-    return count(built, target_modules or preset(config, projector=projector, attention=attention), r, sub_rank, model)
+    return count(
+        built, target_modules or found_targets(config, projector=projector, attention=attention), r, sub_rank, model
+    )

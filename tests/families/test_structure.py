@@ -191,3 +191,32 @@ def test_a_conv1d_is_a_base_like_another():
     torch.testing.assert_close(layer(x), wanted)
     layer.unmerge()
     torch.testing.assert_close(base.weight, weight)
+
+
+def test_heads_of_several_tasks_train_in_one_batch_as_each_alone():
+    """A classifier for every task, in modules_to_save: its rows, and its gradients, are those of its samples."""
+    torch.manual_seed(0)
+    config = lilora.LiLoRAConfig(r=4, dropout=0.0, task_type="SEQ_CLS", train_a="never", train_b0="never")
+    model = get_peft_model(TEXT["bert"]().double(), config, adapter_name="a", autocast_adapter_dtype=False)
+    model.add_adapter("b", config)
+    randomise(model)
+    head = model.base_model.model.classifier
+    for copy in head.modules_to_save.values():
+        nn.init.normal_(copy.weight)
+    inputs, labels = inputs_of("bert"), torch.tensor([0, 2, 1])
+    with pytest.raises(ValueError, match="the batch has samples of task 'b', and \\['a'\\] train"):
+        model(**inputs, task_ids=["a", "b", "a"])
+    model.base_model.set_adapter(["a", "b"])
+    logits = model(**inputs, task_ids=["a", "b", "a"]).logits
+    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    mixed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for task, rows in (("a", [0, 2]), ("b", [1])):
+        model.set_adapter(task)
+        alone = model(**{name: x[rows] for name, x in inputs.items()}).logits
+        torch.testing.assert_close(alone, logits[rows].detach(), rtol=0, atol=1e-12)
+        torch.nn.functional.cross_entropy(alone, labels[rows], reduction="sum").backward()
+    assert {f"base_model.model.classifier.modules_to_save.{task}.weight" for task in "ab"} <= mixed.keys()
+    for name, p in model.named_parameters():
+        if name in mixed:
+            torch.testing.assert_close(mixed[name], p.grad, rtol=0, atol=1e-12)

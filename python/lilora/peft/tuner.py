@@ -54,7 +54,7 @@ class LiLoRAModel(BaseTuner):
         attach(model)
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper) and not module._forward_pre_hooks:
-                module.register_forward_pre_hook(partial(_refuse_task_ids, tasks))
+                module.register_forward_pre_hook(partial(_route_module, tasks), with_kwargs=True)
 
     def _check_same_layers(self, model: nn.Module, adapter_name: str) -> None:
         tasks = list(model.lilora_tasks.known)
@@ -64,6 +64,22 @@ class LiLoRAModel(BaseTuner):
                     f"{name} would have the tasks {layer.tasks}, not {tasks}; all tasks adapt the same layers: give "
                     f"{adapter_name} the target_modules, exclude_modules and layers_to_transform of the others"
                 )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make tasks active; of several, all train, also their copies of modules_to_save, of which PEFT knows one alone."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) < 2:
+            super().set_adapter(adapter_name, inference_mode)
+            return
+        first, *others = names
+        super().set_adapter(first, inference_mode)
+        for layer in adapted_layers(self.model).values():
+            layer.set_adapter(names, inference_mode)
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                for copy in (module.modules_to_save[name] for name in others if name in module.modules_to_save):
+                    copy.requires_grad_(not inference_mode)
+        self.active_adapter = names
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         if safe_merge:
@@ -226,12 +242,31 @@ def rollback(model: nn.Module, configs: dict[str, LiLoRAConfig], adapter_name: s
         detach(model)
 
 
-def _refuse_task_ids(tasks: Tasks, module: nn.Module, args: tuple) -> None:
-    if tasks.current is not None and tasks.current.task is not None:
+def _route_module(tasks: Tasks, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Let a module of modules_to_save run each sample of a routed batch by its own task's copy."""
+    context = tasks.current
+    if context is None or context.task is None:
+        return None
+    what = "a module in modules_to_save"
+    if context.ids is None:
+        raise UserError(f"{what} picks its copies on the host; pass task_ids as names, or as a tensor on the CPU")
+    if not args or len(args[0]) != len(context.ids):
         raise UserError(
-            "a module in modules_to_save follows the active adapter only; call set_adapter and leave out task_ids, or adapt "
-            "without modules_to_save"
+            f"{what} sees {len(args[0]) if args else 'no'} rows and the batch has {len(context.ids)} samples, so whose they are "
+            "cannot be told; adapt without it, or pass batches of one task"
         )
+    names = ["__base__" if i < 0 else tasks.names[i] for i in context.ids]
+    for name in set(names) - {"__base__"}:
+        copies = getattr(module, "modules_to_save", {})
+        if name not in copies:
+            raise UserError(f"{what} has no copy of task {name!r}; give all tasks the same modules_to_save")
+        frozen = not any(p.requires_grad for p in copies[name].parameters())
+        if frozen and module.training and torch.is_grad_enabled() and tasks.train and name in tasks.active:
+            raise UserError(
+                f"{what} does not train for task {name!r}, whose factors do; make tasks that train together active with "
+                "model.base_model.set_adapter([...])"
+            )
+    return args, kwargs | {"adapter_names": names}
 
 
 def task_tensors(layers: dict[str, LiLoRALinear], task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

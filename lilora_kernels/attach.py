@@ -148,6 +148,10 @@ def _generate(self, *args, task_ids=None, **kwargs):
     prompt = (kwargs["inputs"],) if "inputs" in kwargs else args
     context = tasks.context_of(self, task_ids, prompt, kwargs)
     # Beams and returned sequences repeat their sample's task; see BatchContext.of_batch.
+    if context.task is not None and context.task.dim() == 2:
+        raise ValueError(
+            f"task_ids has the shape {list(context.task.shape)}; generate takes one id for each sample, for its new tokens too"
+        )
     context.generating, context.stacks = context.task is not None, {}
     with tasks.use(context):
         return type(self).generate(self, *args, **kwargs)

@@ -274,8 +274,9 @@ class LiLoRALinear(AdaptedLinear):
     def forward(self, x: Tensor, *args, task: Tensor | None = None, **kwargs) -> Tensor:
         """x [..., K] -> [..., N].
 
-        task: [B] int32 ids for x [B, ..., K], -1 for samples without an adapter. Without it the context of the running
-        forward decides, and without task ids there the active task. Raises when several tasks are active and nothing decides.
+        task: [B] int32 ids for x [B, ..., K], -1 for samples without an adapter, or [B, L] for x [B, L, K]. Without it
+        the context of the running forward decides, and without task ids there the active task. Raises when several tasks
+        are active and nothing decides.
         """
         if "_hf_hook" in self._modules["lilora_U"].__dict__ and not torch.compiler.is_compiling():
             with onloaded(*self._kinds):
@@ -299,6 +300,10 @@ class LiLoRALinear(AdaptedLinear):
         else:
             samples = x.shape[0] if x.dim() > 1 else 1
             ids, known = tasks.ids(task, samples, x.device)
+            if ids.dim() == 2 and ids.shape != x.shape[:-1]:
+                raise ValueError(
+                    f"task has the shape {list(ids.shape)}; it must be {list(x.shape[:-1])}, one id for each row of x"
+                )
             context = BatchContext(ids, ids=known, tasks=tasks)
         routed = context is not None and context.task is not None
         if self.merged_task is not None:
@@ -341,7 +346,8 @@ class LiLoRALinear(AdaptedLinear):
         if samples is None:
             rows = context.rows(x, self.place, positions, self.path)
         else:
-            rows = positions.unsqueeze(1).expand(samples, x.shape[1:-1].numel()).reshape(-1).contiguous()
+            rows = positions if positions.dim() == 2 else positions.unsqueeze(1).expand(samples, x.shape[1:-1].numel())
+            rows = rows.reshape(-1).contiguous()
         if not names:
             factors = self._frozen
         elif context.generating and not torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -33,11 +33,12 @@ TEXT, AHEAD, GATHERED = "text", "ahead", "gathered"
 class BatchContext:
     """What one forward's batch says to the adapted layers.
 
-    task: [B] int32, -1 for samples without an adapter; None for the active task. ids: its values, where the host knows
-    them. length: tokens per sample where text layers see flattened [B * length, K] rows. vision_tokens: what explains the
-    rows ahead of the language model, see vision_tokens.py: image tokens of each sample (or tiles) of images of one size, as a
-    tensor [B] inside a compiled graph, where the host does not see them; unknown: why not. plain: every input has one row for
-    each sample; others: the names of those that are no text. generating: the context is that of a whole generation.
+    task: [B] int32, -1 for samples without an adapter, or [B, L], one for each token; None for the active task. ids: its
+    values, one behind the other, where the host knows them. length: tokens per sample where text layers see flattened [B
+    * length, K] rows. vision_tokens: what explains the rows ahead of the language model, see vision_tokens.py: image
+    tokens of each sample (or tiles) of images of one size, as a tensor [B] inside a compiled graph, where the host does
+    not see them; unknown: why not. plain: every input has one row for each sample; others: the names of those that are no
+    text. generating: the context is that of a whole generation.
     """
 
     task: Tensor | None
@@ -85,7 +86,9 @@ class BatchContext:
 
     def _resolve(self, x: Tensor, place: str | None, of: Tensor, path: str) -> Tensor:
         if self.one_task:
-            return of[:1].expand(x.shape[:-1].numel())
+            return of.flatten()[:1].expand(x.shape[:-1].numel())
+        if of.dim() == 2:
+            return self.token_rows(x, place, of, path)
         if place == GATHERED:
             raise ValueError(
                 f"{path} sees {list(x.shape[:-1])} rows that a router gathered, and nothing tells whose they are; adapt dense "
@@ -104,8 +107,8 @@ class BatchContext:
     def one_task(self) -> bool:
         """Whether all samples are known to be of one task: then every row is."""
         if torch.compiler.is_compiling():
-            return self.samples == 1
-        return self.samples == 1 or (bool(self.ids) and len(set(self.ids)) == 1)
+            return self.task.shape == (1,)
+        return self.task.shape == (1,) or (bool(self.ids) and len(set(self.ids)) == 1)
 
     def _expect_once(self, path: str) -> None:
         """ValueError for a layer that sees the images of a batch one by one: whose each is cannot be told."""
@@ -117,6 +120,16 @@ class BatchContext:
                 "tells whose; adapt layers of the decoder only, or pass batches of one task"
             )
         self._ran.add(path)
+
+    def token_rows(self, x: Tensor, place: str | None, of: Tensor, path: str) -> Tensor:
+        """For each row of x [B, L, K] or [B * L, K] the one of its token -> [M]."""
+        shape = x.shape[:-1]
+        if not (place == TEXT or (place is None and self.plain)) or shape not in (of.shape, (of.numel(),)):
+            raise ValueError(
+                f"{path} sees {list(shape)} rows, and task_ids are given for {list(of.shape)} tokens; adapt layers that see each "
+                "token once, or pass one id for each sample"
+            )
+        return of.reshape(-1)
 
     def text_rows(self, x: Tensor, of: Tensor, path: str) -> Tensor:
         """For each row of x [B, L, K] (or [B, K], or flattened [B * length, K]) -> [M]."""
@@ -212,6 +225,7 @@ class BatchContext:
         if ids is not None:
             position = {tasks.id_of(name): at for at, name in enumerate(names)}
             on_host = torch.tensor([position.get(i, -1) for i in ids], dtype=torch.int32)
+            on_host = on_host.view(self.task.shape)
             positions = on_host.to(self.task.device)
             if positions is not on_host:
                 positions.on_host = on_host
@@ -234,7 +248,7 @@ class BatchContext:
         """
         base = self
         if torch.compiler.is_compiling():  # a graph must not depend on values that the host knows of this batch alone
-            task = self.task if samples is None else self.task.repeat_interleave(samples // self.samples)
+            task = self.task if samples is None else self.task.repeat_interleave(samples // self.samples, 0)
             return BatchContext(task, self.length if length is None else length, **inputs, tasks=self.tasks)
         if self.generating and samples not in (None, self.samples):
             base = self._repeated.get(samples) or self._repeat(samples)
@@ -248,6 +262,12 @@ class BatchContext:
 
     def require_samples(self, samples: int) -> None:
         """ValueError unless the batch of a forward inside this one has so many samples, or in a generation a multiple."""
+        if self.task.dim() == 2 and (samples != self.samples or self.generating):
+            raise ValueError(
+                f"task_ids has the shape {list(self.task.shape)}, one id for each token, and this batch has {samples} samples"
+                + (" of a generation, whose tokens are not there yet" if self.generating else "")
+                + "; give one id for each sample"
+            )
         if samples != self.samples and not (self.generating and self.samples and samples % self.samples == 0):
             raise ValueError(
                 f"task_ids has the shape [{self.samples}]; it must be [{samples}], one id per sample of the batch"
@@ -332,6 +352,11 @@ class Tasks(TaskNames):
             inputs = {} if outer.one_task else self.explained(model, input_ids, args, kwargs)
             return outer.of_batch(samples, length, inputs)
         task, ids = self.ids(task_ids, samples, device_of(model))
+        if task.dim() == 2 and length is not None and task.shape[1] != length:
+            raise ValueError(
+                f"task_ids has the shape {list(task.shape)}; it must be [{samples}, {length}], one id for each token, or "
+                f"[{samples}], one for each sample"
+            )
         context = BatchContext(task, length, ids=ids, _ran=set())
         return context if context.one_task else replace(context, **self.explained(model, input_ids, args, kwargs))
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-TaskIds = Tensor | Sequence[int] | Sequence[str]
+# One for each sample of a batch, or one for each token: [B] or [B, L].
+TaskIds = Tensor | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[str]]
 
 
 class TaskNames:
@@ -54,25 +55,34 @@ class TaskNames:
     def ids(
         self, task_ids: TaskIds, samples: int | None, device: torch.device | None
     ) -> tuple[Tensor, list[int] | None]:
-        """Names or ids, one per sample -> ([B] int32 on `device`, the same as integers, None where the host would wait).
+        """Names or ids, one per sample [B] or token [B, L] -> (int32 on `device`, the same as integers, one behind the other,
+        None where the host would wait).
 
         None as a name and -1 as an id stand for no adapter.
         """
         if not isinstance(task_ids, Tensor):
             if isinstance(task_ids, str):
                 raise TypeError(f"task_ids is the string {task_ids!r}; pass one name or id per sample, in a list")
-            named = [-1 if t is None else self.id_of(t) if isinstance(t, str) else t for t in task_ids]
+            nested = [list(t) if isinstance(t, list | tuple) else t for t in task_ids]
+            by_token = bool(nested) and all(isinstance(t, list) for t in nested)
+            flat = [t for row in nested for t in row] if by_token else nested
+            named = [-1 if t is None else self.id_of(t) if isinstance(t, str) else t for t in flat]
             if not all(isinstance(t, int) and not isinstance(t, bool) for t in named):
                 raise TypeError(f"task_ids is {list(task_ids)!r}; it must hold task names or integer ids")
+            if by_token and len({len(row) for row in nested}) > 1:
+                raise ValueError(
+                    f"task_ids has rows of {[len(row) for row in nested]} ids; give one for each token, padding too"
+                )
             task_ids = torch.tensor(named, dtype=torch.int32)
+            task_ids = task_ids.view(len(nested), -1) if by_token else task_ids
         if task_ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"task_ids is {task_ids.dtype}; it must be torch.int32 or torch.int64")
-        if task_ids.dim() != 1 or (samples is not None and task_ids.shape[0] != samples):
+        if task_ids.dim() not in (1, 2) or (samples is not None and task_ids.shape[0] != samples):
             wanted = "one id per sample" if samples is None else f"[{samples}], one id per sample of the batch"
             raise ValueError(f"task_ids has the shape {list(task_ids.shape)}; it must be {wanted}")
         values = None
         if task_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            values = task_ids.tolist()
+            values = task_ids.flatten().tolist()
             for t in set(values):
                 if t != -1 and not (0 <= t < len(self.names) and self.names[t] is not None):
                     known = {i: name for i, name in enumerate(self.names) if name is not None}

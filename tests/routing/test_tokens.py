@@ -5,6 +5,7 @@ import torch
 from peft import get_peft_model
 from support.tiny_llava import randomise
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lilora
@@ -147,7 +148,7 @@ def test_fused_mlps_take_them(model):
 
 
 def test_a_compiled_model_takes_other_ids_without_compiling_again(model):
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    graphs = CompileCounterWithBackend("eager")
     inner = model.get_base_model()
     ids = torch.randint(3, 40, (1, 4))
     mixes = [torch.tensor([row]) for row in ([0, 1, -1, 1], [1, 1, 0, 0], [-1, 0, 0, 1])]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .layers.base import AdaptedLinear, check_loads, reads_weight
+from .layers.lilora import forget_task_ids_refusal
 from .layers.mlp import unfuse_mlps
 from .routing.context import GATHERED, TEXT, BatchContext, Recomputation, Tasks, device_of, tasks_of
 from .routing.placement import places
@@ -53,6 +54,7 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
     if tasks is None:
         tasks = model.__dict__.get("lilora_tasks") or (layers[0][1].model_tasks if layers else Tasks())
     model.lilora_tasks = tasks
+    forget_task_ids_refusal(model)
     for name, layer in layers:
         parent, _, own = name.rpartition(".")
         if own and reads_weight(type(model.get_submodule(parent)), own):

@@ -94,7 +94,8 @@ class AdaptedLinear(nn.Module):
     """A frozen linear layer [N, K] with an adapter on top.
 
     base_layer: any module that maps [..., K] to [..., N] and has in_features and out_features; a plain nn.Linear is
-    computed together with the adapter. dropout acts on the adapter's input in training. Raises TypeError or ValueError.
+    computed together with the adapter. Its parameters stop requiring gradients, unless freeze_base is False: what requires
+    them then trains with the adapter. dropout acts on the adapter's input in training. Raises TypeError or ValueError.
     """
 
     rank: int
@@ -102,7 +103,7 @@ class AdaptedLinear(nn.Module):
     batch_invariant = False  # see `serving.freeze`
     ran = False  # in any forward that was not compiled
 
-    def __init__(self, base_layer: nn.Module, dropout: float) -> None:
+    def __init__(self, base_layer: nn.Module, dropout: float, freeze_base: bool = True) -> None:
         super().__init__()
         if not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout!r}; it must be in [0, 1)")
@@ -114,7 +115,7 @@ class AdaptedLinear(nn.Module):
             raise TypeError(
                 f"base_layer is a {type(base_layer).__name__}, which nn.MultiheadAttention reads and never runs"
             )
-        self.base_layer = base_layer
+        self.base_layer = base_layer.requires_grad_(False) if freeze_base else base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.dropout = dropout
         self.model_tasks = Tasks()

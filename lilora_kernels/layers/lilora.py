@@ -24,8 +24,9 @@ class LiLoRALinear(AdaptedLinear):
     """y = base_layer(x) + scaling * D(x) A^T M_t^T with M_t = f_t B0 + (1 - f_t) U_t V_t, f_t = sigmoid(fusion_t).
 
     Replaces a linear layer [N, K] in one line; `base_layer` may be any module that maps [..., K] to [..., N] and has
-    in_features and out_features. A [r, K] and B0 [N, r] are shared by all tasks, U [N, sub_rank], V [sub_rank, r] and
-    fusion [1] belong to one task; scaling = alpha / r (arXiv 2508.06202). With fusion=False M_t = B0 + U_t V_t.
+    in_features and out_features; unless freeze_base is False, it stops requiring gradients. A [r, K] and B0 [N, r] are
+    shared by all tasks, U [N, sub_rank], V [sub_rank, r] and fusion [1] belong to one task; scaling = alpha / r
+    (arXiv 2508.06202). With fusion=False M_t = B0 + U_t V_t. Defaults: sub_rank = max(1, r // 2), alpha = 2 r.
 
     train_a and train_b0 say when the shared factors train: "always", in the "first" task only, or "never".
 
@@ -43,6 +44,7 @@ class LiLoRALinear(AdaptedLinear):
         fusion: bool = True,
         train_a: str = "first",
         train_b0: str = "first",
+        freeze_base: bool = True,
     ) -> None:
         for name, size in (("r", r), ("sub_rank", 1 if sub_rank is None else sub_rank)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -54,7 +56,7 @@ class LiLoRALinear(AdaptedLinear):
         for name, policy in (("train_a", train_a), ("train_b0", train_b0)):
             if policy not in POLICIES:
                 raise ValueError(f"{name} is {policy!r}; it must be one of {list(POLICIES)}")
-        super().__init__(base_layer, dropout)
+        super().__init__(base_layer, dropout, freeze_base)
         self.rank, self.sub_rank, self.alpha, self.fusion = r, sub_rank, alpha, fusion
         self.train_a, self.train_b0 = train_a, train_b0
         self.lilora_A, self.lilora_B = SharedParameter(self), SharedParameter(self)
@@ -277,6 +279,10 @@ class LiLoRALinear(AdaptedLinear):
         task: [B] int32 ids for x [B, ..., K], -1 for samples without an adapter. Without it the context of the running
         forward decides, and without task ids there the active task. Raises when several tasks are active and nothing decides.
         """
+        if "task_ids" in kwargs:
+            raise TypeError(
+                "LiLoRALinear: task_ids is an argument of a model, after attach(model); a layer alone takes task, ids [B] int32"
+            )
         if "_hf_hook" in self._modules["lilora_U"].__dict__ and not torch.compiler.is_compiling():
             with onloaded(*self._kinds):
                 return self._forward(x, args, kwargs, task)
@@ -458,9 +464,29 @@ def _loaded(layer: LiLoRALinear, _) -> None:
 
 
 def set_task(model: nn.Module, *names: str, train: bool = True) -> None:
-    """`LiLoRALinear.set_task` for every adapted layer of a model."""
+    """`LiLoRALinear.set_task` for every adapted layer of a model; RuntimeError for a model without any."""
     layers: Sequence[LiLoRALinear] = [m for m in model.modules() if isinstance(m, LiLoRALinear)]
     if not layers:
         raise RuntimeError("this model has no LiLoRALinear layer")
     for layer in layers:
         layer.set_task(*names, train=train)
+    if not isinstance(model, LiLoRALinear) and not any("lilora_tasks" in m.__dict__ for m in model.modules()):
+        forget_task_ids_refusal(model)
+        model.register_forward_pre_hook(_refuse_task_ids, with_kwargs=True)
+
+
+def _refuse_task_ids(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """A model may take any keyword without a word, and its rows would be of the active task."""
+    if "task_ids" in kwargs:
+        raise TypeError(
+            f"task_ids do not reach the adapted layers of this {type(model).__name__} yet; call attach(model) once, after "
+            "its layers were replaced"
+        )
+
+
+def forget_task_ids_refusal(model: nn.Module) -> None:
+    """Undo what `set_task` put before the forwards of a model that was not attached yet."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _refuse_task_ids]:
+            del module._forward_pre_hooks[key]
+            del module._forward_pre_hooks_with_kwargs[key]

@@ -39,8 +39,15 @@ class RankPoolLinear(AdaptedLinear):
 
     sub_rank = 0
 
-    def __init__(self, base_layer: nn.Module, choose: Chooser, scaling: float = 1.0, dropout: float = 0.0) -> None:
-        super().__init__(base_layer, dropout)
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        choose: Chooser,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        freeze_base: bool = True,
+    ) -> None:
+        super().__init__(base_layer, dropout, freeze_base)
         if not is_number(scaling) or not math.isfinite(scaling):
             raise ValueError(f"scaling is {scaling!r}; it must be a finite number")
         self.choose, self.scaling = choose, scaling

@@ -33,6 +33,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
             fusion=config.fusion,
             train_a=config.train_a,
             train_b0=config.train_b0,
+            freeze_base=False,  # PEFT's own business, and undone with a task that cannot be added
         )
         self.model_tasks = tasks
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)

@@ -767,6 +767,7 @@ def test_gradients_by_torch_func_of_factors():
     [
         ({"r": True}, "r is True; it must be an integer"),
         ({"sub_rank": 0}, "sub_rank is 0; it must be an integer"),
+        ({"r": 8, "sub_rank": 9}, "sub_rank is 9 and r is 8, the most that the rank of U V can be; give at most r"),
         ({"alpha": float("nan")}, "alpha is nan; it must be a positive number"),
         ({"alpha": float("inf")}, "alpha is inf; it must be a positive number"),
         ({"alpha": "x"}, "alpha is 'x'; it must be a positive number"),

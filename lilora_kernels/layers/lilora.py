@@ -51,7 +51,9 @@ class LiLoRALinear(AdaptedLinear):
                 raise ValueError(f"{name} is {size!r}; it must be an integer of at least 1")
         sub_rank = default_sub_rank(r) if sub_rank is None else sub_rank
         if sub_rank > r:
-            raise ValueError(f"sub_rank is {sub_rank} and r is {r}, the most that the rank of U V can be; give at most r")
+            raise ValueError(
+                f"sub_rank is {sub_rank} and r is {r}, the most that the rank of U V can be; give at most r"
+            )
         alpha = 2.0 * r if alpha is None else alpha
         if not is_number(alpha) or not 0 < alpha < math.inf:
             raise ValueError(f"alpha is {alpha!r}; it must be a positive number")

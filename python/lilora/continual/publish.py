@@ -120,7 +120,7 @@ def write_bank_card(bank: Bank) -> None:
     command = f'generate FOLDER-OR-REPOSITORY{task} --image FILE --prompt "..."'
     if kind_of(bank.config).unseen:
         command = "eval FOLDER-OR-REPOSITORY --tasks MANIFEST.yaml"
-    use = f'```bash\npip install "lilora-kernels[hf]"\nlilora {command} --model {bank.base_model.id}\n```'
+    use = f'```bash\npip install ".[hf]"  # in a checkout of lilora-kernels\nlilora {command} --model {bank.base_model.id}\n```'
     about = (
         f"A bank of {len(bank.tasks)} task(s) that `{bank.base_model.id}` has learned one after another with "
         f"`{bank.config['method']}`. The base model is not part of it."

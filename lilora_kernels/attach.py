@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,7 +58,7 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
     forget_task_ids_refusal(model)
     for name, layer in layers:
         parent, _, own = name.rpartition(".")
-        if own and reads_weight(type(model.get_submodule(parent)), own):
+        if own and reads_weight(type(model.get_submodule(parent)), own):  # type: ignore[arg-type]
             raise ValueError(
                 f"{name} cannot be adapted: {type(model.get_submodule(parent)).__name__} reads its weight and may never run it; "
                 "leave it out"
@@ -109,7 +110,7 @@ def detach(model: nn.Module) -> None:
             module._gradient_checkpointing_func = checkpoint.args[1]
 
 
-def _forward(self, *args, task_ids=None, **kwargs):
+def _forward(self: nn.Module, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
     tasks = self.lilora_tasks
     with tasks.use(tasks.context_of(self, task_ids, args, kwargs)):
         output = (self.lilora_replaced.get("forward") or partial(type(self).forward, self))(*args, **kwargs)
@@ -145,7 +146,7 @@ def _signature(model: nn.Module) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def _generate(self, *args, task_ids=None, **kwargs):
+def _generate(self: nn.Module, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
     tasks = self.lilora_tasks
     prompt = (kwargs["inputs"],) if "inputs" in kwargs else args
     context = tasks.context_of(self, task_ids, prompt, kwargs)
@@ -155,7 +156,7 @@ def _generate(self, *args, task_ids=None, **kwargs):
         return type(self).generate(self, *args, **kwargs)
 
 
-def _gradient_checkpointing_enable(self, *args, **kwargs):
+def _gradient_checkpointing_enable(self: nn.Module, *args: Any, **kwargs: Any) -> None:
     type(self).gradient_checkpointing_enable(self, *args, **kwargs)
     restore_contexts(self)
 
@@ -168,10 +169,10 @@ def restore_contexts(model: nn.Module) -> None:
             module._gradient_checkpointing_func = partial(_checkpoint_with_context, model.lilora_tasks, checkpoint)
 
 
-def _checkpoint_with_context(tasks: Tasks, checkpoint: Callable, function: Callable, *args, **kwargs):
+def _checkpoint_with_context(tasks: Tasks, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
     recomputation = Recomputation(tasks)
 
-    def recomputable(*inner_args, **inner_kwargs):
+    def recomputable(*inner_args: Any, **inner_kwargs: Any) -> Any:
         with recomputation:
             return function(*inner_args, **inner_kwargs)
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from inspect import getsource, isfunction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ from ..routing.context import TEXT, Tasks
 from .accelerated import INVARIANT, is_plain
 
 
+def takes_none(x: Tensor, task: Tensor | None, seed: Tensor | None = None) -> None:
+    """The bound call where there is none."""
+
+
 class Factors(tuple):
     """(a, b0, u, v, fusion) of one call, or of many: what is settled in the first two need not be again."""
 
@@ -33,9 +38,9 @@ class Factors(tuple):
     # the second on. A pair is always set together: layers serve several threads.
     settled: tuple[tuple, Callable | None] = (), None
     settled_grads: tuple[tuple, Callable | None] = (), None
-    settled_blocks: tuple[tuple, Callable | None] = (), None
+    settled_blocks: tuple[tuple, Callable] = (), takes_none
 
-    def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest):
+    def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest: Any) -> Any:
         """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: task to ranks."""
         if is_transformed() or not TENSORS_OR_NONE.issuperset(map(type, (x, *self))):
             return functional.of_rows(operation, x, *self.arguments(base, rest))
@@ -63,7 +68,7 @@ class Factors(tuple):
         """Of the operation, after x."""
         return *base, *self, *rest
 
-    def in_blocks(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
+    def in_blocks(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest: Any) -> Tensor:
         """As `run`, by the CPU kernels alone: a row's bits depend on nothing but that row and its task."""
         plain = not is_transformed() and TENSORS_OR_NONE.issuperset(map(type, (x, *self))) and not is_any_watching()
         if plain and not needs_graph(x, *self):
@@ -84,10 +89,6 @@ class Factors(tuple):
 
     def __getstate__(self) -> None:
         return None  # a copy lies elsewhere
-
-
-def takes_none(x: Tensor, task: Tensor | None, seed: Tensor | None = None) -> None:
-    """The bound call where there is none."""
 
 
 class AdaptedLinear(nn.Module):
@@ -119,7 +120,8 @@ class AdaptedLinear(nn.Module):
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.dropout = dropout
         self.model_tasks = Tasks()
-        self.path, self.place = "a layer", TEXT  # in the model; set by attach(), see placement.places
+        self.path = "a layer"  # in the model; set by attach(), as is where it lies: see placement.places
+        self.place: str | None = TEXT
         self.register_load_state_dict_pre_hook(check_loads)
 
     def check_load(self, state: Mapping[str, Tensor], prefix: str) -> None:
@@ -184,7 +186,7 @@ class AdaptedLinear(nn.Module):
         return run(linear, cast, (weight, bias), *rest)
 
 
-def check_loads(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_) -> None:
+def check_loads(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
     """Before anything of a state dict is written: `check_load` of all adapted layers of a model, or of the layer itself."""
     for name, layer in model.named_modules():
         if isinstance(layer, AdaptedLinear):

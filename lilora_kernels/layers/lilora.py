@@ -1,8 +1,9 @@
 """LiLoRALinear: a frozen linear layer with one small adapter per task on a shared basis."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class LiLoRALinear(AdaptedLinear):
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks in the order of their ids."""
-        return [name for name in self.model_tasks.names if name in self.lilora_U]
+        return [name for name in self.model_tasks.known if name in self.lilora_U]
 
     def add_task(self, name: str, init: bool = True) -> None:
         """Create the parameters of a task (and of the shared factors with the first) and register its id.
@@ -198,7 +199,7 @@ class LiLoRALinear(AdaptedLinear):
         if self._frozen is not None and name in self.model_tasks.known:
             self._fill_windows(name)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LiLoRALinear":
         capacity, self._frozen = self.capacity, None
         super()._apply(fn, recurse)
         self.bind()
@@ -267,7 +268,7 @@ class LiLoRALinear(AdaptedLinear):
     def _own(self, name: str) -> list[nn.Parameter]:
         return [parameters[name] for parameters in self._by_task() if name in parameters]
 
-    def _parameters_of(self, name: str) -> tuple[Tensor | None, ...]:
+    def _parameters_of(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         fusion = self.lilora_fusion[name] if self.fusion else None
         return self.lilora_A[name], self.lilora_B[name], self.lilora_U[name], self.lilora_V[name], fusion
 
@@ -277,7 +278,7 @@ class LiLoRALinear(AdaptedLinear):
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args, task: Tensor | None = None, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, task: Tensor | None = None, **kwargs: Any) -> Tensor:
         """x [..., K] -> [..., N].
 
         task: [B] int32 ids for x [B, ..., K], -1 for samples without an adapter. Without it the context of the running
@@ -310,9 +311,9 @@ class LiLoRALinear(AdaptedLinear):
             samples = x.shape[0] if x.dim() > 1 else 1
             ids, known = tasks.ids(task, samples, x.device)
             context = BatchContext(ids, ids=known, tasks=tasks)
-        routed = context is not None and context.task is not None
+        routed = None if context is None or context.task is None else context
         if self.merged_task is not None:
-            if routed:
+            if routed is not None:
                 raise RuntimeError(
                     f"task {self.merged_task!r} is merged into the base weight; unmerge() before routing tasks"
                 )
@@ -329,8 +330,8 @@ class LiLoRALinear(AdaptedLinear):
                     self._bind_slot()
                     slot = self._slot
                     break
-        if routed:
-            return None if slot is None else self._mixed(x, slot[:2], context, samples)
+        if routed is not None:
+            return None if slot is None else self._mixed(x, slot[:2], routed, samples)
         if context is None and not compiling:
             tasks.require_context()
         if slot is None or slot[2] is None:
@@ -342,6 +343,7 @@ class LiLoRALinear(AdaptedLinear):
     def _mixed(self, x: Tensor, shared: tuple[Tensor, ...], context: BatchContext, samples: int | None) -> tuple | None:
         """As `_adapter`, for tasks by sample. shared: a and b0; samples: those of x, where the ids were given for x itself."""
         trains, training, frozen = self.stacking()
+        names: tuple[str, ...]
         if frozen:
             names, positions = (), context.slots()
         else:
@@ -463,7 +465,7 @@ class LiLoRALinear(AdaptedLinear):
         )
 
 
-def _loaded(layer: LiLoRALinear, _) -> None:
+def _loaded(layer: LiLoRALinear, _: object) -> None:
     layer.bind()
 
 

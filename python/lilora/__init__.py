@@ -15,9 +15,9 @@ try:
     from peft.utils import register_peft_method
 except ModuleNotFoundError as missing:
     if Path(sys.argv[0]).stem in ("lilora", "-m"):  # the command, of which the package is imported first
-        print_error(missing_extra(missing.name))
+        print_error(missing_extra(missing))
         sys.exit(2)
-    raise ImportError(missing_extra(missing.name)) from None
+    raise ImportError(missing_extra(missing)) from None
 
 from lilora.bank.export import export_lora
 from lilora.peft.config import PRESETS, LiLoRAConfig

@@ -12,9 +12,9 @@ def main() -> None:
 
         command()
     except ModuleNotFoundError as missing:
-        if missing.name.partition(".")[0] == "lilora":
+        if str(missing.name).partition(".")[0] == "lilora":
             raise
-        print_error(missing_extra(missing.name))
+        print_error(missing_extra(missing))
         sys.exit(2)
 
 

@@ -12,9 +12,9 @@ class UserError(ValueError):
     """
 
 
-def missing_extra(module: str) -> str:
+def missing_extra(missing: ModuleNotFoundError) -> str:
     """The sentence for a module that only `lilora` needs, not `lilora_kernels`."""
-    package = module.partition(".")[0]
+    package = str(missing.name).partition(".")[0]
     return f'lilora needs {package}, which is not installed; run pip install ".[hf]" in a checkout of lilora-kernels'
 
 

@@ -93,11 +93,11 @@ def test_the_wheel_holds_code_and_data_of_both_packages_and_nothing_else(tmp_pat
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    want = {n for n in files if n.startswith("lilora_kernels/") and n.endswith((".py", ".json"))}
+    want = {n for n in files if n.startswith("lilora_kernels/") and n.endswith((".py", ".json", ".typed"))}
     want |= {
         n.removeprefix("python/")
         for n in files
-        if n.startswith("python/") and Path(n).suffix in (".py", ".html", ".json")
+        if n.startswith("python/") and Path(n).suffix in (".py", ".html", ".json", ".typed")
     }
     assert want <= names
     assert {name.split("/")[0] for name in names} <= {

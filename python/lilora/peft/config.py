@@ -1,6 +1,7 @@
 """`LiLoRAConfig`: what PEFT needs to know to adapt a model with LoRA in LoRA, one adapter per task."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 
@@ -58,7 +59,7 @@ class LiLoRAConfig(PeftConfig):
     )
 
     @classmethod
-    def preset(cls, name: str, **changes) -> "LiLoRAConfig":
+    def preset(cls, name: str, **changes: Any) -> "LiLoRAConfig":
         """The config of a preset (`paper`, `released` or `frozen`), with changes."""
         if name not in PRESETS:
             raise UserError(f"preset is {name!r}; it must be one of {list(PRESETS)}")
@@ -71,17 +72,11 @@ class LiLoRAConfig(PeftConfig):
             if new != old:
                 raise UserError(f"{name} is {new!r}, but the model's other tasks have {old!r}; all tasks share it")
 
-    taken_with = None  # the fingerprint when the task's tensors were last taken out: PEFT saves the config after them
-
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        self.shared_fingerprint = self.taken_with or self.shared_fingerprint
-        super().save_pretrained(save_directory, **kwargs)
-        # True of the files: A and B0 may go on learning, and the config be used again.
-        self.shared_fingerprint = self.taken_with = None
-
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LILORA
+        # The fingerprint when the task's tensors were last taken out: PEFT saves the config after them.
+        self.taken_with: str | None = None
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str) or _all(value, str)):
@@ -99,9 +94,9 @@ class LiLoRAConfig(PeftConfig):
             size = getattr(self, name)
             if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31:
                 raise UserError(f"{name} is {size!r}; it must be an integer of at least 1")
-        if self.sub_rank > self.r:
+        if size > self.r:
             raise UserError(
-                f"sub_rank is {self.sub_rank} and r is {self.r}, the most that the rank of U V can be; give at most r"
+                f"sub_rank is {size} and r is {self.r}, the most that the rank of U V can be; give at most r"
             )
         self.alpha = 2.0 * self.r if self.alpha is None else self.alpha
         for name in ("alpha", "dropout", "stability"):
@@ -130,6 +125,13 @@ class LiLoRAConfig(PeftConfig):
             raise UserError(
                 "layers_to_transform cannot be used with a regular expression in target_modules; list names"
             )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        self.shared_fingerprint = self.taken_with or self.shared_fingerprint
+        super().save_pretrained(save_directory, **kwargs)
+        # True of the files: A and B0 may go on learning, and the config be used again.
+        self.shared_fingerprint = None
+        self.taken_with = None
 
 
 def _all(value: object, kind: type) -> bool:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -22,7 +23,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
     other_param_names = ("lilora_A", "lilora_B")
     cast_input_dtype_enabled = True  # for peft.helpers.disable_input_dtype_casting; we never cast the input
 
-    def __init__(self, base_layer: nn.Module, config: LiLoRAConfig, tasks: Tasks, **quantization) -> None:
+    def __init__(self, base_layer: nn.Module, config: LiLoRAConfig, tasks: Tasks, **quantization: Any) -> None:
         LiLoRALinear.__init__(
             self,
             base_layer,

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -39,7 +40,7 @@ class LiLoRAModel(BaseTuner):
     tuner_layer_cls = Linear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads it; models.py has the patterns
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         tasks = model.__dict__.get("lilora_tasks") or Tasks()
         if adapter_name in tasks.known:
             raise UserError(f"task {adapter_name!r} exists already; delete it first or choose another name")
@@ -149,7 +150,7 @@ class LiLoRAModel(BaseTuner):
                 f"{current_key} is a {type(base).__name__}, not an nn.Linear: nothing says that its forward runs, and computes "
                 "with its weight what a merge would; leave it out of target_modules (exclude_modules)"
             )
-        if reads_weight(type(parent), target_name):
+        if reads_weight(type(parent), target_name):  # type: ignore[arg-type]
             raise UserError(
                 f"{current_key} is never run by {type(parent).__name__}, or not on every device: it reads the layer's weight, "
                 "past an adapter; leave it out of target_modules (exclude_modules)"
@@ -168,13 +169,22 @@ class LiLoRAModel(BaseTuner):
             parameter.requires_grad_(learning[name])  # PEFT makes new Parameters, and those learn
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LiLoRAConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
         config.taken_with = shared_fingerprint(model)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return {unwrapped(name): tensor for name, tensor in found.items()}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LiLoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         own = [layer.lilora_U[adapter_name] for layer in adapted_layers(model).values()]
         # Made to be loaded, and still as it was made: nothing is lost when a load that fails takes it away again.
         fresh = config.shared_fingerprint is not None and all(u.is_meta or not u.any() for u in own)
@@ -191,7 +201,7 @@ class LiLoRAModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield

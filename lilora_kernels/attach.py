@@ -78,6 +78,12 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
     tasks.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
     tasks.main = getattr(model, "main_input_name", None) or next(iter(tasks.arguments), "input_ids")
     tasks.packed = not set(placed.values()) <= {TEXT, GATHERED}
+    for part in model.modules():  # whose own generate a model's may call: it has forwards that the model's does not see
+        if part is not model and hasattr(part, "generate"):
+            part.__dict__.setdefault(
+                "lilora_replaced", {k: part.__dict__[k] for k in ("forward",) if k in part.__dict__}
+            )
+            part.forward = partial(_part_forward, part, tasks)
     if "lilora_replaced" not in model.__dict__:
         # accelerate's hooks (device_map over several devices) put a forward of their own on the instance
         model.lilora_replaced = {name: model.__dict__[name] for name in METHODS if name in model.__dict__}
@@ -101,6 +107,10 @@ def detach(model: nn.Module) -> None:
     for name in ("lilora_tasks", "lilora_replaced", *(METHODS if replaced is not None else ())):
         model.__dict__.pop(name, None)
     model.__dict__.update(replaced or {})
+    for part in model.modules():
+        if getattr(part.__dict__.get("forward"), "func", None) is _part_forward:
+            del part.forward
+            part.__dict__.update(part.__dict__.pop("lilora_replaced"))
     for key, hook in list(model._load_state_dict_pre_hooks.items()):
         if hook.hook is check_loads:
             del model._load_state_dict_pre_hooks[key]
@@ -118,6 +128,12 @@ def _forward(self: nn.Module, *args: Any, task_ids: TaskIds | None = None, **kwa
         tasks.looked = True
         name_idle_layers(self)
     return output
+
+
+def _part_forward(self: nn.Module, tasks: Tasks, *args: Any, **kwargs: Any) -> Any:
+    """Of a part that generates: with beams and cached steps it has other samples and lengths than its model's batch."""
+    with tasks.use(tasks.context_of(self, None, args, kwargs)):
+        return (self.lilora_replaced.get("forward") or partial(type(self).forward, self))(*args, **kwargs)
 
 
 def name_idle_layers(model: nn.Module) -> None:

@@ -173,6 +173,11 @@ class AdaptedLinear(nn.Module):
         base, weight, bias = self._modules["base_layer"], None, None
         apart = args or kwargs or self.unfused_reason() is not None
         if apart:
+            if is_sharded(getattr(base, "weight", None)):  # FSDP2 has gathered it by now
+                raise RuntimeError(
+                    f"{self.path}: the base weight is a DTensor, split over processes as by tensor parallelism (tp_plan), which "
+                    "adapters do not support; load the model without tp_plan, and use DDP or FSDP2"
+                )
             y = base(x, *args, **kwargs)
             x = x if x.is_floating_point() else x.to(factors[0].dtype)
         else:
@@ -235,6 +240,6 @@ def version(parameter: Tensor) -> object:
     return object() if parameter.is_inference() else parameter._version
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Whether it is a DTensor, which holds a part of its values; importing that class would take a second."""
     return hasattr(tensor, "full_tensor")

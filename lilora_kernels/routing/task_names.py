@@ -59,12 +59,12 @@ class TaskNames:
         None as a name and -1 as an id stand for no adapter.
         """
         if not isinstance(task_ids, Tensor):
-            if isinstance(task_ids, str):
-                raise TypeError(f"task_ids is the string {task_ids!r}; pass one name or id per sample, in a list")
+            if isinstance(task_ids, str) or not hasattr(task_ids, "__len__") or getattr(task_ids, "ndim", 1) == 0:
+                raise TypeError(f"task_ids is {task_ids!r}; pass one name or id per sample, in a list")
             named = [-1 if t is None else self.id_of(t) if isinstance(t, str) else t for t in task_ids]
-            if not all(isinstance(t, int) and not isinstance(t, bool) for t in named):
+            if not all(hasattr(t, "__index__") and not isinstance(t, bool) for t in named):  # numpy's integers have it
                 raise TypeError(f"task_ids is {list(task_ids)!r}; it must hold task names or integer ids")
-            task_ids = torch.tensor(named, dtype=torch.int32)
+            task_ids = torch.tensor([int(t) for t in named], dtype=torch.int32)
         if task_ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"task_ids is {task_ids.dtype}; it must be torch.int32 or torch.int64")
         if task_ids.dim() != 1 or (samples is not None and task_ids.shape[0] != samples):

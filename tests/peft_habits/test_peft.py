@@ -5,6 +5,7 @@ import json
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -272,7 +273,11 @@ def test_generate_follows_the_task_of_each_sample(beams):
         (torch.ones(3, dtype=torch.bool), TypeError, "task_ids is torch.bool"),
         ([0.0, 1.0, 0.0], TypeError, "it must hold task names or integer ids"),
         ([True, False, True], TypeError, "it must hold task names or integer ids"),
-        ("abb", TypeError, "task_ids is the string 'abb'"),
+        ("abb", TypeError, "task_ids is 'abb'; pass one name or id per sample, in a list"),
+        (1, TypeError, "task_ids is 1; pass one name or id per sample, in a list"),
+        (np.int64(1), TypeError, r"task_ids is np.int64\(1\); pass one name or id per sample, in a list"),
+        (np.zeros(3), TypeError, "it must hold task names or integer ids"),
+        (np.array([True, False, True]), TypeError, "it must hold task names or integer ids"),
     ],
 )
 @pytest.mark.parametrize("call", ["forward", "generate"])
@@ -284,6 +289,12 @@ def test_wrong_task_ids_are_one_sentence(task_ids, error, words, call):
         getattr(model, call)(input_ids=x, task_ids=task_ids, **options)
     one_sentence(caught)
     assert torch.equal(logits(model, x), before), "no route is left behind"
+
+
+@pytest.mark.parametrize("given", [np.array([0, 1, 0]), list(np.array([0, 1, 0])), np.array(["a", "b", "a"])])
+def test_numpy_ids_and_names(given):
+    model, x = adapted(), ids()
+    assert torch.equal(logits(model, x, task_ids=given), logits(model, x, task_ids=["a", "b", "a"]))
 
 
 def gradients(model, x, **kwargs):
@@ -442,6 +453,32 @@ def test_wrong_settings_are_one_sentence(changes, words):
     with pytest.raises(UserError, match=words) as caught:
         settings(**changes)
     one_sentence(caught)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("lora_alpha", "it is alpha here, and scales by alpha / r as there"),
+        ("lora_dropout", "it is dropout here"),
+        ("use_rslora", r"to scale by alpha / sqrt\(r\), give alpha times sqrt\(r\)"),
+        ("init_lora_weights", "B0 and U start at zero"),
+        ("target_parameters", "LiLoRA adapts linear layers, no Parameters"),
+        ("rank_pattern", "r is that of all layers"),
+        ("use_dora", "the settings are r, sub_rank, alpha"),
+    ],
+)
+def test_settings_of_lora_say_what_to_do_instead(name, words):
+    with pytest.raises(UserError, match=f"{name} is no setting of LiLoRAConfig; {words}") as caught:
+        settings(**{name: None})
+    one_sentence(caught)
+
+
+def test_a_setting_of_a_newer_version_is_dropped_with_a_warning(tmp_path):
+    settings().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"newer": 1}))
+    with pytest.warns(UserWarning, match="newer"):
+        assert PeftConfig.from_pretrained(tmp_path).r == settings().r
 
 
 def test_unknown_preset():

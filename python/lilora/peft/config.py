@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 
 from lilora.errors import UserError
 from lilora_kernels.layers.base import is_number
@@ -17,6 +17,16 @@ PRESETS: dict[str, dict[str, str | float]] = {
     "frozen": {"train_a": "first", "train_b0": "first", "stability": 0.0},
     "paper": {"train_a": "always", "train_b0": "always", "stability": 1.0},
     "released": {"train_a": "always", "train_b0": "first", "stability": 0.0},
+}
+# What a LoraConfig calls otherwise or LiLoRA does not have, and what to do instead.
+OF_LORA = {
+    "lora_alpha": "it is alpha here, and scales by alpha / r as there",
+    "lora_dropout": "it is dropout here",
+    "use_rslora": "to scale by alpha / sqrt(r), give alpha times sqrt(r)",
+    "init_lora_weights": "B0 and U start at zero, A and V are drawn as LoRA's A; leave it out",
+    "target_parameters": "LiLoRA adapts linear layers, no Parameters; name layers in target_modules",
+    "rank_pattern": "r is that of all layers; adapt fewer with target_modules",
+    "alpha_pattern": "alpha is that of all layers; adapt fewer with target_modules",
 }
 SAME_FOR_ALL_TASKS = ("r", "sub_rank", "alpha", "dropout", "fusion", "train_a", "train_b0", "stability")
 
@@ -57,6 +67,13 @@ class LiLoRAConfig(PeftConfig):
     shared_fingerprint: str | None = field(
         default=None, metadata={"help": "Written on saving: tells which A and B0 the task was made with."}
     )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "LiLoRAConfig":
+        # Others are left to TypeError: PEFT drops what a newer version has written into a file.
+        for name in kwargs.keys() & LoraConfig.__dataclass_fields__.keys() - cls.__dataclass_fields__.keys():
+            instead = OF_LORA.get(name, f"the settings are {', '.join(OF_METHOD)}")
+            raise UserError(f"{name} is no setting of LiLoRAConfig; {instead}")
+        return super().__new__(cls)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "LiLoRAConfig":

@@ -91,6 +91,10 @@ class Linear(LiLoRALinear, BaseTunerLayer):
             return f"the base is quantised ({self.quantization_backend.backend_name})"
         return super().unfused_reason()
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: a task is a LoRA of rank r, so `peft.convert_to_lora(model, r, task)` is exact up to rounding."""
+        return True
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         return self.delta_weight(adapter)
 

@@ -40,6 +40,15 @@ class LiLoRAModel(BaseTuner):
     tuner_layer_cls = Linear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads it; models.py has the patterns
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Before PEFT writes the config into those of the model.
+        if "lilora_tasks" not in model.__dict__ and any("lilora_tasks" in part.__dict__ for part in model.modules()):
+            raise UserError(
+                f"a part of this {type(model).__name__} is adapted already; call model.add_adapter(name, config) on the adapted "
+                "model, not get_peft_model again"
+            )
+        super().__init__(model, *args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         tasks = model.__dict__.get("lilora_tasks") or Tasks()
         if adapter_name in tasks.known:
@@ -83,6 +92,13 @@ class LiLoRAModel(BaseTuner):
         model = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
         detach(model)
         return model
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise UserError: a weighted sum of tasks is no LiLoRA task."""
+        raise UserError(
+            "a weighted sum of LiLoRA tasks is none, for each has its own share of B0; write the tasks with lilora.export_lora "
+            "and add the LoRAs up"
+        )
 
     def _check_merged_weights(self, adapter_names: list[str] | None) -> None:
         """Of all layers before the first is written: a safe merge that fails must not leave some layers merged."""

@@ -84,10 +84,11 @@ class LiLoRALinear(AdaptedLinear):
         """Names of the tasks in the order of their ids."""
         return [name for name in self.model_tasks.known if name in self.lilora_U]
 
-    def add_task(self, name: str, init: bool = True) -> None:
+    def add_task(self, name: str, init: bool = True, first: bool | None = None) -> None:
         """Create the parameters of a task (and of the shared factors with the first) and register its id.
 
-        init=False leaves them uninitialised, for loading. Nothing is added when the name is not allowed or taken.
+        init=False leaves them uninitialised, for loading. first: of a saved task, whether A and B0 were made with it; by
+        default the first that is added is the one. Nothing is added when the name is not allowed or taken.
         """
         check_task_name(name)
         if name in self.lilora_U:
@@ -102,6 +103,7 @@ class LiLoRALinear(AdaptedLinear):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(self.empty(*shape))
 
+        first = not self.lilora_A if first is None else first
         if not self.lilora_A:
             self.lilora_A[name], self.lilora_B[name] = (
                 parameter(self.rank, self.in_features),
@@ -110,10 +112,11 @@ class LiLoRALinear(AdaptedLinear):
             if init:
                 nn.init.kaiming_uniform_(self.lilora_A[name], a=math.sqrt(5))
                 nn.init.zeros_(self.lilora_B[name])
-            self._first = name
         else:
             self.lilora_A[name] = next(iter(self.lilora_A.values()))
             self.lilora_B[name] = next(iter(self.lilora_B.values()))
+        if first and self._first is None:
+            self._first = name
         self.lilora_U[name] = parameter(self.out_features, self.sub_rank)
         self.lilora_V[name] = parameter(self.sub_rank, self.rank)
         if self.fusion:
@@ -131,6 +134,10 @@ class LiLoRALinear(AdaptedLinear):
             for own in self._own(name):
                 own.requires_grad_(False)
             self.bind()
+
+    def is_first(self, name: str) -> bool:
+        """Whether A and B0 were made with this task."""
+        return self._first == name
 
     def delete_task(self, name: str) -> None:
         """Remove a task's parameters; the ids of the others stay."""

@@ -118,6 +118,26 @@ def test_a_folder_holds_one_task_and_the_shared_factors(saved):
     assert names == {f"{layer}.lilora_{key}" for layer in layers for key in ("A", "B", "U", "V", "fusion")}
 
 
+@pytest.mark.parametrize(
+    "order, first", [("a", "a"), ("b", None), ("ab", "a"), ("ba", "a"), ("x", "x")], ids=lambda value: str(value)
+)
+def test_a_folder_remembers_its_place_in_the_chain(base_folder, saved, order, first):
+    """Whichever tasks are loaded, and under whatever names: A and B0 train with the one that they were made with."""
+    folder, _, _, _ = saved
+    base, (start, *rest) = load_base(base_folder), order
+    model = PeftModel.from_pretrained(base, folder / start.replace("x", "a"), adapter_name=start, is_trainable=True)
+    for task in rest:
+        model.load_adapter(folder / task, task, is_trainable=True)
+    for task in order:
+        model.set_adapter(task)
+        trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
+        own = {"lilora_U", "lilora_V", "lilora_fusion"}
+        assert trained == (own | {"lilora_A", "lilora_B"} if task == first else own)
+    model.add_adapter("c", model.peft_config[start])  # a config that was loaded makes a new task as any other
+    model.set_adapter("c")
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "lilora_A" in name)
+
+
 def test_a_config_serves_again_after_its_task_was_saved_and_learned_on(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)

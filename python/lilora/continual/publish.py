@@ -37,6 +37,7 @@ def export_tasks(bank: Bank, task: str | None, out: Path, form: str = "lora") ->
     one = task is not None or not method.needs_task
     names = [chosen_task(bank, task)] if one else bank.tasks
     base, auto_class = bank.base_model.id, kind_of(bank.config).auto_class
+    ids = {record["name"]: record["id"] for record in bank.describe()["tasks"]}
     with new_folder(out) as folder:
         for name in names:
             place = folder if one else folder / name
@@ -47,7 +48,8 @@ def export_tasks(bank: Bank, task: str | None, out: Path, form: str = "lora") ->
                 about, use = f"{about}plain LoRA.", lora_use(base, auto_class)
             else:
                 (own, _), (_, shared) = bank.load_task(name), bank.load_task(bank.tasks[-1])
-                write_peft(place, own, shared, bank.config["settings"], base)
+                first = ids[name] == 0
+                write_peft(place, own, shared, bank.config["settings"], base, first)
                 about += "LiLoRA adapter of PEFT, with the factors that it shares with other tasks."
                 use = lora_use(base, auto_class, "import lilora  # teaches PEFT the method")
             card(place, bank, name, about, use, library="peft", tags=["lora"])

@@ -67,6 +67,10 @@ class LiLoRAConfig(PeftConfig):
     shared_fingerprint: str | None = field(
         default=None, metadata={"help": "Written on saving: tells which A and B0 the task was made with."}
     )
+    first_of_chain: bool | None = field(
+        default=None,
+        metadata={"help": "Written on saving: whether A and B0 were made with this task, and train with it."},
+    )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "LiLoRAConfig":
         # Others are left to TypeError: PEFT drops what a newer version has written into a file.
@@ -92,8 +96,8 @@ class LiLoRAConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LILORA
-        # The fingerprint when the task's tensors were last taken out: PEFT saves the config after them.
-        self.taken_with: str | None = None
+        # shared_fingerprint and first_of_chain when the task's tensors were last taken out: PEFT saves the config after them.
+        self.taken_with: tuple[str | None, bool] | None = None
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str) or _all(value, str)):
@@ -144,10 +148,12 @@ class LiLoRAConfig(PeftConfig):
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        self.shared_fingerprint = self.taken_with or self.shared_fingerprint
+        if self.taken_with is not None:
+            fingerprint, self.first_of_chain = self.taken_with
+            self.shared_fingerprint = fingerprint or self.shared_fingerprint
         super().save_pretrained(save_directory, **kwargs)
         # True of the files: A and B0 may go on learning, and the config be used again.
-        self.shared_fingerprint = None
+        self.shared_fingerprint = self.first_of_chain = None
         self.taken_with = None
 
 
@@ -157,6 +163,5 @@ def _all(value: object, kind: type) -> bool:
 
 
 # The fields that are settings of the method, and not PEFT's own or of one saved task.
-OF_METHOD = tuple(
-    name for name in LiLoRAConfig.__annotations__ if name not in ("shared_fingerprint", "on_shared_mismatch")
-)
+OF_FILES = ("shared_fingerprint", "first_of_chain", "on_shared_mismatch")
+OF_METHOD = tuple(name for name in LiLoRAConfig.__annotations__ if name not in OF_FILES)

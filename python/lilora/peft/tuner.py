@@ -61,6 +61,7 @@ class LiLoRAModel(BaseTuner):
         except Exception:
             rollback(model, self.peft_config, adapter_name)
             raise
+        self.peft_config[adapter_name].first_of_chain = None  # of the file, not of a task that this config makes next
         attach(model)
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper) and not module._forward_pre_hooks:
@@ -152,7 +153,7 @@ class LiLoRAModel(BaseTuner):
         current_key: str,
     ) -> None:
         if isinstance(target, Linear):
-            target.add_task(adapter_name)
+            target.add_task(adapter_name, first=config.first_of_chain)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantized = resolve_quantization_backend(base, **self._quantization())
@@ -172,7 +173,7 @@ class LiLoRAModel(BaseTuner):
                 "past an adapter; leave it out of target_modules (exclude_modules)"
             )
         layer = Linear(target, config, self.model.lilora_tasks, **self._quantization())
-        layer.add_task(adapter_name)
+        layer.add_task(adapter_name, first=config.first_of_chain)
         self._replace_module(parent, target_name, layer, target)
 
     def _quantization(self) -> dict:
@@ -193,7 +194,8 @@ class LiLoRAModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        config.taken_with = shared_fingerprint(model)
+        first = all(layer.is_first(adapter_name) for layer in adapted_layers(model).values())
+        config.taken_with = shared_fingerprint(model), first
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return {unwrapped(name): tensor for name, tensor in found.items()}
 

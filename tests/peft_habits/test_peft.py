@@ -38,6 +38,7 @@ from torch.utils.data import Dataset
 from lilora import LiLoRAConfig
 from lilora.errors import UserError
 from lilora.families import target_modules
+from lilora.peft.best_task import LoadBestTasks
 from lilora.peft.layer import adapted_layers
 from lilora.peft.tuner import shared_fingerprint
 
@@ -391,6 +392,45 @@ def test_trainer_carries_task_ids(tmp_path, checkpointing):
     shared = {name for name in before if "lilora_A" in name or "lilora_B" in name}
     assert changed == {task: own[task] | shared for task in "ab"}
     assert losses["a"] != losses["b"]
+
+
+@pytest.mark.parametrize("task", ["a", "b"])
+def test_trainer_ends_with_the_best_tasks(tmp_path, task):
+    """A learning rate that spoils the model: the first checkpoint is the best."""
+    model, x = adapted(), ids(4)
+    model.set_adapter(task)
+    data, scores, states = Samples(0 if task == "a" else 1, x), iter([0.0, 1.0]), []
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        learning_rate=1.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=False,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+
+    def score(_):
+        states.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return {"score": next(scores)}
+
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        compute_metrics=score,
+        callbacks=[LoadBestTasks()],
+    )
+    trainer.train()
+    assert len(states) == 2
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(torch.equal(p, states[0][name]) for name, p in model.named_parameters())
 
 
 # --- other settings of PEFT ---------------------------------------------------------------------------------------------

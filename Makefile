@@ -59,7 +59,7 @@ help:
 	@echo "make gpu-evidence  on a GPU: its tests, then the measurements; results.json and log.txt under OUT=folder"
 	@echo "make resources   what the Triton kernels take, compiled ahead of time: lilora_kernels/ops/RESOURCES.md; and what a"
 	@echo "                 model of an H200 predicts of every plan: bench/results/model"
-	@echo "make lint        ruff: rules and formatting"
+	@echo "make lint        ruff: rules and formatting; mypy: the types of what users call"
 	@echo "make cpu-evidence  throughput comparisons on this CPU, bench/results/cpu, and README's tables from them"
 	@echo "make smollm2     tokens per second of a real language model on this CPU (98 MB), minutes: bench/results/smollm2, and README's table"
 	@echo "make families    which models can do what: bench/results/families.json, and README's table from it"
@@ -152,6 +152,7 @@ cuda-check-all:
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 cpu-evidence: venv
 	$(BIN)/pip install -q -c constraints.txt onnx onnxruntime

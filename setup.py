@@ -48,6 +48,6 @@ if wanted("LILORA_CUDA", "0", "a GPU build"):
 setup(
     version=VERSION,
     packages=find_packages(include=["lilora_kernels*"]) + find_packages("python"),
-    package_data={"lilora_kernels": ["configs/*.json"], "lilora": ["**/*.html", "**/*.json"]},
+    package_data={"lilora_kernels": ["py.typed", "configs/*.json"], "lilora": ["py.typed", "**/*.html", "**/*.json"]},
     **native,
 )

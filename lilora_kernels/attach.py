@@ -5,11 +5,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from .layers.base import AdaptedLinear, check_loads, reads_weight
+from .layers.lilora import forget_task_ids_refusal
 from .layers.mlp import unfuse_mlps
 from .routing.context import GATHERED, TEXT, BatchContext, Recomputation, Tasks, device_of, tasks_of
 from .routing.placement import places
@@ -53,9 +55,10 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
     if tasks is None:
         tasks = model.__dict__.get("lilora_tasks") or (layers[0][1].model_tasks if layers else Tasks())
     model.lilora_tasks = tasks
+    forget_task_ids_refusal(model)
     for name, layer in layers:
         parent, _, own = name.rpartition(".")
-        if own and reads_weight(type(model.get_submodule(parent)), own):
+        if own and reads_weight(type(model.get_submodule(parent)), own):  # type: ignore[arg-type]
             raise ValueError(
                 f"{name} cannot be adapted: {type(model.get_submodule(parent)).__name__} reads its weight and may never run it; "
                 "leave it out"
@@ -75,6 +78,12 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
     tasks.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
     tasks.main = getattr(model, "main_input_name", None) or next(iter(tasks.arguments), "input_ids")
     tasks.packed = not set(placed.values()) <= {TEXT, GATHERED}
+    for part in model.modules():  # whose own generate a model's may call: it has forwards that the model's does not see
+        if part is not model and hasattr(part, "generate"):
+            part.__dict__.setdefault(
+                "lilora_replaced", {k: part.__dict__[k] for k in ("forward",) if k in part.__dict__}
+            )
+            part.forward = partial(_part_forward, part, tasks)
     if "lilora_replaced" not in model.__dict__:
         # accelerate's hooks (device_map over several devices) put a forward of their own on the instance
         model.lilora_replaced = {name: model.__dict__[name] for name in METHODS if name in model.__dict__}
@@ -98,6 +107,10 @@ def detach(model: nn.Module) -> None:
     for name in ("lilora_tasks", "lilora_replaced", *(METHODS if replaced is not None else ())):
         model.__dict__.pop(name, None)
     model.__dict__.update(replaced or {})
+    for part in model.modules():
+        if getattr(part.__dict__.get("forward"), "func", None) is _part_forward:
+            del part.forward
+            part.__dict__.update(part.__dict__.pop("lilora_replaced"))
     for key, hook in list(model._load_state_dict_pre_hooks.items()):
         if hook.hook is check_loads:
             del model._load_state_dict_pre_hooks[key]
@@ -107,7 +120,7 @@ def detach(model: nn.Module) -> None:
             module._gradient_checkpointing_func = checkpoint.args[1]
 
 
-def _forward(self, *args, task_ids=None, **kwargs):
+def _forward(self: nn.Module, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
     tasks = self.lilora_tasks
     with tasks.use(tasks.context_of(self, task_ids, args, kwargs)):
         output = (self.lilora_replaced.get("forward") or partial(type(self).forward, self))(*args, **kwargs)
@@ -115,6 +128,12 @@ def _forward(self, *args, task_ids=None, **kwargs):
         tasks.looked = True
         name_idle_layers(self)
     return output
+
+
+def _part_forward(self: nn.Module, tasks: Tasks, *args: Any, **kwargs: Any) -> Any:
+    """Of a part that generates: with beams and cached steps it has other samples and lengths than its model's batch."""
+    with tasks.use(tasks.context_of(self, None, args, kwargs)):
+        return (self.lilora_replaced.get("forward") or partial(type(self).forward, self))(*args, **kwargs)
 
 
 def name_idle_layers(model: nn.Module) -> None:
@@ -143,7 +162,7 @@ def _signature(model: nn.Module) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def _generate(self, *args, task_ids=None, **kwargs):
+def _generate(self: nn.Module, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
     tasks = self.lilora_tasks
     prompt = (kwargs["inputs"],) if "inputs" in kwargs else args
     context = tasks.context_of(self, task_ids, prompt, kwargs)
@@ -157,7 +176,7 @@ def _generate(self, *args, task_ids=None, **kwargs):
         return type(self).generate(self, *args, **kwargs)
 
 
-def _gradient_checkpointing_enable(self, *args, **kwargs):
+def _gradient_checkpointing_enable(self: nn.Module, *args: Any, **kwargs: Any) -> None:
     type(self).gradient_checkpointing_enable(self, *args, **kwargs)
     restore_contexts(self)
 
@@ -170,10 +189,10 @@ def restore_contexts(model: nn.Module) -> None:
             module._gradient_checkpointing_func = partial(_checkpoint_with_context, model.lilora_tasks, checkpoint)
 
 
-def _checkpoint_with_context(tasks: Tasks, checkpoint: Callable, function: Callable, *args, **kwargs):
+def _checkpoint_with_context(tasks: Tasks, checkpoint: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
     recomputation = Recomputation(tasks)
 
-    def recomputable(*inner_args, **inner_kwargs):
+    def recomputable(*inner_args: Any, **inner_kwargs: Any) -> Any:
         with recomputation:
             return function(*inner_args, **inner_kwargs)
 

@@ -44,7 +44,7 @@ def parallel_for() -> int:
     for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
         function = getattr(ctypes.CDLL(str(path)), "torch_parallel_for", None)
         if function is not None:
-            return ctypes.cast(function, ctypes.c_void_p).value
+            return ctypes.cast(function, ctypes.c_void_p).value or 0
     return 0
 
 

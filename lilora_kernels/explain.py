@@ -22,7 +22,7 @@ def explain(model: torch.nn.Module) -> str:
         op = "delta" if reason is not None else "delta_pair" if partner and unfused is None else "linear"
         reasons = unsupported_reasons(op, layer.example(), layer.rank, layer.sub_rank)
         chosen = next((b for b, why in reasons.items() if why is None and wanted in (None, b)), None)
-        taken = {plan: "as forced"} if plan else plans(op).get(chosen, {})
+        taken = {plan: "as forced"} if plan else plans(op).get(chosen or "", {})
         runs = f"{chosen or wanted or 'NO BACKEND'} ({', '.join(map(' '.join, taken.items()))})"
         runs += " CANNOT RUN" if chosen is None else ""
         fused = "base and adapter in one operation" if reason is None else f"base_layer(x) + delta, because {reason}"

@@ -7,6 +7,7 @@ Parameters may have another floating dtype than x (fp32 masters under bf16 activ
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ def rank_gate(scores: Tensor, r: int, *, straight_through: bool = False) -> tupl
     return _rank_gate(scores if straight_through else scores.detach(), r)
 
 
-def of_rows(operation: Operation, x: Tensor, *args, known: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def of_rows(operation: Operation, x: Tensor, *args: Any, known: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """The y of an operation, or both, that takes x [..., K] as [M, K]; `known` as for the operation."""
     if x.dim() == 2:
         y, *more = operation(x, *args, known=known)

@@ -8,7 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.datasets import load_digits
+
+try:
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError:
+    raise SystemExit("the digits suite draws on scikit-learn's images; run pip install scikit-learn") from None
 
 CELL, GRID = 8, 4
 SIZE = CELL * GRID

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from inspect import getsource, isfunction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ from ..routing.context import TEXT, Tasks
 from .accelerated import INVARIANT, is_plain
 
 
+def takes_none(x: Tensor, task: Tensor | None, seed: Tensor | None = None) -> None:
+    """The bound call where there is none."""
+
+
 class Factors(tuple):
     """(a, b0, u, v, fusion) of one call, or of many: what is settled in the first two need not be again."""
 
@@ -33,9 +38,9 @@ class Factors(tuple):
     # the second on. A pair is always set together: layers serve several threads.
     settled: tuple[tuple, Callable | None] = (), None
     settled_grads: tuple[tuple, Callable | None] = (), None
-    settled_blocks: tuple[tuple, Callable | None] = (), None
+    settled_blocks: tuple[tuple, Callable] = (), takes_none
 
-    def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest):
+    def run(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest: Any) -> Any:
         """y [..., N] of `lilora::linear` or `delta` for x [..., K]. base: (weight, bias) or (); rest: task to ranks."""
         if is_transformed() or not TENSORS_OR_NONE.issuperset(map(type, (x, *self))):
             return functional.of_rows(operation, x, *self.arguments(base, rest))
@@ -63,7 +68,7 @@ class Factors(tuple):
         """Of the operation, after x."""
         return *base, *self, *rest
 
-    def in_blocks(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest) -> Tensor:
+    def in_blocks(self, operation: Operation, x: Tensor, base: tuple[Tensor | None, ...], *rest: Any) -> Tensor:
         """As `run`, by the CPU kernels alone: a row's bits depend on nothing but that row and its task."""
         plain = not is_transformed() and TENSORS_OR_NONE.issuperset(map(type, (x, *self))) and not is_any_watching()
         if plain and not needs_graph(x, *self):
@@ -86,16 +91,13 @@ class Factors(tuple):
         return None  # a copy lies elsewhere
 
 
-def takes_none(x: Tensor, task: Tensor | None, seed: Tensor | None = None) -> None:
-    """The bound call where there is none."""
-
-
 class AdaptedLinear(nn.Module):
     """A frozen linear layer [N, K] with an adapter on top.
 
     base_layer: any module that maps [..., K] to [..., N] and has in_features and out_features, or transformers' Conv1D, whose
-    weight is [K, N]; a plain nn.Linear is computed together with the adapter. dropout acts on the adapter's input in
-    training. Raises TypeError or ValueError.
+    weight is [K, N]; a plain nn.Linear is computed together with the adapter. Its parameters stop requiring gradients, unless
+    freeze_base is False: what requires them then trains with the adapter. dropout acts on the adapter's input in training.
+    Raises TypeError or ValueError.
     """
 
     rank: int
@@ -103,7 +105,7 @@ class AdaptedLinear(nn.Module):
     batch_invariant = False  # see `serving.freeze`
     ran = False  # in any forward that was not compiled
 
-    def __init__(self, base_layer: nn.Module, dropout: float) -> None:
+    def __init__(self, base_layer: nn.Module, dropout: float, freeze_base: bool = True) -> None:
         super().__init__()
         if not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout!r}; it must be in [0, 1)")
@@ -116,11 +118,12 @@ class AdaptedLinear(nn.Module):
             raise TypeError(
                 f"base_layer is a {type(base_layer).__name__}, which nn.MultiheadAttention reads and never runs"
             )
-        self.base_layer = base_layer
+        self.base_layer = base_layer.requires_grad_(False) if freeze_base else base_layer
         self.in_features, self.out_features = sizes
         self.dropout = dropout
         self.model_tasks = Tasks()
-        self.path, self.place = "a layer", TEXT  # in the model; set by attach(), see placement.places
+        self.path = "a layer"  # in the model; set by attach(), as is where it lies: see placement.places
+        self.place: str | None = TEXT
         self.register_load_state_dict_pre_hook(check_loads)
 
     def check_load(self, state: Mapping[str, Tensor], prefix: str) -> None:
@@ -172,6 +175,11 @@ class AdaptedLinear(nn.Module):
         base, weight, bias = self._modules["base_layer"], None, None
         apart = args or kwargs or self.unfused_reason() is not None
         if apart:
+            if is_sharded(getattr(base, "weight", None)):  # FSDP2 has gathered it by now
+                raise RuntimeError(
+                    f"{self.path}: the base weight is a DTensor, split over processes as by tensor parallelism (tp_plan), which "
+                    "adapters do not support; load the model without tp_plan, and use DDP or FSDP2"
+                )
             y = base(x, *args, **kwargs)
             x = x if x.is_floating_point() else x.to(factors[0].dtype)
         else:
@@ -185,7 +193,7 @@ class AdaptedLinear(nn.Module):
         return run(linear, cast, (weight, bias), *rest)
 
 
-def check_loads(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_) -> None:
+def check_loads(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
     """Before anything of a state dict is written: `check_load` of all adapted layers of a model, or of the layer itself."""
     for name, layer in model.named_modules():
         if isinstance(layer, AdaptedLinear):
@@ -247,6 +255,6 @@ def version(parameter: Tensor) -> object:
     return object() if parameter.is_inference() else parameter._version
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Whether it is a DTensor, which holds a part of its values; importing that class would take a second."""
     return hasattr(tensor, "full_tensor")

@@ -1,8 +1,9 @@
 """LiLoRALinear: a frozen linear layer with one small adapter per task on a shared basis."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ class LiLoRALinear(AdaptedLinear):
     """y = base_layer(x) + scaling * D(x) A^T M_t^T with M_t = f_t B0 + (1 - f_t) U_t V_t, f_t = sigmoid(fusion_t).
 
     Replaces a linear layer [N, K] in one line; `base_layer` may be any module that maps [..., K] to [..., N] and has
-    in_features and out_features. A [r, K] and B0 [N, r] are shared by all tasks, U [N, sub_rank], V [sub_rank, r] and
-    fusion [1] belong to one task; scaling = alpha / r (arXiv 2508.06202). With fusion=False M_t = B0 + U_t V_t.
+    in_features and out_features; unless freeze_base is False, it stops requiring gradients. A [r, K] and B0 [N, r] are
+    shared by all tasks, U [N, sub_rank], V [sub_rank, r] and fusion [1] belong to one task; scaling = alpha / r
+    (arXiv 2508.06202). With fusion=False M_t = B0 + U_t V_t. Defaults: sub_rank = max(1, r // 2), alpha = 2 r.
 
     train_a and train_b0 say when the shared factors train: "always", in the "first" task only, or "never".
 
@@ -43,18 +45,23 @@ class LiLoRALinear(AdaptedLinear):
         fusion: bool = True,
         train_a: str = "first",
         train_b0: str = "first",
+        freeze_base: bool = True,
     ) -> None:
         for name, size in (("r", r), ("sub_rank", 1 if sub_rank is None else sub_rank)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name} is {size!r}; it must be an integer of at least 1")
         sub_rank = default_sub_rank(r) if sub_rank is None else sub_rank
+        if sub_rank > r:
+            raise ValueError(
+                f"sub_rank is {sub_rank} and r is {r}, the most that the rank of U V can be; give at most r"
+            )
         alpha = 2.0 * r if alpha is None else alpha
         if not is_number(alpha) or not 0 < alpha < math.inf:
             raise ValueError(f"alpha is {alpha!r}; it must be a positive number")
         for name, policy in (("train_a", train_a), ("train_b0", train_b0)):
             if policy not in POLICIES:
                 raise ValueError(f"{name} is {policy!r}; it must be one of {list(POLICIES)}")
-        super().__init__(base_layer, dropout)
+        super().__init__(base_layer, dropout, freeze_base)
         self.rank, self.sub_rank, self.alpha, self.fusion = r, sub_rank, alpha, fusion
         self.train_a, self.train_b0 = train_a, train_b0
         self.lilora_A, self.lilora_B = SharedParameter(self), SharedParameter(self)
@@ -75,12 +82,13 @@ class LiLoRALinear(AdaptedLinear):
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks in the order of their ids."""
-        return [name for name in self.model_tasks.names if name in self.lilora_U]
+        return [name for name in self.model_tasks.known if name in self.lilora_U]
 
-    def add_task(self, name: str, init: bool = True) -> None:
+    def add_task(self, name: str, init: bool = True, first: bool | None = None) -> None:
         """Create the parameters of a task (and of the shared factors with the first) and register its id.
 
-        init=False leaves them uninitialised, for loading. Nothing is added when the name is not allowed or taken.
+        init=False leaves them uninitialised, for loading. first: of a saved task, whether A and B0 were made with it; by
+        default the first that is added is the one. Nothing is added when the name is not allowed or taken.
         """
         check_task_name(name)
         if name in self.lilora_U:
@@ -95,6 +103,7 @@ class LiLoRALinear(AdaptedLinear):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(self.empty(*shape))
 
+        first = not self.lilora_A if first is None else first
         if not self.lilora_A:
             self.lilora_A[name], self.lilora_B[name] = (
                 parameter(self.rank, self.in_features),
@@ -103,10 +112,11 @@ class LiLoRALinear(AdaptedLinear):
             if init:
                 nn.init.kaiming_uniform_(self.lilora_A[name], a=math.sqrt(5))
                 nn.init.zeros_(self.lilora_B[name])
-            self._first = name
         else:
             self.lilora_A[name] = next(iter(self.lilora_A.values()))
             self.lilora_B[name] = next(iter(self.lilora_B.values()))
+        if first and self._first is None:
+            self._first = name
         self.lilora_U[name] = parameter(self.out_features, self.sub_rank)
         self.lilora_V[name] = parameter(self.sub_rank, self.rank)
         if self.fusion:
@@ -124,6 +134,10 @@ class LiLoRALinear(AdaptedLinear):
             for own in self._own(name):
                 own.requires_grad_(False)
             self.bind()
+
+    def is_first(self, name: str) -> bool:
+        """Whether A and B0 were made with this task."""
+        return self._first == name
 
     def delete_task(self, name: str) -> None:
         """Remove a task's parameters; the ids of the others stay."""
@@ -192,7 +206,7 @@ class LiLoRALinear(AdaptedLinear):
         if self._frozen is not None and name in self.model_tasks.known:
             self._fill_windows(name)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LiLoRALinear":
         capacity, self._frozen = self.capacity, None
         super()._apply(fn, recurse)
         self.bind()
@@ -261,7 +275,7 @@ class LiLoRALinear(AdaptedLinear):
     def _own(self, name: str) -> list[nn.Parameter]:
         return [parameters[name] for parameters in self._by_task() if name in parameters]
 
-    def _parameters_of(self, name: str) -> tuple[Tensor | None, ...]:
+    def _parameters_of(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         fusion = self.lilora_fusion[name] if self.fusion else None
         return self.lilora_A[name], self.lilora_B[name], self.lilora_U[name], self.lilora_V[name], fusion
 
@@ -271,13 +285,17 @@ class LiLoRALinear(AdaptedLinear):
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args, task: Tensor | None = None, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, task: Tensor | None = None, **kwargs: Any) -> Tensor:
         """x [..., K] -> [..., N].
 
         task: [B] int32 ids for x [B, ..., K], -1 for samples without an adapter, or [B, L] for x [B, L, K]. Without it
         the context of the running forward decides, and without task ids there the active task. Raises when several tasks
         are active and nothing decides.
         """
+        if "task_ids" in kwargs:
+            raise TypeError(
+                "LiLoRALinear: task_ids is an argument of a model, after attach(model); a layer alone takes task, ids [B] int32"
+            )
         if "_hf_hook" in self._modules["lilora_U"].__dict__ and not torch.compiler.is_compiling():
             with onloaded(*self._kinds):
                 return self._forward(x, args, kwargs, task)
@@ -305,9 +323,9 @@ class LiLoRALinear(AdaptedLinear):
                     f"task has the shape {list(ids.shape)}; it must be {list(x.shape[:-1])}, one id for each row of x"
                 )
             context = BatchContext(ids, ids=known, tasks=tasks)
-        routed = context is not None and context.task is not None
+        routed = None if context is None or context.task is None else context
         if self.merged_task is not None:
-            if routed:
+            if routed is not None:
                 raise RuntimeError(
                     f"task {self.merged_task!r} is merged into the base weight; unmerge() before routing tasks"
                 )
@@ -324,8 +342,8 @@ class LiLoRALinear(AdaptedLinear):
                     self._bind_slot()
                     slot = self._slot
                     break
-        if routed:
-            return None if slot is None else self._mixed(x, slot[:2], context, samples)
+        if routed is not None:
+            return None if slot is None else self._mixed(x, slot[:2], routed, samples)
         if context is None and not compiling:
             tasks.require_context()
         if slot is None or slot[2] is None:
@@ -337,6 +355,7 @@ class LiLoRALinear(AdaptedLinear):
     def _mixed(self, x: Tensor, shared: tuple[Tensor, ...], context: BatchContext, samples: int | None) -> tuple | None:
         """As `_adapter`, for tasks by sample. shared: a and b0; samples: those of x, where the ids were given for x itself."""
         trains, training, frozen = self.stacking()
+        names: tuple[str, ...]
         if frozen:
             names, positions = (), context.slots()
         else:
@@ -462,14 +481,34 @@ class LiLoRALinear(AdaptedLinear):
         )
 
 
-def _loaded(layer: LiLoRALinear, _) -> None:
+def _loaded(layer: LiLoRALinear, _: object) -> None:
     layer.bind()
 
 
 def set_task(model: nn.Module, *names: str, train: bool = True) -> None:
-    """`LiLoRALinear.set_task` for every adapted layer of a model."""
+    """`LiLoRALinear.set_task` for every adapted layer of a model; RuntimeError for a model without any."""
     layers: Sequence[LiLoRALinear] = [m for m in model.modules() if isinstance(m, LiLoRALinear)]
     if not layers:
         raise RuntimeError("this model has no LiLoRALinear layer")
     for layer in layers:
         layer.set_task(*names, train=train)
+    if not isinstance(model, LiLoRALinear) and not any("lilora_tasks" in m.__dict__ for m in model.modules()):
+        forget_task_ids_refusal(model)
+        model.register_forward_pre_hook(_refuse_task_ids, with_kwargs=True)
+
+
+def _refuse_task_ids(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """A model may take any keyword without a word, and its rows would be of the active task."""
+    if "task_ids" in kwargs:
+        raise TypeError(
+            f"task_ids do not reach the adapted layers of this {type(model).__name__} yet; call attach(model) once, after "
+            "its layers were replaced"
+        )
+
+
+def forget_task_ids_refusal(model: nn.Module) -> None:
+    """Undo what `set_task` put before the forwards of a model that was not attached yet."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _refuse_task_ids]:
+            del module._forward_pre_hooks[key]
+            del module._forward_pre_hooks_with_kwargs[key]

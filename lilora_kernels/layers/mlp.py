@@ -100,7 +100,7 @@ def unfused_reason(gate: nn.Module, up: nn.Module) -> str | None:
     return None
 
 
-def _fused_forward(self, *args, **kwargs) -> Tensor:
+def _fused_forward(self: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
     (x,) = (*args, *kwargs.values())  # classes call it x, hidden_state or hidden_states
     pair = None if unfused_reason(self.gate_proj, self.up_proj) else gate_and_up(self.gate_proj, self.up_proj, x)
     if pair is None:
@@ -113,15 +113,15 @@ def gate_and_up(
     gate: LiLoRALinear, up: LiLoRALinear, x: Tensor, task: Tensor | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """(gate(x), up(x)) in one operation, arguments as of a layer; None where a layer is the base alone."""
-    adapters = [layer._adapter(x, task) for layer in (gate, up)]
-    if any(adapter is None for adapter in adapters):
+    first_and_rows, second_and_rows = (layer._adapter(x, task) for layer in (gate, up))
+    if first_and_rows is None or second_and_rows is None:
         return None
-    (first, rows), (second, _) = adapters
+    (first, rows), (second, _) = first_and_rows, second_and_rows
     # Rows are positions among the tasks that a layer stacks.
     if rows is not None and (gate.lilora_U.keys() != up.lilora_U.keys() or gate.stacking() != up.stacking()):
         return None
     cast, p = functional.autocast(x), gate._p
-    bases = [base for layer in (gate, up) for base in (layer.base_layer.weight, layer.base_layer.bias)]
+    bases = tuple(base for layer in (gate, up) for base in (layer.base_layer.weight, layer.base_layer.bias))
     for weight in bases[::2]:
         functional.check_dtypes("delta_pair", x, cast, weight)
     seed = functional.draw_seed(x.device) if p else None
@@ -143,7 +143,7 @@ def pair_of(first: Factors, second: Factors) -> Pair:
     """The same one for the same factors: it has a settled call."""
     found = first.__dict__.get("pair")
     if found is None or any(map(is_not, found, (*first, *second))):
-        found = first.pair = Pair((*first, *second))
+        found = first.__dict__["pair"] = Pair((*first, *second))
     return found
 
 

@@ -1,7 +1,7 @@
 """The parameters of an adapted layer, by task."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -43,6 +43,8 @@ class TaskParameters(nn.ParameterDict):
 class SharedParameter(TaskParameters):
     """One Parameter under every task's name: written under one name, it is the new one under all."""
 
+    _parameters: dict[str, nn.Parameter]
+
     def _changed(self, name: str) -> None:
         entries = self._parameters
         new = entries[name]
@@ -52,7 +54,7 @@ class SharedParameter(TaskParameters):
             entries[key] = new
         super()._changed(name)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SharedParameter":
         names = list(self._parameters)
         if not names:
             return super()._apply(fn, recurse)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,15 @@ class RankPoolLinear(AdaptedLinear):
 
     sub_rank = 0
 
-    def __init__(self, base_layer: nn.Module, choose: Chooser, scaling: float = 1.0, dropout: float = 0.0) -> None:
-        super().__init__(base_layer, dropout)
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        choose: Chooser,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        freeze_base: bool = True,
+    ) -> None:
+        super().__init__(base_layer, dropout, freeze_base)
         if not is_number(scaling) or not math.isfinite(scaling):
             raise ValueError(f"scaling is {scaling!r}; it must be a finite number")
         self.choose, self.scaling = choose, scaling
@@ -49,7 +57,7 @@ class RankPoolLinear(AdaptedLinear):
         self._gathered: tuple[tuple, Choice, Factors] | None = None
 
     @property
-    def rank(self) -> int:
+    def rank(self) -> int:  # type: ignore[override]
         return sum(a.shape[0] for a in self.lora_A.values())
 
     def put(self, part: str, a: Tensor, b: Tensor, train: bool) -> None:
@@ -80,7 +88,7 @@ class RankPoolLinear(AdaptedLinear):
             return self.empty(0, self.in_features), self.empty(self.out_features, 0)
         return self.lora_A[name], self.lora_B[name]
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., K] -> [..., N]."""
         choice, rows = self.choose(self, x)
         if choice is None:

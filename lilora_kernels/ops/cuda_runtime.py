@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import cuda_library
 from ..backends import ONE_LAUNCH_ROWS
-from .triton_runtime import LARGEST_RANK, LARGEST_SUB_RANK, capability, old_gpu
+from .triton_runtime import LARGEST_RANK, LARGEST_SUB_RANK, NVIDIA, capability, old_gpu
 
 DECODE_ROWS = 64  # the most that the plan decode takes: kFewRowsUpTo of csrc/plan.h
 # From here on the plan fused is chosen on sm_90a where composed cannot be. Modelled, not measured: bench.model, both directions
@@ -25,10 +25,12 @@ LINEAR_PLANS = {
 
 def unsupported_reason(x: Tensor, rank: int, sub_rank: int) -> str | None:
     """Why the CUDA kernels cannot run on x, or None."""
+    if torch.version.hip is not None:
+        return NVIDIA
     if (error := cuda_library.load_error()) is not None:
         return error
     if x.device.type != cuda_library.device_type():
-        return "it needs an NVIDIA GPU"
+        return NVIDIA
     if x.is_cuda and (reason := unusable(x.device)) is not None:
         return reason
     if x.dtype not in (torch.float16, torch.bfloat16):

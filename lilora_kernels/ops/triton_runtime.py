@@ -17,6 +17,7 @@ MANY_ROWS = {"composed": "for more of few tasks", "by_phase": "for more of many 
 PLANS = {"one_launch": f"up to {ONE_LAUNCH_ROWS} rows", **MANY_ROWS}
 PAIR_PLANS = {"by_phase": f"up to {ONE_LAUNCH_ROWS} rows and for more of many tasks", "composed": MANY_ROWS["composed"]}
 LARGEST_RANK, LARGEST_SUB_RANK = 256, 128
+NVIDIA = "it needs an NVIDIA GPU"
 LEAST_SHARED_MEMORY = 99 * 1024  # bytes that a block may have on every GPU that the kernels run on
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +32,7 @@ def unsupported_reason(x: Tensor, rank: int, sub_rank: int) -> str | None:
     if INTERPRETED:
         dtypes = dtypes[:2]  # the interpreter computes bfloat16 wrongly
     elif x.device.type != "cuda" or torch.version.hip is not None:
-        return "it needs an NVIDIA GPU"
+        return NVIDIA
     else:
         reason = old_gpu(x.device)
     if (reason := reason or import_fault()) is not None:

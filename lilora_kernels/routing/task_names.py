@@ -61,20 +61,20 @@ class TaskNames:
         None as a name and -1 as an id stand for no adapter.
         """
         if not isinstance(task_ids, Tensor):
-            if isinstance(task_ids, str):
-                raise TypeError(f"task_ids is the string {task_ids!r}; pass one name or id per sample, in a list")
-            nested = [list(t) if isinstance(t, list | tuple) else t for t in task_ids]
-            by_token = bool(nested) and all(isinstance(t, list) for t in nested)
-            flat = [t for row in nested for t in row] if by_token else nested
-            named = [-1 if t is None else self.id_of(t) if isinstance(t, str) else t for t in flat]
-            if not all(isinstance(t, int) and not isinstance(t, bool) for t in named):
+            if isinstance(task_ids, str) or not hasattr(task_ids, "__len__") or getattr(task_ids, "ndim", 1) == 0:
+                raise TypeError(f"task_ids is {task_ids!r}; pass one name or id per sample, in a list")
+            rows = [list(t) if isinstance(t, list | tuple) or getattr(t, "ndim", 0) else t for t in task_ids]
+            by_token = bool(rows) and all(isinstance(t, list) for t in rows)
+            named = [t for row in rows for t in row] if by_token else rows
+            named = [-1 if t is None else self.id_of(t) if isinstance(t, str) else t for t in named]
+            if not all(hasattr(t, "__index__") and not isinstance(t, bool) for t in named):  # numpy's integers have it
                 raise TypeError(f"task_ids is {list(task_ids)!r}; it must hold task names or integer ids")
-            if by_token and len({len(row) for row in nested}) > 1:
+            if by_token and len({len(row) for row in rows}) > 1:
                 raise ValueError(
-                    f"task_ids has rows of {[len(row) for row in nested]} ids; give one for each token, padding too"
+                    f"task_ids has rows of {[len(row) for row in rows]} ids; give one for each token, padding too"
                 )
-            task_ids = torch.tensor(named, dtype=torch.int32)
-            task_ids = task_ids.view(len(nested), -1) if by_token else task_ids
+            task_ids = torch.tensor([int(t) for t in named], dtype=torch.int32)
+            task_ids = task_ids.view(len(rows), -1) if by_token else task_ids
         if task_ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"task_ids is {task_ids.dtype}; it must be torch.int32 or torch.int64")
         if task_ids.dim() not in (1, 2) or (samples is not None and task_ids.shape[0] != samples):

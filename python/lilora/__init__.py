@@ -4,13 +4,20 @@ Importing it teaches PEFT the method, so that `get_peft_model`, `PeftModel.from_
 `AutoModel.from_pretrained` understand a LiLoRA config.
 """
 
+import sys
+from pathlib import Path
+
+from lilora.errors import missing_extra, print_error
 from lilora_kernels import BatchContext, LiLoRALinear, attach, explain, freeze, route, set_task, unfreeze
 from lilora_kernels.version import __version__
 
 try:
     from peft.utils import register_peft_method
 except ModuleNotFoundError as missing:
-    raise ImportError(f"lilora needs {missing.name}; pip install 'lilora-kernels[hf]'") from None
+    if Path(sys.argv[0]).stem in ("lilora", "-m"):  # the command, of which the package is imported first
+        print_error(missing_extra(missing))
+        sys.exit(2)
+    raise ImportError(missing_extra(missing)) from None
 
 from lilora.bank.export import export_lora
 from lilora.families import register_family

@@ -12,6 +12,12 @@ class UserError(ValueError):
     """
 
 
+def missing_extra(missing: ModuleNotFoundError) -> str:
+    """The sentence for a module that only `lilora` needs, not `lilora_kernels`."""
+    package = str(missing.name).partition(".")[0]
+    return f'lilora needs {package}, which is not installed; run pip install ".[hf]" in a checkout of lilora-kernels'
+
+
 def print_error(message: str) -> None:
     """Print one sentence on standard error; of several processes of a run only the first that has one to print does."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _first():

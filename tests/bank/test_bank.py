@@ -19,6 +19,7 @@ from torch import nn
 from lilora.bank.atomic import write_atomically
 from lilora.bank.bank import Bank
 from lilora.bank.records import BaseModelId
+from lilora.continual.checkpoints import sync
 from lilora.errors import UserError
 
 
@@ -589,6 +590,35 @@ def test_leftovers_go_and_foreign_files_stay(bank):
     left = files(bank.path)
     assert not set(leftovers) & set(left)
     assert set(foreign) <= set(left)
+
+
+def test_where_no_folder_can_be_opened_a_bank_is_written_all_the_same(tmp_path, monkeypatch):
+    """As on Windows, which syncs no file that was opened for reading either."""
+    open_, fsync = os.open, os.fsync
+    flags = {}
+
+    def opened(path, mode, *rest):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", path)
+        descriptor = open_(path, mode, *rest)
+        flags[descriptor] = mode
+        return descriptor
+
+    def synced(descriptor):
+        if flags.get(descriptor, os.O_RDWR) == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        fsync(descriptor)
+
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "fsync", synced)
+    bank = Bank.create(tmp_path / "bank", config={}, base_model=BASE)
+    bank.add_task("a", task_tensors(1), shared_tensors(1))
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "file").write_bytes(b"x")
+    sync(checkpoint)
+    assert same(Bank.open(tmp_path / "bank").load_task("a")[0], task_tensors(1))
 
 
 def test_a_refused_write_keeps_the_old_file(tmp_path, monkeypatch):

@@ -402,6 +402,7 @@ def test_what_peft_saves_becomes_a_bank_and_the_same_files_again(lilora, base, l
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         told = [json.loads((f / "adapter_config.json").read_text()) for f in (tmp_path / "out" / task, folder)]
         assert told[0]["shared_fingerprint"] == told[1]["shared_fingerprint"]
+        assert told[0]["first_of_chain"] is told[1]["first_of_chain"] is (task == "one")
 
 
 BAD = {

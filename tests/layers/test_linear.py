@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import re
 import weakref
 
@@ -73,6 +74,71 @@ def test_dropout_acts_in_training_only_and_follows_the_generator():
     assert torch.equal(made(x), first)
     assert not torch.equal(first, second)
     close(made.eval()(x), expected(made, x, "cats"))
+
+
+# --- the front door ---------------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """A model that takes any keyword without a word, as transformers' models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = LiLoRALinear(nn.Linear(K, N), r=R, sub_rank=S, dropout=0.0)
+
+    def forward(self, x, **kwargs):
+        return self.head(x)
+
+
+def test_two_tasks_trained_one_after_the_other_move_their_own_factors_and_never_the_base():
+    model, x = Classifier(), torch.randn(16, K)
+    for task in ("a", "b"):
+        model.head.add_task(task)
+    lilora_kernels.attach(model)
+    states = [{name: p.detach().clone() for name, p in model.named_parameters()}]
+    for task in ("a", "b"):
+        lilora_kernels.set_task(model, task)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
+        for _ in range(2):
+            model(x, task_ids=[task] * 16).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        states.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    moved = [{n for n in old if not torch.equal(old[n], new[n])} for old, new in itertools.pairwise(states)]
+    shared, own = ("A.a", "B.a"), ("U.{}", "V.{}", "fusion.{}")
+    assert moved[0] == {f"head.lilora_{name}" for name in (*shared, *(n.format("a") for n in own))}
+    assert moved[1] == {f"head.lilora_{name.format('b')}" for name in own}
+
+
+@pytest.mark.parametrize("kind", [LiLoRALinear, RankPoolLinear])
+def test_the_base_is_frozen_unless_asked_otherwise(kind):
+    given = [lambda layer, x: (None, None)] if kind is RankPoolLinear else []
+    assert not any(p.requires_grad for p in kind(nn.Linear(K, N), *given).base_layer.parameters())
+    assert all(p.requires_grad for p in kind(nn.Linear(K, N), *given, freeze_base=False).base_layer.parameters())
+
+
+def test_a_base_that_is_asked_for_trains_with_the_adapter():
+    base, x = nn.Linear(K, N), torch.randn(5, K)
+    made = layer(base=base, freeze_base=False)
+    made(x).square().sum().backward()
+    expected_grad = torch.autograd.grad(expected(made, x, "cats").square().sum(), base.weight)[0]
+    close(base.weight.grad, expected_grad)
+
+
+def test_task_ids_before_attach_say_what_to_do():
+    model, x = Classifier(), torch.randn(2, K)
+    model.head.add_task("a")
+    with pytest.raises(TypeError, match=r"after attach\(model\); a layer alone takes task, ids \[B\] int32"):
+        model.head(x, task_ids=["a", "a"])
+    for _ in range(2):
+        lilora_kernels.set_task(model, "a")
+    with pytest.raises(TypeError, match=r"of this Classifier yet; call attach\(model\) once"):
+        model(x, task_ids=["a", None])
+    assert len(model._forward_pre_hooks) == 1
+    lilora_kernels.attach(model)
+    assert model(x, task_ids=["a", None]).shape == (2, N)
+    lilora_kernels.set_task(model, "a")
+    assert not model._forward_pre_hooks
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -701,6 +767,7 @@ def test_gradients_by_torch_func_of_factors():
     [
         ({"r": True}, "r is True; it must be an integer"),
         ({"sub_rank": 0}, "sub_rank is 0; it must be an integer"),
+        ({"r": 8, "sub_rank": 9}, "sub_rank is 9 and r is 8, the most that the rank of U V can be; give at most r"),
         ({"alpha": float("nan")}, "alpha is nan; it must be a positive number"),
         ({"alpha": float("inf")}, "alpha is inf; it must be a positive number"),
         ({"alpha": "x"}, "alpha is 'x'; it must be a positive number"),

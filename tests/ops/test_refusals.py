@@ -69,6 +69,18 @@ def test_a_build_with_code_for_the_gpu_is_chosen(gpu, x):
     assert chosen("delta", x) == "cuda"
 
 
+@pytest.mark.parametrize("device, hip", [("cuda:0", "6.4"), ("xpu:0", None), ("mps:0", None)])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_other_accelerators_than_nvidia_gpus_are_left_to_eager(op, device, hip, gpu, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with FakeTensorMode():
+        x = torch.empty(3, 64, dtype=torch.bfloat16, device=device)
+    reasons = backends.unsupported_reasons(op, x, 128, 64)
+    wanted = "it needs an NVIDIA GPU"
+    assert reasons == {"cuda": wanted, "triton": wanted, "cpu": "it needs tensors on the CPU", "eager": None}
+    assert chosen(op, x) == "eager"
+
+
 def test_a_pair_of_adapters_is_left_to_triton(gpu, x):
     """Two calls of the CUDA kernels share nothing."""
     for forced in (nullcontext(), lilora_kernels.backend("cuda")):

@@ -1,6 +1,7 @@
 """What gets installed, and what importing it costs."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -23,6 +24,44 @@ def test_importing_the_kernels_imports_torch_only(flags, tmp_path):
         [sys.executable, *flags, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize("argv", ["lilora", "/usr/bin/lilora", "script.py"])
+def test_without_the_packages_of_the_extra_the_command_is_one_sentence(argv):
+    code = f"import sys; sys.modules['peft'] = None; sys.argv = [{argv!r}]; from lilora.__main__ import main; main()"
+    result = python("-c", code)
+    sentence = 'lilora needs peft, which is not installed; run pip install ".[hf]" in a checkout of lilora-kernels\n'
+    if argv == "script.py":
+        assert result.stderr.endswith(f"\nImportError: {sentence}")
+    else:
+        assert (result.returncode, result.stdout, result.stderr) == (2, "", f"lilora: {sentence}")
+
+
+def test_a_package_that_only_the_command_needs_is_one_sentence_too(monkeypatch, capsys):
+    from lilora.__main__ import main
+
+    monkeypatch.setitem(sys.modules, "typer", None)
+    for name in [name for name in sys.modules if name == "lilora.cli" or name.startswith("lilora.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.startswith("lilora: lilora needs typer, which is not installed; run pip install")
+
+
+def test_no_hint_names_an_entry_of_an_index_that_does_not_exist():
+    names = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
+    for name in names:
+        if name.endswith((".py", ".md", ".html", ".toml", ".yaml")):
+            text = (ROOT / name).read_text()
+            assert not re.search(r"(pip install|uv add) (-\S+ )*['\"]?lilora-kernels\b", text), name
+
+
+def test_the_digits_suite_says_what_it_needs():
+    code = "import sys; sys.modules['sklearn'] = None; import scenes"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "examples/digits", check=False
+    )
+    assert result.stderr == "the digits suite draws on scikit-learn's images; run pip install scikit-learn\n"
 
 
 def imported(path):
@@ -54,11 +93,11 @@ def test_the_wheel_holds_code_and_data_of_both_packages_and_nothing_else(tmp_pat
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    want = {n for n in files if n.startswith("lilora_kernels/") and n.endswith((".py", ".json"))}
+    want = {n for n in files if n.startswith("lilora_kernels/") and n.endswith((".py", ".json", ".typed"))}
     want |= {
         n.removeprefix("python/")
         for n in files
-        if n.startswith("python/") and Path(n).suffix in (".py", ".html", ".json")
+        if n.startswith("python/") and Path(n).suffix in (".py", ".html", ".json", ".typed")
     }
     assert want <= names
     assert {name.split("/")[0] for name in names} <= {

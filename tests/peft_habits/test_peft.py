@@ -5,6 +5,7 @@ import json
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -37,6 +38,7 @@ from torch.utils.data import Dataset
 from lilora import LiLoRAConfig
 from lilora.errors import UserError
 from lilora.families import target_modules
+from lilora.peft.best_task import LoadBestTasks
 from lilora.peft.layer import adapted_layers
 from lilora.peft.tuner import shared_fingerprint
 
@@ -115,6 +117,26 @@ def test_a_folder_holds_one_task_and_the_shared_factors(saved):
     names = set(load_file(folder / "a" / "adapter_model.safetensors"))
     layers = [f"base_model.model.model.layers.{i}.mlp.{part}" for i in range(2) for part in MLP]
     assert names == {f"{layer}.lilora_{key}" for layer in layers for key in ("A", "B", "U", "V", "fusion")}
+
+
+@pytest.mark.parametrize(
+    "order, first", [("a", "a"), ("b", None), ("ab", "a"), ("ba", "a"), ("x", "x")], ids=lambda value: str(value)
+)
+def test_a_folder_remembers_its_place_in_the_chain(base_folder, saved, order, first):
+    """Whichever tasks are loaded, and under whatever names: A and B0 train with the one that they were made with."""
+    folder, _, _, _ = saved
+    base, (start, *rest) = load_base(base_folder), order
+    model = PeftModel.from_pretrained(base, folder / start.replace("x", "a"), adapter_name=start, is_trainable=True)
+    for task in rest:
+        model.load_adapter(folder / task, task, is_trainable=True)
+    for task in order:
+        model.set_adapter(task)
+        trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
+        own = {"lilora_U", "lilora_V", "lilora_fusion"}
+        assert trained == (own | {"lilora_A", "lilora_B"} if task == first else own)
+    model.add_adapter("c", model.peft_config[start])  # a config that was loaded makes a new task as any other
+    model.set_adapter("c")
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "lilora_A" in name)
 
 
 def test_a_config_serves_again_after_its_task_was_saved_and_learned_on(tmp_path):
@@ -272,7 +294,11 @@ def test_generate_follows_the_task_of_each_sample(beams):
         (torch.ones(3, dtype=torch.bool), TypeError, "task_ids is torch.bool"),
         ([0.0, 1.0, 0.0], TypeError, "it must hold task names or integer ids"),
         ([True, False, True], TypeError, "it must hold task names or integer ids"),
-        ("abb", TypeError, "task_ids is the string 'abb'"),
+        ("abb", TypeError, "task_ids is 'abb'; pass one name or id per sample, in a list"),
+        (1, TypeError, "task_ids is 1; pass one name or id per sample, in a list"),
+        (np.int64(1), TypeError, r"task_ids is np.int64\(1\); pass one name or id per sample, in a list"),
+        (np.zeros(3), TypeError, "it must hold task names or integer ids"),
+        (np.array([True, False, True]), TypeError, "it must hold task names or integer ids"),
     ],
 )
 @pytest.mark.parametrize("call", ["forward", "generate"])
@@ -284,6 +310,12 @@ def test_wrong_task_ids_are_one_sentence(task_ids, error, words, call):
         getattr(model, call)(input_ids=x, task_ids=task_ids, **options)
     one_sentence(caught)
     assert torch.equal(logits(model, x), before), "no route is left behind"
+
+
+@pytest.mark.parametrize("given", [np.array([0, 1, 0]), list(np.array([0, 1, 0])), np.array(["a", "b", "a"])])
+def test_numpy_ids_and_names(given):
+    model, x = adapted(), ids()
+    assert torch.equal(logits(model, x, task_ids=given), logits(model, x, task_ids=["a", "b", "a"]))
 
 
 def gradients(model, x, **kwargs):
@@ -360,6 +392,45 @@ def test_trainer_carries_task_ids(tmp_path, checkpointing):
     shared = {name for name in before if "lilora_A" in name or "lilora_B" in name}
     assert changed == {task: own[task] | shared for task in "ab"}
     assert losses["a"] != losses["b"]
+
+
+@pytest.mark.parametrize("task", ["a", "b"])
+def test_trainer_ends_with_the_best_tasks(tmp_path, task):
+    """A learning rate that spoils the model: the first checkpoint is the best."""
+    model, x = adapted(), ids(4)
+    model.set_adapter(task)
+    data, scores, states = Samples(0 if task == "a" else 1, x), iter([0.0, 1.0]), []
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        learning_rate=1.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=False,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+
+    def score(_):
+        states.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return {"score": next(scores)}
+
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        compute_metrics=score,
+        callbacks=[LoadBestTasks()],
+    )
+    trainer.train()
+    assert len(states) == 2
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(torch.equal(p, states[0][name]) for name, p in model.named_parameters())
 
 
 # --- other settings of PEFT ---------------------------------------------------------------------------------------------
@@ -442,6 +513,32 @@ def test_wrong_settings_are_one_sentence(changes, words):
     with pytest.raises(UserError, match=words) as caught:
         settings(**changes)
     one_sentence(caught)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("lora_alpha", "it is alpha here, and scales by alpha / r as there"),
+        ("lora_dropout", "it is dropout here"),
+        ("use_rslora", r"to scale by alpha / sqrt\(r\), give alpha times sqrt\(r\)"),
+        ("init_lora_weights", "B0 and U start at zero"),
+        ("target_parameters", "LiLoRA adapts linear layers, no Parameters"),
+        ("rank_pattern", "r is that of all layers"),
+        ("use_dora", "the settings are r, sub_rank, alpha"),
+    ],
+)
+def test_settings_of_lora_say_what_to_do_instead(name, words):
+    with pytest.raises(UserError, match=f"{name} is no setting of LiLoRAConfig; {words}") as caught:
+        settings(**{name: None})
+    one_sentence(caught)
+
+
+def test_a_setting_of_a_newer_version_is_dropped_with_a_warning(tmp_path):
+    settings().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"newer": 1}))
+    with pytest.warns(UserWarning, match="newer"):
+        assert PeftConfig.from_pretrained(tmp_path).r == settings().r
 
 
 def test_unknown_preset():

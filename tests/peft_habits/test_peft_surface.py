@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training, save_as_lora
 from peft.helpers import check_if_peft_model, disable_input_dtype_casting, rescale_adapter_scale, update_signature
 from peft.utils.hotswap import hotswap_adapter
 from support.habits import (
@@ -165,7 +165,6 @@ def test_helpers_that_work(pretrained):
         assert torch.equal(logits(model, x), expected)
     update_signature(model)
     assert torch.equal(logits(model, x), expected)
-    assert model.base_model.supports_lora_conversion() is False
 
 
 @pytest.mark.parametrize(
@@ -173,7 +172,8 @@ def test_helpers_that_work(pretrained):
     [
         (lambda model: get_peft_model(llama(), settings(), "a", mixed=True), ValueError, "'LILORA' is not compatible"),
         (lambda model: rescale_adapter_scale(model, 0.5).__enter__(), ValueError, "only supported for models with `LoraLayer`s"),
-        (lambda model: model.add_weighted_adapter(["a", "b"], [1, 1], "c"), AttributeError, "add_weighted_adapter"),
+        (lambda model: model.add_weighted_adapter(["a", "b"], [1, 1], "c"), UserError, "a weighted sum of LiLoRA tasks is none"),
+        (lambda model: get_peft_model(model, settings(), "c"), UserError, "is adapted already; call model.add_adapter"),
         (lambda model: model.set_adapter("c"), ValueError, "Adapter c not found"),
         (lambda model: model.add_adapter("b", settings()), ValueError, "'b' already exists"),
         (lambda model: model.add_adapter("c", settings(bias="lora_only")), UserError, "one of .*'lilora_only'"),
@@ -199,6 +199,15 @@ def test_the_hotswaps_of_peft_and_transformers_name_what_they_know(pretrained):
     with pytest.raises(ValueError, match="Hotswapping is currently only supported for LoRA"):
         plain.load_adapter(str(tasks / "b"), adapter_name="a", hotswap=True)
     assert torch.equal(logits(plain, x), expected)
+
+
+def test_a_task_is_converted_to_a_lora_of_its_rank_exactly(tmp_path):
+    base, x = llama(), ids()
+    model = adapted(base=copy.deepcopy(base))
+    save_as_lora(tmp_path, model, model.peft_config["b"].r, adapter_name="b")
+    lora = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False)
+    model.set_adapter("b")
+    torch.testing.assert_close(logits(lora, x), logits(model, x), rtol=0, atol=1e-6)
 
 
 def test_kbit_training():

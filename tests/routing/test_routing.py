@@ -298,7 +298,7 @@ def test_sampled_sequences_repeat_the_task_of_their_sample(model):
     [
         (["read"], ValueError, r"shape \[1\]; it must be \[2\]"),
         (["read", "fly"], ValueError, r"'fly' is unknown; this model knows \['read', 'count', 'where'\]"),
-        ("read", TypeError, "is the string 'read'"),
+        ("read", TypeError, "is 'read'; pass one name or id per sample"),
         ([0, 3], ValueError, "holds 3; known ids are"),
         ([0, -2], ValueError, "holds -2"),
         ([0, 1.0], TypeError, "task names or integer ids"),

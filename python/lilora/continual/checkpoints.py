@@ -58,7 +58,7 @@ def sync(checkpoint: Path) -> None:
     """Let all files of a folder reach the disk: what is written later then says that they did."""
     for file in checkpoint.rglob("*"):
         if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
+            descriptor = os.open(file, os.O_RDWR)  # Windows syncs no file that was opened for reading
             try:
                 os.fsync(descriptor)
             finally:

@@ -37,6 +37,7 @@ def export_tasks(bank: Bank, task: str | None, out: Path, form: str = "lora") ->
     one = task is not None or not method.needs_task
     names = [chosen_task(bank, task)] if one else bank.tasks
     base, auto_class = bank.base_model.id, kind_of(bank.config).auto_class
+    ids = {record["name"]: record["id"] for record in bank.describe()["tasks"]}
     with new_folder(out) as folder:
         for name in names:
             place = folder if one else folder / name
@@ -47,7 +48,8 @@ def export_tasks(bank: Bank, task: str | None, out: Path, form: str = "lora") ->
                 about, use = f"{about}plain LoRA.", lora_use(base, auto_class)
             else:
                 (own, _), (_, shared) = bank.load_task(name), bank.load_task(bank.tasks[-1])
-                write_peft(place, own, shared, bank.config["settings"], base)
+                first = ids[name] == 0
+                write_peft(place, own, shared, bank.config["settings"], base, first)
                 about += "LiLoRA adapter of PEFT, with the factors that it shares with other tasks."
                 use = lora_use(base, auto_class, "import lilora  # teaches PEFT the method")
             card(place, bank, name, about, use, library="peft", tags=["lora"])
@@ -120,7 +122,7 @@ def write_bank_card(bank: Bank) -> None:
     command = f'generate FOLDER-OR-REPOSITORY{task} --image FILE --prompt "..."'
     if kind_of(bank.config).unseen:
         command = "eval FOLDER-OR-REPOSITORY --tasks MANIFEST.yaml"
-    use = f'```bash\npip install "lilora-kernels[hf]"\nlilora {command} --model {bank.base_model.id}\n```'
+    use = f'```bash\npip install ".[hf]"  # in a checkout of lilora-kernels\nlilora {command} --model {bank.base_model.id}\n```'
     about = (
         f"A bank of {len(bank.tasks)} task(s) that `{bank.base_model.id}` has learned one after another with "
         f"`{bank.config['method']}`. The base model is not part of it."

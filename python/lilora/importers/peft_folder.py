@@ -22,10 +22,15 @@ from .checkpoint import Checkpoint, Imported, Tensors, read_json
 _KINDS = {"A": "A", "B": "B0", "U": "U", "V": "V", "fusion": "fusion"}  # lilora_* in PEFT's files -> in a bank
 
 
-def write_peft(folder: Path, own: Tensors, shared: Tensors, settings: dict[str, Any], base_model: str | None) -> None:
-    """A task of a bank into an existing folder, as `save_pretrained` of a PEFT model would write its adapter."""
+def write_peft(
+    folder: Path, own: Tensors, shared: Tensors, settings: dict[str, Any], base_model: str | None, first: bool
+) -> None:
+    """A task of a bank into an existing folder, as `save_pretrained` of a PEFT model would write its adapter.
+
+    first: whether A and B0 were made with it.
+    """
     config = LiLoRAConfig(**settings, base_model_name_or_path=base_model, inference_mode=True)
-    config.shared_fingerprint = fingerprint(shared)
+    config.shared_fingerprint, config.first_of_chain = fingerprint(shared), first
     config.save_pretrained(str(folder))
     theirs = {ours: kind for kind, ours in _KINDS.items()}
     tensors = {}

@@ -1,8 +1,9 @@
 """`LiLoRAConfig`: what PEFT needs to know to adapt a model with LoRA in LoRA, one adapter per task."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 
 from lilora.errors import UserError
 from lilora_kernels.layers.base import is_number
@@ -16,6 +17,16 @@ PRESETS: dict[str, dict[str, str | float]] = {
     "frozen": {"train_a": "first", "train_b0": "first", "stability": 0.0},
     "paper": {"train_a": "always", "train_b0": "always", "stability": 1.0},
     "released": {"train_a": "always", "train_b0": "first", "stability": 0.0},
+}
+# What a LoraConfig calls otherwise or LiLoRA does not have, and what to do instead.
+OF_LORA = {
+    "lora_alpha": "it is alpha here, and scales by alpha / r as there",
+    "lora_dropout": "it is dropout here",
+    "use_rslora": "to scale by alpha / sqrt(r), give alpha times sqrt(r)",
+    "init_lora_weights": "B0 and U start at zero, A and V are drawn as LoRA's A; leave it out",
+    "target_parameters": "LiLoRA adapts linear layers, no Parameters; name layers in target_modules",
+    "rank_pattern": "r is that of all layers; adapt fewer with target_modules",
+    "alpha_pattern": "alpha is that of all layers; adapt fewer with target_modules",
 }
 SAME_FOR_ALL_TASKS = ("r", "sub_rank", "alpha", "dropout", "fusion", "train_a", "train_b0", "stability")
 
@@ -56,9 +67,20 @@ class LiLoRAConfig(PeftConfig):
     shared_fingerprint: str | None = field(
         default=None, metadata={"help": "Written on saving: tells which A and B0 the task was made with."}
     )
+    first_of_chain: bool | None = field(
+        default=None,
+        metadata={"help": "Written on saving: whether A and B0 were made with this task, and train with it."},
+    )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "LiLoRAConfig":
+        # Others are left to TypeError: PEFT drops what a newer version has written into a file.
+        for name in kwargs.keys() & LoraConfig.__dataclass_fields__.keys() - cls.__dataclass_fields__.keys():
+            instead = OF_LORA.get(name, f"the settings are {', '.join(OF_METHOD)}")
+            raise UserError(f"{name} is no setting of LiLoRAConfig; {instead}")
+        return super().__new__(cls)
 
     @classmethod
-    def preset(cls, name: str, **changes) -> "LiLoRAConfig":
+    def preset(cls, name: str, **changes: Any) -> "LiLoRAConfig":
         """The config of a preset (`paper`, `released` or `frozen`), with changes."""
         if name not in PRESETS:
             raise UserError(f"preset is {name!r}; it must be one of {list(PRESETS)}")
@@ -71,17 +93,11 @@ class LiLoRAConfig(PeftConfig):
             if new != old:
                 raise UserError(f"{name} is {new!r}, but the model's other tasks have {old!r}; all tasks share it")
 
-    taken_with = None  # the fingerprint when the task's tensors were last taken out: PEFT saves the config after them
-
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        self.shared_fingerprint = self.taken_with or self.shared_fingerprint
-        super().save_pretrained(save_directory, **kwargs)
-        # True of the files: A and B0 may go on learning, and the config be used again.
-        self.shared_fingerprint = self.taken_with = None
-
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LILORA
+        # shared_fingerprint and first_of_chain when the task's tensors were last taken out: PEFT saves the config after them.
+        self.taken_with: tuple[str | None, bool] | None = None
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str) or _all(value, str)):
@@ -99,9 +115,9 @@ class LiLoRAConfig(PeftConfig):
             size = getattr(self, name)
             if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31:
                 raise UserError(f"{name} is {size!r}; it must be an integer of at least 1")
-        if self.sub_rank > self.r:
+        if size > self.r:
             raise UserError(
-                f"sub_rank is {self.sub_rank} and r is {self.r}, the most that the rank of U V can be; give at most r"
+                f"sub_rank is {size} and r is {self.r}, the most that the rank of U V can be; give at most r"
             )
         self.alpha = 2.0 * self.r if self.alpha is None else self.alpha
         for name in ("alpha", "dropout", "stability"):
@@ -131,6 +147,15 @@ class LiLoRAConfig(PeftConfig):
                 "layers_to_transform cannot be used with a regular expression in target_modules; list names"
             )
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        if self.taken_with is not None:
+            fingerprint, self.first_of_chain = self.taken_with
+            self.shared_fingerprint = fingerprint or self.shared_fingerprint
+        super().save_pretrained(save_directory, **kwargs)
+        # True of the files: A and B0 may go on learning, and the config be used again.
+        self.shared_fingerprint = self.first_of_chain = None
+        self.taken_with = None
+
 
 def _all(value: object, kind: type) -> bool:
     values = value if isinstance(value, list | tuple | set) else [value]
@@ -138,6 +163,5 @@ def _all(value: object, kind: type) -> bool:
 
 
 # The fields that are settings of the method, and not PEFT's own or of one saved task.
-OF_METHOD = tuple(
-    name for name in LiLoRAConfig.__annotations__ if name not in ("shared_fingerprint", "on_shared_mismatch")
-)
+OF_FILES = ("shared_fingerprint", "first_of_chain", "on_shared_mismatch")
+OF_METHOD = tuple(name for name in LiLoRAConfig.__annotations__ if name not in OF_FILES)

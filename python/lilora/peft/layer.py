@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -22,7 +23,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
     other_param_names = ("lilora_A", "lilora_B")
     cast_input_dtype_enabled = True  # for peft.helpers.disable_input_dtype_casting; we never cast the input
 
-    def __init__(self, base_layer: nn.Module, config: LiLoRAConfig, tasks: Tasks, **quantization) -> None:
+    def __init__(self, base_layer: nn.Module, config: LiLoRAConfig, tasks: Tasks, **quantization: Any) -> None:
         LiLoRALinear.__init__(
             self,
             base_layer,
@@ -33,6 +34,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
             fusion=config.fusion,
             train_a=config.train_a,
             train_b0=config.train_b0,
+            freeze_base=False,  # PEFT's own business, and undone with a task that cannot be added
         )
         self.model_tasks = tasks
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
@@ -88,6 +90,10 @@ class Linear(LiLoRALinear, BaseTunerLayer):
         if self.quantization_backend is not None:
             return f"the base is quantised ({self.quantization_backend.backend_name})"
         return super().unfused_reason()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: a task is a LoRA of rank r, so `peft.convert_to_lora(model, r, task)` is exact up to rounding."""
+        return True
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         return self.delta_weight(adapter)

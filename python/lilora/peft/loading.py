@@ -39,7 +39,7 @@ def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: 
         if not isinstance(config, LiLoRAConfig):
             raise UserError(f"{source} holds an adapter of type {config.peft_type.value}, not a LiLoRA task")
         config.require_same_settings(model.peft_config[task])
-        source = load_peft_weights(source, device="cpu")
+        source = dict(load_peft_weights(source, device="cpu"))
     pairs = matched(layers, task, source)
     for name, (own, new) in pairs.items():
         if new.dtype != own.dtype:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -39,7 +40,16 @@ class LiLoRAModel(BaseTuner):
     tuner_layer_cls = Linear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads it; models.py has the patterns
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Before PEFT writes the config into those of the model.
+        if "lilora_tasks" not in model.__dict__ and any("lilora_tasks" in part.__dict__ for part in model.modules()):
+            raise UserError(
+                f"a part of this {type(model).__name__} is adapted already; call model.add_adapter(name, config) on the adapted "
+                "model, not get_peft_model again"
+            )
+        super().__init__(model, *args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         tasks = model.__dict__.get("lilora_tasks") or Tasks()
         if adapter_name in tasks.known:
             raise UserError(f"task {adapter_name!r} exists already; delete it first or choose another name")
@@ -51,6 +61,7 @@ class LiLoRAModel(BaseTuner):
         except Exception:
             rollback(model, self.peft_config, adapter_name)
             raise
+        self.peft_config[adapter_name].first_of_chain = None  # of the file, not of a task that this config makes next
         attach(model)
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper) and not module._forward_pre_hooks:
@@ -98,6 +109,13 @@ class LiLoRAModel(BaseTuner):
         model = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
         detach(model)
         return model
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raise UserError: a weighted sum of tasks is no LiLoRA task."""
+        raise UserError(
+            "a weighted sum of LiLoRA tasks is none, for each has its own share of B0; write the tasks with lilora.export_lora "
+            "and add the LoRAs up"
+        )
 
     def _check_merged_weights(self, adapter_names: list[str] | None) -> None:
         """Of all layers before the first is written: a safe merge that fails must not leave some layers merged."""
@@ -151,7 +169,7 @@ class LiLoRAModel(BaseTuner):
         current_key: str,
     ) -> None:
         if isinstance(target, Linear):
-            target.add_task(adapter_name)
+            target.add_task(adapter_name, first=config.first_of_chain)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantized = resolve_quantization_backend(base, **self._quantization())
@@ -169,13 +187,13 @@ class LiLoRAModel(BaseTuner):
                 f"{current_key} is a {type(base).__name__}, not an nn.Linear: nothing says that its forward runs, and computes "
                 "with its weight what a merge would; leave it out of target_modules (exclude_modules)"
             )
-        if reads_weight(type(parent), target_name):
+        if reads_weight(type(parent), target_name):  # type: ignore[arg-type]
             raise UserError(
                 f"{current_key} is never run by {type(parent).__name__}, or not on every device: it reads the layer's weight, "
                 "past an adapter; leave it out of target_modules (exclude_modules)"
             )
         layer = Linear(target, config, self.model.lilora_tasks, **self._quantization())
-        layer.add_task(adapter_name)
+        layer.add_task(adapter_name, first=config.first_of_chain)
         self._replace_module(parent, target_name, layer, target)
 
     def _quantization(self) -> dict:
@@ -188,13 +206,23 @@ class LiLoRAModel(BaseTuner):
             parameter.requires_grad_(learning[name])  # PEFT makes new Parameters, and those learn
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        config.taken_with = shared_fingerprint(model)
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LiLoRAConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        first = all(layer.is_first(adapter_name) for layer in adapted_layers(model).values())
+        config.taken_with = shared_fingerprint(model), first
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return {unwrapped(name): tensor for name, tensor in found.items()}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LiLoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         own = [layer.lilora_U[adapter_name] for layer in adapted_layers(model).values()]
         # Made to be loaded, and still as it was made: nothing is lost when a load that fails takes it away again.
         fresh = config.shared_fingerprint is not None and all(u.is_meta or not u.any() for u in own)
@@ -211,7 +239,7 @@ class LiLoRAModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield

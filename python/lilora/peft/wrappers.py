@@ -2,8 +2,11 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+from lilora_kernels.routing.task_names import TaskIds
 
 from .tuner import LiLoRAModel
 
@@ -16,7 +19,7 @@ def carry_task_ids() -> None:
 
 def _carrying(forward: Callable) -> Callable:
     @functools.wraps(forward)
-    def with_task_ids(self, *args, task_ids=None, **kwargs):
+    def with_task_ids(self: Any, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
         if task_ids is None:
             return forward(self, *args, **kwargs)
         if not isinstance(self.base_model, LiLoRAModel):

@@ -77,7 +77,7 @@ def member(rank: int, port: int, folder: Path, arguments: list, engine: str, kil
     if kill == (rank, "trained"):
         train.digest = lambda _: os.kill(os.getpid(), signal.SIGKILL)
     train.TrainingArguments.logging_steps = property(lambda self: 1, lambda self, value: None)
-    cli.console.file = sys.stdout
+    cli.output.console.file = sys.stdout
     sys.argv = ["lilora", *map(str, arguments)]
     cli.main()
 

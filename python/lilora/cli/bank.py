@@ -1,0 +1,166 @@
+"""`lilora bank`: its commands."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .options import AnyBank, BankPath, Json, NewFolder, choice, model_config
+from .output import console, console_line
+
+app = typer.Typer(no_args_is_help=True, help="A bank of learned tasks: look into it, import, export, merge, remove.")
+
+
+@app.command("ls")
+def ls(bank: AnyBank, as_json: Json = False) -> None:
+    """List the tasks of a bank with their sizes."""
+    from lilora.bank.hub import open_bank
+
+    content = open_bank(bank).describe()
+    if as_json:
+        print(json.dumps(content))
+    else:
+        console.print(bank_table(content))
+
+
+@app.command("export")
+def export(
+    bank: AnyBank,
+    out: NewFolder,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Which task; default: all, each in a folder of its name. Not for methods that need no task."),
+    ] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", help="lora: a plain LoRA, for PEFT, vLLM ...; lilora: an adapter of PEFT with lilora imported."
+        ),
+    ] = "lora",
+    as_json: Json = False,
+) -> None:
+    """Write tasks as LoRA folders, from the bank alone: no base model is loaded."""
+    from lilora.bank.hub import open_bank
+    from lilora.continual.publish import FORMATS, export_tasks
+
+    choice("--format", form, FORMATS)
+    folders = export_tasks(open_bank(bank), task, out, form)
+    if as_json:
+        print(json.dumps({"folders": folders}))
+        return
+    for name, folder in folders.items():
+        console_line(f"{name}: {folder}")
+
+
+@app.command("merge")
+def merge(
+    bank: AnyBank,
+    out: NewFolder,
+    task: Annotated[str | None, typer.Option(help="Which task; not for methods that need no task.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model; default: the one the bank was made with.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the base model with a task in its weights: a plain HuggingFace model with its processor."""
+    from lilora.bank.hub import open_bank
+    from lilora.continual.publish import merge_task
+
+    merge_task(open_bank(bank), task, out, model)
+    if as_json:
+        print(json.dumps({"folder": str(out)}))
+    else:
+        console_line(f"merged model: {out}")
+
+
+@app.command("rm")
+def rm(bank: BankPath, task: Annotated[str, typer.Option(help="Which task to forget.")], as_json: Json = False) -> None:
+    """Remove a task and its scores from a bank; the others keep their ids."""
+    from lilora.bank.bank import Bank
+    from lilora.continual.publish import write_bank_card
+    from lilora.continual.run_folder import remove_task
+
+    opened = Bank.open(bank)
+    with opened.writing():
+        remove_task(opened, task)
+        write_bank_card(opened)
+    if as_json:
+        print(json.dumps(opened.describe()))
+    else:
+        console.print(bank_table(opened.describe()))
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="lilora, pclr or dac: the method's released code wrote it; or peft."),
+    ],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="lilora: lilora_task_bank.bin. pclr: one lrp.bin or lrp_ts.bin. dac: the .pt of each task, peft: the folder "
+            "of each LiLoRA adapter, in the order they were learned."
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="The base model that it was trained on: a folder or a hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new bank.")],
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of the tasks in the order they were learned, comma-separated. Default: task and a number (lilora, "
+            "pclr), those of the files (dac) or folders (peft)."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a bank of what other code has learned, for eval and generate; the files are read as plain tensors."""
+    from rich.progress import Progress
+
+    from lilora.bank.records import BaseModelId
+    from lilora.continual.base_model import load_base
+    from lilora.continual.kinds import KINDS
+    from lilora.continual.publish import write_bank_card
+    from lilora.importers.checkpoint import write_bank
+    from lilora.importers.dac import read_dac
+    from lilora.importers.lilora import read_lilora
+    from lilora.importers.pclr import read_pclr
+    from lilora.importers.peft_folder import read_peft
+    from lilora.methods import METHODS, make_method
+
+    readers = {"lilora": read_lilora, "pclr": read_pclr, "dac": read_dac, "peft": read_peft}
+    choice("SOURCE", source, tuple(readers))
+    kind = "classification" if model_config(model).model_type == "clip" else "instruction"
+    base, _ = load_base(model, "auto", "cpu", KINDS[kind])
+    identity = BaseModelId.of(base, model)
+    found = readers[source](files, base, tasks.split(",") if tasks else None)
+    method = "lilora" if source == "peft" else source
+    settings = {**METHODS[method].presets["released"], **found.settings}
+    make_method(method, base, settings)  # refuses what it could not be restored with
+    config = {"method": method, "settings": settings, "train": {"dtype": "auto"}, "kind": kind, "model": model}
+    with Progress(disable=as_json, transient=True) as progress:
+        bank = write_bank(out, config, identity, found.tasks, progress.track)
+    write_bank_card(bank)
+    content = bank.describe()
+    if as_json:
+        print(json.dumps({**content, "notes": found.notes}))
+        return
+    console.print(bank_table(content))
+    for note in found.notes:
+        console_line(note)
+
+
+def bank_table(content: dict[str, Any]) -> Table:
+    """What `Bank.describe` tells, for people."""
+    table = Table(
+        "id", "task", "parameters", "MiB", "shared factors", title=f"{content['path']} on {content['base_model']['id']}"
+    )
+    for task in content["tasks"]:
+        table.add_row(
+            str(task["id"]), task["name"], f"{task['parameters']:,}", f"{task['bytes'] / 2**20:.2f}", task["shared"]
+        )
+    for shared in content["shared"]:
+        table.add_row(
+            "", "shared", f"{shared['parameters']:,}", f"{shared['bytes'] / 2**20:.2f}", shared["fingerprint"]
+        )
+    return table

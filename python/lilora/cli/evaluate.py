@@ -1,0 +1,99 @@
+"""`lilora eval`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from lilora.errors import UserError
+
+from .options import AnyBank, Data, Device, Json, bank_router
+from .output import console, console_line
+
+
+def evaluate(
+    bank: AnyBank,
+    tasks: Annotated[Path, typer.Option(help="The task manifest with the test data.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch; tasks are mixed.")] = 32,
+    model: Annotated[str | None, typer.Option(help="Base model; default: the one the bank was made with.")] = None,
+    routed: Annotated[
+        bool,
+        typer.Option(
+            "--routed",
+            help="Score without the task too, as the bank's router finds it; writes routes.png beside the bank.",
+        ),
+    ] = False,
+    data: Data = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score all tasks of a bank with the task given: one model load, mixed batches.
+
+    Of image classification all tasks of the manifest, learned or not.
+    """
+    from rich.progress import Progress
+
+    from lilora.continual.base_model import load_bank
+    from lilora.continual.kinds import KINDS, kind_of
+    from lilora.continual.manifest import load_manifest
+
+    opened, method, processor = load_bank(bank, model, device)
+    router = bank_router(opened, method) if routed else None
+    kind = kind_of(opened.config)
+    manifest = load_manifest(tasks, None if kind.unseen else opened.tasks, data)
+    if KINDS[manifest.kind] is not kind:
+        raise UserError(
+            f"--tasks {tasks} is of kind {manifest.kind!r} and {bank} is not; give the manifest of its tasks"
+        )
+    with Progress(disable=as_json) as progress:
+        results = kind.evaluate(method, processor, manifest.tasks, batch_size, progress)
+        if router is not None:
+            routes = kind.evaluate_routed(method, processor, router, manifest.tasks, results, batch_size, progress)
+    if router is not None:
+        show_routes(routes, opened, opened.path.parent if bank.exists() else Path(), as_json)
+        return
+    if as_json:
+        print(json.dumps({r.task: {"score": r.score, "format_share": r.format_share} for r in results}))
+        return
+    table = Table("task", "score", "in format")
+    for result in results:
+        share = "" if result.format_share is None else f"{100 * result.format_share:.1f} %"
+        table.add_row(result.task, f"{result.score:.1f}", share)
+    console.print(table)
+
+
+def show_routes(results: list, bank, out: Path, as_json: bool) -> None:
+    """Scores with the task given and found, how often it was found, and where the samples went, in print and as a plot.
+
+    The plot is made of all tasks of the bank, if they are in the manifest.
+    """
+    from lilora.reports.report import print_routes, write_routes
+
+    learned = {r.task: r.routes for r in results if r.task in bank.tasks}
+    if as_json:
+        cells = {}
+        for r in results:
+            cells[r.task] = {"score": r.given.score, "format_share": r.given.format_share}
+            cells[r.task] |= {"routed_score": r.routed.score, "routed_format_share": r.routed.format_share}
+            cells[r.task] |= {"routing_accuracy": r.accuracy if r.task in learned else None, "routes": r.routes}
+        print(json.dumps(cells))
+        if len(learned) == len(bank.tasks):
+            write_routes(out, learned)
+        return
+    table = Table("task", "score", "score, routed", "routed to it")
+    for r in results:
+        found = f"{r.accuracy:.1f} %" if r.task in learned else ""
+        table.add_row(r.task, f"{r.given.score:.1f}", f"{r.routed.score:.1f}", found)
+    table.add_section()
+    means = [
+        sum(values) / len(results) for values in zip(*((r.given.score, r.routed.score) for r in results), strict=True)
+    ]
+    accuracies = [r.accuracy for r in results if r.task in learned]
+    found = f"{sum(accuracies) / len(accuracies):.1f} %" if accuracies else ""
+    table.add_row("mean", *(f"{mean:.1f}" for mean in means), found)
+    console.print(table)
+    print_routes(learned, bank.tasks, console)
+    if len(learned) == len(bank.tasks):
+        console_line(f"routes: {write_routes(out, learned)}")

@@ -137,7 +137,7 @@ class Bank:
         task: for every adapted linear at module path p, `p.U` [N, S], `p.V` [S, R] and `p.fusion` [1]; layers without
             fusion leave the last out everywhere, and a plain LoRA, which is its A and B0 alone, has no tensors here.
         shared: `p.A` [R, K] and `p.B0` [N, R] of the same linears; a set the bank already has is not stored again.
-            Tensors named `state.*` are a method's own, of any shape.
+        Tensors named `state.*`, in both, are a method's own, of any shape; they may be all that there is.
         Tensors are bfloat16, float16 or float32, on any device; they are stored as they are. info: any JSON object.
         replaces: from now on `shared` serves the earlier tasks too, and the sets that they were added with go.
 

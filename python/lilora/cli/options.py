@@ -1,5 +1,7 @@
 """Options that several commands have, and what their values mean."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,10 @@ BankPath = Annotated[Path, typer.Argument(help="A bank folder, or the run folder
 AnyBank = Annotated[Path, typer.Argument(help="A bank folder, the run folder that holds one, or a hub repository.")]
 NewFolder = Annotated[Path, typer.Option("--out", help="New or empty folder.")]
 Rank = Annotated[int, typer.Option("--r", min=1, help="Rank of the shared factors, and of the LoRA baselines.")]
-SubRank = Annotated[int | None, typer.Option(min=1, help="Rank of a task's own factors (lilora). Default: r // 2.")]
+SubRank = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rank of a task's own factors, where a method has them (lilora). Default: r // 2."),
+]
 Projector = Annotated[bool, typer.Option(help="Adapt the projector's linear layers too, as the paper does.")]
 Attention = Annotated[bool, typer.Option(help="Adapt the attention's linear layers too.")]
 
@@ -23,6 +28,12 @@ Attention = Annotated[bool, typer.Option(help="Adapt the attention's linear laye
 def choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"{option} {value} is unknown; choose one of {', '.join(choices)}")
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Advice for a name that is unknown; `otherwise` where none is near."""
+    found = get_close_matches(name, known, 1)
+    return f"did you mean {found[0]!r}?" if found else otherwise
 
 
 def target_pattern(model: str, projector: bool, attention: bool) -> str:

@@ -13,10 +13,7 @@ from .facts import environment
 from .options import Attention, Data, Device, Json, Order, Projector, SubRank, choice, target_pattern
 from .output import console, console_line
 
-# Options that a method may want otherwise; these are those of the LiLoRA paper.
-REFERENCE = {"r": 128, "alpha": None, "dropout": 0.05, "learning_rate": 2e-5, "weight_decay": 0.01}
 DEFAULT = "Default: that of the method's paper."
-PEFT_LORA = ("lora", "dirlora", "ewc", "lwf")  # their settings have the names of peft.LoraConfig
 
 
 def train(
@@ -50,7 +47,7 @@ def train(
     dropout: Annotated[
         float | None, typer.Option(min=0.0, max=0.99, help=f"Dropout on the adapter's input. {DEFAULT}")
     ] = None,
-    more: Annotated[
+    pairs: Annotated[
         list[str] | None, typer.Option("--set", help="key=value: any other setting of the method; may be given again.")
     ] = None,
     projector: Projector = True,
@@ -88,8 +85,9 @@ def train(
     from lilora.methods import METHODS
     from lilora.reports.report import print_tables, write_report
 
-    if method not in METHODS:
-        raise UserError(f"--method {method} is unknown; choose one of {', '.join(METHODS)}")
+    from .method_options import method_settings, setting
+
+    method_type = METHODS.find(method, "--method")
     choice("--dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
     manifest = load_manifest(tasks, order.split(",") if order else None, data)
     model = model or manifest.model
@@ -102,16 +100,14 @@ def train(
     from lilora.continual.run import ContinualRun
     from lilora.continual.run_folder import method_label
 
-    further = dict(map(setting, more or []))
-    further["target_modules"] = further.get("target_modules") or target_pattern(model, projector, attention)
-    given = {"r": r, "alpha": alpha, "dropout": dropout, "learning_rate": learning_rate, "weight_decay": weight_decay}
-    options = REFERENCE | METHODS[method].defaults | {name: value for name, value in given.items() if value is not None}
-    options["alpha"] = 2.0 * options["r"] if options["alpha"] is None else options["alpha"]
-    settings = method_settings(method, preset, sub_rank, options, further)
+    more = dict(map(setting, pairs or []))
+    more["target_modules"] = more.get("target_modules") or target_pattern(model, projector, attention)
+    sizes = {"r": r, "sub_rank": sub_rank, "alpha": alpha, "dropout": dropout}
+    settings = method_settings(method_type, preset, given(sizes), more)
     training = TrainSettings.of(
         {
-            "learning_rate": options["learning_rate"],
-            "weight_decay": options["weight_decay"],
+            **method_type.train_defaults,
+            **given({"learning_rate": learning_rate, "weight_decay": weight_decay}),
             "epochs": epochs,
             "max_steps": max_steps,
             "batch_size": batch_size,
@@ -153,33 +149,5 @@ def train(
             console_line(f"report: {page}")
 
 
-def method_settings(
-    method: str, preset: str | None, sub_rank: int | None, options: dict[str, Any], further: dict[str, Any]
-) -> dict[str, Any]:
-    """The settings that `make_method` takes, from the options of `lilora train`."""
-    from lilora.methods import METHODS
-    from lilora_kernels.layers.lilora import default_sub_rank
-
-    presets = METHODS[method].presets
-    if preset is not None:
-        if not presets:
-            raise UserError(f"--preset {preset}: {method} has no presets; leave it out")
-        choice("--preset", preset, tuple(presets))
-    preset_settings = presets[preset or next(iter(presets))] if presets else {}
-    sizes: dict[str, Any] = {"r": options["r"], "alpha": options["alpha"], "dropout": options["dropout"]}
-    if method == "lilora":
-        sizes["sub_rank"] = default_sub_rank(options["r"]) if sub_rank is None else sub_rank
-    if method in PEFT_LORA:
-        sizes = {"r": options["r"], "lora_alpha": options["alpha"], "lora_dropout": options["dropout"]}
-    return {**sizes, **preset_settings, **further}
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """A `key=value` of --set; the value is JSON, or else a string."""
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise UserError(f"--set {text} is not key=value; for example --set cap=256")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lilora.continual import clip, evaluate
 from lilora.errors import UserError
+from lilora.methods import METHODS, Method
 
 from .collator import Collator
 from .instructions import InstructionDataset, TaskSpec
@@ -25,7 +26,7 @@ class Kind:
     training_data(task, processor): the samples, and what makes a batch of them. evaluate(method, processor, tasks,
     batch_size, progress): the tasks' scores; evaluate_routed(method, processor, router, tasks, those scores, batch_size,
     progress): the same without the task. pipeline, auto_class: what the hub and transformers call such models. unseen:
-    whether stages score the tasks that come later too. methods: those that can learn such tasks, None for all.
+    whether stages score the tasks that come later too. answers: whether samples have answers in tokens, as some methods want.
     one_process_reason: why several processes cannot learn them together.
     """
 
@@ -37,14 +38,14 @@ class Kind:
     pipeline: str
     auto_class: str
     unseen: bool = False
-    methods: tuple[str, ...] | None = None
+    answers: bool = True
     one_process_reason: str | None = None
 
-    def check_method(self, method: str) -> None:
-        if self.methods is not None and method not in self.methods:
-            raise UserError(
-                f"--method {method} cannot learn tasks of this kind of manifest; choose one of {', '.join(self.methods)}"
-            )
+    def check_method(self, method: type[Method]) -> None:
+        """UserError for a method that cannot train such tasks."""
+        if method.answers_only and not self.answers:
+            fit = ", ".join(name for name, other in METHODS.items() if not other.answers_only)
+            raise UserError(f"--method {method.name} cannot learn tasks of this kind of manifest; choose one of {fit}")
 
 
 def load_generative(model: str, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
@@ -84,7 +85,6 @@ KINDS = {
         "image-text-to-text",
         "AutoModelForImageTextToText",
     ),
-    # The losses of the other methods are made of the tokens of answers.
     "classification": Kind(
         clip.load,
         lambda spec, processor: None,
@@ -94,7 +94,7 @@ KINDS = {
         "zero-shot-image-classification",
         "AutoModel",
         unseen=True,
-        methods=("lilora", "dac", "lora", "dirlora", "olora", "moelora"),
+        answers=False,
         one_process_reason="their loss compares all pairs of a batch",
     ),
 }

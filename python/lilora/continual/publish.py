@@ -32,8 +32,10 @@ def export_tasks(bank: Bank, task: str | None, out: Path, form: str = "lora") ->
     """
     train_settings(bank)
     method = METHODS[bank.config["method"]]
-    if form == "lilora" and method.name != "lilora":
-        raise UserError(f"--format lilora is for tasks of method lilora and {bank.path} is of {method.name}; use lora")
+    if form == "lilora" and not method.peft_adapters:
+        raise UserError(
+            f"--format lilora: tasks of {method.name}, as in {bank.path}, are no adapters of PEFT's LILORA; use lora"
+        )
     one = task is not None or not method.needs_task
     names = [chosen_task(bank, task)] if one else bank.tasks
     base, auto_class = bank.base_model.id, kind_of(bank.config).auto_class

@@ -1,8 +1,8 @@
 """What a bank records of its run, read back with its types: anyone may have written it."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from lilora.bank.bank import Bank
 from lilora.errors import UserError
@@ -43,8 +43,13 @@ class _Record(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
+def _known(method: str) -> str:
+    METHODS.find(method)
+    return method
+
+
 class _Config(_Record):
-    method: Literal[tuple(METHODS)]
+    method: Annotated[str, AfterValidator(_known)]
     settings: dict[str, JsonValue] = {}
     train: dict[str, JsonValue] = {}
     kind: Literal[tuple(KINDS)] = "instruction"  # earlier versions knew but one, and did not name it

@@ -83,9 +83,10 @@ class ContinualRun:
         } | ({"label": label} if label else {})
         check_label(label)
         kind = KINDS[manifest.kind]
-        kind.check_method(method)
-        METHODS[method].read_settings(method_settings)
-        check_processes(METHODS[method], kind, train.batch_size)
+        method_type = METHODS.find(method)
+        kind.check_method(method_type)
+        method_type.read_settings(method_settings)
+        check_processes(method_type, kind, train.batch_size)
         if processes.sharded():
             require_images_alike(manifest)
         processes.init(pick_device(device))

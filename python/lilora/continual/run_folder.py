@@ -100,15 +100,12 @@ def label_of(bank: Bank) -> str:
     return bank.config.get("label") or method_label(bank.config["method"], bank.config["settings"])
 
 
-SIZES = {"r", "sub_rank", "alpha", "lora_alpha", "dropout", "lora_dropout", "target_modules"}
-
-
 def method_label(method: str, settings: dict[str, Any]) -> str:
     """What the report calls a run by default: its method, and the preset whose settings it has beside the sizes."""
-    presets = METHODS[method].presets
+    presets, sizes = METHODS[method].presets, {"target_modules", *METHODS[method].settings_type.options().values()}
     if not presets:
         return method
-    chosen = {name: value for name, value in settings.items() if name not in SIZES}
+    chosen = {name: value for name, value in settings.items() if name not in sizes}
     named = (
         name
         for name, values in presets.items()

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA
 from lilora.errors import UserError
+from lilora.registry import Registry
 
-from .settings import Settings
+from .settings import MethodSettings
 
 Tensors = dict[str, Tensor]
 Inputs = dict[str, Tensor]  # one batch, as the model takes it
@@ -46,7 +47,7 @@ class Stage:
 
 
 class Method(ABC):
-    """Learns tasks one after another on one frozen base model.
+    """Trains tasks one after another on one frozen base model. The first sentence says it to users of the command.
 
     `settings` is the JSON-able description from which the same method is built again; it goes into the bank.
     """
@@ -57,10 +58,13 @@ class Method(ABC):
     one_state = False  # whether the newest tensors serve all tasks, so that a bank need not keep the older ones
     one_process_reason: str | None = None  # why several processes cannot learn a task together; None if they can
     sharded_parameters = False  # whether training reads parameters in the forward alone, so that they may be sharded
-    presets: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - settings by preset name; the first is the default
+    answers_only = False  # whether the loss is made of the tokens of answers, so that images cannot be classified
+    one_basis: bool | None = None  # of tasks that the bank holds as A and B0: whether these are one basis that moves on
+    peft_adapters = False  # whether a task is an adapter of PEFT's type LILORA, too
     no_lora = ""  # why a task is no plain LoRA, if it is none
-    defaults: dict[str, float] = {}  # noqa: RUF012 - options of `lilora train` that differ from the command's
-    settings_type: type[Settings]
+    settings_type: type[MethodSettings]
+    presets: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - settings by preset name; the first is the default
+    train_defaults: dict[str, float] = {}  # noqa: RUF012 - of TrainSettings, where the method wants them otherwise
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         self.base = base
@@ -169,6 +173,20 @@ class Method(ABC):
         settings = json.dumps(self.settings, sort_keys=True)
         parts = {task: (settings, *map(digest_once, self.tensors(task))) for task in tasks}
         return {task: hashlib.sha256("".join(part).encode()).hexdigest()[:16] for task, part in parts.items()}
+
+
+METHODS: Registry[type[Method]] = Registry("method", "lilora.methods")
+
+
+def register_method(method: type[Method]) -> type[Method]:
+    """Class decorator: the command, banks and reports know the method by its `name` from then on.
+
+    A package of its own names the module that does so in the entry-point group `lilora.methods`, under the method's name.
+
+    Raises:
+        UserError: another method has the name.
+    """
+    return METHODS.register(method.name, method)
 
 
 @torch.no_grad()

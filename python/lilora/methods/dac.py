@@ -14,9 +14,9 @@ from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
 from lilora_kernels.routing.context import AHEAD
 from lilora_kernels.routing.placement import places
 
-from .base import Batches, Inputs, Method, Stage, Tensors, add_to_weight
-from .pooled import fresh, learn_only, put_pools, take_pools
-from .settings import Settings
+from .base import Batches, Inputs, Method, Stage, Tensors, add_to_weight, register_method
+from .pooled import fresh, inject_rank_pools, remove_rank_pools, require_grad_only
+from .settings import MethodSettings
 
 EXPERTS = "experts"
 PRESETS: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class DACSettings(Settings):
+class DACSettings(MethodSettings):
     """DAC (arXiv 2601.22828). Where the paper and its code differ the default is the paper's; preset "released" is the code.
 
     r: rank-1 experts of a task in each linear; active: those that a forward uses; merged: those that go into the base
@@ -45,7 +45,6 @@ class DACSettings(Settings):
     chosen experts and those of old tasks: their `critical` ones or "all".
     """
 
-    target_modules: str
     r: int = Field(12, ge=1)
     alpha: float = Field(1.0, gt=0)
     dropout: float = Field(0.2, ge=0, lt=1)
@@ -154,6 +153,7 @@ def orthogonality(new: Tensor, critical: Tensor, old: Tensor) -> Tensor:
     return ((new.mT @ old).abs().sum(-1) * critical).sum()
 
 
+@register_method
 class DAC(Method):
     """After a task its experts are part of the base weights: inference is the plain model, whatever the task."""
 
@@ -164,7 +164,7 @@ class DAC(Method):
     needs_task = False
     no_lora = "its experts become part of the base weights; export the whole model with lilora bank merge"
     presets = PRESETS
-    defaults = {"r": 12, "alpha": 1.0, "dropout": 0.2, "learning_rate": 2e-3}  # noqa: RUF012
+    train_defaults = {"learning_rate": 2e-3}  # noqa: RUF012
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
@@ -176,8 +176,8 @@ class DAC(Method):
         def router(path: str, linear: nn.Linear) -> Router:
             return Router(s, linear, Padding() if placed[path] == AHEAD else padding)
 
-        self.layers = put_pools(base, s.target_modules, router, s.alpha / s.r, s.dropout)
-        learn_only(base)
+        self.layers = inject_rank_pools(base, s.target_modules, router, s.alpha / s.r, s.dropout)
+        require_grad_only(base)
         self.learned: dict[str, Tensors] = {}  # of each task: all its experts, their counts and merged weights
         self._old: list[tuple[list[RankPoolLinear], Tensor]] = []  # layers of equal width, their old B [P, N, c]
 
@@ -191,7 +191,7 @@ class DAC(Method):
         learning = [p for layer in self.layers.values() for p in layer.part(EXPERTS)]
         if self.options.router == "learned":
             learning += [p for layer in self.layers.values() for p in layer.choose.parameters()]
-        learn_only(self.model, *(learning if train else ()))
+        require_grad_only(self.model, *(learning if train else ()))
 
     # --- learning ---------------------------------------------------------------------------------------------------
 
@@ -267,7 +267,7 @@ class DAC(Method):
     def merge(cls, base: nn.Module, bank: Bank, task: str) -> None:
         method = cls(base, bank.config["settings"])
         method.restore(bank.load_tasks())
-        take_pools(base, method.layers)
+        remove_rank_pools(base, method.layers)
 
     def fingerprints(self, tasks: list[str]) -> dict[str, str]:
         own = super().fingerprints(self.tasks)  # all that is merged acts on every task

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import Batches, Inputs, Stage, Tensors
+from .base import Batches, Inputs, Stage, Tensors, register_method
 from .lora import LoRASettings, SequentialLoRA, answer_positions, evaluating
 
 
@@ -20,6 +20,7 @@ class EWCSettings(LoRASettings):
     fisher_samples: int = Field(256, ge=1)
 
 
+@register_method
 class EWC(SequentialLoRA):
     """Elastic weight consolidation (arXiv 1612.00796) of a LoRA: loss + lambda / 2 sum_i F_i (theta_i - theta*_i)^2.
 
@@ -30,6 +31,7 @@ class EWC(SequentialLoRA):
     name = "ewc"
     sharded_parameters = False
     settings_type = EWCSettings
+    answers_only = True
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)

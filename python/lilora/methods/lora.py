@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA, plain_lora
 from lilora.peft.layer import unwrapped
+from lilora_kernels.layers.lilora import DROPOUT, RANK
 
-from .base import Method, Tensors
-from .settings import Settings
+from .base import Method, Tensors, register_method
+from .settings import MethodSettings, alpha_field
 
 
-class LoRASettings(Settings):
+class LoRASettings(MethodSettings):
     """Fields of peft.LoraConfig, with target_modules as a pattern."""
 
-    target_modules: str
-    r: int = Field(128, ge=1)
-    lora_alpha: float = Field(256.0, gt=0)
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    r: int = Field(RANK, ge=1)
+    lora_alpha: float = alpha_field()
+    lora_dropout: float = Field(DROPOUT, ge=0, lt=1)
+    renamed = {"alpha": "lora_alpha", "dropout": "lora_dropout"}  # noqa: RUF012
 
 
+@register_method
 class DirLoRA(Method):
     """A LoRA per task: nothing is forgotten with the task given, at the full price of a LoRA for each.
 
@@ -34,6 +36,7 @@ class DirLoRA(Method):
 
     name = "dirlora"
     sharded_parameters = True
+    one_basis = False
     settings_type = LoRASettings
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
@@ -72,6 +75,7 @@ class DirLoRA(Method):
         return self.options.r * len(self.tasks)
 
 
+@register_method
 class SequentialLoRA(DirLoRA):
     """One LoRA that goes on learning task after task: what forgetting looks like.
 
@@ -80,6 +84,7 @@ class SequentialLoRA(DirLoRA):
 
     name = "lora"
     needs_task = False
+    one_basis = True
 
     def adapter(self, task: str) -> str:
         return "default"

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import Batches, Inputs, Stage, Tensors
+from .base import Batches, Inputs, Stage, Tensors, register_method
 from .distillation import divergence
 from .lora import LoRASettings, SequentialLoRA, answer_positions, evaluating
 
@@ -19,6 +19,7 @@ class LwFSettings(LoRASettings):
     temperature: float = Field(2.0, gt=0)
 
 
+@register_method
 class LwF(SequentialLoRA):
     """Learning without forgetting (arXiv 1606.09282) with a LoRA: loss + weight * KL(teacher || student), from task 2 on.
 
@@ -29,6 +30,7 @@ class LwF(SequentialLoRA):
     name = "lwf"
     sharded_parameters = False
     settings_type = LwFSettings
+    answers_only = True
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)

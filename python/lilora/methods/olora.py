@@ -12,30 +12,31 @@ from torch import Tensor, nn
 
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA
+from lilora_kernels.layers.lilora import DROPOUT, RANK
 from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
 
-from .base import Inputs, Method, Tensors
-from .pooled import fresh, learn_only, pool_tensors, put_pools, put_stored
-from .settings import Settings
+from .base import Inputs, Method, Tensors, register_method
+from .pooled import fresh, inject_rank_pools, load_rank_pools, pool_tensors, require_grad_only
+from .settings import MethodSettings, alpha_field
 
 ALL_RANKS = Choice(((("old",), None), (("new",), None)))
 
 
-class OLoRASettings(Settings):
+class OLoRASettings(MethodSettings):
     """r: ranks of each task; the scale is alpha / r. orthogonality: weight of the penalty on all inner products of an old
     and a new row of A: "absolute" values, as in the published code, whose weight is the default, or "squared" as in the
     paper. l2: weight of the summed norms of each new A and B, which only the code has.
     """
 
-    target_modules: str
-    r: int = Field(128, ge=1)
-    alpha: float = Field(256.0, gt=0)
-    dropout: float = Field(0.05, ge=0, lt=1)
+    r: int = Field(RANK, ge=1)
+    alpha: float = alpha_field()
+    dropout: float = Field(DROPOUT, ge=0, lt=1)
     orthogonality: float = Field(0.5, ge=0)
     products: Literal["absolute", "squared"] = "absolute"
     l2: float = Field(0.0, ge=0)
 
 
+@register_method
 class OLoRA(Method):
     """Orthogonal subspace learning (O-LoRA, arXiv 2310.14152; code cmnfriend/O-LoRA): all tasks' LoRAs are summed.
 
@@ -52,8 +53,8 @@ class OLoRA(Method):
         super().__init__(base, settings)
         s = self.options = self.read_settings(settings)
         self.model = base
-        self.layers = put_pools(base, s.target_modules, lambda *_: all_ranks, s.alpha / s.r, s.dropout)
-        learn_only(base)
+        self.layers = inject_rank_pools(base, s.target_modules, lambda *_: all_ranks, s.alpha / s.r, s.dropout)
+        require_grad_only(base)
 
     def add(self, task: str) -> None:
         for layer in self.layers.values():
@@ -63,7 +64,7 @@ class OLoRA(Method):
         self.tasks.append(task)
 
     def activate(self, task: str, train: bool) -> None:
-        learn_only(self.model, *(self.new().values() if train else ()))
+        require_grad_only(self.model, *(self.new().values() if train else ()))
 
     def new(self) -> Tensors:
         """A and B of the newest task."""
@@ -88,7 +89,7 @@ class OLoRA(Method):
     def restore(self, tasks: dict[str, tuple[Tensors, Tensors]]) -> None:
         self.tasks = list(tasks)
         if tasks:
-            put_stored(self.layers, tasks[self.tasks[-1]][1])
+            load_rank_pools(self.layers, tasks[self.tasks[-1]][1])
 
     @classmethod
     def as_lora(cls, bank: Bank, task: str) -> PlainLoRA:

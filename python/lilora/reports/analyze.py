@@ -22,6 +22,7 @@ from lilora.bank.atomic import write_atomically
 from lilora.bank.bank import Bank
 from lilora.bank.export import up_projection
 from lilora.errors import UserError
+from lilora.methods import METHODS
 from lilora.methods.base import Tensors
 from lilora.methods.redundancy import principal_cosines, residual_share, whitening
 from lilora.terminal import plain_console
@@ -29,8 +30,6 @@ from lilora.terminal import plain_console
 from .report import COLOURS, PLOT_STYLE, cell_colours, draw_matrix, png
 from .scores import cell_text, none_if_nan
 
-# Methods whose tasks are a LoRA each -> whether these are states of one A and B0 that all tasks learn on.
-ONE_BASIS = {"lilora": True, "lora": True, "ewc": True, "lwf": True, "dirlora": False}
 DEFINITIONS = {
     "factors": "a task is A [r, K] and B [N, r] for every adapted linear; B is B0, in LiLoRA f B0 + (1 - f) U V",
     "overlap": "mean squared cosine of the principal angles between two tasks' row spaces of A or column spaces of B",
@@ -97,16 +96,17 @@ def analyze(bank: Bank, threshold: float = 0.5, track: Callable[[list[str]], Ite
     if not 0 < threshold < 1:
         raise UserError(f"--threshold is {threshold}; give a share of the squared norm, above 0 and below 1")
     method = bank.config.get("method")
-    if not isinstance(method, str) or method not in ONE_BASIS:
+    one_basis = METHODS[method].one_basis if isinstance(method, str) and method in METHODS else None
+    if one_basis is None:
+        fit = ", ".join(name for name, other in METHODS.items() if other.one_basis is not None)
         raise UserError(
-            f"{bank.path} is of method {method!r}, which keeps no LoRA (A, B0) per task; analyze wants a bank of one of "
-            f"{', '.join(ONE_BASIS)}"
+            f"{bank.path} is of method {method!r}, which keeps no LoRA (A, B0) per task; analyze wants a bank of one of {fit}"
         )
     if len(bank.tasks) < 2:
         raise UserError(f"{bank.path} holds {len(bank.tasks)} task(s) and analyze compares two or more; train another")
     stored = _load(bank)
     layers = sorted({name.rpartition(".")[0] for name in stored[0][1]}, key=_model_order)
-    parts = [_linear(layer, stored, threshold, ONE_BASIS[method]) for layer in track(layers)]
+    parts = [_linear(layer, stored, threshold, one_basis) for layer in track(layers)]
     numbers = {
         name: {key: np.stack([part[name][key] for part in parts]) for key in values}
         for name, values in parts[0].items()

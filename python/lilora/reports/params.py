@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from lilora.errors import UserError
 from lilora.families import target_modules as preset
-from lilora_kernels.layers.lilora import default_sub_rank
+from lilora_kernels.layers.lilora import RANK, default_sub_rank
 
 _SHIPPED = Path(__file__).parents[1] / "model_configs"  # one folder with a config.json per model
 _SHIPPED_ALIASES = {"llava-hf/llava-1.5-7b-hf": "llava-1.5-7b"}
@@ -121,7 +121,7 @@ def count(model: nn.Module, target: str, r: int, sub_rank: int, name: str = "mod
 def account(
     model: str,
     *,
-    r: int = 128,
+    r: int = RANK,
     sub_rank: int | None = None,
     target_modules: str | None = None,
     projector: bool = False,

@@ -9,13 +9,13 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from lilora.errors import UserError
-from lilora.methods.base import Batches, Inputs, Method, Stage, Tensors
+from lilora.methods.base import Batches, Inputs, Method, Stage, Tensors, register_method
 from lilora.methods.distillation import divergence
 from lilora.methods.lora import answer_positions
 from lilora.methods.pclr.pool import EXPERTS, GateRule, Query, RankPool, normalised
-from lilora.methods.pooled import learn_only, pool_tensors, put_pools, put_stored
+from lilora.methods.pooled import inject_rank_pools, load_rank_pools, pool_tensors, require_grad_only
 from lilora.methods.redundancy import rank_gram
-from lilora.methods.settings import Settings
+from lilora.methods.settings import MethodSettings, alpha_field
 from lilora_kernels.functional import rank_gate
 from lilora_kernels.layers.rank_pool import RankPoolLinear
 
@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class PCLRSettings(Settings):
+class PCLRSettings(MethodSettings):
     """PCLR (ICLR 2026). Where the paper and its code differ the default is the paper's; preset "released" is the code.
 
     r: ranks chosen of the pool; cap: most ranks the pool ever has; shared: ranks that are always on; the experts'
@@ -65,11 +65,10 @@ class PCLRSettings(Settings):
     while a new one is learned (PCLR-LwF, our reading).
     """
 
-    target_modules: str
     r: int = Field(64, ge=1)
     cap: int = Field(256, ge=1)
     shared: int = Field(32, ge=0)
-    alpha: float = Field(128.0, gt=0)
+    alpha: float = alpha_field()
     dropout: float = Field(0.0, ge=0, lt=1)
     schedule: Literal["progressive", "constant"] | list[tuple[int, float]] = "progressive"
     pools: Literal["layer", "global"] = "layer"
@@ -144,7 +143,10 @@ class PCLRSettings(Settings):
         return keep, self.cap - keep
 
 
+@register_method
 class PCLR(Method):
+    """A pool of ranks under a cap, compressed and distilled as tasks come; the prompt and the image choose among them."""
+
     name = "pclr"
     settings_type = PCLRSettings
     no_lora = "each sample takes ranks of its own from a pool; use lilora generate and eval"
@@ -153,7 +155,8 @@ class PCLR(Method):
     needs_task = False
     one_state = True
     presets = PRESETS
-    defaults = {"r": 64, "dropout": 0.0, "learning_rate": 2e-4, "weight_decay": 0.0}  # noqa: RUF012
+    train_defaults = {"learning_rate": 2e-4, "weight_decay": 0.0}  # noqa: RUF012
+    answers_only = True
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
@@ -173,10 +176,10 @@ class PCLR(Method):
                 self.pools[name] = RankPool(self.rule, *source.widths).to(linear.weight.device)
             return PoolChooser(self.pools[name])
 
-        self.layers = put_pools(base, s.target_modules, chooser, 1.0, s.dropout)
+        self.layers = inject_rank_pools(base, s.target_modules, chooser, 1.0, s.dropout)
         base.lora_pools = nn.ModuleDict(self.pools)  # their keys learn and are saved with the model's parameters
         attach_pools(base, self.pool_tasks)
-        learn_only(base)
+        require_grad_only(base)
         self.queries = Query(*(torch.empty(0, width, device=base.device) for width in source.widths))
         self.chances = torch.ones(0, device=base.device)  # how a fake query is drawn, before division by the sum
         self.fakes = self.queries
@@ -227,7 +230,7 @@ class PCLR(Method):
             self._add_query(*mean)
         self.integrating = False
         self._switch()
-        learn_only(self.model)
+        require_grad_only(self.model)
 
     @torch.no_grad()
     def _add_query(self, text: Tensor, vision: Tensor) -> None:
@@ -325,7 +328,7 @@ class PCLR(Method):
         keys = []
         if self.options.train_keys or not self.integrating:
             keys = [key for pool in self.pools.values() for p in parts if p in pool.text for key in pool.keys(p)]
-        learn_only(self.model, *values, *keys)
+        require_grad_only(self.model, *values, *keys)
 
     # --- learning ---------------------------------------------------------------------------------------------------
 
@@ -417,7 +420,7 @@ class PCLR(Method):
         if not tasks:
             return
         stored = {name: tensor.to(self.model.device) for name, tensor in list(tasks.values())[-1][1].items()}
-        put_stored(self.layers, stored)
+        load_rank_pools(self.layers, stored)
         for name, pool in self.pools.items():
             for part in EXPERTS:
                 keys = [stored.get(f"state.keys.{name}.{part}.{kind}") for kind in ("text", "vision")]

@@ -1,13 +1,17 @@
-"""Methods from outside the package: found by an entry point, they do all that those inside do."""
+"""Methods, scorers and task identifiers from outside the package do all that those inside do."""
 
 import json
 import sys
 
 import pytest
+import yaml
 from torch import nn
 
 from lilora.bank.bank import Bank
 from lilora.cli.method_options import method_settings
+from lilora.continual.manifest import load_manifest
+from lilora.continual.scorers import SCORERS, scorer
+from lilora.continual.task_identification import TASK_IDENTIFIERS
 from lilora.errors import UserError
 from lilora.methods import METHODS, register_method
 from lilora.methods.base import Method
@@ -206,3 +210,95 @@ def test_a_wrong_setting_lists_those_of_the_method():
         assert "\n  pools               layer | global = layer\n" in table
         assert "\n  alpha               float = 2 r\n" in table
         assert max(map(len, table.splitlines())) <= 80
+
+
+# --- scorers and task identifiers ---------------------------------------------------------------------------------------
+
+SCORERS_BESIDE = """
+def half(prediction, references):
+    return 0.5
+
+def broken(prediction, references):
+    return references["first"]
+
+def percent(prediction, references):
+    return 50
+
+points = 0.5
+"""
+
+
+def manifest_with(suite, folder, scorer):
+    content = yaml.safe_load((suite / "tasks.yaml").read_text())
+    content |= {"data": str(suite / "data"), "model": str(suite / "base")}
+    content["tasks"] = [{**content["tasks"][0], "scorer": scorer}]
+    (folder / "tasks.yaml").write_text(yaml.safe_dump(content))
+    return folder / "tasks.yaml"
+
+
+def test_a_scorer_beside_the_manifest(suite, tmp_path, lilora, train_options, monkeypatch):
+    (tmp_path / "beside.py").write_text(SCORERS_BESIDE)
+    monkeypatch.delitem(sys.modules, "beside", raising=False)
+    path = list(sys.path)
+    train = ["--out", tmp_path / "run", *train_options, "--max-steps", "1"]
+    code, _, err = lilora("train", manifest_with(suite, tmp_path, "beside:half"), *train)
+    assert code == 0, err
+    assert Bank.open(tmp_path / "run").scores["matrix"]["scores"] == [[50.0]]
+    assert sys.path == path
+    for name, words in (
+        ("beside:broken", "scorer 'beside:broken' raised TypeError: list indices must be integers"),
+        ("beside:percent", "scorer 'beside:percent' returned 50 for"),
+        ("beside:points", "scorer 'beside:points' is a float; name a function"),
+        ("beside:none", "scorer 'beside:none' cannot be imported (AttributeError"),
+        ("nowhere:half", "cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
+        ("best", "scorer 'best' is unknown; choose one of exact, containment"),
+    ):
+        with pytest.raises(UserError) as error:
+            load_manifest(manifest_with(suite, tmp_path, name))
+        assert words in str(error.value)
+        assert str(error.value).startswith("task 'colour': ")
+
+
+def test_a_registered_scorer(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(SCORERS, "_parts", dict(SCORERS._parts))
+    text = "from lilora.continual.scorers import register_scorer\n@register_scorer\ndef longest(a, b):\n    return 1\n"
+    install(tmp_path, monkeypatch, {"outside_scorer": text}, "[lilora.scorers]\nlongest = outside_scorer\n")
+    assert load_manifest(manifest_with(suite, tmp_path, "longest")).tasks[0].scorer == "longest"
+    assert scorer("longest")("", []) == 1
+
+
+LAST = """
+import torch
+
+from lilora.continual.task_identification import TaskRouter, register_task_identifier
+
+
+@register_task_identifier
+class Last(TaskRouter):
+    name = "last"
+
+    def fit(self, task, batches):
+        self.statistics[task] = {"samples": torch.tensor([sum(float(len(b["input_ids"])) for b in batches)])}
+        return self.statistics[task]
+
+    def route(self, inputs):
+        return [self.tasks[-1]] * len(inputs["input_ids"])
+"""
+
+
+def test_a_task_identifier_of_another_package(suite, tmp_path, lilora, train_options, monkeypatch):
+    monkeypatch.setattr(TASK_IDENTIFIERS, "_parts", dict(TASK_IDENTIFIERS._parts))
+    monkeypatch.delitem(sys.modules, "outside_last", raising=False)
+    install(tmp_path, monkeypatch, {"outside_last": LAST}, "[lilora.task_identifiers]\nlast = outside_last\n")
+    run = tmp_path / "run"
+    train = [suite / "tasks.yaml", "--out", run, "--order", "colour,count", *train_options, "--max-steps", "1"]
+    code, _, err = lilora("train", *train, "--task-identifier", "magic")
+    assert (code, "--task-identifier magic is unknown; choose one of nearest-centroid, last" in err) == (2, True)
+    code, _, err = lilora("train", *train, "--task-identifier", "last")
+    assert code == 0, err
+    assert Bank.open(run).config["task_identifier"] == "last"
+    assert Bank.open(run).load_routers()["count"]["samples"] > 0
+    code, _, err = lilora("generate", run, "--prompt", "which colour is it ?", "--device", "cpu")
+    assert (code, "task: count\n" in err) == (0, True)
+    code, _, err = lilora("train", *train)
+    assert (code, "its task_identifier is 'last'" in err) == (2, True)

@@ -100,7 +100,7 @@ class Bank:
 
     @property
     def routed(self) -> list[str]:
-        """The tasks that a router has learned, in training order."""
+        """The tasks that a router has statistics of, in training order."""
         return [task.name for task in self._index.tasks if task.router]
 
     @property
@@ -201,7 +201,7 @@ class Bank:
         return self._of_one_state(load)
 
     def set_router(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Store what a router has learned of a task, in place of what is stored; it goes with the task.
+        """Store a router's statistics of a task, in place of what is stored; it goes with the task.
 
         tensors: of any names and shapes, bfloat16, float16 or float32.
 
@@ -211,7 +211,7 @@ class Bank:
         with self.writing() as index:
             self._task(name)
             if not tensors:
-                raise UserError(f"router of task {name!r} has no tensors; pass what TaskRouter.learn gives")
+                raise UserError(f"router of task {name!r} has no tensors; pass what TaskRouter.fit returns")
             _check_dtypes(name, "router", tensors)
             tensors = _on_cpu(tensors)
             records = records_of(tensors)

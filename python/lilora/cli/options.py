@@ -11,7 +11,7 @@ from lilora.errors import UserError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Order = Annotated[str | None, typer.Option(help="Task names, comma-separated: which tasks to learn, in this order.")]
+Order = Annotated[str | None, typer.Option(help="Task names, comma-separated: which tasks to train on, in this order.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of the tasks' files, instead of the one the manifest names.")]
 BankPath = Annotated[Path, typer.Argument(help="A bank folder, or the run folder that holds one.")]
 AnyBank = Annotated[Path, typer.Argument(help="A bank folder, the run folder that holds one, or a hub repository.")]
@@ -55,8 +55,8 @@ def model_config(model: str) -> Any:
 
 
 def bank_router(bank, method):
-    from lilora.continual.task_identification import NearestCentroid
+    from lilora.continual.task_identification import identifier_of
 
     if not method.needs_task:
         raise UserError(f"{bank.path}: {method.name} needs no task, so there is nothing to route; leave out --routed")
-    return NearestCentroid.load(bank, method.model)
+    return identifier_of(bank.config).load(bank, method.model)

@@ -1,6 +1,8 @@
 """Tasks of instruction and answer: their part of a manifest, and the samples of their files."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -61,18 +63,26 @@ class TaskSpec(BaseModel):
     def check(self) -> None:
         """Raise UserError for an unknown scorer or one that no test answer suits, a missing or broken file, a split without
         samples, a missing image."""
-        try:
+        with self._named():
             judge = scorer(self.scorer)
-        except UserError as error:
-            raise UserError(f"task {self.name!r}: {error}") from error
         for split in ("train", "test"):
             data = InstructionDataset(self, split)
             data.check_images()
-        if not any(judge(sample.answers[0], list(sample.answers)) for sample in data.samples):
+        with self._named():
+            suits = any(judge(sample.answers[0], list(sample.answers)) for sample in data.samples)
+        if not suits:
             raise UserError(
                 f"task {self.name!r}: scorer {self.scorer!r} gives 0 even to the references themselves, such as "
                 f"{data.samples[0].answers[0][:80]!r} in {self.test}; choose another scorer."
             )
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Let a UserError say which task it is of."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"task {self.name!r}: {error}") from error
 
 
 class TaskManifest(Manifest):

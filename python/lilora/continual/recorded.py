@@ -1,5 +1,6 @@
 """What a bank records of its run, read back with its types: anyone may have written it."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
@@ -8,9 +9,11 @@ from lilora.bank.bank import Bank
 from lilora.errors import UserError
 from lilora.methods import METHODS
 from lilora.methods.settings import Settings
+from lilora.registry import Registry
 from lilora.reports.scores import ScoreMatrix
 
 from .kinds import KINDS
+from .task_identification import TASK_IDENTIFIERS, NearestCentroid
 
 
 class TrainSettings(Settings):
@@ -43,19 +46,23 @@ class _Record(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
-def _known(method: str) -> str:
-    METHODS.find(method)
-    return method
+def _known(parts: Registry) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        parts.find(name)
+        return name
+
+    return check
 
 
 class _Config(_Record):
-    method: Annotated[str, AfterValidator(_known)]
+    method: Annotated[str, AfterValidator(_known(METHODS))]
     settings: dict[str, JsonValue] = {}
     train: dict[str, JsonValue] = {}
     kind: Literal[tuple(KINDS)] = "instruction"  # earlier versions knew but one, and did not name it
     model: str = ""
     manifest: str = ""
     label: str | None = None
+    task_identifier: Annotated[str, AfterValidator(_known(TASK_IDENTIFIERS))] = NearestCentroid.name
 
 
 class _Info(_Record):

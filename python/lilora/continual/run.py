@@ -31,7 +31,7 @@ from .instructions import InstructionDataset
 from .kinds import KINDS, Kind
 from .recorded import TrainSettings, check_label, train_settings
 from .run_folder import check_folder, label_of, run_of
-from .task_identification import SAMPLES, NearestCentroid
+from .task_identification import SAMPLES, TASK_IDENTIFIERS, NearestCentroid, identifier_of
 from .task_sequence import Manifest
 from .trainer import StageData, TaskTrainer
 
@@ -67,6 +67,7 @@ class ContinualRun:
         train: TrainSettings,
         device: str = "auto",
         label: str | None = None,
+        task_identifier: str = NearestCentroid.name,
     ) -> "ContinualRun":
         """Start a run, or go on with the one in `folder` if it was started in the same way.
 
@@ -81,6 +82,9 @@ class ContinualRun:
             "kind": manifest.kind,
             "model": model,
         } | ({"label": label} if label else {})
+        if task_identifier != NearestCentroid.name:
+            TASK_IDENTIFIERS.find(task_identifier, "--task-identifier")
+            config["task_identifier"] = task_identifier
         check_label(label)
         kind = KINDS[manifest.kind]
         method_type = METHODS.find(method)
@@ -136,7 +140,7 @@ class ContinualRun:
                 if processes.sharded():
                     self._reload()
             if self.method.needs_task and spec.name not in self.bank.routed:
-                self._learn_route(spec, say)
+                self._fit_router(spec, say)
             if processes.rank() == 0:
                 shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
             with Progress(disable=not bars) as progress:
@@ -194,14 +198,15 @@ class ContinualRun:
         self.method = make_method(config["method"], base, config["settings"])
         restore(self.method, self.bank)
 
-    def _learn_route(self, spec: Any, say: Callable[[str], None]) -> None:
+    def _fit_router(self, spec: Any, say: Callable[[str], None]) -> None:
         data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)
         try:
-            learned = NearestCentroid(self.method.base).learn(spec.name, data.batches(SAMPLES, self.method.base))
+            router = identifier_of(self.bank.config)(self.method.base)
+            statistics = router.fit(spec.name, data.batches(SAMPLES, self.method.base))
         except ValueError as error:  # of this model or these samples; all else goes without
             say(f"{spec.name}: the bank cannot find this task by itself ({error})")
             return
-        self._write(lambda bank: bank.set_router(spec.name, learned))
+        self._write(lambda bank: bank.set_router(spec.name, statistics))
 
     def _train_stage(
         self, learned: Any, stage: Stage, seed: int, save_steps: int, workers: int, bars: bool

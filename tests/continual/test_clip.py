@@ -522,10 +522,10 @@ def test_what_does_not_go_together_is_one_sentence(images, suite, finished, tmp_
         ((*train, "--model", suite / "base"), "is of type 'llava'; classification tasks want a model of type 'clip'"),
         (("train", suite / "tasks.yaml", "--out", out, "--model", images / "base"), "--model"),
         (
-            (*train, "--method", "ewc"),
+            (*command(images, out, "lora"), "--method", "ewc"),
             "--method ewc cannot learn tasks of this kind of manifest; choose one of lilora, dac",
         ),
-        ((*train, "--method", "pclr"), "--method pclr cannot learn"),
+        ((*command(images, out, "lora"), "--method", "pclr"), "--method pclr cannot learn"),
         (("generate", finished, "--task", "count", "--prompt", "x"), "learned to classify images and writes no text"),
         (("eval", finished, "--tasks", suite / "tasks.yaml"), "is of kind 'instruction' and"),
     ):

@@ -1,4 +1,4 @@
-"""Learn tasks one after another with a multimodal model, and serve them together.
+"""Train a multimodal model on tasks one after another, and serve them together.
 
 A module per group of commands. What a command alone needs is imported inside it, so that `lilora --help` need not wait for it.
 """
@@ -6,17 +6,35 @@ A module per group of commands. What a command alone needs is imported inside it
 import os
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+from lilora import __version__
 from lilora.errors import UserError, lost_process, print_error
 
 from . import bank, evaluate, generate, info, report, train
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0]
-)
-app.command()(train.train)
+# Without rich's boxes, which cut long options where the terminal is narrow.
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lilora {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__.splitlines()[0])
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What comes before a command."""
+
+
+app.command(cls=train.TrainCommand)(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command()(report.report)
 app.command()(report.analyze)

@@ -10,7 +10,7 @@ from rich.table import Table
 from .options import AnyBank, BankPath, Json, NewFolder, choice, model_config
 from .output import console, console_line
 
-app = typer.Typer(no_args_is_help=True, help="A bank of learned tasks: look into it, import, export, merge, remove.")
+app = typer.Typer(no_args_is_help=True, help="List, import, export, merge and remove tasks of a bank.")
 
 
 @app.command("ls")
@@ -41,7 +41,7 @@ def export(
     ] = "lora",
     as_json: Json = False,
 ) -> None:
-    """Write tasks as LoRA folders, from the bank alone: no base model is loaded."""
+    """Write tasks as LoRA folders, without the base model."""
     from lilora.bank.hub import open_bank
     from lilora.continual.publish import FORMATS, export_tasks
 
@@ -62,7 +62,10 @@ def merge(
     model: Annotated[str | None, typer.Option(help="Base model; default: the one the bank was made with.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the base model with a task in its weights: a plain HuggingFace model with its processor."""
+    """Write the base model with a task in its weights.
+
+    A plain HuggingFace model with its processor.
+    """
     from lilora.bank.hub import open_bank
     from lilora.continual.publish import merge_task
 
@@ -74,8 +77,8 @@ def merge(
 
 
 @app.command("rm")
-def rm(bank: BankPath, task: Annotated[str, typer.Option(help="Which task to forget.")], as_json: Json = False) -> None:
-    """Remove a task and its scores from a bank; the others keep their ids."""
+def rm(bank: BankPath, task: Annotated[str, typer.Option(help="Which task.")], as_json: Json = False) -> None:
+    """Remove a task and its scores; the others keep their ids."""
     from lilora.bank.bank import Bank
     from lilora.continual.publish import write_bank_card
     from lilora.continual.run_folder import remove_task
@@ -100,7 +103,7 @@ def import_(
         list[Path],
         typer.Argument(
             help="lilora: lilora_task_bank.bin. pclr: one lrp.bin or lrp_ts.bin. dac: the .pt of each task, peft: the folder "
-            "of each LiLoRA adapter, in the order they were learned."
+            "of each LiLoRA adapter, in the order of training."
         ),
     ],
     model: Annotated[str, typer.Option(help="The base model that it was trained on: a folder or a hub id.")],
@@ -108,13 +111,16 @@ def import_(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Names of the tasks in the order they were learned, comma-separated. Default: task and a number (lilora, "
+            help="Names of the tasks in the order of training, comma-separated. Default: task and a number (lilora, "
             "pclr), those of the files (dac) or folders (peft)."
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a bank of what other code has learned, for eval and generate; the files are read as plain tensors."""
+    """Make a bank of what other code has trained.
+
+    For eval and generate; the files are read as plain tensors.
+    """
     from rich.progress import Progress
 
     from lilora.bank.records import BaseModelId

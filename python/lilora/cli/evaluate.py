@@ -29,9 +29,9 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score all tasks of a bank with the task given: one model load, mixed batches.
+    """Score the tasks of a bank in mixed batches, with one model load.
 
-    Of image classification all tasks of the manifest, learned or not.
+    Of image classification all tasks of the manifest, trained or not.
     """
     from rich.progress import Progress
 

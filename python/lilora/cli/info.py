@@ -22,7 +22,7 @@ def params(
     attention: Attention = False,
     as_json: Json = False,
 ) -> None:
-    """Count adapter parameters of a model, by its config alone: no weights are loaded."""
+    """Count the adapter parameters of a model, without its weights."""
     from lilora.reports.params import account
 
     accounting = account(model, r=r, sub_rank=sub_rank, projector=projector, attention=attention)
@@ -33,7 +33,7 @@ def params(
 
 
 def info(as_json: Json = False) -> None:
-    """Versions, devices, and which backends can run here and why others cannot."""
+    """Show versions, devices and backends, and why one cannot run."""
     import torch
 
     from lilora_kernels.backends import unsupported_reasons

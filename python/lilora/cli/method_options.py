@@ -4,8 +4,9 @@ import json
 import textwrap
 from typing import Any
 
+from lilora.continual.recorded import TrainSettings
 from lilora.errors import UserError
-from lilora.methods import Method
+from lilora.methods import METHODS, Method
 
 from .options import choice, nearest
 
@@ -47,6 +48,21 @@ def settings_list(method: type[Method]) -> str:
         text = f"  {name}".ljust(indent) + kind + (f" = {default}" if default else "")
         lines += textwrap.wrap(text, 80, subsequent_indent=" " * indent)
     return "\n".join(lines)
+
+
+def methods_list() -> list[tuple[str, str]]:
+    """(name, what it does, its presets and the defaults of the options) of every method."""
+    lines = []
+    for name, method in METHODS.items():
+        defaults = {field: default for field, _, default in method.settings_type.table()}
+        told = [f"{option} {defaults[field]}" for option, field in method.settings_type.options().items()]
+        trained = {field: TrainSettings.model_fields[field].default for field in ("learning_rate", "weight_decay")}
+        trained |= method.train_defaults
+        told += [f"lr {trained['learning_rate']}", f"weight_decay {trained['weight_decay']}"]
+        presets = f" Presets: {', '.join(method.presets)}." if method.presets else ""
+        summary = " ".join((method.__doc__ or "").partition("\n\n")[0].split())
+        lines.append((name, f"{summary}{presets} Defaults: {', '.join(told)}."))
+    return lines
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -19,7 +19,7 @@ def report(
     title: str = "Continual learning",
     as_json: Json = False,
 ) -> None:
-    """Write score matrix, curves and metrics of one or more runs as PNG, JSON and one self-contained HTML page."""
+    """Write tables, curves and one HTML page of one or more runs."""
     from lilora.bank.bank import Bank
     from lilora.continual.run_folder import run_of
     from lilora.reports.report import print_tables, write_report
@@ -44,7 +44,10 @@ def analyze(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare the tasks of a bank without its model: similar factors, redundant ranks, drift of the shared basis."""
+    """Compare the tasks of a bank, without its model.
+
+    Similar factors, redundant ranks, drift of the shared basis.
+    """
     from rich.progress import Progress
 
     from lilora.bank.bank import Bank

@@ -2,22 +2,44 @@
 
 import json
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from lilora.errors import UserError
 
 from .facts import environment
 from .options import Attention, Data, Device, Json, Order, Projector, SubRank, choice, target_pattern
 from .output import console, console_line
+from .run_config import config_text, read_config
 
-DEFAULT = "Default: that of the method's paper."
+DEFAULT = "Default: the method's, below."
+
+
+class TrainCommand(TyperCommand):
+    """Its help ends with the methods, as they describe themselves."""
+
+    def format_epilog(self, ctx: typer.Context, formatter: Any) -> None:
+        from .method_options import methods_list
+
+        with formatter.section("Methods"):
+            formatter.write_dl(methods_list())
 
 
 def train(
+    context: typer.Context,
     tasks: Annotated[Path, typer.Argument(help="The task manifest, for example examples/digits/tasks.yaml.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=read_config,
+            is_eager=True,
+            help="YAML file of options, such as the run.yaml of a run folder; those of the command win.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -30,25 +52,28 @@ def train(
     method: Annotated[
         str,
         typer.Option(
-            help="lilora, pclr, dac; lora (one LoRA for all tasks), dirlora (a LoRA per task), ewc, lwf, olora or moelora."
+            autocompletion=lambda: list(import_module("lilora.methods").METHODS),
+            help="How the tasks are trained: one of the methods below.",
         ),
     ] = "lilora",
     preset: Annotated[
         str | None,
-        typer.Option(
-            help="lilora: frozen (default: old tasks stay bit for bit), paper, released; pclr and dac: paper (default), released."
-        ),
+        typer.Option(help="Settings by name. Default: the first of the method's, below."),
     ] = None,
     r: Annotated[int | None, typer.Option("--r", min=1, help=f"Rank of the adapters. {DEFAULT}")] = None,
     sub_rank: SubRank = None,
     alpha: Annotated[
-        float | None, typer.Option(help="The adapter's output is scaled by alpha / r. Default: 2 r; 1 for dac.")
+        float | None, typer.Option(help="The adapter's output is scaled by alpha / r. Default: the method's, below.")
     ] = None,
     dropout: Annotated[
         float | None, typer.Option(min=0.0, max=0.99, help=f"Dropout on the adapter's input. {DEFAULT}")
     ] = None,
     pairs: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value: any other setting of the method; may be given again.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="key=value: any setting of the method, the value as JSON or text; may be given again. A wrong key lists them.",
+        ),
     ] = None,
     projector: Projector = True,
     attention: Attention = False,
@@ -63,23 +88,31 @@ def train(
     warmup: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of the steps in which the learning rate rises.")
     ] = 0.03,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Of the base model: auto (as stored), fp32, bf16 or fp16.")] = "auto",
-    eval_batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    eval_batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch of an evaluation.")] = 64,
     save_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 200,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training batches.")] = 0,
+    task_identifier: Annotated[
+        str, typer.Option(help="What finds the task of a sample where none is given.")
+    ] = "nearest-centroid",
     order: Order = None,
     data: Data = None,
-    seed: Annotated[int, typer.Option(min=0, max=4_000_000)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=4_000_000, help="Of all that is drawn.")] = 0,
     device: Device = "auto",
     label: Annotated[str | None, typer.Option(help="What reports call this run; default: method and preset.")] = None,
-    quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Learn a sequence of tasks, evaluating after each; resumable; writes a report.
+    """Train on tasks one after another, with an evaluation after each.
+
+    The same command goes on where it was interrupted. At the end it writes a report.
 
     Several processes: accelerate launch --config_file examples/accelerate/ddp.yaml -m lilora train ...
     """
+    from lilora.bank.atomic import write_atomically
     from lilora.continual.manifest import load_manifest
     from lilora.continual.publish import write_bank_card
     from lilora.methods import METHODS
@@ -132,8 +165,22 @@ def train(
         training,
         device,
         label,
+        task_identifier,
     )
     with closing(opened) as run:
+        if processes.rank() == 0:
+            of_method = {option: settings[name] for option, name in method_type.settings_type.options().items()}
+            resolved = {option.replace("_", "-"): value for option, value in of_method.items()} | {
+                "tasks": tasks.resolve(),
+                "out": out.resolve(),
+                "data": data and data.resolve(),
+                "model": model,
+                "preset": preset or next(iter(method_type.presets), None),
+                "lr": training.learning_rate,
+                "weight-decay": training.weight_decay,
+                "set": dict(map(setting, pairs or [])),
+            }
+            write_atomically(out / "run.yaml", config_text(context, resolved).encode())
         bars = not (quiet or as_json or console.quiet)
         run.train(eval_batch_size, save_steps, workers, bars, (lambda line: None) if as_json else console_line)
         processes.destroy()

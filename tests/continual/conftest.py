@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lilora.cli import app
 from lilora.continual import run as train
 from lilora.reports import report
 
@@ -163,3 +164,18 @@ def train_options():
         "--r 8 --sub-rank 4 --alpha 16 --dropout 0.1 --lr 0.01 --max-steps 6 --batch-size 4 --gradient-accumulation 1 "
         "--save-steps 2 --device cpu --quiet"
     )
+
+
+@pytest.fixture(scope="session")
+def quick(train_options):
+    """Few steps, large ones: routing does not depend on how well tasks were learned, but they shall differ."""
+    return [*train_options, "--max-steps", "2", "--save-steps", "9", "--lr", "0.1"]
+
+
+@pytest.fixture(scope="session")
+def runs(suite, tmp_path_factory, quick):
+    folder = tmp_path_factory.mktemp("routed")
+    for method in ("lilora", "dirlora"):
+        options = ["--out", str(folder / method), "--method", method, *quick]
+        app(["train", str(suite / "tasks.yaml"), *options], standalone_mode=False)
+    return folder

@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import lilora.cli as cli
 from lilora import LiLoRAConfig, LiLoRALinear
 from lilora.bank.bank import Bank
 from lilora.continual.base_model import load_bank
@@ -242,21 +241,6 @@ def test_bad_batches(base):
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def quick(train_options):
-    """Few steps, large ones: routing does not depend on how well tasks were learned, but they shall differ."""
-    return [*train_options, "--max-steps", "2", "--save-steps", "9", "--lr", "0.1"]
-
-
-@pytest.fixture(scope="module")
-def runs(suite, tmp_path_factory, quick):
-    folder = tmp_path_factory.mktemp("routed")
-    for method in ("lilora", "dirlora"):
-        options = ["--out", str(folder / method), "--method", method, *quick]
-        cli.app(["train", str(suite / "tasks.yaml"), *options], standalone_mode=False)
-    return folder
 
 
 @pytest.fixture

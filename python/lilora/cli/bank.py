@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .options import AnyBank, BankPath, Json, NewFolder, choice, model_config
+from .options import AnyBank, BankPath, Base, Json, NewFolder, choice, model_config
 from .output import console, console_line
 
 app = typer.Typer(no_args_is_help=True, help="List, import, export, merge and remove tasks of a bank.")
@@ -59,7 +59,7 @@ def merge(
     bank: AnyBank,
     out: NewFolder,
     task: Annotated[str | None, typer.Option(help="Which task; not for methods that need no task.")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model; default: the one the bank was made with.")] = None,
+    model: Base = None,
     as_json: Json = False,
 ) -> None:
     """Write the base model with a task in its weights.

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lilora.errors import UserError
 
-from .options import AnyBank, Data, Device, Json, bank_router
+from .options import AnyBank, Base, Data, Device, Json, bank_router
 from .output import console, console_line
 
 
@@ -17,7 +17,7 @@ def evaluate(
     bank: AnyBank,
     tasks: Annotated[Path, typer.Option(help="The task manifest with the test data.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch; tasks are mixed.")] = 32,
-    model: Annotated[str | None, typer.Option(help="Base model; default: the one the bank was made with.")] = None,
+    model: Base = None,
     routed: Annotated[
         bool,
         typer.Option(
@@ -25,6 +25,10 @@ def evaluate(
             help="Score without the task too, as the bank's router finds it; writes routes.png beside the bank.",
         ),
     ] = False,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="Folder for every answer: TASK.jsonl, and TASK-routed.jsonl of --routed, as JSON lines."),
+    ] = None,
     data: Data = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -36,6 +40,7 @@ def evaluate(
     from rich.progress import Progress
 
     from lilora.continual.base_model import load_bank
+    from lilora.continual.evaluate import write_answers
     from lilora.continual.kinds import KINDS, kind_of
     from lilora.continual.manifest import load_manifest
 
@@ -51,6 +56,12 @@ def evaluate(
         results = kind.evaluate(method, processor, manifest.tasks, batch_size, progress)
         if router is not None:
             routes = kind.evaluate_routed(method, processor, router, manifest.tasks, results, batch_size, progress)
+    if predictions is not None:
+        answers = {result.task: result.answers for result in results}
+        if router is not None:
+            answers |= {f"{result.task}-routed": result.routed.answers for result in routes}
+        for name, given in answers.items():
+            write_answers(predictions / f"{name}.jsonl", given)
     if router is not None:
         show_routes(routes, opened, opened.path.parent if bank.exists() else Path(), as_json)
         return

@@ -15,6 +15,7 @@ Order = Annotated[str | None, typer.Option(help="Task names, comma-separated: wh
 Data = Annotated[Path | None, typer.Option(help="Folder of the tasks' files, instead of the one the manifest names.")]
 BankPath = Annotated[Path, typer.Argument(help="A bank folder, or the run folder that holds one.")]
 AnyBank = Annotated[Path, typer.Argument(help="A bank folder, the run folder that holds one, or a hub repository.")]
+Base = Annotated[str | None, typer.Option(help="Base model. Default: the one the bank was made with.")]
 NewFolder = Annotated[Path, typer.Option("--out", help="New or empty folder.")]
 Rank = Annotated[int, typer.Option("--r", min=1, help="Rank of the shared factors, and of the LoRA baselines.")]
 SubRank = Annotated[

@@ -1,12 +1,15 @@
 """Answers to the test samples of several tasks, in mixed batches where the method can, and their scores."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.progress import Progress
 
+from lilora.bank.atomic import write_atomically
 from lilora.continual import processes
 from lilora.methods import Method
 from lilora.methods.lora import evaluating
@@ -80,11 +83,7 @@ def evaluate_routed(
     """
     samples = {spec.name: InstructionDataset(spec, "test").samples for spec in tasks}
     requests = [(name, sample) for name, own in samples.items() for sample in own]
-    collator = Collator(processor, {name: i for i, name in enumerate(samples)}, train=False)
-    starts = range(0, len(requests), batch_size)
-    routed: list[str] = []
-    for start in starts if progress is None else progress.track(starts, description="routing"):
-        routed += router.route(collator(requests[start : start + batch_size]))
+    routed = identify(router, processor, [sample for _, sample in requests], batch_size, progress)
     answers = [answer for result in given for answer in result.answers]
     misrouted = [i for i, (name, _) in enumerate(requests) if routed[i] != name]
     again = [(routed[i], requests[i][1]) for i in misrouted]
@@ -98,6 +97,18 @@ def evaluate_routed(
         results.append(RoutedScore(result, rescored, dict(Counter(routed[own]))))
         start = own.stop
     return results
+
+
+def identify(
+    router: TaskRouter, processor, samples: Sequence[Sample], batch_size: int, progress: Progress | None
+) -> list[str]:
+    """The task that the router finds for each sample."""
+    collator = Collator(processor, {"": 0}, train=False)
+    starts = range(0, len(samples), batch_size)
+    routed: list[str] = []
+    for start in starts if progress is None else progress.track(starts, description="routing"):
+        routed += router.route(collator([("", sample) for sample in samples[start : start + batch_size]]))
+    return routed
 
 
 def limits_of(tasks: Sequence[TaskSpec]) -> dict[str, int]:
@@ -136,6 +147,12 @@ def answers_to(
     if progress is not None:
         progress.remove_task(bar)
     return answers
+
+
+def write_answers(path: Path, answers: Sequence[dict[str, str]]) -> None:
+    """One JSON object {"id", "answer", "reference"} per line."""
+    lines = "\n".join(json.dumps(answer, ensure_ascii=False) for answer in answers)
+    write_atomically(path, (lines + "\n").encode())
 
 
 def in_turn(samples: dict[str, list[Sample]]) -> list[tuple[str, Sample]]:

@@ -1,7 +1,6 @@
 """Trains all tasks of a manifest, evaluates after each, and goes on where it was interrupted."""
 
 import gc
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ import torch
 from rich.progress import Progress
 from transformers import TrainingArguments, set_seed
 
-from lilora.bank.atomic import write_atomically
 from lilora.bank.bank import Bank
 from lilora.bank.lock import locked
 from lilora.bank.records import BaseModelId
@@ -27,6 +25,7 @@ from lilora.reports.scores import ScoreMatrix
 
 from .base_model import load_base, pick_device, restore
 from .checkpoints import latest_checkpoint
+from .evaluate import write_answers
 from .instructions import InstructionDataset
 from .kinds import KINDS, Kind
 from .recorded import TrainSettings, check_label, train_settings
@@ -294,8 +293,7 @@ class ContinualRun:
         for result in self.kind.evaluate(self.method, self.processor, to_run, batch_size, progress) if to_run else ():
             self.matrix.set(after, result.task, result.score, result.format_share)
             if processes.rank() == 0:
-                lines = "\n".join(json.dumps(answer, ensure_ascii=False) for answer in result.answers)
-                write_atomically(self.folder / "predictions" / f"{after}-{result.task}.jsonl", (lines + "\n").encode())
+                write_answers(self.folder / "predictions" / f"{after}-{result.task}.jsonl", result.answers)
         self.state["functions"][after] = functions
         self._write(lambda bank: bank.set_scores({"matrix": self.matrix.to_dict(), **self.state}))
         return True

@@ -43,12 +43,7 @@ class TaskRouter(ABC):
         Raises:
             UserError: there is nothing to route some task of the bank by, or its file is damaged.
         """
-        missing = [task for task in bank.tasks if task not in bank.routed]
-        if missing:
-            raise UserError(
-                f"{bank.path} has no router for {', '.join(missing)}; run its `lilora train` command again, which adds it, "
-                "or name the task"
-            )
+        require_statistics(bank)
         return cls(model, bank.load_routers())
 
     @property
@@ -65,6 +60,16 @@ class TaskRouter(ABC):
     @abstractmethod
     def route(self, inputs: Mapping[str, Tensor]) -> list[str]:
         """The name of one of `tasks` for every sample of a batch, as the model takes it; no sample counts for another."""
+
+
+def require_statistics(bank: Bank) -> None:
+    """UserError unless a bank can find all its tasks."""
+    missing = [task for task in bank.tasks if task not in bank.routed]
+    if missing:
+        raise UserError(
+            f"{bank.path} has no router for {', '.join(missing)}; run its `lilora train` command again, which adds it, "
+            "or name the task"
+        )
 
 
 TASK_IDENTIFIERS: Registry[type[TaskRouter]] = Registry("task identifier", "lilora.task_identifiers")

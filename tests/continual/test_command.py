@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import typer
 import yaml
 
 from lilora import __version__
 from lilora.bank.bank import Bank
-from lilora.cli import app
+from lilora.bank.records import BaseModelId
+from lilora.cli import app, output
 from lilora.cli.run_config import config_text
 from lilora.errors import UserError
 
@@ -21,6 +23,7 @@ ALL = {**COMMANDS, **{f"bank {name}": command for name, command in COMMANDS["ban
 
 @pytest.fixture
 def narrow(monkeypatch):
+    monkeypatch.setattr(output.console, "width", 80)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
 
@@ -57,6 +60,39 @@ def test_shells_complete_commands_and_methods():
         shell = {"_LILORA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
         done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **shell}, capture_output=True, text=True)
         assert set(done.stdout.split()) == wanted, done.stderr
+
+
+LONG = "a-long-name-of-a-task-that-goes-on-and-on-and-on-to-the-end-of-a-line"
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_bank_of_50_tasks_is_readable(tmp_path, lilora):
+    base = BaseModelId(id="llava-hf/llava-1.5-7b-hf", fingerprint="0" * 16)
+    bank = Bank.create(tmp_path / "bank", config={}, base_model=base)
+    shared = {"p.A": torch.zeros(2, 4), "p.B0": torch.zeros(4, 2)}
+    names = [f"task-{i}" for i in range(49)] + [LONG]
+    for name in names:
+        bank.add_task(name, {"p.U": torch.zeros(4, 1), "p.V": torch.zeros(1, 2)}, shared)
+    code, out, err = lilora("bank", "ls", tmp_path / "bank")
+    assert code == 0, err
+    head, *lines = out.splitlines()
+    assert head.endswith("on llava-hf/llava-1.5-7b-hf: 50 task(s)")
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 60
+    assert "…" not in out
+    for i, name in enumerate(names[:-1]):
+        assert re.search(rf"^ *{i} +{name} +[0-9a-f]{{16}} +6 +0\.00 *$", out, re.M), name
+    assert LONG in re.sub(r"\s+|[0-9a-f]{16}.*", "", out[out.index(" 49 ") :])
+    assert re.search(r"^ +all +316 ", out, re.M)
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("command", ["info", "params"])
+def test_tables_fit_80_columns(command, lilora):
+    code, out, _ = lilora(command)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
 
 
 # --- options from a file ------------------------------------------------------------------------------------------------

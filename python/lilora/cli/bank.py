@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from .options import AnyBank, BankPath, Base, Json, NewFolder, choice, model_config
-from .output import console, console_line
+from .output import console, console_line, plain_table
 
 app = typer.Typer(no_args_is_help=True, help="List, import, export, merge and remove tasks of a bank.")
 
@@ -22,7 +21,7 @@ def ls(bank: AnyBank, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(content))
     else:
-        console.print(bank_table(content))
+        print_bank(content)
 
 
 @app.command("export")
@@ -90,7 +89,7 @@ def rm(bank: BankPath, task: Annotated[str, typer.Option(help="Which task.")], a
     if as_json:
         print(json.dumps(opened.describe()))
     else:
-        console.print(bank_table(opened.describe()))
+        print_bank(opened.describe())
 
 
 @app.command("import")
@@ -151,22 +150,25 @@ def import_(
     if as_json:
         print(json.dumps({**content, "notes": found.notes}))
         return
-    console.print(bank_table(content))
+    print_bank(content)
     for note in found.notes:
         console_line(note)
 
 
-def bank_table(content: dict[str, Any]) -> Table:
-    """What `Bank.describe` tells, for people."""
-    table = Table(
-        "id", "task", "parameters", "MiB", "shared factors", title=f"{content['path']} on {content['base_model']['id']}"
-    )
+def print_bank(content: dict[str, Any]) -> None:
+    """What `Bank.describe` tells, for people: a line per task, and per set of shared factors."""
+    console_line(f"{content['path']} on {content['base_model']['id']}: {len(content['tasks'])} task(s)")
+    table = plain_table(["id", "task", "shared factors"], ["parameters", "MiB"])
     for task in content["tasks"]:
-        table.add_row(
-            str(task["id"]), task["name"], f"{task['parameters']:,}", f"{task['bytes'] / 2**20:.2f}", task["shared"]
-        )
+        table.add_row(str(task["id"]), task["name"], task["shared"], *_sizes(task))
+    table.add_section()
     for shared in content["shared"]:
-        table.add_row(
-            "", "shared", f"{shared['parameters']:,}", f"{shared['bytes'] / 2**20:.2f}", shared["fingerprint"]
-        )
-    return table
+        table.add_row("", "shared", shared["fingerprint"], *_sizes(shared))
+    together = [*content["tasks"], *content["shared"]]
+    total = {name: sum(part[name] for part in together) for name in ("parameters", "bytes")}
+    table.add_row("", "all", "", *_sizes(total))
+    console.print(table)
+
+
+def _sizes(part: dict[str, Any]) -> tuple[str, str]:
+    return f"{part['parameters']:,}", f"{part['bytes'] / 2**20:.2f}"

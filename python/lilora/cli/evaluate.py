@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from lilora.errors import UserError
 
 from .options import AnyBank, Base, Data, Device, Json, bank_router
-from .output import console, console_line
+from .output import console, console_line, plain_table
 
 
 def evaluate(
@@ -68,7 +67,7 @@ def evaluate(
     if as_json:
         print(json.dumps({r.task: {"score": r.score, "format_share": r.format_share} for r in results}))
         return
-    table = Table("task", "score", "in format")
+    table = plain_table(["task"], ["score", "in format"])
     for result in results:
         share = "" if result.format_share is None else f"{100 * result.format_share:.1f} %"
         table.add_row(result.task, f"{result.score:.1f}", share)
@@ -93,7 +92,7 @@ def show_routes(results: list, bank, out: Path, as_json: bool) -> None:
         if len(learned) == len(bank.tasks):
             write_routes(out, learned)
         return
-    table = Table("task", "score", "score, routed", "routed to it")
+    table = plain_table(["task"], ["score", "score, routed", "routed to it"])
     for r in results:
         found = f"{r.accuracy:.1f} %" if r.task in learned else ""
         table.add_row(r.task, f"{r.given.score:.1f}", f"{r.routed.score:.1f}", found)

@@ -4,11 +4,10 @@ import json
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from .facts import cpu_build, cuda_build, environment
 from .options import Attention, Json, Projector, Rank, SubRank
-from .output import console
+from .output import console, plain_table
 
 
 def params(
@@ -48,7 +47,8 @@ def info(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    table = Table(show_header=False)
+    table = plain_table(["", ""], [])
+    table.show_header = False
     for key, value in facts.items():
         if key not in ("backends", "build_info"):
             table.add_row(key, str(value))

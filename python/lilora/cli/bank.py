@@ -1,6 +1,7 @@
 """`lilora bank`: its commands."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,38 +121,20 @@ def import_(
 
     For eval and generate; the files are read as plain tensors.
     """
-    from rich.progress import Progress
+    from rich.progress import track
 
-    from lilora.bank.records import BaseModelId
-    from lilora.continual.base_model import load_base
-    from lilora.continual.kinds import KINDS
-    from lilora.continual.publish import write_bank_card
-    from lilora.importers.checkpoint import write_bank
-    from lilora.importers.dac import read_dac
-    from lilora.importers.lilora import read_lilora
-    from lilora.importers.pclr import read_pclr
-    from lilora.importers.peft_folder import read_peft
-    from lilora.methods import METHODS, make_method
+    from lilora.continual.imported import SOURCES, import_bank
 
-    readers = {"lilora": read_lilora, "pclr": read_pclr, "dac": read_dac, "peft": read_peft}
-    choice("SOURCE", source, tuple(readers))
-    kind = "classification" if model_config(model).model_type == "clip" else "instruction"
-    base, _ = load_base(model, "auto", "cpu", KINDS[kind])
-    identity = BaseModelId.of(base, model)
-    found = readers[source](files, base, tasks.split(",") if tasks else None)
-    method = "lilora" if source == "peft" else source
-    settings = {**METHODS[method].presets["released"], **found.settings}
-    make_method(method, base, settings)  # refuses what it could not be restored with
-    config = {"method": method, "settings": settings, "train": {"dtype": "auto"}, "kind": kind, "model": model}
-    with Progress(disable=as_json, transient=True) as progress:
-        bank = write_bank(out, config, identity, found.tasks, progress.track)
-    write_bank_card(bank)
+    choice("SOURCE", source, tuple(SOURCES))
+    names = tasks.split(",") if tasks else None
+    bar = partial(track, disable=as_json, transient=True)
+    bank, notes = import_bank(SOURCES[source], files, model, model_config(model), out, names, bar)
     content = bank.describe()
     if as_json:
-        print(json.dumps({**content, "notes": found.notes}))
+        print(json.dumps({**content, "notes": notes}))
         return
     print_bank(content)
-    for note in found.notes:
+    for note in notes:
         console_line(note)
 
 

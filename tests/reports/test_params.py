@@ -12,6 +12,7 @@ from torch import nn
 
 from lilora.errors import UserError
 from lilora.families import target_modules
+from lilora.methods import METHODS, Stage, make_method
 from lilora.reports.params import account, count, mib
 
 TEXT = {
@@ -105,3 +106,29 @@ def test_a_folder_without_a_usable_config_is_one_sentence(tmp_path, config):
 def test_bad_arguments(arguments, words):
     with pytest.raises(UserError, match=words):
         count(nn.Sequential(nn.Linear(3, 3)), *arguments)
+
+
+SMALL = {"lilora": {"sub_rank": 2}, "moelora": {"experts": 2}, "dac": {"active": 2, "merged": 2, "critical": 2}}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "pclr"])
+def test_what_inference_keeps_is_what_the_methods_tensors_are(name):
+    """By the tensors of a method with one task and with two."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 5)
+            self.config, self.device = {"model_type": "none"}, torch.device("cpu")
+
+        def forward(self, x):
+            return self.down(self.up(x))
+
+    settings = {"r": 4, "target_modules": "up|down"} | SMALL.get(name, {})
+    method = make_method(name, Model(), settings)
+    measured = []
+    for task in ("one", "two"):
+        method.begin(Stage("learn", task), lambda samples, size=None: iter(()))
+        measured.append(method.parameters())
+    once, own = method.inference_parameters(method.read_settings(settings), [(8, 6), (5, 8)])
+    assert measured == [once + own, once + 2 * own]

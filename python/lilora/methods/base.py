@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,6 +93,14 @@ class Method(ABC):
     def ranks(self) -> int:
         """Ranks that inference keeps for each linear, beside the base model, for the tasks so far."""
 
+    @classmethod
+    def inference_parameters(cls, settings: Any, linears: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+        """(parameters that inference keeps for all tasks, and for each) for adapted linears [N, K]; None if that is no constant.
+
+        settings: as `read_settings` returns them.
+        """
+        return None
+
     def parameters(self) -> int:
         """Parameters that inference keeps beside the base model for the tasks so far."""
         stored = {}
@@ -173,6 +181,11 @@ class Method(ABC):
         settings = json.dumps(self.settings, sort_keys=True)
         parts = {task: (settings, *map(digest_once, self.tensors(task))) for task in tasks}
         return {task: hashlib.sha256("".join(part).encode()).hexdigest()[:16] for task, part in parts.items()}
+
+
+def lora_parameters(r: int, linears: Sequence[tuple[int, int]]) -> int:
+    """Of A [r, K] and B [N, r] of linears [N, K]."""
+    return sum(r * (n + k) for n, k in linears)
 
 
 METHODS: Registry[type[Method]] = Registry("method", "lilora.methods")

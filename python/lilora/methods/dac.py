@@ -1,7 +1,7 @@
 """DAC: rank-1 experts in one LoRA, chosen by the guiding token of each linear's input, merged into the base after a task."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -273,6 +273,10 @@ class DAC(Method):
         own = super().fingerprints(self.tasks)  # all that is merged acts on every task
         whole = hashlib.sha256("".join(own.values()).encode()).hexdigest()[:16]
         return dict.fromkeys(tasks, whole)
+
+    @classmethod
+    def inference_parameters(cls, settings: DACSettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        return 0, 0  # the experts are in the base weights
 
     def ranks(self) -> int:
         return 0

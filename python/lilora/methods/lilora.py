@@ -1,6 +1,6 @@
 """LoRA in LoRA: every task is an adapter on a shared basis."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -16,7 +16,7 @@ from lilora.peft.layer import adapted_layers
 from lilora.peft.tuner import task_tensors
 from lilora_kernels.backends import choose
 
-from .base import Inputs, Method, Tensors, register_method
+from .base import Inputs, Method, Tensors, lora_parameters, register_method
 from .settings import MethodSettings
 from .stability import StabilityLoss
 
@@ -85,6 +85,12 @@ class LiLoRA(Method):
     def ranks(self) -> int:
         config = self.read_settings(self.settings)
         return config.r + config.sub_rank * len(self.tasks)
+
+    @classmethod
+    def inference_parameters(cls, settings: LiLoRAConfig, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        r, sub_rank = settings.r, settings.sub_rank
+        own = sum(n * sub_rank + sub_rank * r + int(settings.fusion) for n, _ in linears)
+        return lora_parameters(r, linears), own
 
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
         return task_tensors(adapted_layers(self.model), task)

@@ -1,6 +1,6 @@
 """The two baselines, with PEFT's own LoRA: one LoRA for all tasks, and one LoRA per task."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from lilora.bank.export import PlainLoRA, plain_lora
 from lilora.peft.layer import unwrapped
 from lilora_kernels.layers.lilora import DROPOUT, RANK
 
-from .base import Method, Tensors, register_method
+from .base import Method, Tensors, lora_parameters, register_method
 from .settings import MethodSettings, alpha_field
 
 
@@ -71,6 +71,10 @@ class DirLoRA(Method):
         options = cls.read_settings(bank.config["settings"])
         return plain_lora({}, stored, options.r, options.lora_alpha, options.lora_dropout)
 
+    @classmethod
+    def inference_parameters(cls, settings: LoRASettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        return 0, lora_parameters(settings.r, linears)
+
     def ranks(self) -> int:
         return self.options.r * len(self.tasks)
 
@@ -88,6 +92,10 @@ class SequentialLoRA(DirLoRA):
 
     def adapter(self, task: str) -> str:
         return "default"
+
+    @classmethod
+    def inference_parameters(cls, settings: LoRASettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        return lora_parameters(settings.r, linears), 0
 
     def ranks(self) -> int:
         return self.options.r

@@ -3,6 +3,7 @@
 In the formula of the gated pool: the experts are blocks of ranks, and each row's gate repeats an expert's weight over its ranks.
 """
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lilora_kernels.layers.lilora import DROPOUT, RANK
 from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
 
-from .base import Method, Tensors, register_method
+from .base import Method, Tensors, lora_parameters, register_method
 from .pooled import fresh, inject_rank_pools, pool_tensors, require_grad_only
 from .settings import MethodSettings, alpha_field
 
@@ -91,6 +92,10 @@ class MoELoRA(Method):
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
         routers = {f"state.{path}.router": layer.choose.lora_router.weight for path, layer in self.layers.items()}
         return {}, pool_tensors(self.layers) | routers
+
+    @classmethod
+    def inference_parameters(cls, settings: MoELoRASettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        return lora_parameters(settings.r, linears) + sum(settings.experts * k for _, k in linears), 0
 
     def ranks(self) -> int:
         return self.options.r

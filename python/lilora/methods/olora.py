@@ -3,7 +3,7 @@
 In the formula of the gated pool: no gate, ranks "old" and "new" of one pool, all of them used by every sample.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from lilora.bank.export import PlainLoRA
 from lilora_kernels.layers.lilora import DROPOUT, RANK
 from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
 
-from .base import Inputs, Method, Tensors, register_method
+from .base import Inputs, Method, Tensors, lora_parameters, register_method
 from .pooled import fresh, inject_rank_pools, load_rank_pools, pool_tensors, require_grad_only
 from .settings import MethodSettings, alpha_field
 
@@ -101,6 +101,10 @@ class OLoRA(Method):
             factors[path] = a, b
         options = cls.read_settings(bank.config["settings"])
         return PlainLoRA(factors, options.alpha / options.r, options.dropout)
+
+    @classmethod
+    def inference_parameters(cls, settings: OLoRASettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        return 0, lora_parameters(settings.r, linears)
 
     def ranks(self) -> int:
         return self.options.r * len(self.tasks)

@@ -101,7 +101,12 @@ def test_a_folder_without_a_usable_config_is_one_sentence(tmp_path, config):
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [(("nothing", 4, 2), "matches no linear layer"), (("0", 0, 2), "r is 0"), (("0", 4, -1), "sub_rank is -1")],
+    [
+        (("nothing", 4, 2), "matches no linear layer"),
+        (("0", 0, 2), "r is 0"),
+        (("0", 4, -1), "sub_rank is -1"),
+        (("0", 4, 5), "sub_rank is 5 and r is 4"),
+    ],
 )
 def test_bad_arguments(arguments, words):
     with pytest.raises(UserError, match=words):

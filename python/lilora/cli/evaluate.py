@@ -75,35 +75,35 @@ def evaluate(
 
 
 def show_routes(results: list, bank, out: Path, as_json: bool) -> None:
-    """Scores with the task given and found, how often it was found, and where the samples went, in print and as a plot.
+    """Scores with the task given and routed, how often the route was right, and where the samples went, in print and as a plot.
 
     The plot is made of all tasks of the bank, if they are in the manifest.
     """
     from lilora.reports.report import print_routes, write_routes
 
-    learned = {r.task: r.routes for r in results if r.task in bank.tasks}
+    known = {r.task: r.routes for r in results if r.task in bank.tasks}
     if as_json:
         cells = {}
         for r in results:
             cells[r.task] = {"score": r.given.score, "format_share": r.given.format_share}
             cells[r.task] |= {"routed_score": r.routed.score, "routed_format_share": r.routed.format_share}
-            cells[r.task] |= {"routing_accuracy": r.accuracy if r.task in learned else None, "routes": r.routes}
+            cells[r.task] |= {"routing_accuracy": r.accuracy if r.task in known else None, "routes": r.routes}
         print(json.dumps(cells))
-        if len(learned) == len(bank.tasks):
-            write_routes(out, learned)
+        if len(known) == len(bank.tasks):
+            write_routes(out, known)
         return
     table = plain_table(["task"], ["score", "score, routed", "routed to it"])
     for r in results:
-        found = f"{r.accuracy:.1f} %" if r.task in learned else ""
-        table.add_row(r.task, f"{r.given.score:.1f}", f"{r.routed.score:.1f}", found)
+        share = f"{r.accuracy:.1f} %" if r.task in known else ""
+        table.add_row(r.task, f"{r.given.score:.1f}", f"{r.routed.score:.1f}", share)
     table.add_section()
     means = [
         sum(values) / len(results) for values in zip(*((r.given.score, r.routed.score) for r in results), strict=True)
     ]
-    accuracies = [r.accuracy for r in results if r.task in learned]
-    found = f"{sum(accuracies) / len(accuracies):.1f} %" if accuracies else ""
-    table.add_row("mean", *(f"{mean:.1f}" for mean in means), found)
+    accuracies = [r.accuracy for r in results if r.task in known]
+    share = f"{sum(accuracies) / len(accuracies):.1f} %" if accuracies else ""
+    table.add_row("mean", *(f"{mean:.1f}" for mean in means), share)
     console.print(table)
-    print_routes(learned, bank.tasks, console)
-    if len(learned) == len(bank.tasks):
-        console_line(f"routes: {write_routes(out, learned)}")
+    print_routes(known, bank.tasks, console)
+    if len(known) == len(bank.tasks):
+        console_line(f"routes: {write_routes(out, known)}")

@@ -65,14 +65,14 @@ def generate(
     with Progress(console=Console(stderr=True), transient=True, disable=prompts is None) as progress:
         answers = answer_prompts(opened, method, processor, questions, max_new_tokens, batch_size, progress)
     if prompts is None:
-        (found, answer), *_ = answers
+        (chosen, answer), *_ = answers
         if task is None and method.needs_task:
-            print(f"task: {found}", file=sys.stderr)
+            print(f"task: {chosen}", file=sys.stderr)
         print(answer)
         return
     lines = [
-        json.dumps({"id": question.id, "task": found, "answer": answer}, ensure_ascii=False)
-        for question, (found, answer) in zip(questions, answers, strict=True)
+        json.dumps({"id": question.id, "task": routed, "answer": answer}, ensure_ascii=False)
+        for question, (routed, answer) in zip(questions, answers, strict=True)
     ]
     if out is None:
         print("\n".join(lines))

@@ -55,13 +55,13 @@ def methods_list() -> list[tuple[str, str]]:
     lines = []
     for name, method in METHODS.items():
         defaults = {field: default for field, _, default in method.settings_type.table()}
-        told = [f"{option} {defaults[field]}" for option, field in method.settings_type.options().items()]
+        sizes = [f"{option} {defaults[field]}" for option, field in method.settings_type.options().items()]
         trained = {field: TrainSettings.model_fields[field].default for field in ("learning_rate", "weight_decay")}
         trained |= method.train_defaults
-        told += [f"lr {trained['learning_rate']}", f"weight_decay {trained['weight_decay']}"]
+        sizes += [f"lr {trained['learning_rate']}", f"weight_decay {trained['weight_decay']}"]
         presets = f" Presets: {', '.join(method.presets)}." if method.presets else ""
         summary = " ".join((method.__doc__ or "").partition("\n\n")[0].split())
-        lines.append((name, f"{summary}{presets} Defaults: {', '.join(told)}."))
+        lines.append((name, f"{summary}{presets} Defaults: {', '.join(sizes)}."))
     return lines
 
 

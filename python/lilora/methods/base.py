@@ -54,9 +54,9 @@ class Method(ABC):
 
     name: str
     mixed_batches = False  # whether one batch may hold samples of several tasks
-    needs_task = True  # whether inference must be told the task
+    needs_task = True  # whether inference must be given the task
     one_state = False  # whether the newest tensors serve all tasks, so that a bank need not keep the older ones
-    one_process_reason: str | None = None  # why several processes cannot learn a task together; None if they can
+    one_process_reason: str | None = None  # why several processes cannot train a task together; None if they can
     sharded_parameters = False  # whether training reads parameters in the forward alone, so that they may be sharded
     answers_only = False  # whether the loss is made of the tokens of answers, so that images cannot be classified
     one_basis: bool | None = None  # of tasks that the bank holds as A and B0: whether these are one basis that moves on
@@ -83,7 +83,7 @@ class Method(ABC):
 
     @abstractmethod
     def activate(self, task: str, train: bool) -> None:
-        """Let the model's forward without task ids be that of the task; `train` lets its parameters learn."""
+        """Let the model's forward without task ids be that of the task; with `train` its parameters require gradients."""
 
     @abstractmethod
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
@@ -109,10 +109,10 @@ class Method(ABC):
                 stored |= {id(tensor): tensor for tensor in tensors.values()}
         return sum(tensor.numel() for tensor in stored.values())
 
-    # --- learning ---------------------------------------------------------------------------------------------------
+    # --- training ---------------------------------------------------------------------------------------------------
 
     def stages(self, task: str) -> list[Stage]:
-        """What is trained, in order, to learn a new task."""
+        """What is trained, in order, for a new task."""
         return [Stage("learn", task)]
 
     def begin(self, stage: Stage, batches: Batches) -> None:
@@ -120,11 +120,11 @@ class Method(ABC):
         self.add(stage.task)
         self.activate(stage.task, train=True)
 
-    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
         """The loss of one batch of the stage.
 
         cross_entropy() runs the model: (its loss, normalised over the batches of a step, and its outputs). A term that is
-        a mean over this batch alone counts `share`, 1 / batches per step.
+        a mean over this batch alone counts `grad_accum_weight`, 1 / batches per step.
         """
         return cross_entropy()[0]
 
@@ -132,7 +132,7 @@ class Method(ABC):
         """After a stage's last step."""
 
     def progress(self) -> Tensors:
-        """What changes while a stage is trained besides the parameters that learn: the very tensors, for checkpoints."""
+        """What a stage changes besides the parameters that require gradients: the very tensors, for checkpoints."""
         return {}
 
     # --- the bank ---------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ class Method(ABC):
             add_to_weight(base.get_submodule(path), a, b, lora.scaling)
 
     def fingerprints(self, tasks: list[str]) -> dict[str, str]:
-        """16 hex digits per task that tell its function: equal digits, equal outputs for the same batch."""
+        """16 hex digits per task that identify its function: equal digits, equal outputs for the same batch."""
         known: dict[tuple[int, ...], str] = {}  # tasks that share tensors have them hashed once
 
         def digest_once(tensors: Tensors) -> str:

@@ -178,7 +178,7 @@ class DAC(Method):
 
         self.layers = inject_rank_pools(base, s.target_modules, router, s.alpha / s.r, s.dropout)
         require_grad_only(base)
-        self.learned: dict[str, Tensors] = {}  # of each task: all its experts, their counts and merged weights
+        self.trained: dict[str, Tensors] = {}  # of each task: all its experts, their counts and merged weights
         self._old: list[tuple[list[RankPoolLinear], Tensor]] = []  # layers of equal width, their old B [P, N, c]
 
     def add(self, task: str) -> None:
@@ -188,12 +188,12 @@ class DAC(Method):
         self.tasks.append(task)
 
     def activate(self, task: str, train: bool) -> None:
-        learning = [p for layer in self.layers.values() for p in layer.part(EXPERTS)]
+        trained = [p for layer in self.layers.values() for p in layer.part(EXPERTS)]
         if self.options.router == "learned":
-            learning += [p for layer in self.layers.values() for p in layer.choose.parameters()]
-        require_grad_only(self.model, *(learning if train else ()))
+            trained += [p for layer in self.layers.values() for p in layer.choose.parameters()]
+        require_grad_only(self.model, *(trained if train else ()))
 
-    # --- learning ---------------------------------------------------------------------------------------------------
+    # --- training ---------------------------------------------------------------------------------------------------
 
     def begin(self, stage: Stage, batches: Batches) -> None:
         super().begin(stage, batches)
@@ -201,9 +201,9 @@ class DAC(Method):
         for path, layer in self.layers.items():
             by_width.setdefault(layer.out_features, []).append(path)
         self._old = []
-        for paths in by_width.values() if self.learned and self.options.orthogonality else ():
+        for paths in by_width.values() if self.trained and self.options.orthogonality else ():
             old = torch.stack(
-                [torch.cat([self._old_experts(t, path) for t in self.learned.values()], 1) for path in paths]
+                [torch.cat([self._old_experts(t, path) for t in self.trained.values()], 1) for path in paths]
             )
             self._old.append(([self.layers[path] for path in paths], old))
 
@@ -215,7 +215,7 @@ class DAC(Method):
             b = b.index_select(1, rank_gate(counts[None], self.options.critical)[1][0])
         return b
 
-    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
         loss = cross_entropy()[0]
         terms = []
         for layers, old in self._old:
@@ -223,7 +223,7 @@ class DAC(Method):
             counts = torch.stack([layer.choose.counts for layer in layers])
             terms.append(orthogonality(new, rank_gate(counts, self.options.critical)[0], old))
         if terms:
-            loss = loss + share * self.options.orthogonality / len(self.layers) * torch.stack(terms).sum()
+            loss = loss + grad_accum_weight * self.options.orthogonality / len(self.layers) * torch.stack(terms).sum()
         return loss
 
     def progress(self) -> Tensors:
@@ -251,12 +251,12 @@ class DAC(Method):
             chosen = weights[:, None] * a.index_select(0, best), b.index_select(1, best)
             add_to_weight(layer.base_layer, *chosen, layer.scaling)
             layer.put(EXPERTS, a[:0], b[:, :0], train=False)
-        self.learned[task] = stored
+        self.trained[task] = stored
 
     # --- the bank ---------------------------------------------------------------------------------------------------
 
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
-        return {}, self.learned[task]
+        return {}, self.trained[task]
 
     def restore(self, tasks: dict[str, tuple[Tensors, Tensors]]) -> None:
         for task, (_, stored) in tasks.items():

@@ -55,13 +55,15 @@ class EWC(SequentialLoRA):
 
     def begin(self, stage: Stage, batches: Batches) -> None:
         super().begin(stage, batches)
-        learned = self.lora() if len(self.tasks) > 1 else {}
-        self._anchor = {name: p.detach().clone() for name, p in learned.items()}
+        before = self.lora() if len(self.tasks) > 1 else {}
+        self._anchor = {name: p.detach().clone() for name, p in before.items()}
 
-    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
         loss = cross_entropy()[0]
         if self._anchor and self.options.penalty:
-            loss = loss + share * self.options.penalty * consolidation(self.lora(), self._anchor, self.fisher)
+            loss = loss + grad_accum_weight * self.options.penalty * consolidation(
+                self.lora(), self._anchor, self.fisher
+            )
         return loss
 
     def end(self, stage: Stage, batches: Batches) -> None:

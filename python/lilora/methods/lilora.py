@@ -78,9 +78,9 @@ class LiLoRA(Method):
         weight = self.settings.get("stability", 0.0)
         self._stability = StabilityLoss(adapted_layers(self.model), task, weight) if train and weight else None
 
-    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
         loss = cross_entropy()[0]
-        return loss if self._stability is None else loss + share * self._stability()
+        return loss if self._stability is None else loss + grad_accum_weight * self._stability()
 
     def ranks(self) -> int:
         config = self.read_settings(self.settings)

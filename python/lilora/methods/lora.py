@@ -81,7 +81,7 @@ class DirLoRA(Method):
 
 @register_method
 class SequentialLoRA(DirLoRA):
-    """One LoRA that goes on learning task after task: what forgetting looks like.
+    """One LoRA that is trained task after task: what forgetting looks like.
 
     No task adds parameters to the model; the bank keeps the LoRA as it was after each.
     """

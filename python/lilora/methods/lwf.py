@@ -38,17 +38,17 @@ class LwF(SequentialLoRA):
 
     def begin(self, stage: Stage, batches: Batches) -> None:
         super().begin(stage, batches)
-        learning = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        self._teacher = {name: p.detach().clone() for name, p in learning} if len(self.tasks) > 1 else {}
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        self._teacher = {name: p.detach().clone() for name, p in trained} if len(self.tasks) > 1 else {}
 
-    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
         if not (self._teacher and self.options.distillation):
             return cross_entropy()[0]
         answered = answer_positions(inputs["labels"])
         target = self._teacher_logits(inputs)[answered]
         loss, outputs = cross_entropy()
         divergent = divergence(outputs.logits[answered], target, self.options.temperature).mean()
-        return loss + share * self.options.distillation * divergent
+        return loss + grad_accum_weight * self.options.distillation * divergent
 
     @torch.no_grad()
     def _teacher_logits(self, inputs: Inputs) -> Tensor:

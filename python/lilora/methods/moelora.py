@@ -53,7 +53,7 @@ class Router(nn.Module):
 
 @register_method
 class MoELoRA(Method):
-    """The mixture of LoRA experts of CoIN (arXiv 2403.08350), one set of parameters that goes on learning task after task.
+    """The mixture of LoRA experts of CoIN (arXiv 2403.08350), one set of parameters that is trained task after task.
 
     y = x W^T + alpha / r sum_e g_e(x) D(x) A_e^T B_e^T with all experts active; the router sees x without dropout.
     Inference needs no task. The bank has the routers as `state.*.router`.

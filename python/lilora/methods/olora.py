@@ -72,15 +72,15 @@ class OLoRA(Method):
             name: tensor for name, tensor in pool_tensors(self.layers).items() if name.endswith((".new.A", ".new.B0"))
         }
 
-    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
         loss = cross_entropy()[0]
         if self.options.orthogonality and len(self.tasks) > 1:
             pairs = ((layer.part("old")[0], layer.part("new")[0]) for layer in self.layers.values())
             terms = [overlap(old, new, self.options.products) for old, new in pairs]
-            loss = loss + share * self.options.orthogonality * torch.stack(terms).sum()
+            loss = loss + grad_accum_weight * self.options.orthogonality * torch.stack(terms).sum()
         if self.options.l2:
             norms = torch.stack([torch.linalg.vector_norm(t, dtype=loss.dtype) for t in self.new().values()])
-            loss = loss + share * self.options.l2 * norms.sum()
+            loss = loss + grad_accum_weight * self.options.l2 * norms.sum()
         return loss
 
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:

@@ -76,6 +76,6 @@ def load_rank_pools(layers: dict[str, RankPoolLinear], tensors: Tensors) -> None
 
 def require_grad_only(model: nn.Module, *tensors: Tensor) -> None:
     """Let exactly these parameters of the model require gradients."""
-    learning = {id(tensor) for tensor in tensors}
+    wanted = {id(tensor) for tensor in tensors}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in learning)
+        parameter.requires_grad_(id(parameter) in wanted)

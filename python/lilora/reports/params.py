@@ -88,6 +88,8 @@ def count(model: nn.Module, target: str, r: int, sub_rank: int, name: str = "mod
     for rank_name, rank in (("r", r), ("sub_rank", sub_rank)):
         if rank < 1:
             raise UserError(f"{rank_name} is {rank}; it must be at least 1")
+    if sub_rank > r:
+        raise UserError(f"sub_rank is {sub_rank} and r is {r}; give at most r")
     shapes = [
         (module.out_features, module.in_features)
         for path, module in model.named_modules()

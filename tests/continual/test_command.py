@@ -15,6 +15,7 @@ from lilora.bank.bank import Bank
 from lilora.bank.records import BaseModelId
 from lilora.cli import app, output
 from lilora.cli.run_config import config_text
+from lilora.continual.recorded import TrainSettings
 from lilora.errors import UserError
 
 COMMANDS = typer.main.get_command(app).commands
@@ -201,3 +202,11 @@ def test_a_run_is_repeated_from_its_folder(suite, tmp_path, lilora, train_option
     assert code == 0, err
     code, _, err = lilora("train", "--config", first / "run.yaml", "--r", "4")
     assert (code, "its settings.r is 8 and this one's is 4" in err) == (2, True)
+
+
+def test_what_is_not_given_is_what_train_settings_say():
+    defaults = {name: field.default for name, field in TrainSettings.model_fields.items()}
+    shown = parsed("x").params
+    assert {name: shown[name] for name in defaults if shown[name] is not None} == {
+        name: value for name, value in defaults.items() if name not in ("learning_rate", "weight_decay")
+    }

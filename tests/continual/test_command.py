@@ -39,7 +39,7 @@ def test_help_fits_80_columns_and_cuts_nothing(name, lilora):
     code, out, _ = lilora(*name.split(), "--help")
     assert code == 0
     assert max(map(len, out.splitlines())) <= 80
-    assert not re.search(r"…|\w\.\.\.$", out, re.M)
+    assert not re.search(r"…|[a-z]\.\.\.$", out, re.M)
     if name in ALL:
         for option in ALL[name].params:
             flags = [flag for flag in (*option.opts, *option.secondary_opts) if flag.startswith("--")]
@@ -112,7 +112,7 @@ def test_the_file_gives_defaults_and_the_command_wins(tmp_path):
     assert str(got["tasks"]) == "my.yaml"
     assert (got["r"], got["learning_rate"], got["max_steps"], got["projector"]) == (4, 1e-3, 7, False)
     assert (got["order"], got["label"], got["epochs"]) == ("b,a", None, 1.0)
-    assert got["pairs"] == ["cap=3", 'pools="global"']
+    assert list(got["pairs"]) == ["cap=3", 'pools="global"']
     assert str(parsed("--config", file, "other.yaml", "--projector").params["tasks"]) == "other.yaml"
 
 
@@ -142,7 +142,7 @@ def test_every_option_of_a_run_goes_through_a_file(tmp_path):
     assert {k: v for k, v in after.params.items() if k not in ("config", "pairs")} == {
         k: v for k, v in before.params.items() if k not in ("config", "pairs")
     }
-    assert after.params["pairs"] == ["a=1", "b=[1, null]"]
+    assert list(after.params["pairs"]) == ["a=1", "b=[1, null]"]
 
 
 BAD = {

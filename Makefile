@@ -179,7 +179,7 @@ readme: .venv/ready
 
 # Nothing is downloaded while it is built, and the pages load nothing from elsewhere.
 docs: .venv/ready
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 	$(BIN)/python -m tools.docs_site build/site
 
 resources: venv

@@ -23,7 +23,9 @@ def uri_of(path: Path) -> str | None:
     """Where a file of the repository is in the site; None for a file that does not exist or lies outside."""
     if not path.is_file() or not path.is_relative_to(ROOT):
         return None
-    return path.relative_to(DOCS).as_posix() if path.is_relative_to(DOCS) else f"repo/{path.relative_to(ROOT).as_posix()}"
+    return (
+        path.relative_to(DOCS).as_posix() if path.is_relative_to(DOCS) else f"repo/{path.relative_to(ROOT).as_posix()}"
+    )
 
 
 def links(page: Path) -> Iterator[Path]:

@@ -1,4 +1,7 @@
-"""Writes the tables of README.md and docs/ from the committed results, between `<!-- name -->` marks: `python -m bench.readme`."""
+"""Writes the tables of README.md and docs/ from the committed results, between `<!-- name -->` marks.
+
+`python -m bench.readme`
+"""
 
 import json
 import re
@@ -135,7 +138,8 @@ def cpu() -> str:
         "![growth](../bench/results/cpu/growth.png)",
         "",
         f"{environment['device']}, torch {environment['torch']}, peft {environment['peft']}; every result was held against fp64 "
-        "before it was timed. Every peer and figure: [RESULTS.md](../bench/results/cpu/RESULTS.md), written by `make cpu-evidence`.",
+        "before it was timed. Every peer and figure: [RESULTS.md](../bench/results/cpu/RESULTS.md), written by "
+        "`make cpu-evidence`.",
     ]
     return "\n".join(lines)
 
@@ -381,8 +385,8 @@ def small() -> str:
     lines += [
         "",
         f"Medians (p20 .. p80) with torch {environment['torch']} and peft {environment['peft']}; AP: mean score after the last "
-        f"task, three seeds.{'' if gpu_folders() else ' No GPU result is claimed.'} [Results](docs/results.md) has every table, what is slower than its peers, "
-        "and the command that makes each.",
+        f"task, three seeds. {'' if gpu_folders() else 'No GPU result is claimed. '}[Results](docs/results.md) has every table, "
+        "what is slower than its peers, and the command that makes each.",
     ]
     return "\n".join(lines)
 

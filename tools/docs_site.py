@@ -1,8 +1,8 @@
 """The documentation website: MkDocs hooks, and a check of what was built.
 
-Pages link to files of the repository outside docs/ as any reader of the repository would, such as ../examples/cvit.yaml. The hooks
-bring these files into the site, under repo/ and their own path, Markdown as pages. `python -m tools.docs_site FOLDER` fails if
-a built page would load a script, style, font or image from elsewhere.
+Pages link to files of the repository outside docs/ as a reader of the repository would, such as ../examples/cvit.yaml. The
+hooks bring these files into the site, under repo/ and their own path, Markdown as pages. `python -m tools.docs_site FOLDER`
+fails if a built page would load a script, style, font or image from elsewhere.
 """
 
 import os

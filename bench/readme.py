@@ -40,7 +40,7 @@ def digits() -> str:
     tasks = ", ".join(content["tasks"])
     lines += [
         "",
-        f"Mean and standard deviation over {seeds} seeds, in points; New: right after learning, AP: after the last task. "
+        f"Mean and standard deviation over {seeds} seeds, in points; New: right after training, AP: after the last task. "
         f"Tasks in order: {tasks}. `lora` is one LoRA for all tasks, `dirlora` one per task. From "
         f"`bench/results/digits/metrics.json`, written by `make experiment` on {content['environment']['device']}.",
         "",
@@ -86,9 +86,9 @@ CHANGES = {
     "pclr-released": "the released code's choices (`--preset released`) but for its schedule, which is for eight tasks",
     "pclr-reversed": "tasks in reversed order",
     "lilora": "as above: A and B0 frozen after the first task, r 64, sub-rank 26",
-    "lilora-paper": "`--preset paper`: A and B0 learn on, held by the stability loss",
+    "lilora-paper": "`--preset paper`: A and B0 train on, held by the stability loss",
     "lilora-no-stability": "the same without the stability loss",
-    "lilora-no-fusion": "no learned fusion of B0 and UᵢVᵢ",
+    "lilora-no-fusion": "no trained fusion of B0 and UᵢVᵢ",
     "lilora-r32": "r 32",
     "lilora-r128": "r 128",
     "lilora-sub13": "sub-rank 13",

@@ -228,6 +228,8 @@ def test_the_shell_commands_of_a_page_exist_and_the_cheap_ones_run(page, folder,
             assert all(f"`{name}`" in variables for name in ours), (
                 f"{block.where}: docs/environment.md lacks one of {ours}"
             )
+            missing = [word for word in words if word.startswith("examples/") and not (ROOT / word).exists()]
+            assert not missing, f"{block.where}: there is no {missing}"
             arguments = lilora_arguments(words)
             if words[0] != "lilora":
                 assert (wrong := wrong_command(words)) is None, f"{block.where}: {' '.join(words)}: {wrong}"

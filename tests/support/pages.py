@@ -29,7 +29,9 @@ STANDS_IN = {
     "/your/data": "{data}",
     "torch.compile(model, fullgraph=True)": "torch.compile(model, fullgraph=True, backend=graphs)",
 }
-FENCE = re.compile(r"^(?P<comments>(?:<!--[^\n]*-->\n)*)```(?P<language>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(
+    r"^(?P<comments>(?:<!--[^\n]*-->\n)*)```(?P<language>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
+)
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ def test_the_data_of_a_page_is_what_the_commands_read(page):
                 InstructionRecord.model_validate(record)
             if block.language == "json" and not records(document):
                 assert document.keys() <= {"task", "image", "prompt"}, block.where
-            if block.language == "yaml" and "tasks" in document:
+            if block.language == "yaml" and isinstance(document.get("tasks"), list):
                 manifest = MANIFESTS[document.get("kind", "instruction")].model_validate(document)
                 for name in {task.scorer for task in manifest.tasks if hasattr(task, "scorer")}:
                     judged_by(name, page)

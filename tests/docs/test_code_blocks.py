@@ -3,6 +3,7 @@
 The model is a tiny LLaVA, and `runs/cvit` a run over two tiny tasks that have the names of the pages' tasks.
 """
 
+import json
 import re
 import shutil
 import sys
@@ -66,7 +67,7 @@ def folder(tmp_path_factory):
     (work / "examples" / "cvit.yaml").write_text(yaml.safe_dump(suite))
     shutil.copy(place / "suite" / "data" / "images" / "count-test-0.png", work / "cat.png")
     question = {"task": "TextVQA", "image": "cat.png", "prompt": "how many are there ?"}
-    (work / "requests.jsonl").write_text(f"{yaml.safe_dump(question, default_flow_style=True, width=999)}" * 3)
+    (work / "requests.jsonl").write_text(f"{json.dumps(question)}\n" * 3)
     (work / "run.yaml").write_text("seed: 1\n")
     train = ["train", str(work / "examples" / "cvit.yaml"), "--out", str(work / "runs" / "cvit"), *TRAIN_OPTIONS]
     with pytest.MonkeyPatch.context() as patch:
@@ -264,7 +265,7 @@ def test_the_data_of_a_page_is_what_the_commands_read(page):
             for record in records(document):
                 InstructionRecord.model_validate(record)
             if block.language == "json" and not records(document):
-                assert document.keys() <= {"task", "image", "prompt"}, block.where
+                assert document.keys() <= {"id", "task", "image", "prompt"}, block.where
             if block.language == "yaml" and isinstance(document.get("tasks"), list):
                 manifest = MANIFESTS[document.get("kind", "instruction")].model_validate(document)
                 for name in {task.scorer for task in manifest.tasks if hasattr(task, "scorer")}:

@@ -192,7 +192,8 @@ CHECKS = {
 
 @pytest.mark.parametrize("page", [page for page in PAGES if with_python(page)])
 def test_the_python_of_a_page_runs(page, folder, here, monkeypatch):
-    monkeypatch.setattr(METHODS, "_parts", {**METHODS})  # what a page registers goes with it
+    if page == "docs/extending/method.md":  # what it registers goes with it
+        monkeypatch.setattr(METHODS, "_parts", {**METHODS})
     names = read(page, folder)
     CHECKS.get(page, lambda names: None)(names)
 

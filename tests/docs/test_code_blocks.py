@@ -269,7 +269,7 @@ def test_the_data_of_a_page_is_what_the_commands_read(page):
                 assert document.keys() <= {"id", "task", "image", "prompt"}, block.where
             if block.language == "yaml" and isinstance(document.get("tasks"), list):
                 manifest = MANIFESTS[document.get("kind", "instruction")].model_validate(document)
-                for name in {task.scorer for task in manifest.tasks if hasattr(task, "scorer")}:
+                for name in {task.scorer for task in manifest.tasks if getattr(task, "scorer", None)}:
                     judged_by(name, page)
             elif block.language == "yaml" and "scorer" in document:
                 judged_by(document["scorer"], page)

@@ -22,7 +22,8 @@ from lilora.continual.manifest import load_manifest
 from lilora.continual.run import ContinualRun
 from lilora.continual.trainer import TaskTrainer
 from lilora.errors import UserError
-from lilora.reports.report import Run, write_report
+from lilora.reports.report import write_report
+from lilora.reports.runs import Run
 from lilora.reports.scores import ScoreMatrix
 
 CLASSES = {"colour": ["red", "green", "blue"], "count": ["one", "two"], "size": ["small", "big", "very big"]}

@@ -9,9 +9,10 @@ from PIL import Image
 from rich.console import Console
 
 from lilora.errors import UserError
-from lilora.reports import report
-from lilora.reports.report import Run, print_tables, write_report
-from lilora.reports.scores import ScoreMatrix
+from lilora.reports import figures
+from lilora.reports.report import print_tables, write_report
+from lilora.reports.runs import Run, by_method
+from lilora.reports.scores import ScoreMatrix, cell_text
 
 TASKS = ["name", "caption", "count"]
 
@@ -119,9 +120,9 @@ def test_metrics_file_holds_means_spreads_and_runs(folder, runs):
 
 
 def test_plots_draw_the_means(runs):
-    lilora, lora = report._by_method(runs)
+    lilora, lora = by_method(runs)
     mean = np.mean([run.matrix.scores() for run in runs[:3]], axis=0)
-    panels = report._curves([lilora, lora]).axes
+    panels = figures.curves([lilora, lora]).axes
     assert [axes.get_title() for axes in panels] == ["1. name", "2. caption", "3. count"]
     for i, axes in enumerate(panels):
         line, other = axes.get_lines()
@@ -129,11 +130,11 @@ def test_plots_draw_the_means(runs):
         np.testing.assert_allclose(line.get_ydata(), mean[i:, i])
         assert (line.get_color(), line.get_marker()) != (other.get_color(), other.get_marker())
     assert np.isnan(panels[0].get_lines()[1].get_ydata()[-1]), "a missing cell leaves a gap"
-    texts = [text.get_text() for text in report._heatmap(lora).axes[0].texts]
-    assert texts == [report.cell_text(lora.scores[j, i]) for j, i in zip(*np.tril_indices(3), strict=True)]
+    texts = [text.get_text() for text in figures.heatmap(lora).axes[0].texts]
+    assert texts == [cell_text(lora.scores[j, i]) for j, i in zip(*np.tril_indices(3), strict=True)]
     assert texts.count("n/a") == 1
     bars = {
-        axes.get_title(): [bar.get_width() for bar in axes.patches] for axes in report._summary([lilora, lora]).axes
+        axes.get_title(): [bar.get_width() for bar in axes.patches] for axes in figures.summary([lilora, lora]).axes
     }
     assert bars["New ↑"] == pytest.approx([lilora.metrics["New"].mean, lora.metrics["New"].mean])
 

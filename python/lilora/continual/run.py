@@ -22,7 +22,7 @@ from lilora.errors import UserError, print_note
 from lilora.methods import METHODS, Method, Stage, make_method
 from lilora.methods.base import digest
 from lilora.peft.tuner import full_tensor
-from lilora.reports.report import Run
+from lilora.reports.runs import Run
 from lilora.reports.scores import ScoreMatrix
 
 from .base_model import load_base, pick_device, restore

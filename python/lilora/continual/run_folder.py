@@ -9,7 +9,7 @@ from lilora.bank.bank import Bank
 from lilora.errors import UserError
 from lilora.importers.checkpoint import flat
 from lilora.methods import METHODS
-from lilora.reports.report import Run
+from lilora.reports.runs import Run
 from lilora.reports.scores import ScoreMatrix
 
 from .recorded import train_settings

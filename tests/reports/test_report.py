@@ -11,7 +11,7 @@ from rich.console import Console
 from lilora.errors import UserError
 from lilora.reports import figures
 from lilora.reports.report import print_tables, write_report
-from lilora.reports.runs import Run, by_method
+from lilora.reports.runs import Run, by_method, differences
 from lilora.reports.scores import ScoreMatrix, cell_text
 
 TASKS = ["name", "caption", "count"]
@@ -48,6 +48,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.tags, self.links, self.pictures, self.cells, self.text = set(), [], [], [], ""
+        self.headers, self.captions = [], 0
         self.in_cell = False
         self.feed(text)
 
@@ -56,6 +57,9 @@ class Page(HTMLParser):
         for name, value in attributes:
             if name in ("src", "href", "srcset"):
                 (self.pictures if tag == "img" else self.links).append(value)
+        if tag == "th":
+            self.headers.append(dict(attributes).get("scope"))
+        self.captions += tag == "caption"
         if tag == "td":
             self.in_cell = True
             self.cells.append("")
@@ -106,6 +110,48 @@ def test_page_shows_every_number(folder, runs):
             assert (f"{mean:.1f}*" if i < j else f"{mean:.1f}") in cells
     assert "AP needs cells that are missing: name after count (<lora & co> seed 7)" in page.text
     assert {"n/a", "1.2 M", "62 s", "1,234,567", "steps 200", "2.13.0"} <= cells
+
+
+def test_tables_have_headers_and_captions_for_screen_readers(folder):
+    html = (folder / "report.html").read_text()
+    page = Page(html)
+    assert set(page.headers) == {"row", "col"}
+    assert page.captions == html.count("<table") > 4
+    assert html.count('<svg class="swatch" aria-hidden="true"') == 4, "the look of a method says nothing to them"
+    assert "prefers-color-scheme: dark" in html
+    assert "width=device-width" in html
+
+
+def with_settings(method, seed, **settings):
+    train = {"learning_rate": settings.pop("learning_rate", 1e-3), "seed": seed, "epochs": 1.0}
+    extra = {
+        "model": "base",
+        "settings": settings,
+        "train": train,
+        "sizes": {"parameters": [1] * 3, "ranks": [seed] * 3},
+    }
+    return Run(method, seed, matrix(np.random.default_rng(0)), extra=extra)
+
+
+def test_settings_that_differ_are_said(tmp_path):
+    compared = [
+        with_settings("lilora", 0, r=64, alpha=128.0, sub_rank=26),
+        with_settings("lilora", 1, r=64, alpha=128.0, sub_rank=26, learning_rate=3e-3),
+        with_settings("lora", 0, r=64, lora_alpha=16.0),
+    ]
+    wanted = {
+        "alpha": {"lilora": "128.0", "lora": "16.0"},
+        "learning_rate": {"lilora": "0.001 (seed 0), 0.003 (seed 1)", "lora": "0.001"},
+    }
+    assert differences(compared) == wanted
+    page = Page(write_report(tmp_path, compared).read_text())
+    assert "Settings that differ" in page.text
+    cells = [cell.strip() for cell in page.cells]
+    assert cells[cells.index("128.0") + 1] == "16.0"
+    console = Console(file=io.StringIO(), width=200)
+    print_tables(compared, console)
+    assert "differs: alpha is 128.0 in lilora, 16.0 in lora" in console.file.getvalue()
+    assert "Settings that differ" not in write_report(tmp_path, compared[:1]).read_text()
 
 
 def test_metrics_file_holds_means_spreads_and_runs(folder, runs):

@@ -63,7 +63,8 @@ def run_of(bank: Bank) -> Run:
         ScoreMatrix.from_dict(bank.scores["matrix"]),
         per_task,
         sum(bank.scores["seconds"].values()),
-        {"settings": bank.config["settings"], "train": bank.config["train"], "sizes": sizes},
+        {key: bank.config[key] for key in ("model", "manifest", "settings", "train") if key in bank.config}
+        | {"sizes": sizes},
     )
 
 

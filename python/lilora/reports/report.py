@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import matplotlib
 from rich import box
 from rich.console import Console
@@ -18,8 +19,8 @@ from lilora.bank.atomic import write_atomically
 from lilora.terminal import plain_console
 
 from .figures import curves, heatmap, memory, routing, summary
-from .plotting import PLOT_STYLE, cell_colours, line_style, png
-from .runs import CARRIED, MethodRuns, Run, by_method, heading, undefined_notes, without_nan
+from .plotting import PLOT_STYLE, MethodStyle, cell_colours, png
+from .runs import CARRIED, MethodRuns, Run, by_method, differences, heading, undefined_notes, without_nan
 from .scores import METRICS
 
 
@@ -68,11 +69,12 @@ def write_report(
         tasks=runs[0].matrix.tasks,
         runs=runs,
         notes=notes,
+        differences=differences(runs),
         carried_note=CARRIED,
         environment=environment or {},
         images={name: base64.b64encode(data).decode() for name, data in pictures.items()},
         widths={name: round(100 * figure.get_figwidth()) for name, figure in figures.items()},
-        colour=lambda method: line_style(method.index)["color"],
+        swatch=lambda method: markupsafe.Markup(MethodStyle.of(method.index).svg()),
         cell_colours=cell_colours,
         millions=_millions,
         duration=_duration,
@@ -102,6 +104,8 @@ def print_tables(runs: list[Run], console: Console | None = None) -> None:
         console.print(CARRIED)
     for note in undefined_notes(runs):
         console.print(f"n/a: {note}")
+    for name, values in differences(runs).items():
+        console.print(f"differs: {name} is " + ", ".join(f"{value} in {method}" for method, value in values.items()))
 
 
 def print_routes(routes: Mapping[str, Mapping[str, int]], tasks: Sequence[str], console: Console) -> None:

@@ -1,5 +1,6 @@
 """The runs of a report: one per method and seed, and what the seeds of a method give together."""
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -130,6 +131,38 @@ def undefined_notes(runs: list[Run]) -> list[str]:
     return [
         f"{why} ({'all runs' if len(names) == len(runs) else ', '.join(names)})" for why, names in concerned.items()
     ]
+
+
+_SAME = {"lora_alpha": "alpha", "lora_dropout": "dropout"}  # PEFT's names of settings that other methods have, too
+
+
+def differences(runs: list[Run]) -> dict[str, dict[str, str]]:
+    """Settings that differ between runs which have them: name -> method -> value, "–" where a method has no such setting.
+
+    A method whose seeds differ gets each value with its seeds. The seed itself and the sizes of what was trained are left
+    out.
+    """
+    found: dict[str, dict[str, dict[str, list[int]]]] = {}  # name -> method -> value -> seeds
+    for run in runs:
+        settings = run.extra.get("settings", {}) | run.extra.get("train", {})
+        settings |= {name: value for name, value in run.extra.items() if name in ("model", "manifest")}
+        for name, value in settings.items():
+            if name != "seed":
+                text = value if isinstance(value, str) else json.dumps(value)
+                by_value = found.setdefault(_SAME.get(name, name), {}).setdefault(run.method, {})
+                by_value.setdefault(text, []).append(run.seed)
+    methods = dict.fromkeys(run.method for run in runs)
+    return {
+        name: {method: _values(values.get(method, {})) for method in methods}
+        for name, values in found.items()
+        if len({text for by_value in values.values() for text in by_value}) > 1
+    }
+
+
+def _values(by_value: dict[str, list[int]]) -> str:
+    if len(by_value) < 2:
+        return next(iter(by_value), "–")
+    return ", ".join(f"{text} (seed {' '.join(map(str, seeds))})" for text, seeds in by_value.items())
 
 
 def heading(metric: str) -> str:

@@ -97,6 +97,9 @@ def train(
     eval_batch_size: Annotated[int, typer.Option(min=1)] = 64,
     save_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 200,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training batches.")] = 0,
+    report_to: Annotated[
+        str, typer.Option(help="Trackers as transformers names them, comma-separated: tensorboard, wandb ...")
+    ] = "none",
     order: Order = None,
     data: Data = None,
     seed: Annotated[int, typer.Option(min=0, max=4_000_000)] = 0,
@@ -127,7 +130,9 @@ def train(
     from lilora.continual.recorded import TrainSettings
     from lilora.continual.run import ContinualRun
     from lilora.continual.run_folder import method_label
+    from lilora.continual.trainer import trackers_of
 
+    trackers = trackers_of(report_to)
     further = dict(map(setting, more or []))
     further["target_modules"] = further.get("target_modules") or target_pattern(model, projector, attention)
     given = {"r": r, "alpha": alpha, "dropout": dropout, "learning_rate": learning_rate, "weight_decay": weight_decay}
@@ -165,7 +170,9 @@ def train(
     )
     with closing(opened) as run:
         bars = not (quiet or as_json or console.quiet)
-        run.train(eval_batch_size, save_steps, workers, bars, (lambda line: None) if as_json else console_line)
+        run.train(
+            eval_batch_size, save_steps, workers, bars, (lambda line: None) if as_json else console_line, trackers
+        )
         processes.destroy()
         if processes.rank() > 0:
             return

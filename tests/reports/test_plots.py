@@ -129,7 +129,9 @@ def methods_of(size, count):
             for task in tasks[: j + 1]:
                 matrix.set(after, task, 100 if rng.random() < 0.2 else rng.uniform(0, 100), rng.uniform())
         sizes = {"parameters": [1e6 * (i + 1) for i in range(size)], "ranks": [64] * size}
-        runs.append(Run(f"method-{number}-with-a-long-label-of-its-own", 0, matrix, extra={"sizes": sizes}))
+        losses = {task: {"train": [(10 * step, 1e4 / step) for step in range(1, 9)]} for task in tasks}
+        name = f"method-{number}-with-a-long-label-of-its-own"
+        runs.append(Run(name, 0, matrix, extra={"sizes": sizes}, losses=losses))
     return by_method(runs)
 
 
@@ -137,7 +139,7 @@ SIZES = [(3, 2), (12, 14), (50, 14)]
 
 
 @pytest.mark.parametrize("size, count", SIZES)
-@pytest.mark.parametrize("plot", ["curves", "memory", "summary"])
+@pytest.mark.parametrize("plot", ["curves", "losses", "memory", "summary"])
 def test_labels_of_a_plot_of_methods_leave_each_other_room(plot, size, count):
     with matplotlib.rc_context(PLOT_STYLE):
         require_legible(getattr(figures, plot)(methods_of(size, count)))

@@ -154,6 +154,23 @@ def test_settings_that_differ_are_said(tmp_path):
     assert "Settings that differ" not in write_report(tmp_path, compared[:1]).read_text()
 
 
+def test_losses_are_drawn_over_the_steps_of_all_stages_as_the_mean_of_the_seeds(tmp_path):
+    one = {"name": {"warm": [(2, 4.0), (4, 2.0)], "join": [(5, 1.0)]}, "count": {"warm": [(2, 8.0)]}}
+    two = {"name": {"warm": [(1, 8.0), (4, 4.0)], "join": [(5, 3.0)]}}  # resumed: it logged at other steps
+    scores = matrix(np.random.default_rng(0))
+    compared = [Run("a", 0, scores, losses=one), Run("a", 1, scores, losses=two), Run("b", 0, scores)]
+    panels = figures.losses(by_method(compared)).axes
+    line, other = panels[0].get_lines()
+    np.testing.assert_array_equal(line.get_xdata(), [2, 4, 9])
+    np.testing.assert_allclose(line.get_ydata(), [(4 + 20 / 3) / 2, 3, 2])
+    assert len(other.get_xdata()) == 0
+    assert [len(axes.get_lines()[0].get_xdata()) for axes in panels] == [3, 0, 1]
+    page = Page(write_report(tmp_path, compared).read_text())
+    assert "Training loss" in page.text
+    assert (tmp_path / "losses.png").exists()
+    assert "losses" not in json.loads((tmp_path / "metrics.json").read_text())["runs"][0]
+
+
 def test_metrics_file_holds_means_spreads_and_runs(folder, runs):
     saved = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)
     news = [run.matrix.metrics()["New"] for run in runs[:3]]

@@ -4,11 +4,12 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import Progress
 from transformers import TrainingArguments, set_seed
@@ -127,11 +128,16 @@ class ContinualRun:
         workers: int = 0,
         bars: bool = True,
         say: Callable[[str], None] = print,
+        report_to: Sequence[str] = (),
     ) -> ScoreMatrix:
-        """Learn and evaluate what is left to do; returns the score matrix. `say` gets a line after each task."""
+        """Train and evaluate what is left to do; returns the score matrix.
+
+        say: gets a line after each task. report_to: trackers as transformers names them; each stage of a task is one of their
+        runs, `<run folder>/<task>/<stage>`; tensorboard's files go to `tensorboard/<task>/<stage>` in the run's folder.
+        """
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
-                self._learn(index, spec, save_steps, workers, bars)
+                self._learn(index, spec, save_steps, workers, bars, report_to)
                 if processes.sharded():
                     self._reload()
             if self.method.needs_task and spec.name not in self.bank.routed:
@@ -155,22 +161,24 @@ class ContinualRun:
 
     # --- learning ---------------------------------------------------------------------------------------------------
 
-    def _learn(self, index: int, spec: Any, save_steps: int, workers: int, bars: bool) -> None:
-        started = time.monotonic()
+    def _learn(
+        self, index: int, spec: Any, save_steps: int, workers: int, bars: bool, report_to: Sequence[str]
+    ) -> None:
+        started, losses = time.monotonic(), {}
         for number, stage in enumerate(self.method.stages(spec.name)):
             seed = 1000 * self.settings.seed + index + 500 * number  # of this stage alone: a resumed run draws the same
             set_seed(seed)
-            trainer = self._train_stage(spec, stage, seed, save_steps, workers, bars)
+            trainer = self._train_stage(spec, stage, seed, save_steps, workers, bars, report_to)
+            losses[stage.name] = trainer.losses()
         own, shared = ({k: full_tensor(t) for k, t in tensors.items()} for tensors in self.method.tensors(spec.name))
         if not all(torch.isfinite(tensor).all() for tensor in (*own.values(), *shared.values())):
             raise UserError(
                 f"task {spec.name!r} diverged: its parameters are not finite; start again with a lower --lr"
             )
         seconds = self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
-        loss = next((log["train_loss"] for log in reversed(trainer.state.log_history) if "train_loss" in log), None)
-        if loss is not None:  # the Trainer reduces but the losses that it has logged
-            loss = sum(processes.all_gather(loss)) / processes.world_size()
-        info = {"steps": trainer.state.global_step, "loss": loss, "seconds": seconds}
+        steps, curve = zip(*losses[stage.name], strict=True)
+        loss = float(np.average(curve, weights=np.diff((0, *steps))))
+        info = {"steps": trainer.state.global_step, "loss": loss, "losses": losses, "seconds": seconds}
         info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
         processes.check_same(f"task {spec.name!r} as learned", lambda: digest(own | shared))
         self._write(lambda bank: bank.add_task(spec.name, own, shared, info=info, replaces=self.method.one_state))
@@ -203,8 +211,15 @@ class ContinualRun:
         self._write(lambda bank: bank.set_router(spec.name, learned))
 
     def _train_stage(
-        self, learned: Any, stage: Stage, seed: int, save_steps: int, workers: int, bars: bool
-    ) -> "TaskTrainer":
+        self,
+        learned: Any,
+        stage: Stage,
+        seed: int,
+        save_steps: int,
+        workers: int,
+        bars: bool,
+        report_to: Sequence[str],
+    ) -> TaskTrainer:
         spec = next(task for task in self.manifest.tasks if task.name == stage.task)
         folder = self.folder / "checkpoints" / learned.name / stage.name
         data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)
@@ -216,7 +231,10 @@ class ContinualRun:
         processes.check_same(
             f"task {stage.task!r} at its start", lambda: self.method.fingerprints([stage.task])[stage.task]
         )
-        trainer = TaskTrainer(self.method, self._arguments(stage, folder, seed, save_steps, workers, bars), data)
+        arguments = self._arguments(stage, folder, seed, save_steps, workers, bars)
+        arguments.report_to, arguments.run_name = list(report_to), f"{self.folder.name}/{learned.name}/{stage.name}"
+        trainer = TaskTrainer(self.method, arguments, data)
+        trainer.put_tensorboard(self.folder / "tensorboard" / learned.name / stage.name)
         if processes.rank():
             torch.manual_seed(seed + processes.rank() * 2**32)  # of the dropout; the order of the data has its own
         checkpoint = processes.on_rank0(
@@ -250,7 +268,8 @@ class ContinualRun:
             save_strategy="steps",
             save_steps=save_steps,
             save_total_limit=2,
-            logging_steps=50,
+            logging_steps=0.01,  # of all steps
+            logging_nan_inf_filter=False,
             seed=seed,
             data_seed=seed,
             remove_unused_columns=False,

@@ -65,6 +65,7 @@ def run_of(bank: Bank) -> Run:
         sum(bank.scores["seconds"].values()),
         {key: bank.config[key] for key in ("model", "manifest", "settings", "train") if key in bank.config}
         | {"sizes": sizes},
+        {task["name"]: task["info"].get("losses", {}) for task in bank.describe()["tasks"]},
     )
 
 

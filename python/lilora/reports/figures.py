@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .plotting import (
     CHARACTER,
@@ -70,6 +71,26 @@ def curves(methods: list[MethodRuns]) -> Figure:
         whole_ticks(axes)
     figure.supxlabel("tasks so far", fontsize=10)
     figure.supylabel("score in points", fontsize=10)
+    draw_legend(figure, panels[0])
+    return figure
+
+
+def losses(methods: list[MethodRuns]) -> Figure:
+    """One panel per task: the training loss over its optimizer steps, those of several stages one after another."""
+    tasks, names = methods[0].tasks, [method.name for method in methods]
+    figure, panels = panels_of([f"{i}. {task}" for i, task in enumerate(tasks, 1)], names)
+    for task, axes in zip(tasks, panels, strict=True):
+        for method in methods:
+            steps, loss = method.losses(task)
+            every = max(1, len(steps) // 8)
+            axes.plot(
+                steps, loss, label=method.name, markersize=4, markevery=every, **MethodStyle.of(method.index).line()
+            )
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        whole_ticks(axes, 4)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+    figure.supxlabel("optimizer steps", fontsize=10)
+    figure.supylabel("training loss", fontsize=10)
     draw_legend(figure, panels[0])
     return figure
 

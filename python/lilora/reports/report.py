@@ -18,7 +18,7 @@ from rich.table import Table
 from lilora.bank.atomic import write_atomically
 from lilora.terminal import plain_console
 
-from .figures import curves, heatmap, memory, routing, summary
+from .figures import curves, heatmap, losses, memory, routing, summary
 from .plotting import PLOT_STYLE, MethodStyle, cell_colours, png
 from .runs import CARRIED, MethodRuns, Run, by_method, differences, heading, undefined_notes, without_nan
 from .scores import METRICS
@@ -27,11 +27,12 @@ from .scores import METRICS
 def write_report(
     out: Path, runs: list[Run], title: str = "Continual learning", environment: dict[str, Any] | None = None
 ) -> Path:
-    """Write report.html, metrics.json, curves.png, summary.png and heatmap-<method>.png into the folder `out`.
+    """Write report.html, metrics.json, summary.png, curves.png and heatmap-<method>.png into the folder `out`.
 
-    Seeds of one method are averaged; the spread is the sample standard deviation. All runs must have learned the same
-    tasks in the same order. `environment` is a flat record of versions and hardware to print. Everything is rendered
-    before the first file is written, each file is replaced in one step, the page last. Returns the page's path.
+    Runs that recorded it get losses.png and memory.png, too. Seeds of one method are averaged; the spread is the sample
+    standard deviation. All runs must have trained the same tasks in the same order. `environment` is a flat record of
+    versions and hardware to print. Everything is rendered before the first file is written, each file is replaced in one
+    step, the page last. Returns the page's path.
     """
     methods = by_method(runs)
     notes = undefined_notes(runs)
@@ -50,6 +51,8 @@ def write_report(
     metrics_file = json.dumps(numbers, indent=1, allow_nan=False).encode()
     with matplotlib.rc_context(PLOT_STYLE):
         figures = {"summary.png": summary(methods), "curves.png": curves(methods)}
+        if any(run.losses for run in runs):
+            figures["losses.png"] = losses(methods)
         if any(method.sizes for method in methods):
             figures["memory.png"] = memory(methods)
         figures |= {method.heatmap_file: heatmap(method) for method in methods}

@@ -20,7 +20,8 @@ class Run:
     """One method trained on the whole task sequence with one seed.
 
     `params_per_task` counts the parameters stored for each task, `seconds` is wall time, `extra` holds further
-    JSON-able facts about the run.
+    JSON-able facts about the run. losses: of each task by stage, (step, mean training loss since the entry before); the bank
+    keeps them, and `to_dict` leaves them out.
     """
 
     method: str
@@ -29,13 +30,15 @@ class Run:
     params_per_task: int | None = None
     seconds: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    losses: dict[str, dict[str, list[tuple[int, float]]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "matrix": self.matrix.to_dict(), "metrics": without_nan(self.matrix.metrics())}
+        fields = {name: value for name, value in vars(self).items() if name != "losses"}
+        return fields | {"matrix": self.matrix.to_dict(), "metrics": without_nan(self.matrix.metrics())}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Inverse of `to_dict`; the metrics are computed again from the matrix."""
+        """Inverse of `to_dict`, without losses; the metrics are computed again from the matrix."""
         fields = {name: value for name, value in data.items() if name != "metrics"}
         return cls(**fields | {"matrix": ScoreMatrix.from_dict(data["matrix"])})
 
@@ -74,6 +77,21 @@ class MethodRuns:
         self.sizes = None if None in sizes else {n: np.mean([size[n] for size in sizes], 0) for n in sizes[0]}
         seconds = [run.seconds for run in runs]
         self.seconds = None if None in seconds else float(np.mean(seconds))
+
+    def losses(self, task: str) -> np.ndarray:
+        """[2, points]: optimizer steps over all stages of the task, and the training loss there, mean over the seeds."""
+        of_seeds = []
+        for run in self.runs:
+            points, before = [], 0
+            for stage in run.losses.get(task, {}).values():
+                points += [(before + step, loss) for step, loss in stage]
+                before = points[-1][0] if points else 0
+            if points:
+                of_seeds.append(np.array(points, dtype=float).T)
+        if not of_seeds:
+            return np.empty((2, 0))
+        steps = max((curve[0] for curve in of_seeds), key=len)  # a resumed run may have logged at other ones
+        return np.stack([steps, np.mean([np.interp(steps, *curve) for curve in of_seeds], 0)])
 
     def carried(self, stage: int, task: int) -> bool:
         after, name = self.tasks[stage], self.tasks[task]

@@ -1,7 +1,7 @@
 """Answers to the test samples of several tasks, in mixed batches where the method can, and their scores."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from lilora.methods import Method
 from lilora.methods.lora import evaluating
 
 from .collator import Collator
-from .instructions import InstructionDataset, Sample, TaskSpec
+from .instructions import Sample, TaskSpec, instruction_data
 from .scorers import scorer
 from .task_identification import TaskRouter
 
@@ -55,7 +55,7 @@ def evaluate(
     after the other. Several processes take turns with the batches, and all get all answers. Batch size, mixing and
     processes change nothing but rounding.
     """
-    samples = {spec.name: InstructionDataset(spec, "test").samples for spec in tasks}
+    samples = {spec.name: instruction_data(spec, "test") for spec in tasks}
     requests = in_turn(samples)
     answers: dict[str, list[dict[str, str]]] = {name: [] for name in samples}
     predictions = answers_to(method, processor, requests, limits_of(tasks), batch_size, progress)
@@ -78,7 +78,7 @@ def evaluate_routed(
 
     given: their scores with the task given. A sample keeps its answer from there if its task is routed.
     """
-    samples = {spec.name: InstructionDataset(spec, "test").samples for spec in tasks}
+    samples = {spec.name: instruction_data(spec, "test") for spec in tasks}
     requests = [(name, sample) for name, own in samples.items() for sample in own]
     collator = Collator(processor, {name: i for i, name in enumerate(samples)}, train=False)
     starts = range(0, len(requests), batch_size)
@@ -138,7 +138,7 @@ def answers_to(
     return answers
 
 
-def in_turn(samples: dict[str, list[Sample]]) -> list[tuple[str, Sample]]:
+def in_turn(samples: Mapping[str, Sequence[Sample]]) -> list[tuple[str, Sample]]:
     """One sample of each task after the other, until all are used."""
     longest = max(map(len, samples.values()))
     return [(name, own[i]) for i in range(longest) for name, own in samples.items() if i < len(own)]
@@ -175,7 +175,7 @@ def before_any(stops: list[int], tokens: list[int]) -> list[int]:
     return tokens[: next((i for i, token in enumerate(tokens) if token in stops), None)]
 
 
-def score(spec: TaskSpec, samples: list[Sample], answers: list[dict[str, str]]) -> TaskScore:
+def score(spec: TaskSpec, samples: Iterable[Sample], answers: list[dict[str, str]]) -> TaskScore:
     """Mean score of the answers, given in the order of the samples."""
     judge = scorer(spec.scorer)
     points = [judge(a["answer"], list(s.answers)) for a, s in zip(answers, samples, strict=True)]

@@ -13,7 +13,7 @@ from lilora.continual import clip, evaluate
 from lilora.errors import UserError
 
 from .collator import Collator
-from .instructions import InstructionDataset, TaskSpec
+from .instructions import InstructionDataset, TaskSpec, instruction_data
 
 Collate = Callable[[list], dict[str, Tensor]]
 
@@ -58,9 +58,9 @@ def check_instructions(spec: TaskSpec, processor) -> None:
     """Make a batch of the first sample of each make: with images or without, of several turns or one, with a system turn."""
     for split in ("train", "test"):
         collator = Collator(processor, {spec.name: 0}, train=split == "train")
-        samples = InstructionDataset(spec, split).samples
-        for sample in {(bool(s.images), bool(s.history), bool(s.system)): s for s in reversed(samples)}.values():
-            collator([(spec.name, sample)])
+        data = instruction_data(spec, split)
+        for index in data.first.values():
+            collator([(spec.name, data[index])])
 
 
 def instructions(spec: TaskSpec, processor) -> tuple[InstructionDataset, Collate]:
@@ -71,7 +71,7 @@ def instructions(spec: TaskSpec, processor) -> tuple[InstructionDataset, Collate
         inputs.pop("task_ids")  # all of one task
         return inputs
 
-    return InstructionDataset(spec, "train"), collate
+    return instruction_data(spec, "train"), collate
 
 
 KINDS = {

@@ -28,7 +28,7 @@ from lilora.reports.scores import ScoreMatrix
 
 from .base_model import load_base, pick_device, restore
 from .checkpoints import latest_checkpoint
-from .instructions import InstructionDataset
+from .instructions import instruction_data
 from .kinds import KINDS, Kind
 from .recorded import TrainSettings, check_label, train_settings
 from .run_folder import check_folder, label_of, run_of
@@ -363,7 +363,7 @@ def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:
 def require_images_alike(manifest: Manifest) -> None:
     """UserError for a task with images in some samples only: one process would gather a vision tower's shards alone."""
     for spec in manifest.tasks:
-        if len({bool(sample.images) for sample in InstructionDataset(spec, "train").samples}) > 1:
+        if len({with_images for with_images, *_ in instruction_data(spec, "train").first}) > 1:
             raise UserError(
                 f"task {spec.name!r} has samples with images and without, which FSDP2 cannot train together; use "
                 "examples/accelerate/ddp.yaml"

@@ -109,7 +109,11 @@ def misspelt(manifest):
         (first(zzz=1), "key 'zzz' of task number 1 is unknown; known keys are name, train"),
         (lambda m: m.update(taskz=[]), "key 'taskz' is unknown; did you mean 'tasks'?"),
         (lambda m: m.pop("name"), "key 'name' is missing; add it."),
-        (lambda m: m["tasks"][1].pop("test"), "key 'test' of task number 2 is missing; add it."),
+        (lambda m: m["tasks"][1].pop("train"), "key 'train' of task number 2 is missing; add it."),
+        (
+            lambda m: m["tasks"][1].pop("scorer"),
+            "task number 2 is wrong: a task with test wants the key scorer; add it.",
+        ),
         (lambda m: m.update(tasks=[]), "key 'tasks' is wrong: list should have at least 1 item"),
         (lambda m: m.update(tasks=3), "key 'tasks' is wrong: input should be a valid list"),
         (lambda m: m.update(tasks=[3]), "the manifest of task number 1 is wrong: it must be a mapping"),
@@ -154,6 +158,12 @@ def test_a_format_that_takes_too_long_is_named(suite):
     task = load_manifest(edited(suite, first(answer_format="(a|aa)+"))).tasks[0]
     with pytest.raises(UserError, match=r"answer_format '\(a\|aa\)\+' takes more than a second"):
         score(task, [Sample("1", (), "?", ("a",))], [{"answer": "a" * 90 + "!"}])
+
+
+def test_a_task_without_test_needs_no_scorer(suite):
+    path = edited(suite, lambda m: [m["tasks"][0].pop(key) for key in ("test", "scorer", "answer_format")])
+    task = load_manifest(path).tasks[0]
+    assert (task.test, task.scorer, task.splits) == (None, None, ("train",))
 
 
 def test_a_missing_manifest_is_named(tmp_path):

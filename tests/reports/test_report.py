@@ -171,6 +171,25 @@ def test_losses_are_drawn_over_the_steps_of_all_stages_as_the_mean_of_the_seeds(
     assert "losses" not in json.loads((tmp_path / "metrics.json").read_text())["runs"][0]
 
 
+@pytest.mark.parametrize("unscored", [["caption"], TASKS])
+def test_tasks_without_a_test_split_are_named_and_have_no_column(unscored, tmp_path):
+    scores = ScoreMatrix(TASKS, unscored=unscored)
+    for j, after in enumerate(TASKS):
+        for task in scores.scored(j):
+            scores.set(after, task, 10 * j + 5)
+    curve = {task: {"train": [(1, 2.0)]} for task in TASKS}
+    page = Page(write_report(tmp_path, [Run("a", 0, scores, losses=curve)]).read_text())
+    assert f"trained and not scored: {', '.join(unscored)}." in page.text
+    assert ("Score matrices" in page.text) == (len(unscored) == 1)
+    assert (tmp_path / "curves.png").exists() == (len(unscored) == 1)
+    assert (tmp_path / "losses.png").exists()
+    console = Console(file=io.StringIO(), width=100)
+    print_tables([Run("a", 0, scores)], console)
+    assert f"not scored, for want of a test split: {', '.join(unscored)}" in console.file.getvalue()
+    with pytest.raises(UserError, match="report runs with the same test splits together"):
+        write_report(tmp_path, [Run("a", 0, scores), Run("b", 0, ScoreMatrix(TASKS))])
+
+
 def test_metrics_file_holds_means_spreads_and_runs(folder, runs):
     saved = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)
     news = [run.matrix.metrics()["New"] for run in runs[:3]]

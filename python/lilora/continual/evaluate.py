@@ -8,6 +8,7 @@ import torch
 from rich.progress import Progress
 
 from lilora.continual import processes
+from lilora.errors import UserError
 from lilora.methods import Method
 from lilora.methods.lora import evaluating
 
@@ -49,12 +50,13 @@ class RoutedScore:
 def evaluate(
     method: Method, processor, tasks: Sequence[TaskSpec], batch_size: int, progress: Progress | None = None
 ) -> list[TaskScore]:
-    """Score the tasks' test samples by greedy generation with the task given.
+    """Score the test samples of the tasks that have some, by greedy generation with the task given.
 
     A method that can route takes all tasks in the same batches, in turn one sample of each; another one batch of one task
     after the other. Several processes take turns with the batches, and all get all answers. Batch size, mixing and
     processes change nothing but rounding.
     """
+    tasks = with_test(tasks)
     samples = {spec.name: instruction_data(spec, "test") for spec in tasks}
     requests = in_turn(samples)
     answers: dict[str, list[dict[str, str]]] = {name: [] for name in samples}
@@ -78,6 +80,7 @@ def evaluate_routed(
 
     given: their scores with the task given. A sample keeps its answer from there if its task is routed.
     """
+    tasks = with_test(tasks)
     samples = {spec.name: instruction_data(spec, "test") for spec in tasks}
     requests = [(name, sample) for name, own in samples.items() for sample in own]
     collator = Collator(processor, {name: i for i, name in enumerate(samples)}, train=False)
@@ -98,6 +101,17 @@ def evaluate_routed(
         results.append(RoutedScore(result, rescored, dict(Counter(routed[own]))))
         start = own.stop
     return results
+
+
+def with_test(tasks: Sequence[TaskSpec]) -> list[TaskSpec]:
+    """The tasks that have a test split; UserError if none has."""
+    scored = [spec for spec in tasks if spec.test is not None]
+    if not scored:
+        raise UserError(
+            f"none of the tasks {', '.join(spec.name for spec in tasks)} has a test split; add the key test to one in the "
+            "manifest"
+        )
+    return scored
 
 
 def limits_of(tasks: Sequence[TaskSpec]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import regex
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch.utils.data import Dataset
 
 from lilora.errors import UserError
@@ -22,17 +22,18 @@ from .task_sequence import Manifest, Split
 class TaskSpec(BaseModel):
     """One task: its files, what is said to the model, and how an answer is judged.
 
-    `instruction` follows every question, on a new line. `answer_format` is a regular expression that an answer in the
-    instructed format matches in full. Paths are relative to the manifest's `data` until `load_manifest` resolves them.
+    A task without `test` is trained and not scored, and needs no scorer. `instruction` follows every question, on a new
+    line. `answer_format` is a regular expression that an answer in the instructed format matches in full. Paths are relative
+    to the manifest's `data` until `load_manifest` resolves them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     train: Path
-    test: Path
+    test: Path | None = None
     images: Path = Path()
-    scorer: str
+    scorer: str | None = None
     instruction: str = ""
     answer_format: str | None = None
     max_new_tokens: int = Field(16, gt=0)
@@ -46,6 +47,16 @@ class TaskSpec(BaseModel):
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return pattern
 
+    @model_validator(mode="after")
+    def _judged(self) -> Self:
+        if self.test is not None and self.scorer is None:
+            raise ValueError("a task with test wants the key scorer")
+        return self
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        return ("train",) if self.test is None else ("train", "test")
+
     def in_format(self, answer: str) -> bool:
         """Whether the whole answer matches `answer_format`; UserError when that takes more than a second."""
         try:
@@ -58,19 +69,19 @@ class TaskSpec(BaseModel):
 
     def located(self, folder: Path) -> Self:
         """With the paths under `folder`."""
-        return self.model_copy(update={key: folder / getattr(self, key) for key in ("train", "test", "images")})
+        return self.model_copy(update={key: folder / getattr(self, key) for key in (*self.splits, "images")})
 
     def check(self) -> None:
         """Raise UserError for an unknown scorer or one that no test answer suits, a missing or broken file, a split without
         samples, a missing image."""
         try:
-            judge = scorer(self.scorer)
+            judge = None if self.scorer is None else scorer(self.scorer)
         except UserError as error:
             raise UserError(f"task {self.name!r}: {error}") from error
-        for split in ("train", "test"):
+        for split in self.splits:
             data = instruction_data(self, split)
             check_images(data.images(), f"task {self.name!r}: {getattr(self, split)}")
-        if not any(judge(sample.answers[0], list(sample.answers)) for sample in data):
+        if self.test is not None and not any(judge(sample.answers[0], list(sample.answers)) for sample in data):
             raise UserError(
                 f"task {self.name!r}: scorer {self.scorer!r} gives 0 even to the references themselves, such as "
                 f"{data[0].answers[0][:80]!r} in {self.test}; choose another scorer."

@@ -56,7 +56,7 @@ def load_generative(model: str, dtype: torch.dtype | str) -> tuple[nn.Module, An
 
 def check_instructions(spec: TaskSpec, processor) -> None:
     """Make a batch of the first sample of each make: with images or without, of several turns or one, with a system turn."""
-    for split in ("train", "test"):
+    for split in spec.splits:
         collator = Collator(processor, {spec.name: 0}, train=split == "train")
         data = instruction_data(spec, split)
         for index in data.first.values():

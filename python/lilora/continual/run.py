@@ -49,7 +49,9 @@ class ContinualRun:
         self.folder, self.manifest, self.method, self.processor, self.bank = folder, manifest, method, processor, bank
         self.kind = KINDS[manifest.kind]
         self.settings = train_settings(bank)
-        self.matrix = ScoreMatrix([task.name for task in manifest.tasks], self.kind.unseen)
+        tasks = manifest.tasks
+        unscored = [task.name for task in tasks if task.test is None]
+        self.matrix = ScoreMatrix([task.name for task in tasks], self.kind.unseen, unscored)
         self.state: dict[str, Any] = {"functions": {}, "seconds": {}}
         if bank.scores:
             self.state = {key: bank.scores[key] for key in ("functions", "seconds")}
@@ -146,14 +148,22 @@ class ContinualRun:
                 shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
             with Progress(disable=not bars) as progress:
                 if self._evaluate(index, evaluation_batch, progress):
-                    seen = [task.name for task in self.manifest.tasks[: index + 1]]
-                    mean = sum(self.matrix.get(spec.name, task) for task in seen) / len(seen)
-                    say(
-                        f"{label_of(self.bank)}: task {index + 1} of {len(self.manifest.tasks)}, {spec.name}, learned in "
-                        f"{self.state['seconds'][spec.name]:.0f} s: {self.matrix.get(spec.name, spec.name):.1f} points; "
-                        f"mean over the tasks so far {mean:.1f}"
-                    )
+                    say(self._summary(index))
         return self.matrix
+
+    def _summary(self, index: int) -> str:
+        """A line on the task of this number, just trained and evaluated."""
+        names = [task.name for task in self.manifest.tasks]
+        name, scored = names[index], [task for task in self.matrix.columns if task in names[: index + 1]]
+        line = (
+            f"{label_of(self.bank)}: task {index + 1} of {len(names)}, {name}, learned in "
+            f"{self.state['seconds'][name]:.0f} s: "
+        )
+        line += f"{self.matrix.get(name, name):.1f} points" if name in scored else "not scored, it has no test split"
+        if scored:
+            mean = sum(self.matrix.get(name, task) for task in scored) / len(scored)
+            line += f"; mean over the tasks so far {mean:.1f}"
+        return line
 
     def result(self) -> Run:
         """The run as the report wants it."""
@@ -287,9 +297,9 @@ class ContinualRun:
         """Fill the row of the stage after task `index`, if it is not; run a task again only if its function has changed."""
         after, names = self.manifest.tasks[index].name, self.matrix.scored(index)
         missing = {task for stage, task in self.matrix.missing() if stage == after}
-        if not missing:
+        if not missing and after in self.state["functions"]:
             return False
-        if self.bank.tasks[-1] != after:
+        if missing and self.bank.tasks[-1] != after:
             raise UserError(
                 f"{self.folder}: the scores after task {after!r} are missing, but later tasks are learned already; "
                 "the model of that stage is gone: start a new run"

@@ -25,10 +25,10 @@ from .scores import cell_text
 
 def heatmap(method: MethodRuns) -> Figure:
     """Score on each task (column) after each stage (row), mean over seeds."""
-    width, height = matrix_size(len(method.tasks), len(method.tasks))
+    width, height = matrix_size(len(method.tasks), len(method.columns))
     figure = Figure(figsize=(2.4 + width, 1.9 + height), layout="constrained")
     axes = figure.subplots()
-    draw_matrix(axes, method.tasks, method.tasks, method.cells())
+    draw_matrix(axes, method.tasks, method.columns, method.cells())
     axes.set(xlabel="score on task", ylabel="after training on")
     seeds = f", mean of {len(method.runs)} seeds" if len(method.runs) > 1 else ""
     axes.set_title(f"{shortened(method.name)}\nscore in points{seeds}", fontsize=11)
@@ -54,10 +54,11 @@ def routing(routes: Mapping[str, Mapping[str, int]]) -> Figure:
 def curves(methods: list[MethodRuns]) -> Figure:
     """One panel per task: its score at every stage that has one, a line per method; dotted: where it was trained."""
     tasks, unseen = methods[0].tasks, methods[0].runs[0].matrix.unseen
-    titles = [f"{i}. {task}" for i, task in enumerate(tasks, 1)]
+    shown = [tasks.index(task) for task in methods[0].columns]
+    titles = [f"{i + 1}. {tasks[i]}" for i in shown]
     names = [method.name for method in methods]
     figure, panels = panels_of(titles, names, sharex=True, sharey=True)
-    for i, axes in enumerate(panels):
+    for i, axes in zip(shown, panels, strict=True):
         first = 0 if unseen else i
         stages = np.arange(first + 1, len(tasks) + 1)
         if unseen:

@@ -50,12 +50,13 @@ def write_report(
     }
     metrics_file = json.dumps(numbers, indent=1, allow_nan=False).encode()
     with matplotlib.rc_context(PLOT_STYLE):
-        figures = {"summary.png": summary(methods), "curves.png": curves(methods)}
+        scored = methods[0].columns
+        figures = {"summary.png": summary(methods), "curves.png": curves(methods)} if scored else {}
         if any(run.losses for run in runs):
             figures["losses.png"] = losses(methods)
         if any(method.sizes for method in methods):
             figures["memory.png"] = memory(methods)
-        figures |= {method.heatmap_file: heatmap(method) for method in methods}
+        figures |= {method.heatmap_file: heatmap(method) for method in methods if scored}
         pictures = {name: png(figure) for name, figure in figures.items()}
     template = jinja2.Template(
         Path(__file__).with_name("report.html").read_text(encoding="utf-8"),
@@ -70,6 +71,8 @@ def write_report(
         unseen=runs[0].matrix.unseen,
         best=_best(methods),
         tasks=runs[0].matrix.tasks,
+        columns=scored,
+        unscored=runs[0].matrix.unscored,
         runs=runs,
         notes=notes,
         differences=differences(runs),
@@ -92,6 +95,10 @@ def print_tables(runs: list[Run], console: Console | None = None) -> None:
     """Print the metrics of each method, then its score matrix (mean over seeds), to the terminal."""
     console = console or plain_console()
     methods = by_method(runs)
+    if unscored := runs[0].matrix.unscored:
+        console.print(f"not scored, for want of a test split: {', '.join(unscored)}")
+    if not methods[0].columns:
+        return
     console.print("metrics in points, mean±standard deviation over seeds")
     table = _table("method", map(heading, methods[0].metrics), min_width=9)
     for method in methods:
@@ -99,7 +106,7 @@ def print_tables(runs: list[Run], console: Console | None = None) -> None:
     _print(table, console)
     for method in methods:
         console.print(f"{method.name}: score on each task (column) after each stage (row)")
-        table = _table("after", method.tasks)
+        table = _table("after", method.columns)
         for after, row in zip(method.tasks, method.cells(), strict=True):
             table.add_row(after, *(text for text, *_ in row))
         _print(table, console)

@@ -65,7 +65,7 @@ class MethodRuns:
 
     def __init__(self, name: str, runs: list[Run], index: int):
         self.name, self.runs, self.index = name, runs, index
-        self.tasks = runs[0].matrix.tasks
+        self.tasks, self.columns = runs[0].matrix.tasks, runs[0].matrix.columns
         scores = np.stack([run.matrix.scores() for run in runs])  # [seed, stage, task]
         self.scores = scores.mean(axis=0)
         self.deviation = scores.std(axis=0, ddof=1) if len(runs) > 1 else np.full_like(self.scores, np.nan)
@@ -93,18 +93,16 @@ class MethodRuns:
         steps = max((curve[0] for curve in of_seeds), key=len)  # a resumed run may have logged at other ones
         return np.stack([steps, np.mean([np.interp(steps, *curve) for curve in of_seeds], 0)])
 
-    def carried(self, stage: int, task: int) -> bool:
-        after, name = self.tasks[stage], self.tasks[task]
-        return any(run.matrix.carried_from(after, name) is not None for run in self.runs)
-
     def cells(self) -> list[list[tuple[str, float]]]:
         """(text, mean score) of each cell of the matrix, a row per stage."""
         matrix = self.runs[0].matrix
 
-        def cell(j: int, i: int) -> tuple[str, float]:
-            return cell_text(self.scores[j, i], self.carried(j, i)), self.scores[j, i]
+        def cell(j: int, task: str) -> tuple[str, float]:
+            carried = any(run.matrix.carried_from(self.tasks[j], task) is not None for run in self.runs)
+            score = self.scores[j, self.tasks.index(task)]
+            return cell_text(score, carried), score
 
-        return [[cell(j, i) for i in range(len(matrix.scored(j)))] for j in range(len(self.tasks))]
+        return [[cell(j, task) for task in matrix.scored(j)] for j in range(len(self.tasks))]
 
     def any_carried(self) -> bool:
         return any(text.endswith("*") for row in self.cells() for text, _ in row)
@@ -122,13 +120,18 @@ def by_method(runs: list[Run]) -> list[MethodRuns]:
     for run in runs:
         if run.matrix.tasks != runs[0].matrix.tasks:
             raise UserError(
-                f"report: {run.method} learned {', '.join(run.matrix.tasks)} but {runs[0].method} learned "
+                f"report: {run.method} was trained on {', '.join(run.matrix.tasks)} but {runs[0].method} on "
                 f"{', '.join(runs[0].matrix.tasks)}; report runs of one task order together"
+            )
+        if run.matrix.unscored != runs[0].matrix.unscored:
+            raise UserError(
+                f"report: {run.method} was scored on {', '.join(run.matrix.columns) or 'no task'} but {runs[0].method} on "
+                f"{', '.join(runs[0].matrix.columns) or 'no task'}; report runs with the same test splits together"
             )
         if run.matrix.unseen != runs[0].matrix.unseen:
             raise UserError(
-                f"report: of {run.method} and {runs[0].method}, one was scored on tasks before it learned them and one was "
-                "not; report runs of one kind of manifest together"
+                f"report: of {run.method} and {runs[0].method}, one was scored on tasks before it was trained on them and "
+                "one was not; report runs of one kind of manifest together"
             )
         seeds = groups.setdefault(run.method, {})
         if run.seed in seeds:

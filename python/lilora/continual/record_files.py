@@ -87,17 +87,18 @@ class TableRecords(Sequence[dict[str, Any]]):
         datasets.disable_progress_bars()
         try:
             rows = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_parquet(str(path))
-            for name, feature in rows.features.items():
-                rows = rows.cast_column(name, _undecoded(feature, datasets))
+            self._rows = rows.with_format("arrow")  # images as they are stored
         except Exception as error:  # of several libraries
             raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:300]}); replace it.") from error
-        self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return _given(self._rows[index])
+        return _given(self._rows[index : index + 1].to_pylist()[0])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (_given(row) for part in self._rows.iter(batch_size=64) for row in part.to_pylist())
 
     def place(self, index: int) -> str:
         """What to call a record in print."""
@@ -107,7 +108,8 @@ class TableRecords(Sequence[dict[str, Any]]):
 def record_file(path: Path) -> JSONRecords | TableRecords:
     """The records of a file or folder; read once in a process for as long as it does not change."""
     try:
-        return _read(path, _state(path / "state.json" if path.is_dir() else path))
+        written_last = path / "state.json"  # by datasets
+        return _read(path, _state(written_last if written_last.is_file() else path))
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -204,17 +206,6 @@ def _line_at(path: Path, offset: int) -> int:
             line += content.count(b"\n")
             offset -= len(content)
     return line
-
-
-def _undecoded(feature: Any, datasets: Any) -> Any:
-    """The feature with its images as the bytes or paths that are stored."""
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, datasets.List):
-        return datasets.List(_undecoded(feature.feature, datasets))
-    if isinstance(feature, dict):
-        return {name: _undecoded(inner, datasets) for name, inner in feature.items()}
-    return feature
 
 
 def _given(value: Any) -> Any:

@@ -158,7 +158,7 @@ def test_labels_and_folders_that_look_like_markup_are_printed_as_they_are(suite,
     brief = ["--order", "colour", *train_options, "--max-steps", "1", "--label", label]
     code, out, err = lilora("train", suite / "tasks.yaml", "--out", folder, *brief)
     assert code == 0, err
-    assert f"{label}: task 1 of 1, colour, learned" in out
+    assert f"{label}: task 1 of 1, colour, trained" in out
     assert f"{label}: score on each task" in out
     code, out, err = lilora("bank", "ls", folder)
     assert code == 0, err
@@ -183,7 +183,7 @@ def test_tasks_without_a_test_split_are_trained_and_not_scored(
     command = ["train", path, "--model", suite / "base", "--out", run, "--order", "colour,count", *train_options]
     code, out, err = lilora(*command, "--max-steps", 2)
     assert code == 0, err
-    assert "task 1 of 2, colour, learned in" in out
+    assert "task 1 of 2, colour, trained in" in out
     assert "not scored, it has no test split" in out
     untested = [name for name in ("colour", "count") if name not in tested]
     assert f"not scored, for want of a test split: {', '.join(untested)}" in out

@@ -163,12 +163,12 @@ class InstructionDataset(Dataset):
                     f"is wrong: turn number {turn + 1} of human and gpt is from {speaker!r} where {wanted!r} is wanted; "
                     "let them take turns, a system turn ahead."
                 )
-        questions, said = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
+        questions, replies = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
         answers = list(record.answers)
-        if len(said) == len(questions):
-            if said[-1] in answers:
-                answers.remove(said[-1])
-            answers.insert(0, said.pop())
+        if len(replies) == len(questions):
+            if replies[-1] in answers:
+                answers.remove(replies[-1])
+            answers.insert(0, replies.pop())
         if not answers:
             raise wrong("has no gpt turn behind its last question and no answers; add one.")
         images = record.images
@@ -188,7 +188,7 @@ class InstructionDataset(Dataset):
             ),
             question=question,
             answers=tuple(answers),
-            history=tuple(zip(earlier, said, strict=True)),
+            history=tuple(zip(earlier, replies, strict=True)),
             system=system,
             images_ahead=marks if any(marks[1:]) else (),
         )

@@ -38,7 +38,7 @@ from .trainer import StageData, TaskTrainer
 
 
 class ContinualRun:
-    """A run folder: the bank, checkpoints of the task being learned, predictions.
+    """A run folder: the bank, checkpoints of the task being trained, predictions.
 
     `bank/` is described in bank/bank.py; `checkpoints/<task>/` are the Trainer's; `predictions/<after>-<task>.jsonl` hold
     every answer of every evaluation. Of several processes the first one writes; all must see the folder. From `open` to
@@ -56,7 +56,7 @@ class ContinualRun:
         if bank.scores:
             self.state = {key: bank.scores[key] for key in ("functions", "seconds")}
             self._take_cells(ScoreMatrix.from_dict(bank.scores["matrix"]))
-        for task in bank.describe()["tasks"]:  # learned by a run that ended before its scores were written
+        for task in bank.describe()["tasks"]:  # trained by a run that ended before its scores were written
             self.state["seconds"].setdefault(task["name"], task["info"].get("seconds") or 0.0)
 
     @classmethod
@@ -139,7 +139,7 @@ class ContinualRun:
         """
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
-                self._learn(index, spec, save_steps, workers, bars, report_to)
+                self._train_task(index, spec, save_steps, workers, bars, report_to)
                 if processes.sharded():
                     self._reload()
             if self.method.needs_task and spec.name not in self.bank.routed:
@@ -156,7 +156,7 @@ class ContinualRun:
         names = [task.name for task in self.manifest.tasks]
         name, scored = names[index], [task for task in self.matrix.columns if task in names[: index + 1]]
         line = (
-            f"{label_of(self.bank)}: task {index + 1} of {len(names)}, {name}, learned in "
+            f"{label_of(self.bank)}: task {index + 1} of {len(names)}, {name}, trained in "
             f"{self.state['seconds'][name]:.0f} s: "
         )
         line += f"{self.matrix.get(name, name):.1f} points" if name in scored else "not scored, it has no test split"
@@ -169,9 +169,9 @@ class ContinualRun:
         """The run as the report wants it."""
         return run_of(self.bank)
 
-    # --- learning ---------------------------------------------------------------------------------------------------
+    # --- training ---------------------------------------------------------------------------------------------------
 
-    def _learn(
+    def _train_task(
         self, index: int, spec: Any, save_steps: int, workers: int, bars: bool, report_to: Sequence[str]
     ) -> None:
         started, losses = time.monotonic(), {}
@@ -190,7 +190,7 @@ class ContinualRun:
         loss = float(np.average(curve, weights=np.diff((0, *steps))))
         info = {"steps": trainer.state.global_step, "loss": loss, "losses": losses, "seconds": seconds}
         info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
-        processes.check_same(f"task {spec.name!r} as learned", lambda: digest(own | shared))
+        processes.check_same(f"task {spec.name!r} as trained", lambda: digest(own | shared))
         self._write(lambda bank: bank.add_task(spec.name, own, shared, info=info, replaces=self.method.one_state))
 
     def _write(self, change: Callable[[Bank], None]) -> None:
@@ -222,7 +222,7 @@ class ContinualRun:
 
     def _train_stage(
         self,
-        learned: Any,
+        trained: Any,
         stage: Stage,
         seed: int,
         save_steps: int,
@@ -231,7 +231,7 @@ class ContinualRun:
         report_to: Sequence[str],
     ) -> TaskTrainer:
         spec = next(task for task in self.manifest.tasks if task.name == stage.task)
-        folder = self.folder / "checkpoints" / learned.name / stage.name
+        folder = self.folder / "checkpoints" / trained.name / stage.name
         data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)
 
         def batches(samples: int, size: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
@@ -242,14 +242,14 @@ class ContinualRun:
             f"task {stage.task!r} at its start", lambda: self.method.fingerprints([stage.task])[stage.task]
         )
         arguments = self._arguments(stage, folder, seed, save_steps, workers, bars)
-        arguments.report_to, arguments.run_name = list(report_to), f"{self.folder.name}/{learned.name}/{stage.name}"
+        arguments.report_to, arguments.run_name = list(report_to), f"{self.folder.name}/{trained.name}/{stage.name}"
         trainer = TaskTrainer(self.method, arguments, data)
-        trainer.put_tensorboard(self.folder / "tensorboard" / learned.name / stage.name)
+        trainer.put_tensorboard(self.folder / "tensorboard" / trained.name / stage.name)
         if processes.rank():
             torch.manual_seed(seed + processes.rank() * 2**32)  # of the dropout; the order of the data has its own
         checkpoint = processes.on_rank0(
             lambda: latest_checkpoint(
-                folder, trainer.learned(), processes.world_size(), trainer.is_deepspeed_enabled, print_note
+                folder, trainer.trainable(), processes.world_size(), trainer.is_deepspeed_enabled, print_note
             )
         )
         if checkpoint is not None and trainer.finished(checkpoint):
@@ -301,7 +301,7 @@ class ContinualRun:
             return False
         if missing and self.bank.tasks[-1] != after:
             raise UserError(
-                f"{self.folder}: the scores after task {after!r} are missing, but later tasks are learned already; "
+                f"{self.folder}: the scores after task {after!r} are missing, but later tasks are trained already; "
                 "the model of that stage is gone: start a new run"
             )
         functions = self._functions(names)

@@ -110,14 +110,14 @@ class TaskTrainer(Trainer):
         averaged = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return labels.ne(-100).sum() / in_step * averaged
 
-    def learned(self) -> dict[str, torch.Tensor]:
+    def trainable(self) -> dict[str, torch.Tensor]:
         """The tensors that a checkpoint holds, themselves."""
         parameters = {unwrapped(name): p for name, p in self.model.named_parameters() if p.requires_grad}
         return parameters | {f"{PROGRESS}{name}": tensor for name, tensor in self.method.progress().items()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            self._save_tensors(Path(output_dir or self.args.output_dir), self.learned())
+            self._save_tensors(Path(output_dir or self.args.output_dir), self.trainable())
 
     def _save_tensors(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,14 +128,14 @@ class TaskTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         # What accelerate would write is read with pickle, which runs the code of whoever wrote there.
-        learned = {name: full_tensor(tensor.detach()) for name, tensor in self.learned().items()}
+        tensors = {name: full_tensor(tensor.detach()) for name, tensor in self.trainable().items()}
         optimizer = self.optimizer.state_dict()
         optimizer["state"] = {
             index: {key: full_tensor(value) for key, value in entry.items()}
             for index, entry in optimizer["state"].items()
         }
         if self.args.should_save:
-            self._save_tensors(Path(output_dir), learned)
+            self._save_tensors(Path(output_dir), tensors)
             torch.save(optimizer, Path(output_dir) / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
@@ -150,7 +150,7 @@ class TaskTrainer(Trainer):
         """The tensors and the Trainer's state of a checkpoint."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
         with safe_open(Path(checkpoint) / TENSORS, framework="pt") as stored:
-            for name, tensor in self.learned().items():
+            for name, tensor in self.trainable().items():
                 tensor.copy_(sharded_like(tensor, stored.get_tensor(name)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:

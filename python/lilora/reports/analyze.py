@@ -27,7 +27,7 @@ from .analysis_figures import depth, drift_curves, heatmaps
 from .plotting import PLOT_STYLE, png
 from .scores import cell_text, none_if_nan
 
-# Methods whose tasks are a LoRA each -> whether these are states of one A and B0 that all tasks learn on.
+# Methods whose tasks are a LoRA each -> whether these are states of one A and B0 that all tasks train.
 ONE_BASIS = {"lilora": True, "lora": True, "ewc": True, "lwf": True, "dirlora": False}
 DEFINITIONS = {
     "factors": "a task is A [r, K] and B [N, r] for every adapted linear; B is B0, in LiLoRA f B0 + (1 - f) U V",

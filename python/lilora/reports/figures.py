@@ -83,10 +83,8 @@ def losses(methods: list[MethodRuns]) -> Figure:
     for task, axes in zip(tasks, panels, strict=True):
         for method in methods:
             steps, loss = method.losses(task)
-            every = max(1, len(steps) // 8)
-            axes.plot(
-                steps, loss, label=method.name, markersize=4, markevery=every, **MethodStyle.of(method.index).line()
-            )
+            style = MethodStyle.of(method.index).line() | {"linewidth": 1.2, "markevery": max(1, len(steps) // 8)}
+            axes.plot(steps, loss, label=method.name, markersize=4, **style)
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         whole_ticks(axes, 4)
         axes.yaxis.set_major_locator(MaxNLocator(4))

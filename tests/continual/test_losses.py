@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils
 
 from lilora.bank.bank import Bank
@@ -37,6 +37,16 @@ def test_a_run_keeps_the_loss_of_every_step_and_a_resumed_one_all_of_it(command,
     (curve,) = whole["count"].values()
     assert bank.describe()["tasks"][1]["info"]["loss"] == pytest.approx(np.mean([loss for _, loss in curve]))
     assert run_of(bank).losses == whole
+    shutil.rmtree(tmp_path / "run")
+
+    with monkeypatch.context() as patch:  # as for a longer training
+        patch.setattr(TrainingArguments, "logging_steps", property(lambda self: 3, lambda self, value: None))
+        assert lilora(*command)[0] == 0
+    (rare,), losses = curves_of(tmp_path / "run")["count"].values(), np.array([loss for _, loss in curve])
+    assert [step for step, _ in rare] == [3, 6, 7]
+    assert [loss for _, loss in rare] == pytest.approx([losses[:3].mean(), losses[3:6].mean(), losses[6]], rel=1e-4)
+    info = Bank.open(tmp_path / "run" / "bank").describe()["tasks"][1]["info"]
+    assert info["loss"] == pytest.approx(losses.mean(), rel=1e-4)
     shutil.rmtree(tmp_path / "run")
 
     steps = 0

@@ -108,8 +108,7 @@ class TableRecords(Sequence[dict[str, Any]]):
 def record_file(path: Path) -> JSONRecords | TableRecords:
     """The records of a file or folder; read once in a process for as long as it does not change."""
     try:
-        written_last = path / "state.json"  # by datasets
-        return _read(path, _state(written_last if written_last.is_file() else path))
+        return _read(path, _state(path))
     except UserError:
         raise
     except (OSError, ValueError) as error:

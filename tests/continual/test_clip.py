@@ -368,7 +368,7 @@ def test_a_matrix_of_an_earlier_version_is_read():
 
 
 def test_runs_scored_on_unseen_tasks_are_not_reported_with_others(tmp_path):
-    with pytest.raises(UserError, match="one was scored on tasks before it learned them and one was not"):
+    with pytest.raises(UserError, match="one was scored on tasks before it was trained on them and one was not"):
         write_report(tmp_path / "out", [Run("dac", 0, full()), Run("lora", 0, ScoreMatrix(list("abcd")))])
     assert not (tmp_path / "out").exists()
     page = write_report(tmp_path, [Run("dac", 0, full())]).read_text()

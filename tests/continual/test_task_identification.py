@@ -297,7 +297,7 @@ def test_routed_scores_are_those_of_the_routed_tasks(suite, runs, method_name):
     results = evaluate_routed(method, processor, Fixed("count"), tasks, given, 8)
     limits = limits_of(tasks)
     for spec, before, result in zip(tasks, given, results, strict=True):
-        samples = InstructionDataset(spec, "test").samples
+        samples = InstructionDataset(spec, "test")
         found = ["count" if i % 2 else spec.name for i in range(12)]
         one_by_one = [
             answers_to(method, processor, [pair], limits, 1, None)[0] for pair in zip(found, samples, strict=True)

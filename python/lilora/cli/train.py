@@ -95,6 +95,9 @@ def train(
     eval_batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch of an evaluation.")] = 64,
     save_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 200,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training batches.")] = 0,
+    report_to: Annotated[
+        str, typer.Option(help="Trackers as transformers names them, comma-separated: tensorboard, wandb ...")
+    ] = "none",
     task_identifier: Annotated[
         str, typer.Option(help="What finds the task of a sample where none is given.")
     ] = "nearest-centroid",
@@ -132,7 +135,9 @@ def train(
     from lilora.continual.recorded import TrainSettings
     from lilora.continual.run import ContinualRun
     from lilora.continual.run_folder import method_label
+    from lilora.continual.trainer import trackers_of
 
+    trackers = trackers_of(report_to)
     more = dict(map(setting, pairs or []))
     more["target_modules"] = more.get("target_modules") or target_pattern(model, projector, attention)
     sizes = {"r": r, "sub_rank": sub_rank, "alpha": alpha, "dropout": dropout}
@@ -182,7 +187,8 @@ def train(
             }
             write_atomically(out / "run.yaml", config_text(context, resolved).encode())
         bars = not (quiet or as_json or console.quiet)
-        run.train(eval_batch_size, save_steps, workers, bars, (lambda line: None) if as_json else console_line)
+        say = (lambda line: None) if as_json else console_line
+        run.train(eval_batch_size, save_steps, workers, bars, say, trackers)
         processes.destroy()
         if processes.rank() > 0:
             return

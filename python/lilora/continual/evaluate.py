@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from rich.progress import Progress
 
 from lilora.bank.atomic import write_atomically
 from lilora.continual import processes
+from lilora.errors import UserError
 from lilora.methods import Method
 from lilora.methods.lora import evaluating
 
 from .collator import Collator
-from .instructions import InstructionDataset, Sample, TaskSpec
+from .instructions import Sample, TaskSpec, instruction_data
 from .scorers import scorer
 from .task_identification import TaskRouter
 
@@ -52,13 +53,14 @@ class RoutedScore:
 def evaluate(
     method: Method, processor, tasks: Sequence[TaskSpec], batch_size: int, progress: Progress | None = None
 ) -> list[TaskScore]:
-    """Score the tasks' test samples by greedy generation with the task given.
+    """Score the test samples of the tasks that have some, by greedy generation with the task given.
 
     A method that can route takes all tasks in the same batches, in turn one sample of each; another one batch of one task
     after the other. Several processes take turns with the batches, and all get all answers. Batch size, mixing and
     processes change nothing but rounding.
     """
-    samples = {spec.name: InstructionDataset(spec, "test").samples for spec in tasks}
+    tasks = with_test(tasks)
+    samples = {spec.name: instruction_data(spec, "test") for spec in tasks}
     requests = in_turn(samples)
     answers: dict[str, list[dict[str, str]]] = {name: [] for name in samples}
     predictions = answers_to(method, processor, requests, limits_of(tasks), batch_size, progress)
@@ -81,7 +83,8 @@ def evaluate_routed(
 
     given: their scores with the task given. A sample keeps its answer from there if its task is routed.
     """
-    samples = {spec.name: InstructionDataset(spec, "test").samples for spec in tasks}
+    tasks = with_test(tasks)
+    samples = {spec.name: instruction_data(spec, "test") for spec in tasks}
     requests = [(name, sample) for name, own in samples.items() for sample in own]
     routed = identify(router, processor, [sample for _, sample in requests], batch_size, progress)
     answers = [answer for result in given for answer in result.answers]
@@ -109,6 +112,17 @@ def identify(
     for start in starts if progress is None else progress.track(starts, description="routing"):
         routed += router.route(collator([("", sample) for sample in samples[start : start + batch_size]]))
     return routed
+
+
+def with_test(tasks: Sequence[TaskSpec]) -> list[TaskSpec]:
+    """The tasks that have a test split; UserError if none has."""
+    scored = [spec for spec in tasks if spec.test is not None]
+    if not scored:
+        raise UserError(
+            f"none of the tasks {', '.join(spec.name for spec in tasks)} has a test split; add the key test to one in the "
+            "manifest"
+        )
+    return scored
 
 
 def limits_of(tasks: Sequence[TaskSpec]) -> dict[str, int]:
@@ -155,7 +169,7 @@ def write_answers(path: Path, answers: Sequence[dict[str, str]]) -> None:
     write_atomically(path, (lines + "\n").encode())
 
 
-def in_turn(samples: dict[str, list[Sample]]) -> list[tuple[str, Sample]]:
+def in_turn(samples: Mapping[str, Sequence[Sample]]) -> list[tuple[str, Sample]]:
     """One sample of each task after the other, until all are used."""
     longest = max(map(len, samples.values()))
     return [(name, own[i]) for i in range(longest) for name, own in samples.items() if i < len(own)]
@@ -192,7 +206,7 @@ def before_any(stops: list[int], tokens: list[int]) -> list[int]:
     return tokens[: next((i for i, token in enumerate(tokens) if token in stops), None)]
 
 
-def score(spec: TaskSpec, samples: list[Sample], answers: list[dict[str, str]]) -> TaskScore:
+def score(spec: TaskSpec, samples: Iterable[Sample], answers: list[dict[str, str]]) -> TaskScore:
     """Mean score of the answers, given in the order of the samples."""
     judge = scorer(spec.scorer)
     points = [judge(a["answer"], list(s.answers)) for a, s in zip(answers, samples, strict=True)]

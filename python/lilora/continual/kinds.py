@@ -14,7 +14,7 @@ from lilora.errors import UserError
 from lilora.methods import METHODS, Method
 
 from .collator import Collator
-from .instructions import InstructionDataset, TaskSpec
+from .instructions import InstructionDataset, TaskSpec, instruction_data
 
 Collate = Callable[[list], dict[str, Tensor]]
 
@@ -57,11 +57,11 @@ def load_generative(model: str, dtype: torch.dtype | str) -> tuple[nn.Module, An
 
 def check_instructions(spec: TaskSpec, processor) -> None:
     """Make a batch of the first sample of each make: with images or without, of several turns or one, with a system turn."""
-    for split in ("train", "test"):
+    for split in spec.splits:
         collator = Collator(processor, {spec.name: 0}, train=split == "train")
-        samples = InstructionDataset(spec, split).samples
-        for sample in {(bool(s.images), bool(s.history), bool(s.system)): s for s in reversed(samples)}.values():
-            collator([(spec.name, sample)])
+        data = instruction_data(spec, split)
+        for index in data.first.values():
+            collator([(spec.name, data[index])])
 
 
 def instructions(spec: TaskSpec, processor) -> tuple[InstructionDataset, Collate]:
@@ -72,7 +72,7 @@ def instructions(spec: TaskSpec, processor) -> tuple[InstructionDataset, Collate
         inputs.pop("task_ids")  # all of one task
         return inputs
 
-    return InstructionDataset(spec, "train"), collate
+    return instruction_data(spec, "train"), collate
 
 
 KINDS = {

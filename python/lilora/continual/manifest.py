@@ -81,6 +81,8 @@ def _first_problem(error: ValidationError, manifest: type[Manifest]) -> str:
     in_task = len(location) > 1 and location[0] == "tasks"
     place = f" of task number {location[1] + 1}" if in_task else ""
     within = location[2:] if in_task else location
+    if not within and problem["type"] == "value_error":
+        return f"the manifest{place} is wrong: {problem['msg'].removeprefix('Value error, ')}; add it."
     if not within:
         return f"the manifest{place} is wrong: it must be a mapping of keys to values; correct it."
     key = within[0]

@@ -152,8 +152,9 @@ def card(
         "Use": use,
         "Tasks": "\n".join(["| task | parameters of its own | shared factors |", "|---|--:|---|", *rows]),
     }
-    if bank.scores:
-        sections["Scores"] = f"{ScoreMatrix.from_dict(bank.scores['matrix']).markdown()}\n\nPoints from 0 to 100."
+    matrix = ScoreMatrix.from_dict(bank.scores["matrix"]) if bank.scores else None
+    if matrix is not None and matrix.columns:
+        sections["Scores"] = f"{matrix.markdown()}\n\nPoints from 0 to 100."
     sections["Settings"] = f"```json\n{json.dumps(told, indent=2)}\n```"
     write_card(
         folder,

@@ -71,6 +71,7 @@ class _Info(_Record):
     parameters: int | None = Field(None, ge=0, lt=2**63)
     ranks: int | None = Field(None, ge=0, lt=2**63)
     seconds: float | None = Field(None, ge=0)
+    losses: dict[str, list[tuple[int, float]]] = {}  # by stage: (step, mean loss since the entry before)
 
 
 class _Scores(_Record):

@@ -9,7 +9,7 @@ from lilora.bank.bank import Bank
 from lilora.errors import UserError
 from lilora.importers.checkpoint import flat
 from lilora.methods import METHODS
-from lilora.reports.report import Run
+from lilora.reports.runs import Run
 from lilora.reports.scores import ScoreMatrix
 
 from .recorded import train_settings
@@ -63,7 +63,9 @@ def run_of(bank: Bank) -> Run:
         ScoreMatrix.from_dict(bank.scores["matrix"]),
         per_task,
         sum(bank.scores["seconds"].values()),
-        {"settings": bank.config["settings"], "train": bank.config["train"], "sizes": sizes},
+        {key: bank.config[key] for key in ("model", "manifest", "settings", "train") if key in bank.config}
+        | {"sizes": sizes},
+        {task["name"]: task["info"].get("losses", {}) for task in bank.describe()["tasks"]},
     )
 
 

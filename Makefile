@@ -44,7 +44,7 @@ LONG_REVERSED := lilora-reversed pclr-reversed
 SEEDS := 0 1 2
 named = $(foreach seed,$(SEEDS),$(foreach label,$(1),$(label)-$(seed)))
 
-.PHONY: help venv demo experiment long test emulation-full cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families readme resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
+.PHONY: help venv demo experiment long test emulation-full cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families readme docs resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
@@ -60,18 +60,19 @@ help:
 	@echo "make resources   what the Triton kernels take, compiled ahead of time: lilora_kernels/ops/RESOURCES.md; and what a"
 	@echo "                 model of an H200 predicts of every plan: bench/results/model"
 	@echo "make lint        ruff: rules and formatting; mypy: the types of what users call"
-	@echo "make cpu-evidence  throughput comparisons on this CPU, bench/results/cpu, and README's tables from them"
-	@echo "make smollm2     tokens per second of a real language model on this CPU (98 MB), minutes: bench/results/smollm2, and README's table"
-	@echo "make families    which models can do what: bench/results/families.json, and README's table from it"
+	@echo "make cpu-evidence  throughput comparisons on this CPU, bench/results/cpu, and the tables from them"
+	@echo "make smollm2     tokens per second of a real language model on this CPU (98 MB), minutes: bench/results/smollm2, and the tables"
+	@echo "make families    which models can do what: bench/results/families.json, and docs/families.md"
 	@echo "make experiment  five methods, three seeds, 400 steps a task: about 50 minutes on 2 cores"
 	@echo "make long        twelve tasks, nine methods and ablations, three seeds: hours; goes on where it was interrupted"
-	@echo "make readme      README's tables and all plots from the committed results"
+	@echo "make readme      the tables of README and docs/, and all plots, from the committed results"
+	@echo "make docs        the documentation as a website under build/site; a broken link or name ends it"
 	@echo "make wheel       the distribution, under dist/"
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PY) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt setuptools torch
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation ".[triton,hf,test,bench]"
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation ".[triton,hf,test,bench,docs]"
 	$(BIN)/pip install -q -c constraints.txt --no-deps --target .venv/torchao torchao
 	touch $@
 
@@ -175,6 +176,11 @@ families: venv
 readme: .venv/ready
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.readme
+
+# Nothing is downloaded while it is built, and the pages load nothing from elsewhere.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
+	$(BIN)/python -m tools.docs_site build/site
 
 resources: venv
 	$(BIN)/python -m tools.resources > lilora_kernels/ops/RESOURCES.md

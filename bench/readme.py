@@ -1,4 +1,7 @@
-"""Writes the tables of README.md from the committed results, between its `<!-- name -->` marks: `python -m bench.readme`."""
+"""Writes the tables of README.md and docs/ from the committed results, between `<!-- name -->` marks.
+
+`python -m bench.readme`
+"""
 
 import json
 import re
@@ -6,17 +9,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from .report import RESULTS, TITLES, folders, kind, load, only, peer_row, percent, shape
+from .report import RESULTS, TITLES, folders, interval, kind, load, only, peer_row, percent, shape
 from .smollm2 import table as speeds
 
 ROOT = Path(__file__).parent.parent
-
-
 SCORES = ("New", "AP", "Forgetting")
 
 
 def spreads(metrics: dict[str, dict[str, float]]) -> list[str]:
-    """Mean and deviation of the scores that README shows of a method."""
+    """Mean and deviation of the scores that the tables show of a method."""
     return [f"{metrics[name]['mean']:.1f} ± {metrics[name]['deviation']:.1f}" for name in SCORES]
 
 
@@ -39,11 +40,11 @@ def digits() -> str:
     tasks = ", ".join(content["tasks"])
     lines += [
         "",
-        f"Mean and standard deviation over {seeds} seeds, in points; New: right after learning, AP: after the last task. "
+        f"Mean and standard deviation over {seeds} seeds, in points; New: right after training, AP: after the last task. "
         f"Tasks in order: {tasks}. `lora` is one LoRA for all tasks, `dirlora` one per task. From "
         f"`bench/results/digits/metrics.json`, written by `make experiment` on {content['environment']['device']}.",
         "",
-        "![scores](bench/results/digits/summary.png)",
+        "![scores](../bench/results/digits/summary.png)",
     ]
     return "\n".join(lines)
 
@@ -72,7 +73,7 @@ def long() -> str:
         f"{pclr / lora:.0%} of what one LoRA for all tasks forgets. From `bench/results/digits-long/metrics.json`, written by "
         f"`make long` on {content['environment']['device']}.",
         "",
-        "![memory](bench/results/digits-long/memory.png)",
+        "![memory](../bench/results/digits-long/memory.png)",
     ]
     return "\n".join(lines)
 
@@ -85,9 +86,9 @@ CHANGES = {
     "pclr-released": "the released code's choices (`--preset released`) but for its schedule, which is for eight tasks",
     "pclr-reversed": "tasks in reversed order",
     "lilora": "as above: A and B0 frozen after the first task, r 64, sub-rank 26",
-    "lilora-paper": "`--preset paper`: A and B0 learn on, held by the stability loss",
+    "lilora-paper": "`--preset paper`: A and B0 train on, held by the stability loss",
     "lilora-no-stability": "the same without the stability loss",
-    "lilora-no-fusion": "no learned fusion of B0 and UᵢVᵢ",
+    "lilora-no-fusion": "no trained fusion of B0 and UᵢVᵢ",
     "lilora-r32": "r 32",
     "lilora-r128": "r 128",
     "lilora-sub13": "sub-rank 13",
@@ -124,12 +125,7 @@ def cpu() -> str:
     folder = RESULTS / "cpu"
     environment, rows = load(folder)
     lines = decoding(rows) + HEADER + [line_of(row, rows) for row in headlines(rows)]
-    first, last = (only(rows, case="mixed batch over tasks", T=t) for t in (1, 64))
-    grown = {
-        name: only(last, implementation=name)[0]["us"]["median"] / only(first, implementation=name)[0]["us"]["median"]
-        for name in ("ours", "peft_names")
-    }
-    bank = {name: only(rows, case="bank over tasks", T=64, implementation=name)[0] for name in ("ours", "peft")}
+    grown, bank = growth(rows)
     lines += [
         "",
         "PEFT: `adapter_names` where a batch is mixed in inference, one adapter for all rows in training, for it trains no "
@@ -139,12 +135,24 @@ def cpu() -> str:
         f"tasks: {bank['ours']['bytes_on_disk'] / bank['peft']['bytes_on_disk']:.0%} of the size of 64 LoRAs, loaded in "
         f"{bank['ours']['us']['median'] / bank['peft']['us']['median']:.0%} of the time.",
         "",
-        "![growth](bench/results/cpu/growth.png)",
+        "![growth](../bench/results/cpu/growth.png)",
         "",
         f"{environment['device']}, torch {environment['torch']}, peft {environment['peft']}; every result was held against fp64 "
-        "before it was timed. Every peer and figure: [RESULTS.md](bench/results/cpu/RESULTS.md), written by `make cpu-evidence`.",
+        "before it was timed. Every peer and figure: [RESULTS.md](../bench/results/cpu/RESULTS.md), written by "
+        "`make cpu-evidence`.",
     ]
     return "\n".join(lines)
+
+
+def growth(rows: list[dict]) -> tuple[dict[str, float], dict[str, dict]]:
+    """Of ours and PEFT: the time of 64 rows of 64 tasks over that of 64 rows of one; the row of a bank of 64 tasks."""
+    first, last = (only(rows, case="mixed batch over tasks", T=t) for t in (1, 64))
+    grown = {
+        name: only(last, implementation=name)[0]["us"]["median"] / only(first, implementation=name)[0]["us"]["median"]
+        for name in ("ours", "peft_names")
+    }
+    bank = {name: only(rows, case="bank over tasks", T=64, implementation=name)[0] for name in ("ours", "peft")}
+    return grown, bank
 
 
 def decoding(rows: list[dict]) -> list[str]:
@@ -165,7 +173,7 @@ def decoding(rows: list[dict]) -> list[str]:
         "ours / fastest frozen layer | GB/s | of the read rate |",
         "|---|--:|--:|--:|--:|--:|",
     ]
-    return [*header, *lines, "", "![decoding](bench/results/cpu/decode.png)", ""] if lines else []
+    return [*header, *lines, "", "![decoding](../bench/results/cpu/decode.png)", ""] if lines else []
 
 
 HEADER = [
@@ -203,7 +211,7 @@ def host() -> str:
         f"{environment['device']} (load {environment['load']}) with torch "
         f"{environment['torch']}.",
         "",
-        "![host](bench/results/host/host.png)",
+        "![host](../bench/results/host/host.png)",
     ]
     return "\n".join(lines)
 
@@ -221,7 +229,7 @@ def smollm2() -> str:
         f"`make smollm2` on {environment['device']} (load {environment['load']}) with torch {environment['torch']} and peft "
         f"{environment['peft']}.",
         "",
-        "![tokens per second](bench/results/smollm2/smollm2.png)",
+        "![tokens per second](../bench/results/smollm2/smollm2.png)",
     ]
     return "\n".join(lines)
 
@@ -256,9 +264,13 @@ def line_of(ours: dict, rows: list[dict]) -> str:
     )
 
 
+def gpu_folders() -> list[Path]:
+    return [folder for folder in folders() if load(folder)[0]["driver"] is not None]
+
+
 def gpu() -> str:
     """Whatever GPUs have left results."""
-    found = [folder for folder in folders() if load(folder)[0]["driver"] is not None]
+    found = gpu_folders()
     if not found:
         return (
             "No GPU result is claimed here: none has been measured yet; the tests run the Triton kernels in Triton's interpreter "
@@ -271,7 +283,7 @@ def gpu() -> str:
         environment, rows = load(folder)
         lines += [f"{environment['device']}, commit {environment['commit']}:", ""]
         lines += HEADER + [line_of(row, rows) for row in headlines(rows)]
-        lines += ["", f"Every figure: [RESULTS.md](bench/results/{folder.name}/RESULTS.md).", ""]
+        lines += ["", f"Every figure: [RESULTS.md](../bench/results/{folder.name}/RESULTS.md).", ""]
     return "\n".join(lines)
 
 
@@ -325,9 +337,63 @@ def families() -> str:
     return "\n".join(lines)
 
 
-def updated(text: str) -> str:
-    """README with every marked table written anew; a table without results yet stays empty."""
-    for table in (digits, long, ablations, families, params, cpu, smollm2, host, gpu):
+def small() -> str:
+    """README's one table: a line for each thing measured, ours beside what it was measured against; the CPU's speed first."""
+    environment, rows = load(RESULTS / "cpu")
+    ours = only(rows, implementation="ours")
+    decode = {"case": "linear, gate_up", "M": 8, "K": 4096, "T": 8, "dtype": "float32", "direction": "forward"}
+    lines = [f"| {environment['device']} | ours | compared with |", "|---|--:|---|"]
+
+    def line(what: str, value: str, against: str) -> None:
+        lines.append(f"| {what} | {value} | {against} |")
+
+    (row,) = only(ours, **decode)
+    bases = [ratio for name, ratio in row["ratio_to_peers"].items() if name.startswith("base")]
+    fastest = max([row["ratio_to_base"], *bases], key=lambda ratio: ratio["median"])
+    line(
+        "decode 8 rows of 8 tasks, 4096 -> 11008, r 128: time",
+        interval(row["ratio_to_peft"], 2),
+        "1, PEFT's adapter_names",
+    )
+    line("the same", interval(fastest, 2), "1, the frozen layer alone, by the fastest kernels found")
+    (row,) = only(ours, case="generate")
+    line("generate with a small LLaVA, 8 tasks: time", interval(row["ratio_to_peft"], 2), "1, PEFT's adapter_names")
+    (row,) = only(ours, case="training step")
+    line(
+        "training step of it, 8 tasks: time", interval(row["ratio_to_peft"], 2), "1, PEFT with one adapter for all rows"
+    )
+    grown, bank = growth(rows)
+    line("64 rows of 64 tasks over 64 rows of one: time", f"{grown['ours']:.2f}", f"{grown['peft_names']:.2f}, PEFT")
+    line(
+        "a bank of 64 tasks: size",
+        f"{bank['ours']['bytes_on_disk'] / bank['peft']['bytes_on_disk']:.2f}",
+        "1, 64 LoRAs",
+    )
+    found = only(json.loads((RESULTS / "smollm2" / "smollm2.json").read_text())["results"], samples=8)
+    speed = {row["implementation"]: row["speed"]["median"] for row in found}
+    against = f"{speed['peft_names']:.1f}, PEFT's adapter_names; {speed['base']:.1f}, the frozen model"
+    line("SmolLM2-135M, 8 prompts of 8 tasks: tokens / s", f"{speed['ours']:.1f}", against)
+    scores = {
+        suite: {name: found["AP"]["mean"] for name, found in json.loads(file.read_text())["methods"].items()}
+        for suite in ("digits", "digits-long")
+        for file in [RESULTS / suite / "metrics.json"]
+    }
+    six, twelve = scores["digits"], scores["digits-long"]
+    against = f"{six['dirlora']:.1f}, a LoRA per task; {six['lora']:.1f}, one LoRA"
+    line("AP on six tasks, task given: lilora", f"{six['lilora-frozen']:.1f}", against)
+    line("AP on twelve tasks, no task given: pclr", f"{twelve['pclr']:.1f}", f"{twelve['lora']:.1f}, one LoRA")
+    lines += [
+        "",
+        f"Medians (p20 .. p80) with torch {environment['torch']} and peft {environment['peft']}; AP: mean score after the last "
+        f"task, three seeds. {'' if gpu_folders() else 'No GPU result is claimed. '}[Results](docs/results.md) has every table, "
+        "what is slower than its peers, and the command that makes each.",
+    ]
+    return "\n".join(lines)
+
+
+def updated(page: str, text: str) -> str:
+    """A page with every marked table written anew; a table without results yet stays empty."""
+    for table in PAGES[page]:
         mark = table.__name__
         try:
             body = f"\n{table()}\n"
@@ -339,6 +405,14 @@ def updated(text: str) -> str:
     return text
 
 
+PAGES = {
+    "README.md": (small,),
+    "docs/results.md": (digits, long, ablations, params, cpu, smollm2, host, gpu),
+    "docs/families.md": (families,),
+}
+
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(updated(readme.read_text()))
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(updated(page, path.read_text()))

@@ -17,8 +17,15 @@ KINDS = ("lilora_A", "lilora_B", "lilora_U", "lilora_V", "lilora_fusion")
 _of_kinds = itemgetter(*KINDS)
 
 
+RANK, DROPOUT = 128, 0.05  # of the paper
+
+
 def default_sub_rank(r: int) -> int:
     return max(1, r // 2)
+
+
+def default_alpha(r: int) -> float:
+    return 2.0 * r
 
 
 class LiLoRALinear(AdaptedLinear):
@@ -38,10 +45,10 @@ class LiLoRALinear(AdaptedLinear):
     def __init__(
         self,
         base_layer: nn.Module,
-        r: int = 128,
+        r: int = RANK,
         sub_rank: int | None = None,
         alpha: float | None = None,
-        dropout: float = 0.05,
+        dropout: float = DROPOUT,
         fusion: bool = True,
         train_a: str = "first",
         train_b0: str = "first",
@@ -55,7 +62,7 @@ class LiLoRALinear(AdaptedLinear):
             raise ValueError(
                 f"sub_rank is {sub_rank} and r is {r}, the most that the rank of U V can be; give at most r"
             )
-        alpha = 2.0 * r if alpha is None else alpha
+        alpha = default_alpha(r) if alpha is None else alpha
         if not is_number(alpha) or not 0 < alpha < math.inf:
             raise ValueError(f"alpha is {alpha!r}; it must be a positive number")
         for name, policy in (("train_a", train_a), ("train_b0", train_b0)):

@@ -1,4 +1,4 @@
-"""`pytest bench/` leaves results; RESULTS.md, plots and README's tables come from results alone."""
+"""`pytest bench/` leaves results; RESULTS.md, plots and the tables of README and docs/ come from results alone."""
 
 import json
 import os
@@ -113,9 +113,20 @@ def test_our_own_wrong_figures_leave_no_results(tmp_path):
     assert not out.exists()
 
 
-def test_the_tables_of_the_readme_are_those_of_the_committed_results():
-    text = (ROOT / "README.md").read_text()
-    assert readme.updated(text) == text
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_the_tables_of_a_page_are_those_of_the_committed_results(page):
+    text = (ROOT / page).read_text()
+    assert readme.updated(page, text) == text
+    assert all(f"<!-- {table.__name__} -->" in text for table in readme.PAGES[page])
+
+
+def test_readme_is_short_and_has_one_table_of_results_whose_first_line_is_the_speed_on_a_cpu():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    table = readme.small().split("\n\n")[0].splitlines()
+    assert len(table) <= 12
+    environment, _ = report.load(readme.RESULTS / "cpu")
+    assert table[0].startswith(f"| {environment['device']} |")
+    assert "time" in table[2]
 
 
 def test_a_line_holds_ours_against_its_peer():

@@ -1,116 +1,13 @@
-"""A suite that trains in seconds: a tiny LLaVA with random weights in a standard folder, and three tasks on noise."""
+"""The suite of `support.suite`, once for all tests here; runs without their reports."""
 
-import json
-import shlex
-
-import numpy as np
 import pytest
-import torch
-import yaml
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from support.suite import TRAIN_OPTIONS, make_suite
 
+from lilora.cli import app
 from lilora.continual import run as train
 from lilora.reports import report
 
 WRITE_REPORT = report.write_report
-TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %} :"
-)
-WORDS = [
-    "which",
-    "colour",
-    "is",
-    "it",
-    "how",
-    "many",
-    "are",
-    "there",
-    "name",
-    "one",
-    "two",
-    "three",
-    "red",
-    "green",
-    "blue",
-    "yes",
-    "no",
-    ":",
-    "?",
-]
-TASKS = {
-    "colour": ("which colour is it ?", ["red", "green", "blue"]),
-    "count": ("how many are there ?", ["one", "two", "three"]),
-    "name": ("name it ?", ["yes", "no"]),
-}
-
-
-def make_model(folder):
-    torch.manual_seed(0)
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + sorted(set(WORDS)))}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )
-    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
-    processor = LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    text = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=4, image_seq_length=4, vision_feature_layer=-1
-    )
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    processor.save_pretrained(folder)
-
-
-def make_data(folder, samples=12):
-    rng = np.random.default_rng(0)
-    (folder / "images").mkdir(parents=True)
-    for task, (question, answers) in TASKS.items():
-        for split in ("train", "test"):
-            records = []
-            for i in range(samples):
-                name = f"{task}-{split}-{i}.png"
-                Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / "images" / name)
-                answer = answers[int(rng.integers(len(answers)))]
-                turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-                records.append({"id": f"{i}", "image": name, "conversations": turns})
-            (folder / f"{task}-{split}.json").write_text(json.dumps(records))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -137,29 +34,26 @@ def reported(monkeypatch):
 def suite(tmp_path_factory):
     """The folder of the suite; `tasks.yaml` is its manifest."""
     folder = tmp_path_factory.mktemp("suite")
-    make_model(folder / "base")
-    make_data(folder / "data")
-    tasks = [
-        {
-            "name": task,
-            "train": f"{task}-train.json",
-            "test": f"{task}-test.json",
-            "images": "images",
-            "scorer": "exact",
-            "answer_format": "|".join(answers),
-            "max_new_tokens": 3,
-        }
-        for task, (_, answers) in TASKS.items()
-    ]
-    manifest = {"name": "tiny", "data": "data", "model": "./base", "tasks": tasks}
-    (folder / "tasks.yaml").write_text(yaml.safe_dump(manifest))
+    make_suite(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def train_options():
-    """Options of `lilora train` that learn each task of the suite in a second."""
-    return shlex.split(
-        "--r 8 --sub-rank 4 --alpha 16 --dropout 0.1 --lr 0.01 --max-steps 6 --batch-size 4 --gradient-accumulation 1 "
-        "--save-steps 2 --device cpu --quiet"
-    )
+    """Options of `lilora train` that train each task of the suite in a second."""
+    return TRAIN_OPTIONS
+
+
+@pytest.fixture(scope="session")
+def quick(train_options):
+    """Few steps, large ones: routing does not depend on how well tasks were trained, but they shall differ."""
+    return [*train_options, "--max-steps", "2", "--save-steps", "9", "--lr", "0.1"]
+
+
+@pytest.fixture(scope="session")
+def runs(suite, tmp_path_factory, quick):
+    folder = tmp_path_factory.mktemp("routed")
+    for method in ("lilora", "dirlora"):
+        options = ["--out", str(folder / method), "--method", method, *quick]
+        app(["train", str(suite / "tasks.yaml"), *options], standalone_mode=False)
+    return folder

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lilora.bank.bank import Bank
-from lilora.cli import target_pattern
+from lilora.cli.options import target_pattern
 from lilora.continual.base_model import load_bank
 from lilora.continual.evaluate import evaluate
 from lilora.continual.manifest import load_manifest

@@ -1,16 +1,18 @@
 import json
+import pickle
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from lilora.continual import record_files
 from lilora.continual.evaluate import score
-from lilora.continual.instructions import InstructionDataset, Sample
+from lilora.continual.instructions import InstructionDataset, Sample, instruction_data
 from lilora.continual.manifest import load_manifest
+from lilora.continual.records import InstructionRecord
 from lilora.errors import UserError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -107,7 +109,11 @@ def misspelt(manifest):
         (first(zzz=1), "key 'zzz' of task number 1 is unknown; known keys are name, train"),
         (lambda m: m.update(taskz=[]), "key 'taskz' is unknown; did you mean 'tasks'?"),
         (lambda m: m.pop("name"), "key 'name' is missing; add it."),
-        (lambda m: m["tasks"][1].pop("test"), "key 'test' of task number 2 is missing; add it."),
+        (lambda m: m["tasks"][1].pop("train"), "key 'train' of task number 2 is missing; add it."),
+        (
+            lambda m: m["tasks"][1].pop("scorer"),
+            "task number 2 is wrong: a task with test wants the key scorer; add it.",
+        ),
         (lambda m: m.update(tasks=[]), "key 'tasks' is wrong: list should have at least 1 item"),
         (lambda m: m.update(tasks=3), "key 'tasks' is wrong: input should be a valid list"),
         (lambda m: m.update(tasks=[3]), "the manifest of task number 1 is wrong: it must be a mapping"),
@@ -154,6 +160,12 @@ def test_a_format_that_takes_too_long_is_named(suite):
         score(task, [Sample("1", (), "?", ("a",))], [{"answer": "a" * 90 + "!"}])
 
 
+def test_a_task_without_test_needs_no_scorer(suite):
+    path = edited(suite, lambda m: [m["tasks"][0].pop(key) for key in ("test", "scorer", "answer_format")])
+    task = load_manifest(path).tasks[0]
+    assert (task.test, task.scorer, task.splits) == (None, None, ("train",))
+
+
 def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
         load_manifest(tmp_path / "none.yaml")
@@ -169,10 +181,17 @@ def test_a_wrong_order_is_refused(suite, order):
     "content, sentence",
     [
         ("[]", "has no samples"),
-        ("[{", "is not a list of LLaVA instruction records"),
-        ("{}", "is not a list of LLaVA instruction records"),
-        ('[{"id": 1}]', r"0.conversations: Field required"),
-        ('[{"id": 1, "conversations": []}]', "sample '1' has no human turn"),
+        ("[{", "is no JSON list: line 1: expecting property name"),
+        ("[", "is no JSON list: line 1: expecting value"),
+        ("", "is no JSON list: line 1: it does not start with ["),
+        ('"records"', "is no JSON list: line 1: it does not start with ["),
+        ('[{"id": 1}\n{"id": 2}]', "is no JSON list: line 2: a comma or ] is missing"),
+        ('[{"id": 1},\n\n{"id": 2},]', "is no JSON list: line 3: "),
+        ("[" * 100_000, "is no JSON list: line 1: a record is nested too deeply"),
+        ("{}", "line 1 is no LLaVA instruction record (conversations: Field required)"),
+        ('[\n{"id": 1}]', "record 1, line 2 is no LLaVA instruction record (conversations: Field required)"),
+        ("[3]", "record 1, line 1 is no LLaVA instruction record ("),
+        ('[\n\n{"id": 1, "conversations": []}]', "record 1, line 3: sample '1' has no human turn"),
         (
             '[{"id": 1, "conversations": [{"from": "human", "value": "x"}]}]',
             "sample '1' has no gpt turn behind its last question and no answers",
@@ -217,7 +236,7 @@ def test_samples_hold_question_instruction_images_and_references(suite):
 def read(suite, *records):
     path, _ = suite
     (path.parent / "data" / "seen-test.json").write_text(json.dumps(records))
-    return InstructionDataset(load_manifest(path).tasks[0], "test").samples
+    return list(InstructionDataset(load_manifest(path).tasks[0], "test"))
 
 
 @pytest.mark.parametrize("scorer", ["option_letter", "iou_50"])
@@ -230,7 +249,7 @@ def test_a_scorer_that_no_reference_suits_is_refused(suite, scorer):
 def write(suite, content):
     path, _ = suite
     (path.parent / "data" / "seen-test.json").write_bytes(content)
-    return InstructionDataset(load_manifest(path).tasks[0], "test").samples
+    return list(InstructionDataset(load_manifest(path).tasks[0], "test"))
 
 
 RECORDS = [{"id": i, "image": f"{i}.png", "conversations": turns("what?", f"line\u2028{i}")} for i in range(3)]
@@ -248,8 +267,45 @@ def test_json_lines_are_read_as_a_list_is(suite, bom, end):
 def test_a_broken_line_is_named(suite):
     lines = [json.dumps(record).encode() for record in RECORDS]
     for broken, said in ((b'{"id": 1', "Invalid JSON"), (b"{}", "conversations: Field required")):
-        with pytest.raises(UserError, match=rf"instruction records: line 3 is no record \({said}"):
+        with pytest.raises(UserError, match=rf"json: line 3 is no LLaVA instruction record \({said}"):
             write(suite, b"\n".join([lines[0], b"", broken, lines[1]]))
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 64])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_list_is_read_record_by_record_whatever_is_looked_at_together(suite, window, indent, monkeypatch):
+    texts = ['\u2028 é 𝄞 \\ " ] , [', "{", "}]", "[[]]"]
+    records = [{"id": i, "conversations": turns(text, text * i)} for i, text in enumerate(texts, 1)]
+    wanted = read(suite, *records)
+    assert [sample.answers[0] for sample in wanted] == [text * i for i, text in enumerate(texts, 1)]
+    monkeypatch.setattr(record_files, "_WINDOW", window)
+    content = json.dumps(records, ensure_ascii=False, indent=indent).encode()
+    assert write(suite, b"\xef\xbb\xbf \n" + content + b"\n") == wanted
+
+
+def test_a_file_is_read_once_and_its_records_when_they_are_asked_for(suite, monkeypatch):
+    reads, parsed = [], []
+    index, parse = record_files.JSONRecords.__init__, InstructionRecord.model_validate_json
+    monkeypatch.setattr(record_files.JSONRecords, "__init__", lambda *a: (reads.append(a[1].name), index(*a))[1])
+    monkeypatch.setattr(InstructionRecord, "model_validate_json", lambda c: (parsed.append(c), parse(c))[1])
+    task = load_manifest(suite[0]).tasks[0]
+    assert reads == ["seen-train.json", "seen-test.json", "text-train.json", "text-test.json"]
+    data = instruction_data(task, "train")
+    assert instruction_data(load_manifest(suite[0]).tasks[0], "train") is data
+    assert len(reads) == 4
+    del parsed[:]
+    assert (data[2].id, data[0].id) == ("2", "0")
+    assert len(parsed) == 2
+    assert pickle.loads(pickle.dumps(data))[3] == data[3], "for the processes that prepare batches"
+
+
+def test_a_file_that_changes_during_a_run_is_named(suite):
+    task = load_manifest(suite[0]).tasks[0]
+    data = instruction_data(task, "train")
+    task.train.write_text(task.train.read_text().replace("thing 3", "nothing"))
+    with pytest.raises(UserError, match=r"seen-train\.json has changed since this run read it; run the same command"):
+        data[3]
+    assert instruction_data(task, "train")[3].answers == ("nothing",)
 
 
 @pytest.mark.parametrize("image", ["", None, [], [""]])
@@ -323,33 +379,10 @@ def parquet(suite):
     return edited(suite, first(test="seen-test.parquet")).parent / "data" / "seen-test.parquet"
 
 
-def test_parquet_is_read_through_datasets(suite, monkeypatch):
-    class Dataset:
-        @staticmethod
-        def from_parquet(path):
-            return SimpleNamespace(to_list=lambda: [json.loads(line) for line in Path(path).read_text().splitlines()])
-
-    wanted = read(suite, *RECORDS)
-    nothing = {"messages": None, "answers": None, "system": None, "images": None}
-    file = parquet(suite)
-    file.write_text("\n".join(json.dumps(nothing | record) for record in RECORDS))
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(Dataset=Dataset))
-    assert InstructionDataset(load_manifest(suite[0]).tasks[0], "test").samples == wanted
-    file.write_text(json.dumps(RECORDS[0] | {"image": {"bytes": "x", "path": None}}))
-    with pytest.raises(UserError, match=r"parquet is not a list of LLaVA instruction records \(0\.image"):
-        load_manifest(suite[0])
-    file.write_text("PAR1")
-    with pytest.raises(UserError, match=r"parquet cannot be read \(Expecting value"):
-        load_manifest(suite[0])
-    file.unlink()
-    with pytest.raises(UserError, match=r"parquet cannot be read \(no such file\); .*--data"):
-        load_manifest(suite[0])
-
-
 def test_parquet_without_datasets_says_what_to_install(suite, monkeypatch):
     parquet(suite).write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="is parquet, which wants the package datasets; pip install datasets"):
+    with pytest.raises(UserError, match=r"task 'seen': .*parquet wants the package datasets; pip install datasets"):
         load_manifest(suite[0])
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -77,7 +78,7 @@ def member(rank: int, port: int, folder: Path, arguments: list, engine: str, kil
     if kill == (rank, "trained"):
         train.digest = lambda _: os.kill(os.getpid(), signal.SIGKILL)
     train.TrainingArguments.logging_steps = property(lambda self: 1, lambda self, value: None)
-    cli.console.file = sys.stdout
+    cli.output.console.file = sys.stdout
     sys.argv = ["lilora", *map(str, arguments)]
     cli.main()
 
@@ -175,7 +176,10 @@ def test_two_processes_learn_what_one_learns(engine, single, long, tmp_path, rep
                 torch.testing.assert_close(have[name], want[name], rtol=1e-3, atol=1e-4)
     assert both.scores["matrix"] == one.scores["matrix"]
     want, have = (b.describe()["tasks"][-1]["info"] for b in (one, both))
-    assert {**want, "loss": 0, "seconds": 0} == {**have, "loss": 0, "seconds": 0}
+    assert {**want, "loss": 0, "losses": 0, "seconds": 0} == {**have, "loss": 0, "losses": 0, "seconds": 0}
+    assert want["losses"].keys() == have["losses"].keys()
+    for stage, curve in want["losses"].items():
+        assert np.allclose(have["losses"][stage], curve, atol=1e-4)
     assert abs(want["loss"] - have["loss"]) < 1e-4
     for predictions in (run / "predictions").iterdir():
         other = tmp_path / "run" / "predictions" / predictions.name

@@ -158,7 +158,7 @@ def test_labels_and_folders_that_look_like_markup_are_printed_as_they_are(suite,
     brief = ["--order", "colour", *train_options, "--max-steps", "1", "--label", label]
     code, out, err = lilora("train", suite / "tasks.yaml", "--out", folder, *brief)
     assert code == 0, err
-    assert f"{label}: task 1 of 1, colour, learned" in out
+    assert f"{label}: task 1 of 1, colour, trained" in out
     assert f"{label}: score on each task" in out
     code, out, err = lilora("bank", "ls", folder)
     assert code == 0, err
@@ -168,6 +168,36 @@ def test_labels_and_folders_that_look_like_markup_are_printed_as_they_are(suite,
     assert f"colour: {tmp_path / '[/b]' / 'colour'}" in out
     code, _, err = lilora("bank", "ls", tmp_path / "[/nothing]")
     assert (code, f"{tmp_path / '[/nothing]'} is not a bank" in one_sentence(err)) == (2, True)
+
+
+@pytest.mark.parametrize("tested", [("count",), ()], ids=["one-tested", "none-tested"])
+def test_tasks_without_a_test_split_are_trained_and_not_scored(
+    tested, suite, tmp_path, lilora, train_options, reported
+):
+    manifest = yaml.safe_load((suite / "tasks.yaml").read_text()) | {"data": str(suite / "data")}
+    for task in manifest["tasks"]:
+        for key in () if task["name"] in tested else ("test", "scorer", "answer_format"):
+            del task[key]
+    path, run = tmp_path / "tasks.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(manifest))
+    command = ["train", path, "--model", suite / "base", "--out", run, "--order", "colour,count", *train_options]
+    code, out, err = lilora(*command, "--max-steps", 2)
+    assert code == 0, err
+    assert "task 1 of 2, colour, trained in" in out
+    assert "not scored, it has no test split" in out
+    untested = [name for name in ("colour", "count") if name not in tested]
+    assert f"not scored, for want of a test split: {', '.join(untested)}" in out
+    assert f"trained and not scored: {', '.join(untested)}." in (run / "report.html").read_text()
+    assert (run / "losses.png").exists()
+    bank = Bank.open(run / "bank")
+    assert bank.tasks == ["colour", "count"]
+    assert bank.scores["matrix"]["unscored"] == untested
+    assert lilora(*command, "--max-steps", 2)[0] == 0, "the same command has nothing left to do"
+    code, out, err = lilora("eval", run, "--tasks", path, "--device", "cpu", "--json")
+    if tested:
+        assert (code, list(json.loads(out))) == (0, ["count"])
+    else:
+        assert (code, "none of the tasks colour, count has a test split" in one_sentence(err)) == (2, True)
 
 
 # --- interruption -------------------------------------------------------------------------------------------------------

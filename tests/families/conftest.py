@@ -1,4 +1,4 @@
-"""`--record FILE` writes the outcome of every cell of the matrix, for README's table."""
+"""`--record FILE` writes the outcome of every cell of the matrix, for the table of docs/families.md."""
 
 import json
 import sys

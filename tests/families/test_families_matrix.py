@@ -1,4 +1,4 @@
-"""Every family can do what a user wants of it, or is refused with a sentence: README's table is the outcome of these tests."""
+"""Every family can do what a user wants of it, or is refused with a sentence: docs/families.md has the outcome of these tests."""
 
 import copy
 import tempfile

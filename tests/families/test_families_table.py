@@ -1,4 +1,4 @@
-"""README's table of families shows the outcome of every cell of the matrix, and no other cell."""
+"""The table of docs/families.md shows the outcome of every cell of the matrix, and no other cell."""
 
 import json
 from pathlib import Path

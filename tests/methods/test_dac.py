@@ -334,7 +334,7 @@ def test_the_orthogonal_loss_and_its_gradient_are_the_formula(old_experts):
         critical = best(layer.choose.counts, CRITICAL)
         wanted = torch.zeros_like(new)
         for task in ("a", "b"):
-            stored = method.learned[task]
+            stored = method.trained[task]
             old, counts = stored[f"{path}.experts.B0"], stored[f"state.{path}.counts"]
             for i in critical:
                 for j in best(counts, CRITICAL) if old_experts == "critical" else range(R):
@@ -364,7 +364,7 @@ def test_a_task_is_merged_as_the_sum_of_its_best_experts(weights, merged):
     for path, layer in method.layers.items():
         wanted = start[path].clone()
         for task in ("a", "b"):
-            stored = method.learned[task]
+            stored = method.trained[task]
             counts, mean = stored[f"state.{path}.counts"], stored[f"state.{path}.weights"]
             assert counts.sum() == 3 * B * ACTIVE
             torch.testing.assert_close(mean.sum(), torch.tensor(R if weights == "binary" else ACTIVE).double())

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lilora.bank.bank import Bank
 from lilora.bank.records import BaseModelId
 from lilora.errors import UserError
+from lilora.reports import analysis_figures
 from lilora.reports import analyze as analysis_module
 from lilora.reports.analyze import DEFINITIONS, analyze, over_pairs, print_analysis, write_analysis
 
@@ -278,19 +279,19 @@ def test_plots_show_the_numbers(released):
     got = analyze(released)
     overlap, redundant = (analysis_module._matrices(got)[part] for part in (slice(2), slice(2, None)))
     for matrices, values in ((overlap, [got.overlap[k] for k in "AB"]), (redundant, list(got.redundant.values()))):
-        panels = analysis_module._heatmaps(TASKS, matrices).axes
+        panels = analysis_figures.heatmaps(TASKS, matrices).axes
         for axes, wanted in zip(panels, values, strict=False):
             texts = [text.get_text() for text in axes.texts]
-            wanted = [
-                [f"{100 * x:.1f}" if i != j else "" for j, x in enumerate(row)] for i, row in enumerate(wanted.mean(0))
-            ]
+            wanted = [[f"{100 * x:.1f}" for j, x in enumerate(row) if i != j] for i, row in enumerate(wanted.mean(0))]
             assert texts == [text for row in wanted for text in row]
-    panels = analysis_module._depth(got).axes
+    spans = [analysis_module._by_span(x) for x in (got.overlap, got.expected)]
+    panels = analysis_figures.depth(got.layers, *spans).axes
     assert [axes.get_title() for axes in panels] == ["model.layers.*.up_proj", "model.projector"]
     a, random, *_ = panels[0].get_lines()
     assert a.get_ydata() == pytest.approx(100 * over_pairs(got.overlap["A"])[:2])
     assert random.get_ydata() == pytest.approx([100 * R / 24] * 2)
-    change, angle = analysis_module._drift_curves(got).axes
+    drift = {factor: values.mean(0) * (100, 100, 1, 1) for factor, values in got.drift.items()}
+    change, angle = analysis_figures.drift_curves(TASKS, drift).axes
     assert [line.get_label() for line in change.get_lines()] == [
         f"{factor} since {since}" for factor in ("A", "B0") for since in ("first", "previous")
     ]

@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from lilora.errors import UserError
+from lilora.methods import METHODS, Stage, make_method
 from lilora.reports.params import account, count, mib
 
 TEXT = {
@@ -93,8 +94,39 @@ def test_a_folder_without_a_usable_config_is_one_sentence(tmp_path, config):
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [(("nothing", 4, 2), "matches no linear layer"), (("0", 0, 2), "r is 0"), (("0", 4, -1), "sub_rank is -1")],
+    [
+        (("nothing", 4, 2), "matches no linear layer"),
+        (("0", 0, 2), "r is 0"),
+        (("0", 4, -1), "sub_rank is -1"),
+        (("0", 4, 5), "sub_rank is 5 and r is 4"),
+    ],
 )
 def test_bad_arguments(arguments, words):
     with pytest.raises(UserError, match=words):
         count(nn.Sequential(nn.Linear(3, 3)), *arguments)
+
+
+SMALL = {"lilora": {"sub_rank": 2}, "moelora": {"experts": 2}, "dac": {"active": 2, "merged": 2, "critical": 2}}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "pclr"])
+def test_what_inference_keeps_is_what_the_methods_tensors_are(name):
+    """By the tensors of a method with one task and with two."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 5)
+            self.config, self.device = {"model_type": "none"}, torch.device("cpu")
+
+        def forward(self, x):
+            return self.down(self.up(x))
+
+    settings = {"r": 4, "target_modules": "up|down"} | SMALL.get(name, {})
+    method = make_method(name, Model(), settings)
+    measured = []
+    for task in ("one", "two"):
+        method.begin(Stage("learn", task), lambda samples, size=None: iter(()))
+        measured.append(method.parameters())
+    once, own = method.inference_parameters(method.read_settings(settings), [(8, 6), (5, 8)])
+    assert measured == [once + own, once + 2 * own]

@@ -9,9 +9,10 @@ from PIL import Image
 from rich.console import Console
 
 from lilora.errors import UserError
-from lilora.reports import report
-from lilora.reports.report import Run, print_tables, write_report
-from lilora.reports.scores import ScoreMatrix
+from lilora.reports import figures
+from lilora.reports.report import print_tables, write_report
+from lilora.reports.runs import Run, by_method, differences
+from lilora.reports.scores import ScoreMatrix, cell_text
 
 TASKS = ["name", "caption", "count"]
 
@@ -47,6 +48,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.tags, self.links, self.pictures, self.cells, self.text = set(), [], [], [], ""
+        self.headers, self.captions = [], 0
         self.in_cell = False
         self.feed(text)
 
@@ -55,6 +57,9 @@ class Page(HTMLParser):
         for name, value in attributes:
             if name in ("src", "href", "srcset"):
                 (self.pictures if tag == "img" else self.links).append(value)
+        if tag == "th":
+            self.headers.append(dict(attributes).get("scope"))
+        self.captions += tag == "caption"
         if tag == "td":
             self.in_cell = True
             self.cells.append("")
@@ -107,6 +112,84 @@ def test_page_shows_every_number(folder, runs):
     assert {"n/a", "1.2 M", "62 s", "1,234,567", "steps 200", "2.13.0"} <= cells
 
 
+def test_tables_have_headers_and_captions_for_screen_readers(folder):
+    html = (folder / "report.html").read_text()
+    page = Page(html)
+    assert set(page.headers) == {"row", "col"}
+    assert page.captions == html.count("<table") > 4
+    assert html.count('<svg class="swatch" aria-hidden="true"') == 4, "the look of a method says nothing to them"
+    assert "prefers-color-scheme: dark" in html
+    assert "width=device-width" in html
+
+
+def with_settings(method, seed, **settings):
+    train = {"learning_rate": settings.pop("learning_rate", 1e-3), "seed": seed, "epochs": 1.0}
+    extra = {
+        "model": "base",
+        "settings": settings,
+        "train": train,
+        "sizes": {"parameters": [1] * 3, "ranks": [seed] * 3},
+    }
+    return Run(method, seed, matrix(np.random.default_rng(0)), extra=extra)
+
+
+def test_settings_that_differ_are_said(tmp_path):
+    compared = [
+        with_settings("lilora", 0, r=64, alpha=128.0, sub_rank=26),
+        with_settings("lilora", 1, r=64, alpha=128.0, sub_rank=26, learning_rate=3e-3),
+        with_settings("lora", 0, r=64, lora_alpha=16.0),
+    ]
+    wanted = {
+        "alpha": {"lilora": "128.0", "lora": "16.0"},
+        "learning_rate": {"lilora": "0.001 (seed 0), 0.003 (seed 1)", "lora": "0.001"},
+    }
+    assert differences(compared) == wanted
+    page = Page(write_report(tmp_path, compared).read_text())
+    assert "Settings that differ" in page.text
+    cells = [cell.strip() for cell in page.cells]
+    assert cells[cells.index("128.0") + 1] == "16.0"
+    console = Console(file=io.StringIO(), width=200)
+    print_tables(compared, console)
+    assert "differs: alpha is 128.0 in lilora, 16.0 in lora" in console.file.getvalue()
+    assert "Settings that differ" not in write_report(tmp_path, compared[:1]).read_text()
+
+
+def test_losses_are_drawn_over_the_steps_of_all_stages_as_the_mean_of_the_seeds(tmp_path):
+    one = {"name": {"warm": [(2, 4.0), (4, 2.0)], "join": [(5, 1.0)]}, "count": {"warm": [(2, 8.0)]}}
+    two = {"name": {"warm": [(1, 8.0), (4, 4.0)], "join": [(5, 3.0)]}}  # resumed: it logged at other steps
+    scores = matrix(np.random.default_rng(0))
+    compared = [Run("a", 0, scores, losses=one), Run("a", 1, scores, losses=two), Run("b", 0, scores)]
+    panels = figures.losses(by_method(compared)).axes
+    line, other = panels[0].get_lines()
+    np.testing.assert_array_equal(line.get_xdata(), [2, 4, 9])
+    np.testing.assert_allclose(line.get_ydata(), [(4 + 20 / 3) / 2, 3, 2])
+    assert len(other.get_xdata()) == 0
+    assert [len(axes.get_lines()[0].get_xdata()) for axes in panels] == [3, 0, 1]
+    page = Page(write_report(tmp_path, compared).read_text())
+    assert "Training loss" in page.text
+    assert (tmp_path / "losses.png").exists()
+    assert "losses" not in json.loads((tmp_path / "metrics.json").read_text())["runs"][0]
+
+
+@pytest.mark.parametrize("unscored", [["caption"], TASKS])
+def test_tasks_without_a_test_split_are_named_and_have_no_column(unscored, tmp_path):
+    scores = ScoreMatrix(TASKS, unscored=unscored)
+    for j, after in enumerate(TASKS):
+        for task in scores.scored(j):
+            scores.set(after, task, 10 * j + 5)
+    curve = {task: {"train": [(1, 2.0)]} for task in TASKS}
+    page = Page(write_report(tmp_path, [Run("a", 0, scores, losses=curve)]).read_text())
+    assert f"trained and not scored: {', '.join(unscored)}." in page.text
+    assert ("Score matrices" in page.text) == (len(unscored) == 1)
+    assert (tmp_path / "curves.png").exists() == (len(unscored) == 1)
+    assert (tmp_path / "losses.png").exists()
+    console = Console(file=io.StringIO(), width=100)
+    print_tables([Run("a", 0, scores)], console)
+    assert f"not scored, for want of a test split: {', '.join(unscored)}" in console.file.getvalue()
+    with pytest.raises(UserError, match="report runs with the same test splits together"):
+        write_report(tmp_path, [Run("a", 0, scores), Run("b", 0, ScoreMatrix(TASKS))])
+
+
 def test_metrics_file_holds_means_spreads_and_runs(folder, runs):
     saved = json.loads((folder / "metrics.json").read_text(), parse_constant=pytest.fail)
     news = [run.matrix.metrics()["New"] for run in runs[:3]]
@@ -119,9 +202,9 @@ def test_metrics_file_holds_means_spreads_and_runs(folder, runs):
 
 
 def test_plots_draw_the_means(runs):
-    lilora, lora = report._by_method(runs)
+    lilora, lora = by_method(runs)
     mean = np.mean([run.matrix.scores() for run in runs[:3]], axis=0)
-    panels = report._curves([lilora, lora]).axes
+    panels = figures.curves([lilora, lora]).axes
     assert [axes.get_title() for axes in panels] == ["1. name", "2. caption", "3. count"]
     for i, axes in enumerate(panels):
         line, other = axes.get_lines()
@@ -129,11 +212,11 @@ def test_plots_draw_the_means(runs):
         np.testing.assert_allclose(line.get_ydata(), mean[i:, i])
         assert (line.get_color(), line.get_marker()) != (other.get_color(), other.get_marker())
     assert np.isnan(panels[0].get_lines()[1].get_ydata()[-1]), "a missing cell leaves a gap"
-    texts = [text.get_text() for text in report._heatmap(lora).axes[0].texts]
-    assert texts == [report.cell_text(lora.scores[j, i]) for j, i in zip(*np.tril_indices(3), strict=True)]
+    texts = [text.get_text() for text in figures.heatmap(lora).axes[0].texts]
+    assert texts == [cell_text(lora.scores[j, i]) for j, i in zip(*np.tril_indices(3), strict=True)]
     assert texts.count("n/a") == 1
     bars = {
-        axes.get_title(): [bar.get_width() for bar in axes.patches] for axes in report._summary([lilora, lora]).axes
+        axes.get_title(): [bar.get_width() for bar in axes.patches] for axes in figures.summary([lilora, lora]).axes
     }
     assert bars["New ↑"] == pytest.approx([lilora.metrics["New"].mean, lora.metrics["New"].mean])
 

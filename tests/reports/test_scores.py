@@ -151,7 +151,7 @@ def test_scores_returns_a_copy(case):
     "call, words",
     [
         (lambda m: m.set("a", "z", 1), "unknown task 'z'; the tasks are a, b"),
-        (lambda m: m.set("a", "b", 1), "b is learned after a"),
+        (lambda m: m.set("a", "b", 1), "b is trained after a"),
         (lambda m: m.set("b", "a", 100.1), "the score of a after b is 100.1"),
         (lambda m: m.set("b", "a", math.nan), "the score of a after b is nan"),
         (lambda m: m.set("b", "a", 1, 50), "the format share of a is 50"),
@@ -213,3 +213,45 @@ def test_without_a_task_the_other_cells_stay_as_they_are():
     assert (rest.get("b", "b"), rest.get("c", "b"), rest.carried_from("b", "b")) == (20, 20, None)
     assert rest.missing() == [("b", "c"), ("c", "c")]
     assert ScoreMatrix(["a"]).without("a") is None
+
+
+def test_a_task_without_a_test_split_is_a_stage_and_no_column():
+    tasks = ["a", "b", "c", "d"]
+    cells = {("a", "a"): 90, ("b", "a"): 80, ("c", "a"): 70, ("c", "c"): 60, ("d", "a"): 50, ("d", "c"): 40}
+    matrix = ScoreMatrix(tasks, unscored=["d", "b"])
+    assert (matrix.unscored, matrix.columns) == (["b", "d"], ["a", "c"])
+    assert [matrix.scored(j) for j in range(4)] == [["a"], ["a"], ["a", "c"], ["a", "c"]]
+    for (after, task), score in cells.items():
+        assert (after, task) in matrix.missing()
+        matrix.set(after, task, score)
+    assert matrix.missing() == []
+    got = matrix.metrics()
+    assert math.isnan(got.pop("MIF"))
+    assert got == {
+        "AP": 45,
+        "MAP": np.mean([90, 80, 65, 45]),
+        "BWT": -30,
+        "Forgetting": 30,
+        "Forgetting_max": 30,
+        "New": 75,
+    }
+    assert ScoreMatrix.from_dict(json.loads(json.dumps(matrix.to_dict()))).to_dict() == matrix.to_dict()
+    assert matrix.without("a").unscored == ["b", "d"]
+    assert matrix.markdown().splitlines()[0] == "| after | a | c |"
+    with pytest.raises(UserError, match="b has no test split"):
+        matrix.set("b", "b", 1)
+
+
+@pytest.mark.parametrize(
+    "tasks, unscored, causes",
+    [
+        (["a", "b"], ["a", "b"], {"AP": "AP needs a task with a test split, this run has none"}),
+        (["a", "b"], ["a"], {"BWT": "BWT needs a task with a test split before the last task, this run has none"}),
+    ],
+)
+def test_metrics_without_a_scored_task_say_so(tasks, unscored, causes):
+    matrix = ScoreMatrix(tasks, unscored=unscored)
+    for j, after in enumerate(tasks):
+        for task in matrix.scored(j):
+            matrix.set(after, task, 50)
+    assert matrix.undefined().items() >= causes.items()

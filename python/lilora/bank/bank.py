@@ -100,7 +100,7 @@ class Bank:
 
     @property
     def routed(self) -> list[str]:
-        """The tasks that a router has learned, in training order."""
+        """The tasks that a router has statistics of, in training order."""
         return [task.name for task in self._index.tasks if task.router]
 
     @property
@@ -137,7 +137,7 @@ class Bank:
         task: for every adapted linear at module path p, `p.U` [N, S], `p.V` [S, R] and `p.fusion` [1]; layers without
             fusion leave the last out everywhere, and a plain LoRA, which is its A and B0 alone, has no tensors here.
         shared: `p.A` [R, K] and `p.B0` [N, R] of the same linears; a set the bank already has is not stored again.
-            Tensors named `state.*` are a method's own, of any shape.
+        Tensors named `state.*`, in both, are a method's own, of any shape; they may be all that there is.
         Tensors are bfloat16, float16 or float32, on any device; they are stored as they are. info: any JSON object.
         replaces: from now on `shared` serves the earlier tasks too, and the sets that they were added with go.
 
@@ -201,7 +201,7 @@ class Bank:
         return self._of_one_state(load)
 
     def set_router(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Store what a router has learned of a task, in place of what is stored; it goes with the task.
+        """Store a router's statistics of a task, in place of what is stored; it goes with the task.
 
         tensors: of any names and shapes, bfloat16, float16 or float32.
 
@@ -211,7 +211,7 @@ class Bank:
         with self.writing() as index:
             self._task(name)
             if not tensors:
-                raise UserError(f"router of task {name!r} has no tensors; pass what TaskRouter.learn gives")
+                raise UserError(f"router of task {name!r} has no tensors; pass what TaskRouter.fit returns")
             _check_dtypes(name, "router", tensors)
             tensors = _on_cpu(tensors)
             records = records_of(tensors)

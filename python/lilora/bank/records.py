@@ -207,8 +207,11 @@ def check_name(name: str, taken: Iterable[str]) -> None:
 
 
 def check_tensors(task_name: str, task: Shaped, shared: Shaped) -> None:
-    shared = {name: tensor for name, tensor in shared.items() if not name.startswith("state.")}
+    given = task.keys() | shared.keys()
+    task, shared = ({n: t for n, t in tensors.items() if not n.startswith("state.")} for tensors in (task, shared))
     modules = {name.rpartition(".")[0] for name in shared}
+    if given and not task and not shared:
+        return
     if not modules:
         raise UserError(f"task {task_name!r} has no shared tensors; pass `<module path>.A` and `.B0` of every linear")
     fused = any(name.endswith(".fusion") for name in task)

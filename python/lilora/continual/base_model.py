@@ -79,7 +79,7 @@ def load_bank(
     settings = train_settings(bank)
     if not bank.tasks:
         raise UserError(f"{path} holds no learned task yet; train first")
-    if answers and not kind_of(bank.config).writes:
+    if answers and not kind_of(bank.config).answers:
         raise UserError(f"{path} has learned to classify images and writes no text; use lilora eval")
     if wanted is not None and wanted not in bank.tasks:
         raise UserError(f"task {wanted!r} is unknown; {path} has {', '.join(bank.tasks)}")

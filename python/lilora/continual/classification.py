@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from lilora.errors import UserError
 
 from .images import check_images
-from .records import read_json, read_records
+from .records import Records, read_json
 from .task_sequence import Manifest, Split
 
 _SHOTS_SEED = 0
@@ -155,7 +155,7 @@ def _read(spec: ImageTask, source: Path) -> list[tuple[Path, str]]:
         folders = sorted(entry for entry in source.iterdir() if entry.is_dir())
         found = [(p, folder.name) for folder in folders for p in sorted(folder.iterdir()) if p.suffix.lower() in kinds]
     else:
-        records = read_records(source, _Record, where, "a list of {image, label}, nor a folder with a folder per class")
+        records = Records(source, _Record, f"task {spec.name!r}", "{image, label}")
         found = [(spec.images / record.image, str(record.label)) for record in records]
     if not found:
         raise UserError(f"{where} has no images; add some or take the task out of the manifest.")

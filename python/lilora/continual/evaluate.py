@@ -1,18 +1,22 @@
 """Answers to the test samples of several tasks, in mixed batches where the method can, and their scores."""
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.progress import Progress
 
+from lilora.bank.atomic import write_atomically
 from lilora.continual import processes
+from lilora.errors import UserError
 from lilora.methods import Method
 from lilora.methods.lora import evaluating
 
 from .collator import Collator
-from .instructions import InstructionDataset, Sample, TaskSpec
+from .instructions import Sample, TaskSpec, instruction_data
 from .scorers import scorer
 from .task_identification import TaskRouter
 
@@ -49,13 +53,14 @@ class RoutedScore:
 def evaluate(
     method: Method, processor, tasks: Sequence[TaskSpec], batch_size: int, progress: Progress | None = None
 ) -> list[TaskScore]:
-    """Score the tasks' test samples by greedy generation with the task given.
+    """Score the test samples of the tasks that have some, by greedy generation with the task given.
 
     A method that can route takes all tasks in the same batches, in turn one sample of each; another one batch of one task
     after the other. Several processes take turns with the batches, and all get all answers. Batch size, mixing and
     processes change nothing but rounding.
     """
-    samples = {spec.name: InstructionDataset(spec, "test").samples for spec in tasks}
+    tasks = with_test(tasks)
+    samples = {spec.name: instruction_data(spec, "test") for spec in tasks}
     requests = in_turn(samples)
     answers: dict[str, list[dict[str, str]]] = {name: [] for name in samples}
     predictions = answers_to(method, processor, requests, limits_of(tasks), batch_size, progress)
@@ -78,13 +83,10 @@ def evaluate_routed(
 
     given: their scores with the task given. A sample keeps its answer from there if its task is routed.
     """
-    samples = {spec.name: InstructionDataset(spec, "test").samples for spec in tasks}
+    tasks = with_test(tasks)
+    samples = {spec.name: instruction_data(spec, "test") for spec in tasks}
     requests = [(name, sample) for name, own in samples.items() for sample in own]
-    collator = Collator(processor, {name: i for i, name in enumerate(samples)}, train=False)
-    starts = range(0, len(requests), batch_size)
-    routed: list[str] = []
-    for start in starts if progress is None else progress.track(starts, description="routing"):
-        routed += router.route(collator(requests[start : start + batch_size]))
+    routed = identify(router, processor, [sample for _, sample in requests], batch_size, progress)
     answers = [answer for result in given for answer in result.answers]
     misrouted = [i for i, (name, _) in enumerate(requests) if routed[i] != name]
     again = [(routed[i], requests[i][1]) for i in misrouted]
@@ -98,6 +100,29 @@ def evaluate_routed(
         results.append(RoutedScore(result, rescored, dict(Counter(routed[own]))))
         start = own.stop
     return results
+
+
+def identify(
+    router: TaskRouter, processor, samples: Sequence[Sample], batch_size: int, progress: Progress | None
+) -> list[str]:
+    """The task that the router finds for each sample."""
+    collator = Collator(processor, {"": 0}, train=False)
+    starts = range(0, len(samples), batch_size)
+    routed: list[str] = []
+    for start in starts if progress is None else progress.track(starts, description="routing"):
+        routed += router.route(collator([("", sample) for sample in samples[start : start + batch_size]]))
+    return routed
+
+
+def with_test(tasks: Sequence[TaskSpec]) -> list[TaskSpec]:
+    """The tasks that have a test split; UserError if none has."""
+    scored = [spec for spec in tasks if spec.test is not None]
+    if not scored:
+        raise UserError(
+            f"none of the tasks {', '.join(spec.name for spec in tasks)} has a test split; add the key test to one in the "
+            "manifest"
+        )
+    return scored
 
 
 def limits_of(tasks: Sequence[TaskSpec]) -> dict[str, int]:
@@ -138,7 +163,13 @@ def answers_to(
     return answers
 
 
-def in_turn(samples: dict[str, list[Sample]]) -> list[tuple[str, Sample]]:
+def write_answers(path: Path, answers: Sequence[dict[str, str]]) -> None:
+    """One JSON object {"id", "answer", "reference"} per line."""
+    lines = "\n".join(json.dumps(answer, ensure_ascii=False) for answer in answers)
+    write_atomically(path, (lines + "\n").encode())
+
+
+def in_turn(samples: Mapping[str, Sequence[Sample]]) -> list[tuple[str, Sample]]:
     """One sample of each task after the other, until all are used."""
     longest = max(map(len, samples.values()))
     return [(name, own[i]) for i in range(longest) for name, own in samples.items() if i < len(own)]
@@ -175,7 +206,7 @@ def before_any(stops: list[int], tokens: list[int]) -> list[int]:
     return tokens[: next((i for i, token in enumerate(tokens) if token in stops), None)]
 
 
-def score(spec: TaskSpec, samples: list[Sample], answers: list[dict[str, str]]) -> TaskScore:
+def score(spec: TaskSpec, samples: Iterable[Sample], answers: list[dict[str, str]]) -> TaskScore:
     """Mean score of the answers, given in the order of the samples."""
     judge = scorer(spec.scorer)
     points = [judge(a["answer"], list(s.answers)) for a, s in zip(answers, samples, strict=True)]

@@ -1,10 +1,12 @@
 """Images as models are shown them: upright, RGB, 8 bits a channel."""
 
+import io
 import os
 import struct
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -18,7 +20,17 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF"
 _OPENED_UP_FRONT = 2_000
 
 
-def open_image(path: Path) -> Image.Image:
+class EmbeddedImage(NamedTuple):
+    """An image whose file is a part of its record."""
+
+    name: str  # in print
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def open_image(path: Path | EmbeddedImage) -> Image.Image:
     """The image at `path` as RGB, as transformers' `load_image` reads it: turned as its EXIF orientation says.
 
     Grey images of 16 bits are scaled to 8, with one warning; a file's format is found from its content, not its name.
@@ -27,8 +39,9 @@ def open_image(path: Path) -> Image.Image:
     or holds numbers that say nothing of brightness: 32 bits a pixel, whole or with a point.
     """
     Image.init()
+    file = io.BytesIO(path.content) if isinstance(path, EmbeddedImage) else path
     try:
-        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
             if limit is not None and pixels > limit:
                 raise UserError(
@@ -43,7 +56,7 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"image {path} cannot be opened ({error}); replace it.") from error
 
 
-def _eight_bits(image: Image.Image, format: str, path: Path) -> Image.Image:
+def _eight_bits(image: Image.Image, format: str, path: Path | EmbeddedImage) -> Image.Image:
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and format in ("PNG", "PPM"))  # which Pillow widens
     if sixteen:
         warnings.warn("images of 16 bits are scaled to the 8 that models are shown", stacklevel=2)
@@ -56,12 +69,21 @@ def _eight_bits(image: Image.Image, format: str, path: Path) -> Image.Image:
     return image
 
 
-def check_images(images: Iterable[Path], where: str) -> None:
-    """Raise UserError at the first image that is missing or, if there are not very many, cannot be opened."""
-    images = dict.fromkeys(images)
+def check_images(images: Iterable[Path | EmbeddedImage], where: str) -> None:
+    """Raise UserError at the first image that is missing or, if there are not very many, cannot be opened.
+
+    Of embedded images the first ones are opened.
+    """
+    paths, embedded = {}, 0
     for image in images:
-        if not os.path.isfile(image):
-            raise UserError(f"{where}: image {image} is missing; add it or pass its folder with --data.")
-    if len(images) <= _OPENED_UP_FRONT:
-        for image in images:
+        if isinstance(image, EmbeddedImage):
+            embedded += 1
+            if embedded <= _OPENED_UP_FRONT:
+                open_image(image)
+        elif image not in paths:
+            paths[image] = None
+            if not os.path.isfile(image):
+                raise UserError(f"{where}: image {image} is missing; add it or pass its folder with --data.")
+    if len(paths) <= _OPENED_UP_FRONT:
+        for image in paths:
             open_image(image)

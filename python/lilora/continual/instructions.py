@@ -1,18 +1,21 @@
 """Tasks of instruction and answer: their part of a manifest, and the samples of their files."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal, Self
 
 import regex
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch.utils.data import Dataset
 
 from lilora.errors import UserError
 
-from .images import check_images
-from .records import InstructionRecord, read_records
+from .images import EmbeddedImage, check_images
+from .records import InstructionRecord, Records
 from .scorers import scorer
 from .task_sequence import Manifest, Split
 
@@ -20,17 +23,18 @@ from .task_sequence import Manifest, Split
 class TaskSpec(BaseModel):
     """One task: its files, what is said to the model, and how an answer is judged.
 
-    `instruction` follows every question, on a new line. `answer_format` is a regular expression that an answer in the
-    instructed format matches in full. Paths are relative to the manifest's `data` until `load_manifest` resolves them.
+    A task without `test` is trained and not scored, and needs no scorer. `instruction` follows every question, on a new
+    line. `answer_format` is a regular expression that an answer in the instructed format matches in full. Paths are relative
+    to the manifest's `data` until `load_manifest` resolves them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     train: Path
-    test: Path
+    test: Path | None = None
     images: Path = Path()
-    scorer: str
+    scorer: str | None = None
     instruction: str = ""
     answer_format: str | None = None
     max_new_tokens: int = Field(16, gt=0)
@@ -44,6 +48,16 @@ class TaskSpec(BaseModel):
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return pattern
 
+    @model_validator(mode="after")
+    def _judged(self) -> Self:
+        if self.test is not None and self.scorer is None:
+            raise ValueError("a task with test wants the key scorer")
+        return self
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        return ("train",) if self.test is None else ("train", "test")
+
     def in_format(self, answer: str) -> bool:
         """Whether the whole answer matches `answer_format`; UserError when that takes more than a second."""
         try:
@@ -56,23 +70,33 @@ class TaskSpec(BaseModel):
 
     def located(self, folder: Path) -> Self:
         """With the paths under `folder`."""
-        return self.model_copy(update={key: folder / getattr(self, key) for key in ("train", "test", "images")})
+        return self.model_copy(update={key: folder / getattr(self, key) for key in (*self.splits, "images")})
 
     def check(self) -> None:
         """Raise UserError for an unknown scorer or one that no test answer suits, a missing or broken file, a split without
         samples, a missing image."""
-        try:
-            judge = scorer(self.scorer)
-        except UserError as error:
-            raise UserError(f"task {self.name!r}: {error}") from error
-        for split in ("train", "test"):
-            data = InstructionDataset(self, split)
-            data.check_images()
-        if not any(judge(sample.answers[0], list(sample.answers)) for sample in data.samples):
+        with self._named():
+            judge = None if self.scorer is None else scorer(self.scorer)
+        for split in self.splits:
+            data = instruction_data(self, split)
+            check_images(data.images(), f"task {self.name!r}: {getattr(self, split)}")
+        if self.test is None:
+            return
+        with self._named():
+            suits = any(judge(sample.answers[0], list(sample.answers)) for sample in data)
+        if not suits:
             raise UserError(
                 f"task {self.name!r}: scorer {self.scorer!r} gives 0 even to the references themselves, such as "
-                f"{data.samples[0].answers[0][:80]!r} in {self.test}; choose another scorer."
+                f"{data[0].answers[0][:80]!r} in {self.test}; choose another scorer."
             )
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Let a UserError say which task it is of."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"task {self.name!r}: {error}") from error
 
 
 class TaskManifest(Manifest):
@@ -91,7 +115,7 @@ class Sample:
     """
 
     id: str
-    images: tuple[Path, ...]
+    images: tuple[Path | EmbeddedImage, ...]
     question: str
     answers: tuple[str, ...]
     history: tuple[tuple[str, str], ...] = ()
@@ -100,11 +124,12 @@ class Sample:
 
 
 class InstructionDataset(Dataset):
-    """The samples of one split of a task, from LLaVA's instruction format.
+    """The samples of one split of a task, from LLaVA's instruction format; one at a time is made when it is asked for.
 
-    The file is a JSON list, or JSON lines, or parquet, of `{id, image, conversations: [{from: human | gpt, value}, ...]}`
-    with `image` a path under `spec.images`, a list of paths, empty or absent. `{images, messages: [{role: user | assistant,
-    content}, ...]}` says the same, with contents as strings or as lists of parts, which may hold the images' paths.
+    The file is a JSON list, JSON lines, parquet, or a folder that `datasets` wrote, of `{id, image, conversations: [{from:
+    human | gpt, value}, ...]}` with `image` a path under `spec.images`, a list of paths, empty or absent; `datasets` may
+    store the images themselves. `{images, messages: [{role: user | assistant, content}, ...]}` says the same, with contents
+    as strings or as lists of parts, which may hold the images' paths.
 
     A human turn is a question, which the task's instruction follows; the gpt turn after it is its answer. A record of
     several questions is one sample, a conversation: training teaches all of its answers, as LLaVA's does, and evaluation
@@ -114,68 +139,94 @@ class InstructionDataset(Dataset):
     many as images, all come with the first.
 
     Raises UserError when the file is missing or broken or has no samples, and when human and gpt do not take turns.
+
+    first: of each make of sample the index of its first: (with images, of several turns, with a system turn) -> index.
     """
 
     def __init__(self, spec: TaskSpec, split: Split):
         self.spec = spec
         self.split = split
-        path = getattr(spec, split)
-        self._where = f"task {spec.name!r}: {path}"
-        records = read_records(path, InstructionRecord, self._where, "a list of LLaVA instruction records")
-        if not records:
+        self._where = f"task {spec.name!r}: {getattr(spec, split)}"
+        self._records = _records(spec, split)
+        if not self._records:
             raise UserError(f"{self._where} has no samples; add some or take the task out of the manifest.")
-        self.samples = [self._sample(record, number) for number, record in enumerate(records)]
+        self.first: dict[tuple[bool, bool, bool], int] = {}
+        for index, sample in enumerate(self):
+            self.first.setdefault((bool(sample.images), bool(sample.history), bool(sample.system)), index)
 
     def _sample(self, record: InstructionRecord, number: int) -> Sample:
         name = str(number if record.id is None else record.id)
-        where = f"{self._where}: sample {name!r}"
+
+        def wrong(what: str) -> UserError:
+            return UserError(f"{self._where}: {self._records.file.place(number)}: sample {name!r} {what}")
+
         turns, system = record.turns, ""
         if turns and turns[0][0] == "system":
             system = turns.pop(0)[1]
         if turns and turns[0][0] == "gpt":
             del turns[0]
         if not turns:
-            raise UserError(f"{where} has no human turn; add the question.")
-        for number, (speaker, _) in enumerate(turns):
-            wanted = ("human", "gpt")[number % 2]
+            raise wrong("has no human turn; add the question.")
+        for turn, (speaker, _) in enumerate(turns):
+            wanted = ("human", "gpt")[turn % 2]
             if speaker != wanted:
-                raise UserError(
-                    f"{where}: turn number {number + 1} of human and gpt is from {speaker!r} where {wanted!r} is wanted; "
+                raise wrong(
+                    f"is wrong: turn number {turn + 1} of human and gpt is from {speaker!r} where {wanted!r} is wanted; "
                     "let them take turns, a system turn ahead."
                 )
-        questions, said = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
+        questions, replies = [text for _, text in turns[::2]], [text for _, text in turns[1::2]]
         answers = list(record.answers)
-        if len(said) == len(questions):
-            if said[-1] in answers:
-                answers.remove(said[-1])
-            answers.insert(0, said.pop())
+        if len(replies) == len(questions):
+            if replies[-1] in answers:
+                answers.remove(replies[-1])
+            answers.insert(0, replies.pop())
         if not answers:
-            raise UserError(f"{where} has no gpt turn behind its last question and no answers; add one.")
-        names = record.images
+            raise wrong("has no gpt turn behind its last question and no answers; add one.")
+        images = record.images
         marks = tuple(question.count("<image>") for question in questions)
-        if any(marks[1:]) and sum(marks) != len(names):
-            raise UserError(
-                f"{where} has {len(names)} images and {sum(marks)} marks <image>; mark each where it comes."
-            )
+        if any(marks[1:]) and sum(marks) != len(images):
+            raise wrong(f"has {len(images)} images and {sum(marks)} marks <image>; mark each where it comes.")
         *earlier, question = (
             "\n".join(filter(None, (q.replace("<image>", "").strip(), self.spec.instruction))) for q in questions
         )
         return Sample(
             id=name,
-            images=tuple(self.spec.images / name for name in names),
+            images=tuple(
+                EmbeddedImage(f"{i + 1} of sample {name!r} in {getattr(self.spec, self.split)}", image)
+                if isinstance(image, bytes)
+                else self.spec.images / image
+                for i, image in enumerate(images)
+            ),
             question=question,
             answers=tuple(answers),
-            history=tuple(zip(earlier, said, strict=True)),
+            history=tuple(zip(earlier, replies, strict=True)),
             system=system,
             images_ahead=marks if any(marks[1:]) else (),
         )
 
-    def check_images(self) -> None:
-        """Raise UserError at the first image that is missing or, in all but very large splits, cannot be opened."""
-        check_images([image for sample in self.samples for image in sample.images], self._where)
+    def images(self) -> Iterator[Path | EmbeddedImage]:
+        """The images of all samples, one after another."""
+        return (image for sample in self for image in sample.images)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
+        return self._sample(self._records[index], index)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self._sample, self._records, range(len(self)))
+
+
+def instruction_data(spec: TaskSpec, split: Split) -> InstructionDataset:
+    """The samples of one split of a task; a file that does not change is checked once in a process."""
+    return _checked(spec, split, _records(spec, split).file)
+
+
+def _records(spec: TaskSpec, split: Split) -> Records[InstructionRecord]:
+    return Records(getattr(spec, split), InstructionRecord, f"task {spec.name!r}", "LLaVA instruction record")
+
+
+@cache
+def _checked(spec: TaskSpec, split: Split, file: object) -> InstructionDataset:
+    return InstructionDataset(spec, split)

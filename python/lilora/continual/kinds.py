@@ -11,9 +11,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lilora.continual import clip, evaluate, text_models
 from lilora.errors import UserError
+from lilora.methods import METHODS, Method
 
 from .collator import Collator
-from .instructions import InstructionDataset, TaskSpec
+from .instructions import InstructionDataset, TaskSpec, instruction_data
 
 Collate = Callable[[list], dict[str, Tensor]]
 
@@ -24,9 +25,9 @@ class Kind:
     check(task, processor): raises UserError where the processor cannot make batches of the task's samples.
     training_data(task, processor): the samples, and what makes a batch of them. evaluate(method, processor, tasks,
     batch_size, progress): the tasks' scores; evaluate_routed(method, processor, router, tasks, those scores, batch_size,
-    progress): the same without the task. pipeline, auto_class: what the hub and transformers call such models. writes:
-    whether the model answers in text. unseen: whether stages score the tasks that come later too. methods: those that can
-    train on such tasks, None for all. one_process_reason: why several processes cannot train on them together.
+    progress): the same without the task. pipeline, auto_class: what the hub and transformers call such models. unseen:
+    whether stages score the tasks that come later too. answers: whether samples have answers in tokens, which the model
+    writes, as some methods want. one_process_reason: why several processes cannot train on them together.
     """
 
     load: Callable[[str, torch.dtype | str], tuple[nn.Module, Any]]
@@ -36,16 +37,15 @@ class Kind:
     evaluate_routed: Callable[..., list[evaluate.RoutedScore]]
     pipeline: str
     auto_class: str
-    writes: bool = True
     unseen: bool = False
-    methods: tuple[str, ...] | None = None
+    answers: bool = True
     one_process_reason: str | None = None
 
-    def check_method(self, method: str) -> None:
-        if self.methods is not None and method not in self.methods:
-            raise UserError(
-                f"--method {method} cannot learn tasks of this kind of manifest; choose one of {', '.join(self.methods)}"
-            )
+    def check_method(self, method: type[Method]) -> None:
+        """UserError for a method that cannot train such tasks."""
+        if method.answers_only and not self.answers:
+            fit = ", ".join(name for name, other in METHODS.items() if not other.answers_only)
+            raise UserError(f"--method {method.name} cannot learn tasks of this kind of manifest; choose one of {fit}")
 
 
 def load_multimodal(model: str, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
@@ -63,11 +63,11 @@ def load_text(model: str, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
 
 def check_instructions(spec: TaskSpec, processor) -> None:
     """Make a batch of the first sample of each make: with images or without, of several turns or one, with a system turn."""
-    for split in ("train", "test"):
+    for split in spec.splits:
         collator = Collator(processor, {spec.name: 0}, train=split == "train")
-        samples = InstructionDataset(spec, split).samples
-        for sample in {(bool(s.images), bool(s.history), bool(s.system)): s for s in reversed(samples)}.values():
-            collator([(spec.name, sample)])
+        data = instruction_data(spec, split)
+        for index in data.first.values():
+            collator([(spec.name, data[index])])
 
 
 def instructions(spec: TaskSpec, processor) -> tuple[InstructionDataset, Collate]:
@@ -78,14 +78,13 @@ def instructions(spec: TaskSpec, processor) -> tuple[InstructionDataset, Collate
         inputs.pop("task_ids")  # all of one task
         return inputs
 
-    return InstructionDataset(spec, "train"), collate
+    return instruction_data(spec, "train"), collate
 
 
 _ANSWERS = check_instructions, instructions, evaluate.evaluate, evaluate.evaluate_routed
 KINDS = {
     "instruction": Kind(load_multimodal, *_ANSWERS, "image-text-to-text", "AutoModelForImageTextToText"),
     "text": Kind(load_text, *_ANSWERS, "text-generation", "AutoModelForCausalLM"),
-    # The losses of the other methods are made of the tokens of answers.
     "classification": Kind(
         clip.load,
         lambda spec, processor: None,
@@ -94,9 +93,8 @@ KINDS = {
         clip.evaluate_routed,
         "zero-shot-image-classification",
         "AutoModel",
-        writes=False,
         unseen=True,
-        methods=("lilora", "dac", "lora", "dirlora", "olora", "moelora"),
+        answers=False,
         one_process_reason="their loss compares all pairs of a batch",
     ),
 }

@@ -1,6 +1,9 @@
 """Reading a manifest: a sequence of tasks, in YAML."""
 
 import difflib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
@@ -23,6 +26,7 @@ def load_manifest(path: str | Path, order: list[str] | None = None, data: str | 
     A key `kind` of the manifest says what its tasks are: `instruction`, a TaskManifest, where it is left out, or
     `classification`, a ClassificationManifest. The returned manifest holds absolute paths: `data` and `model` (when it
     starts with `.` or `/`; otherwise it is a model id) are relative to the manifest's folder, the tasks' files to `data`.
+    A scorer `module:function` may lie in a file beside the manifest.
     An argument `data` replaces the manifest's folder of data. `order` names the tasks to run, in that order.
 
     Raises UserError for a key or name that is not allowed, an unknown scorer, a missing or broken file, a task without
@@ -35,12 +39,23 @@ def load_manifest(path: str | Path, order: list[str] | None = None, data: str | 
     root = path.resolve().parent
     folder = Path(data).resolve() if data is not None else (root / manifest.data).resolve()
     tasks = [task.located(folder) for task in tasks]
-    for task in tasks:
-        task.check()
+    with importable(root):
+        for task in tasks:
+            task.check()
     model = manifest.model
     if model is not None and model.startswith((".", "/")):
         model = str((root / model).resolve())
     return manifest.model_copy(update={"tasks": tasks, "data": folder, "model": model})
+
+
+@contextmanager
+def importable(folder: Path) -> Iterator[None]:
+    """Let modules be imported from a folder, behind all others of their names."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def _parse(path: Path) -> Manifest:
@@ -66,6 +81,8 @@ def _first_problem(error: ValidationError, manifest: type[Manifest]) -> str:
     in_task = len(location) > 1 and location[0] == "tasks"
     place = f" of task number {location[1] + 1}" if in_task else ""
     within = location[2:] if in_task else location
+    if not within and problem["type"] == "value_error":
+        return f"the manifest{place} is wrong: {problem['msg'].removeprefix('Value error, ')}; add it."
     if not within:
         return f"the manifest{place} is wrong: it must be a mapping of keys to values; correct it."
     key = within[0]

@@ -32,8 +32,10 @@ def export_tasks(bank: Bank, task: str | None, out: Path, form: str = "lora") ->
     """
     train_settings(bank)
     method = METHODS[bank.config["method"]]
-    if form == "lilora" and method.name != "lilora":
-        raise UserError(f"--format lilora is for tasks of method lilora and {bank.path} is of {method.name}; use lora")
+    if form == "lilora" and not method.peft_adapters:
+        raise UserError(
+            f"--format lilora: tasks of {method.name}, as in {bank.path}, are no adapters of PEFT's LILORA; use lora"
+        )
     one = task is not None or not method.needs_task
     names = [chosen_task(bank, task)] if one else bank.tasks
     base, auto_class = bank.base_model.id, kind_of(bank.config).auto_class
@@ -77,7 +79,7 @@ def merge_task(bank: Bank, task: str | None, out: Path, model: str | None = None
             raise UserError(
                 f"{bank.path} adapts what {model} does not have ({error}); restore it from a copy"
             ) from error
-        if kind_of(bank.config).writes:
+        if kind_of(bank.config).answers:
             stops = Collator(processor, {}, train=False).stops(base)
             base.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
         architectures = base.config.architectures
@@ -150,8 +152,9 @@ def card(
         "Use": use,
         "Tasks": "\n".join(["| task | parameters of its own | shared factors |", "|---|--:|---|", *rows]),
     }
-    if bank.scores:
-        sections["Scores"] = f"{ScoreMatrix.from_dict(bank.scores['matrix']).markdown()}\n\nPoints from 0 to 100."
+    matrix = ScoreMatrix.from_dict(bank.scores["matrix"]) if bank.scores else None
+    if matrix is not None and matrix.columns:
+        sections["Scores"] = f"{matrix.markdown()}\n\nPoints from 0 to 100."
     sections["Settings"] = f"```json\n{json.dumps(told, indent=2)}\n```"
     write_card(
         folder,

@@ -1,16 +1,19 @@
 """What a bank records of its run, read back with its types: anyone may have written it."""
 
-from typing import Any, Literal, Self
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from lilora.bank.bank import Bank
 from lilora.errors import UserError
 from lilora.methods import METHODS
 from lilora.methods.settings import Settings
+from lilora.registry import Registry
 from lilora.reports.scores import ScoreMatrix
 
 from .kinds import KINDS
+from .task_identification import TASK_IDENTIFIERS, NearestCentroid
 
 
 class TrainSettings(Settings):
@@ -43,14 +46,23 @@ class _Record(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
+def _known(parts: Registry) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        parts.find(name)
+        return name
+
+    return check
+
+
 class _Config(_Record):
-    method: Literal[tuple(METHODS)]
+    method: Annotated[str, AfterValidator(_known(METHODS))]
     settings: dict[str, JsonValue] = {}
     train: dict[str, JsonValue] = {}
     kind: Literal[tuple(KINDS)] = "instruction"  # earlier versions knew but one, and did not name it
     model: str = ""
     manifest: str = ""
     label: str | None = None
+    task_identifier: Annotated[str, AfterValidator(_known(TASK_IDENTIFIERS))] = NearestCentroid.name
 
 
 class _Info(_Record):
@@ -59,6 +71,7 @@ class _Info(_Record):
     parameters: int | None = Field(None, ge=0, lt=2**63)
     ranks: int | None = Field(None, ge=0, lt=2**63)
     seconds: float | None = Field(None, ge=0)
+    losses: dict[str, list[tuple[int, float]]] = {}  # by stage: (step, mean loss since the entry before)
 
 
 class _Scores(_Record):

@@ -1,13 +1,15 @@
-"""Records of data sets, as JSON, JSON lines or parquet: instructions in LLaVA's format and in those of its relatives."""
+"""Records of data sets: instructions in LLaVA's format and in those of its relatives."""
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pydantic import AliasChoices, BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from lilora.errors import UserError
+
+from .record_files import record_file
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -16,6 +18,13 @@ _SPEAKERS = {"user": "human", "assistant": "gpt", "chatgpt": "gpt", "model": "gp
 
 class _ImageUrl(BaseModel):
     url: str
+
+
+class StoredImage(BaseModel):
+    """An image as `datasets` stores it: the bytes of its file, or its path."""
+
+    content: bytes | None = Field(None, validation_alias="bytes")
+    path: str | None = None
 
 
 class _Part(BaseModel):
@@ -58,6 +67,9 @@ class Turn(BaseModel):
         return [part.image.url if isinstance(part.image, _ImageUrl) else part.image or "" for part in parts]
 
 
+Picture = str | StoredImage
+
+
 class InstructionRecord(BaseModel):
     """`{id, image, system, conversations: [{from, value}, ...], answers}` as LLaVA has it, all but conversations optional.
 
@@ -66,7 +78,7 @@ class InstructionRecord(BaseModel):
     """
 
     id: str | int | None = None
-    image: str | list[str] | None = Field(None, validation_alias=AliasChoices("image", "images"))
+    image: Picture | list[Picture] | None = Field(None, validation_alias=AliasChoices("image", "images"))
     system: str = ""
     conversations: list[Turn] = Field(validation_alias=AliasChoices("conversations", "messages"))
     answers: list[str] = []
@@ -79,11 +91,12 @@ class InstructionRecord(BaseModel):
         return self
 
     @property
-    def images(self) -> list[str]:
-        """Paths: the record's own, or those of its turns."""
-        own = [self.image] if isinstance(self.image, str) else self.image or []
+    def images(self) -> list[str | bytes]:
+        """Paths, or the content of files: the record's own, or those of its turns."""
+        own = self.image if isinstance(self.image, list) else [self.image]
+        own = [(image.content or image.path) if isinstance(image, StoredImage) else image for image in own]
         inner = [path for turn in self.conversations for path in turn.images]
-        return [path for path in own if path] or [path for path in inner if path]
+        return [image for image in own if image] or [path for path in inner if path]
 
     @property
     def turns(self) -> list[tuple[str, str]]:
@@ -92,67 +105,54 @@ class InstructionRecord(BaseModel):
         return [("system", self.system), *turns] if self.system else turns
 
 
-def read_records(path: Path, kind: type[Model], where: str, what: str) -> list[Model]:
-    """The records of a file: a JSON list, JSON lines (a record on each line), or parquet, through `datasets`.
+class Records(Sequence[Model]):
+    """The records of a file, each parsed and checked when it is asked for.
 
-    Raises UserError when the file cannot be read or is not `what` is wanted.
+    Raises UserError, which `owner` begins, for a file that cannot be read and a record that is no `what`.
     """
-    if path.suffix == ".parquet":
-        return _checked(lambda: TypeAdapter(list[kind]).validate_python(_rows(path, where)), where, f"is not {what}")
-    content = _content(path, where)
-    if not content.startswith(b"{"):
-        return _checked(lambda: TypeAdapter(list[kind]).validate_json(content), where, f"is not {what}")
-    lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
-    return [
-        _checked(lambda line=line: kind.model_validate_json(line), where, f"is not {what}: line {number} is no record")
-        for number, line in lines
-    ]
+
+    def __init__(self, path: Path, kind: type[Model], owner: str, what: str) -> None:
+        self._kind, self._where, self._what = kind, f"{owner}: {path}", what
+        try:
+            self.file = record_file(path)
+        except UserError as error:
+            raise UserError(f"{owner}: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def __getitem__(self, index: int) -> Model:
+        return self._checked(index, self.file[index])
+
+    def __iter__(self) -> Iterator[Model]:
+        return map(self._checked, range(len(self)), self.file)
+
+    def _checked(self, index: int, content: bytes | dict[str, Any]) -> Model:
+        try:
+            if isinstance(content, bytes):
+                return self._kind.model_validate_json(content)
+            return self._kind.model_validate(content)
+        except ValidationError as error:
+            raise UserError(
+                f"{self._where}: {self.file.place(index)} is no {self._what} ({_first_problem(error)}); mend it."
+            ) from error
 
 
 def read_json(path: Path, wanted: TypeAdapter, where: str, what: str) -> Any:
     """The content of a JSON file; UserError when it cannot be read or is not `what` is wanted."""
-    return _checked(lambda: wanted.validate_json(_content(path, where)), where, f"is not {what}")
-
-
-def _content(path: Path, where: str) -> bytes:
     try:
-        return path.read_bytes().removeprefix(codecs.BOM_UTF8).lstrip()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        return wanted.validate_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+    except OSError as error:
         raise UserError(
-            f"{where} cannot be read ({reason}); put the data there or pass its folder with --data."
+            f"{where} cannot be read ({error.strerror}); put the data there or pass its folder with --data."
         ) from error
-
-
-def _rows(path: Path, where: str) -> list[dict[str, Any]]:
-    try:
-        from datasets import Dataset
-    except ImportError as error:
-        raise UserError(
-            f"{where} is parquet, which wants the package datasets; pip install datasets, or write it as JSON lines."
-        ) from error
-    if not path.is_file():
-        raise UserError(f"{where} cannot be read (no such file); put the data there or pass its folder with --data.")
-    try:
-        return _given(Dataset.from_parquet(str(path)).to_list())
-    except Exception as error:  # of several libraries
-        raise UserError(f"{where} cannot be read ({' '.join(str(error).split())[:300]}); replace it.") from error
-
-
-def _given(value: Any) -> Any:
-    """Without the keys of dictionaries that hold nothing, which rows of a table have in common."""
-    if isinstance(value, dict):
-        return {key: _given(inner) for key, inner in value.items() if inner is not None}
-    return [_given(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _checked(read: Callable[[], Any], where: str, otherwise: str) -> Any:
-    try:
-        return read()
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        first = (problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1])
-        problem = max(first, key=lambda problem: len(problem["loc"]))  # of alternatives the one that fits best
-        place = ".".join(map(str, problem["loc"]))
-        detail = f"{place}: {problem['msg']}" if place else problem["msg"]
-        raise UserError(f"{where} {otherwise} ({detail}); mend it.") from error
+        raise UserError(f"{where} is not {what} ({_first_problem(error)}); mend it.") from error
+
+
+def _first_problem(error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    first = (problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1])
+    problem = max(first, key=lambda problem: len(problem["loc"]))  # of alternatives the one that fits best
+    place = ".".join(map(str, problem["loc"]))
+    return f"{place}: {problem['msg']}" if place else problem["msg"]

@@ -1,19 +1,18 @@
 """Trains all tasks of a manifest, evaluates after each, and goes on where it was interrupted."""
 
 import gc
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import Progress
 from transformers import TrainingArguments, set_seed
 
-from lilora.bank.atomic import write_atomically
 from lilora.bank.bank import Bank
 from lilora.bank.lock import locked
 from lilora.bank.records import BaseModelId
@@ -22,22 +21,23 @@ from lilora.errors import UserError, print_note
 from lilora.methods import METHODS, Method, Stage, make_method
 from lilora.methods.base import digest
 from lilora.peft.tuner import full_tensor
-from lilora.reports.report import Run
+from lilora.reports.runs import Run
 from lilora.reports.scores import ScoreMatrix
 
 from .base_model import load_base, pick_device, restore
 from .checkpoints import latest_checkpoint
-from .instructions import InstructionDataset
+from .evaluate import write_answers
+from .instructions import instruction_data
 from .kinds import Kind, kind_name, kind_of
 from .recorded import TrainSettings, check_label, train_settings
 from .run_folder import check_folder, label_of, run_of
-from .task_identification import SAMPLES, NearestCentroid
+from .task_identification import SAMPLES, TASK_IDENTIFIERS, NearestCentroid, identifier_of
 from .task_sequence import Manifest
 from .trainer import StageData, TaskTrainer
 
 
 class ContinualRun:
-    """A run folder: the bank, checkpoints of the task being learned, predictions.
+    """A run folder: the bank, checkpoints of the task being trained, predictions.
 
     `bank/` is described in bank/bank.py; `checkpoints/<task>/` are the Trainer's; `predictions/<after>-<task>.jsonl` hold
     every answer of every evaluation. Of several processes the first one writes; all must see the folder. From `open` to
@@ -48,12 +48,14 @@ class ContinualRun:
         self.folder, self.manifest, self.method, self.processor, self.bank = folder, manifest, method, processor, bank
         self.kind = kind_of(bank.config)
         self.settings = train_settings(bank)
-        self.matrix = ScoreMatrix([task.name for task in manifest.tasks], self.kind.unseen)
+        tasks = manifest.tasks
+        unscored = [task.name for task in tasks if task.test is None]
+        self.matrix = ScoreMatrix([task.name for task in tasks], self.kind.unseen, unscored)
         self.state: dict[str, Any] = {"functions": {}, "seconds": {}}
         if bank.scores:
             self.state = {key: bank.scores[key] for key in ("functions", "seconds")}
             self._take_cells(ScoreMatrix.from_dict(bank.scores["matrix"]))
-        for task in bank.describe()["tasks"]:  # learned by a run that ended before its scores were written
+        for task in bank.describe()["tasks"]:  # trained by a run that ended before its scores were written
             self.state["seconds"].setdefault(task["name"], task["info"].get("seconds") or 0.0)
 
     @classmethod
@@ -67,6 +69,7 @@ class ContinualRun:
         train: TrainSettings,
         device: str = "auto",
         label: str | None = None,
+        task_identifier: str = NearestCentroid.name,
     ) -> "ContinualRun":
         """Start a run, or go on with the one in `folder` if it was started in the same way.
 
@@ -81,11 +84,15 @@ class ContinualRun:
             "kind": kind_name(manifest.kind, model),
             "model": model,
         } | ({"label": label} if label else {})
+        if task_identifier != NearestCentroid.name:
+            TASK_IDENTIFIERS.find(task_identifier, "--task-identifier")
+            config["task_identifier"] = task_identifier
         check_label(label)
         kind = kind_of(config)
-        kind.check_method(method)
-        METHODS[method].read_settings(method_settings)
-        check_processes(METHODS[method], kind, train.batch_size)
+        method_type = METHODS.find(method)
+        kind.check_method(method_type)
+        method_type.read_settings(method_settings)
+        check_processes(method_type, kind, train.batch_size)
         if processes.sharded():
             require_images_alike(manifest)
         processes.init(pick_device(device))
@@ -127,52 +134,67 @@ class ContinualRun:
         workers: int = 0,
         bars: bool = True,
         say: Callable[[str], None] = print,
+        report_to: Sequence[str] = (),
     ) -> ScoreMatrix:
-        """Learn and evaluate what is left to do; returns the score matrix. `say` gets a line after each task."""
+        """Train and evaluate what is left to do; returns the score matrix.
+
+        say: gets a line after each task. report_to: trackers as transformers names them; each stage of a task is one of their
+        runs, `<run folder>/<task>/<stage>`; tensorboard's files go to `tensorboard/<task>/<stage>` in the run's folder.
+        """
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
-                self._learn(index, spec, save_steps, workers, bars)
+                self._train_task(index, spec, save_steps, workers, bars, report_to)
                 if processes.sharded():
                     self._reload()
             if self.method.needs_task and spec.name not in self.bank.routed:
-                self._learn_route(spec, say)
+                self._fit_router(spec, say)
             if processes.rank() == 0:
                 shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
             with Progress(disable=not bars) as progress:
                 if self._evaluate(index, evaluation_batch, progress):
-                    seen = [task.name for task in self.manifest.tasks[: index + 1]]
-                    mean = sum(self.matrix.get(spec.name, task) for task in seen) / len(seen)
-                    say(
-                        f"{label_of(self.bank)}: task {index + 1} of {len(self.manifest.tasks)}, {spec.name}, learned in "
-                        f"{self.state['seconds'][spec.name]:.0f} s: {self.matrix.get(spec.name, spec.name):.1f} points; "
-                        f"mean over the tasks so far {mean:.1f}"
-                    )
+                    say(self._summary(index))
         return self.matrix
+
+    def _summary(self, index: int) -> str:
+        """A line on the task of this number, just trained and evaluated."""
+        names = [task.name for task in self.manifest.tasks]
+        name, scored = names[index], [task for task in self.matrix.columns if task in names[: index + 1]]
+        line = (
+            f"{label_of(self.bank)}: task {index + 1} of {len(names)}, {name}, trained in "
+            f"{self.state['seconds'][name]:.0f} s: "
+        )
+        line += f"{self.matrix.get(name, name):.1f} points" if name in scored else "not scored, it has no test split"
+        if scored:
+            mean = sum(self.matrix.get(name, task) for task in scored) / len(scored)
+            line += f"; mean over the tasks so far {mean:.1f}"
+        return line
 
     def result(self) -> Run:
         """The run as the report wants it."""
         return run_of(self.bank)
 
-    # --- learning ---------------------------------------------------------------------------------------------------
+    # --- training ---------------------------------------------------------------------------------------------------
 
-    def _learn(self, index: int, spec: Any, save_steps: int, workers: int, bars: bool) -> None:
-        started = time.monotonic()
+    def _train_task(
+        self, index: int, spec: Any, save_steps: int, workers: int, bars: bool, report_to: Sequence[str]
+    ) -> None:
+        started, losses = time.monotonic(), {}
         for number, stage in enumerate(self.method.stages(spec.name)):
             seed = 1000 * self.settings.seed + index + 500 * number  # of this stage alone: a resumed run draws the same
             set_seed(seed)
-            trainer = self._train_stage(spec, stage, seed, save_steps, workers, bars)
+            trainer = self._train_stage(spec, stage, seed, save_steps, workers, bars, report_to)
+            losses[stage.name] = trainer.losses()
         own, shared = ({k: full_tensor(t) for k, t in tensors.items()} for tensors in self.method.tensors(spec.name))
         if not all(torch.isfinite(tensor).all() for tensor in (*own.values(), *shared.values())):
             raise UserError(
                 f"task {spec.name!r} diverged: its parameters are not finite; start again with a lower --lr"
             )
         seconds = self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
-        loss = next((log["train_loss"] for log in reversed(trainer.state.log_history) if "train_loss" in log), None)
-        if loss is not None:  # the Trainer reduces but the losses that it has logged
-            loss = sum(processes.all_gather(loss)) / processes.world_size()
-        info = {"steps": trainer.state.global_step, "loss": loss, "seconds": seconds}
+        steps, curve = zip(*losses[stage.name], strict=True)
+        loss = float(np.average(curve, weights=np.diff((0, *steps))))
+        info = {"steps": trainer.state.global_step, "loss": loss, "losses": losses, "seconds": seconds}
         info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
-        processes.check_same(f"task {spec.name!r} as learned", lambda: digest(own | shared))
+        processes.check_same(f"task {spec.name!r} as trained", lambda: digest(own | shared))
         self._write(lambda bank: bank.add_task(spec.name, own, shared, info=info, replaces=self.method.one_state))
 
     def _write(self, change: Callable[[Bank], None]) -> None:
@@ -193,20 +215,28 @@ class ContinualRun:
         self.method = make_method(config["method"], base, config["settings"])
         restore(self.method, self.bank)
 
-    def _learn_route(self, spec: Any, say: Callable[[str], None]) -> None:
+    def _fit_router(self, spec: Any, say: Callable[[str], None]) -> None:
         data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)
         try:
-            learned = NearestCentroid(self.method.base).learn(spec.name, data.batches(SAMPLES, self.method.base))
+            router = identifier_of(self.bank.config)(self.method.base)
+            statistics = router.fit(spec.name, data.batches(SAMPLES, self.method.base))
         except ValueError as error:  # of this model or these samples; all else goes without
             say(f"{spec.name}: the bank cannot find this task by itself ({error})")
             return
-        self._write(lambda bank: bank.set_router(spec.name, learned))
+        self._write(lambda bank: bank.set_router(spec.name, statistics))
 
     def _train_stage(
-        self, learned: Any, stage: Stage, seed: int, save_steps: int, workers: int, bars: bool
-    ) -> "TaskTrainer":
+        self,
+        trained: Any,
+        stage: Stage,
+        seed: int,
+        save_steps: int,
+        workers: int,
+        bars: bool,
+        report_to: Sequence[str],
+    ) -> TaskTrainer:
         spec = next(task for task in self.manifest.tasks if task.name == stage.task)
-        folder = self.folder / "checkpoints" / learned.name / stage.name
+        folder = self.folder / "checkpoints" / trained.name / stage.name
         data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)
 
         def batches(samples: int, size: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
@@ -216,12 +246,15 @@ class ContinualRun:
         processes.check_same(
             f"task {stage.task!r} at its start", lambda: self.method.fingerprints([stage.task])[stage.task]
         )
-        trainer = TaskTrainer(self.method, self._arguments(stage, folder, seed, save_steps, workers, bars), data)
+        arguments = self._arguments(stage, folder, seed, save_steps, workers, bars)
+        arguments.report_to, arguments.run_name = list(report_to), f"{self.folder.name}/{trained.name}/{stage.name}"
+        trainer = TaskTrainer(self.method, arguments, data)
+        trainer.put_tensorboard(self.folder / "tensorboard" / trained.name / stage.name)
         if processes.rank():
             torch.manual_seed(seed + processes.rank() * 2**32)  # of the dropout; the order of the data has its own
         checkpoint = processes.on_rank0(
             lambda: latest_checkpoint(
-                folder, trainer.learned(), processes.world_size(), trainer.is_deepspeed_enabled, print_note
+                folder, trainer.trainable(), processes.world_size(), trainer.is_deepspeed_enabled, print_note
             )
         )
         if checkpoint is not None and trainer.finished(checkpoint):
@@ -250,7 +283,8 @@ class ContinualRun:
             save_strategy="steps",
             save_steps=save_steps,
             save_total_limit=2,
-            logging_steps=50,
+            logging_steps=0.01,  # of all steps
+            logging_nan_inf_filter=False,
             seed=seed,
             data_seed=seed,
             remove_unused_columns=False,
@@ -268,11 +302,11 @@ class ContinualRun:
         """Fill the row of the stage after task `index`, if it is not; run a task again only if its function has changed."""
         after, names = self.manifest.tasks[index].name, self.matrix.scored(index)
         missing = {task for stage, task in self.matrix.missing() if stage == after}
-        if not missing:
+        if not missing and after in self.state["functions"]:
             return False
-        if self.bank.tasks[-1] != after:
+        if missing and self.bank.tasks[-1] != after:
             raise UserError(
-                f"{self.folder}: the scores after task {after!r} are missing, but later tasks are learned already; "
+                f"{self.folder}: the scores after task {after!r} are missing, but later tasks are trained already; "
                 "the model of that stage is gone: start a new run"
             )
         functions = self._functions(names)
@@ -288,8 +322,7 @@ class ContinualRun:
         for result in self.kind.evaluate(self.method, self.processor, to_run, batch_size, progress) if to_run else ():
             self.matrix.set(after, result.task, result.score, result.format_share)
             if processes.rank() == 0:
-                lines = "\n".join(json.dumps(answer, ensure_ascii=False) for answer in result.answers)
-                write_atomically(self.folder / "predictions" / f"{after}-{result.task}.jsonl", (lines + "\n").encode())
+                write_answers(self.folder / "predictions" / f"{after}-{result.task}.jsonl", result.answers)
         self.state["functions"][after] = functions
         self._write(lambda bank: bank.set_scores({"matrix": self.matrix.to_dict(), **self.state}))
         return True
@@ -344,7 +377,7 @@ def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:
 def require_images_alike(manifest: Manifest) -> None:
     """UserError for a task with images in some samples only: one process would gather a vision tower's shards alone."""
     for spec in manifest.tasks:
-        if len({bool(sample.images) for sample in InstructionDataset(spec, "train").samples}) > 1:
+        if len({with_images for with_images, *_ in instruction_data(spec, "train").first}) > 1:
             raise UserError(
                 f"task {spec.name!r} has samples with images and without, which FSDP2 cannot train together; use "
                 "examples/accelerate/ddp.yaml"

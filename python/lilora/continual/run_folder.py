@@ -9,7 +9,7 @@ from lilora.bank.bank import Bank
 from lilora.errors import UserError
 from lilora.importers.checkpoint import flat
 from lilora.methods import METHODS
-from lilora.reports.report import Run
+from lilora.reports.runs import Run
 from lilora.reports.scores import ScoreMatrix
 
 from .recorded import train_settings
@@ -63,7 +63,9 @@ def run_of(bank: Bank) -> Run:
         ScoreMatrix.from_dict(bank.scores["matrix"]),
         per_task,
         sum(bank.scores["seconds"].values()),
-        {"settings": bank.config["settings"], "train": bank.config["train"], "sizes": sizes},
+        {key: bank.config[key] for key in ("model", "manifest", "settings", "train") if key in bank.config}
+        | {"sizes": sizes},
+        {task["name"]: task["info"].get("losses", {}) for task in bank.describe()["tasks"]},
     )
 
 
@@ -100,15 +102,12 @@ def label_of(bank: Bank) -> str:
     return bank.config.get("label") or method_label(bank.config["method"], bank.config["settings"])
 
 
-SIZES = {"r", "sub_rank", "alpha", "lora_alpha", "dropout", "lora_dropout", "target_modules"}
-
-
 def method_label(method: str, settings: dict[str, Any]) -> str:
     """What the report calls a run by default: its method, and the preset whose settings it has beside the sizes."""
-    presets = METHODS[method].presets
+    presets, sizes = METHODS[method].presets, {"target_modules", *METHODS[method].settings_type.options().values()}
     if not presets:
         return method
-    chosen = {name: value for name, value in settings.items() if name not in SIZES}
+    chosen = {name: value for name, value in settings.items() if name not in sizes}
     named = (
         name
         for name, values in presets.items()

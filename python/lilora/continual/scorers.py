@@ -2,12 +2,29 @@
 
 import re
 from collections.abc import Callable
+from importlib import import_module
+from numbers import Real
 
 from sacrebleu.metrics import CHRF
 
 from lilora.errors import UserError
+from lilora.registry import Registry
 
 Scorer = Callable[[str, list[str]], float]
+SCORERS: Registry[Scorer] = Registry("scorer", "lilora.scorers")
+
+
+def register_scorer(function: Scorer) -> Scorer:
+    """Decorator: a manifest may say `scorer: NAME` with the function's name from then on.
+
+    function(prediction, references) -> 0..1. A package of its own names the module that registers it in the entry-point
+    group `lilora.scorers`, under the function's name.
+
+    Raises:
+        UserError: another scorer has the name.
+    """
+    return SCORERS.register(function.__name__, function)
+
 
 # What the official VQA evaluation evens out (github.com/GT-Vision-Lab/VQA, vqaEval.py): these marks, full stops that no
 # digit follows, articles, number words, and these words with one of their apostrophes missing.
@@ -49,11 +66,13 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(" .")
 
 
+@register_scorer
 def exact(prediction: str, references: list[str]) -> float:
     """1 when the answer equals a reference, apart from case, spacing and a final full stop. Source: this project."""
     return float(_plain(prediction) in map(_plain, references))
 
 
+@register_scorer
 def containment(prediction: str, references: list[str]) -> float:
     """1 when the answer contains a reference or a reference contains the answer (case ignored). Source: this project."""
     said = _plain(prediction)
@@ -71,6 +90,7 @@ def _letter(text: str) -> str | None:
     return None
 
 
+@register_scorer
 def option_letter(prediction: str, references: list[str]) -> float:
     """1 when the answer picks a reference's option: `B`, `(b)`, `B. a cat`, `**B**`, `Option B` or `... the answer is B`.
 
@@ -94,6 +114,7 @@ def _vqa_plain(text: str) -> str:
     return " ".join(_VQA_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
+@register_scorer
 def vqa_soft(prediction: str, references: list[str]) -> float:
     """VQA accuracy: min(1, agreeing annotators / 3), averaged over leaving each annotator out once.
 
@@ -126,6 +147,7 @@ def _iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return shared / union if union else 0.0
 
 
+@register_scorer
 def iou_50(prediction: str, references: list[str]) -> float:
     """1 when the answer is a box `x0 y0 x1 y1` (any brackets and commas) with IoU > 0.5 with a reference box.
 
@@ -135,16 +157,45 @@ def iou_50(prediction: str, references: list[str]) -> float:
     return float(said is not None and any((box := _box(r)) is not None and _iou(said, box) > 0.5 for r in references))
 
 
+@register_scorer
 def chrf(prediction: str, references: list[str]) -> float:
     """Character n-gram F-score of a caption, case ignored. Source: chrF2 of sacrebleu (Popović, 2015)."""
     return _CHRF.sentence_score(_plain(prediction), [_plain(r) for r in references]).score / 100
 
 
-SCORERS: dict[str, Scorer] = {f.__name__: f for f in (exact, containment, option_letter, vqa_soft, iou_50, chrf)}
-
-
 def scorer(name: str) -> Scorer:
-    """The scorer called `name`: a function (prediction, references) -> float in 0..1."""
-    if name not in SCORERS:
-        raise UserError(f"scorer {name!r} is unknown; choose one of {', '.join(SCORERS)}.")
-    return SCORERS[name]
+    """The scorer that a manifest calls `name`: one that is registered, or a function `package.module:function`.
+
+    Raises:
+        UserError: there is no such scorer. The function that is returned raises it where one of another package fails or
+            returns anything but a number from 0 to 1.
+    """
+    if ":" not in name:
+        function = SCORERS.find(name)
+        return function if function.__module__ == __name__ else _checked(name, function)
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(import_module(module), attribute)
+    except Exception as error:  # whatever a module does when it is imported
+        raise UserError(
+            f"scorer {name!r} cannot be imported ({type(error).__name__}: {error}); write package.module:function, of an "
+            "installed package or of a file beside the manifest"
+        ) from error
+    if not callable(function):
+        raise UserError(f"scorer {name!r} is a {type(function).__name__}; name a function")
+    return _checked(name, function)
+
+
+def _checked(name: str, function: Scorer) -> Scorer:
+    wanted = "it takes the answer and a list of references and returns a number from 0 to 1"
+
+    def score(prediction: str, references: list[str]) -> float:
+        try:
+            points = function(prediction, references)
+        except Exception as error:
+            raise UserError(f"scorer {name!r} raised {type(error).__name__}: {error}; {wanted}") from error
+        if not isinstance(points, Real) or not 0 <= points <= 1:
+            raise UserError(f"scorer {name!r} returned {points!r} for {prediction[:80]!r}; {wanted}")
+        return float(points)
+
+    return score

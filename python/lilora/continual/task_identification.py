@@ -4,7 +4,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from lilora.errors import UserError
 from lilora.methods.base import Inputs, Tensors
 from lilora.methods.lora import evaluating
 from lilora.methods.pclr.queries import prompt_mean
+from lilora.registry import Registry
 from lilora_kernels.layers.base import AdaptedLinear
 
 SAMPLES = 512  # training samples of a task that its centroid is the mean of
@@ -24,15 +25,73 @@ SHRINKAGE = 0.01
 
 
 class TaskRouter(ABC):
-    """Finds tasks: `model.generate(**inputs, task_ids=router.route(inputs))`."""
+    """Finds tasks: `model.generate(**inputs, task_ids=router.route(inputs))`.
 
-    tasks: list[str]
+    model: the base model, whatever its adapters. statistics: of each task what `fit` returned, which a bank keeps.
+    """
+
+    name: str
+
+    def __init__(self, model: nn.Module, statistics: Mapping[str, Tensors] | None = None) -> None:
+        self.model = model
+        self.statistics: dict[str, Tensors] = dict(statistics or {})
+
+    @classmethod
+    def load(cls, bank: Bank, model: nn.Module) -> Self:
+        """That of a bank, for a model of the bank's base, whatever its adapters.
+
+        Raises:
+            UserError: there is nothing to route some task of the bank by, or its file is damaged.
+        """
+        require_statistics(bank)
+        return cls(model, bank.load_routers())
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.statistics)
+
+    @abstractmethod
+    def fit(self, task: str, batches: Iterable[Inputs]) -> Tensors:
+        """Take a task's statistics from batches of its training samples, in place of those it had; returns them.
+
+        The tensors are bfloat16, float16 or float32; what they say of a task depends on no other task.
+        """
 
     @abstractmethod
     def route(self, inputs: Mapping[str, Tensor]) -> list[str]:
         """The name of one of `tasks` for every sample of a batch, as the model takes it; no sample counts for another."""
 
 
+def require_statistics(bank: Bank) -> None:
+    """UserError unless a bank can find all its tasks."""
+    missing = [task for task in bank.tasks if task not in bank.routed]
+    if missing:
+        raise UserError(
+            f"{bank.path} has no router for {', '.join(missing)}; run its `lilora train` command again, which adds it, "
+            "or name the task"
+        )
+
+
+TASK_IDENTIFIERS: Registry[type[TaskRouter]] = Registry("task identifier", "lilora.task_identifiers")
+
+
+def register_task_identifier(router: type[TaskRouter]) -> type[TaskRouter]:
+    """Class decorator: `lilora train --task-identifier` knows the router by its `name` from then on.
+
+    A package of its own names the module that does so in the entry-point group `lilora.task_identifiers`, under that name.
+
+    Raises:
+        UserError: another one has the name.
+    """
+    return TASK_IDENTIFIERS.register(router.name, router)
+
+
+def identifier_of(config: Mapping[str, Any]) -> type[TaskRouter]:
+    """The one that a bank with this config has its statistics from; a bank names it only if it is not the default."""
+    return TASK_IDENTIFIERS.find(config.get("task_identifier", NearestCentroid.name))
+
+
+@register_task_identifier
 class NearestCentroid(TaskRouter):
     """The task whose mean feature is nearest, by features of the frozen base model (`frozen_features`).
 
@@ -43,63 +102,45 @@ class NearestCentroid(TaskRouter):
     Nothing is trained, and a task's statistics depend on no other's: `mean` and `variance` [D] and `count` [1], fp32.
     """
 
-    def __init__(self, model: nn.Module, learned: Mapping[str, Tensors] | None = None) -> None:
-        self.model = model
-        self.learned: dict[str, Tensors] = dict(learned or {})
+    name = "nearest-centroid"
 
     @classmethod
     def load(cls, bank: Bank, model: nn.Module) -> Self:
-        """That of a bank, for a model of the bank's base, whatever its adapters.
-
-        Raises:
-            UserError: there is nothing to route some task of the bank by, or its file is damaged.
-        """
-        missing = [task for task in bank.tasks if task not in bank.routed]
-        if missing:
-            raise UserError(
-                f"{bank.path} has no router for {', '.join(missing)}; run its `lilora train` command again, which adds it, "
-                "or name the task"
-            )
-        learned = bank.load_routers()
-        width = next((len(s["mean"]) for s in learned.values() if "mean" in s and s["mean"].dim() == 1), 0)
+        router = super().load(bank, model)
+        width = next((len(s["mean"]) for s in router.statistics.values() if "mean" in s and s["mean"].dim() == 1), 0)
         wanted = {"mean": (width,), "variance": (width,), "count": (1,)}
-        for task, statistics in learned.items():
+        for task, statistics in router.statistics.items():
             if {name: tuple(tensor.shape) for name, tensor in statistics.items()} != wanted:
                 raise UserError(
                     f"{bank.path}: the router of task {task!r} has other tensors than mean, variance [{width}] and count [1]; "
                     "restore the bank from a copy"
                 )
-        return cls(model, learned)
+        return router
 
-    @property
-    def tasks(self) -> list[str]:
-        return list(self.learned)
-
-    def learn(self, task: str, batches: Iterable[Inputs]) -> Tensors:
-        """Take a task's statistics from batches of its training samples, in place of those it had; returns them."""
+    def fit(self, task: str, batches: Iterable[Inputs]) -> Tensors:
         count, total, squares = 0, 0.0, 0.0
         for inputs in batches:
             features = frozen_features(self.model, inputs).double()
             count, total, squares = count + len(features), total + features.sum(0), squares + features.square().sum(0)
         if not count:
-            raise UserError(f"there are no samples of task {task!r} to learn to route by; pass at least one batch")
+            raise UserError(f"there are no samples of task {task!r} to route by; pass at least one batch")
         mean = total / count
         statistics = {"mean": mean, "variance": (squares / count - mean.square()).clamp_min(0)}
         statistics["count"] = mean.new_tensor([count])
-        self.learned[task] = {name: tensor.float().cpu() for name, tensor in statistics.items()}
-        return self.learned[task]
+        self.statistics[task] = {name: tensor.float().cpu() for name, tensor in statistics.items()}
+        return self.statistics[task]
 
     @torch.no_grad()
     def distances(self, features: Tensor) -> Tensor:
         """[B, T] from features [B, D]; UserError if the tasks' statistics are of another width."""
         mean, variance, count = (
-            torch.stack([statistics[name] for statistics in self.learned.values()]).to(features.device)
+            torch.stack([statistics[name] for statistics in self.statistics.values()]).to(features.device)
             for name in ("mean", "variance", "count")
         )  # [T, D], [T, D], [T, 1]
         if features.shape[1] != mean.shape[1]:
             raise UserError(
                 f"this model has {features.shape[1]} features and the router's tasks {mean.shape[1]}; give the base model that "
-                "it learned with"
+                "it was fitted with"
             )
         pooled = (count * variance).sum(0) / count.sum()
         # The least number stands for a variance of 0, as one sample of every task has.
@@ -108,8 +149,8 @@ class NearestCentroid(TaskRouter):
         return torch.cdist(features / scale, mean / scale, compute_mode="donot_use_mm_for_euclid_dist").square()
 
     def route(self, inputs: Mapping[str, Tensor]) -> list[str]:
-        if not self.learned:
-            raise UserError("this router has learned no task; call learn(task, batches), or load one from a bank")
+        if not self.statistics:
+            raise UserError("this router knows no task; call fit(task, batches), or load one from a bank")
         tasks = self.tasks
         return [tasks[i] for i in self.distances(frozen_features(self.model, inputs)).argmin(1).tolist()]
 

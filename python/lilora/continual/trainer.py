@@ -1,5 +1,7 @@
 """The HuggingFace Trainer for one stage of a method, and the batches that it takes."""
 
+import math
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -9,8 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import integration_utils
+from transformers.integrations.integration_utils import TensorBoardCallback
 
+from lilora.errors import UserError
 from lilora.methods import Method
 from lilora.peft.layer import unwrapped
 from lilora.peft.tuner import full_tensor
@@ -18,6 +23,24 @@ from lilora_kernels.layers.base import is_sharded
 
 from .checkpoints import PROGRESS, STATE, TENSORS, sync
 from .kinds import Collate
+
+
+def trackers_of(text: str) -> list[str]:
+    """The trackers of `--report-to`: comma-separated names as transformers has them, or none.
+
+    Raises UserError for one that transformers does not know or that is not installed.
+    """
+    known, installed = (
+        integration_utils.INTEGRATION_TO_CALLBACK,
+        integration_utils.get_available_reporting_integrations(),
+    )
+    names = [] if text == "none" else text.split(",")
+    for name in names:
+        if name not in known:
+            raise UserError(f"--report-to {name} is unknown; choose of {', '.join(known)}, or none")
+        if name not in installed:
+            raise UserError(f"--report-to {name}: its package is not installed; install it, or leave the option out")
+    return names
 
 
 class StageData(Dataset):
@@ -49,7 +72,10 @@ class StageData(Dataset):
 
 
 class TaskTrainer(Trainer):
-    """The HuggingFace Trainer for one stage: takes the method's loss, and checkpoints what is being trained only."""
+    """The HuggingFace Trainer for one stage: takes the method's loss, and checkpoints what is being trained only.
+
+    Raises UserError when a loss that it logs is not finite.
+    """
 
     def __init__(self, method: Method, arguments: TrainingArguments, data: StageData) -> None:
         self.method = method
@@ -59,6 +85,7 @@ class TaskTrainer(Trainer):
         # too, and nothing is divided by the number of batches: see compute_loss.
         self.returns_mean, self.model_accepts_loss_kwargs = not self.model_accepts_loss_kwargs, True
         self.remove_callback(PrinterCallback)  # it would print among the command's own output
+        self.add_callback(_Losses)
         if self.is_fsdp_enabled:  # a model's list has layers of parts that this one may lack, which accelerate refuses
             present = {type(module).__name__ for module in self.model.modules()} & set(self.model._no_split_modules)
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(present)
@@ -83,14 +110,14 @@ class TaskTrainer(Trainer):
         averaged = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return labels.ne(-100).sum() / in_step * averaged
 
-    def learned(self) -> dict[str, torch.Tensor]:
+    def trainable(self) -> dict[str, torch.Tensor]:
         """The tensors that a checkpoint holds, themselves."""
         parameters = {unwrapped(name): p for name, p in self.model.named_parameters() if p.requires_grad}
         return parameters | {f"{PROGRESS}{name}": tensor for name, tensor in self.method.progress().items()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            self._save_tensors(Path(output_dir or self.args.output_dir), self.learned())
+            self._save_tensors(Path(output_dir or self.args.output_dir), self.trainable())
 
     def _save_tensors(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,14 +128,14 @@ class TaskTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         # What accelerate would write is read with pickle, which runs the code of whoever wrote there.
-        learned = {name: full_tensor(tensor.detach()) for name, tensor in self.learned().items()}
+        tensors = {name: full_tensor(tensor.detach()) for name, tensor in self.trainable().items()}
         optimizer = self.optimizer.state_dict()
         optimizer["state"] = {
             index: {key: full_tensor(value) for key, value in entry.items()}
             for index, entry in optimizer["state"].items()
         }
         if self.args.should_save:
-            self._save_tensors(Path(output_dir), learned)
+            self._save_tensors(Path(output_dir), tensors)
             torch.save(optimizer, Path(output_dir) / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
@@ -123,7 +150,7 @@ class TaskTrainer(Trainer):
         """The tensors and the Trainer's state of a checkpoint."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
         with safe_open(Path(checkpoint) / TENSORS, framework="pt") as stored:
-            for name, tensor in self.learned().items():
+            for name, tensor in self.trainable().items():
                 tensor.copy_(sharded_like(tensor, stored.get_tensor(name)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
@@ -145,11 +172,41 @@ class TaskTrainer(Trainer):
         self.optimizer.load_state_dict(optimizer)
         self.lr_scheduler.load_state_dict(scheduler)
 
+    def put_tensorboard(self, folder: Path) -> None:
+        """Let tensorboard's files, if it is one of the trackers, go to `folder`, which outlives the checkpoints."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = str(folder)
+
+    def losses(self) -> list[list[float]]:
+        """[step, mean training loss since the entry before] at each logged step, those before a resumption included."""
+        logged = (entry for entry in self.state.log_history if "loss" in entry)
+        return [[entry["step"], float(f"{entry['loss']:.5g}")] for entry in logged]
+
     @staticmethod
     def finished(checkpoint: str) -> bool:
         """Whether the checkpoint was made by the last step of its stage."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
         return state.global_step >= state.max_steps
+
+
+class _Losses(TrainerCallback):
+    """Logs the last step, too, and ends a training whose loss is not finite."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= state.global_step >= state.max_steps
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"training {args.run_name} diverged: its loss is {logs['loss']} at step {state.global_step} of "
+                f"{state.max_steps}; start again with a lower --lr"
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        wandb = sys.modules.get("wandb")
+        if "wandb" in args.report_to and wandb is not None and wandb.run is not None:
+            wandb.finish()  # transformers would log the next stage into the same run
 
 
 def sharded_like(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lilora.errors import UserError
 from lilora.families import target_modules
+from lilora_kernels.layers.lilora import RANK, default_alpha
 
 from .checkpoint import Checkpoint, Imported, Tensors, common_name, flat, read_json, read_pickle, setting
 
@@ -15,7 +16,7 @@ FORMAT = "lilora-task-bank-v2"
 _PARTS = ("lora_share_A", "lora_share_B", "lora_specific_A", "lora_specific_B")
 _SHARED = {"A": "A", "B": "B0"}
 _OWN = {("A", "weight"): "V", ("B", "weight"): "U", ("B", "fusion"): "fusion"}
-_ALPHA = 256  # the published one
+_ALPHA = default_alpha(RANK)  # the published one
 
 
 def read_lilora(files: Sequence[Path], model: nn.Module, tasks: Sequence[str] | None = None) -> Imported:
@@ -69,7 +70,9 @@ def read_lilora(files: Sequence[Path], model: nn.Module, tasks: Sequence[str] | 
     told = read_json(config) if config.exists() else {}
     alpha = setting(config, told, "lora_alpha", default=_ALPHA)
     settings = {"target_modules": pattern, "r": r, "sub_rank": q, "alpha": alpha}
-    notes = file.notes() + (() if "lora_alpha" in told else (f"{config} does not tell lora_alpha: alpha is {_ALPHA}",))
+    notes = file.notes() + (
+        () if "lora_alpha" in told else (f"{config} does not tell lora_alpha: alpha is {_ALPHA:g}",)
+    )
     names = task_names(path, tasks, keys)
     return Imported({name: (own[key], shared) for name, key in zip(names, keys, strict=True)}, settings, notes)
 

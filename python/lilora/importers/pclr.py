@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lilora.errors import UserError
 from lilora.families import target_modules
+from lilora.methods.pclr.method import PCLRSettings
 from lilora.methods.pclr.queries import query_source
 
 from .checkpoint import Checkpoint, Imported, common_name, read_json, read_pickle, setting
@@ -24,7 +25,7 @@ _PARTS = {
 _POOLS = {"llm": "global", "mm_projector": "projector"}  # others are numbers of decoder layers
 _KINDS = {"llm": "text", "vit": "vision"}
 _FACTORS = {"A": "A", "B": "B0"}
-_PUBLISHED = {"r": 64, "alpha": 128, "cap": 256}
+_PUBLISHED = PCLRSettings(target_modules="")
 _TEXT_NOTE = (
     "a prompt's text query is the mean over all its words here, those of the chat template too, and that over the "
     "question's words in the released code: other ranks may be chosen"
@@ -80,10 +81,10 @@ def read_pclr(files: Sequence[Path], model: nn.Module, tasks: Sequence[str] | No
     values = read_json(config) if config.exists() else {}
     settings = {
         "target_modules": pattern,
-        "r": setting(config, values, "llm_top_rank", default=_PUBLISHED["r"], whole=True),
-        "alpha": setting(config, values, "llm_lora_alpha", default=_PUBLISHED["alpha"]),
+        "r": setting(config, values, "llm_top_rank", default=_PUBLISHED.r, whole=True),
+        "alpha": setting(config, values, "llm_lora_alpha", default=_PUBLISHED.alpha),
         "shared": shared,
-        "cap": max(_PUBLISHED["cap"], *(_experts(stored, pool) for pool in pools)),
+        "cap": max(_PUBLISHED.cap, *(_experts(stored, pool) for pool in pools)),
         "pools": "global" if one_pool else "layer",
     }
     notes = (*file.notes(), _TEXT_NOTE, *([_VISION_NOTE] if one_pool else []))

@@ -1,30 +1,39 @@
-"""The methods that `lilora train --method` knows."""
+"""The methods that `lilora train --method` knows: a module each, which registers them."""
 
 from typing import Any
 
 from torch import nn
 
-from lilora.errors import UserError
+from .lilora import LiLoRA  # first: lists of methods have the order of registration
 
-from .base import Method, Stage
+# isort: split
+from .base import METHODS, Method, Stage, register_method
 from .dac import DAC
 from .ewc import EWC
-from .lilora import LiLoRA
 from .lora import DirLoRA, SequentialLoRA
 from .lwf import LwF
 from .moelora import MoELoRA
 from .olora import OLoRA
 from .pclr.method import PCLR
 
-__all__ = ["METHODS", "Method", "Stage", "make_method"]
-
-METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (LiLoRA, PCLR, DAC, SequentialLoRA, DirLoRA, EWC, LwF, OLoRA, MoELoRA)
-}
+__all__ = [
+    "DAC",
+    "EWC",
+    "METHODS",
+    "PCLR",
+    "DirLoRA",
+    "LiLoRA",
+    "LwF",
+    "Method",
+    "MoELoRA",
+    "OLoRA",
+    "SequentialLoRA",
+    "Stage",
+    "make_method",
+    "register_method",
+]
 
 
 def make_method(name: str, base: nn.Module, settings: dict[str, Any]) -> Method:
-    """A method on a base model, for the first time or again from the settings in a bank."""
-    if name not in METHODS:
-        raise UserError(f"method {name!r} is unknown; choose one of {', '.join(METHODS)}")
-    return METHODS[name](base, settings)
+    """A method on a base model, for the first time or again from the settings in a bank; UserError for an unknown name."""
+    return METHODS.find(name)(base, settings)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA
 from lilora.errors import UserError
+from lilora.registry import Registry
 
-from .settings import Settings
+from .settings import MethodSettings
 
 Tensors = dict[str, Tensor]
 Inputs = dict[str, Tensor]  # one batch, as the model takes it
@@ -46,21 +47,24 @@ class Stage:
 
 
 class Method(ABC):
-    """Learns tasks one after another on one frozen base model.
+    """Trains tasks one after another on one frozen base model. The first sentence says it to users of the command.
 
     `settings` is the JSON-able description from which the same method is built again; it goes into the bank.
     """
 
     name: str
     mixed_batches = False  # whether one batch may hold samples of several tasks
-    needs_task = True  # whether inference must be told the task
+    needs_task = True  # whether inference must be given the task
     one_state = False  # whether the newest tensors serve all tasks, so that a bank need not keep the older ones
-    one_process_reason: str | None = None  # why several processes cannot learn a task together; None if they can
+    one_process_reason: str | None = None  # why several processes cannot train a task together; None if they can
     sharded_parameters = False  # whether training reads parameters in the forward alone, so that they may be sharded
-    presets: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - settings by preset name; the first is the default
+    answers_only = False  # whether the loss is made of the tokens of answers, so that images cannot be classified
+    one_basis: bool | None = None  # of tasks that the bank holds as A and B0: whether these are one basis that moves on
+    peft_adapters = False  # whether a task is an adapter of PEFT's type LILORA, too
     no_lora = ""  # why a task is no plain LoRA, if it is none
-    defaults: dict[str, float] = {}  # noqa: RUF012 - options of `lilora train` that differ from the command's
-    settings_type: type[Settings]
+    settings_type: type[MethodSettings]
+    presets: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - settings by preset name; the first is the default
+    train_defaults: dict[str, float] = {}  # noqa: RUF012 - of TrainSettings, where the method wants them otherwise
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         self.base = base
@@ -79,7 +83,7 @@ class Method(ABC):
 
     @abstractmethod
     def activate(self, task: str, train: bool) -> None:
-        """Let the model's forward without task ids be that of the task; `train` lets its parameters learn."""
+        """Let the model's forward without task ids be that of the task; with `train` its parameters require gradients."""
 
     @abstractmethod
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
@@ -89,6 +93,14 @@ class Method(ABC):
     def ranks(self) -> int:
         """Ranks that inference keeps for each linear, beside the base model, for the tasks so far."""
 
+    @classmethod
+    def inference_parameters(cls, settings: Any, linears: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+        """(parameters that inference keeps for all tasks, and for each) for adapted linears [N, K]; None if that is no constant.
+
+        settings: as `read_settings` returns them.
+        """
+        return None
+
     def parameters(self) -> int:
         """Parameters that inference keeps beside the base model for the tasks so far."""
         stored = {}
@@ -97,10 +109,10 @@ class Method(ABC):
                 stored |= {id(tensor): tensor for tensor in tensors.values()}
         return sum(tensor.numel() for tensor in stored.values())
 
-    # --- learning ---------------------------------------------------------------------------------------------------
+    # --- training ---------------------------------------------------------------------------------------------------
 
     def stages(self, task: str) -> list[Stage]:
-        """What is trained, in order, to learn a new task."""
+        """What is trained, in order, for a new task."""
         return [Stage("learn", task)]
 
     def begin(self, stage: Stage, batches: Batches) -> None:
@@ -108,11 +120,11 @@ class Method(ABC):
         self.add(stage.task)
         self.activate(stage.task, train=True)
 
-    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
         """The loss of one batch of the stage.
 
         cross_entropy() runs the model: (its loss, normalised over the batches of a step, and its outputs). A term that is
-        a mean over this batch alone counts `share`, 1 / batches per step.
+        a mean over this batch alone counts `grad_accum_weight`, 1 / batches per step.
         """
         return cross_entropy()[0]
 
@@ -120,7 +132,7 @@ class Method(ABC):
         """After a stage's last step."""
 
     def progress(self) -> Tensors:
-        """What changes while a stage is trained besides the parameters that learn: the very tensors, for checkpoints."""
+        """What a stage changes besides the parameters that require gradients: the very tensors, for checkpoints."""
         return {}
 
     # --- the bank ---------------------------------------------------------------------------------------------------
@@ -157,7 +169,7 @@ class Method(ABC):
             add_to_weight(base.get_submodule(path), a, b, lora.scaling)
 
     def fingerprints(self, tasks: list[str]) -> dict[str, str]:
-        """16 hex digits per task that tell its function: equal digits, equal outputs for the same batch."""
+        """16 hex digits per task that identify its function: equal digits, equal outputs for the same batch."""
         known: dict[tuple[int, ...], str] = {}  # tasks that share tensors have them hashed once
 
         def digest_once(tensors: Tensors) -> str:
@@ -169,6 +181,25 @@ class Method(ABC):
         settings = json.dumps(self.settings, sort_keys=True)
         parts = {task: (settings, *map(digest_once, self.tensors(task))) for task in tasks}
         return {task: hashlib.sha256("".join(part).encode()).hexdigest()[:16] for task, part in parts.items()}
+
+
+def lora_parameters(r: int, linears: Sequence[tuple[int, int]]) -> int:
+    """Of A [r, K] and B [N, r] of linears [N, K]."""
+    return sum(r * (n + k) for n, k in linears)
+
+
+METHODS: Registry[type[Method]] = Registry("method", "lilora.methods")
+
+
+def register_method(method: type[Method]) -> type[Method]:
+    """Class decorator: the command, banks and reports know the method by its `name` from then on.
+
+    A package of its own names the module that does so in the entry-point group `lilora.methods`, under the method's name.
+
+    Raises:
+        UserError: another method has the name.
+    """
+    return METHODS.register(method.name, method)
 
 
 @torch.no_grad()

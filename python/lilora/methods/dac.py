@@ -1,7 +1,7 @@
 """DAC: rank-1 experts in one LoRA, chosen by the guiding token of each linear's input, merged into the base after a task."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,9 +14,9 @@ from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
 from lilora_kernels.routing.context import AHEAD
 from lilora_kernels.routing.placement import places
 
-from .base import Batches, Inputs, Method, Stage, Tensors, add_to_weight
-from .pooled import fresh, learn_only, put_pools, take_pools
-from .settings import Settings
+from .base import Batches, Inputs, Method, Stage, Tensors, add_to_weight, register_method
+from .pooled import fresh, inject_rank_pools, remove_rank_pools, require_grad_only
+from .settings import MethodSettings
 
 EXPERTS = "experts"
 PRESETS: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class DACSettings(Settings):
+class DACSettings(MethodSettings):
     """DAC (arXiv 2601.22828). Where the paper and its code differ the default is the paper's; preset "released" is the code.
 
     r: rank-1 experts of a task in each linear; active: those that a forward uses; merged: those that go into the base
@@ -45,7 +45,6 @@ class DACSettings(Settings):
     chosen experts and those of old tasks: their `critical` ones or "all".
     """
 
-    target_modules: str
     r: int = Field(12, ge=1)
     alpha: float = Field(1.0, gt=0)
     dropout: float = Field(0.2, ge=0, lt=1)
@@ -154,6 +153,7 @@ def orthogonality(new: Tensor, critical: Tensor, old: Tensor) -> Tensor:
     return ((new.mT @ old).abs().sum(-1) * critical).sum()
 
 
+@register_method
 class DAC(Method):
     """After a task its experts are part of the base weights: inference is the plain model, whatever the task."""
 
@@ -164,7 +164,7 @@ class DAC(Method):
     needs_task = False
     no_lora = "its experts become part of the base weights; export the whole model with lilora bank merge"
     presets = PRESETS
-    defaults = {"r": 12, "alpha": 1.0, "dropout": 0.2, "learning_rate": 2e-3}  # noqa: RUF012
+    train_defaults = {"learning_rate": 2e-3}  # noqa: RUF012
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
@@ -176,9 +176,9 @@ class DAC(Method):
         def router(path: str, linear: nn.Linear) -> Router:
             return Router(s, linear, Padding() if placed[path] == AHEAD else padding)
 
-        self.layers = put_pools(base, s.target_modules, router, s.alpha / s.r, s.dropout)
-        learn_only(base)
-        self.learned: dict[str, Tensors] = {}  # of each task: all its experts, their counts and merged weights
+        self.layers = inject_rank_pools(base, s.target_modules, router, s.alpha / s.r, s.dropout)
+        require_grad_only(base)
+        self.trained: dict[str, Tensors] = {}  # of each task: all its experts, their counts and merged weights
         self._old: list[tuple[list[RankPoolLinear], Tensor]] = []  # layers of equal width, their old B [P, N, c]
 
     def add(self, task: str) -> None:
@@ -188,12 +188,12 @@ class DAC(Method):
         self.tasks.append(task)
 
     def activate(self, task: str, train: bool) -> None:
-        learning = [p for layer in self.layers.values() for p in layer.part(EXPERTS)]
+        trained = [p for layer in self.layers.values() for p in layer.part(EXPERTS)]
         if self.options.router == "learned":
-            learning += [p for layer in self.layers.values() for p in layer.choose.parameters()]
-        learn_only(self.model, *(learning if train else ()))
+            trained += [p for layer in self.layers.values() for p in layer.choose.parameters()]
+        require_grad_only(self.model, *(trained if train else ()))
 
-    # --- learning ---------------------------------------------------------------------------------------------------
+    # --- training ---------------------------------------------------------------------------------------------------
 
     def begin(self, stage: Stage, batches: Batches) -> None:
         super().begin(stage, batches)
@@ -201,9 +201,9 @@ class DAC(Method):
         for path, layer in self.layers.items():
             by_width.setdefault(layer.out_features, []).append(path)
         self._old = []
-        for paths in by_width.values() if self.learned and self.options.orthogonality else ():
+        for paths in by_width.values() if self.trained and self.options.orthogonality else ():
             old = torch.stack(
-                [torch.cat([self._old_experts(t, path) for t in self.learned.values()], 1) for path in paths]
+                [torch.cat([self._old_experts(t, path) for t in self.trained.values()], 1) for path in paths]
             )
             self._old.append(([self.layers[path] for path in paths], old))
 
@@ -215,7 +215,7 @@ class DAC(Method):
             b = b.index_select(1, rank_gate(counts[None], self.options.critical)[1][0])
         return b
 
-    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
         loss = cross_entropy()[0]
         terms = []
         for layers, old in self._old:
@@ -223,7 +223,7 @@ class DAC(Method):
             counts = torch.stack([layer.choose.counts for layer in layers])
             terms.append(orthogonality(new, rank_gate(counts, self.options.critical)[0], old))
         if terms:
-            loss = loss + share * self.options.orthogonality / len(self.layers) * torch.stack(terms).sum()
+            loss = loss + grad_accum_weight * self.options.orthogonality / len(self.layers) * torch.stack(terms).sum()
         return loss
 
     def progress(self) -> Tensors:
@@ -251,12 +251,12 @@ class DAC(Method):
             chosen = weights[:, None] * a.index_select(0, best), b.index_select(1, best)
             add_to_weight(layer.base_layer, *chosen, layer.scaling)
             layer.put(EXPERTS, a[:0], b[:, :0], train=False)
-        self.learned[task] = stored
+        self.trained[task] = stored
 
     # --- the bank ---------------------------------------------------------------------------------------------------
 
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
-        return {}, self.learned[task]
+        return {}, self.trained[task]
 
     def restore(self, tasks: dict[str, tuple[Tensors, Tensors]]) -> None:
         for task, (_, stored) in tasks.items():
@@ -267,12 +267,16 @@ class DAC(Method):
     def merge(cls, base: nn.Module, bank: Bank, task: str) -> None:
         method = cls(base, bank.config["settings"])
         method.restore(bank.load_tasks())
-        take_pools(base, method.layers)
+        remove_rank_pools(base, method.layers)
 
     def fingerprints(self, tasks: list[str]) -> dict[str, str]:
         own = super().fingerprints(self.tasks)  # all that is merged acts on every task
         whole = hashlib.sha256("".join(own.values()).encode()).hexdigest()[:16]
         return dict.fromkeys(tasks, whole)
+
+    @classmethod
+    def inference_parameters(cls, settings: DACSettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        return 0, 0  # the experts are in the base weights
 
     def ranks(self) -> int:
         return 0

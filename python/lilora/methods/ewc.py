@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import Batches, Inputs, Stage, Tensors
+from .base import Batches, Inputs, Stage, Tensors, register_method
 from .lora import LoRASettings, SequentialLoRA, answer_positions, evaluating
 
 
@@ -20,6 +20,7 @@ class EWCSettings(LoRASettings):
     fisher_samples: int = Field(256, ge=1)
 
 
+@register_method
 class EWC(SequentialLoRA):
     """Elastic weight consolidation (arXiv 1612.00796) of a LoRA: loss + lambda / 2 sum_i F_i (theta_i - theta*_i)^2.
 
@@ -30,6 +31,7 @@ class EWC(SequentialLoRA):
     name = "ewc"
     sharded_parameters = False
     settings_type = EWCSettings
+    answers_only = True
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
@@ -53,13 +55,15 @@ class EWC(SequentialLoRA):
 
     def begin(self, stage: Stage, batches: Batches) -> None:
         super().begin(stage, batches)
-        learned = self.lora() if len(self.tasks) > 1 else {}
-        self._anchor = {name: p.detach().clone() for name, p in learned.items()}
+        before = self.lora() if len(self.tasks) > 1 else {}
+        self._anchor = {name: p.detach().clone() for name, p in before.items()}
 
-    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
         loss = cross_entropy()[0]
         if self._anchor and self.options.penalty:
-            loss = loss + share * self.options.penalty * consolidation(self.lora(), self._anchor, self.fisher)
+            loss = loss + grad_accum_weight * self.options.penalty * consolidation(
+                self.lora(), self._anchor, self.fisher
+            )
         return loss
 
     def end(self, stage: Stage, batches: Batches) -> None:

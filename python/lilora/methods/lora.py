@@ -1,6 +1,6 @@
 """The two baselines, with PEFT's own LoRA: one LoRA for all tasks, and one LoRA per task."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA, plain_lora
 from lilora.peft.layer import unwrapped
+from lilora_kernels.layers.lilora import DROPOUT, RANK
 
-from .base import Method, Tensors
-from .settings import Settings
+from .base import Method, Tensors, lora_parameters, register_method
+from .settings import MethodSettings, alpha_field
 
 
-class LoRASettings(Settings):
+class LoRASettings(MethodSettings):
     """Fields of peft.LoraConfig, with target_modules as a pattern."""
 
-    target_modules: str
-    r: int = Field(128, ge=1)
-    lora_alpha: float = Field(256.0, gt=0)
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    r: int = Field(RANK, ge=1)
+    lora_alpha: float = alpha_field()
+    lora_dropout: float = Field(DROPOUT, ge=0, lt=1)
+    renamed = {"alpha": "lora_alpha", "dropout": "lora_dropout"}  # noqa: RUF012
 
 
+@register_method
 class DirLoRA(Method):
     """A LoRA per task: nothing is forgotten with the task given, at the full price of a LoRA for each.
 
@@ -34,6 +36,7 @@ class DirLoRA(Method):
 
     name = "dirlora"
     sharded_parameters = True
+    one_basis = False
     settings_type = LoRASettings
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
@@ -68,21 +71,31 @@ class DirLoRA(Method):
         options = cls.read_settings(bank.config["settings"])
         return plain_lora({}, stored, options.r, options.lora_alpha, options.lora_dropout)
 
+    @classmethod
+    def inference_parameters(cls, settings: LoRASettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        return 0, lora_parameters(settings.r, linears)
+
     def ranks(self) -> int:
         return self.options.r * len(self.tasks)
 
 
+@register_method
 class SequentialLoRA(DirLoRA):
-    """One LoRA that goes on learning task after task: what forgetting looks like.
+    """One LoRA that is trained task after task: what forgetting looks like.
 
     No task adds parameters to the model; the bank keeps the LoRA as it was after each.
     """
 
     name = "lora"
     needs_task = False
+    one_basis = True
 
     def adapter(self, task: str) -> str:
         return "default"
+
+    @classmethod
+    def inference_parameters(cls, settings: LoRASettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        return lora_parameters(settings.r, linears), 0
 
     def ranks(self) -> int:
         return self.options.r

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import Batches, Inputs, Stage, Tensors
+from .base import Batches, Inputs, Stage, Tensors, register_method
 from .distillation import divergence
 from .lora import LoRASettings, SequentialLoRA, answer_positions, evaluating
 
@@ -19,6 +19,7 @@ class LwFSettings(LoRASettings):
     temperature: float = Field(2.0, gt=0)
 
 
+@register_method
 class LwF(SequentialLoRA):
     """Learning without forgetting (arXiv 1606.09282) with a LoRA: loss + weight * KL(teacher || student), from task 2 on.
 
@@ -29,6 +30,7 @@ class LwF(SequentialLoRA):
     name = "lwf"
     sharded_parameters = False
     settings_type = LwFSettings
+    answers_only = True
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
@@ -36,17 +38,17 @@ class LwF(SequentialLoRA):
 
     def begin(self, stage: Stage, batches: Batches) -> None:
         super().begin(stage, batches)
-        learning = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        self._teacher = {name: p.detach().clone() for name, p in learning} if len(self.tasks) > 1 else {}
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        self._teacher = {name: p.detach().clone() for name, p in trained} if len(self.tasks) > 1 else {}
 
-    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
         if not (self._teacher and self.options.distillation):
             return cross_entropy()[0]
         answered = answer_positions(inputs["labels"])
         target = self._teacher_logits(inputs)[answered]
         loss, outputs = cross_entropy()
         divergent = divergence(outputs.logits[answered], target, self.options.temperature).mean()
-        return loss + share * self.options.distillation * divergent
+        return loss + grad_accum_weight * self.options.distillation * divergent
 
     @torch.no_grad()
     def _teacher_logits(self, inputs: Inputs) -> Tensor:

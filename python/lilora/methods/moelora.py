@@ -3,28 +3,29 @@
 In the formula of the gated pool: the experts are blocks of ranks, and each row's gate repeats an expert's weight over its ranks.
 """
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from lilora_kernels.layers.lilora import DROPOUT, RANK
 from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
 
-from .base import Method, Tensors
-from .pooled import fresh, learn_only, pool_tensors, put_pools
-from .settings import Settings
+from .base import Method, Tensors, lora_parameters, register_method
+from .pooled import fresh, inject_rank_pools, pool_tensors, require_grad_only
+from .settings import MethodSettings, alpha_field
 
 EXPERTS = "experts"
 
 
-class MoELoRASettings(Settings):
+class MoELoRASettings(MethodSettings):
     """r: ranks of all experts together; the scale is alpha / r; experts: into how many they are split."""
 
-    target_modules: str
-    r: int = Field(128, ge=1)
-    alpha: float = Field(256.0, gt=0)
-    dropout: float = Field(0.05, ge=0, lt=1)
+    r: int = Field(RANK, ge=1)
+    alpha: float = alpha_field()
+    dropout: float = Field(DROPOUT, ge=0, lt=1)
     experts: int = Field(8, ge=1)
 
     @model_validator(mode="after")
@@ -50,8 +51,9 @@ class Router(nn.Module):
         return Choice((((EXPERTS,), None),), gate), torch.arange(len(rows), dtype=torch.int32, device=x.device)
 
 
+@register_method
 class MoELoRA(Method):
-    """The mixture of LoRA experts of CoIN (arXiv 2403.08350), one set of parameters that goes on learning task after task.
+    """The mixture of LoRA experts of CoIN (arXiv 2403.08350), one set of parameters that is trained task after task.
 
     y = x W^T + alpha / r sum_e g_e(x) D(x) A_e^T B_e^T with all experts active; the router sees x without dropout.
     Inference needs no task. The bank has the routers as `state.*.router`.
@@ -68,14 +70,14 @@ class MoELoRA(Method):
         super().__init__(base, settings)
         s = self.options = self.read_settings(settings)
         self.model = base
-        self.layers = put_pools(
+        self.layers = inject_rank_pools(
             base,
             s.target_modules,
             lambda path, linear: Router(linear, s.experts, s.r // s.experts),
             s.alpha / s.r,
             s.dropout,
         )
-        learn_only(base)
+        require_grad_only(base)
 
     def add(self, task: str) -> None:
         if not self.tasks:
@@ -85,11 +87,15 @@ class MoELoRA(Method):
         self.tasks.append(task)
 
     def activate(self, task: str, train: bool) -> None:
-        learn_only(self.model, *(self.tensors(task)[1].values() if train else ()))
+        require_grad_only(self.model, *(self.tensors(task)[1].values() if train else ()))
 
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
         routers = {f"state.{path}.router": layer.choose.lora_router.weight for path, layer in self.layers.items()}
         return {}, pool_tensors(self.layers) | routers
+
+    @classmethod
+    def inference_parameters(cls, settings: MoELoRASettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        return lora_parameters(settings.r, linears) + sum(settings.experts * k for _, k in linears), 0
 
     def ranks(self) -> int:
         return self.options.r

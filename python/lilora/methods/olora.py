@@ -3,7 +3,7 @@
 In the formula of the gated pool: no gate, ranks "old" and "new" of one pool, all of them used by every sample.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,30 +12,31 @@ from torch import Tensor, nn
 
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA
+from lilora_kernels.layers.lilora import DROPOUT, RANK
 from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
 
-from .base import Inputs, Method, Tensors
-from .pooled import fresh, learn_only, pool_tensors, put_pools, put_stored
-from .settings import Settings
+from .base import Inputs, Method, Tensors, lora_parameters, register_method
+from .pooled import fresh, inject_rank_pools, load_rank_pools, pool_tensors, require_grad_only
+from .settings import MethodSettings, alpha_field
 
 ALL_RANKS = Choice(((("old",), None), (("new",), None)))
 
 
-class OLoRASettings(Settings):
+class OLoRASettings(MethodSettings):
     """r: ranks of each task; the scale is alpha / r. orthogonality: weight of the penalty on all inner products of an old
     and a new row of A: "absolute" values, as in the published code, whose weight is the default, or "squared" as in the
     paper. l2: weight of the summed norms of each new A and B, which only the code has.
     """
 
-    target_modules: str
-    r: int = Field(128, ge=1)
-    alpha: float = Field(256.0, gt=0)
-    dropout: float = Field(0.05, ge=0, lt=1)
+    r: int = Field(RANK, ge=1)
+    alpha: float = alpha_field()
+    dropout: float = Field(DROPOUT, ge=0, lt=1)
     orthogonality: float = Field(0.5, ge=0)
     products: Literal["absolute", "squared"] = "absolute"
     l2: float = Field(0.0, ge=0)
 
 
+@register_method
 class OLoRA(Method):
     """Orthogonal subspace learning (O-LoRA, arXiv 2310.14152; code cmnfriend/O-LoRA): all tasks' LoRAs are summed.
 
@@ -52,8 +53,8 @@ class OLoRA(Method):
         super().__init__(base, settings)
         s = self.options = self.read_settings(settings)
         self.model = base
-        self.layers = put_pools(base, s.target_modules, lambda *_: all_ranks, s.alpha / s.r, s.dropout)
-        learn_only(base)
+        self.layers = inject_rank_pools(base, s.target_modules, lambda *_: all_ranks, s.alpha / s.r, s.dropout)
+        require_grad_only(base)
 
     def add(self, task: str) -> None:
         for layer in self.layers.values():
@@ -63,7 +64,7 @@ class OLoRA(Method):
         self.tasks.append(task)
 
     def activate(self, task: str, train: bool) -> None:
-        learn_only(self.model, *(self.new().values() if train else ()))
+        require_grad_only(self.model, *(self.new().values() if train else ()))
 
     def new(self) -> Tensors:
         """A and B of the newest task."""
@@ -71,15 +72,15 @@ class OLoRA(Method):
             name: tensor for name, tensor in pool_tensors(self.layers).items() if name.endswith((".new.A", ".new.B0"))
         }
 
-    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
         loss = cross_entropy()[0]
         if self.options.orthogonality and len(self.tasks) > 1:
             pairs = ((layer.part("old")[0], layer.part("new")[0]) for layer in self.layers.values())
             terms = [overlap(old, new, self.options.products) for old, new in pairs]
-            loss = loss + share * self.options.orthogonality * torch.stack(terms).sum()
+            loss = loss + grad_accum_weight * self.options.orthogonality * torch.stack(terms).sum()
         if self.options.l2:
             norms = torch.stack([torch.linalg.vector_norm(t, dtype=loss.dtype) for t in self.new().values()])
-            loss = loss + share * self.options.l2 * norms.sum()
+            loss = loss + grad_accum_weight * self.options.l2 * norms.sum()
         return loss
 
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
@@ -88,7 +89,7 @@ class OLoRA(Method):
     def restore(self, tasks: dict[str, tuple[Tensors, Tensors]]) -> None:
         self.tasks = list(tasks)
         if tasks:
-            put_stored(self.layers, tasks[self.tasks[-1]][1])
+            load_rank_pools(self.layers, tasks[self.tasks[-1]][1])
 
     @classmethod
     def as_lora(cls, bank: Bank, task: str) -> PlainLoRA:
@@ -100,6 +101,10 @@ class OLoRA(Method):
             factors[path] = a, b
         options = cls.read_settings(bank.config["settings"])
         return PlainLoRA(factors, options.alpha / options.r, options.dropout)
+
+    @classmethod
+    def inference_parameters(cls, settings: OLoRASettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        return 0, lora_parameters(settings.r, linears)
 
     def ranks(self) -> int:
         return self.options.r * len(self.tasks)

@@ -12,7 +12,7 @@ from lilora_kernels.layers.rank_pool import Chooser, RankPoolLinear
 from .base import Tensors
 
 
-def put_pools(
+def inject_rank_pools(
     model: nn.Module, pattern: str, chooser: Callable[[str, nn.Linear], Chooser], scaling: float, dropout: float
 ) -> dict[str, RankPoolLinear]:
     """Replace the linears whose names the pattern fully matches; `chooser(path, linear)` makes each one's chooser.
@@ -34,8 +34,8 @@ def put_pools(
     return layers
 
 
-def take_pools(model: nn.Module, layers: dict[str, RankPoolLinear]) -> None:
-    """Put the linears back that `put_pools` replaced."""
+def remove_rank_pools(model: nn.Module, layers: dict[str, RankPoolLinear]) -> None:
+    """Put the linears back that `inject_rank_pools` replaced."""
     for path, layer in layers.items():
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.base_layer)
@@ -57,7 +57,7 @@ def pool_tensors(layers: dict[str, RankPoolLinear]) -> Tensors:
     return tensors
 
 
-def put_stored(layers: dict[str, RankPoolLinear], tensors: Tensors) -> None:
+def load_rank_pools(layers: dict[str, RankPoolLinear], tensors: Tensors) -> None:
     """Give the layers exactly the parts that a bank holds, frozen; UserError for a tensor that has no layer."""
     placed = set()
     for path, layer in layers.items():
@@ -74,8 +74,8 @@ def put_stored(layers: dict[str, RankPoolLinear], tensors: Tensors) -> None:
             raise UserError(f"tensor {name} of the bank has no place in the model; give the base model of its training")
 
 
-def learn_only(model: nn.Module, *tensors: Tensor) -> None:
+def require_grad_only(model: nn.Module, *tensors: Tensor) -> None:
     """Let exactly these parameters of the model require gradients."""
-    learning = {id(tensor) for tensor in tensors}
+    wanted = {id(tensor) for tensor in tensors}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in learning)
+        parameter.requires_grad_(id(parameter) in wanted)

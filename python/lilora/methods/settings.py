@@ -1,14 +1,19 @@
-"""A method's settings, checked."""
+"""A method's settings, checked: one model of them gives their types, ranges and defaults, and the options of the command."""
 
-from typing import Any, Self
+import json
+from types import UnionType
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from lilora.errors import UserError
+from lilora_kernels.layers.lilora import default_alpha
+
+OPTIONS = ("r", "sub_rank", "alpha", "dropout")  # settings with an option of their own; --set gives the others
 
 
 class Settings(BaseModel):
-    """The fields of a method's settings with their types and ranges, all numbers finite; immutable."""
+    """Fields with their types and ranges, all numbers finite; immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -31,10 +36,58 @@ class Settings(BaseModel):
             name = ".".join(map(str, first["loc"])) or "the settings"
             message = first["msg"].removeprefix("Value error, ")
             if first["type"] == "extra_forbidden":
-                raise UserError(f"{method} has no setting {name!r}; it has {', '.join(cls.model_fields)}") from error
+                raise cls.unknown(method, name) from error
             if first["type"] == "missing":
                 raise UserError(f"{method} lacks the setting {name!r}; give it") from error
             if not first["loc"]:
                 raise UserError(f"{method}: {message}") from error
             wanted = message[0].lower() + message[1:]
             raise UserError(f"{method}: {name} is {first['input']!r}; {wanted}") from error
+
+    @classmethod
+    def unknown(cls, method: str, name: str) -> UserError:
+        return UserError(f"{method} has no setting {name!r}; it has {', '.join(cls.model_fields)}")
+
+
+class MethodSettings(Settings):
+    """target_modules: a pattern that the names of the adapted linears match in full.
+
+    A method's settings derive from it. `lilora train` has the options --r, --sub-rank, --alpha and --dropout for the
+    settings of these names, and --set for all.
+    """
+
+    target_modules: str
+    renamed: ClassVar[dict[str, str]] = {}  # option -> setting, where a method calls it otherwise
+
+    @classmethod
+    def options(cls) -> dict[str, str]:
+        """Option -> setting, of those in OPTIONS that the method has."""
+        named = {option: cls.renamed.get(option, option) for option in OPTIONS}
+        return {option: setting for option, setting in named.items() if setting in cls.model_fields}
+
+    @classmethod
+    def table(cls) -> list[tuple[str, str, str]]:
+        """(setting, its type, its default), as --set takes values: text or JSON."""
+        return [(name, _type_text(field.annotation), _default_text(field)) for name, field in cls.model_fields.items()]
+
+
+def alpha_field() -> Any:
+    """An alpha above 0, 2 r where it is not given."""
+    return Field(default_factory=lambda values: default_alpha(values["r"]), gt=0, json_schema_extra={"default": "2 r"})
+
+
+def _type_text(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(map(_type_text, get_args(annotation)))
+    if annotation is type(None):
+        return "null"
+    return str(annotation) if get_args(annotation) else annotation.__name__
+
+
+def _default_text(field: Any) -> str:
+    if field.is_required():
+        return ""
+    default = (field.json_schema_extra or {}).get("default") or field.default
+    return default if isinstance(default, str) else json.dumps(default)

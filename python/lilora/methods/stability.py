@@ -21,14 +21,14 @@ class StabilityLoss:
     The published formula was not available to us: this is our reading of the paper's description, that large changes
     of the shared basis are penalised when the new task is unlike the earlier ones.
 
-    layers: adapted layers by name, see `lilora.model.adapted_layers`. Memory: one copy of each B0 and, while running,
+    layers: adapted layers by name, see `lilora.peft.layer.adapted_layers`. Memory: one copy of each B0 and, while running,
     Gram matrices [sub_rank, sub_rank]; no U V [N, r] is formed. Raises UserError for no layers, an unknown task or a
     negative weight.
     """
 
     def __init__(self, layers: Mapping[str, LiLoRALinear], task: str, weight: float) -> None:
         if not layers:
-            raise UserError("layers is empty; pass the adapted layers of a model, see lilora.model.adapted_layers")
+            raise UserError("layers is empty; pass the adapted layers of a model, see lilora.peft.layer.adapted_layers")
         if not 0 <= weight < float("inf"):
             raise UserError(f"weight is {weight}; it must be a number of at least 0")
         for name, layer in layers.items():

@@ -1,13 +1,13 @@
 """`LiLoRAConfig`: what PEFT needs to know to adapt a model with LoRA in LoRA, one adapter per task."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig
 
 from lilora.errors import UserError
 from lilora_kernels.layers.base import is_number
-from lilora_kernels.layers.lilora import POLICIES, default_sub_rank
+from lilora_kernels.layers.lilora import DROPOUT, POLICIES, RANK, default_alpha, default_sub_rank
 
 from .peft_type import LILORA
 
@@ -39,13 +39,14 @@ class LiLoRAConfig(PeftConfig):
     to one task. In PEFT's words a task is an adapter.
     """
 
-    r: int = field(default=128, metadata={"help": "Rank of the shared factors A and B0."})
-    sub_rank: int | None = field(default=None, metadata={"help": "Rank of a task's own U V; r // 2 if not given."})
+    r: int = field(default=RANK, metadata={"help": "Rank of the shared factors A and B0."})
+    sub_rank: int | None = field(default=None, metadata={"help": "Rank of a task's own U V.", "default": "r // 2"})
     alpha: float | None = field(
-        default=None, metadata={"help": "The adapter's output is scaled by alpha / r; 2 r if not given."}
+        default=None,
+        metadata={"help": "The adapter's output is scaled by alpha / r.", "default": "2 r"},
     )
-    dropout: float = field(default=0.05, metadata={"help": "Dropout probability on the adapter's input."})
-    fusion: bool = field(default=True, metadata={"help": "Learn how much of B0 a task uses; False gives B0 + U V."})
+    dropout: float = field(default=DROPOUT, metadata={"help": "Dropout probability on the adapter's input."})
+    fusion: bool = field(default=True, metadata={"help": "Train how much of B0 a task uses; False gives B0 + U V."})
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Names or a full-match regular expression; None: the language model's MLPs, by model type."},
@@ -54,13 +55,17 @@ class LiLoRAConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layer indices."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train and save."})
-    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'lilora_only'."})
-    train_a: str = field(default="first", metadata={"help": "When A learns: 'always', 'first' task only, 'never'."})
-    train_b0: str = field(default="first", metadata={"help": "When B0 learns: 'always', 'first' task only, 'never'."})
+    bias: Literal["none", "all", "lilora_only"] = field(default="none", metadata={"help": "Biases to train."})
+    train_a: Literal["always", "first", "never"] = field(
+        default="first", metadata={"help": "Tasks in which A is trained."}
+    )
+    train_b0: Literal["always", "first", "never"] = field(
+        default="first", metadata={"help": "Tasks in which B0 is trained."}
+    )
     stability: float = field(
         default=0.0, metadata={"help": "Weight of the basis stability loss, which `lilora train` adds; 0 turns it off."}
     )
-    on_shared_mismatch: str = field(
+    on_shared_mismatch: Literal["error", "replace"] = field(
         default="error",
         metadata={"help": "Loading a task made with other shared factors: 'error', or 'replace' those of the model."},
     )
@@ -119,7 +124,7 @@ class LiLoRAConfig(PeftConfig):
             raise UserError(
                 f"sub_rank is {size} and r is {self.r}, the most that the rank of U V can be; give at most r"
             )
-        self.alpha = 2.0 * self.r if self.alpha is None else self.alpha
+        self.alpha = default_alpha(self.r) if self.alpha is None else self.alpha
         for name in ("alpha", "dropout", "stability"):
             value = getattr(self, name)
             if not is_number(value) or abs(value) > 2**1000:

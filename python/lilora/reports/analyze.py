@@ -2,17 +2,14 @@
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.ticker
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -22,15 +19,15 @@ from lilora.bank.atomic import write_atomically
 from lilora.bank.bank import Bank
 from lilora.bank.export import up_projection
 from lilora.errors import UserError
+from lilora.methods import METHODS
 from lilora.methods.base import Tensors
 from lilora.methods.redundancy import principal_cosines, residual_share, whitening
 from lilora.terminal import plain_console
 
-from .report import COLOURS, PLOT_STYLE, cell_colours, draw_matrix, png
+from .analysis_figures import depth, drift_curves, heatmaps
+from .plotting import PLOT_STYLE, png
 from .scores import cell_text, none_if_nan
 
-# Methods whose tasks are a LoRA each -> whether these are states of one A and B0 that all tasks learn on.
-ONE_BASIS = {"lilora": True, "lora": True, "ewc": True, "lwf": True, "dirlora": False}
 DEFINITIONS = {
     "factors": "a task is A [r, K] and B [N, r] for every adapted linear; B is B0, in LiLoRA f B0 + (1 - f) U V",
     "overlap": "mean squared cosine of the principal angles between two tasks' row spaces of A or column spaces of B",
@@ -97,16 +94,17 @@ def analyze(bank: Bank, threshold: float = 0.5, track: Callable[[list[str]], Ite
     if not 0 < threshold < 1:
         raise UserError(f"--threshold is {threshold}; give a share of the squared norm, above 0 and below 1")
     method = bank.config.get("method")
-    if not isinstance(method, str) or method not in ONE_BASIS:
+    one_basis = METHODS[method].one_basis if isinstance(method, str) and method in METHODS else None
+    if one_basis is None:
+        fit = ", ".join(name for name, other in METHODS.items() if other.one_basis is not None)
         raise UserError(
-            f"{bank.path} is of method {method!r}, which keeps no LoRA (A, B0) per task; analyze wants a bank of one of "
-            f"{', '.join(ONE_BASIS)}"
+            f"{bank.path} is of method {method!r}, which keeps no LoRA (A, B0) per task; analyze wants a bank of one of {fit}"
         )
     if len(bank.tasks) < 2:
         raise UserError(f"{bank.path} holds {len(bank.tasks)} task(s) and analyze compares two or more; train another")
     stored = _load(bank)
     layers = sorted({name.rpartition(".")[0] for name in stored[0][1]}, key=_model_order)
-    parts = [_linear(layer, stored, threshold, ONE_BASIS[method]) for layer in track(layers)]
+    parts = [_linear(layer, stored, threshold, one_basis) for layer in track(layers)]
     numbers = {
         name: {key: np.stack([part[name][key] for part in parts]) for key in values}
         for name, values in parts[0].items()
@@ -216,7 +214,7 @@ def _jsonable(x: np.ndarray) -> list:
     return [_jsonable(row) for row in x] if x.ndim else none_if_nan(x)
 
 
-# --- tables and plots ---------------------------------------------------------------------------------------------------
+# --- tables and files -------------------------------------------------------------------------------------------------
 
 
 def print_analysis(analysis: Analysis, console: Console | None = None) -> None:
@@ -245,12 +243,13 @@ def write_analysis(out: Path, analysis: Analysis) -> None:
     matrices = _matrices(analysis)
     with matplotlib.rc_context(PLOT_STYLE):
         figures = {
-            "overlap.png": _heatmaps(analysis.tasks, matrices[: len(_SPANS)]),
-            "redundant.png": _heatmaps(analysis.tasks, matrices[len(_SPANS) :]),
-            "depth.png": _depth(analysis),
+            "overlap.png": heatmaps(analysis.tasks, matrices[: len(_SPANS)]),
+            "redundant.png": heatmaps(analysis.tasks, matrices[len(_SPANS) :]),
+            "depth.png": depth(analysis.layers, _by_span(analysis.overlap), _by_span(analysis.expected)),
         }
         if analysis.drift:
-            figures["drift.png"] = _drift_curves(analysis)
+            drift = {factor: values.mean(0) * _DRIFT_UNITS for factor, values in analysis.drift.items()}
+            figures["drift.png"] = drift_curves(analysis.tasks, drift)
         pictures = {name: png(figure) for name, figure in figures.items()}
     for name, content in (pictures | {"metrics.json": data}).items():
         write_atomically(Path(out) / name, content)
@@ -270,15 +269,9 @@ def _matrices(analysis: Analysis) -> list[tuple[str, np.ndarray, str]]:
     return overlaps + shares
 
 
-def _cells(values: np.ndarray) -> list[list[tuple[str, str, str]]]:
-    """(text, background, text colour) of each cell of a matrix of shares, the diagonal left out."""
-    return [
-        [
-            ("", "#ffffff", "#000000") if i == j else (cell_text(100 * x), *cell_colours(100 * x))
-            for j, x in enumerate(row)
-        ]
-        for i, row in enumerate(values)
-    ]
+def _by_span(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Name of the spaces -> per cent of each linear [L], mean over pairs of tasks."""
+    return {name: 100 * over_pairs(values[key]) for key, name in _SPANS.items()}
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
@@ -288,61 +281,3 @@ def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _heatmaps(tasks: list[str], matrices: list[tuple[str, np.ndarray, str]]) -> Figure:
-    """A matrix beside the other, per cent: the task in the row against the one in the column."""
-    size = len(tasks)
-    figure = Figure(figsize=(len(matrices) * max(1.6 + 0.6 * size, 3.6), 1.8 + 0.45 * size), layout="constrained")
-    panels = figure.subplots(1, len(matrices), sharey=True)
-    for (title, values, random), axes in zip(matrices, panels, strict=True):
-        draw_matrix(axes, tasks, _cells(values))
-        axes.set_title(f"{title}, %" + (f"\nrandom ones: {random}" if random else ""))
-    figure.supylabel("task", fontsize=10)
-    figure.supxlabel("against task", fontsize=10)
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 100), "viridis")
-    figure.colorbar(scale, ax=panels, shrink=0.8).outline.set_visible(False)
-    return figure
-
-
-def _depth(analysis: Analysis) -> Figure:
-    """Overlap by depth, mean over pairs of tasks: one panel per kind of linear, dashed what random subspaces have."""
-    kinds: dict[str, list[int]] = {}
-    for i, layer in enumerate(analysis.layers):
-        kinds.setdefault(re.sub(r"\b\d+\b", "*", layer), []).append(i)
-    columns = min(3, len(kinds))
-    rows = math.ceil(len(kinds) / columns)
-    figure = Figure(figsize=(max(3.1 * columns, 4.5), 2.3 * rows + 0.8), layout="constrained")
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
-    for (kind, indices), axes in zip(kinds.items(), panels, strict=False):
-        for (key, name), colour, marker in zip(_SPANS.items(), COLOURS, "os", strict=False):
-            overlap, expected = (100 * over_pairs(x[key])[indices] for x in (analysis.overlap, analysis.expected))
-            axes.plot(overlap, color=colour, marker=marker, markersize=4, label=name)
-            axes.axhline(expected.mean(), color=colour, linestyle="--", label=f"{name}, random")
-        axes.set_title(kind, fontsize=7)
-        axes.set(xlim=(-0.5, len(indices) - 0.5), ylim=(0, 103))
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
-        axes.grid(axis="y", color="0.88")
-    for axes in panels[len(kinds) :]:
-        axes.set_visible(False)
-    figure.supxlabel("depth", fontsize=10)
-    figure.supylabel("overlap of two tasks, %", fontsize=10)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
-    return figure
-
-
-def _drift_curves(analysis: Analysis) -> Figure:
-    """Change and angle of the shared factors after each task, mean over the linears."""
-    figure = Figure(figsize=(7.4, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for (factor, values), colour in zip(analysis.drift.items(), COLOURS, strict=False):
-        for column, drift in enumerate((values.mean(0) * _DRIFT_UNITS).T):
-            style, since = (("-", "first"), (":", "previous"))[column % 2]
-            panels[column // 2].plot(drift, style, color=colour, marker="o", label=f"{factor} since {since}")
-    for axes, label in zip(panels, ("change, % of the norm", "mean principal angle, degrees"), strict=True):
-        axes.set_xticks(range(len(analysis.tasks)), analysis.tasks, rotation=35, ha="right", rotation_mode="anchor")
-        axes.set_title(label)
-        axes.set_ylim(0, max(1, axes.get_ylim()[1]))
-        axes.grid(axis="y", color="0.88")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
-    return figure

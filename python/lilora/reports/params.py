@@ -14,7 +14,8 @@ from transformers import AutoConfig
 from lilora.errors import UserError
 from lilora.families import target_modules as found_targets
 from lilora.families import without_memory
-from lilora_kernels.layers.lilora import default_sub_rank
+from lilora.methods import METHODS
+from lilora_kernels.layers.lilora import RANK, default_sub_rank
 
 _SHIPPED = Path(__file__).parents[1] / "model_configs"  # one folder with a config.json per model
 _SHIPPED_ALIASES = {"llava-hf/llava-1.5-7b-hf": "llava-1.5-7b"}
@@ -23,7 +24,7 @@ _MIB_PER_BF16 = 2 / 2**20
 
 @dataclass(frozen=True)
 class Accounting:
-    """Number of parameters that LiLoRA and plain LoRA add to one model; `r` and `sub_rank` are the ranks R and S."""
+    """Number of parameters that methods add to one model; `r` and `sub_rank` are the ranks R and S."""
 
     model: str
     base: int  # parameters of the model itself
@@ -34,18 +35,16 @@ class Accounting:
     shared_b0: int  # B0 of all layers: stored once for all tasks
     per_task: int  # U, V and fusion of all layers: stored for each task
     lora_per_task: int  # A and B of a plain LoRA of rank r
+    kept: dict[str, tuple[int, int]]  # by method, what inference keeps: for all tasks, and for each
 
     def total(self, method: str, tasks: int) -> int:
-        """Parameters stored after `tasks` tasks by `lilora`, `dirlora` (one LoRA per task) or `lora` (one for all)."""
-        return {
-            "lilora": self.shared_a + self.shared_b0 + tasks * self.per_task,
-            "dirlora": tasks * self.lora_per_task,
-            "lora": self.lora_per_task,
-        }[method]
+        """Parameters kept after `tasks` tasks by one of the methods in `kept`."""
+        once, own = self.kept[method]
+        return once + tasks * own
 
     def to_dict(self, tasks: int) -> dict[str, Any]:
         """JSON-able form with every count, and the totals for `tasks` tasks in parameters and in MiB at bf16."""
-        totals = {method: self.total(method, tasks) for method in ("lilora", "dirlora", "lora")}
+        totals = {method: self.total(method, tasks) for method in self.kept}
         return {
             **vars(self),
             "tasks": tasks,
@@ -64,20 +63,15 @@ class Accounting:
         table = Table(
             title=f"{self.model}\n{self.base / 1e9:.2f} B parameters, {self.linears} adapted linears, "
             f"r {self.r}, sub_rank {self.sub_rank}",
-            caption="M: million parameters; MiB: at bf16\ndirlora: a LoRA per task; lora: one LoRA for all tasks",
+            caption="M: million parameters; MiB: at bf16",
         )
         table.add_column("method")
-        for heading in ("shared", "per task", f"{tasks} tasks", "share of\ndirlora"):
+        for heading in ("shared", "per task", f"{tasks} tasks", "share of a\nLoRA per task"):
             table.add_column(heading, justify="right")
-        shared = self.shared_a + self.shared_b0
-        for method, once, own in (
-            ("lilora", shared, self.per_task),
-            ("dirlora", 0, self.lora_per_task),
-            ("lora", self.lora_per_task, 0),
-        ):
+        for method, (once, own) in self.kept.items():
             total = self.total(method, tasks)
             sizes = [f"{count / 1e6:,.1f} M\n{mib(count):,.1f} MiB" if count else "" for count in (once, own, total)]
-            table.add_row(method, *sizes, f"{total / self.total('dirlora', tasks):.1%}", end_section=True)
+            table.add_row(method, *sizes, f"{total / (tasks * self.lora_per_task):.1%}", end_section=True)
         return table
 
 
@@ -94,6 +88,8 @@ def count(model: nn.Module, target: str, r: int, sub_rank: int, name: str = "mod
     for rank_name, rank in (("r", r), ("sub_rank", sub_rank)):
         if rank < 1:
             raise UserError(f"{rank_name} is {rank}; it must be at least 1")
+    if sub_rank > r:
+        raise UserError(f"sub_rank is {sub_rank} and r is {r}; give at most r")
     shapes = [
         (module.out_features, module.in_features)
         for path, module in model.named_modules()
@@ -105,6 +101,18 @@ def count(model: nn.Module, target: str, r: int, sub_rank: int, name: str = "mod
         )
     shared_a = sum(r * k for _, k in shapes)
     shared_b0 = sum(n * r for n, _ in shapes)
+    sizes = {"r": r, "sub_rank": sub_rank}
+    kept = {}
+    for method_name, method in METHODS.items():
+        options = method.settings_type.options()
+        given = {options[option]: size for option, size in sizes.items() if option in options}
+        try:
+            settings = method.read_settings({"target_modules": target, **given})
+        except UserError:  # it cannot have these sizes
+            continue
+        counted = method.inference_parameters(settings, shapes)
+        if counted is not None:
+            kept[method_name] = counted
     return Accounting(
         model=name,
         base=sum(parameter.numel() for parameter in model.parameters()),
@@ -115,13 +123,14 @@ def count(model: nn.Module, target: str, r: int, sub_rank: int, name: str = "mod
         shared_b0=shared_b0,
         per_task=sum(n * sub_rank + sub_rank * r + 1 for n, _ in shapes),
         lora_per_task=shared_a + shared_b0,
+        kept=kept,
     )
 
 
 def account(
     model: str,
     *,
-    r: int = 128,
+    r: int = RANK,
     sub_rank: int | None = None,
     target_modules: str | None = None,
     projector: bool | None = False,

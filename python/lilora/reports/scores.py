@@ -1,7 +1,7 @@
 """The score matrix of a task sequence and the continual-learning metrics read from it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,65 +13,88 @@ from lilora.errors import UserError
 
 @dataclass(frozen=True)
 class Metric:
-    definition: str  # a[j][i] is the score on task i after learning task j, T the last task
+    """`value` reads a [T, T], NaN where a cell is missing, and the numbers of the tasks that are scored, in order."""
+
+    definition: (
+        str  # a[j][i] is the score on task i after training on task j, T the last task; i are tasks with a test split
+    )
     higher_is_better: bool
-    value: Callable[[np.ndarray], float]  # reads a [T, T], NaN where a cell is missing
-    least_tasks: int = 1
-    unseen: bool | None = None  # only of matrices that hold tasks before they are learned (True), or do not (False)
+    value: Callable[[np.ndarray, np.ndarray], float]
+    before_last: bool = False  # only of the scored tasks before the last task
+    unseen: bool | None = None  # only of matrices that hold tasks before they are trained (True), or do not (False)
 
 
 METRICS = {
     # As ZSCL (arXiv 2303.06628) has them.
     "Transfer": Metric(
-        "mean over tasks i > 1 of the mean over stages j < i of a[j][i]: before the task is learned",
+        "mean over tasks i > 1 of the mean over stages j < i of a[j][i]: before training on the task",
         True,
-        lambda a: np.mean([a[:i, i].mean() for i in range(1, len(a))]),
-        2,
+        lambda a, tasks: np.mean([a[:i, i].mean() for i in tasks if i]),
+        before_last=True,
         unseen=True,
     ),
-    "Avg": Metric("mean over all stages j and tasks i of a[j][i]", True, lambda a: a.mean(), unseen=True),
-    "Last": Metric("mean over tasks i of a[T][i]", True, lambda a: a[-1].mean(), unseen=True),
-    "AP": Metric(
-        "mean over tasks i of a[T][i]: the score after the last task", True, lambda a: a[-1].mean(), unseen=False
+    "Avg": Metric(
+        "mean over all stages j and tasks i of a[j][i]", True, lambda a, tasks: a[:, tasks].mean(), unseen=True
     ),
-    "MAP": Metric(
-        "mean over stages j of the mean of a[j][i] over the tasks i learned by then",
+    "Last": Metric("mean over tasks i of a[T][i]", True, lambda a, tasks: a[-1, tasks].mean(), unseen=True),
+    "AP": Metric(
+        "mean over tasks i of a[T][i]: the score after the last task",
         True,
-        lambda a: np.mean([a[j, : j + 1].mean() for j in range(len(a))]),
+        lambda a, tasks: a[-1, tasks].mean(),
         unseen=False,
     ),
-    "BWT": Metric("mean over i < T of a[T][i] - a[i][i]", True, lambda a: (a[-1] - a.diagonal())[:-1].mean(), 2),
+    "MAP": Metric(
+        "mean over stages j of the mean of a[j][i] over the tasks i trained by then",
+        True,
+        lambda a, tasks: np.mean([a[j, tasks[tasks <= j]].mean() for j in range(tasks[0], len(a))]),
+        unseen=False,
+    ),
+    "BWT": Metric(
+        "mean over i < T of a[T][i] - a[i][i]",
+        True,
+        lambda a, tasks: (a[-1] - a.diagonal())[tasks[tasks < len(a) - 1]].mean(),
+        before_last=True,
+    ),
     "Forgetting": Metric(
-        "mean over i < T of a[i][i] - a[T][i]", False, lambda a: (a.diagonal() - a[-1])[:-1].mean(), 2
+        "mean over i < T of a[i][i] - a[T][i]",
+        False,
+        lambda a, tasks: (a.diagonal() - a[-1])[tasks[tasks < len(a) - 1]].mean(),
+        before_last=True,
     ),
     "Forgetting_max": Metric(
         "mean over i < T of (max over j of a[j][i]) - a[T][i]",
         False,
-        lambda a: np.mean([a[i:, i].max() - a[-1, i] for i in range(len(a) - 1)]),
-        2,
+        lambda a, tasks: np.mean([a[i:, i].max() - a[-1, i] for i in tasks if i < len(a) - 1]),
+        before_last=True,
     ),
-    "New": Metric("mean over tasks i of a[i][i]: the score right after learning", True, lambda a: a.diagonal().mean()),
+    "New": Metric(
+        "mean over tasks i of a[i][i]: the score right after training on the task",
+        True,
+        lambda a, tasks: a.diagonal()[tasks].mean(),
+    ),
     "MIF": Metric(
         "percentage of answers in the instructed format after the last task, mean over the tasks that instruct one",
         True,
-        lambda formats: formats[-1].mean(),
+        lambda formats, tasks: formats[-1, tasks].mean(),
         unseen=False,
     ),
 }
 
 
 class ScoreMatrix:
-    """Scores a[j][i], in points from 0 to 100, on task i after learning task j, for i no later than j.
+    """Scores a[j][i], in points from 0 to 100, on task i after training on task j, for i no later than j.
 
-    `tasks` is the training order; with `unseen`, stages score the tasks that come later too. A cell that was never set is
+    `tasks` is the training order; with `unseen`, stages score the tasks that come later too. `unscored` are tasks without a
+    test split: stages without a column, which no metric averages over. A cell that was never set is
     missing: it reads NaN, and so does every metric that needs it. Besides its score a cell may hold the share (0 to 1) of
     answers in the instructed format; leave it out for a task that instructs none.
     """
 
-    def __init__(self, tasks: list[str], unseen: bool = False):
+    def __init__(self, tasks: list[str], unseen: bool = False, unscored: Iterable[str] = ()):
         if not tasks or len(set(tasks)) != len(tasks):
             raise UserError(f"score matrix: tasks is {tasks!r}; give at least one task name and each name once")
         self.tasks, self.unseen = list(tasks), unseen
+        self.unscored = [name for name in tasks if name in set(unscored)]
         self.definitions = {name: metric for name, metric in METRICS.items() if metric.unseen in (None, unseen)}
         self._scores = np.full((len(tasks), len(tasks)), np.nan)
         self._formats = np.full_like(self._scores, np.nan)
@@ -86,7 +109,7 @@ class ScoreMatrix:
         self._carried.pop(cell, None)
 
     def get(self, after: str, task: str) -> float:
-        """The score of `task` after learning `after`, in points; NaN when the cell is missing."""
+        """The score of `task` after training on `after`, in points; NaN when the cell is missing."""
         return float(self._scores[self._cell(after, task)])
 
     def format_share(self, after: str, task: str) -> float | None:
@@ -112,7 +135,7 @@ class ScoreMatrix:
         others = [name for name in self.tasks if name != task]
         if not others:
             return None
-        rest = type(self)(others, self.unseen)
+        rest = type(self)(others, self.unseen, self.unscored)
         for j, after in enumerate(others):
             for name in rest.scored(j):
                 if math.isnan(score := self.get(after, name)):
@@ -135,7 +158,13 @@ class ScoreMatrix:
 
     def scored(self, stage: int) -> list[str]:
         """The tasks that are scored after the stage of this number, from 0."""
-        return self.tasks if self.unseen else self.tasks[: stage + 1]
+        tasks = self.tasks if self.unseen else self.tasks[: stage + 1]
+        return [name for name in tasks if name not in self.unscored]
+
+    @property
+    def columns(self) -> list[str]:
+        """The tasks that are scored at all."""
+        return self.scored(len(self.tasks) - 1)
 
     def missing(self) -> list[tuple[str, str]]:
         """The (after, task) cells that were never set."""
@@ -155,6 +184,7 @@ class ScoreMatrix:
         return {
             "tasks": self.tasks,
             "unseen": self.unseen,
+            **({"unscored": self.unscored} if self.unscored else {}),
             "scores": [[none_if_nan(self._scores[self._cell(*cell)]) for cell in row] for row in cells],
             "format_shares": [[none_if_nan(self._formats[self._cell(*cell)]) for cell in row] for row in cells],
             "carried_from": [[self.carried_from(*cell) for cell in row] for row in cells],
@@ -169,7 +199,7 @@ class ScoreMatrix:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the top level"
             raise UserError(f"score matrix: {first['msg']} at {place}; give what ScoreMatrix.to_dict wrote") from error
-        matrix = cls(saved.tasks, saved.unseen)
+        matrix = cls(saved.tasks, saved.unseen, saved.unscored)
         wanted = [len(matrix.scored(j)) for j in range(len(saved.tasks))]
         for name in ("scores", "format_shares", "carried_from"):
             lengths = [len(row) for row in getattr(saved, name)]
@@ -181,15 +211,17 @@ class ScoreMatrix:
                     continue
                 matrix.set(after, task, saved.scores[j][i], saved.format_shares[j][i])
                 if saved.carried_from[j][i] is not None:
-                    matrix._carried[j, i] = matrix._cell(saved.carried_from[j][i], task)[0]
+                    matrix._carried[matrix._cell(after, task)] = matrix._cell(saved.carried_from[j][i], task)[0]
         return matrix
 
     def markdown(self) -> str:
         """The matrix as a Markdown table: a row per stage, `n/a` where missing, `*` where carried over."""
-        lines = ["| after | " + " | ".join(self.tasks) + " |", "|---" + "|---:" * len(self.tasks) + "|"]
+        columns = self.columns
+        lines = ["| after | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
         for j, after in enumerate(self.tasks):
-            texts = [cell_text(self._scores[j, i], (j, i) in self._carried) for i in range(len(self.scored(j)))]
-            lines.append(f"| {after} | " + " | ".join(texts + [""] * (len(self.tasks) - len(texts))) + " |")
+            cells = [self._cell(after, task) for task in self.scored(j)]
+            texts = [cell_text(self._scores[cell], cell in self._carried) for cell in cells]
+            lines.append(f"| {after} | " + " | ".join(texts + [""] * (len(columns) - len(texts))) + " |")
         return "\n".join(lines)
 
     def _cell(self, after: str, task: str) -> tuple[int, int]:
@@ -197,31 +229,50 @@ class ScoreMatrix:
             if name not in self.tasks:
                 raise UserError(f"score matrix: unknown task {name!r}; the tasks are {', '.join(self.tasks)}")
         j, i = self.tasks.index(after), self.tasks.index(task)
+        if task in self.unscored:
+            raise UserError(f"score matrix: {task} has no test split; score another task")
         if i > j and not self.unseen:
-            raise UserError(f"score matrix: {task} is learned after {after}; a stage scores the tasks learned by then")
+            raise UserError(f"score matrix: {task} is trained after {after}; a stage scores the tasks trained by then")
         return j, i
 
     def _missing(self) -> list[tuple[int, int]]:
-        stages = range(len(self.tasks))
-        return [(j, i) for j in stages for i in range(len(self.scored(j))) if np.isnan(self._scores[j, i])]
+        cells = [self._cell(after, task) for j, after in enumerate(self.tasks) for task in self.scored(j)]
+        return [cell for cell in cells if np.isnan(self._scores[cell])]
+
+    def _numbers(self) -> np.ndarray:
+        """Of the tasks that are scored."""
+        return np.array([self.tasks.index(name) for name in self.columns], dtype=int)
 
     def _instructed(self) -> np.ndarray:
-        """[task] bool: tasks that instruct a format, and those with no cell at all, of which nothing is known."""
-        return ~np.isnan(self._formats).all(axis=0) | np.isnan(self._scores).all(axis=0)
+        """Numbers of the tasks that instruct a format, and of those with no cell at all, of which nothing is known."""
+        known = ~np.isnan(self._formats).all(axis=0) | np.isnan(self._scores).all(axis=0)
+        return self._numbers()[known[self._numbers()]]
 
     def _value(self, name: str) -> float:
-        if len(self.tasks) < METRICS[name].least_tasks or (name == "MIF" and not self._instructed().any()):
+        if self._too_few(name):
             return math.nan
-        return float(METRICS[name].value(100 * self._formats[:, self._instructed()] if name == "MIF" else self._scores))
+        if name == "MIF":
+            return float(METRICS[name].value(100 * self._formats, self._instructed()))
+        return float(METRICS[name].value(self._scores, self._numbers()))
+
+    def _too_few(self, name: str) -> str:
+        """Why the metric has no task to be the mean over, "" if it has one."""
+        if not self.columns:
+            return f"{name} needs a task with a test split, this run has none"
+        if METRICS[name].before_last and len(self.tasks) < 2:
+            return f"{name} needs at least 2 tasks, this run has {len(self.tasks)}"
+        if METRICS[name].before_last and self.columns == self.tasks[-1:]:
+            return f"{name} needs a task with a test split before the last task, this run has none"
+        if name == "MIF" and not len(self._instructed()):
+            return "MIF needs a task that instructs an answer format, this run has none"
+        return ""
 
     def _cause(self, name: str) -> str:
-        if len(self.tasks) < METRICS[name].least_tasks:
-            return f"{name} needs at least {METRICS[name].least_tasks} tasks, this run has {len(self.tasks)}"
+        if why := self._too_few(name):
+            return why
         if name == "MIF":
             last = len(self.tasks) - 1
-            cells = [(last, i) for i in np.flatnonzero(self._instructed()) if np.isnan(self._formats[last, i])]
-            if not cells:
-                return "MIF needs a task that instructs an answer format, this run has none"
+            cells = [(last, i) for i in self._instructed() if np.isnan(self._formats[last, i])]
         else:
             cells = [cell for cell in self._missing() if self._needs(name, cell)]
         return f"{name} needs cells that are missing: " + ", ".join(
@@ -232,13 +283,14 @@ class ScoreMatrix:
         """Whether the metric turns NaN when this cell alone is missing."""
         alone = np.zeros_like(self._scores)
         alone[cell] = np.nan
-        return math.isnan(METRICS[name].value(alone))
+        return math.isnan(METRICS[name].value(alone, self._numbers()))
 
 
 class _Saved(BaseModel):
     model_config = ConfigDict(extra="forbid")
     tasks: list[str]
     unseen: bool = False
+    unscored: list[str] = []  # left out where there is none, as in earlier versions
     scores: list[list[float | None]]
     format_shares: list[list[float | None]]
     carried_from: list[list[str | None]]

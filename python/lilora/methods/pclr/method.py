@@ -1,4 +1,4 @@
-"""PCLR: a pool of ranks that compresses, integrates and learns at constant memory, and chooses ranks by the prompt."""
+"""PCLR: a pool of ranks that compresses, integrates and trains at constant memory, and chooses ranks by the prompt."""
 
 import re
 from collections.abc import Callable
@@ -9,13 +9,13 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from lilora.errors import UserError
-from lilora.methods.base import Batches, Inputs, Method, Stage, Tensors
+from lilora.methods.base import Batches, Inputs, Method, Stage, Tensors, register_method
 from lilora.methods.distillation import divergence
 from lilora.methods.lora import answer_positions
 from lilora.methods.pclr.pool import EXPERTS, GateRule, Query, RankPool, normalised
-from lilora.methods.pooled import learn_only, pool_tensors, put_pools, put_stored
+from lilora.methods.pooled import inject_rank_pools, load_rank_pools, pool_tensors, require_grad_only
 from lilora.methods.redundancy import rank_gram
-from lilora.methods.settings import Settings
+from lilora.methods.settings import MethodSettings, alpha_field
 from lilora_kernels.functional import rank_gate
 from lilora_kernels.layers.rank_pool import RankPoolLinear
 
@@ -44,32 +44,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class PCLRSettings(Settings):
+class PCLRSettings(MethodSettings):
     """PCLR (ICLR 2026). Where the paper and its code differ the default is the paper's; preset "released" is the code.
 
     r: ranks chosen of the pool; cap: most ranks the pool ever has; shared: ranks that are always on; the experts'
     scale is alpha / r, that of the shared ranks alpha / shared. schedule: new ranks and retention at compression,
     task by task: a table of (new ranks, share kept), whose last line holds for all further tasks; "progressive": the
-    T learned tasks keep T / (T + 1) of the cap and the next gets the rest; "constant": three quarters stay. pools:
+    T trained tasks keep T / (T + 1) of the cap and the next gets the rest; "constant": three quarters stay. pools:
     keys per decoder "layer" or one "global" pool. query, scope, value, reuse: see lilora_kernels.layers.rank_pool.GateRule;
     vision_weight None is d_vision / d_text. key_init: new keys are queries of training "samples", or all the task's
     "mean". value_init: new experts start as the old ones "nearest" to the task, or "random". key_loss: the L1
     distance of the `r` best keys' similarities to 1 ("top_r"), or the mean over all new keys ("all_new"), weighed by
     key_weight. prune: ranks go by "redundancy" or by "stride"; merge_keys: task queries are added to the kept keys.
-    integrate: distil the old pool into the compressed one, with fake queries that are learned "keys" or "task" means,
+    integrate: distil the old pool into the compressed one, with fake queries that are trained "keys" or "task" means,
     over the teacher's `vocabulary` largest logits (None: all) at `temperature`, on all tokens (distil_padding: and
     padding), with integration_rate and integration_epochs times the run's learning rate and epochs; train_keys: keys
-    follow the fake queries then. shared_learns: shared ranks are made at the first "integration" and learn in
-    integrations only, or exist and learn "always", as in the code's second suite. newest_switch: inference gives new
+    follow the fake queries then. shared_learns: shared ranks are made at the first "integration" and trained in
+    integrations only, or exist and are trained "always", as in the code's second suite. newest_switch: inference gives new
     experts only to samples nearest to the newest task. lwf: weight of a distillation from the model before the task
-    while a new one is learned (PCLR-LwF, our reading).
+    while a new one is trained (PCLR-LwF, our reading).
     """
 
-    target_modules: str
     r: int = Field(64, ge=1)
     cap: int = Field(256, ge=1)
     shared: int = Field(32, ge=0)
-    alpha: float = Field(128.0, gt=0)
+    alpha: float = alpha_field()
     dropout: float = Field(0.0, ge=0, lt=1)
     schedule: Literal["progressive", "constant"] | list[tuple[int, float]] = "progressive"
     pools: Literal["layer", "global"] = "layer"
@@ -123,28 +122,31 @@ class PCLRSettings(Settings):
     def _walk(self) -> None:
         """Raise UserError where the table would exceed the cap."""
         ranks = 0
-        for learned in range(len(self.schedule) + 1):
-            ranks = sum(self.plan(learned, ranks))
+        for trained in range(len(self.schedule) + 1):
+            ranks = sum(self.plan(trained, ranks))
 
-    def plan(self, learned: int, ranks: int) -> tuple[int, int]:
-        """(ranks that stay, new ranks) for the next task after `learned` ones that have `ranks` in all."""
+    def plan(self, trained: int, ranks: int) -> tuple[int, int]:
+        """(ranks that stay, new ranks) for the next task after `trained` ones that have `ranks` in all."""
         if isinstance(self.schedule, list):
-            new, retention = self.schedule[min(learned, len(self.schedule) - 1)]
+            new, retention = self.schedule[min(trained, len(self.schedule) - 1)]
             keep = ranks if retention == 1 else round(ranks * retention)
             if keep + new > self.cap:
                 raise UserError(
-                    f"pclr: schedule gives task {learned + 1} {new} new ranks beside {keep}, more than the cap {self.cap}; "
+                    f"pclr: schedule gives task {trained + 1} {new} new ranks beside {keep}, more than the cap {self.cap}; "
                     "lower one of them or raise cap"
                 )
             return keep, new
         if ranks + self.r <= self.cap:
             return ranks, self.r
-        keep = self.cap * learned // (learned + 1) if self.schedule == "progressive" else round(0.75 * ranks)
+        keep = self.cap * trained // (trained + 1) if self.schedule == "progressive" else round(0.75 * ranks)
         keep = min(ranks, max(keep, self.cap - self.r))
         return keep, self.cap - keep
 
 
+@register_method
 class PCLR(Method):
+    """A pool of ranks under a cap, compressed and distilled as tasks come; the prompt and the image choose among them."""
+
     name = "pclr"
     settings_type = PCLRSettings
     no_lora = "each sample takes ranks of its own from a pool; use lilora generate and eval"
@@ -153,7 +155,8 @@ class PCLR(Method):
     needs_task = False
     one_state = True
     presets = PRESETS
-    defaults = {"r": 64, "dropout": 0.0, "learning_rate": 2e-4, "weight_decay": 0.0}  # noqa: RUF012
+    train_defaults = {"learning_rate": 2e-4, "weight_decay": 0.0}  # noqa: RUF012
+    answers_only = True
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
@@ -173,15 +176,15 @@ class PCLR(Method):
                 self.pools[name] = RankPool(self.rule, *source.widths).to(linear.weight.device)
             return PoolChooser(self.pools[name])
 
-        self.layers = put_pools(base, s.target_modules, chooser, 1.0, s.dropout)
-        base.lora_pools = nn.ModuleDict(self.pools)  # their keys learn and are saved with the model's parameters
+        self.layers = inject_rank_pools(base, s.target_modules, chooser, 1.0, s.dropout)
+        base.lora_pools = nn.ModuleDict(self.pools)  # their keys are trained and saved with the model's parameters
         attach_pools(base, self.pool_tasks)
-        learn_only(base)
+        require_grad_only(base)
         self.queries = Query(*(torch.empty(0, width, device=base.device) for width in source.widths))
         self.chances = torch.ones(0, device=base.device)  # how a fake query is drawn, before division by the sum
         self.fakes = self.queries
         self.integrating = False
-        self._next = (0, 0)  # experts that stay and new ones, for the task being learned
+        self._next = (0, 0)  # experts that stay and new ones, for the task being trained
 
     # --- the pool ---------------------------------------------------------------------------------------------------
 
@@ -227,7 +230,7 @@ class PCLR(Method):
             self._add_query(*mean)
         self.integrating = False
         self._switch()
-        learn_only(self.model)
+        require_grad_only(self.model)
 
     @torch.no_grad()
     def _add_query(self, text: Tensor, vision: Tensor) -> None:
@@ -255,7 +258,9 @@ class PCLR(Method):
             for path in self.members[name]:
                 layer = self.layers[path]
                 layer.teacher = {part: layer.part(part) for part in EXPERTS}
-                layer.teacher["shared"] = tuple(t.detach().clone() for t in layer.part("shared"))  # they go on learning
+                layer.teacher["shared"] = tuple(
+                    t.detach().clone() for t in layer.part("shared")
+                )  # they are trained further
                 a = torch.cat([layer.part(part)[0] for part in EXPERTS])
                 b = torch.cat([layer.part(part)[1] for part in EXPERTS], 1)
                 layer.put("old", a[kept], b[:, kept], train=False)
@@ -285,9 +290,9 @@ class PCLR(Method):
             raise RuntimeError(f"the pool would have {old + new} ranks, more than its cap {self.options.cap}")
         was_training = self.model.training
         self.model.eval()
-        found = [self.pool_tasks.queries(self.model, inputs) for inputs in batches(max(256, new))]
+        queries = [self.pool_tasks.queries(self.model, inputs) for inputs in batches(max(256, new))]
         self.model.train(was_training)
-        text, vision = torch.cat([q.text for q in found]), torch.cat([q.vision for q in found])
+        text, vision = torch.cat([q.text for q in queries]), torch.cat([q.vision for q in queries])
         mean = Query(normalised(text.mean(0, keepdim=True)), normalised(vision.mean(0, keepdim=True)))
         drawn = torch.randperm(len(text))[torch.arange(new) % len(text)].to(text.device)
         for name, pool in self.pools.items():
@@ -303,7 +308,7 @@ class PCLR(Method):
                 self._grow_layer(self.layers[path], new, nearest)
             if self.options.shared and self.options.shared_learns == "always":
                 self._share(pool, name)
-        self._learn("new", *(("shared",) if self.options.shared_learns == "always" else ()))
+        self._train("new", *(("shared",) if self.options.shared_learns == "always" else ()))
 
     def _grow_layer(self, layer: RankPoolLinear, new: int, nearest: Tensor | None) -> None:
         a, b = random_ranks(layer, new)
@@ -319,28 +324,28 @@ class PCLR(Method):
                 self.layers[path].put("shared", *random_ranks(self.layers[path], self.options.shared), train=False)
             pool.shared = self.options.shared
 
-    def _learn(self, *parts: str) -> None:
-        """Let these parts' values learn, and the keys of new experts, or of old ones in an integration that trains keys."""
+    def _train(self, *parts: str) -> None:
+        """Let these parts' values require gradients, and the keys of new experts; of old ones where integrations train keys."""
         values = [t for layer in self.layers.values() for p in parts if p in layer.lora_A for t in layer.part(p)]
         keys = []
         if self.options.train_keys or not self.integrating:
             keys = [key for pool in self.pools.values() for p in parts if p in pool.text for key in pool.keys(p)]
-        learn_only(self.model, *values, *keys)
+        require_grad_only(self.model, *values, *keys)
 
-    # --- learning ---------------------------------------------------------------------------------------------------
+    # --- training ---------------------------------------------------------------------------------------------------
 
-    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], share: float) -> Tensor:
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
         if self.integrating:
-            return share * self._integration_loss(inputs)
+            return grad_accum_weight * self._integration_loss(inputs)
         loss, outputs = cross_entropy()
         route = self.pool_tasks.last
-        loss = loss + share * self.options.key_weight * self._key_loss(route.query(), "new")
+        loss = loss + grad_accum_weight * self.options.key_weight * self._key_loss(route.query(), "new")
         if self.options.lwf and len(self.tasks) > 1:
             with torch.no_grad(), self.pool_tasks.querying(None, teacher=True):
                 teacher = self.model(**inputs).logits
             answered = answer_positions(inputs["labels"])
-            told = divergence(outputs.logits[answered], teacher[answered], 2.0, self.options.vocabulary).mean()
-            loss = loss + share * self.options.lwf * told
+            distilled = divergence(outputs.logits[answered], teacher[answered], 2.0, self.options.vocabulary).mean()
+            loss = loss + grad_accum_weight * self.options.lwf * distilled
         return loss
 
     def _key_loss(self, query: Query, part: str) -> Tensor:
@@ -368,7 +373,7 @@ class PCLR(Method):
             keys = [pool.teacher[part] for pool in self.pools.values() for part in EXPERTS]
             self.fakes = Query(*(normalised(torch.cat(kind).detach()) for kind in zip(*keys, strict=True)))
         self.chances = torch.ones(len(self.fakes.text), device=self.model.device)
-        self._learn("old", "shared")
+        self._train("old", "shared")
 
     def progress(self) -> Tensors:
         return {"chances": self.chances} if self.integrating else {}
@@ -417,7 +422,7 @@ class PCLR(Method):
         if not tasks:
             return
         stored = {name: tensor.to(self.model.device) for name, tensor in list(tasks.values())[-1][1].items()}
-        put_stored(self.layers, stored)
+        load_rank_pools(self.layers, stored)
         for name, pool in self.pools.items():
             for part in EXPERTS:
                 keys = [stored.get(f"state.keys.{name}.{part}.{kind}") for kind in ("text", "vision")]

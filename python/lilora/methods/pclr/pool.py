@@ -14,7 +14,7 @@ class GateRule:
     """How a RankPool chooses. Published as PCLR; the values named first are the paper's, the others its code's.
 
     rank: ranks chosen among the experts. scope: one set per "sample" or per "batch" (in training; inference always
-    chooses per sample). value: a chosen rank is weighted by its "score" or by 1 ("binary"). reuse: learned experts
+    chooses per sample). value: a chosen rank is weighted by its "score" or by 1 ("binary"). reuse: trained experts
     compete with new ones over "all", or in training only fill up ("top_up") fewer than `rank` new ones. query:
     "concatenated" is one cosine between [text, vision] and the key, "two" is cos_text + vision_weight * cos_vision.
     """
@@ -43,7 +43,7 @@ EXPERTS = ("old", "new")
 class RankPool(nn.Module):
     """The keys of a pool's rank experts, and which of them a batch of queries gets (PCLR, ICLR 2026).
 
-    Experts lie in the parts "old" (learned before) and "new" (being learned), one key each; the ranks of the part
+    Experts lie in the parts "old" (trained before) and "new" (being trained), one key each; the ranks of the part
     "shared" are always on. All linears of a pool use one choice.
     """
 
@@ -123,7 +123,7 @@ class RankPool(nn.Module):
         return (names, None), gate * weights
 
     def _choice(self, picked: list[tuple[Group, Tensor]], teacher: bool) -> Choice:
-        """Old experts first, then shared ranks, then new experts, where they are apart: what learns comes last."""
+        """Old experts first, then shared ranks, then new experts, where they are apart: what is trained comes last."""
         groups = []
         for (names, ranks), gate in picked:
             if ranks is None:

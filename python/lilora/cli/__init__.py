@@ -1,0 +1,63 @@
+"""Train a multimodal model on tasks one after another, and serve them together.
+
+A module per group of commands. What a command alone needs is imported inside it, so that `lilora --help` need not wait for it.
+"""
+
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from lilora import __version__
+from lilora.errors import UserError, lost_process, print_error
+
+from . import bank, evaluate, generate, info, report, train
+
+# Without rich's boxes, which cut long options where the terminal is narrow.
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lilora {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__.splitlines()[0])
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What comes before a command."""
+
+
+app.command(cls=train.TrainCommand)(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command()(report.report)
+app.command()(report.analyze)
+app.command()(generate.generate)
+app.command()(info.params)
+app.command()(info.info)
+app.add_typer(bank.app, name="bank")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit code 2, of several processes too."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and sys.argv[1:2] != ["train"]:
+            raise UserError("only lilora train runs in several processes; start this command without a launcher")
+        app()
+    except UserError as error:
+        print_error(str(error))
+        sys.exit(2)
+    except Exception as error:
+        if not lost_process(error):
+            raise
+        print_error(
+            "another process of this run has ended; run the same command again to go on from the last checkpoint"
+        )
+        sys.exit(1)

@@ -1,0 +1,45 @@
+"""What runs here: versions, devices, kernels."""
+
+import os
+from typing import Any
+
+
+def environment() -> dict[str, str]:
+    """What the numbers were made with."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores"
+    packages = ("lilora-kernels", "torch", "triton", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: installed(name) for name in packages}, "device": device}
+
+
+def cpu_build() -> str:
+    """The instructions that the CPU kernels use here, or why they are missing."""
+    from lilora_kernels.cpu_library import INSTRUCTIONS, load
+
+    kernels = load()
+    return kernels if isinstance(kernels, str) else f"loaded, {INSTRUCTIONS[kernels.instructions - 1]}"
+
+
+def cuda_build() -> dict[str, Any]:
+    """What the CUDA kernels were built with, and whether they load and run on the first GPU, in words and as data."""
+    import torch
+
+    from lilora_kernels.cuda_library import build_info, load_error
+    from lilora_kernels.ops.cuda_runtime import unusable
+
+    built, error = build_info(), load_error()
+    if error is None and torch.cuda.is_available():
+        error = unusable(torch.device("cuda", 0))
+    made = f"CUDA {built['cuda']}, torch {built['torch']}, for {', '.join(built['architectures'])}; "
+    state = "loaded" if error is None else error
+    return {"cuda build": (made if built["cuda"] else "") + state, "build_info": built}

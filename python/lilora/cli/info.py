@@ -1,0 +1,58 @@
+"""`lilora info` and `lilora params`: what runs here, and what a model would take."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from .facts import cpu_build, cuda_build, environment
+from .options import Attention, Json, Projector, Rank, SubRank
+from .output import console, plain_table
+
+
+def params(
+    model: Annotated[
+        str, typer.Option(help="llava-1.5-7b (shipped), a folder with config.json, or a hub id.")
+    ] = "llava-1.5-7b",
+    tasks: Annotated[int, typer.Option(min=1, help="Number of tasks to account for.")] = 6,
+    r: Rank = 128,
+    sub_rank: SubRank = None,
+    projector: Projector = None,
+    attention: Attention = False,
+    as_json: Json = False,
+) -> None:
+    """Count the adapter parameters of a model, without its weights."""
+    from lilora.reports.params import account
+
+    accounting = account(model, r=r, sub_rank=sub_rank, projector=projector, attention=attention)
+    if as_json:
+        print(json.dumps(accounting.to_dict(tasks)))
+    else:
+        console.print(accounting.table(tasks))
+
+
+def info(as_json: Json = False) -> None:
+    """Show versions, devices and backends, and why one cannot run."""
+    import torch
+
+    from lilora_kernels.backends import unsupported_reasons
+
+    facts: dict[str, Any] = {**environment(), "cpu build": cpu_build(), **cuda_build(), "backends": {}}
+    on_gpu = torch.cuda.is_available()
+    x = torch.empty(1, 1, device="cuda", dtype=torch.bfloat16) if on_gpu else torch.empty(1, 1)
+    for op in ("delta", "linear", "delta_pair", "rank_gate"):
+        facts["backends"][op] = {
+            name: "available" if why is None else why for name, why in unsupported_reasons(op, x, 128, 64).items()
+        }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = plain_table(["", ""], [])
+    table.show_header = False
+    for key, value in facts.items():
+        if key not in ("backends", "build_info"):
+            table.add_row(key, str(value))
+    for op, backends in facts["backends"].items():
+        for name, state in backends.items():
+            table.add_row(f"{op}: {name}", state)
+    console.print(table)

@@ -1,0 +1,65 @@
+"""Options that several commands have, and what their values mean."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lilora.errors import UserError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Order = Annotated[str | None, typer.Option(help="Task names, comma-separated: which tasks to train on, in this order.")]
+Data = Annotated[Path | None, typer.Option(help="Folder of the tasks' files, instead of the one the manifest names.")]
+BankPath = Annotated[Path, typer.Argument(help="A bank folder, or the run folder that holds one.")]
+AnyBank = Annotated[Path, typer.Argument(help="A bank folder, the run folder that holds one, or a hub repository.")]
+Base = Annotated[str | None, typer.Option(help="Base model. Default: the one the bank was made with.")]
+NewFolder = Annotated[Path, typer.Option("--out", help="New or empty folder.")]
+Rank = Annotated[int, typer.Option("--r", min=1, help="Rank of the shared factors, and of the LoRA baselines.")]
+SubRank = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rank of a task's own factors, where a method has them (lilora). Default: r // 2."),
+]
+Projector = Annotated[
+    bool | None, typer.Option(help="Adapt the projector's linear layers too; default: where the family has them.")
+]
+Attention = Annotated[bool, typer.Option(help="Adapt the attention's linear layers too.")]
+
+
+def choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{option} {value} is unknown; choose one of {', '.join(choices)}")
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Advice for a name that is unknown; `otherwise` where none is near."""
+    found = get_close_matches(name, known, 1)
+    return f"did you mean {found[0]!r}?" if found else otherwise
+
+
+def target_pattern(model: str, projector: bool | None, attention: bool) -> str:
+    from lilora.families import target_modules
+
+    return target_modules(model_config(model), projector=projector, attention=attention)
+
+
+def model_config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--model {model}: has no readable config ({reason}); give a model folder or a hub id"
+        ) from error
+
+
+def bank_router(bank, method):
+    from lilora.continual.task_identification import identifier_of
+
+    if not method.needs_task:
+        raise UserError(f"{bank.path}: {method.name} needs no task, so there is nothing to route; leave out --routed")
+    return identifier_of(bank.config).load(bank, method.model)

@@ -1,0 +1,206 @@
+"""`lilora train`."""
+
+import json
+from contextlib import closing
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from lilora.errors import UserError
+
+from .facts import environment
+from .options import Attention, Data, Device, Json, Order, Projector, SubRank, choice, target_pattern
+from .output import console, console_line
+from .run_config import config_text, read_config
+
+DEFAULT = "Default: the method's, below."
+
+
+class TrainCommand(TyperCommand):
+    """Its help ends with the methods, as they describe themselves."""
+
+    def format_epilog(self, ctx: typer.Context, formatter: Any) -> None:
+        from .method_options import methods_list
+
+        with formatter.section("Methods"):
+            formatter.write_dl(methods_list())
+
+
+def train(
+    context: typer.Context,
+    tasks: Annotated[Path, typer.Argument(help="The task manifest, for example examples/digits/tasks.yaml.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=read_config,
+            is_eager=True,
+            help="YAML file of options, such as the run.yaml of a run folder; those of the command win.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder; the same command goes on where it was interrupted. Default: runs/<manifest>-<method>-<seed>."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model: a folder or a hub id; default: the manifest's.")
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            autocompletion=lambda: list(import_module("lilora.methods").METHODS),
+            help="How the tasks are trained: one of the methods below.",
+        ),
+    ] = "lilora",
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Settings by name. Default: the first of the method's, below."),
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", min=1, help=f"Rank of the adapters. {DEFAULT}")] = None,
+    sub_rank: SubRank = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="The adapter's output is scaled by alpha / r. Default: the method's, below.")
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(min=0.0, max=0.99, help=f"Dropout on the adapter's input. {DEFAULT}")
+    ] = None,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="key=value: any setting of the method, the value as JSON or text; may be given again. A wrong key lists them.",
+        ),
+    ] = None,
+    projector: Projector = None,
+    attention: Attention = False,
+    learning_rate: Annotated[
+        float | None, typer.Option("--lr", min=0.0, help=f"Peak learning rate of the cosine schedule. {DEFAULT}")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0.0, help=DEFAULT)] = None,
+    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over each task's training samples.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(min=-1, help="Optimizer steps per task; -1: as many as epochs need.")] = -1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch, of all processes together.")] = 8,
+    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 2,
+    warmup: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of the steps in which the learning rate rises.")
+    ] = 0.03,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of the base model: auto (as stored), fp32, bf16 or fp16.")] = "auto",
+    eval_batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch of an evaluation.")] = 64,
+    save_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 200,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training batches.")] = 0,
+    report_to: Annotated[
+        str, typer.Option(help="Trackers as transformers names them, comma-separated: tensorboard, wandb ...")
+    ] = "none",
+    task_identifier: Annotated[
+        str, typer.Option(help="What finds the task of a sample where none is given.")
+    ] = "nearest-centroid",
+    order: Order = None,
+    data: Data = None,
+    seed: Annotated[int, typer.Option(min=0, max=4_000_000, help="Of all that is drawn.")] = 0,
+    device: Device = "auto",
+    label: Annotated[str | None, typer.Option(help="What reports call this run; default: method and preset.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train on tasks one after another, with an evaluation after each.
+
+    The same command goes on where it was interrupted. At the end it writes a report.
+
+    Several processes: accelerate launch --config_file examples/accelerate/ddp.yaml -m lilora train ...
+    """
+    from lilora.bank.atomic import write_atomically
+    from lilora.continual.manifest import load_manifest
+    from lilora.continual.publish import write_bank_card
+    from lilora.methods import METHODS
+    from lilora.reports.report import print_tables, write_report
+
+    from .method_options import method_settings, setting
+
+    method_type = METHODS.find(method, "--method")
+    choice("--dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
+    manifest = load_manifest(tasks, order.split(",") if order else None, data)
+    model = model or manifest.model
+    if model is None:
+        raise UserError(f"{tasks} names no base model; pass --model with a folder or a hub id")
+    from transformers.utils.logging import disable_progress_bar
+
+    from lilora.continual import processes
+    from lilora.continual.recorded import TrainSettings
+    from lilora.continual.run import ContinualRun
+    from lilora.continual.run_folder import method_label
+    from lilora.continual.trainer import trackers_of
+
+    trackers = trackers_of(report_to)
+    more = dict(map(setting, pairs or []))
+    more["target_modules"] = more.get("target_modules") or target_pattern(model, projector, attention)
+    sizes = {"r": r, "sub_rank": sub_rank, "alpha": alpha, "dropout": dropout}
+    settings = method_settings(method_type, preset, given(sizes), more)
+    training = TrainSettings.of(
+        {
+            **method_type.train_defaults,
+            **given({"learning_rate": learning_rate, "weight_decay": weight_decay}),
+            "epochs": epochs,
+            "max_steps": max_steps,
+            "batch_size": batch_size,
+            "gradient_accumulation": gradient_accumulation,
+            "warmup": warmup,
+            "gradient_checkpointing": gradient_checkpointing,
+            "dtype": dtype,
+            "seed": seed,
+        }
+    )
+    out = out or Path("runs") / f"{manifest.name}-{label or method_label(method, settings)}-{seed}"
+
+    console.quiet = processes.rank() > 0
+    if console.quiet:
+        disable_progress_bar()
+    opened = ContinualRun.open(
+        out,
+        manifest,
+        model,
+        method,
+        settings,
+        training,
+        device,
+        label,
+        task_identifier,
+    )
+    with closing(opened) as run:
+        if processes.rank() == 0:
+            of_method = {option: settings[name] for option, name in method_type.settings_type.options().items()}
+            resolved = {option.replace("_", "-"): value for option, value in of_method.items()} | {
+                "tasks": tasks.resolve(),
+                "out": out.resolve(),
+                "data": data and data.resolve(),
+                "model": model,
+                "preset": preset or next(iter(method_type.presets), None),
+                "lr": training.learning_rate,
+                "weight-decay": training.weight_decay,
+                "set": dict(map(setting, pairs or [])),
+            }
+            write_atomically(out / "run.yaml", config_text(context, resolved).encode())
+        bars = not (quiet or as_json or console.quiet)
+        say = (lambda line: None) if as_json else console_line
+        run.train(eval_batch_size, save_steps, workers, bars, say, trackers)
+        processes.destroy()
+        if processes.rank() > 0:
+            return
+        result = run.result()
+        page = write_report(out, [result], f"{result.method} on {manifest.name}", environment())
+        write_bank_card(run.bank)
+        if as_json:
+            print(json.dumps(result.to_dict()))
+        else:
+            print_tables([result], console)
+            console_line(f"report: {page}")
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

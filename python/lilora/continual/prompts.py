@@ -1,0 +1,127 @@
+"""Questions for the tasks of a bank: read from a file, checked before a model is loaded, answered in mixed batches."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.progress import Progress
+
+from lilora.bank.bank import Bank
+from lilora.errors import UserError
+from lilora.methods import METHODS, Method
+
+from .evaluate import answers_to, identify
+from .images import open_image
+from .instructions import Sample
+from .recorded import train_settings
+from .task_identification import identifier_of, require_statistics
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = Field(min_length=1)
+    task: str | None = None
+    image: str | list[str] = []
+    id: str | int | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """where: what errors call it. task: None where the bank is to find it."""
+
+    where: str
+    id: str | int
+    task: str | None
+    images: tuple[Path, ...]
+    text: str
+
+
+def read_prompts(path: Path, task: str | None = None) -> list[Prompt]:
+    """The questions of a file with one JSON object `{"prompt", "task", "image", "id"}` per line; only `prompt` must be there.
+
+    image: a path or a list of paths, relative to the file's folder. id: by default the number of the line, from 1. task: that
+    of the lines that name none. Empty lines are passed over.
+
+    Raises:
+        UserError: the file cannot be read or has no questions; or the first line that is wrong, by its number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path} cannot be read ({error}); give a file of JSON lines") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            read = _Line.model_validate(json.loads(line))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"][:1])) or "the line"
+            raise UserError(f"{where}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}; correct it") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f'{where} is no JSON ({error}); write {{"task": ..., "prompt": ...}}') from error
+        images = [read.image] if isinstance(read.image, str) else read.image
+        paths = tuple(path.parent / image for image in images)
+        identity = number if read.id is None else read.id
+        prompts.append(Prompt(where, identity, read.task or task, paths, read.prompt))
+    if not prompts:
+        raise UserError(f"--prompts {path} holds no questions; write one JSON object per line")
+    return prompts
+
+
+def check_prompts(prompts: Sequence[Prompt], bank: Bank) -> None:
+    """UserError for the first prompt whose image cannot be opened, or whose task the bank neither has nor can find."""
+    train_settings(bank)
+    opened: set[Path] = set()
+    for prompt in prompts:
+        if prompt.task is not None and prompt.task not in bank.tasks:
+            raise UserError(f"{prompt.where}: task {prompt.task!r} is unknown; {bank.path} has {', '.join(bank.tasks)}")
+        if prompt.task is None and METHODS[bank.config["method"]].needs_task:
+            try:
+                require_statistics(bank)
+            except UserError as error:
+                raise UserError(f"{prompt.where} names no task: {error}") from error
+        for image in prompt.images:
+            if image not in opened:
+                try:
+                    open_image(image)
+                except UserError as error:
+                    raise UserError(f"{prompt.where}: {error}") from error
+                opened.add(image)
+
+
+@torch.inference_mode()
+def answer_prompts(
+    bank: Bank,
+    method: Method,
+    processor: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[tuple[str, str]]:
+    """(task, answer) of each prompt, in their order; where none is named, the task that the bank finds.
+
+    bank, method, processor: as `load_bank` returns them. Batches mix tasks where the method can.
+    """
+    samples = [Sample(str(prompt.id), prompt.images, prompt.text, ("",)) for prompt in prompts]
+    tasks = [prompt.task for prompt in prompts]
+    unnamed = [i for i, task in enumerate(tasks) if task is None]
+    if unnamed:
+        found = [bank.tasks[-1]] * len(unnamed)  # one state serves all tasks
+        if method.needs_task:
+            router = identifier_of(bank.config).load(bank, method.model)
+            found = identify(router, processor, [samples[i] for i in unnamed], batch_size, progress)
+        for i, task in zip(unnamed, found, strict=True):
+            tasks[i] = task
+    limits = dict.fromkeys(tasks, max_new_tokens)
+    requests = list(zip(tasks, samples, strict=True))
+    answers = answers_to(method, processor, requests, limits, batch_size, progress)
+    return list(zip(tasks, answers, strict=True))

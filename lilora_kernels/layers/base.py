@@ -231,8 +231,8 @@ def sizes_of(base: nn.Module) -> tuple[int, int] | None:
     """(K, N) of a linear layer; None for a module that does not tell them."""
     if is_conv1d(base):
         return base.nx, base.nf
-    sizes = getattr(base, "in_features", None), getattr(base, "out_features", None)
-    return None if None in sizes else sizes
+    k, n = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    return None if k is None or n is None else (k, n)
 
 
 def is_number(value: object) -> bool:

@@ -293,7 +293,10 @@ def test_a_task_identifier_of_another_package(suite, tmp_path, lilora, train_opt
     run = tmp_path / "run"
     train = [suite / "tasks.yaml", "--out", run, "--order", "colour,count", *train_options, "--max-steps", "1"]
     code, _, err = lilora("train", *train, "--task-identifier", "magic")
-    assert (code, "--task-identifier magic is unknown; choose one of nearest-centroid, last" in err) == (2, True)
+    assert (code, "--task-identifier magic is unknown; choose one of nearest-centroid, linear-probe, last" in err) == (
+        2,
+        True,
+    )
     code, _, err = lilora("train", *train, "--task-identifier", "last")
     assert code == 0, err
     assert Bank.open(run).config["task_identifier"] == "last"

@@ -14,13 +14,21 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lilora import LiLoRAConfig, LiLoRALinear
 from lilora.bank.bank import Bank
+from lilora.continual import task_identification
 from lilora.continual.base_model import load_bank
 from lilora.continual.collator import Collator
 from lilora.continual.evaluate import answers_to, evaluate, evaluate_routed, limits_of
 from lilora.continual.instructions import InstructionDataset, Sample
-from lilora.continual.kinds import load_generative
+from lilora.continual.kinds import load_multimodal
 from lilora.continual.manifest import load_manifest
-from lilora.continual.task_identification import SHRINKAGE, NearestCentroid, TaskRouter, frozen_features
+from lilora.continual.task_identification import (
+    KEPT,
+    SHRINKAGE,
+    LinearProbe,
+    NearestCentroid,
+    TaskRouter,
+    frozen_features,
+)
 from lilora.errors import UserError
 
 IMAGE, PATCHES = 4, 4  # of the suite's model
@@ -30,7 +38,7 @@ COUNTS = [1, 0, 2, 1]  # images of each sample of a batch
 
 @pytest.fixture
 def base(suite):
-    return load_generative(str(suite / "base"), torch.float32)[0].requires_grad_(False).eval()
+    return load_multimodal(str(suite / "base"), torch.float32)[0].requires_grad_(False).eval()
 
 
 def batch(counts, side="left", labels=False):
@@ -410,3 +418,107 @@ def test_methods_that_need_no_task_have_no_router(suite, tmp_path, lilora, quick
     code, _, err = lilora("eval", tmp_path / "run", "--tasks", suite / "tasks.yaml", "--device", "cpu", "--routed")
     assert code == 2
     assert re.search(r"lora needs no task.*leave out --routed", err)
+
+
+# --- several modes, and the linear probe --------------------------------------------------------------------------------
+
+
+def as_features(monkeypatch):
+    """Batches are their features."""
+    monkeypatch.setattr(task_identification, "frozen_features", lambda model, inputs: inputs["x"])
+
+
+def clusters(seed, centres, n=60, width=24, noise=0.3):
+    """[n * centres, width] around centres, each a number at its own place."""
+    g = torch.Generator().manual_seed(seed)
+    x = noise * torch.randn(len(centres) * n, width, generator=g)
+    for i, (place, value) in enumerate(centres):
+        x[i * n : (i + 1) * n, place] += value
+    return x
+
+
+def test_a_task_of_several_modes_has_a_centroid_for_each(monkeypatch):
+    as_features(monkeypatch)
+    router = NearestCentroid(None)
+    found = router.fit("two", [{"x": x} for x in clusters(0, [(0, 3.0), (0, -3.0)]).split(17)])
+    assert found["mean"].shape == (2, 24)
+    assert sorted(found["count"].tolist()) == [60, 60]
+    torch.testing.assert_close(found["mean"][:, 0].sort().values, torch.tensor([-3.0, 3.0]), rtol=0, atol=0.15)
+    assert found["variance"].max() < 0.2
+    assert router.fit("one", [{"x": clusters(1, [(1, 3.0)])}])["mean"].shape == (24,)
+    assert NearestCentroid(None).fit("noise", [{"x": clusters(2, [(2, 0.0)], n=200)}])["mean"].shape == (24,)
+    # A task in the middle of the other's two modes, whose mean is the same.
+    router.fit("middle", [{"x": clusters(3, [(0, 0.0)])}])
+    for at, name in ((0, "two"), (1, "middle")):
+        x = clusters(10 + at, [(0, 3.0), (0, -3.0)] if name == "two" else [(0, 0.0)])
+        assert set(router.route({"x": x})) == {name}
+
+
+def test_a_centroid_for_each_mode_depends_on_no_other_task_and_is_found_again(monkeypatch):
+    as_features(monkeypatch)
+    x = clusters(0, [(0, 3.0), (1, 3.0), (2, 3.0)])
+    first, second = NearestCentroid(None), NearestCentroid(None)
+    second.fit("other", [{"x": clusters(5, [(3, 1.0)])}])
+    for router in (first, second):
+        router.fit("three", [{"x": x}])
+    assert first.statistics["three"]["mean"].shape == (3, 24)
+    for name, tensor in first.statistics["three"].items():
+        assert torch.equal(tensor, second.statistics["three"][name])
+
+
+def test_a_linear_probe_tells_tasks_that_centroids_do_not(monkeypatch):
+    """What tells the tasks is the difference of two numbers that vary together, each much more than they differ."""
+    as_features(monkeypatch)
+
+    def samples(seed, shift):
+        x = clusters(seed, [(2, 0.0)], n=300)
+        x[:, 1] = x[:, 0] * 10 + 0.1 * x[:, 1] + shift
+        x[:, 0] *= 10
+        return x
+
+    centroid, probe = NearestCentroid(None), LinearProbe(None)
+    for router in (centroid, probe):
+        for task, shift in (("low", -0.2), ("high", 0.2)):
+            router.fit(task, [{"x": samples(len(task), shift)}])
+    assert probe.statistics["low"]["features"].shape == (KEPT, 24)
+    tests = {task: samples(7 + len(task), shift) for task, shift in (("low", -0.2), ("high", 0.2))}
+
+    def right(router):
+        return sum(router.route({"x": x}).count(task) for task, x in tests.items())
+
+    assert right(centroid) < 400  # of 600, by chance 300
+    assert right(probe) > 550
+    for x in tests.values():  # each sample alone, and the same again from what a bank keeps
+        again = LinearProbe(None, probe.statistics)
+        assert probe.route({"x": x}) == [again.route({"x": row[None]})[0] for row in x]
+
+
+def test_a_linear_probe_is_trained_again_when_a_task_comes(monkeypatch):
+    as_features(monkeypatch)
+    probe = LinearProbe(None)
+    with pytest.raises(UserError, match="this router knows no task"):
+        probe.route({"x": torch.zeros(1, 24)})
+    with pytest.raises(UserError, match="no samples of task 'a'"):
+        probe.fit("a", [])
+    tasks = {name: clusters(i, [(i, 2.0)]) for i, name in enumerate("abc")}
+    for name, x in tasks.items():
+        probe.fit(name, [{"x": x}])
+        assert set(probe.route({"x": x})) == {name}
+    for name, x in tasks.items():
+        assert set(probe.route({"x": x})) == {name}
+    with pytest.raises(UserError, match="this model has 5 features and the router's tasks 24"):
+        probe.route({"x": torch.zeros(1, 5)})
+
+
+def test_a_run_with_the_probe_is_routed_by_it(suite, tmp_path, lilora, quick):
+    options = ["--out", tmp_path / "run", *quick, "--task-identifier", "linear-probe"]
+    assert lilora("train", suite / "tasks.yaml", *options)[0] == 0
+    code, _, err = lilora("eval", tmp_path / "run", "--tasks", suite / "tasks.yaml", "--routed", "--device", "cpu")
+    assert code == 0, err
+    bank = Bank.open(tmp_path / "run" / "bank")
+    assert {name: list(t.shape) for name, t in bank.load_routers()["count"].items()} == {"features": [12, 64]}
+    file = next((tmp_path / "run/bank/tasks").glob("count.router-*"))
+    bank.set_router("count", {"features": torch.zeros(3)})
+    assert not file.exists()
+    with pytest.raises(UserError, match=r"the router of task 'count' has other tensors than features \[n, 64\]"):
+        LinearProbe.load(bank, None)

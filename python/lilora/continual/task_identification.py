@@ -1,6 +1,7 @@
 """The task of every sample of a batch, from the batch alone: for inference without a task id."""
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,8 +21,10 @@ from lilora.methods.pclr.queries import prompt_mean
 from lilora.registry import Registry
 from lilora_kernels.layers.base import AdaptedLinear
 
-SAMPLES = 512  # training samples of a task that its centroid is the mean of
+SAMPLES = 512  # training samples of a task that its centroids are means of
+MODES, MODE_SAMPLES = 4, 16  # the most centroids of a task, and the fewest samples that one is the mean of
 SHRINKAGE = 0.01
+KEPT, WEIGHT_DECAY = 256, 1e-3  # of a linear probe
 
 
 class TaskRouter(ABC):
@@ -93,13 +96,16 @@ def identifier_of(config: Mapping[str, Any]) -> type[TaskRouter]:
 
 @register_task_identifier
 class NearestCentroid(TaskRouter):
-    """The task whose mean feature is nearest, by features of the frozen base model (`frozen_features`).
+    """The task with the nearest centroid, by features of the frozen base model (`frozen_features`).
 
-    The distance of a sample with feature x to task t is sum over i of (x_i - mean_ti)^2 / v_i: linear discriminant
+    The distance of a sample with feature x to a centroid is sum over i of (x_i - mean_i)^2 / v_i: linear discriminant
     analysis with the diagonal of the pooled within-task covariance (Dudoit, Fridlyand and Speed, 2002), without class
     priors. v is the mean over tasks of their variances, weighted by samples, with a share SHRINKAGE of its own mean
     mixed in. So what varies little within tasks, as words that all prompts of a task have in common, counts much.
-    Nothing is trained, and a task's statistics depend on no other's: `mean` and `variance` [D] and `count` [1], fp32.
+
+    A task whose features have several modes has a centroid for each, up to MODES, found by k-means; their number is that
+    with the least Bayesian information criterion (Schwarz, 1978; Pelleg and Moore, 2000). A task's statistics depend on no
+    other's: `mean` [D], or [modes, D], `variance` [D] around them and `count` [modes], fp32.
     """
 
     name = "nearest-centroid"
@@ -107,52 +113,181 @@ class NearestCentroid(TaskRouter):
     @classmethod
     def load(cls, bank: Bank, model: nn.Module) -> Self:
         router = super().load(bank, model)
-        width = next((len(s["mean"]) for s in router.statistics.values() if "mean" in s and s["mean"].dim() == 1), 0)
-        wanted = {"mean": (width,), "variance": (width,), "count": (1,)}
+        width = next((s["mean"].shape[-1] for s in router.statistics.values() if "mean" in s and s["mean"].dim()), 0)
         for task, statistics in router.statistics.items():
-            if {name: tuple(tensor.shape) for name, tensor in statistics.items()} != wanted:
+            found = {name: tuple(tensor.shape) for name, tensor in statistics.items()}
+            modes = len(statistics["mean"]) if len(found.get("mean", ())) == 2 else 1
+            mean = (width,) if modes == 1 else (modes, width)
+            if found != {"mean": mean, "variance": (width,), "count": (modes,)}:
                 raise UserError(
-                    f"{bank.path}: the router of task {task!r} has other tensors than mean, variance [{width}] and count [1]; "
+                    f"{bank.path}: the router of task {task!r} has other tensors than mean, variance [{width}] and count; "
                     "restore the bank from a copy"
                 )
         return router
 
     def fit(self, task: str, batches: Iterable[Inputs]) -> Tensors:
-        count, total, squares = 0, 0.0, 0.0
-        for inputs in batches:
-            features = frozen_features(self.model, inputs).double()
-            count, total, squares = count + len(features), total + features.sum(0), squares + features.square().sum(0)
-        if not count:
+        parts = [frozen_features(self.model, inputs).double() for inputs in batches]
+        if not parts:
             raise UserError(f"there are no samples of task {task!r} to route by; pass at least one batch")
-        mean = total / count
-        statistics = {"mean": mean, "variance": (squares / count - mean.square()).clamp_min(0)}
-        statistics["count"] = mean.new_tensor([count])
+        features = torch.cat(parts)
+        mode = modes_of(features)
+        count = mode.bincount()
+        mean = torch.zeros(len(count), features.shape[1], dtype=features.dtype, device=features.device)
+        mean.index_add_(0, mode, features).div_(count[:, None])
+        statistics = {"mean": mean[0] if len(mean) == 1 else mean, "variance": (features - mean[mode]).square().mean(0)}
+        statistics["count"] = count
         self.statistics[task] = {name: tensor.float().cpu() for name, tensor in statistics.items()}
         return self.statistics[task]
+
+    def centroids(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(mean [C, D] of all centroids, the position [C] of each one's task, scale [D] of a distance of 1)."""
+        means = [s["mean"].view(-1, s["mean"].shape[-1]) for s in self.statistics.values()]
+        owner = torch.arange(len(means)).repeat_interleave(torch.tensor([len(mean) for mean in means]))
+        variance = torch.stack([s["variance"] for s in self.statistics.values()])  # [T, D]
+        count = torch.stack([s["count"].sum(0, keepdim=True) for s in self.statistics.values()])  # [T, 1]
+        pooled = (count * variance).sum(0) / count.sum()
+        # The least number stands for a variance of 0, as one sample of every task has.
+        scale = torch.lerp(pooled, pooled.mean(), SHRINKAGE).clamp_min(torch.finfo(pooled.dtype).tiny).sqrt()
+        return torch.cat(means), owner, scale
 
     @torch.no_grad()
     def distances(self, features: Tensor) -> Tensor:
         """[B, T] from features [B, D]; UserError if the tasks' statistics are of another width."""
-        mean, variance, count = (
-            torch.stack([statistics[name] for statistics in self.statistics.values()]).to(features.device)
-            for name in ("mean", "variance", "count")
-        )  # [T, D], [T, D], [T, 1]
-        if features.shape[1] != mean.shape[1]:
-            raise UserError(
-                f"this model has {features.shape[1]} features and the router's tasks {mean.shape[1]}; give the base model that "
-                "it was fitted with"
-            )
-        pooled = (count * variance).sum(0) / count.sum()
-        # The least number stands for a variance of 0, as one sample of every task has.
-        scale = torch.lerp(pooled, pooled.mean(), SHRINKAGE).clamp_min(torch.finfo(pooled.dtype).tiny).sqrt()
+        mean, owner, scale = (tensor.to(features.device) for tensor in self.centroids())
+        require_width(features, mean)
         # By products of matrices, a sample's distances would depend on the others.
-        return torch.cdist(features / scale, mean / scale, compute_mode="donot_use_mm_for_euclid_dist").square()
+        to_all = torch.cdist(features / scale, mean / scale, compute_mode="donot_use_mm_for_euclid_dist").square()
+        nearest = to_all.new_full((len(features), len(self.statistics)), torch.inf)
+        return nearest.scatter_reduce(1, owner.expand(len(features), -1), to_all, "amin")
 
     def route(self, inputs: Mapping[str, Tensor]) -> list[str]:
         if not self.statistics:
             raise UserError("this router knows no task; call fit(task, batches), or load one from a bank")
         tasks = self.tasks
         return [tasks[i] for i in self.distances(frozen_features(self.model, inputs)).argmin(1).tolist()]
+
+
+@register_task_identifier
+class LinearProbe(TaskRouter):
+    """A linear classifier of tasks on features of the frozen base model (`frozen_features`).
+
+    A bank keeps KEPT features of every task's training samples, `features` [n, D] in fp16; the classifier is trained on them
+    whenever it is needed and tasks have come: softmax regression with the weight decay WEIGHT_DECAY by L-BFGS, on features
+    at mean 0 and deviation 1, in fp64. The same features give the same classifier.
+    """
+
+    name = "linear-probe"
+
+    def __init__(self, model: nn.Module, statistics: Mapping[str, Tensors] | None = None) -> None:
+        super().__init__(model, statistics)
+        self._probe: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def load(cls, bank: Bank, model: nn.Module) -> Self:
+        router = super().load(bank, model)
+        shapes = {task: {n: list(t.shape) for n, t in own.items()} for task, own in router.statistics.items()}
+        width = next((s["features"][-1] for s in shapes.values() if len(s.get("features", ())) == 2), 0)
+        for task, found in shapes.items():
+            rows = found.get("features", [0])[0] if found.get("features") else 0
+            if not rows or found != {"features": [rows, width]}:
+                raise UserError(
+                    f"{bank.path}: the router of task {task!r} has other tensors than features [n, {width}]; restore the bank "
+                    "from a copy"
+                )
+        return router
+
+    def fit(self, task: str, batches: Iterable[Inputs]) -> Tensors:
+        parts = [frozen_features(self.model, inputs) for inputs in batches]
+        if not parts:
+            raise UserError(f"there are no samples of task {task!r} to route by; pass at least one batch")
+        features = torch.cat(parts)
+        kept = torch.linspace(0, len(features) - 1, min(KEPT, len(features))).long()
+        self.statistics[task], self._probe = {"features": features[kept].half().cpu()}, None
+        return self.statistics[task]
+
+    def route(self, inputs: Mapping[str, Tensor]) -> list[str]:
+        if not self.statistics:
+            raise UserError("this router knows no task; call fit(task, batches), or load one from a bank")
+        if self._probe is None:
+            self._probe = self._trained()
+        features = frozen_features(self.model, inputs)
+        weight, bias = (tensor.to(features.device) for tensor in self._probe)
+        require_width(features, weight)
+        # Not by a product of matrices, in which a sample's scores would depend on the others.
+        scores = features.unsqueeze(1).mul(weight).sum(2) + bias
+        return [self.tasks[i] for i in scores.argmax(1).tolist()]
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def _trained(self) -> tuple[Tensor, Tensor]:
+        """weight [T, D] and bias [T] of features [B, D], fp32 on the CPU."""
+        parts = [own["features"].clone() for own in self.statistics.values()]
+        label = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+        x = torch.cat(parts).double()
+        centre, scale = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
+        x = (x - centre) / scale
+        weight = torch.zeros(len(parts), x.shape[1], dtype=x.dtype, requires_grad=True)
+        bias = torch.zeros(len(parts), dtype=x.dtype, requires_grad=True)
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = F.cross_entropy(x @ weight.T + bias, label) + WEIGHT_DECAY * weight.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        weight = (weight / scale).detach()
+        return weight.float(), (bias.detach() - weight @ centre).float()
+
+
+def require_width(features: Tensor, known: Tensor) -> None:
+    """UserError unless features [B, D] are as wide as what is known of the tasks."""
+    if features.shape[1] != known.shape[1]:
+        raise UserError(
+            f"this model has {features.shape[1]} features and the router's tasks {known.shape[1]}; give the base model that it "
+            "was fitted with"
+        )
+
+
+def modes_of(features: Tensor) -> Tensor:
+    """The mode [n] of each of features [n, D], fp64, numbered from 0."""
+    n, width = features.shape
+    floor = (SHRINKAGE * features.var(0, correction=0).mean()).clamp_min(torch.finfo(features.dtype).tiny)
+    best, least = torch.zeros(n, dtype=torch.int64, device=features.device), torch.inf
+    for k in range(1, MODES + 1):
+        mode = _clusters(features, k)
+        if mode is None:
+            break
+        mean = torch.stack([features[mode == i].mean(0) for i in range(k)])
+        within = (features - mean[mode]).square().mean(0) + floor
+        share = mode.bincount() / n
+        entropy = -(share * share.log()).sum()
+        criterion = (n * (within.log().sum() + 2 * entropy) + (k + 1) * width * math.log(n)).item()
+        if criterion >= least:
+            break
+        best, least = mode, criterion
+    return best
+
+
+def _clusters(x: Tensor, k: int) -> Tensor | None:
+    """k-means on x [n, D] from k-means++ starts of a fixed seed: the cluster [n] of each; None if one is too small."""
+    generator = torch.Generator().manual_seed(0)
+    centres = x.mean(0, keepdim=True) if k == 1 else x[torch.randint(len(x), (1,), generator=generator)]
+    while len(centres) < k:
+        far = torch.cdist(x, centres).amin(1).square().cpu()
+        if not far.any():
+            return None
+        centres = torch.cat([centres, x[torch.multinomial(far, 1, generator=generator)]])
+    cluster = None
+    for _ in range(50):
+        before, cluster = cluster, torch.cdist(x, centres).argmin(1)
+        if k > 1 and cluster.bincount(minlength=k).min() < MODE_SAMPLES:
+            return None
+        if before is not None and torch.equal(before, cluster):
+            break
+        centres = torch.stack([x[cluster == i].mean(0) for i in range(k)])
+    return cluster
 
 
 @torch.no_grad()

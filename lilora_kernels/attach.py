@@ -149,7 +149,7 @@ def name_idle_layers(model: nn.Module) -> None:
         names = ", ".join(idle[:3]) + ", ..." * (len(idle) > 3)
         warnings.warn(
             f"the first forward did not run {len(idle)} of the adapted layers ({names}); unless other inputs reach them they "
-            "learn nothing, but change what a merged model computes: leave them out",
+            "are never trained, but change what a merged model computes: leave them out",
             stacklevel=3,
         )
 

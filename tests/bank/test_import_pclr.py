@@ -355,7 +355,7 @@ def test_files_beside_it_are_checked(base, empty, tmp_path):
 def test_tasks_and_models_that_do_not_fit_are_refused(empty, tmp_path):
     path = written(tmp_path, content({"static": 7}))
     for tasks in (["a", "b"], ["a", "b", "b"], []):
-        with pytest.raises(UserError, match="has learned 3 tasks and the names given are"):
+        with pytest.raises(UserError, match="holds 3 tasks and the names given are"):
             read_pclr([path], empty, tasks)
     with pytest.raises(UserError, match="2 are given"):
         read_pclr([path, path], empty)

@@ -527,9 +527,9 @@ def test_what_does_not_go_together_is_one_sentence(images, suite, finished, tmp_
         (("train", suite / "tasks.yaml", "--out", out, "--model", images / "base"), "--model"),
         (
             (*command(images, out, "lora"), "--method", "ewc"),
-            "--method ewc cannot learn tasks of this kind of manifest; choose one of lilora, dac",
+            "--method ewc cannot train on tasks of this kind of manifest; choose one of lilora, dac",
         ),
-        ((*command(images, out, "lora"), "--method", "pclr"), "--method pclr cannot learn"),
+        ((*command(images, out, "lora"), "--method", "pclr"), "--method pclr cannot train"),
         (("generate", finished, "--task", "count", "--prompt", "x"), "learned to classify images and writes no text"),
         (("eval", finished, "--tasks", suite / "tasks.yaml"), "is of kind 'instruction' and"),
     ):

@@ -1,9 +1,9 @@
-"""A bank: the folder that holds every task a model has learned.
+"""A bank: the folder that holds every task that a model was trained on.
 
     bank.json                           index: tasks in training order, config, base model, scores, checksums
     shared-<fingerprint>.safetensors    one set of shared tensors, used by one task or by many
     tasks/<name>.safetensors            the tensors of one task
-    tasks/<name>.router-<fingerprint>.safetensors    what a router has learned of the task, if any
+    tasks/<name>.router-<fingerprint>.safetensors    what a router knows of the task, if anything
     README.md                           model card for the hub, which the commands write and nothing reads
 
 `bank.json` is written last and decides what belongs to the bank, so a process killed at any moment leaves the bank as
@@ -132,7 +132,7 @@ class Bank:
         info: dict | None = None,
         replaces: bool = False,
     ) -> None:
-        """Add a learned task at the end of the training order.
+        """Add a trained task at the end of the training order.
 
         task: for every adapted linear at module path p, `p.U` [N, S], `p.V` [S, R] and `p.fusion` [1]; layers without
             fusion leave the last out everywhere, and a plain LoRA, which is its A and B0 alone, has no tensors here.

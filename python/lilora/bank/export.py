@@ -99,7 +99,7 @@ def export_lora(model: nn.Module, task: str, folder: str | Path) -> None:
         if isinstance(layer, LiLoRALinear)
     }
     if not layers:
-        raise UserError(f"model is a {type(model).__name__} without LiLoRA layers; give one that has learned a task")
+        raise UserError(f"model is a {type(model).__name__} without LiLoRA layers; give one with a trained task")
     first = next(iter(layers.values()))
     if task not in first.tasks:
         raise UserError(f"task {task!r} is unknown; the model has {', '.join(first.tasks) or 'none'}")

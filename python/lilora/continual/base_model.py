@@ -78,9 +78,9 @@ def load_bank(
     bank = open_bank(path)
     settings = train_settings(bank)
     if not bank.tasks:
-        raise UserError(f"{path} holds no learned task yet; train first")
+        raise UserError(f"{path} holds no trained task yet; train first")
     if answers and not kind_of(bank.config).answers:
-        raise UserError(f"{path} has learned to classify images and writes no text; use lilora eval")
+        raise UserError(f"{path} classifies images and writes no text; use lilora eval")
     if wanted is not None and wanted not in bank.tasks:
         raise UserError(f"task {wanted!r} is unknown; {path} has {', '.join(bank.tasks)}")
     model = model or bank.base_model.id

@@ -109,7 +109,7 @@ def evaluate(
 ) -> list[TaskScore]:
     """Top-1 accuracy on the tasks' test images, with a zero-shot head for each.
 
-    A method that needs the task is given it; tasks that it has not learned yet get the base model.
+    A method that needs the task is given it; tasks that it was not trained on yet get the base model.
     """
     scores = []
     for spec in tasks:

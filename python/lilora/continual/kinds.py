@@ -45,7 +45,9 @@ class Kind:
         """UserError for a method that cannot train such tasks."""
         if method.answers_only and not self.answers:
             fit = ", ".join(name for name, other in METHODS.items() if not other.answers_only)
-            raise UserError(f"--method {method.name} cannot learn tasks of this kind of manifest; choose one of {fit}")
+            raise UserError(
+                f"--method {method.name} cannot train on tasks of this kind of manifest; choose one of {fit}"
+            )
 
 
 def load_multimodal(model: str, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:

@@ -106,7 +106,7 @@ def what_of(bank: Bank, task: str) -> str:
 def chosen_task(bank: Bank, task: str | None) -> str:
     """The task asked for, or the newest of a method whose inference needs none; UserError for none or an unknown one."""
     if not bank.tasks:
-        raise UserError(f"{bank.path} holds no learned task yet; train first")
+        raise UserError(f"{bank.path} holds no trained task yet; train first")
     if task is None and METHODS[bank.config["method"]].needs_task:
         raise UserError(f"--task is missing; {bank.path} has {', '.join(bank.tasks)}")
     if task is not None and not METHODS[bank.config["method"]].needs_task:

@@ -17,7 +17,7 @@ from .task_identification import TASK_IDENTIFIERS, NearestCentroid
 
 
 class TrainSettings(Settings):
-    """How each task is learned. A run keeps them for all its tasks: they are part of the bank's config.
+    """How each task is trained. A run keeps them for all its tasks: they are part of the bank's config.
 
     batch_size: samples per batch of all processes together, so that their number changes nothing but rounding. max_steps: -1
     for as many as epochs need. learning_rate: AdamW moves every weight by about that much in a step, so it is at most 1.
@@ -81,7 +81,7 @@ class _Scores(_Record):
 
 
 def train_settings(bank: Bank) -> TrainSettings:
-    """How the bank's tasks were learned, after everything that the bank records of its run was checked.
+    """How the bank's tasks were trained, after everything that the bank records of its run was checked.
 
     Raises:
         UserError: something there is not what `lilora` writes; names the bank and the place.

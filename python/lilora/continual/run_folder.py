@@ -39,7 +39,7 @@ def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> 
             )
     if bank.tasks != list(tasks[: len(bank.tasks)]):
         raise UserError(
-            f"--out {folder} holds another run: it has learned {', '.join(bank.tasks)}, which is no beginning of "
+            f"--out {folder} holds another run: it has trained {', '.join(bank.tasks)}, which is no beginning of "
             f"{', '.join(tasks)}; give another folder or the same order"
         )
     return bank
@@ -89,7 +89,7 @@ def _remove_task(bank: Bank, name: str) -> None:
         )
     if not method.needs_task and name != bank.tasks[-1]:
         raise UserError(
-            f"{method.name} has learned {bank.tasks[-1]!r} on top of {name!r}; remove the newest task first"
+            f"{method.name} has trained {bank.tasks[-1]!r} on top of {name!r}; remove the newest task first"
         )
     if bank.scores:  # first: a task without scores is evaluated again, scores without their task would stay
         matrix = ScoreMatrix.from_dict(bank.scores["matrix"]).without(name)

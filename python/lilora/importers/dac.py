@@ -22,7 +22,7 @@ _BLOCK = (
 
 
 def read_dac(files: Sequence[Path], model: nn.Module, tasks: Sequence[str] | None = None) -> Imported:
-    """The experts in each file, one file for each task in the order they were learned, for the CLIP they were trained on.
+    """The experts in each file, one file for each task in the order they were trained, for the CLIP they were trained on.
 
     model: a CLIPModel of transformers; its names and shapes count, so one on the meta device will do. tasks: their names;
     None for those of the files: Aircraft.pt is task Aircraft.

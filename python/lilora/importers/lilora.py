@@ -94,7 +94,7 @@ def bank_name(raw: str, names: dict[str, str]) -> str | None:
 
 
 def task_keys(path: Path, values: dict) -> list[str]:
-    """The tasks' keys in the order in which they were learned."""
+    """The tasks' keys in the order in which they were trained."""
     order, held = values.get("task_order"), values.get("lora_specific_A")
     keys = [str(key) for key in order] if isinstance(order, list | tuple) else []
     stored = {str(key) for key in held} if isinstance(held, dict) else set()
@@ -107,9 +107,7 @@ def task_names(path: Path, given: Sequence[str] | None, keys: list[str]) -> list
     if given is None:
         return [f"task{key}" for key in keys]
     if len(given) != len(keys) or len(set(given)) != len(keys):
-        raise UserError(
-            f"{path} has learned {len(keys)} tasks and the names given are {', '.join(given)}; name each once"
-        )
+        raise UserError(f"{path} holds {len(keys)} tasks and the names given are {', '.join(given)}; name each once")
     return list(given)
 
 

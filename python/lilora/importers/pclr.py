@@ -43,7 +43,7 @@ def read_pclr(files: Sequence[Path], model: nn.Module, tasks: Sequence[str] | No
 
     files: one file; r and alpha are those of lrp_config.json beside it, else the published 64 and 128. model: its names
     and shapes count, so one on the meta device will do; if it has weights and mm_projector.bin lies beside the file, its
-    projector must be that one. tasks: their names, in the order they were learned; None for task1, task2 ...
+    projector must be that one. tasks: their names, in the order they were trained; None for task1, task2 ...
 
     The file has A [K, n] and B [n, N] for every linear of language model and projector, of its old (`static`), new
     (`train`; a merged file has none) and shared (`share`) ranks; a text and a vision key for every expert of every pool;
@@ -165,5 +165,5 @@ def task_names(path: Path, given: Sequence[str] | None, count: int) -> list[str]
     if given is None:
         return [f"task{i + 1}" for i in range(count)]
     if len(given) != count or len(set(given)) != count:
-        raise UserError(f"{path} has learned {count} tasks and the names given are {', '.join(given)}; name each once")
+        raise UserError(f"{path} holds {count} tasks and the names given are {', '.join(given)}; name each once")
     return list(given)

@@ -41,7 +41,7 @@ def write_peft(
 
 
 def read_peft(folders: Sequence[Path], model: nn.Module, tasks: Sequence[str] | None = None) -> Imported:
-    """Tasks that a PEFT model with LiLoRA adapters has saved, one folder each, in the order they were learned.
+    """Tasks that a PEFT model with LiLoRA adapters has saved, one folder each, in the order they were trained.
 
     model: the base model; its names and shapes count, so one on the meta device will do. tasks: their names; None for
     those of the folders. Tensors are taken as they are.

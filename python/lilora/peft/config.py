@@ -11,7 +11,7 @@ from lilora_kernels.layers.lilora import DROPOUT, POLICIES, RANK, default_alpha,
 
 from .peft_type import LILORA
 
-# What learns after the first task. `paper`: the basis may move, held by the stability loss. `released`: as the published
+# What trains after the first task. `paper`: the basis may move, held by the stability loss. `released`: as the published
 # code does, A moves and old tasks drift. `frozen`: nothing shared moves, so old tasks stay bit for bit.
 PRESETS: dict[str, dict[str, str | float]] = {
     "frozen": {"train_a": "first", "train_b0": "first", "stability": 0.0},
@@ -157,7 +157,7 @@ class LiLoRAConfig(PeftConfig):
             fingerprint, self.first_of_chain = self.taken_with
             self.shared_fingerprint = fingerprint or self.shared_fingerprint
         super().save_pretrained(save_directory, **kwargs)
-        # True of the files: A and B0 may go on learning, and the config be used again.
+        # True of the files: A and B0 may go on training, and the config be used again.
         self.shared_fingerprint = self.first_of_chain = None
         self.taken_with = None
 

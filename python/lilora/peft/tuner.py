@@ -200,10 +200,10 @@ class LiLoRAModel(BaseTuner):
         return {k: v for k, v in get_quantization_kwargs(self).items() if k == "get_apply_tensor_subclass"}
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        learning = {name: p.requires_grad for name, p in self.model.named_parameters(remove_duplicate=False)}
+        trained = {name: p.requires_grad for name, p in self.model.named_parameters(remove_duplicate=False)}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(learning[name])  # PEFT makes new Parameters, and those learn
+            parameter.requires_grad_(trained[name])  # PEFT makes new Parameters, which require gradients
 
     @classmethod
     def _get_adapter_state_dict(

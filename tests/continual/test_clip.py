@@ -530,7 +530,7 @@ def test_what_does_not_go_together_is_one_sentence(images, suite, finished, tmp_
             "--method ewc cannot train on tasks of this kind of manifest; choose one of lilora, dac",
         ),
         ((*command(images, out, "lora"), "--method", "pclr"), "--method pclr cannot train"),
-        (("generate", finished, "--task", "count", "--prompt", "x"), "learned to classify images and writes no text"),
+        (("generate", finished, "--task", "count", "--prompt", "x"), "classifies images and writes no text"),
         (("eval", finished, "--tasks", suite / "tasks.yaml"), "is of kind 'instruction' and"),
     ):
         code, _, err = lilora(*arguments)

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPModel, 
 import lilora as package
 from lilora import LiLoRAConfig
 from lilora.bank.bank import Bank
+from lilora.bank.export import PlainLoRA, write_lora
 from lilora.bank.records import BaseModelId
 from lilora.continual.base_model import load_bank
 from lilora.continual.clip import ContrastiveCLIP
@@ -147,6 +148,23 @@ def test_the_folder_is_what_vllm_reads(base, llava_folder, tmp_path):
         linear = base.get_submodule(path)
         a, b = (tensors[f"base_model.model.{path}.lora_{x}.weight"] for x in "AB")
         assert (a.shape, b.shape) == ((R, linear.in_features), (linear.out_features, R))
+
+
+def test_linears_beside_shared_experts_are_named_by_their_weights(tmp_path):
+    """PEFT would take them for routed experts, by the ends of their names, and lose what was trained."""
+    beside = ["layers.0.mlp.up_proj", "layers.1.mlp.shared_experts.down_proj"]
+    names = [*beside, "layers.0.self_attn.q_proj"]
+    lora = PlainLoRA({name: (torch.zeros(2, 3), torch.zeros(5, 2)) for name in names}, 2.0, 0.1)
+    write_lora(tmp_path, lora, None)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["layers.0.self_attn.q_proj"]
+    assert config["target_parameters"] == [f"{name}.weight" for name in beside]
+    assert config["lora_dropout"] == 0.0
+    del lora.factors[beside[1]]
+    write_lora(tmp_path, lora, None)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["target_modules"], config["target_parameters"]) == ([*lora.factors], None)
+    assert config["lora_dropout"] == 0.1
 
 
 def test_factors_keep_their_dtype_and_b_is_rounded_once(base, llava_folder, tmp_path):

@@ -20,6 +20,15 @@ from .hub import write_card
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # of every name of a tensor in PEFT's files
+LIKE_EXPERTS = {
+    "gate",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "w1",
+    "w2",
+    "w3",
+}  # names of parts of routed experts to PEFT
 
 
 @dataclass(frozen=True)
@@ -58,18 +67,27 @@ def plain_lora(own: dict[str, Tensor], shared: dict[str, Tensor], r: int, alpha:
     return PlainLoRA(factors, alpha / r, dropout)
 
 
-def write_lora(folder: Path, lora: PlainLoRA, base_model: str | None) -> None:
-    """PEFT's two files of a LoRA into an existing folder: adapter_config.json and adapter_model.safetensors, in A's dtype."""
+def write_lora(folder: Path, lora: PlainLoRA, base_model: str | None, experts: bool = False) -> None:
+    """PEFT's two files of a LoRA into an existing folder: adapter_config.json and adapter_model.safetensors, in A's dtype.
+
+    experts: whether the model has routed experts; names of shared ones say it too. PEFT takes a target module there for a
+    routed expert of transformers 4 by the end of its name, so that linears beside the experts are named by their weights,
+    which PEFT adapts without dropout.
+    """
     r = len(next(iter(lora.factors.values()))[0])
     alpha = lora.scaling * r
+    experts = experts or any("expert" in path for path in lora.factors)
+    weights = [path for path in lora.factors if experts and path.split(".")[-1] in LIKE_EXPERTS]
     config = LoraConfig(
         r=r,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        lora_dropout=lora.dropout,
+        lora_dropout=0.0 if weights else lora.dropout,
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
-    config.target_modules = sorted(lora.factors)  # PEFT would make a set of it, with another order in every process
+    # Lists: PEFT would make sets of them, with another order in every process.
+    config.target_modules = sorted(lora.factors.keys() - set(weights))
+    config.target_parameters = sorted(f"{path}.weight" for path in weights) or None
     config.save_pretrained(str(folder))
     tensors = {}
     for path, (a, b) in lora.factors.items():
@@ -111,7 +129,8 @@ def export_lora(model: nn.Module, task: str, folder: str | Path) -> None:
         )
     base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     with new_folder(Path(folder)) as new:
-        write_lora(new, plain_lora(*task_tensors(layers, task), first.rank, first.alpha, first.dropout), base_model)
+        lora = plain_lora(*task_tensors(layers, task), first.rank, first.alpha, first.dropout)
+        write_lora(new, lora, base_model, experts=any(".experts." in name for name, _ in model.named_parameters()))
         write_card(
             new,
             task,

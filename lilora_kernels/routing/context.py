@@ -136,8 +136,10 @@ class BatchContext:
         samples = of.shape[0]
         if x.dim() >= 3 and x.shape[0] == samples:
             per_sample = x[0, ..., 0].numel() if samples else 0
-        elif x.dim() == 2 and self.length is None and x.shape[0] == samples:
-            per_sample = 1
+        elif x.dim() == 2 and (self.length is None or self.generating) and x.shape[0] == samples:
+            per_sample = (
+                1  # a step of a generation: a model may generate through a part of it, which no length is told of
+            )
         elif x.dim() == 2 and self.length is not None and x.shape[0] == samples * self.length:
             per_sample = self.length
         else:

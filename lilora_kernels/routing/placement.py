@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from .context import AHEAD, GATHERED, TEXT
+from .vision_tokens import tells_vision_tokens
 
 EXPERT = re.compile(r"(?<!shared_)experts?[._]\d+(\.|$)")  # one of those that a router chooses among
 
@@ -25,7 +26,7 @@ def places(model: nn.Module, paths: Sequence[str]) -> dict[str, str | None]:
 
     Ahead of it are the siblings that transformers' `get_image_features` or `get_video_features` uses, in the innermost module
     around it that has the first; others may run behind it. The part of that module which holds the decoder is text as a
-    whole, for it may have an encoder of its own.
+    whole, for it may have an encoder of its own. Of a family whose vision tokens are told, all that is not text is ahead.
     """
     names = {module: name for name, module in model.named_modules()}
 
@@ -47,8 +48,8 @@ def places(model: nn.Module, paths: Sequence[str]) -> dict[str, str | None]:
         text = [part for part in (*parts, decoder) if holds(part, decoder) and _holds_text_alone(part)]
         if not text:  # code outside transformers puts towers and projectors into the decoder
             text = [part for part in decoder.children() if isinstance(part, nn.ModuleList)]
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        text += [head] if head in names else []
+        heads = [m.get_output_embeddings() for m in names if hasattr(m, "get_output_embeddings") and holds(m, decoder)]
+        text += [head for head in heads if head in names]
 
     def place(path: str) -> str | None:
         if EXPERT.search(path):
@@ -56,7 +57,7 @@ def places(model: nn.Module, paths: Sequence[str]) -> dict[str, str | None]:
         for where, parts in ((TEXT, text), (AHEAD, ahead)):
             if any(_below(path, names[part]) for part in parts):
                 return where
-        return None
+        return AHEAD if text and tells_vision_tokens(model) else None
 
     return {path: place(path) for path in paths}
 

@@ -5,7 +5,7 @@ sample has follows from its image tokens and what the family's processor says of
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -23,10 +23,17 @@ TEXT_INPUTS = {
         "past_key_values",
     ),
     *("cache_position", "logits_to_keep", "num_items_in_batch", "rope_deltas", "shift_labels", "moe_mm_token_type_ids"),
-    *("inputs", "encoder_outputs", "negative_prompt_ids"),
+    *("inputs", "encoder_outputs", "negative_prompt_ids", "qformer_input_ids"),
 }
 # Of images and videos, as processors name what is counted below.
-IMAGE_INPUTS = {"pixel_values", "image_sizes", "image_grid_thw", "image_merge_sizes", "batch_num_images"}
+IMAGE_INPUTS = {
+    "pixel_values",
+    "pixel_values_images",
+    "image_sizes",
+    "image_grid_thw",
+    "image_merge_sizes",
+    "batch_num_images",
+}
 PADDED_INPUTS = {"spatial_shapes", "image_position_ids"}  # pixel_values [images, most patches, K]
 VIDEO_INPUTS = {"pixel_values_videos", "video_grid_thw", "video_merge_sizes", "second_per_grid_ts"}
 KNOWN_INPUTS = TEXT_INPUTS | IMAGE_INPUTS | PADDED_INPUTS | VIDEO_INPUTS
@@ -56,6 +63,40 @@ class VisionTokens(NamedTuple):
             if rest or each * sum(self.packed) != rows or (self.exact and each != 1)
             else [n * each for n in self.packed]
         )
+
+
+# What a family's batches hold, by config.model_type.
+VisionTokensOf = Callable[[Tensor, Mapping], "VisionTokens | Sequence[int]"]
+_TOLD: dict[str, VisionTokensOf] = {}
+
+
+def tell_vision_tokens(model_type: str, count: VisionTokensOf | None) -> None:
+    """Let `count` say the image tokens of each sample of this family's batches; None: the batch alone says them.
+
+    count(input_ids [B, L], inputs): `inputs` are the arguments of the model's forward by name. It returns B numbers of tokens,
+    where all images have the same number of them, else a `VisionTokens`; images lie in the order of the samples.
+    """
+    if count is None:
+        _TOLD.pop(model_type, None)
+    else:
+        _TOLD[model_type] = count
+
+
+def tells_vision_tokens(model: nn.Module) -> bool:
+    """Whether `tell_vision_tokens` was called for this model's family."""
+    return getattr(getattr(model, "config", None), "model_type", None) in _TOLD
+
+
+def _told(model: nn.Module, input_ids: Tensor, inputs: Mapping) -> "VisionTokens | list[int]":
+    found = _TOLD[model.config.model_type](input_ids, inputs)
+    parts = found[:2] if isinstance(found, VisionTokens) else [found]
+    for numbers in parts:
+        if numbers is not None and (len(numbers) != len(input_ids) or min(numbers, default=0) < 0):
+            raise ValueError(
+                f"vision_tokens of model type {model.config.model_type!r} returned {found}; it must return "
+                f"{len(input_ids)} numbers, the image tokens of each sample"
+            )
+    return found if isinstance(found, VisionTokens) else [int(number) for number in found]
 
 
 def of_equal_size(tokens: list[int], shape: Sequence[int]) -> list[int] | None:
@@ -94,7 +135,10 @@ def vision_tokens_of_batch(
 
     Raises ValueError for a batch that leaves open which sample an image or video belongs to.
     """
-    images, videos = inputs.get("pixel_values"), inputs.get("pixel_values_videos")
+    if tells_vision_tokens(model):
+        return _told(model, input_ids, inputs)
+    found = (inputs.get(name) for name in ("pixel_values", "pixel_values_images"))  # Video-LLaVA's name is the second
+    images, videos = next((x for x in found if x is not None), None), inputs.get("pixel_values_videos")
     if images is not None and videos is not None:
         raise ValueError(
             "the batch has images and videos, and layers ahead of the language model are adapted, which cannot tell the rows "
@@ -123,7 +167,11 @@ def vision_tokens_of_batch(
         return None
     image_token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
     given = {name for name in IMAGE_INPUTS | PADDED_INPUTS if inputs.get(name) is not None}
-    in_graph = torch.compiler.is_compiling() and images.dim() != 3 and given <= {"pixel_values", "image_grid_thw"}
+    in_graph = (
+        torch.compiler.is_compiling()
+        and images.dim() != 3
+        and given <= {"pixel_values", "pixel_values_images", "image_grid_thw"}
+    )
     if image_token is not None and in_graph:
         return (input_ids == image_token).sum(1)
     tokens = _count(input_ids, image_token)

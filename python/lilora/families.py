@@ -1,11 +1,11 @@
 """Which linear layers of a model get adapters: found by its structure, from a table where structure does not tell."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -19,8 +19,9 @@ from transformers import (
 
 from lilora.errors import UserError
 from lilora_kernels.layers.base import AdaptedLinear, is_conv1d, reads_weight
-from lilora_kernels.routing.context import TEXT
+from lilora_kernels.routing.context import AHEAD, TEXT
 from lilora_kernels.routing.placement import decoder_of, places
+from lilora_kernels.routing.vision_tokens import VisionTokens, tell_vision_tokens
 
 _CLASSES = (
     AutoModelForImageTextToText,
@@ -35,6 +36,9 @@ _ATTENTION = re.compile(
 )
 _ROUTER = re.compile(r"router|\b(gate|shared_expert_gate|weights_proj)\b")
 _EXPERT = re.compile(r"(?<!shared_)experts?\.\d+\.")
+_NOT_BETWEEN = re.compile(
+    r"patch_?embed|\bembeddings\.|\bhead\."
+)  # of a tower: what lies ahead of its blocks, or pools
 _TOWER = re.compile(r"vision|visual|image|audio|speech|patch", re.IGNORECASE)
 
 
@@ -47,40 +51,34 @@ class Family:
     projector: str | None = None
 
 
-_LLAVA = Family(projector=r"multi_modal_projector\.linear_[12]")
-_QWEN = Family(projector=r"visual\.merger\.mlp\.[02]")
-_QWEN3 = Family(projector=r"visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]")
-_GLM = Family(projector=r"visual\.merger\.(proj|(gate|up|down)_proj)")
-_IDEFICS = Family(projector=r"connector\.modality_projection\.proj")
 _FAMILIES = {  # by config.model_type
     "clip": Family(mlp=r"(text|vision)_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"),
     "gemma3": Family(projector=""),
-    "glm4v": _GLM,
-    "glm4v_moe": _GLM,
-    "idefics3": _IDEFICS,
-    "internvl": _LLAVA,
-    "llava": _LLAVA,
-    "llava_next": _LLAVA,
-    "llava_onevision": _LLAVA,
-    "mistral3": Family(projector=r"multi_modal_projector\.(patch_merger\.merging_layer|linear_[12])"),
-    "paligemma": Family(projector=r"multi_modal_projector\.linear"),
-    "qwen2_5_vl": _QWEN,
-    "qwen2_vl": _QWEN,
-    "qwen3_vl": _QWEN3,
-    "qwen3_vl_moe": _QWEN3,
-    "smolvlm": _IDEFICS,
+    "t5gemma2": Family(projector=""),
 }
 
 
 def register_family(
-    model_type: str, *, mlp: str | None = None, attention: str | None = None, projector: str | None = None
+    model_type: str,
+    *,
+    mlp: str | None = None,
+    attention: str | None = None,
+    projector: str | None = None,
+    vision_tokens: Callable[[Tensor, Mapping], VisionTokens | Sequence[int]] | None = None,
 ) -> None:
-    """Say where the linear layers of a family are, for what its structure does not tell or tells wrongly.
+    """Say of a family what its structure does not tell, or tells wrongly: where its linear layers are, and whose images are.
+
+    Call it before adapters are put into a model. `lilora train`, `lilora params`, `LiLoRAConfig` without target_modules, and
+    mixed batches follow it; `examples/outside_model.py` shows it with a model class that transformers does not have.
 
     Args:
         model_type: that of its config. A family that is known already is replaced.
         mlp: regular expression that matches the names of the MLPs' linear layers in full, behind any prefix.
         attention: the same for attention; projector: for what lies between a tower and the language model.
+        vision_tokens: (input_ids [B, L], inputs) -> the numbers of image tokens of the B samples, where all images or tiles
+            have the same number of tokens; else a `lilora_kernels.routing.vision_tokens.VisionTokens`. `inputs` are the other
+            arguments of the model's forward by name. Images lie in the order of the samples. All layers beside the decoder
+            then count as ahead of it, and mixed batches may reach them: rows that these numbers do not explain raise.
 
     Raises:
         UserError: a pattern is no regular expression.
@@ -93,6 +91,7 @@ def register_family(
                 f"register_family({model_type!r}): {name} is {pattern!r}, which is no regular expression ({error})"
             ) from error
     _FAMILIES[model_type] = Family(mlp, attention, projector)
+    tell_vision_tokens(model_type, vision_tokens)
 
 
 def target_modules(
@@ -102,7 +101,7 @@ def target_modules(
 
     Args:
         model: a model; or its config or `model_type`, from which one without memory is built.
-        projector: also the linear layers between tower and language model; None: where the family is known to have them.
+        projector: also the linear layers between tower and language model; None: where there are some.
         attention: also those of the language model's attention.
 
     The MLPs of the language model always match, of routed experts the linear layers beside them (`linear_layers`). What
@@ -122,26 +121,17 @@ def target_modules(
     config = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
     family = _FAMILIES.get(model_type, Family())
-    projector = bool(family.projector) if projector is None else projector
-    if projector and not family.projector:
-        why = (
-            "its weight is a raw Parameter and no linear layer"
-            if family.projector == ""
-            else "nothing tells where it is; lilora.register_family(..., projector=...) does"
-        )
-        raise UserError(
-            f"the projector of model type {model_type!r} cannot be adapted, for {why}; leave it out (projector=False, on the "
-            "command line --no-projector)"
-        )
+    searched = family.mlp is None or (family.projector is None and projector is not False)
+    if searched and isinstance(model, PreTrainedConfig):
+        model = without_memory(model)
     parts = [family.mlp or pattern_of(_found(model, model_type, attention and family.attention is None))]
     parts += [family.attention] * (attention and family.attention is not None)
-    parts += [family.projector] * projector
-    return rf"(.*\.)?({'|'.join(parts)})"
+    if projector is not False:
+        parts.append(_projector(model, model_type, family.projector, needed=projector is not None))
+    return rf"(.*\.)?({'|'.join(filter(None, parts))})"
 
 
-def _found(model: nn.Module | PreTrainedConfig, model_type: str, attention: bool) -> list[str]:
-    if isinstance(model, PreTrainedConfig):
-        model = without_memory(model)
+def _found(model: nn.Module, model_type: str, attention: bool) -> list[str]:
     found = linear_layers(model, attention=attention)
     if not found:
         raise UserError(
@@ -149,6 +139,21 @@ def _found(model: nn.Module | PreTrainedConfig, model_type: str, attention: bool
             "expression on its module names"
         )
     return found
+
+
+def _projector(model: nn.Module, model_type: str, given: str | None, needed: bool) -> str:
+    pattern = pattern_of(projector_layers(model)) if given is None else given
+    if needed and not pattern:
+        why = (
+            "its weight is a raw Parameter and no linear layer"
+            if given == ""
+            else "nothing tells where it is; lilora.register_family(..., projector=...) does"
+        )
+        raise UserError(
+            f"the projector of model type {model_type!r} cannot be adapted, for {why}; leave it out (projector=False, on the "
+            "command line --no-projector)"
+        )
+    return pattern
 
 
 def without_memory(config: PreTrainedConfig) -> nn.Module:
@@ -179,11 +184,39 @@ def linear_layers(model: nn.Module, *, attention: bool = False) -> list[str]:
     lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
     member = {}  # of a block, by the layer's name
     for name in names:
-        blocks = next((part for part in lists if re.match(rf"{re.escape(part)}\.\d+\.", name)), None)
-        if blocks is not None and not _ROUTER.search(path := re.sub(r"^\.\d+\.", "", name[len(blocks) :])):
+        path = next(filter(None, (_block_member(part, name) for part in lists)), "")
+        if path and not _ROUTER.search(path):
             member[name] = path
     mixes = {name: bool(_ATTENTION.search(path)) for name, path in member.items()}
     return list(mixes) if attention or all(mixes.values()) else [name for name, mixing in mixes.items() if not mixing]
+
+
+def projector_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers between the towers of a model and its language model.
+
+    These lie ahead of its decoder, in no block with attention, and neither in a tower's embeddings nor in its pooling head.
+    """
+    modules = dict(model.named_modules())
+    names = [name.removesuffix(".base_layer") for name, module in modules.items() if _is_linear(module)]
+    ahead = [name for name, place in places(model, names).items() if place == AHEAD and "lora_" not in name]
+    lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    blocks = {
+        part
+        for part in lists
+        for name in ahead
+        if _block_member(part, name) and _ATTENTION.search(_block_member(part, name))
+    }
+    return [
+        name
+        for name in ahead
+        if not _NOT_BETWEEN.search(name) and not any(_block_member(part, name) for part in blocks)
+    ]
+
+
+def _block_member(blocks: str, name: str) -> str:
+    """Path of a layer in its block, of this ModuleList of blocks; empty for a layer elsewhere."""
+    index, _, path = name.removeprefix(f"{blocks}.").partition(".")
+    return path if name.startswith(f"{blocks}.") and index.isdigit() else ""
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -204,10 +237,11 @@ def _of_text(model: nn.Module, modules: dict[str, nn.Module], names: list[str]) 
 
 
 def pattern_of(names: Iterable[str]) -> str:
-    """Regular expression for these names, numbers apart."""
+    """Regular expression for these names, whatever the numbers of blocks."""
     leaves: dict[str, dict[str, None]] = {}
     for name in names:
-        *path, leaf = (r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
-        leaves.setdefault(r"\.".join(path), {})[leaf] = None
+        *path, leaf = name.split(".")
+        where = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in path)
+        leaves.setdefault(where, {})[re.escape(leaf)] = None
     ends = {where: f"({'|'.join(last)})" if len(last) > 1 else next(iter(last)) for where, last in leaves.items()}
     return "|".join(rf"{where}\.{end}" if where else end for where, end in ends.items())

@@ -1,22 +1,27 @@
 """Which linear layers get adapters follows from the structure of a model, whatever its family."""
 
+import importlib.util
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
-from support.families import randomise
+from peft import get_peft_model
+from support.families import base, batch, randomise
+from support.family_configs import NO_IMAGES
 from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
 import lilora
-from lilora.bank.export import export_lora
 from lilora.errors import UserError
 from lilora.families import linear_layers, pattern_of, register_family, target_modules
 from lilora_kernels import LiLoRALinear
+from lilora_kernels.routing.context import AHEAD, TEXT
+from lilora_kernels.routing.placement import places
+from lilora_kernels.routing.vision_tokens import VisionTokens
 
 NOT_BUILT_FROM_DEFAULTS = {
     "aya_vision", "chameleon", "cohere_compass", "deepseek_ocr2", "diffusion_gemma", "emu3", "evolla", "fast_vlm", "gemma3n",
@@ -36,7 +41,7 @@ def small(config):
     return config
 
 
-def test_every_family_of_transformers_that_sees_images_has_linear_layers_to_adapt():
+def test_every_family_of_transformers_that_sees_images_has_linear_layers_to_adapt(record_property):
     built, without, attention_alone = 0, [], set()
     for model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         if model_type in NOT_BUILT_FROM_DEFAULTS:
@@ -52,17 +57,20 @@ def test_every_family_of_transformers_that_sees_images_has_linear_layers_to_adap
             attention_alone.add(model_type)
         for name in more:
             assert not re.search(r"vision|visual|image|router|lm_head|\.gate$|experts?\.\d", name), (model_type, name)
-    assert built == len(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - len(NOT_BUILT_FROM_DEFAULTS)
+    types = len(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    assert built == types - len(NOT_BUILT_FROM_DEFAULTS)
     assert without == []
     assert attention_alone == ATTENTION_ALONE
+    left_out = {"not built": sorted(NOT_BUILT_FROM_DEFAULTS), "attention alone": sorted(attention_alone)}
+    record_property("structure", {"types": types, "built": built, "found": built - len(without)} | left_out)
 
 
 def test_a_pattern_matches_its_names_and_no_others():
-    names = ["a.layers.0.mlp.up", "a.layers.11.mlp.up", "a.layers.0.mlp.down", "b.fc1", "head"]
+    names = ["a.layers.0.mlp.up", "a.layers.11.mlp.up", "a.layers.0.mlp.down", "b.0", "b.2", "head"]
     pattern = pattern_of(names)
-    assert pattern == r"a\.layers\.\d+\.mlp\.(up|down)|b\.fc1|head"
+    assert pattern == r"a\.layers\.\d+\.mlp\.(up|down)|b\.(0|2)|head"
     assert all(re.fullmatch(pattern, name) for name in names)
-    assert not any(re.fullmatch(pattern, name) for name in ("a.layers.0.mlp.gate", "a.layers.x.mlp.up", "ahead"))
+    assert not any(re.fullmatch(pattern, name) for name in ("a.layers.0.mlp.gate", "a.layers.x.mlp.up", "b.1", "ahead"))
 
 
 class Elsewhere(nn.Module):
@@ -91,6 +99,52 @@ def test_a_model_from_elsewhere_and_what_its_author_registers(monkeypatch):
         register_family("other", mlp="(")
 
 
+@pytest.fixture(scope="module")
+def outside():
+    path = Path(__file__).parents[2] / "examples" / "outside_model.py"
+    example = importlib.util.module_from_spec(importlib.util.spec_from_file_location("outside_model", path))
+    example.__spec__.loader.exec_module(example)
+    yield example
+    register_family("sketch")
+
+
+def test_the_example_of_a_model_class_from_outside(outside, capsys):
+    outside.main()
+    assert capsys.readouterr().out == "a mixed batch differs from single ones by 0e+00\n"
+    model, inputs = outside.adapted(), outside.batch()
+    assert places(model.get_base_model(), ["tower.0", "bridge", "language_model.lm_head"]) == {
+        "tower.0": AHEAD, "bridge": AHEAD, "language_model.lm_head": TEXT,
+    }  # fmt: skip
+    one_less = inputs["sketches"][:2]
+    with pytest.raises(ValueError, match=r"tower\.0, ahead of the language model, sees \[2, 4\] rows, which \[8, 4\]"):
+        model(inputs["input_ids"], sketches=one_less, task_ids=["name", "count"])
+
+
+@pytest.mark.parametrize(
+    "numbers, sentence",
+    [
+        (lambda ids, inputs: [8], r"vision_tokens of model type 'sketch' returned \[8\]; it must return 2 numbers"),
+        (lambda ids, inputs: VisionTokens([1, 2], None), None),
+        (None, "is not below the model's decoder, and nothing tells whose"),
+    ],
+    ids=["too few", "other images", "not told"],
+)
+def test_what_is_told_of_images_is_followed_or_refused(outside, numbers, sentence):
+    register_family("sketch", projector="bridge", vision_tokens=numbers)
+    model, inputs = outside.adapted(), outside.batch()
+    if sentence:
+        with pytest.raises(ValueError, match=sentence):
+            model(**inputs, task_ids=["name", "count"])
+        return
+    rows = []
+    layer = model.get_base_model().bridge
+    layer.register_forward_hook(
+        lambda layer, args, y: rows.extend(layer.model_tasks.current.rows(args[0], layer.place).tolist())
+    )
+    model(**inputs, task_ids=["name", "count"])
+    assert rows == [0] * 4 + [1] * 8
+
+
 @pytest.mark.parametrize(
     "model, sentence",
     [
@@ -105,77 +159,6 @@ def test_a_model_without_targets_is_one_sentence(model, sentence):
     with pytest.raises(UserError, match=sentence) as refused:
         target_modules(model)
     assert "\n" not in str(refused.value)
-
-
-# --- text alone ---------------------------------------------------------------------------------------------------------
-
-SIZES = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
-BERT = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}  # fmt: skip
-TEXT = {
-    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES, **GPT2)),
-    "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **BERT, num_labels=3)),
-    "t5": lambda: transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=40,
-            d_model=16,
-            d_kv=8,
-            d_ff=24,
-            num_layers=2,
-            num_heads=2,
-            dropout_rate=0.0,
-            decoder_start_token_id=0,
-        )
-    ),
-}
-TASKS = ("a", "b", None)
-
-
-def adapted(name):
-    torch.manual_seed(0)
-    model = TEXT[name]().double().eval()
-    config = lilora.LiLoRAConfig(
-        r=4, sub_rank=2, alpha=8, dropout=0.0, target_modules=target_modules(model, attention=True)
-    )
-    model = get_peft_model(model, config, adapter_name="a", autocast_adapter_dtype=False)
-    model.add_adapter("b", config)
-    randomise(model)
-    return model.eval()
-
-
-def inputs_of(name, rows=slice(None)):
-    ids = torch.randint(3, 40, (3, 7), generator=torch.Generator().manual_seed(1))[rows]
-    more = {"decoder_input_ids": ids[:, :4]} if name == "t5" else {}
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
-
-
-@pytest.mark.parametrize("name", TEXT)
-def test_a_mixed_batch_of_text_is_that_of_single_tasks(name):
-    model = adapted(name)
-    with torch.no_grad():
-        mixed = model(**inputs_of(name), task_ids=list(TASKS)).logits
-        for i, task in enumerate(TASKS):
-            alone = model(**inputs_of(name, slice(i, i + 1)), task_ids=[task]).logits
-            torch.testing.assert_close(mixed[i : i + 1], alone, rtol=0, atol=1e-12)
-            other = model(**inputs_of(name, slice(i, i + 1)), task_ids=[TASKS[i - 1]]).logits
-            assert (other - alone).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", TEXT)
-def test_merged_and_exported_text_models_compute_the_same(name, tmp_path):
-    model = adapted(name)
-    with torch.no_grad():
-        wanted = model(**inputs_of(name), task_ids=["b"] * 3).logits
-        export_lora(model, "b", tmp_path / "b")
-        model.set_adapter("b")
-        torch.testing.assert_close(model.merge_and_unload()(**inputs_of(name)).logits, wanted, rtol=0, atol=1e-10)
-        torch.manual_seed(0)
-        with warnings.catch_warnings(action="ignore"):  # PEFT says that it sets fan_in_fan_out for Conv1D
-            plain = PeftModel.from_pretrained(TEXT[name]().double().eval(), tmp_path / "b")
-        torch.testing.assert_close(plain(**inputs_of(name)).logits, wanted, rtol=0, atol=1e-5)
 
 
 def test_a_conv1d_is_a_base_like_another():
@@ -197,13 +180,13 @@ def test_heads_of_several_tasks_train_in_one_batch_as_each_alone():
     """A classifier for every task, in modules_to_save: its rows, and its gradients, are those of its samples."""
     torch.manual_seed(0)
     config = lilora.LiLoRAConfig(r=4, dropout=0.0, task_type="SEQ_CLS", train_a="never", train_b0="never")
-    model = get_peft_model(TEXT["bert"]().double(), config, adapter_name="a", autocast_adapter_dtype=False)
+    model = get_peft_model(base("bert (classification)"), config, adapter_name="a", autocast_adapter_dtype=False)
     model.add_adapter("b", config)
     randomise(model)
     head = model.base_model.model.classifier
     for copy in head.modules_to_save.values():
         nn.init.normal_(copy.weight)
-    inputs, labels = inputs_of("bert"), torch.tensor([0, 2, 1])
+    inputs, labels = batch("bert (classification)", NO_IMAGES).inputs(), torch.tensor([0, 2, 1])
     with pytest.raises(ValueError, match="the batch has samples of task 'b', and \\['a'\\] train"):
         model(**inputs, task_ids=["a", "b", "a"])
     model.base_model.set_adapter(["a", "b"])

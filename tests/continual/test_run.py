@@ -84,8 +84,9 @@ def test_old_tasks_stay_bit_for_bit_under_frozen_and_drift_under_released(traine
 def test_targets_named_by_the_user_replace_the_preset(method, suite, tmp_path, lilora, train_options):
     pattern = r".*language_model\.layers\.1\.self_attn\.q_proj"
     more = ["--method", method, "--set", f"target_modules={pattern}", "--order", "colour"]
-    code, _, err = lilora("train", suite / "tasks.yaml", "--out", tmp_path / "run", *more, *train_options)
+    code, out, err = lilora("train", suite / "tasks.yaml", "--out", tmp_path / "run", *more, *train_options)
     assert code == 0, err
+    assert out.splitlines().count(f"adapters: --set 'target_modules={pattern}'") == 1
     tensors = [name for part in Bank.open(tmp_path / "run" / "bank").load_task("colour") for name in part]
     adapted = [name for name in tensors if not name.startswith("state.")]
     assert adapted

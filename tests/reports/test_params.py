@@ -2,6 +2,7 @@ import io
 import json
 import random
 import re
+import shlex
 from itertools import pairwise
 
 import pytest
@@ -78,6 +79,42 @@ def test_local_folder_table_and_json(tmp_path):
     console = Console(file=io.StringIO(), width=80)
     console.print(account("llava-1.5-7b", projector=True).table(tasks=6))
     assert all(text in console.file.getvalue() for text in ("104.5 MiB", "984.4 MiB", "2,143.5 MiB", "45.9%"))
+
+
+@pytest.mark.parametrize(
+    "config, linears",
+    [
+        (transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=32), 4),  # Conv1D, whose weight is [K, N]
+        (transformers.LlamaConfig(**TEXT), 6),
+    ],
+    ids=["gpt2", "llama"],
+)
+def test_the_layers_chosen_are_printed_as_a_shell_takes_them(tmp_path, lilora, config, linears):
+    config.save_pretrained(tmp_path)
+    code, out, err = lilora("params", "--model", tmp_path)
+    assert code == 0, err
+    adapters, *options = shlex.split(out.splitlines()[-1])
+    assert (adapters, options[0]) == ("adapters:", "--set")
+    code, out, _ = lilora("params", "--model", tmp_path, "--json", *options)
+    counted = json.loads(out)
+    assert (code, counted["linears"]) == (0, linears)
+    assert options[1] == f"target_modules={counted['target_modules']}"
+    code, out, _ = lilora("params", "--model", tmp_path, "--json", "--set", r"target_modules=.*\.(0|1)\..*")
+    assert json.loads(out)["linears"] == {"gpt2": 8, "llama": 14}[config.model_type]
+
+
+@pytest.mark.parametrize(
+    "setting, sentence",
+    [
+        ("target_modules=(", "target_modules '(' is no regular expression (missing ), unterminated subpattern"),
+        ("cap=3", "--set cap=3 is not for params; it takes target_modules=REGULAR-EXPRESSION alone"),
+        ('target_modules=["up"]', "it takes target_modules=REGULAR-EXPRESSION alone"),
+    ],
+)
+def test_other_settings_are_one_sentence(lilora, setting, sentence):
+    code, _, err = lilora("params", "--set", setting)
+    assert code == 2
+    assert sentence in " ".join(err.split())
 
 
 @pytest.mark.parametrize(

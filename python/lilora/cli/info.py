@@ -5,9 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
+from lilora.errors import UserError
+
 from .facts import cpu_build, cuda_build, environment
 from .options import Attention, Json, Projector, Rank, SubRank
-from .output import console, plain_table
+from .output import adapters_line, console, console_line, plain_table
 
 
 def params(
@@ -19,16 +21,26 @@ def params(
     sub_rank: SubRank = None,
     projector: Projector = None,
     attention: Attention = False,
+    pairs: Annotated[
+        list[str] | None, typer.Option("--set", help="target_modules=PATTERN: other layers than are found.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Count the adapter parameters of a model, without its weights."""
     from lilora.reports.params import account
 
-    accounting = account(model, r=r, sub_rank=sub_rank, projector=projector, attention=attention)
+    from .method_options import setting
+
+    more = dict(map(setting, pairs or []))
+    target = more.pop("target_modules", None)
+    if more or not isinstance(target, str | None):
+        raise UserError(f"--set {', '.join(pairs)} is not for params; it takes target_modules=REGULAR-EXPRESSION alone")
+    accounting = account(model, r=r, sub_rank=sub_rank, target_modules=target, projector=projector, attention=attention)
     if as_json:
         print(json.dumps(accounting.to_dict(tasks)))
     else:
         console.print(accounting.table(tasks))
+        console_line(adapters_line(accounting.target_modules))
 
 
 def info(as_json: Json = False) -> None:

@@ -1,5 +1,8 @@
 """Where the commands print, and their tables."""
 
+import json
+import shlex
+
 from rich import box
 from rich.table import Table
 
@@ -10,6 +13,12 @@ console = plain_console()
 
 def console_line(text: str) -> None:
     console.print(text, soft_wrap=True)
+
+
+def adapters_line(target_modules: str | list[str]) -> str:
+    """Which layers are adapted, in the form in which a shell takes it as an option again."""
+    value = target_modules if isinstance(target_modules, str) else json.dumps(target_modules)
+    return f"adapters: --set {shlex.quote(f'target_modules={value}')}"
 
 
 def plain_table(names: list[str], numbers: list[str]) -> Table:

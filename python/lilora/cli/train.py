@@ -13,7 +13,7 @@ from lilora.errors import UserError
 
 from .facts import environment
 from .options import Attention, Data, Device, Json, Order, Projector, SubRank, choice, target_pattern
-from .output import console, console_line
+from .output import adapters_line, console, console_line
 from .run_config import config_text, read_config
 
 DEFAULT = "Default: the method's, below."
@@ -188,6 +188,7 @@ def train(
             write_atomically(out / "run.yaml", config_text(context, resolved).encode())
         bars = not (quiet or as_json or console.quiet)
         say = (lambda line: None) if as_json else console_line
+        say(adapters_line(more["target_modules"]))
         run.train(eval_batch_size, save_steps, workers, bars, say, trackers)
         processes.destroy()
         if processes.rank() > 0:

@@ -15,6 +15,7 @@ from lilora.errors import UserError
 from lilora.families import target_modules as found_targets
 from lilora.families import without_memory
 from lilora.methods import METHODS
+from lilora_kernels.layers.base import is_conv1d, sizes_of
 from lilora_kernels.layers.lilora import RANK, default_sub_rank
 
 _SHIPPED = Path(__file__).parents[1] / "model_configs"  # one folder with a config.json per model
@@ -36,6 +37,7 @@ class Accounting:
     per_task: int  # U, V and fusion of all layers: stored for each task
     lora_per_task: int  # A and B of a plain LoRA of rank r
     kept: dict[str, tuple[int, int]]  # by method, what inference keeps: for all tasks, and for each
+    target_modules: str  # the regular expression that the names of the linear layers match
 
     def total(self, method: str, tasks: int) -> int:
         """Parameters kept after `tasks` tasks by one of the methods in `kept`."""
@@ -83,17 +85,21 @@ def mib(parameters: int) -> float:
 def count(model: nn.Module, target: str, r: int, sub_rank: int, name: str = "model") -> Accounting:
     """Count what adapting the linears of `model` whose names fully match the regular expression `target` adds.
 
-    Reads shapes only, so a model on the meta device will do. UserError when no linear matches.
+    Reads shapes only, so a model on the meta device will do. UserError when no linear matches, or for no expression.
     """
+    try:
+        re.compile(target)
+    except re.error as error:
+        raise UserError(f"target_modules {target!r} is no regular expression ({error}); quote or mend it") from error
     for rank_name, rank in (("r", r), ("sub_rank", sub_rank)):
         if rank < 1:
             raise UserError(f"{rank_name} is {rank}; it must be at least 1")
     if sub_rank > r:
         raise UserError(f"sub_rank is {sub_rank} and r is {r}; give at most r")
     shapes = [
-        (module.out_features, module.in_features)
+        sizes_of(module)[::-1]
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and re.fullmatch(target, path)
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and re.fullmatch(target, path)
     ]
     if not shapes:
         raise UserError(
@@ -124,6 +130,7 @@ def count(model: nn.Module, target: str, r: int, sub_rank: int, name: str = "mod
         per_task=sum(n * sub_rank + sub_rank * r + 1 for n, _ in shapes),
         lora_per_task=shared_a + shared_b0,
         kept=kept,
+        target_modules=target,
     )
 
 

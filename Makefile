@@ -62,7 +62,7 @@ help:
 	@echo "make lint        ruff: rules and formatting; mypy: the types of what users call"
 	@echo "make cpu-evidence  throughput comparisons on this CPU, bench/results/cpu, and the tables from them"
 	@echo "make smollm2     tokens per second of a real language model on this CPU (98 MB), minutes: bench/results/smollm2, and the tables"
-	@echo "make families    which models can do what: bench/results/families.json, and docs/families.md"
+	@echo "make families    which models can do what: bench/results/families.json, docs/families.md and families-table.md"
 	@echo "make experiment  five methods, three seeds, 400 steps a task: about 50 minutes on 2 cores"
 	@echo "make long        twelve tasks, nine methods and ablations, three seeds: hours; goes on where it was interrupted"
 	@echo "make readme      the tables of README and docs/, and all plots, from the committed results"
@@ -170,7 +170,7 @@ smollm2: venv
 	$(BIN)/python -m bench.readme
 
 families: venv
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/families/test_families_matrix.py --record bench/results/families.json
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/families/test_families_matrix.py tests/families/test_structure.py --record bench/results/families.json
 	$(BIN)/python -m bench.readme
 
 readme: .venv/ready

@@ -306,15 +306,34 @@ def params() -> str:
 
 
 def families() -> str:
-    """What works with which family of models: the recorded outcome of tests/families/test_families_matrix.py."""
-    content = json.loads((RESULTS / "families.json").read_text())
-    rows = content["families"]
-    behaviours = list(next(iter(rows.values())))
+    """What works with which family of models, families with equal outcomes in one row; see `families_table`."""
+    behaviours, rows, content = recorded_families()
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for family, outcomes in rows.items():
+        cells = tuple(mark(outcomes[name]) if name in outcomes else "–" for name in behaviours)
+        groups.setdefault(cells, []).append(family)
+    lines = [f"| `model_type` | {' | '.join(behaviours)} |", "|---|" + ":-:|" * len(behaviours)]
+    lines += [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in groups.items()]
+    structure = content["structure"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{legend(content)} no: refused with a sentence, which [the whole table](families-table.md) has; –: there is no "
+            f"such thing. Of transformers' {structure['types']} model types that read images and text, {structure['built']} are "
+            f"built from their default config, and {structure['found']} of these have linear layers that are found by structure.",
+        ]
+    )
+
+
+def families_table() -> str:
+    """Every family and behaviour, why something is refused, and what is known of other families by their structure."""
+    behaviours, rows, content = recorded_families()
     reasons: list[str] = []
 
     def cell(outcome: str) -> str:
         if not outcome.startswith("refused: "):
-            return {"passed": "✓"}.get(outcome, outcome)
+            return mark(outcome)
         reason = outcome.removeprefix("refused: ")
         if reason not in reasons:
             reasons.append(reason)
@@ -322,19 +341,49 @@ def families() -> str:
 
     lines = [f"| `model_type` | {' | '.join(behaviours)} |", "|---|" + ":-:|" * len(behaviours)]
     for family, outcomes in rows.items():
-        lines.append(f"| {family} | {' | '.join(cell(outcomes.get(name, 'untested')) for name in behaviours)} |")
+        cells = (cell(outcomes[name]) if name in outcomes else "–" for name in behaviours)
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    structure = content["structure"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *[f"({i}) Refused: {reason}.  " for i, reason in enumerate(reasons, 1)],
+            "",
+            legend(content),
+            "",
+            f"Of transformers' {structure['types']} model types that read images and text, {structure['built']} are built from "
+            f"their default config; {structure['found']} of these have linear layers that are found by structure.",
+            "",
+            "| model types | |",
+            "|---|---|",
+            f"| {', '.join(structure['attention alone'])} | their MLPs are routed experts alone: attention is adapted |",
+            f"| {', '.join(structure['not built'])} | not built from a default config: pass the model, or a config of yours |",
+        ]
+    )
+
+
+def recorded_families() -> tuple[list[str], dict[str, dict[str, str]], dict]:
+    """Behaviours, the outcome of each for every family, and all that tests/families recorded."""
+    content = json.loads((RESULTS / "families.json").read_text())
+    rows = content["families"]
+    return list(dict.fromkeys(name for outcomes in rows.values() for name in outcomes)), rows, content
+
+
+def mark(outcome: str) -> str:
+    return "no" if outcome.startswith("refused: ") else {"passed": "✓"}.get(outcome, outcome)
+
+
+def legend(content: dict) -> str:
     environment = content["environment"]
-    lines += [
-        "",
-        *[f"({i}) Refused: {reason}.  " for i, reason in enumerate(reasons, 1)],
-        "",
+    return (
         "Each cell is a test on a tiny model of the family, in fp64. mixed batch: samples of several tasks with no, one and "
-        "several images, row for row what each sample gives alone with its task; projector: the same with adapters in projector "
-        "and attention, and gradients that add up; export: as a plain LoRA that PEFT loads; compile: the language model in one "
-        "graph for training, whatever the tasks. From `bench/results/families.json`, written by `make families` with "
-        f"transformers {environment['transformers']}, peft {environment['peft']} and torch {environment['torch']}.",
-    ]
-    return "\n".join(lines)
+        "several images, row for row what each sample gives alone with its task, and gradients that add up; projector: the same "
+        "with adapters in projector and attention; towers: the same rows with adapters in every linear layer; export: as a plain "
+        "LoRA that PEFT loads; compile: the language model in one graph for training, whatever the tasks. From "
+        "`bench/results/families.json`, written by `make families` with "
+        f"transformers {environment['transformers']}, peft {environment['peft']} and torch {environment['torch']}."
+    )
 
 
 def small() -> str:
@@ -409,6 +458,7 @@ PAGES = {
     "README.md": (small,),
     "docs/results.md": (digits, long, ablations, params, cpu, smollm2, host, gpu),
     "docs/families.md": (families,),
+    "docs/families-table.md": (families_table,),
 }
 
 

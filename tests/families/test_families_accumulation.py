@@ -5,17 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.families import FAMILIES, adapted, batch
-from transformers import TrainingArguments
+from support.families import adapted, batch
+from support.family_configs import CLASSIFIERS, FAMILIES, NO_IMAGES
+from transformers import AutoModelForSeq2SeqLM, TrainingArguments
 
 from lilora.continual.trainer import TaskTrainer
 
-ANSWERS = [1, 7]
+ANSWERS = [1, 4]
 
 
 class Data(torch.utils.data.Dataset):
     def __init__(self, name):
-        self.samples = batch(name, [[0], [2]])
+        self.samples = batch(name, [[], []] if FAMILIES[name].batches == (NO_IMAGES,) else [[0], [2]])
 
     def __len__(self):
         return len(ANSWERS)
@@ -26,15 +27,16 @@ class Data(torch.utils.data.Dataset):
     def collate(self, indices, dtype):
         """One sample, or both."""
         inputs = self.samples.inputs(*(indices if len(indices) == 1 else ()))
-        labels = torch.full_like(inputs["input_ids"], -100)
-        for row, index in zip(labels, sorted(indices), strict=True):
-            row[-ANSWERS[index] :] = self.samples.ids[index, -ANSWERS[index] :]
+        answers = inputs.get("decoder_input_ids", inputs["input_ids"])
+        labels = torch.full_like(answers, -100)
+        for row, answer, index in zip(labels, answers, sorted(indices), strict=True):
+            row[-ANSWERS[index] :] = answer[-ANSWERS[index] :]
         return inputs | {"labels": labels}
 
 
 def learned(name, data, folder, size):
     """What one step of gradient descent changes."""
-    model = copy.deepcopy(adapted(name, projector=False))
+    model = copy.deepcopy(adapted(name))
     model.set_adapter("read")
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     arguments = TrainingArguments(
@@ -57,12 +59,14 @@ def learned(name, data, folder, size):
     return {n: p.detach() - before[n] for n, p in model.named_parameters() if n in before}, result.training_loss
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.endswith("_moe")])
+@pytest.mark.parametrize(
+    "name", [n for n, family in FAMILIES.items() if family.auto not in (*CLASSIFIERS, AutoModelForSeq2SeqLM)]
+)
 def test_accumulation_of_unequal_answers_is_the_full_batch(name, tmp_path):
-    data = Data(name)
+    data, precision = Data(name), max(1e-6, 10 * FAMILIES[name].precision)
     accumulated, loss = learned(name, data, tmp_path, 1)
     at_once, wanted = learned(name, data, tmp_path, 2)
     assert loss == pytest.approx(wanted, rel=1e-6)
     for key, change in at_once.items():
-        assert (accumulated[key] - change).abs().max() <= 1e-6 * change.abs().max(), key
+        assert (accumulated[key] - change).abs().max() <= precision * change.abs().max(), key
     assert sum(change.abs().sum() for change in at_once.values()) > 0

@@ -109,6 +109,6 @@ def test_the_command_counts_parameters_by_the_config_alone(model_type, tmp_path,
     assert counted["linears"] == layers * (2 if model_type == "glm4v" else 3) + len(projector or ())
     assert counted["base"] == sum(p.numel() for p in full(model_type).parameters())
     if projector is None:
-        code, _, err = lilora("params", "--model", tmp_path)
+        code, _, err = lilora("params", "--model", tmp_path, "--projector")
         assert code == 2
         assert "no linear layer" in err

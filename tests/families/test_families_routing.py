@@ -1,37 +1,19 @@
 """Which sample an image or a video belongs to, where numbers of rows alone do not say: right, or refused."""
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
-import transformers
-from peft import get_peft_model
-from support.families import (
-    FAMILIES,
-    IMAGE,
-    TASKS,
-    TEXT,
-    TOWER,
-    VIDEO,
-    VOCABULARY,
-    adapted,
-    alone,
-    base,
-    batch,
-    gridded,
-    randomise,
-    rows_are_those_of_single_tasks,
-)
-
-import lilora
+from support.families import adapted, alone, base, batch, rows_are_those_of_single_tasks, with_tasks
+from support.family_configs import IMAGE, VIDEO
+from support.packings import by_shapes, gridded
 
 NAMES = ["count", "where"]
 
 
 @pytest.fixture
 def model(request):
-    return adapted(request.param, projector=True)
+    return adapted(request.param, "projector")
 
 
 def forward(model, inputs):
@@ -112,7 +94,7 @@ def test_videos_of_patches(name, model, videos):
 def test_videos_written_with_image_tokens(model, videos):
     """As GLM4V's processor does it: the type of a token, not its id, says that it belongs to a video."""
     samples = batch("glm4v", videos, gridded("video"))
-    samples.family = replace(samples.family, token_types=lambda ids: {"mm_token_type_ids": 2 * (ids == IMAGE).int()})
+    samples.family = replace(samples.family, beside=lambda ids: {"mm_token_type_ids": 2 * (ids == IMAGE).int()})
     rows_are_those_of_single_tasks(model, samples, NAMES)
 
 
@@ -150,97 +132,26 @@ def test_images_and_videos_in_one_batch_are_refused(model):
 # --- images padded to one number of patches ---------------------------------------------------------------------------
 
 
-def positions(height, width):
-    grid = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), -1).reshape(-1, 2)
-    return torch.cat([grid, -torch.ones(24 - len(grid), 2).long()])
+def padded(name, target):
+    return with_tasks(base(name), target)
 
 
-def gemma4():
-    text = TEXT | {"layer_types": ["full_attention"] * 2, "global_head_dim": 8}
-    text |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
-    vision = TOWER | {"num_key_value_heads": 2, "head_dim": 8, "pooling_kernel_size": 2, "position_embedding_size": 64}
-    tokens = {
-        "image_token_id": IMAGE,
-        "boi_token_id": 36,
-        "eoi_token_id": 35,
-        "video_token_id": 38,
-        "audio_token_id": 33,
-    }
-    model = transformers.Gemma4ForConditionalGeneration(
-        transformers.Gemma4Config(text_config=text, vision_config=vision, **tokens)
-    )
-    return model, lambda grids: {"image_position_ids": torch.stack([positions(*grid) for grid in grids])}
-
-
-def lfm2_vl():
-    text = TEXT | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
-    vision = TOWER | {"num_patches": 64, "vision_use_head": False}
-    model = transformers.Lfm2VlForConditionalGeneration(
-        transformers.Lfm2VlConfig(
-            text_config=text, vision_config=vision, image_token_id=IMAGE, projector_hidden_size=16, downsample_factor=2
-        )
-    )
-
-    def shapes(grids):
-        masks = [torch.arange(24) < height * width for height, width in grids]
-        return {"spatial_shapes": torch.tensor(grids), "pixel_attention_mask": torch.stack(masks).long()}
-
-    return model, shapes
-
-
-def padded(make, target):
-    torch.manual_seed(0)
-    model, shapes = make()
-    config = lilora.LiLoRAConfig(r=4, sub_rank=2, dropout=0.0, target_modules=target)
-    model = get_peft_model(model.double(), config, adapter_name=TASKS[0], autocast_adapter_dtype=False)
-    for task in TASKS[1:]:
-        model.add_adapter(task, config)
-    randomise(model)
-    return model.eval(), shapes
-
-
-@pytest.mark.parametrize(
-    "make, target", [(gemma4, "all-linear"), (lfm2_vl, ["q_proj", "v_proj"])], ids=["gemma4", "lfm2_vl"]
-)
-def test_images_padded_to_equal_patches(make, target):
+@pytest.mark.parametrize("name, target", [("gemma4", "all-linear"), ("lfm2_vl", ["q_proj", "v_proj"])])
+def test_images_padded_to_equal_patches(name, target):
     """Images of 6 and of 2 tokens, all of 24 patches: rows do not follow the tokens."""
-    model, shapes = padded(make, target)
-    for grids in ([[(4, 6)], [(2, 4)]], [[(2, 4), (4, 6)], [(2, 4)]], [[(2, 4)] * 3, [(4, 6)]]):
-        ids = torch.randint(3, 30, (2, 14))
-        for row, own in zip(ids, grids, strict=True):
-            at = 1
-            for height, width in own:
-                row[at : at + height * width // 4] = IMAGE
-                at += height * width // 4 + 1
-        pixels = torch.randn(sum(map(len, grids)), 24, 48).double()
-
-        def inputs(rows, images, ids=ids, pixels=pixels, grids=grids):
-            tokens = {"input_ids": ids[rows], "attention_mask": torch.ones_like(ids[rows])}
-            types = {"mm_token_type_ids": (ids[rows] == IMAGE).int()} if make is gemma4 else {}
-            return (
-                tokens
-                | types
-                | {"pixel_values": pixels[images]}
-                | shapes([grid for own in grids[rows] for grid in own])
-            )
-
-        got, first = forward(model, inputs(slice(None), slice(None))), len(grids[0])
-        for i, images in enumerate((slice(0, first), slice(first, None))):
-            model.set_adapter(NAMES[i])
-            with torch.no_grad():
-                wanted = model(**inputs(slice(i, i + 1), images)).logits
-            torch.testing.assert_close(got[i : i + 1], wanted, rtol=1e-9, atol=1e-9)
-        model.set_adapter(TASKS[0])
+    model = padded(name, target)
+    for images in ([[0], [1]], [[1, 0], [1]], [[1, 1, 1], [0]]):
+        rows_are_those_of_single_tasks(model, batch(name, images), NAMES)
 
 
 def test_images_without_a_token_between_them_are_told_by_their_patches():
-    model, shapes = padded(lfm2_vl, ["q_proj", "v_proj"])
+    model = padded("lfm2_vl", ["q_proj", "v_proj"])
     ids = torch.randint(3, 30, (2, 10))
     ids[0, 1:5], ids[1, 1:5] = IMAGE, IMAGE  # two images of 2 tokens, and one of 4
     grids, pixels = [(2, 4), (2, 4), (4, 4)], torch.randn(3, 24, 48).double()
-    got = forward(model, {"input_ids": ids, "pixel_values": pixels} | shapes(grids))
+    got = forward(model, {"input_ids": ids, "pixel_values": pixels} | by_shapes(grids))
     for i, images in enumerate((slice(0, 2), slice(2, 3))):
-        one = {"input_ids": ids[i : i + 1], "pixel_values": pixels[images]} | shapes(grids[images])
+        one = {"input_ids": ids[i : i + 1], "pixel_values": pixels[images]} | by_shapes(grids[images])
         with torch.no_grad():
             wanted = model(**one, task_ids=NAMES[i : i + 1]).logits
         torch.testing.assert_close(got[i : i + 1], wanted, rtol=1e-9, atol=1e-9)
@@ -255,37 +166,19 @@ def test_images_without_a_token_between_them_are_told_by_their_patches():
     ids=["patches", "runs"],
 )
 def test_padded_images_that_do_not_fill_their_samples_are_refused(grids, why):
-    model, shapes = padded(lfm2_vl, ["q_proj", "v_proj"])
+    model = padded("lfm2_vl", ["q_proj", "v_proj"])
     ids = torch.randint(3, 30, (2, 10))
     ids[0, 1:5], ids[1, 1:5] = IMAGE, IMAGE
     with pytest.raises(ValueError, match=rf"q_proj.*{why}"):
-        forward(model, {"input_ids": ids, "pixel_values": torch.randn(3, 24, 48).double()} | shapes(grids))
+        forward(model, {"input_ids": ids, "pixel_values": torch.randn(3, 24, 48).double()} | by_shapes(grids))
 
 
 def test_a_projector_that_runs_once_for_each_image_is_refused():
-    model, shapes = padded(lfm2_vl, r".*multi_modal_projector\.linear_\d")
+    model = padded("lfm2_vl", r".*multi_modal_projector\.linear_\d")
     ids = torch.randint(3, 30, (2, 10))
     ids[0, 1:7], ids[1, 1:3] = IMAGE, IMAGE
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 24, 48).double()} | shapes([(4, 6), (2, 4)])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 24, 48).double()} | by_shapes([(4, 6), (2, 4)])
     with pytest.raises(ValueError, match=r"multi_modal_projector\.linear_1.*pass batches of one task"):
         forward(model, inputs)
     with torch.no_grad():
         model(**inputs, task_ids=["count", "count"])
-
-
-@cache
-def everywhere(name):
-    """The family's tiny model with adapters in every linear layer."""
-    model = base(name)
-    config = lilora.LiLoRAConfig(r=4, sub_rank=2, dropout=0.0, target_modules="all-linear")
-    model = get_peft_model(model, config, adapter_name=TASKS[0], autocast_adapter_dtype=False)
-    for task in TASKS[1:]:
-        model.add_adapter(task, config)
-    randomise(model)
-    return model.eval()
-
-
-@pytest.mark.parametrize("images", [[[0, 1], [2]], [[], [1, 0]]], ids=str)
-@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.endswith("_moe")])
-def test_towers_are_adapted_too(name, images):
-    rows_are_those_of_single_tasks(everywhere(name), batch(name, images), NAMES)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from test_families_matrix import CELLS, REFUSED
 
 from bench import readme
@@ -36,8 +37,23 @@ def test_the_recorder_and_the_table_show_what_failed_or_is_missing(tmp_path, mon
     report("passed", ("cell", ("a", "merge")), ("refused", "a cannot"))
     report("failed", ("cell", ("b", "train")))
     report("passed", ("other", 1))
+    report("passed", ("cell", ("c", "train")))
+    report("passed", ("cell", ("c", "merge")), ("refused", "c neither"))
+    found = {"types": 5, "built": 4, "found": 4, "attention alone": ["d"], "not built": ["e"]}
+    report("failed", ("structure", {"types": 0}))
+    report("passed", ("structure", found))
     recorder.pytest_sessionfinish()
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     lines = readme.families().splitlines()
     assert lines[0] == "| `model_type` | train | merge |"
-    assert lines[2:6] == ["| a | ✓ | no (1) |", "| b | failed | untested |", "", "(1) Refused: a cannot.  "]
+    assert lines[2:5] == ["| a, c | ✓ | no |", "| b | failed | – |", ""]
+    assert "Of transformers' 5 model types" in lines[5]
+    page = readme.families_table()
+    for line in ("| a | ✓ | no (1) |", "| c | ✓ | no (2) |", "(1) Refused: a cannot.  ", "(2) Refused: c neither.  "):
+        assert f"\n{line}\n" in page
+
+
+@pytest.mark.parametrize("page", ["docs/families.md", "docs/families-table.md"])
+def test_the_pages_are_those_of_the_recorded_outcomes(page):
+    text = (ROOT / page).read_text()
+    assert text == readme.updated(page, text), "run `python -m bench.readme`"

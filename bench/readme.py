@@ -382,9 +382,9 @@ def legend(content: dict) -> str:
         "with adapters in projector and attention; towers: the same rows with adapters in every linear layer; export: as a plain "
         "LoRA that PEFT loads; compile: the language model in one graph for training, whatever the tasks. From "
         "`bench/results/families.json`, written by `make families` with "
-        f"transformers {environment['transformers']}, peft {environment['peft']} and torch {environment['torch']}. Where a refusal "
-        "is of rows that a layer sees, it is of mixed batches: those of one task work. Of mllama, adapters of the cross-attention "
-        "to images are such a case too."
+        f"transformers {environment['transformers']}, peft {environment['peft']} and torch {environment['torch']}. "
+        "A refusal of rows that a layer sees is one of mixed batches: those of one task work. Adapters in mllama's "
+        "cross-attention are such a case too."
     )
 
 

@@ -179,11 +179,11 @@ def compile(name):
 BEHAVIOURS = {
     b.__name__.replace("_", " "): b for b in (train, generate, mixed_batch, projector, towers, merge, export, compile)
 }
-_UNKNOWN = "nothing tells where it is; lilora.register_family"
+_UNKNOWN = "nothing tells where it is"
 _RAW = "its weight is a raw Parameter and no linear layer"
 _NOT_BELOW = r"is not below the model's decoder, and nothing tells whose the .* rows are that it sees of"
 _ONE_BY_ONE = r"projector\.linear_1, ahead of the language model, sees .* rows, which .* do not explain"
-_SUBCLASS = "not an nn.Linear: nothing says that its forward runs.*leave it out of target_modules"
+_SUBCLASS = "not an nn.Linear: nothing says that its forward runs"
 CROSS_ATTENTION = {"mllama"}  # of text to tiles of images: whose these rows are is not known
 REFUSED = {
     ("aria", "towers"): _SUBCLASS,  # the projector's nn.MultiheadAttention
@@ -198,7 +198,7 @@ REFUSED = {
     ("mllama", "towers"): _NOT_BELOW,
     ("paddleocr_vl", "projector"): _ONE_BY_ONE,
     ("paddleocr_vl", "towers"): _ONE_BY_ONE,
-    ("phi4_multimodal", "compile"): "^Data-dependent branching",  # its own forward asks whether there are images
+    ("phi4_multimodal", "compile"): "Data-dependent branching",  # its own forward asks whether there are images
     ("phi4_multimodal", "projector"): _UNKNOWN,
     ("phi4_multimodal", "towers"): _SUBCLASS,  # the pooling head's nn.MultiheadAttention
     ("t5gemma2", "projector"): _RAW,

@@ -1,6 +1,7 @@
 """The table of docs/families.md shows the outcome of every cell of the matrix, and no other cell."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ def test_the_committed_outcomes_are_those_of_the_matrix():
     for cell, outcome in cells.items():
         if cell in REFUSED:
             assert outcome.startswith("refused: ")
-            assert REFUSED[cell] in outcome
+            assert re.search(REFUSED[cell], outcome)
         else:
             assert outcome == "passed", cell
 

@@ -203,3 +203,19 @@ def test_heads_of_several_tasks_train_in_one_batch_as_each_alone():
     for name, p in model.named_parameters():
         if name in mixed:
             torch.testing.assert_close(mixed[name], p.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["aya_vision", "llama"])
+def test_without_targets_the_mlps_of_any_decoder_are_adapted(name):
+    model = get_peft_model(base(name), lilora.LiLoRAConfig(r=4, sub_rank=2))
+    adapted = {name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, LiLoRALinear)}
+    assert adapted == {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.xfail(
+    strict=True, reason="routed experts are Parameters of three dimensions, which no adapter reaches yet"
+)
+def test_routed_experts_are_adapted():
+    config = lilora.LiLoRAConfig(r=4, sub_rank=2, target_modules=r".*\.experts")
+    names = (name for name, _ in get_peft_model(base("qwen3_moe"), config).named_parameters())
+    assert any("experts" in name and "lilora" in name for name in names)

@@ -236,6 +236,12 @@ def _of_text(model: nn.Module, modules: dict[str, nn.Module], names: list[str]) 
     return [name for name in names if name.startswith(inside) and not _TOWER.search(name)]
 
 
+def same_layers(config: PreTrainedConfig, one: str, other: str) -> bool:
+    """Whether two patterns match the same modules of a config's model."""
+    names = [name for name, _ in without_memory(config).named_modules()]
+    return all(bool(re.fullmatch(one, name)) == bool(re.fullmatch(other, name)) for name in names)
+
+
 def pattern_of(names: Iterable[str]) -> str:
     """Regular expression for these names, whatever the numbers of blocks."""
     leaves: dict[str, dict[str, None]] = {}

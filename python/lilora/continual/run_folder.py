@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from lilora.bank.bank import Bank
 from lilora.errors import UserError
+from lilora.families import same_layers
 from lilora.importers.checkpoint import flat
 from lilora.methods import METHODS
 from lilora.reports.runs import Run
@@ -32,6 +35,8 @@ def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> 
     old = flat({"kind": "instruction"} | bank.config)  # banks of earlier versions do not say so
     new = flat(json.loads(json.dumps(config)))
     for key in sorted(old.keys() | new.keys()):
+        if key == "settings.target_modules" and _same_targets(config["model"], old.get(key), new.get(key)):
+            continue
         if old.get(key) != new.get(key):
             raise UserError(
                 f"--out {folder} holds another run: its {key} is {old.get(key)!r} and this one's is {new.get(key)!r}; "
@@ -43,6 +48,13 @@ def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> 
             f"{', '.join(tasks)}; give another folder or the same order"
         )
     return bank
+
+
+def _same_targets(model: str, one: Any, other: Any) -> bool:
+    """Whether two settings name the same layers; earlier versions wrote other patterns."""
+    if one == other or not (isinstance(one, str) and isinstance(other, str)):
+        return one == other
+    return same_layers(AutoConfig.from_pretrained(model), one, other)
 
 
 def run_of(bank: Bank) -> Run:

@@ -3,12 +3,13 @@
 from .attach import attach, route
 from .backends import backend, plan
 from .explain import explain
-from .functional import delta, delta_pair, draw_seed, linear, rank_gate
+from .functional import delta, delta_pair, draw_seed, expert_linear, linear, rank_gate
 from .layers.accelerated import accelerate_linears, restore_linears
 from .layers.lilora import LiLoRALinear, set_task
 from .layers.mlp import fuse_mlps, unfuse_mlps
 from .layers.parameters import check_task_name
 from .layers.rank_pool import RankPoolLinear
+from .ops.experts.groups import group_rows
 from .routing.context import BatchContext
 from .serving import freeze, unfreeze
 from .version import __version__
@@ -26,9 +27,11 @@ __all__ = [
     "delta",
     "delta_pair",
     "draw_seed",
+    "expert_linear",
     "explain",
     "freeze",
     "fuse_mlps",
+    "group_rows",
     "linear",
     "plan",
     "rank_gate",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .ops.delta.register import delta as _delta
 from .ops.delta_pair.register import delta_pair as _delta_pair
+from .ops.experts.register import expert_linear as _expert_linear
 from .ops.linear.register import linear as _linear
 from .ops.operation import Operation
 from .ops.rank_gate.register import rank_gate as _rank_gate
@@ -105,6 +106,34 @@ def delta_pair(
     return of_rows(
         _delta_pair, cast, weight_1, bias_1, *first, weight_2, bias_2, *second, task, seed, scaling, p, ranks
     )
+
+
+def expert_linear(
+    x: Tensor,
+    weight: Tensor,
+    ends: Tensor,
+    a: Tensor,
+    b0: Tensor,
+    u: Tensor,
+    v: Tensor,
+    fusion: Tensor | None = None,
+    *,
+    seed: Tensor | None = None,
+    scaling: float = 1.0,
+    p: float = 0.0,
+) -> Tensor:
+    """`linear` with a weight and an adapter for each expert: x W_e^T + scaling * D(x) A_e^T M_{e,t}^T -> [M, N].
+
+    x: [M, K] in the order of `lilora_kernels.group_rows`, whose `ends` says how many rows each group has: [E] where all rows
+    belong to one task, else [E, T + 1], int32. weight: [E, N, K], frozen. a [E, R, K] and b0 [E, N, R] shared by all tasks;
+    u [T, E, N, S], v [T, E, S, R] and fusion [T, E] per task, without T where ends is [E].
+
+    Other arguments, casts and errors as in `linear`. On a GPU the host waits for `ends` where torch._grouped_mm does not take
+    the products: in other types than bf16, and with sizes that are no multiples of 8.
+    """
+    cast = autocast(x)
+    check_dtypes("expert_linear", x, cast, weight)
+    return _expert_linear(cast, weight, ends, a, b0, u, v, fusion, seed, scaling, p)[0]
 
 
 def rank_gate(scores: Tensor, r: int, *, straight_through: bool = False) -> tuple[Tensor, Tensor]:

@@ -120,3 +120,33 @@ def check_pair(
                 f"{op}: {name}_1 is {got[0]} and {name}_2 is {got[1]}; r, sub_rank and tasks must be equal, "
                 "and u, v, fusion given to both or neither"
             )
+
+
+def check_expert_linear(op: str, x: Tensor, weight: Tensor, ends: Tensor, adapter: AdapterArgs) -> None:
+    """Stacks of the arguments of `linear`, one for each expert, and where the groups of rows end."""
+    if weight.dim() != 3 or weight.shape[0] < 1:
+        raise ValueError(f"{op}: weight is {list(weight.shape)}; it must be [E, N, K], one matrix for each expert")
+    experts = weight.shape[0]
+    if ends.dtype != torch.int32:
+        raise TypeError(f"{op}: ends is {ends.dtype}; it must be torch.int32")
+    if ends.dim() not in (1, 2) or ends.shape[0] != experts or ends.shape[-1] < 1:
+        raise ValueError(f"{op}: ends is {list(ends.shape)}; it must be [E] or [E, T + 1] with E = {experts}")
+    own = ["E"] if ends.dim() == 1 else ["T", "E"]
+    leading = (experts,) if ends.dim() == 1 else (ends.shape[1] - 1, experts)
+    if not leading[0]:
+        raise ValueError(f"{op}: ends is {list(ends.shape)}, of no task; give ends [E] for rows of one task")
+    shared = {"a": (adapter.a, 2, ["R", "K"]), "b0": (adapter.b0, 2, ["N", "R"])}
+    of_tasks = {"u": (adapter.u, 2, ["N", "S"]), "v": (adapter.v, 2, ["S", "R"]), "fusion": (adapter.fusion, 0, [])}
+    for factors, stack, form in ((shared, (experts,), ["E"]), (of_tasks, leading, own)):
+        for name, (tensor, last, sizes) in factors.items():
+            if tensor is not None and (tensor.dim() != len(stack) + last or tensor.shape[: len(stack)] != stack):
+                raise ValueError(
+                    f"{op}: {name} is {list(tensor.shape)}; it must be [{', '.join(form + sizes)}] with "
+                    f"{', '.join(form)} = {', '.join(map(str, stack))}, as ends has them"
+                )
+    a, b0 = adapter.a[0], adapter.b0[0]
+    u, v = (t if t is None else t.flatten(0, -3)[0] for t in (adapter.u, adapter.v))
+    if ends.device != x.device:
+        raise ValueError(f"{op}: ends is on {ends.device}; move it to {x.device}, the device of x")
+    fusion = None if adapter.fusion is None else adapter.fusion.flatten()[:1]
+    check_linear(op, x, weight[0], None, adapter._replace(a=a, b0=b0, u=u, v=v, fusion=fusion))

@@ -35,7 +35,7 @@ class AdapterArgs(NamedTuple):
     @property
     def rank_sizes(self) -> tuple[int, int]:
         """R, and S or 0 without task factors."""
-        return self.a.shape[0], 0 if self.u is None else self.u.shape[-1]
+        return self.a.shape[-2], 0 if self.u is None else self.u.shape[-1]
 
 
 def kinds_of(fields: Sequence[str], side: str = "") -> dict[str, str]:
@@ -132,7 +132,7 @@ class AdapterOperation:
 
     def fake_forward(self, *args):
         given, adapters = self.arguments.split(args)
-        widths = [*(adapter.b0.shape[0] for adapter in adapters), *(adapter.a.shape[0] for adapter in adapters)]
+        widths = [*(adapter.b0.shape[-2] for adapter in adapters), *(adapter.a.shape[-2] for adapter in adapters)]
         return tuple(given[0].new_empty(given[0].shape[0], width) for width in widths)
 
     def wanted(self, needs: tuple[bool, ...]) -> tuple[list[tuple[int, str]], list[frozenset[str]]]:
@@ -151,7 +151,7 @@ class AdapterOperation:
 
     def fake_backward(self, *args):
         (*_, needs), adapters = self.backward_arguments.split(args)
-        dy, columns = args[0], adapters[0].a.shape[1]
+        dy, columns = args[0], adapters[0].a.shape[-1]
         like = [getattr(adapters[side], field, None) for side, field in self.wanted(tuple(needs))[0]]  # None: x
         return [dy.new_empty(dy.shape[0], columns) if t is None else t.new_empty(t.shape) for t in like]
 
@@ -207,6 +207,10 @@ def vmap_over_rows(operation: Operation, info, in_dims, *args):
     given, dims = (dict(zip(operation.kinds, values, strict=True)) for values in (args, in_dims))
     rows = [name for name in operation.kinds if name.startswith("dy")] or ["x"]
     batched = [name for name, dim in dims.items() if isinstance(dim, int)]
+    if "ends" in given:
+        raise NotImplementedError(
+            f"{operation.name}: torch.func.vmap would need the rows of all samples in one order; loop over the samples instead"
+        )
     if not set(batched) <= set(rows) or given["p"] > 0 or any(given.get("needs", ())[1:]):
         raise NotImplementedError(
             f"{operation.name}: torch.func.vmap works over x alone, without dropout and for no gradient but that of x; "

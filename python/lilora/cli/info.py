@@ -52,7 +52,7 @@ def info(as_json: Json = False) -> None:
     facts: dict[str, Any] = {**environment(), "cpu build": cpu_build(), **cuda_build(), "backends": {}}
     on_gpu = torch.cuda.is_available()
     x = torch.empty(1, 1, device="cuda", dtype=torch.bfloat16) if on_gpu else torch.empty(1, 1)
-    for op in ("delta", "linear", "delta_pair", "rank_gate"):
+    for op in ("delta", "linear", "delta_pair", "expert_linear", "rank_gate"):
         facts["backends"][op] = {
             name: "available" if why is None else why for name, why in unsupported_reasons(op, x, 128, 64).items()
         }

@@ -5,6 +5,7 @@ from .backends import backend, plan
 from .explain import explain
 from .functional import delta, delta_pair, draw_seed, expert_linear, linear, rank_gate
 from .layers.accelerated import accelerate_linears, restore_linears
+from .layers.experts import LiLoRAExperts
 from .layers.lilora import LiLoRALinear, set_task
 from .layers.mlp import fuse_mlps, unfuse_mlps
 from .layers.parameters import check_task_name
@@ -17,6 +18,7 @@ from .warmup import warmup
 
 __all__ = [
     "BatchContext",
+    "LiLoRAExperts",
     "LiLoRALinear",
     "RankPoolLinear",
     "__version__",

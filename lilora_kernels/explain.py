@@ -19,7 +19,7 @@ def explain(model: torch.nn.Module) -> str:
             continue
         reason = layer.unfused_reason()
         partner, unfused = paired.get(layer, (None, None))
-        op = "delta" if reason is not None else "delta_pair" if partner and unfused is None else "linear"
+        op = "delta" if reason is not None else "delta_pair" if partner and unfused is None else layer.operation
         reasons = unsupported_reasons(op, layer.example(), layer.rank, layer.sub_rank)
         chosen = next((b for b, why in reasons.items() if why is None and wanted in (None, b)), None)
         taken = {plan: "as forced"} if plan else plans(op).get(chosen or "", {})

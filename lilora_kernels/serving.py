@@ -4,6 +4,7 @@ from torch import nn
 
 from .layers.accelerated import AcceleratedLinear
 from .layers.base import AdaptedLinear
+from .layers.experts import ExpertLinear
 from .layers.lilora import LiLoRALinear
 from .routing.context import tasks_of
 
@@ -47,7 +48,7 @@ def freeze(model: nn.Module, capacity: int | None = None, *, batch_invariant: bo
 def takes_other_kernels(module: nn.Module) -> bool:
     """Whether a module multiplies by weights, and not by the CPU kernels alone."""
     if isinstance(module, LiLoRALinear):
-        return module.unfused_reason() is not None
+        return isinstance(module, ExpertLinear) or module.unfused_reason() is not None
     return isinstance(module, AdaptedLinear) or (
         isinstance(module, nn.Linear) and type(module) is not AcceleratedLinear
     )

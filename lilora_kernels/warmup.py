@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .layers.base import AdaptedLinear
+from .layers.experts import ExpertLinear
 from .layers.lilora import LiLoRALinear
 from .layers.mlp import gate_and_up, is_fused, unfused_reason
 from .layers.rank_pool import RankPoolLinear
@@ -123,7 +124,8 @@ def _ways(layer: AdaptedLinear) -> list[tuple[bool, ...]]:
     if isinstance(layer, RankPoolLinear):
         whole = [False, True] if layer.rank else []
         return [(way,) for way in whole] + [(way, True) for way in (False, True) if layer.teacher]
-    if not isinstance(layer, LiLoRALinear) or not layer.tasks or layer.merged_task is not None:
+    experts = isinstance(layer, ExpertLinear)  # no kernels to compile
+    if experts or not isinstance(layer, LiLoRALinear) or not layer.tasks or layer.merged_task is not None:
         return []
     return [(False,), (True,)] if len(layer.active) == 1 else [(True,)]
 

@@ -102,6 +102,7 @@ class AdaptedLinear(nn.Module):
 
     rank: int
     sub_rank: int
+    operation = "linear"  # that computes base and adapter
     batch_invariant = False  # see `serving.freeze`
     ran = False  # in any forward that was not compiled
 

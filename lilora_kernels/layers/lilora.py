@@ -70,6 +70,7 @@ class LiLoRALinear(AdaptedLinear):
                 raise ValueError(f"{name} is {policy!r}; it must be one of {list(POLICIES)}")
         super().__init__(base_layer, dropout, freeze_base)
         self.rank, self.sub_rank, self.alpha, self.fusion = r, sub_rank, alpha, fusion
+        self.leading: tuple[int, ...] = getattr(base_layer, "leading", ())  # sizes of every factor in front of its own
         self.train_a, self.train_b0 = train_a, train_b0
         self.lilora_A, self.lilora_B = SharedParameter(self), SharedParameter(self)
         self.lilora_U, self.lilora_V, self.lilora_fusion = (TaskParameters(self) for _ in range(3))
@@ -83,6 +84,19 @@ class LiLoRALinear(AdaptedLinear):
     @property
     def lilora_scaling(self) -> float:
         return self.alpha / self.rank
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the base weight is [K, N]."""
+        return is_conv1d(self.base_layer)
+
+    def has_plain_weight(self) -> bool:
+        """Whether a delta can be added to the base weight as it is."""
+        return is_plain(self.base_layer) or is_conv1d(self.base_layer)
+
+    def weight_key(self, prefix: str) -> str:
+        """The name of the base weight in a state dict where this layer's names start with `prefix`."""
+        return f"{prefix}base_layer.weight"
 
     # --- tasks ------------------------------------------------------------------------------------------------------
 
@@ -108,7 +122,7 @@ class LiLoRALinear(AdaptedLinear):
             )
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(self.empty(*shape))
+            return nn.Parameter(self.empty(*self.leading, *shape))
 
         first = not self.lilora_A if first is None else first
         if not self.lilora_A:
@@ -117,7 +131,7 @@ class LiLoRALinear(AdaptedLinear):
                 parameter(self.out_features, self.rank),
             )
             if init:
-                nn.init.kaiming_uniform_(self.lilora_A[name], a=math.sqrt(5))
+                nn.init.kaiming_uniform_(self.lilora_A[name].flatten(0, -2), a=math.sqrt(5))
                 nn.init.zeros_(self.lilora_B[name])
         else:
             self.lilora_A[name] = next(iter(self.lilora_A.values()))
@@ -127,10 +141,10 @@ class LiLoRALinear(AdaptedLinear):
         self.lilora_U[name] = parameter(self.out_features, self.sub_rank)
         self.lilora_V[name] = parameter(self.sub_rank, self.rank)
         if self.fusion:
-            self.lilora_fusion[name] = parameter(1)
+            self.lilora_fusion[name] = parameter(*(() if self.leading else (1,)))
         if init:
             nn.init.zeros_(self.lilora_U[name])
-            nn.init.kaiming_uniform_(self.lilora_V[name], a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.lilora_V[name].flatten(0, -2), a=math.sqrt(5))
             if self.fusion:
                 nn.init.normal_(self.lilora_fusion[name])
         self.model_tasks.add(name)
@@ -248,9 +262,8 @@ class LiLoRALinear(AdaptedLinear):
         like = next(iter(self.lilora_U.values()), None)
         like = self.empty(0) if like is None else like
         sizes = [(self.out_features, self.sub_rank), (self.sub_rank, self.rank), () if self.fusion else None]
-        self._frozen = Factors(
-            (None, None, *(None if size is None else like.new_zeros(capacity, *size) for size in sizes))
-        )
+        shapes = [None if size is None else (capacity, *self.leading, *size) for size in sizes]
+        self._frozen = Factors((None, None, *(None if shape is None else like.new_zeros(shape) for shape in shapes)))
         for name in self.tasks:
             self._fill_windows(name)
         self.bind()
@@ -390,8 +403,8 @@ class LiLoRALinear(AdaptedLinear):
         return factors, rows
 
     def _stack(self, names: tuple[str, ...]) -> tuple[Tensor | None, ...]:
-        """Of these tasks u [T, N, S], v [T, S, R], fusion [T]."""
-        fusion = stacked(self.lilora_fusion, names).squeeze(1) if self.fusion else None
+        """Of these tasks u [T, N, S], v [T, S, R], fusion [T]; `leading` behind T."""
+        fusion = stacked(self.lilora_fusion, names).view(len(names), *self.leading) if self.fusion else None
         return stacked(self.lilora_U, names), stacked(self.lilora_V, names), fusion
 
     def stacking(self) -> tuple[bool, bool, bool]:
@@ -419,12 +432,13 @@ class LiLoRALinear(AdaptedLinear):
             return
         kept = {f"{kind}.{name}": p for kind in KINDS[:2] for name, p in getattr(self, kind).items()}
         kept |= {f"{kind}.{self.merged_task}": getattr(self, kind).get(self.merged_task) for kind in KINDS[2:]}
-        kept["base_layer.weight"] = getattr(self.base_layer, "weight", None)
+        kept = {prefix + name: own for name, own in kept.items()}
+        kept[self.weight_key(prefix)] = getattr(self.base_layer, "weight", None)
         for name, own in kept.items():
-            new = state.get(prefix + name)
+            new = state.get(name)
             if new is not None and own is not None and not (new.shape == own.shape and torch.equal(new.to(own), own)):
                 raise RuntimeError(
-                    f"{prefix}{name} cannot be loaded over while task {self.merged_task!r} is merged; unmerge() first"
+                    f"{name} cannot be loaded over while task {self.merged_task!r} is merged; unmerge() first"
                 )
 
     @torch.no_grad()
@@ -450,27 +464,28 @@ class LiLoRALinear(AdaptedLinear):
 
     @torch.no_grad()
     def delta_weight(self, name: str) -> Tensor:
-        """scaling * M_t A of one task in the adapter's dtype (computed in fp32 at least), as the base weight lies: [N, K], of a
-        Conv1D [K, N].
-        """
+        """scaling * M_t A of one task in the adapter's dtype (computed in fp32 at least), as the base weight lies."""
         self._require(name)
         with onloaded(*self._kinds):
             a, b0, u, v, fusion = self._parameters_of(name)
         wide = torch.promote_types(a.dtype, torch.float32)
         m = b0.to(wide) + u.to(wide) @ v.to(wide)
         if fusion is not None:
-            m = torch.lerp(u.to(wide) @ v.to(wide), b0.to(wide), torch.sigmoid(fusion.to(wide)))
+            m = torch.lerp(
+                u.to(wide) @ v.to(wide), b0.to(wide), torch.sigmoid(fusion.to(wide)).view(*self.leading, 1, 1)
+            )
         delta = (self.lilora_scaling * m @ a.to(wide)).to(a.dtype)
-        return delta.T if is_conv1d(self.base_layer) else delta
+        return delta.mT if self.is_transposed else delta
 
     @torch.no_grad()
     def merge(self, name: str) -> None:
         """Add a task to the base weight, for inference without any cost; forward then runs the base alone."""
         if self.merged_task is not None:
             raise RuntimeError(f"task {self.merged_task!r} is merged already; unmerge() first")
-        if not is_plain(self.base_layer) and not is_conv1d(self.base_layer):
+        if not self.has_plain_weight():
             raise TypeError(f"merge needs a plain nn.Linear base, not a {described(self.base_layer)}")
-        self.base_layer.weight += self.delta_weight(name).to(self.base_layer.weight.dtype)
+        weight = self.base_layer.weight
+        weight += self.delta_weight(name).to(weight.dtype)
         self.merged_task = name
 
     @torch.no_grad()
@@ -478,7 +493,8 @@ class LiLoRALinear(AdaptedLinear):
         """Take the merged task out again, by subtraction: exact up to the rounding of the base weight's dtype."""
         if self.merged_task is None:
             return
-        self.base_layer.weight -= self.delta_weight(self.merged_task).to(self.base_layer.weight.dtype)
+        weight = self.base_layer.weight
+        weight -= self.delta_weight(self.merged_task).to(weight.dtype)
         self.merged_task = None
 
     def extra_repr(self) -> str:

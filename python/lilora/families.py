@@ -19,6 +19,7 @@ from transformers import (
 
 from lilora.errors import UserError
 from lilora_kernels.layers.base import AdaptedLinear, is_conv1d, reads_weight
+from lilora_kernels.layers.experts import ExpertLinear, LiLoRAExperts, expert_parameters
 from lilora_kernels.routing.context import AHEAD, TEXT
 from lilora_kernels.routing.placement import decoder_of, places
 from lilora_kernels.routing.vision_tokens import VisionTokens, tell_vision_tokens
@@ -191,6 +192,20 @@ def linear_layers(model: nn.Module, *, attention: bool = False) -> list[str]:
     return list(mixes) if attention or all(mixes.values()) else [name for name, mixing in mixes.items() if not mixing]
 
 
+def routed_experts(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Modules of routed experts in a model's text part by name, adapted or not, with the names of their linears.
+
+    They are those that transformers runs through its experts interface, with one Parameter for each linear of all experts.
+    """
+    modules = dict(model.named_modules())
+    found = {}
+    for name, module in modules.items():
+        names = module.names if isinstance(module, LiLoRAExperts) else expert_parameters(module)
+        if names and not name.endswith(".base_layer"):
+            found[name] = names
+    return {name: found[name] for name in _of_text(model, modules, list(found))}
+
+
 def projector_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers between the towers of a model and its language model.
 
@@ -220,7 +235,8 @@ def _block_member(blocks: str, name: str) -> str:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or is_conv1d(module) or isinstance(module, AdaptedLinear)
+    adapted = isinstance(module, AdaptedLinear) and not isinstance(module, ExpertLinear)
+    return type(module) is nn.Linear or is_conv1d(module) or adapted
 
 
 def _of_text(model: nn.Module, modules: dict[str, nn.Module], names: list[str]) -> list[str]:

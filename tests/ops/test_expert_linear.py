@@ -206,6 +206,24 @@ def test_the_devices_grouped_product_gives_the_same(monkeypatch):
     assert backward.total() <= 52 + 7, backward
 
 
+@pytest.mark.parametrize("tasks", [(), (3,)], ids=["one task", "mixed"])
+def test_the_host_waits_for_no_device(tasks, monkeypatch):
+    """On the meta device, which has no values, whatever reads one raises."""
+    monkeypatch.setattr(groups, "takes_grouped_product", lambda *_: True)
+    with torch.device("meta"):
+        made = [torch.zeros(s, dtype=torch.bfloat16, requires_grad=True) for s in ((6, 16), (4, 8, 16), (4, 24, 8))]
+        made += [torch.zeros(*tasks, 4, *s, dtype=torch.bfloat16, requires_grad=True) for s in ((24, 8), (8, 8), ())]
+        weight, seed = torch.zeros(4, 24, 16, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
+        expert = torch.zeros(6, 2, dtype=torch.int64)
+        task = torch.zeros(6, dtype=torch.int32) if tasks else None
+    x, *factors = made
+    with Operations() as seen:  # runs the bodies of our operations
+        order, ends = groups.group_rows(expert, task, 4, *(tasks or (1,)))
+        functional.expert_linear(x[order // 2], weight, ends, *factors, p=0.1, seed=seed).sum().backward()
+    assert seen.seen["_grouped_mm"] == 15
+    assert x.grad.shape == (6, 16)
+
+
 def test_launches_follow_the_groups_that_have_rows():
     """On a CPU a product for each expert or pair that has rows: none for the others, and none that forms M."""
     made = make(tokens=30, experts=40, tasks=5)
@@ -256,7 +274,7 @@ def test_refused_transforms():
 
 
 def test_order_of_rows():
-    expert, task = torch.tensor([[1, 0], [1, 2], [1, 0]]), torch.tensor([1, -1, 0], dtype=torch.int32)
+    expert, task = torch.tensor([[1, 0], [1, 2], [1, 0]]), torch.tensor([1, 2, 0], dtype=torch.int32)
     order, ends = groups.group_rows(expert, task, 3, 2)
     assert order.tolist() == [5, 1, 2, 4, 0, 3]
     assert ends.tolist() == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]

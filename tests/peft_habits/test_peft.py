@@ -522,7 +522,7 @@ def test_wrong_settings_are_one_sentence(changes, words):
         ("lora_dropout", "it is dropout here"),
         ("use_rslora", r"to scale by alpha / sqrt\(r\), give alpha times sqrt\(r\)"),
         ("init_lora_weights", "B0 and U start at zero"),
-        ("target_parameters", "LiLoRA adapts linear layers, no Parameters"),
+        ("target_parameters", "of Parameters LiLoRA adapts those of routed experts"),
         ("rank_pattern", "r is that of all layers"),
         ("use_dora", "the settings are r, sub_rank, alpha"),
     ],

@@ -3,29 +3,30 @@
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor
 
 from ..delta.eager import cast, wide, wide_product
 
-MOST = 1024  # groups that torch._grouped_mm takes on a GPU
-# Elements in sixteen bytes, the alignment that it wants.
-ALIGNED = 8
+# What torch._grouped_mm takes on a GPU: so many groups, and sizes that are multiples of sixteen bytes.
+MOST, ALIGNED = 1024, 8
 
 
 def group_rows(expert: Tensor, task: Tensor | None, experts: int, tasks: int) -> tuple[Tensor, Tensor]:
     """The order of rows by expert and, within one, by task; and where each group ends.
 
-    expert: [tokens, k] integers below `experts`; task: [tokens] int32 of T = `tasks` tasks, -1 for none, or None where all rows
-    belong to one. A row is one of the M = tokens * k choices. -> (order [M] int64, ends [E] int32, or [E, T + 1] with the rows
-    without a task first). Stable, and the host waits for nothing.
+    expert: [tokens, k] integers below `experts`; task: [tokens] int32 of T = `tasks` tasks, others for none, or None where all
+    rows belong to one. A row is one of the M = tokens * k choices. -> (order [M] int64, ends [E] int32, or [E, T + 1] with the
+    rows without a task first). Stable, and the host waits for nothing.
     """
     key, shape = expert.long(), (experts,)
     if task is not None:
-        key, shape = key * (tasks + 1) + task.clamp(-1, tasks - 1).unsqueeze(1) + 1, (experts, tasks + 1)
+        group = torch.where((task >= 0) & (task < tasks), task + 1, 0)
+        key, shape = key * (tasks + 1) + group.unsqueeze(1), (experts, tasks + 1)
     key, order = torch.sort(key.flatten(), stable=True)
-    groups = torch.arange(shape[0] if task is None else shape[0] * shape[1], device=key.device)
+    groups = torch.arange(prod(shape), device=key.device)
     return order, torch.searchsorted(key, groups, right=True, out_int32=True).view(shape)
 
 
@@ -71,7 +72,7 @@ class Groups:
         Zero for rows of no matrix.
         """
         if self.spans is None:
-            y = torch._grouped_mm(x, cast(self.laid(matrices), x.dtype), offs=self.ends)
+            y = torch._grouped_mm(x.contiguous(), cast(self.laid(matrices), x.dtype), offs=self.ends)
             return y if add_to is None else add_to.add_(y)
         full = sum(rows.stop - rows.start for _, rows in self.spans) == len(x)
         y = add_to
@@ -88,7 +89,7 @@ class Groups:
     def sum_products(self, left: Tensor, right: Tensor, like: Tensor) -> Tensor:
         """left^T right of each group's rows, [.., n, m] in the shape and dtype of `like`; zero for groups without rows."""
         if self.spans is None:
-            sums = torch._grouped_mm(left.mT, right, offs=self.ends)
+            sums = torch._grouped_mm(left.contiguous().mT, right.contiguous(), offs=self.ends)
             return cast(self.taken(sums.masked_fill_((self.sizes == 0)[:, None, None], 0)), like.dtype)
         sums = torch.zeros_like(like, memory_format=torch.contiguous_format)
         wider = left.dtype != wide(left.dtype) and like.dtype == wide(left.dtype)
@@ -108,9 +109,9 @@ def groups_of(ends: Tensor, x: Tensor, sizes: tuple[int, ...]) -> tuple[Groups, 
         by_expert = Groups(last, None)
         return by_expert, by_expert if tasks is None else Groups(ends.flatten(), None, tasks)
     known = ends.flatten().tolist()
-    if known != sorted(known) or (known or [0])[-1] != len(x) or min(known, default=0) < 0:
+    if known != sorted(known) or known[0] < 0 or known[-1] != len(x):
         raise ValueError(
-            f"ends goes up to {max(known, default=0)} for the {len(x)} rows of x; it must be what group_rows gives for them"
+            f"ends goes from {known[0]} to {known[-1]} for the {len(x)} rows of x; it must be what group_rows gives for them"
         )
     if tasks is None:
         by_expert = Groups(last, spans_of(known))

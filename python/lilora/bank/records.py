@@ -224,22 +224,23 @@ def check_tensors(task_name: str, task: Shaped, shared: Shaped) -> None:
                 f"{argument} of task {task_name!r} {problem} {name}; pass exactly {', '.join(kinds)} for every linear"
             )
         for name, tensor in tensors.items():
-            ndim = 1 if name.endswith(".fusion") else 2
-            if len(tensor.shape) != ndim:
+            ndim = (1,) if name.endswith(".fusion") else (2, 3)  # 3: a matrix for each routed expert
+            if len(tensor.shape) not in ndim:
                 raise UserError(
                     f"{argument} of task {task_name!r}: tensor {name} has shape {list(tensor.shape)}; "
-                    f"it wants {ndim} dimension(s)"
+                    f"it wants {' or '.join(map(str, ndim))} dimension(s)"
                 )
     for module in modules:
-        (n, r), k = shared[f"{module}.B0"].shape, shared[f"{module}.A"].shape[1]
+        b0 = tuple(shared[f"{module}.B0"].shape)
+        (*experts, n, r), k = b0, shared[f"{module}.A"].shape[-1]
         wanted = {"A": (r, k)}
         if task:
-            sub_rank = task[f"{module}.V"].shape[0]
-            wanted |= {"U": (n, sub_rank), "V": (sub_rank, r)} | ({"fusion": (1,)} if fused else {})
-        for kind, shape in wanted.items():
+            sub_rank = task[f"{module}.V"].shape[-2]
+            wanted |= {"U": (n, sub_rank), "V": (sub_rank, r)} | ({"fusion": () if experts else (1,)} if fused else {})
+        for kind, last in wanted.items():
             got = tuple((shared if kind in SHARED_KINDS else task)[f"{module}.{kind}"].shape)
-            if got != shape:
+            if got != (shape := (*experts, *last)):
                 raise UserError(
-                    f"task {task_name!r}: tensor {module}.{kind} has shape {list(got)} and B0 {[n, r]} "
+                    f"task {task_name!r}: tensor {module}.{kind} has shape {list(got)} and B0 {list(b0)} "
                     f"wants {list(shape)}; pass the tensors of one layer"
                 )

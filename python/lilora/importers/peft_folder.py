@@ -15,7 +15,8 @@ from lilora.bank.bank import read_tensors
 from lilora.bank.export import CONFIG, PREFIX, WEIGHTS, write_tensors
 from lilora.errors import UserError
 from lilora.peft.config import OF_METHOD, PRESETS, LiLoRAConfig
-from lilora.peft.tuner import fingerprint
+from lilora.peft.tuner import chosen_experts, fingerprint
+from lilora_kernels.layers.experts import ExpertWeight
 
 from .checkpoint import Checkpoint, Imported, Tensors, read_json
 
@@ -101,15 +102,23 @@ def settings_of(config: LiLoRAConfig) -> dict[str, Any]:
 
 def take_task(file: Checkpoint, model: nn.Module, config: LiLoRAConfig) -> tuple[Tensors, Tensors]:
     """(own, shared) of every linear that the config adapts; UserError unless the file has exactly their tensors."""
-    own, shared, r, q = {}, {}, config.r, config.sub_rank
-    for path, linear in model.named_modules():
-        if not isinstance(linear, nn.Linear) or not check_target_module_exists(config, path):
-            continue
-        n, k = linear.out_features, linear.in_features
-        shared[f"{path}.A"], shared[f"{path}.B0"] = file.take(f"{path}.A", r, k), file.take(f"{path}.B0", n, r)
-        own[f"{path}.U"], own[f"{path}.V"] = file.take(f"{path}.U", n, q), file.take(f"{path}.V", q, r)
+    own, shared = {}, {}
+
+    def take(path: str, n: int, k: int, config: LiLoRAConfig, *experts: int) -> None:
+        r, q = config.r, config.sub_rank
+        for of, shapes in ((shared, {"A": (r, k), "B0": (n, r)}), (own, {"U": (n, q), "V": (q, r)})):
+            for kind, shape in shapes.items():
+                of[f"{path}.{kind}"] = file.take(f"{path}.{kind}", *experts, *shape)
         if config.fusion:
-            own[f"{path}.fusion"] = file.take(f"{path}.fusion", 1)
+            own[f"{path}.fusion"] = file.take(f"{path}.fusion", *(experts or (1,)))
+
+    for path, linear in model.named_modules():
+        if isinstance(linear, nn.Linear) and check_target_module_exists(config, path):
+            take(path, linear.out_features, linear.in_features, config)
+    for path in chosen_experts(model, config) if config.experts else ():
+        module, _, name = path.rpartition(".")
+        weight = ExpertWeight(model.get_submodule(module), name)
+        take(path, weight.out_features, weight.in_features, config.of_experts(), weight.experts)
     file.finish()
     if not shared:
         raise UserError(f"{file.path}: target_modules match no linear of this model; give the model of its training")

@@ -14,6 +14,7 @@ from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA
 from lilora.errors import UserError
 from lilora.registry import Registry
+from lilora_kernels.layers.experts import ExpertWeight
 
 from .settings import MethodSettings
 
@@ -162,11 +163,18 @@ class Method(ABC):
         raise UserError(f"a task of {cls.name} is no plain LoRA: {cls.no_lora}")
 
     @classmethod
+    @torch.no_grad()
     def merge(cls, base: nn.Module, bank: Bank, task: str) -> None:
         """Make the base model what `restore` makes of a task, by its weights alone; UserError if that is not possible."""
         lora = cls.as_lora(bank, task)
         for path, (a, b) in lora.factors.items():
-            add_to_weight(base.get_submodule(path), a, b, lora.scaling)
+            if a.dim() == 2:
+                add_to_weight(base.get_submodule(path), a, b, lora.scaling)
+                continue
+            experts, _, name = path.rpartition(".")
+            weight = ExpertWeight(base.get_submodule(experts), name)
+            for e in range(weight.experts):
+                add_to_matrix(weight.matrices[e], a[e], b[e], lora.scaling)
 
     def fingerprints(self, tasks: list[str]) -> dict[str, str]:
         """16 hex digits per task that identify its function: equal digits, equal outputs for the same batch."""
@@ -202,14 +210,17 @@ def register_method(method: type[Method]) -> type[Method]:
     return METHODS.register(method.name, method)
 
 
-@torch.no_grad()
 def add_to_weight(linear: nn.Module, a: Tensor, b: Tensor, scale: float) -> None:
     """W += scale * b a for a [n, K] and b [N, n], in fp32 at least and rounded once; only for a plain nn.Linear."""
     if type(linear) is not nn.Linear:
         raise UserError(
             f"merging wants a plain nn.Linear base, not a {type(linear).__name__}; load the model unquantised"
         )
-    weight = linear.weight
+    add_to_matrix(linear.weight, a, b, scale)
+
+
+@torch.no_grad()
+def add_to_matrix(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     wide = torch.promote_types(weight.dtype, torch.float32)
     a, b = (factor.to(weight.device, wide) for factor in (a, b))
     weight.copy_(torch.addmm(weight.to(wide), b, a, alpha=scale))

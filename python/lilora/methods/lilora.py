@@ -100,4 +100,4 @@ class LiLoRA(Method):
         own, _ = bank.load_task(task)
         _, shared = bank.load_task(bank.tasks[-1])  # the newest serve all tasks
         config = cls.read_settings(bank.config["settings"])
-        return plain_lora(own, shared, config.r, config.alpha, config.dropout)
+        return plain_lora(own, shared, config.r, config.alpha, config.dropout, config.expert_r)

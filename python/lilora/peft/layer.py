@@ -10,7 +10,8 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from lilora.errors import UserError
-from lilora_kernels import LiLoRALinear
+from lilora_kernels import LiLoRAExperts, LiLoRALinear
+from lilora_kernels.layers import experts
 from lilora_kernels.routing.context import Tasks
 
 from .config import LiLoRAConfig
@@ -145,6 +146,17 @@ class Linear(LiLoRALinear, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lilora." + super().__repr__()
+
+
+class ExpertLinear(Linear, experts.ExpertLinear):
+    """One linear of all routed experts of a module."""
+
+
+class Experts(LiLoRAExperts):
+    """Routed experts with an adapter per expert and task."""
+
+    def __init__(self, base_layer: nn.Module, config: LiLoRAConfig, tasks: Tasks) -> None:
+        super().__init__(base_layer, ExpertLinear, config=config.of_experts(), tasks=tasks)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:

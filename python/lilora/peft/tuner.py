@@ -3,20 +3,22 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModel
 from peft.functional import delete_adapter
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lilora.errors import UserError
-from lilora.families import target_modules
+from lilora.families import routed_experts, target_modules
 from lilora_kernels import LiLoRALinear, attach, check_task_name
 from lilora_kernels.attach import detach
 from lilora_kernels.layers.accelerated import AcceleratedLinear
@@ -25,7 +27,7 @@ from lilora_kernels.routing.context import BatchContext, Tasks, device_of
 from lilora_kernels.routing.task_names import TaskIds
 
 from .config import LiLoRAConfig
-from .layer import Linear, adapted_layers, unwrapped
+from .layer import ExpertLinear, Experts, Linear, adapted_layers, unwrapped
 from .loading import OTHER_CHAIN, check_loadable
 
 
@@ -106,6 +108,13 @@ class LiLoRAModel(BaseTuner):
     ) -> nn.Module:
         if merge and safe_merge:
             self._check_merged_weights(adapter_names)
+        if merge:
+            self._check_merge_allowed()
+        for path, experts in list(self.model.named_modules()):  # PEFT unloads modules with a weight
+            if isinstance(experts, Experts):
+                for layer in experts.layers if merge else ():
+                    layer.merge(adapter_names=adapter_names)
+                replace_module(self.model, path, experts.base_layer)
         model = super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
         detach(model)
         return model
@@ -138,7 +147,22 @@ class LiLoRAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: LiLoRAConfig, model_config: dict) -> LiLoRAConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = target_modules(self.model)
+        if peft_config.experts:  # no field: what PEFT asks before it calls _inject_parameters
+            peft_config.target_parameters = chosen_experts(self.model, peft_config)
         return peft_config
+
+    def _inject_parameters(
+        self, peft_config: LiLoRAConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in peft_config.target_parameters):
+            module = model.get_submodule(path)
+            if not isinstance(module, Experts):
+                module = Experts(module, peft_config, model.lilora_tasks)
+                replace_module(model, path, module)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                for layer in module.layers:
+                    layer.add_task(adapter_name, first=peft_config.first_of_chain)
+        return peft_config.target_parameters
 
     def _check_new_adapter_config(self, config: LiLoRAConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -169,7 +193,8 @@ class LiLoRAModel(BaseTuner):
         current_key: str,
     ) -> None:
         if isinstance(target, Linear):
-            target.add_task(adapter_name, first=config.first_of_chain)
+            if not isinstance(target, ExpertLinear):  # whose names a pattern may match, see _inject_parameters
+                target.add_task(adapter_name, first=config.first_of_chain)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantized = resolve_quantization_backend(base, **self._quantization())
@@ -256,15 +281,33 @@ class LiLoRAModel(BaseTuner):
             yield
 
 
+def chosen_experts(model: nn.Module, config: LiLoRAConfig) -> list[str]:
+    """The names of the Parameters of routed experts that a config with `experts` adapts; UserError for none."""
+    found, chosen = routed_experts(model), copy(config)
+    chosen.target_modules = set(found)
+    kept = [path for path in found if check_target_module_exists(chosen, path) is True]  # as exclude_modules says
+    if not kept:
+        raise UserError(
+            f"experts is true, but {type(model).__name__} has no routed experts to adapt of those that transformers runs through "
+            "its experts interface; leave experts out"
+        )
+    return [f"{path}.{name}" for path in kept for name in found[path]]
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
 def rollback(model: nn.Module, configs: dict[str, LiLoRAConfig], adapter_name: str) -> None:
     """Remove a task that could not be added or loaded, as if it had never been there."""
     tasks = model.lilora_tasks
     tasks.remove(adapter_name, forget=True)
     delete_adapter(model, adapter_name, LiLoRAModel.prefix, Linear)
     for name, module in list(model.named_modules()):
-        if isinstance(module, Linear) and not module.lilora_U:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.base_layer)
+        layer = module.layers[0] if isinstance(module, Experts) else module
+        if isinstance(layer, Linear) and not isinstance(module, ExpertLinear) and not layer.lilora_U:
+            replace_module(model, name, module.base_layer)
     configs.pop(adapter_name, None)
     if not tasks.known:
         detach(model)

@@ -3,16 +3,19 @@ import json
 import random
 import re
 import shlex
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 import transformers
+from peft import get_peft_model
 from rich.console import Console
 from torch import nn
 
 from lilora.errors import UserError
 from lilora.methods import METHODS, Stage, make_method
+from lilora.peft.config import LiLoRAConfig
 from lilora.reports.params import account, count, mib
 
 TEXT = {
@@ -167,3 +170,38 @@ def test_what_inference_keeps_is_what_the_methods_tensors_are(name):
         measured.append(method.parameters())
     once, own = method.inference_parameters(method.read_settings(settings), [(8, 6), (5, 8)])
     assert measured == [once + own, once + 2 * own]
+
+
+@pytest.fixture(scope="module")
+def experts_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("moe")
+    sizes = {name: size for name, size in TEXT.items() if name != "intermediate_size"}
+    transformers.Qwen3MoeConfig(**sizes, num_experts=4, moe_intermediate_size=6, head_dim=4).save_pretrained(folder)
+    return folder
+
+
+def test_experts_count_as_many_times_as_they_are(experts_folder):
+    bare = account(str(experts_folder), r=4, sub_rank=2)
+    got = account(str(experts_folder), r=4, sub_rank=2, expert_ranks=(2, None))
+    assert bare.experts == 0
+    assert (got.experts, got.expert_r, got.expert_sub_rank) == (2 * 2 * 4, 2, 1)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(experts_folder))
+    config = LiLoRAConfig(r=4, sub_rank=2, experts=True, expert_r=2)
+    model = get_peft_model(model, config, adapter_name="a")
+    sizes = {kind: sum(p.numel() for n, p in model.named_parameters() if f".lilora_{kind}." in n) for kind in "ABUV"}
+    fusions = sum(p.numel() for n, p in model.named_parameters() if ".lilora_fusion." in n)
+    assert (got.shared_a, got.shared_b0) == (sizes["A"], sizes["B"])
+    assert got.per_task == sizes["U"] + sizes["V"] + fusions == bare.per_task + got.experts_per_task
+    assert got.lora_per_task == sizes["A"] + sizes["B"]
+    assert got.kept == {"lilora": (sizes["A"] + sizes["B"], got.per_task)}
+    assert "16 adapted expert linears, r 2, sub_rank 1" in got.table(3).title
+
+
+def test_many_parameters_of_experts_are_warned_of(experts_folder):
+    got = account(str(experts_folder), r=4, sub_rank=2, expert_ranks=(4, 3))
+    assert got.warning == got.to_dict(2)["warning"]
+    assert re.fullmatch(r"a task takes .* each of 16 expert linears .*; lower expert_sub_rank, which is 3", got.warning)
+    assert replace(got, base=10**6).warning is None
+    assert account(str(experts_folder), r=4, sub_rank=2).warning is None
+    with pytest.raises(UserError, match="LlavaForConditionalGeneration has no routed experts"):
+        account("llava-1.5-7b", expert_ranks=(8, 4))

@@ -91,9 +91,9 @@ def plain_lora(
 def write_lora(folder: Path, lora: PlainLoRA, base_model: str | None, experts: bool = False) -> None:
     """PEFT's two files of a LoRA into an existing folder: adapter_config.json and adapter_model.safetensors, in A's dtype.
 
-    Routed experts become PEFT's target_parameters, which it adapts without dropout. experts: whether the model has some, adapted or
-    not; names of shared ones say it too. PEFT takes a target module there for a routed expert of transformers 4 by the end of its
-    name, so that linears beside the experts are named by their weights.
+    Routed experts become PEFT's target_parameters, which it adapts without dropout. experts: whether the model has some,
+    adapted or not; names of shared ones say it too. PEFT takes a target module there for a routed expert of transformers 4 by
+    the end of its name, so that linears beside the experts are named by their weights.
     """
     ranks = {path: a.shape[-2] for path, (a, _) in lora.factors.items()}
     routed = [path for path, (a, _) in lora.factors.items() if a.dim() == 3]

@@ -22,7 +22,10 @@ def params(
     projector: Projector = None,
     attention: Attention = False,
     pairs: Annotated[
-        list[str] | None, typer.Option("--set", help="target_modules=PATTERN: other layers than are found.")
+        list[str] | None,
+        typer.Option(
+            "--set", help="target_modules=PATTERN: other layers than are found. experts=true: routed experts too."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -32,15 +35,29 @@ def params(
     from .method_options import setting
 
     more = dict(map(setting, pairs or []))
-    target = more.pop("target_modules", None)
-    if more or not isinstance(target, str | None):
-        raise UserError(f"--set {', '.join(pairs)} is not for params; it takes target_modules=REGULAR-EXPRESSION alone")
-    accounting = account(model, r=r, sub_rank=sub_rank, target_modules=target, projector=projector, attention=attention)
+    target, experts = more.pop("target_modules", None), more.pop("experts", False)
+    ranks = more.pop("expert_r", 8), more.pop("expert_sub_rank", None)
+    if more or not isinstance(target, str | None) or not isinstance(experts, bool):
+        raise UserError(
+            f"--set {', '.join(pairs)} is not for params; it takes target_modules=REGULAR-EXPRESSION, experts=true, expert_r and "
+            "expert_sub_rank alone"
+        )
+    accounting = account(
+        model,
+        r=r,
+        sub_rank=sub_rank,
+        target_modules=target,
+        projector=projector,
+        attention=attention,
+        expert_ranks=ranks if experts else None,
+    )
     if as_json:
         print(json.dumps(accounting.to_dict(tasks)))
-    else:
-        console.print(accounting.table(tasks))
-        console_line(adapters_line(accounting.target_modules))
+        return
+    console.print(accounting.table(tasks))
+    console_line(adapters_line(accounting.target_modules))
+    if accounting.warning:
+        console_line(f"Warning: {accounting.warning}.")
 
 
 def info(as_json: Json = False) -> None:

@@ -43,8 +43,8 @@ class LiLoRAConfig(PeftConfig):
 
     experts=True also adapts the routed experts of the language model: each linear of each expert has factors of its own, of the
     ranks expert_r and expert_sub_rank and the scale alpha / r. That is many parameters: Qwen3-30B-A3B, with 128 experts in
-    each of 48 layers, gets 88 million a task at the default sub-rank 4, and 1.5 billion at 64. `lilora params --experts` counts
-    them.
+    each of 48 layers, gets 88 million a task at the default sub-rank 4, and 1.5 billion at 64.
+    `lilora params --set experts=true` counts them.
     """
 
     r: int = field(default=RANK, metadata={"help": "Rank of the shared factors A and B0."})

@@ -2,13 +2,14 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 import torch
 import yaml
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from lilora.bank.bank import Bank
 from lilora.continual.base_model import load_bank
@@ -113,6 +114,20 @@ def test_export_and_merge_give_what_the_bank_gives(run, texts, tmp_path, lilora)
         assert lilora("bank", "merge", run, "--task", "count", "--out", tmp_path / "merged")[0] == 0
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         torch.testing.assert_close(merged(**inputs).logits, wanted, rtol=0, atol=1e-4)
+
+
+def test_routed_experts_are_trained_exported_and_merged(texts, tmp_path, lilora):
+    suite = tmp_path / "suite"
+    shutil.copytree(texts, suite)
+    config = Qwen3MoeConfig(
+        vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(suite / "base")
+    run = trained(suite, tmp_path / "run", lilora, "--set", "experts=true", "--set", "expert_r=4")
+    test_export_and_merge_give_what_the_bank_gives(run, suite, tmp_path, lilora)
+    assert "model.layers.0.mlp.experts.down_proj.U" in Bank.open(run / "bank").load_task("count")[0]
 
 
 @pytest.mark.parametrize("method", ["lora", "ewc", "lwf", "olora", "moelora"])

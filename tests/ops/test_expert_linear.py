@@ -110,6 +110,21 @@ def test_a_rows_bits_depend_on_no_other_task():
     assert not any(g[[0, 2]].isnan().any() for g in (du, dv, dfusion))
 
 
+def test_uninitialised_memory_shows_nowhere():
+    made = make(tokens=40)
+    wanted = made.run()
+    torch.use_deterministic_algorithms(True)  # fills memory that is allocated with NaN
+    try:
+        assert torch.empty(1).isnan().all()
+        x, factors = made.leaves()
+        y = made.run(x, factors)
+        found = gradients(y, [x, *factors], torch.ones_like(y))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(y, wanted)
+    assert all(gradient.isfinite().all() for gradient in found)
+
+
 def test_sixteen_bits_and_masters_in_fp32():
     made = make(tokens=64, dtype=torch.float32)
     exact = made.run()

@@ -69,15 +69,12 @@ class Groups:
     def times(self, x: Tensor, matrices: Tensor, add_to: Tensor | None = None) -> Tensor:
         """x [M, n] by each group's own of the matrices [.., n, m], in x's dtype -> [M, m]; added where that is given.
 
-        Zero for rows of no matrix.
+        Rows of no matrix stay unwritten: what is made of them is left out by their group.
         """
         if self.spans is None:
             y = torch._grouped_mm(x.contiguous(), cast(self.laid(matrices), x.dtype), offs=self.ends)
             return y if add_to is None else add_to.add_(y)
-        full = sum(rows.stop - rows.start for _, rows in self.spans) == len(x)
-        y = add_to
-        if y is None:
-            y = (x.new_empty if full else x.new_zeros)(len(x), matrices.shape[-1])
+        y = x.new_empty(len(x), matrices.shape[-1]) if add_to is None else add_to
         for at, rows in self.spans:
             matrix = cast(matrices[at], x.dtype)
             if add_to is None:

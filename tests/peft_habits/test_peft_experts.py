@@ -274,7 +274,11 @@ def test_settings_that_are_wrong(changes, words):
 
 
 def test_models_without_routed_experts_say_so():
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**families.TEXT))
+    llama = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
     with pytest.raises(
         UserError, match="experts is true, but LlamaForCausalLM has no routed experts to adapt of those"
     ):

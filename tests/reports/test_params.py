@@ -110,8 +110,8 @@ def test_the_layers_chosen_are_printed_as_a_shell_takes_them(tmp_path, lilora, c
     "setting, sentence",
     [
         ("target_modules=(", "target_modules '(' is no regular expression (missing ), unterminated subpattern"),
-        ("cap=3", "--set cap=3 is not for params; it takes target_modules=REGULAR-EXPRESSION alone"),
-        ('target_modules=["up"]', "it takes target_modules=REGULAR-EXPRESSION alone"),
+        ("cap=3", "--set cap=3 is not for params; it takes target_modules=REGULAR-EXPRESSION, experts=true, "),
+        ('target_modules=["up"]', "it takes target_modules=REGULAR-EXPRESSION, experts=true, "),
     ],
 )
 def test_other_settings_are_one_sentence(lilora, setting, sentence):
@@ -197,11 +197,21 @@ def test_experts_count_as_many_times_as_they_are(experts_folder):
     assert "16 adapted expert linears, r 2, sub_rank 1" in got.table(3).title
 
 
-def test_many_parameters_of_experts_are_warned_of(experts_folder):
+def test_many_parameters_of_experts_are_warned_of(experts_folder, lilora):
     got = account(str(experts_folder), r=4, sub_rank=2, expert_ranks=(4, 3))
     assert got.warning == got.to_dict(2)["warning"]
     assert re.fullmatch(r"a task takes .* each of 16 expert linears .*; lower expert_sub_rank, which is 3", got.warning)
     assert replace(got, base=10**6).warning is None
     assert account(str(experts_folder), r=4, sub_rank=2).warning is None
+    options = ["--r", "4", "--set", "experts=true", "--set", "expert_r=4", "--set", "expert_sub_rank=3"]
+    code, out, _ = lilora("params", "--model", experts_folder, *options)
+    assert code == 0
+    assert f"Warning: {got.warning}." in out
+    code, _, err = lilora("params", "--model", experts_folder, "--set", "expert_rank=3")
+    assert code == 2
+    assert (
+        "--set expert_rank=3 is not for params; it takes target_modules=REGULAR-EXPRESSION, experts=true, expert_r"
+        in err
+    )
     with pytest.raises(UserError, match="LlavaForConditionalGeneration has no routed experts"):
         account("llava-1.5-7b", expert_ranks=(8, 4))

@@ -137,6 +137,27 @@ def test_gradients_of_a_mixed_batch_are_the_sums_of_those_of_single_tasks():
     torch.testing.assert_close(own[2].grad, wanted_weights, rtol=0, atol=1e-12)
 
 
+def test_a_task_set_before_the_backward_raises():
+    model, layer = adapted()
+    set_task(model, "a")
+    y = layer(*routed())
+    set_task(model, "b")
+    with pytest.raises(RuntimeError, match="the active task was set between a forward and its backward"):
+        y.sum().backward()
+
+
+def test_factors_of_each_expert_are_drawn_as_those_of_a_linear_layer():
+    layer = LiLoRAExperts(experts(), r=4, sub_rank=2)
+    for one in layer.layers:
+        one.add_task("a")
+        for drawn in (one.lilora_A["a"], one.lilora_V["a"]):
+            bound = drawn.shape[-1] ** -0.5
+            assert (0.5 * bound < drawn.abs().amax((1, 2))).all()
+            assert drawn.abs().max() <= bound
+        assert not one.lilora_B["a"].any()
+        assert not one.lilora_U["a"].any()
+
+
 def test_a_layer_sorts_its_rows_once_and_runs_one_operation_for_each_linear():
     model, layer = adapted(dtype=torch.float32)
     inputs = routed(dtype=torch.float32)

@@ -135,6 +135,10 @@ def test_saved_tasks_are_the_same_in_another_model(name, low, tmp_path):
         other.load_adapter(tmp_path / task, task, **options)
     torch.testing.assert_close(logits(other.eval(), task_ids=MIXED), wanted, rtol=0, atol=1e-12)
     assert json.loads((tmp_path / "a/adapter_config.json").read_text())["expert_r"] == 4
+    later = PeftModel.from_pretrained(base(name), tmp_path / "b", adapter_name="b", is_trainable=True, **options)
+    trains = {name for name, p in later.named_parameters() if p.requires_grad}
+    assert not any("lilora_A" in name for name in trains), "b is not the first of its chain"
+    assert any("experts.down_proj.lilora_U" in name for name in trains)
     randomise(other)
     with torch.no_grad():
         for path, layer in adapted_layers(other).items():  # of one chain again
@@ -271,6 +275,12 @@ def test_a_task_that_cannot_be_added_leaves_nothing():
 def test_settings_that_are_wrong(changes, words):
     with pytest.raises(UserError, match=words):
         settings(**changes)
+
+
+def test_a_pattern_that_the_names_of_experts_match_too():
+    model = adapted("mixtral", ["a", "b"], target_modules=r".*(q_proj|gate_up_proj)")
+    kinds = [isinstance(layer, ExpertLinear) for layer in adapted_layers(model).values()]
+    assert (kinds.count(True), kinds.count(False)) == (4, 2)
 
 
 def test_models_without_routed_experts_say_so():

@@ -212,10 +212,9 @@ def test_without_targets_the_mlps_of_any_decoder_are_adapted(name):
     assert adapted == {"gate_proj", "up_proj", "down_proj"}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="routed experts are Parameters of three dimensions, which no adapter reaches yet"
-)
-def test_routed_experts_are_adapted():
-    config = lilora.LiLoRAConfig(r=4, sub_rank=2, target_modules=r".*\.experts")
+def test_routed_experts_are_adapted_on_request():
+    config = lilora.LiLoRAConfig(r=4, sub_rank=2, experts=True)
     names = (name for name, _ in get_peft_model(base("qwen3_moe"), config).named_parameters())
     assert any("experts" in name and "lilora" in name for name in names)
+    with pytest.raises(UserError, match="leave it out of target_modules and give experts=True"):
+        get_peft_model(base("qwen3_moe"), lilora.LiLoRAConfig(r=4, target_modules=r".*\.experts"))

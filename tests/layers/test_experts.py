@@ -152,7 +152,7 @@ def test_factors_of_each_expert_are_drawn_as_those_of_a_linear_layer():
         one.add_task("a")
         for drawn in (one.lilora_A["a"], one.lilora_V["a"]):
             bound = drawn.shape[-1] ** -0.5
-            assert (0.5 * bound < drawn.abs().amax((1, 2))).all()
+            assert drawn.abs().max() > 0.8 * bound
             assert drawn.abs().max() <= bound
         assert not one.lilora_B["a"].any()
         assert not one.lilora_U["a"].any()

@@ -23,6 +23,7 @@ from lilora_kernels import LiLoRALinear, attach, check_task_name
 from lilora_kernels.attach import detach
 from lilora_kernels.layers.accelerated import AcceleratedLinear
 from lilora_kernels.layers.base import is_conv1d, is_sharded, reads_weight
+from lilora_kernels.layers.experts import expert_parameters
 from lilora_kernels.routing.context import BatchContext, Tasks, device_of
 from lilora_kernels.routing.task_names import TaskIds
 
@@ -203,8 +204,9 @@ class LiLoRAModel(BaseTuner):
             and not is_conv1d(base)
             and (quantized is None or quantized.layer_type != "linear")
         ):
+            more = " and give experts=True" if expert_parameters(base) else ""
             raise UserError(
-                f"{current_key} is a {type(base).__name__}; LiLoRA adapts linear layers: leave it out of target_modules"
+                f"{current_key} is a {type(base).__name__}; LiLoRA adapts linear layers: leave it out of target_modules{more}"
             )
         own = isinstance(base, nn.Linear) and type(base).forward not in (nn.Linear.forward, AcceleratedLinear.forward)
         if quantized is None and (own or isinstance(base, NonDynamicallyQuantizableLinear)):

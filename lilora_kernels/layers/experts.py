@@ -1,6 +1,7 @@
 """LiLoRAExperts: the routed experts of a transformers model with an adapter for each expert and task."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class ExpertLinear(LiLoRALinear):
             )
         return super().delta_weight(name)
 
-    def forward(self, x: Tensor, ends: Tensor, factors: Factors) -> Tensor:
+    def forward(self, x: Tensor, ends: Tensor, factors: Factors) -> Tensor:  # type: ignore[override]
         """x [M, K] -> [M, N], with rows and ends as `group_rows` orders them and the factors of `_adapter`."""
         seed = functional.draw_seed(x.device) if self._p else None
         y = functional.expert_linear(
@@ -98,7 +99,9 @@ class LiLoRAExperts(nn.Module):
     dense MLP's adapter. The rows of a batch are sorted by expert and task once for both linears.
     """
 
-    def __init__(self, base_layer: nn.Module, make: Callable[..., ExpertLinear] = ExpertLinear, **settings) -> None:
+    def __init__(
+        self, base_layer: nn.Module, make: Callable[..., ExpertLinear] = ExpertLinear, **settings: Any
+    ) -> None:
         super().__init__()
         names = expert_parameters(base_layer)
         if not names:
@@ -133,13 +136,14 @@ class LiLoRAExperts(nn.Module):
         adapters = up._adapter(x, task), down._adapter(x, task)
         if adapters == (None, None):
             return base(x, chosen, weights)
-        if None in adapters:
+        of_both = [adapter for adapter in adapters if adapter is not None]
+        if len(of_both) < 2:
             raise RuntimeError(f"{up.path} and {down.path} differ in what is merged or active; set both alike")
         if getattr(base, "_is_expert_parallel", False) or base._forward_hooks or base._forward_pre_hooks:
             raise RuntimeError(
                 f"the experts of {up.path} are split over devices, or have hooks; adapt them in a model that is not"
             )
-        (of_up, rows), (of_down, _) = adapters
+        (of_up, rows), (of_down, _) = of_both
         tokens, k = chosen.shape
         tasks = 1 if rows is None else len(of_up[2])
         if rows is not None:  # in a graph an error would have to wait for the device

@@ -115,7 +115,8 @@ class LiLoRAConfig(PeftConfig):
         """The config of the experts' linears: their ranks, and the same scale."""
         config = copy(self)
         config.r, config.sub_rank = self.expert_r, self.expert_sub_rank
-        config.alpha = self.alpha / self.r * self.expert_r
+        alpha = default_alpha(self.r) if self.alpha is None else self.alpha
+        config.alpha = alpha / self.r * self.expert_r
         return config
 
     def __post_init__(self) -> None:

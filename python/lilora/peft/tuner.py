@@ -286,7 +286,7 @@ class LiLoRAModel(BaseTuner):
 def chosen_experts(model: nn.Module, config: LiLoRAConfig) -> list[str]:
     """The names of the Parameters of routed experts that a config with `experts` adapts; UserError for none."""
     found, chosen = routed_experts(model), copy(config)
-    chosen.target_modules = set(found)
+    chosen.target_modules = list(found)
     kept = [path for path in found if check_target_module_exists(chosen, path) is True]  # as exclude_modules says
     if not kept:
         raise UserError(

@@ -74,6 +74,7 @@ class Soak:
         self.logits = [self.forward(names) for names in self.orders]
         self.answers = [self.generate(names) for names in self.orders]
         self.swaps = self._swaps()
+        lilora.freeze(self.model, CAPACITY)  # the first one moves the parameters: ahead of the threads
         self.running, self.at_rest = threading.Event(), threading.Barrier(threads + 2)
         self.ended = False
         self.errors: list[str] = []

@@ -77,6 +77,7 @@ class LiLoRALinear(AdaptedLinear):
         self.active: tuple[str, ...] = ()
         self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
         self._frozen: Factors | None = None  # with all tasks' u, v, fusion by id: see serving.freeze
+        self._thawed: Factors | None = None  # after unfreeze: those of before, of which the parameters still are windows
         self._slot: Factors | None = None  # with u, v, fusion of the one active task; without for several
         self.register_load_state_dict_post_hook(_loaded)
 
@@ -157,7 +158,7 @@ class LiLoRALinear(AdaptedLinear):
             if name in getattr(self, kind):
                 del getattr(self, kind)[name]
         self.model_tasks.remove(name)
-        for stack in (self._frozen or ())[2:]:
+        for stack in (self._frozen or self._thawed or ())[2:]:
             if stack is not None:
                 stack[[i for i, kept in enumerate(self.model_tasks.names) if kept is None]] = 0
         if self._first == name:
@@ -218,7 +219,7 @@ class LiLoRALinear(AdaptedLinear):
             self._fill_windows(name, self._frozen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LiLoRALinear":
-        capacity, self._frozen = self.capacity, None
+        capacity, self._frozen, self._thawed = self.capacity, None, None
         super()._apply(fn, recurse)
         self.bind()
         if capacity is not None:
@@ -226,7 +227,8 @@ class LiLoRALinear(AdaptedLinear):
         return self
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_frozen": None, "batch_invariant": False}  # the parameters of a copy are not windows
+        # The parameters of a copy are not windows.
+        return self.__dict__ | {"_frozen": None, "_thawed": None, "batch_invariant": False}
 
     # --- serving ----------------------------------------------------------------------------------------------------
 
@@ -251,14 +253,19 @@ class LiLoRALinear(AdaptedLinear):
         """See `serving.freeze`. Forwards of other threads read the stacks as soon as they are there: filled and settled."""
         like = next(iter(self.lilora_U.values()), None)
         like = self.empty(0) if like is None else like
-        sizes = [(self.out_features, self.sub_rank), (self.sub_rank, self.rank), () if self.fusion else None]
-        stacks = Factors((None, None, *(None if size is None else like.new_zeros(capacity, *size) for size in sizes)))
+        stacks = self._frozen or self._thawed
+        if stacks is None or (len(stacks[2]), stacks[2].dtype, stacks[2].device) != (capacity, like.dtype, like.device):
+            sizes = [(self.out_features, self.sub_rank), (self.sub_rank, self.rank), () if self.fusion else None]
+            stacks = Factors(
+                (None, None, *(None if size is None else like.new_zeros(capacity, *size) for size in sizes))
+            )
         for name in self.tasks:
             self._fill_windows(name, stacks)
         self._settle(capacity)
         self._frozen = stacks if self._slot is None else Factors((*self._slot[:2], *stacks[2:]))
 
     def unfreeze(self) -> None:
+        self._thawed = self._frozen or self._thawed
         self._frozen, self.batch_invariant = None, False
 
     def train(self, mode: bool = True) -> "LiLoRALinear":

@@ -44,7 +44,7 @@ LONG_REVERSED := lilora-reversed pclr-reversed
 SEEDS := 0 1 2
 named = $(foreach seed,$(SEEDS),$(foreach label,$(1),$(label)-$(seed)))
 
-.PHONY: help venv demo experiment long test emulation-full cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families readme docs resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
+.PHONY: help venv demo experiment long test emulation-full cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families soak readme docs resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
@@ -63,6 +63,7 @@ help:
 	@echo "make cpu-evidence  throughput comparisons on this CPU, bench/results/cpu, and the tables from them"
 	@echo "make smollm2     tokens per second of a real language model on this CPU (98 MB), minutes: bench/results/smollm2, and the tables"
 	@echo "make families    which models can do what: bench/results/families.json, docs/families.md and families-table.md"
+	@echo "make soak        a small model served for SECONDS=600 while its tasks change: nothing may grow; and kills at random moments"
 	@echo "make experiment  five methods, three seeds, 400 steps a task: about 50 minutes on 2 cores"
 	@echo "make long        twelve tasks, nine methods and ablations, three seeds: hours; goes on where it was interrupted"
 	@echo "make readme      the tables of README and docs/, and all plots, from the committed results"
@@ -172,6 +173,11 @@ smollm2: venv
 families: venv
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/families/test_families_matrix.py tests/families/test_structure.py --record bench/results/families.json
 	$(BIN)/python -m bench.readme
+
+SECONDS := 600
+soak: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.soak --seconds $(SECONDS)
+	OMP_NUM_THREADS=1 LILORA_KILLS=30 $(BIN)/pytest -k killed tests/continual/test_run.py tests/continual/test_kills.py
 
 readme: .venv/ready
 	$(BIN)/python -m bench.report

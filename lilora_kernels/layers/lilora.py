@@ -78,6 +78,7 @@ class LiLoRALinear(AdaptedLinear):
         self.active: tuple[str, ...] = ()
         self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
         self._frozen: Factors | None = None  # with all tasks' u, v, fusion by id: see serving.freeze
+        self._thawed: Factors | None = None  # after unfreeze: those of before, of which the parameters still are windows
         self._slot: Factors | None = None  # with u, v, fusion of the one active task; without for several
         self.register_load_state_dict_post_hook(_loaded)
 
@@ -148,7 +149,8 @@ class LiLoRALinear(AdaptedLinear):
             if self.fusion:
                 nn.init.normal_(self.lilora_fusion[name])
         self.model_tasks.add(name)
-        self._fill_windows(name)
+        if self._frozen is not None:
+            self._fill_windows(name, self._frozen)
         if not self.active:
             self.set_task(name)
         else:
@@ -170,7 +172,7 @@ class LiLoRALinear(AdaptedLinear):
             if name in getattr(self, kind):
                 del getattr(self, kind)[name]
         self.model_tasks.remove(name)
-        for stack in (self._frozen or ())[2:]:
+        for stack in (self._frozen or self._thawed or ())[2:]:
             if stack is not None:
                 stack[[i for i, kept in enumerate(self.model_tasks.names) if kept is None]] = 0
         if self._first == name:
@@ -206,8 +208,11 @@ class LiLoRALinear(AdaptedLinear):
     def bind(self) -> None:
         """Rebuild what compiled forwards read: a lookup by task name there would recompile for every task."""
         self._bind_slot()
+        self._settle(self.capacity)
+
+    def _settle(self, capacity: int | None) -> None:
         if self.lilora_U:
-            self.model_tasks.settle(next(iter(self.lilora_U.values())).device, self.capacity)
+            self.model_tasks.settle(next(iter(self.lilora_U.values())).device, capacity)
 
     def _bind_slot(self) -> None:
         if len(self.active) == 1:
@@ -225,10 +230,10 @@ class LiLoRALinear(AdaptedLinear):
         if self._slot is not None:
             self._bind_slot()
         if self._frozen is not None and name in self.model_tasks.known:
-            self._fill_windows(name)
+            self._fill_windows(name, self._frozen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LiLoRALinear":
-        capacity, self._frozen = self.capacity, None
+        capacity, self._frozen, self._thawed = self.capacity, None, None
         super()._apply(fn, recurse)
         self.bind()
         if capacity is not None:
@@ -236,7 +241,8 @@ class LiLoRALinear(AdaptedLinear):
         return self
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_frozen": None, "batch_invariant": False}  # the parameters of a copy are not windows
+        # The parameters of a copy are not windows.
+        return self.__dict__ | {"_frozen": None, "_thawed": None, "batch_invariant": False}
 
     # --- serving ----------------------------------------------------------------------------------------------------
 
@@ -258,17 +264,21 @@ class LiLoRALinear(AdaptedLinear):
             )
 
     def freeze(self, capacity: int) -> None:
-        """See `serving.freeze`."""
+        """See `serving.freeze`. Forwards of other threads read the stacks as soon as they are there: filled and settled."""
         like = next(iter(self.lilora_U.values()), None)
         like = self.empty(0) if like is None else like
-        sizes = [(self.out_features, self.sub_rank), (self.sub_rank, self.rank), () if self.fusion else None]
-        shapes = [None if size is None else (capacity, *self.leading, *size) for size in sizes]
-        self._frozen = Factors((None, None, *(None if shape is None else like.new_zeros(shape) for shape in shapes)))
+        stacks = self._frozen or self._thawed
+        if stacks is None or (len(stacks[2]), stacks[2].dtype, stacks[2].device) != (capacity, like.dtype, like.device):
+            sizes = [(self.out_features, self.sub_rank), (self.sub_rank, self.rank), () if self.fusion else None]
+            shapes = [None if size is None else (capacity, *self.leading, *size) for size in sizes]
+            stacks = Factors((None, None, *(None if shape is None else like.new_zeros(shape) for shape in shapes)))
         for name in self.tasks:
-            self._fill_windows(name)
-        self.bind()
+            self._fill_windows(name, stacks)
+        self._settle(capacity)
+        self._frozen = stacks if self._slot is None else Factors((*self._slot[:2], *stacks[2:]))
 
     def unfreeze(self) -> None:
+        self._thawed = self._frozen or self._thawed
         self._frozen, self.batch_invariant = None, False
 
     def train(self, mode: bool = True) -> "LiLoRALinear":
@@ -277,9 +287,9 @@ class LiLoRALinear(AdaptedLinear):
         return super().train(mode)
 
     @torch.no_grad()
-    def _fill_windows(self, name: str) -> None:
-        """Of a frozen layer, make the task's parameters windows of the stacks, with the values that they have."""
-        for stack, entries in zip((self._frozen or ())[2:], self._by_task(), strict=False):
+    def _fill_windows(self, name: str, stacks: Factors) -> None:
+        """Make the task's parameters windows of the stacks of a frozen layer, with the values that they have."""
+        for stack, entries in zip(stacks[2:], self._by_task(), strict=True):
             if name in entries and not entries[name].is_meta:  # else a loader is still to bring it
                 own, place = entries[name], stack[self.model_tasks.id_of(name)].view_as(entries[name])
                 if own.data_ptr() != place.data_ptr():
@@ -374,9 +384,10 @@ class LiLoRALinear(AdaptedLinear):
 
     def _mixed(self, x: Tensor, shared: tuple[Tensor, ...], context: BatchContext, samples: int | None) -> tuple | None:
         """As `_adapter`, for tasks by sample. shared: a and b0; samples: those of x, where the ids were given for x itself."""
-        trains, training, frozen = self.stacking()
+        frozen = self._frozen  # read once: another thread may freeze or unfreeze meanwhile
+        trains, training, _ = self.stacking()
         names: tuple[str, ...]
-        if frozen:
+        if frozen is not None and not trains:
             names, positions = (), context.slots()
         else:
             names, positions = context.chosen(trains, training)
@@ -387,8 +398,8 @@ class LiLoRALinear(AdaptedLinear):
         else:
             rows = positions if positions.dim() == 2 else positions.unsqueeze(1).expand(samples, x.shape[1:-1].numel())
             rows = rows.reshape(-1).contiguous()
-        if not names:
-            factors = self._frozen
+        if frozen is not None and not names:
+            factors = frozen
         elif context.generating and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             key = self, self.model_tasks.changes
             if key not in context.stacks:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from operator import is_not
 
+import torch
 from torch import Tensor, fx, nn
 
 from .. import functional
@@ -116,8 +117,11 @@ def gate_and_up(
     first_and_rows, second_and_rows = (layer._adapter(x, task) for layer in (gate, up))
     if first_and_rows is None or second_and_rows is None:
         return None
-    (first, rows), (second, _) = first_and_rows, second_and_rows
-    # Rows are positions among the tasks that a layer stacks.
+    (first, rows), (second, other_rows) = first_and_rows, second_and_rows
+    # Rows are positions among the tasks that a layer stacks. A running context gives both layers the same ones, unless another
+    # thread freezes the model or changes its tasks in between.
+    if not torch.compiler.is_compiling() and task is None and rows is not other_rows:
+        return None
     if rows is not None and (gate.lilora_U.keys() != up.lilora_U.keys() or gate.stacking() != up.stacking()):
         return None
     cast, p = functional.autocast(x), gate._p

@@ -242,6 +242,54 @@ def test_what_a_killed_export_left_is_swept_by_the_next(tmp_path):
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"another", "another/file"}
 
 
+STEPS = ("mkdir", "open", "replace", "rename", "unlink", "rmdir", "pwrite", "ftruncate", "close", "fsync")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_killed_at_every_step_nothing_is_left_that_the_next_does_not_sweep(tmp_path, full):
+    """full: the disk is, so that the folder is being deleted."""
+    for k in range(1, 100):
+        parent = tmp_path / str(k)
+
+        def work(k=k, parent=parent):
+            calls = []
+            for name in STEPS:
+                real = getattr(os, name)
+
+                def call(*args, real=real, **options):
+                    calls.append(real)
+                    if len(calls) == k:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return real(*args, **options)
+
+                setattr(os, name, call)
+            with new_folder(parent / "out") as folder:
+                (folder / "file").write_text("whole")
+                (folder / "part").mkdir()
+                if full:
+                    raise SystemExit
+
+        ended = in_child(work)
+        parent.mkdir(exist_ok=True)
+        for left in parent.iterdir():
+            os.utime(left, (0, 0))
+        _one(parent / "next")
+        assert {path.name for path in parent.iterdir()} - {"out"} == {"next"}, k
+        assert not (parent / "out").exists() or (parent / "out" / "part").is_dir()
+        if ended != signal.SIGKILL:
+            break
+    assert 5 < k < 99
+
+
+def test_a_folder_that_is_about_to_be_locked_stays(tmp_path):
+    young = tmp_path / ".out-abcdefgh.lilora"
+    young.mkdir()
+    _one(tmp_path / "one")
+    (young / ".lock").touch()
+    _one(tmp_path / "two")
+    assert young.exists()
+
+
 def test_only_folders_of_its_kind_that_no_process_holds_are_swept(tmp_path):
     killed_while_writing(tmp_path / "out")
     (left,) = tmp_path.iterdir()

@@ -4,15 +4,13 @@ import json
 import os
 import random
 import shutil
-import signal
-import sys
 import time
 
 import pytest
 import torch
 import yaml
+from support.commands import KILLS, code_of, killed_after, spawn
 
-import lilora.cli as cli
 from lilora.bank.bank import Bank
 from lilora_kernels import backends
 
@@ -204,50 +202,32 @@ def test_tasks_without_a_test_split_are_trained_and_not_scored(
 # --- interruption -------------------------------------------------------------------------------------------------------
 
 
-def spawn(arguments):
-    """The command in a forked child, which shares this process's imports."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        sys.argv = ["lilora", *arguments]
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        cli.main()
-    except SystemExit as end:
-        os._exit(end.code or 0)
-    finally:
-        os._exit(1)
-
-
 @pytest.mark.parametrize("method", ["lilora-paper", "lora"])
 def test_killed_anywhere_the_same_command_ends_with_the_same_scores(method, suite, tmp_path, lilora, train_options):
     def command(folder):
         return ["train", str(suite / "tasks.yaml"), "--out", str(folder), *METHODS[method], *train_options]
 
     started = time.monotonic()
-    assert os.waitpid(spawn(command(tmp_path / "whole")), 0)[1] == 0
-    duration = time.monotonic() - started
-    rng = random.Random(method)
-    killed, folder = 0, tmp_path / "killed"
-    for _ in range(8):
-        child = spawn(command(folder))
-        time.sleep(rng.uniform(0.1, 0.9) * duration)
-        if os.waitpid(child, os.WNOHANG) == (0, 0):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            killed += 1
+    assert code_of(spawn(command(tmp_path / "whole"))) == 0
+    duration, whole = time.monotonic() - started, Bank.open(tmp_path / "whole")
+    rng, kills, folder = random.Random(method), 0, tmp_path / "0"
+
+    def end():
+        code, _, err = lilora(*command(folder))
+        assert code == 0, err
+        resumed = Bank.open(folder)
+        assert resumed.scores["matrix"] == whole.scores["matrix"]
+        for task in whole.tasks:
+            assert resumed.task_fingerprint(task) == whole.task_fingerprint(task)
+            assert resumed.shared_fingerprint(task) == whole.shared_fingerprint(task)
+
+    while kills < KILLS:
+        if killed_after(rng.uniform(0.1, 0.9) * duration, command(folder)):
+            kills += 1
         else:
-            break
-    assert killed > 0
-    code, _, err = lilora(*command(folder))
-    assert code == 0, err
-    whole, resumed = Bank.open(tmp_path / "whole" / "bank"), Bank.open(folder / "bank")
-    assert resumed.scores["matrix"] == whole.scores["matrix"]
-    for task in whole.tasks:
-        assert resumed.task_fingerprint(task) == whole.task_fingerprint(task)
-        assert resumed.shared_fingerprint(task) == whole.shared_fingerprint(task)
+            end()
+            folder = tmp_path / str(kills)
+    end()
 
 
 def test_stopped_in_an_evaluation_the_same_command_goes_on(suite, tmp_path, lilora, train_options, monkeypatch):

@@ -181,3 +181,27 @@ def test_what_is_not_here_cannot_be_frozen():
     attach(model)
     with pytest.raises(RuntimeError, match="offloaded or sharded cannot be frozen"):
         freeze(model)
+
+
+def test_freezing_again_with_the_same_room_moves_nothing():
+    model = made()
+    freeze(model, 8)
+    wanted = run(model, NAMES, X)
+    where = {name: p.data_ptr() for name, p in model.named_parameters()}
+    stacks = [layer._frozen[2].data_ptr() for layer in model]
+    unfreeze(model)
+    for layer in model:
+        layer.add_task("new")
+        layer.delete_task("b")
+    freeze(model, 8)
+    assert torch.equal(run(model, NAMES, X), wanted)
+    assert [layer._frozen[2].data_ptr() for layer in model] == stacks
+    assert not any(layer._frozen[2][1].any() for layer in model)
+    now = {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert all(where[name] == at for name, at in now.items() if name in where)
+    for layer in model:
+        start, size = layer._frozen[2].data_ptr(), layer._frozen[2].nbytes
+        assert start <= layer.lilora_U["new"].data_ptr() < start + size
+    unfreeze(model.double())
+    freeze(model, 8)
+    assert torch.allclose(run(model, NAMES, X.double()), wanted.double(), atol=1e-5)

@@ -485,3 +485,27 @@ def test_layers_that_stack_other_tasks_are_computed_apart():
             parameter.requires_grad_(False)
     x, ids = torch.randn(4, K).double(), torch.tensor([1, 0, 1, 1])
     torch.testing.assert_close(fused.train()(x, task_ids=ids), apart.train()(x, task_ids=ids))
+
+
+def test_a_freeze_between_the_two_layers_leaves_both_with_their_own_rows():
+    fused, _ = twins()
+    x, ids = torch.randn(4, K).double(), torch.tensor([1, 0, -1, 1])
+    gate, up = fused[0].gate_proj, fused[0].up_proj
+    with torch.no_grad():
+        wanted = fused(x, task_ids=ids)
+        for task in gate.tasks[:1]:
+            for layer in fused[0].children():
+                if isinstance(layer, LiLoRALinear):
+                    layer.delete_task(task)  # from now on a frozen layer's positions are others than a stack's
+        ids = torch.where(ids == 0, 1, ids)
+        wanted = fused(x, task_ids=ids)
+        adapter = gate._adapter
+
+        def then_freeze(*args):
+            found = adapter(*args)
+            gate._adapter = adapter
+            freeze(fused)
+            return found
+
+        gate._adapter = then_freeze
+        torch.testing.assert_close(fused(x, task_ids=ids), wanted)

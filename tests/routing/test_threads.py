@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.frozen_model import NAMES, X, close, made, run
 
-from lilora_kernels import freeze, route, set_task
+from lilora_kernels import freeze, route, set_task, unfreeze
 from lilora_kernels.routing.context import tasks_of
 
 WAYS = (["a"] * 4, ["c", None, "a", "b"], ["b", "b", None, "c"], [None] * 4)
@@ -45,6 +45,36 @@ def test_threads_with_task_ids_of_their_own(frozen):
         list(pool.map(work, range(4)))
     assert tasks_of(model).current is None
     assert tasks_of(model).opened == 0
+
+
+def test_one_thread_changes_the_tasks_that_the_others_do_not_use():
+    model = made(("a", "b", "c", "swapped"))
+    wanted = [run(model, names, X) for names in WAYS]
+    freeze(model, 64)
+    ended = threading.Event()
+
+    def work(i):
+        turn = i
+        while not ended.is_set():
+            turn += 1
+            at = turn % len(WAYS)
+            close(run(model, WAYS[at], X), wanted[at])
+
+    with ThreadPoolExecutor(3) as pool:
+        computing = [pool.submit(work, i) for i in range(3)]
+        try:
+            for turn in range(50):
+                unfreeze(model)
+                for layer in model:
+                    layer.add_task(f"t{turn}")
+                    layer.overwrite_task("swapped", *(torch.randn_like(p) for p in layer._own("swapped")))
+                freeze(model, 64)
+                for layer in model:
+                    layer.delete_task(f"t{turn}")
+        finally:
+            ended.set()
+        for each in computing:
+            each.result()
 
 
 def test_asyncio_tasks_that_wait_inside_their_route():

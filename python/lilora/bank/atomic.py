@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,8 @@ from lilora.errors import UserError
 from .lock import LOCK, locked, own
 
 NEW = "new"  # in the folder that `new_folder` makes beside its own
+UNFINISHED = ".lilora"  # ends that one's name
+_SECONDS_TO_LOCK = 60  # far more than a process takes from making the folder to locking it
 TEMPORARY = ".tmp"  # appended to the name of a file that is still being written
 
 
@@ -63,12 +66,19 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise UserError(f"{path} already exists; give a new or empty folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch, locked(Path(scratch)):
-            folder = Path(scratch) / NEW  # made with the user's permissions, as mkdtemp's own is not
-            folder.mkdir()
-            yield folder
-            folder.replace(path)
-            _sync_folder(path.parent)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=UNFINISHED, dir=path.parent))
+        folder = scratch / NEW  # made with the user's permissions, as mkdtemp's own is not
+        try:
+            with locked(scratch):
+                try:
+                    folder.mkdir()
+                    yield folder
+                    folder.replace(path)
+                    _sync_folder(path.parent)
+                finally:  # under the lock: what is left without one is empty
+                    shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be written ({reason}); free space or give another folder") from error
@@ -76,14 +86,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def _sweep(parent: Path) -> None:
     """Delete the folders of `new_folder` whose processes were killed."""
-    for lock in parent.glob(f".*-????????/{LOCK}"):
-        left = lock.parent
-        # A lock without a pid is about to be taken.
+    for left in parent.glob(f".*-????????{UNFINISHED}"):
         with suppress(UserError, OSError):
-            if {entry.name for entry in left.iterdir()} <= {LOCK, NEW} and lock.stat().st_size:
+            held_by_a_pid = (left / LOCK).exists() and (left / LOCK).stat().st_size > 0
+            young = time.time() - left.stat().st_mtime < _SECONDS_TO_LOCK
+            if {entry.name for entry in left.iterdir()} <= {LOCK, NEW} and (held_by_a_pid or not young):
                 with locked(left) as held:
                     if held:
-                        shutil.rmtree(left)
+                        shutil.rmtree(left / NEW, ignore_errors=True)
+                left.rmdir()
 
 
 def _sync_folder(folder: Path) -> None:

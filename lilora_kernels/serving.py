@@ -16,7 +16,7 @@ def freeze(model: nn.Module, capacity: int | None = None, *, batch_invariant: bo
     compiled and captured forwards too (`parameter.data = other` writes nothing into it, and is not seen). They stop
     requiring gradients. The state dict does not change. Adding a task keeps all tensors where they are; beyond `capacity`
     it raises. `train()` and `unfreeze` end it. Raises RuntimeError before `attach(model)` and for parameters that are
-    offloaded, sharded or of several dtypes, ValueError for too small a capacity.
+    sharded or of several dtypes, ValueError for too small a capacity.
 
     batch_invariant: every linear layer takes the CPU kernels for any number of rows, so that a row's bits depend neither on
     the other rows of the batch nor on their tasks. Call `accelerate_linears(model)` first: RuntimeError for a layer that

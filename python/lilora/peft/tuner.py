@@ -1,6 +1,7 @@
 """The PEFT tuner model: puts adapters into a model and carries task ids to them."""
 
 import hashlib
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,8 @@ class LiLoRAModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make tasks active; of several, all train, also their copies of modules_to_save, of which PEFT knows one alone."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if names == self.active_adapters[:1] and _resumes():
+            names = list(self.active_adapters)
         if len(names) < 2:
             super().set_adapter(adapter_name, inference_mode)
             return
@@ -268,6 +271,12 @@ class LiLoRAModel(BaseTuner):
         ids, known = tasks.ids(task_ids, None, device_of(self.model))
         with tasks.use(BatchContext(ids, ids=known)):
             yield
+
+
+def _resumes() -> bool:
+    """Whether transformers' Trainer has just loaded a checkpoint: it makes the first of the active tasks the only one then."""
+    frame = sys._getframe(2).f_back  # of what called PeftModel.set_adapter
+    return frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) == ("transformers.trainer", "_load_from_checkpoint")
 
 
 def rollback(model: nn.Module, configs: dict[str, LiLoRAConfig], adapter_name: str) -> None:

@@ -21,7 +21,7 @@ def freeze(model: nn.Module, capacity: int | None = None, *, batch_invariant: bo
     While other threads compute, one thread may add, delete and swap tasks that they do not use, unfreeze, and freeze again
     with the same capacity. The first freeze, and one with another capacity, moves parameters: let no forward run then.
 
-    Raises RuntimeError before `attach(model)` and for parameters that are offloaded, sharded or of several dtypes,
+    Raises RuntimeError before `attach(model)` and for parameters that are sharded or of several dtypes,
     ValueError for too small a capacity.
 
     batch_invariant: every linear layer takes the CPU kernels for any number of rows, so that a row's bits depend neither on

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends, functional
+from ..offloading import offloading
 from ..ops import cpu_runtime
 from ..ops.delta.register import delta
 from ..ops.linear.register import linear
@@ -137,11 +138,14 @@ class AdaptedLinear(nn.Module):
         )
 
     def empty(self, *shape: int) -> Tensor:
-        """An uninitialised tensor of the dtype and on the device of the base weight."""
+        """An uninitialised tensor of the dtype and on the device of the base weight, or of where accelerate brings it to."""
         like = getattr(self.base_layer, "weight", None)
         like = like if isinstance(like, Tensor) else None  # packed weights are behind a method
         dtype = like.dtype if like is not None and like.is_floating_point() else torch.get_default_dtype()
-        return torch.empty(*shape, dtype=dtype, device=None if like is None else like.device)
+        device = None if like is None else like.device
+        if hooks := offloading(self.base_layer):
+            device = hooks[0].execution_device
+        return torch.empty(*shape, dtype=dtype, device=device)
 
     def example(self) -> Tensor:
         """An uninitialised input [1, K] of the dtype and on the device that the base expects: for `explain`."""

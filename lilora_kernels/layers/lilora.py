@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..offloading import offloading, onload, onloaded
 from ..routing.context import BatchContext
 from .base import AdaptedLinear, Factors, described, is_conv1d, is_number, is_plain, is_sharded
-from .parameters import SharedParameter, TaskParameters, check_task_name, onloaded, stacked, window
+from .parameters import SharedParameter, TaskParameters, check_task_name, stacked, window
 
 POLICIES = ("always", "first", "never")
 KINDS = ("lilora_A", "lilora_B", "lilora_U", "lilora_V", "lilora_fusion")
@@ -78,7 +79,9 @@ class LiLoRALinear(AdaptedLinear):
         self.active: tuple[str, ...] = ()
         self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
         self._frozen: Factors | None = None  # with all tasks' u, v, fusion by id: see serving.freeze
-        self._thawed: Factors | None = None  # after unfreeze: those of before, of which the parameters still are windows
+        self._thawed: Factors | None = (
+            None  # after unfreeze: those of before, of which the parameters still are windows
+        )
         self._slot: Factors | None = None  # with u, v, fusion of the one active task; without for several
         self.register_load_state_dict_post_hook(_loaded)
 
@@ -113,6 +116,7 @@ class LiLoRALinear(AdaptedLinear):
         default the first that is added is the one. Nothing is added when the name is not allowed or taken.
         """
         check_task_name(name)
+        self.onload()
         if name in self.lilora_U:
             raise ValueError(f"task {name!r} exists already; delete it first or choose another name")
         capacity = self.capacity
@@ -165,6 +169,7 @@ class LiLoRALinear(AdaptedLinear):
     def delete_task(self, name: str) -> None:
         """Remove a task's parameters; the ids of the others stay."""
         self._require(name)
+        self.onload()
         if self.merged_task == name:
             self.unmerge()
         train = any(own.requires_grad for own in self._own(name))
@@ -185,10 +190,13 @@ class LiLoRALinear(AdaptedLinear):
     def set_task(self, *names: str, train: bool = True) -> None:
         """Make a task the one that `forward` uses and trains; several names train together, by task ids.
 
-        Parameters of the other tasks stop requiring gradients; the shared factors follow train_a and train_b0.
+        Parameters of the other tasks stop requiring gradients; the shared factors follow train_a and train_b0. Those that
+        accelerate offloads come in for good where something trains: an optimizer holds them.
         """
         for name in names:
             self._require(name)
+        if train and names:
+            self.onload()
         self.active = tuple(names)
         self.model_tasks.activate(self.active, train)
         for task in self.lilora_U:
@@ -196,6 +204,16 @@ class LiLoRALinear(AdaptedLinear):
                 own.requires_grad_(train and task in names)
         self.train_shared(train)
         self.bind()
+
+    def onload(self) -> None:
+        """Take the adapter's parameters out of accelerate's offloading, if they are in it; the base layer stays there."""
+        onload(*self._kinds)
+
+    def keep(self, kind: TaskParameters, device: torch.device) -> None:
+        """Take back parameters that accelerate has offloaded without having them, as PEFT's files for it do not name them."""
+        del kind._hf_hook
+        if self._slot is not None and (own := self._slot[self._kinds.index(kind)]) is not None:
+            kind[self.active[0]] = nn.Parameter(own.detach().to(device), requires_grad=own.requires_grad)
 
     def train_shared(self, train: bool = True) -> None:
         """Let A and B0 require gradients as train_a and train_b0 say for the active tasks."""
@@ -253,10 +271,11 @@ class LiLoRALinear(AdaptedLinear):
 
     def require_freezable(self) -> None:
         """RuntimeError for parameters that are not here in full outside the layer's forward, or differ in dtype."""
+        self.onload()
         own = [p for entries in self._by_task() for p in entries.values()]
         if any(p.is_meta or is_sharded(p) for p in own):
             raise RuntimeError(
-                "a model whose adapters are offloaded or sharded cannot be frozen; load it in full first"
+                f"{self.path}: a model whose adapters are sharded or on the meta device cannot be frozen; load it in full first"
             )
         if len(dtypes := {p.dtype for p in own}) > 1:
             raise RuntimeError(
@@ -326,7 +345,13 @@ class LiLoRALinear(AdaptedLinear):
             raise TypeError(
                 "LiLoRALinear: task_ids is an argument of a model, after attach(model); a layer alone takes task, ids [B] int32"
             )
-        if "_hf_hook" in self._modules["lilora_U"].__dict__ and not torch.compiler.is_compiling():
+        own = self._modules["lilora_U"]
+        if "_hf_hook" in own.__dict__ and not torch.compiler.is_compiling() and offloading(own):
+            if self.training and self._trains():
+                raise RuntimeError(
+                    f"{self.path}: task {self.active[0]!r} trains, but its parameters are offloaded and an optimizer holds mere "
+                    "placeholders; make the task active again (set_task, set_adapter), which brings them in, then the optimizer"
+                )
             with onloaded(*self._kinds):
                 return self._forward(x, args, kwargs, task)
         return self._forward(x, args, kwargs, task)
@@ -459,6 +484,7 @@ class LiLoRALinear(AdaptedLinear):
         No tensor moves, so a compiled or captured forward stays valid and sees the new values.
         """
         self._require(name)
+        self.onload()
         own, values = self._own(name), [u, v] if fusion is None else [u, v, fusion]
         if [p.shape for p in own] != [value.shape for value in values] or self.merged_task == name:
             got = [list(value.shape) for value in values]
@@ -467,7 +493,7 @@ class LiLoRALinear(AdaptedLinear):
             )
             raise ValueError(f"task {name!r} cannot be overwritten with tensors of the shapes {got}: it {state}")
         if any(parameter.is_meta for parameter in own):
-            raise ValueError(f"task {name!r} cannot be overwritten: it is offloaded, and its tensors are not here")
+            raise ValueError(f"task {name!r} cannot be overwritten: its tensors are on the meta device, without values")
         for parameter, value in zip(own, values, strict=True):
             parameter.copy_(value)
 

@@ -1,11 +1,12 @@
 """The parameters of an adapted layer, by task."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from ..offloading import offloading
 
 
 def check_task_name(name: str) -> None:
@@ -35,6 +36,17 @@ class TaskParameters(nn.ParameterDict):
         super().__setattr__(name, value)
         if isinstance(value, nn.Parameter):
             self._changed(name)
+        elif (
+            name == "_hf_hook"
+        ):  # it knows tied parameters by their addresses, which tensors read from a file share in turn
+            for hook in offloading(self):
+                hook.tied_params_map, hook.tied_params_names = None, set()
+                if not all(key in hook.weights_map for key in self._parameters):
+                    self.__dict__["layer"].keep(self, hook.execution_device)
+            self.tie()
+
+    def tie(self) -> None:
+        """Let what was put past `__setattr__` be seen: by accelerate's hooks, which offload under a parameter's first name."""
 
     def _changed(self, name: str) -> None:
         self.__dict__["layer"].replaced(name)
@@ -44,6 +56,9 @@ class SharedParameter(TaskParameters):
     """One Parameter under every task's name: written under one name, it is the new one under all."""
 
     _parameters: dict[str, nn.Parameter]
+
+    def tie(self) -> None:
+        self._parameters.update(dict.fromkeys(self._parameters, next(iter(self._parameters.values()))))
 
     def _changed(self, name: str) -> None:
         entries = self._parameters
@@ -77,19 +92,3 @@ def window(place: Tensor) -> Tensor:
     start = place.storage_offset() * place.element_size()
     storage = place.untyped_storage()[start : start + place.nbytes]
     return place.new_empty(0).set_(storage, 0, place.shape, place.stride())
-
-
-@contextmanager
-def onloaded(*parameters: nn.ParameterDict) -> Iterator[None]:
-    """Bring parameters that accelerate offloads to where they are used, until the end.
-
-    Its hooks wait for a forward of the module that holds them, and a ParameterDict has none.
-    """
-    hooks = [(module._hf_hook, module) for module in parameters if hasattr(module, "_hf_hook")]
-    for hook, module in hooks:
-        hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        for hook, module in hooks:
-            hook.post_forward(module, None)

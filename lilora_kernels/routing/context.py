@@ -18,6 +18,7 @@ from threading import local
 import torch
 from torch import Tensor, nn
 
+from ..offloading import offloading
 from .task_names import TaskIds, TaskNames
 from .vision_tokens import VisionTokens, contents, of_equal_size, vision_tokens_of_batch
 
@@ -469,7 +470,9 @@ def tokens_of(args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor | None]:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model computes: offloaded parameters lie on the meta device meanwhile."""
-    return next((p.device for p in model.parameters() if not p.is_meta), next(model.parameters()).device)
+    here = next((p.device for p in model.parameters() if not p.is_meta), None)
+    hooks = (hook for module in model.modules() for hook in offloading(module)) if here is None else ()
+    return here or next((torch.device(hook.execution_device) for hook in hooks), torch.device("meta"))
 
 
 def tasks_of(model: nn.Module) -> Tasks:

@@ -179,7 +179,7 @@ def test_what_is_not_here_cannot_be_frozen():
         model = Model(LiLoRALinear(nn.Linear(K, N), r=4, sub_rank=2))
         model[0].add_task("a")
     attach(model)
-    with pytest.raises(RuntimeError, match="offloaded or sharded cannot be frozen"):
+    with pytest.raises(RuntimeError, match="sharded or on the meta device cannot be frozen"):
         freeze(model)
 
 

@@ -503,9 +503,9 @@ def test_a_state_dict_is_not_loaded_over_a_merged_task(changed):
     model.load_state_dict(state)
 
 
-def test_an_offloaded_task_is_not_overwritten_with_nothing():
+def test_a_task_on_the_meta_device_is_not_overwritten_with_nothing():
     made = layer().to("meta")
-    with pytest.raises(ValueError, match="is offloaded"):
+    with pytest.raises(ValueError, match="on the meta device, without values"):
         made.overwrite_task("cats", *(torch.zeros(p.shape) for p in made._own("cats")))
 
 

@@ -394,11 +394,32 @@ def test_trainer_carries_task_ids(tmp_path, checkpointing):
     assert losses["a"] != losses["b"]
 
 
-@pytest.mark.parametrize("task", ["a", "b"])
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_trainer_goes_on_with_several_tasks(tmp_path, order):
+    """Tasks a and b train together, c is there; transformers makes the first of them the only one."""
+    x, models = ids(4), []
+    for resume in (None, str(tmp_path / "checkpoint-1")):
+        torch.manual_seed(7)
+        model = adapted("abc", modules_to_save=["lm_head"])
+        model.base_model.set_adapter(list(order))
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=2, learning_rate=0.1, save_steps=1, report_to=[], use_cpu=True
+        )
+        data = torch.utils.data.ConcatDataset([Samples("abc".index(task), x) for task in "ab"])
+        transformers.Trainer(model, arguments, train_dataset=data).train(resume_from_checkpoint=resume)
+        models.append(model)
+    assert models[1].active_adapters == list(order)
+    assert learning(models[1]) == learning(models[0])
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    models[1].set_adapter(order[0])
+    assert models[1].active_adapters == [order[0]]
+
+
+@pytest.mark.parametrize("task", ["a", "b", "ab"])
 def test_trainer_ends_with_the_best_tasks(tmp_path, task):
     """A learning rate that spoils the model: the first checkpoint is the best."""
     model, x = adapted(), ids(4)
-    model.set_adapter(task)
+    model.base_model.set_adapter(list(task))
     data, scores, states = Samples(0 if task == "a" else 1, x), iter([0.0, 1.0]), []
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),

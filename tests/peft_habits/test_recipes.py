@@ -1,13 +1,15 @@
 """What recipes around PEFT do: typed wrappers, parts compiled in place, offloading, copies by averaging weights."""
 
 import copy
+import tempfile
 
 import pytest
 import torch
 import transformers
-from accelerate import cpu_offload
-from peft import AutoPeftModelForCausalLM, PeftModelForCausalLM, get_peft_model
-from support.habits import adapted, assert_close, ids, llama, logits, of_task, randomise
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from peft import AutoPeftModelForCausalLM, PeftModel, PeftModelForCausalLM, get_peft_model
+from safetensors.torch import load_file
+from support.habits import adapted, assert_close, ids, llama, logits, of_task, randomise, settings, train
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lilora
@@ -140,25 +142,144 @@ def test_saved_names_hold_no_wrapper_of_parts_compiled_in_place(tmp_path):
         assert_close(of_task(one, "b", x), wanted)
 
 
-@pytest.mark.parametrize("how", ["mixed", "generate", "merge"])
-def test_offloaded_to_the_cpu_it_computes_what_it_did(how):
-    model, x = adapted("ab", llama(num_hidden_layers=1)).eval(), ids()
-    names = (["a", "b", None] * len(x))[: len(x)]
+# --- offloading by accelerate -----------------------------------------------------------------------------------------
 
-    def run():
-        if how == "generate":
-            return model.generate(input_ids=x, task_ids=names, max_new_tokens=4, do_sample=False)
-        if how == "merge":
-            model.merge_adapter(["b"])
-            y = logits(model, x)
-            model.unmerge_adapter()
-            return y
-        return logits(model, x, task_ids=names)
+OFFLOADED = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+OFFLOADED |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
 
-    wanted = run()
+
+def dispatched(model, folder):
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    dispatch_model(base, OFFLOADED, main_device="cpu", offload_dir=folder)
+    return model
+
+
+OFFLOAD = {
+    "cpu": lambda model, folder: cpu_offload(model, execution_device="cpu"),
+    "disk": lambda model, folder: disk_offload(model, folder, execution_device="cpu"),
+    "device_map": dispatched,
+}
+
+
+def mixed(model, x):
+    return logits(model, x, task_ids=["a", "b", None])
+
+
+def generated(model, x):
+    return model.generate(input_ids=x, task_ids=["a", "b", None], max_new_tokens=3, do_sample=False)
+
+
+def merged(model, x):
+    model.merge_adapter(["b"])
+    y = logits(model, x)
+    model.unmerge_adapter()
+    return torch.stack([y, logits(model.merge_and_unload(adapter_names=["b"]), x)])
+
+
+def with_another_task(model, x):
+    model.add_adapter("c", settings())
+    model.delete_adapter("a")
+    return logits(model, x, task_ids=["c", "b", None])
+
+
+def frozen(model, x):
+    lilora.freeze(model, capacity=3)
+    return mixed(model, x)
+
+
+def loaded_again(model, x):
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        lilora.hotswap(model, f"{folder}/a", "a")
+        model.load_adapter(f"{folder}/b", "b")
+    return mixed(model, x)
+
+
+def exported(model, x):
+    with tempfile.TemporaryDirectory() as folder:
+        lilora.export_lora(model, "b", folder)
+        return load_file(f"{folder}/adapter_model.safetensors").popitem()[1]
+
+
+def trained(model, x):
+    model.set_adapter("a")
+    train(model, x, steps=2)
+    return mixed(model, x)
+
+
+USES = (mixed, generated, merged, with_another_task, frozen, loaded_again, exported, trained)
+
+
+def run_on(model, x, use):
+    torch.manual_seed(1)  # of what a new task draws
+    return use(model, x)
+
+
+@pytest.fixture(scope="module")
+def offloadable(tmp_path_factory):
+    """(a base model and its two tasks, the folder of each, inputs, what each use of the adapted model returns)."""
+    torch.manual_seed(0)
+    folder, x, base = tmp_path_factory.mktemp("offloadable"), ids(), llama()
+    model = adapted("ab", copy.deepcopy(base))
+    model.save_pretrained(folder / "tasks")
+    base.save_pretrained(folder / "base")
+    return base, model, folder, x, {use: run_on(copy.deepcopy(model), x, use) for use in USES}
+
+
+def same(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9 if wanted.is_floating_point() else 0)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("how", OFFLOAD)
+def test_offloaded_it_computes_what_it_did(offloadable, how, use, tmp_path):
+    _, model, _, x, wanted = offloadable
+    model = copy.deepcopy(model)
+    OFFLOAD[how](model, str(tmp_path))
+    assert next(p for n, p in model.named_parameters() if "layers.1" in n and "lilora_A" in n).is_meta
+    same(run_on(model, x, use), wanted[use])
+
+
+@pytest.mark.parametrize("how", OFFLOAD)
+def test_a_base_that_is_offloaded_takes_tasks(offloadable, how, tmp_path):
+    base, model, _, x, wanted = offloadable
+    base = copy.deepcopy(base)
+    OFFLOAD[how](base, str(tmp_path))
+    other = get_peft_model(base, settings(), "a").eval()
+    other.add_adapter("b", settings())
+    values = dict(model.named_parameters())
+    for name, own in other.named_parameters():
+        if "lilora_" in name:
+            own.data.copy_(values[name])
+    for use in (mixed, generated, trained):
+        same(run_on(other, x, use), wanted[use])
+
+
+@pytest.mark.parametrize("memory", [{"max_memory": {"cpu": 20_000}}, {"device_map": "some"}], ids=["all", "some"])
+def test_tasks_are_loaded_into_a_base_on_a_disk(offloadable, memory, tmp_path, monkeypatch):
+    """PEFT dispatches the model anew, by files that do not name the parameters of LiLoRA as they are named."""
+    monkeypatch.chdir(tmp_path)  # where PEFT writes some of them
+    *_, folder, x, wanted = offloadable
+    if "device_map" in memory:
+        memory = {"device_map": {f"base_model.model.{name}": place for name, place in OFFLOADED.items()}}
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "base", device_map=OFFLOADED, offload_folder=tmp_path / "base", dtype=torch.float64
+    )
+    model = PeftModel.from_pretrained(
+        base, folder / "tasks/a", adapter_name="a", offload_folder=tmp_path / "model", **memory
+    )
+    model.load_adapter(folder / "tasks/b", "b")
+    for use in (mixed, generated, merged):
+        same(run_on(model.eval(), x, use), wanted[use])
+
+
+def test_training_of_offloaded_parameters_says_that_an_optimizer_has_none(offloadable):
+    _, model, _, x, _ = offloadable
+    model = copy.deepcopy(model)
     cpu_offload(model, execution_device="cpu")
-    assert next(p for n, p in model.named_parameters() if "lilora_U" in n).is_meta
-    torch.testing.assert_close(run(), wanted, rtol=0, atol=1e-9 if wanted.is_floating_point() else 0)
+    with pytest.raises(RuntimeError, match=r"mlp.gate_proj: task 'a' trains, but its parameters are offloaded"):
+        train(model, x)
 
 
 def test_data_parallel_is_refused():

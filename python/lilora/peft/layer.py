@@ -63,11 +63,20 @@ class Linear(LiLoRALinear, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Called after a load with low_cpu_mem_usage. PEFT's own would also round to the base weight's dtype."""
-        device = device or self.get_base_weight().device
+        device = device or self.empty(0).device
+        if device.type == "meta":  # of a base that is still to be dispatched, its adapters with it
+            return
         for kind in (*self.other_param_names, *self.adapter_layer_names):
             parameters = getattr(self, kind)
             if adapter_name in parameters and not parameters[adapter_name].is_meta:
                 parameters[adapter_name].data = parameters[adapter_name].data.to(device)
+
+    def make_room(self, adapter_name: str) -> None:
+        """Let a load find memory where the parameters have none, as on a base that is still to be dispatched."""
+        for kind in self._kinds:
+            own = kind.get(adapter_name)
+            if own is not None and own.is_meta:
+                kind[adapter_name] = nn.Parameter(torch.empty_like(own, device="cpu"), requires_grad=own.requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name not in self.lilora_U:

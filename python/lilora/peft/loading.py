@@ -77,6 +77,8 @@ def check_loadable(model: nn.Module, config: LiLoRAConfig, task: str, state: dic
 
 def matched(layers: dict[str, Linear], task: str, state: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """(the model's Parameter, the new value) of each of a task's tensors, by name; UserError for other names or shapes."""
+    for layer in layers.values():
+        layer.onload()
     own = {
         f"{path}.{kind}": getattr(layer, kind)[task]
         for path, layer in layers.items()

@@ -1,6 +1,7 @@
 """The PEFT tuner model: puts adapters into a model and carries task ids to them."""
 
 import hashlib
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -82,6 +83,8 @@ class LiLoRAModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make tasks active; of several, all train, also their copies of modules_to_save, of which PEFT knows one alone."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if names == self.active_adapters[:1] and _resumes():
+            names = list(self.active_adapters)
         if len(names) < 2:
             super().set_adapter(adapter_name, inference_mode)
             return
@@ -220,8 +223,10 @@ class LiLoRAModel(BaseTuner):
                 "past an adapter; leave it out of target_modules (exclude_modules)"
             )
         layer = Linear(target, config, self.model.lilora_tasks, **self._quantization())
+        self._replace_module(
+            parent, target_name, layer, target
+        )  # moves what it has to the weight's device: of offloaded, meta
         layer.add_task(adapter_name, first=config.first_of_chain)
-        self._replace_module(parent, target_name, layer, target)
 
     def _quantization(self) -> dict:
         return {k: v for k, v in get_quantization_kwargs(self).items() if k == "get_apply_tensor_subclass"}
@@ -241,9 +246,19 @@ class LiLoRAModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        first = all(layer.is_first(adapter_name) for layer in adapted_layers(model).values())
+        layers = adapted_layers(model).values()
+        if any(tensor.is_meta for tensor in state_dict.values()):
+            for layer in layers:
+                layer.onload()
+            here = model.state_dict()
+            state_dict = {name: here.get(name, tensor) for name, tensor in state_dict.items()}
+        first = all(layer.is_first(adapter_name) for layer in layers)
         config.taken_with = shared_fingerprint(model), first
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if away := [name for name, tensor in found.items() if tensor.is_meta]:
+            raise UserError(
+                f"{away[0]} is on the meta device, so task {adapter_name!r} cannot be saved; load it in full first"
+            )
         return {unwrapped(name): tensor for name, tensor in found.items()}
 
     @classmethod
@@ -260,6 +275,8 @@ class LiLoRAModel(BaseTuner):
                 base = model.get_base_model() if isinstance(model, PeftModel) else model
                 rollback(base, model.peft_config, adapter_name)
             raise
+        for layer in adapted_layers(model).values():
+            layer.make_room(adapter_name)
         here = {unwrapped(name): name for name, _ in model.named_modules()}
         paths = ((name.rpartition("."), tensor) for name, tensor in state_dict.items())
         state_dict = {f"{here.get(path, path)}.{kind}": tensor for (path, _, kind), tensor in paths}
@@ -299,6 +316,15 @@ def chosen_experts(model: nn.Module, config: LiLoRAConfig) -> list[str]:
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
+
+
+def _resumes() -> bool:
+    """Whether transformers' Trainer has just loaded a checkpoint: it makes the first of the active tasks the only one then."""
+    frame = sys._getframe(2).f_back  # of what called PeftModel.set_adapter
+    return frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) == (
+        "transformers.trainer",
+        "_load_from_checkpoint",
+    )
 
 
 def rollback(model: nn.Module, configs: dict[str, LiLoRAConfig], adapter_name: str) -> None:
@@ -346,6 +372,7 @@ def task_tensors(layers: dict[str, LiLoRALinear], task: str) -> tuple[dict[str, 
     """(the task's own tensors, the shared ones) of adapted layers by path, as a bank names them: the model's own memory."""
     own, shared = {}, {}
     for path, layer in layers.items():
+        layer.onload()
         own[f"{path}.U"], own[f"{path}.V"] = layer.lilora_U[task], layer.lilora_V[task]
         if layer.fusion:
             own[f"{path}.fusion"] = layer.lilora_fusion[task]

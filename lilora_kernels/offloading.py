@@ -22,13 +22,13 @@ def onloaded(*parameters: nn.Module) -> Iterator[None]:
     hooks = [(hook, module) for module in parameters for hook in offloading(module)]
     for hook, module in hooks:
         hook.pre_forward(module)
-        module.tie()
+        _tie(module)
     try:
         yield
     finally:
         for hook, module in hooks:
             hook.post_forward(module, None)
-            module.tie()
+            _tie(module)
 
 
 def onload(*parameters: nn.Module) -> None:
@@ -38,4 +38,10 @@ def onload(*parameters: nn.Module) -> None:
             hook.pre_forward(module)
             for name in ("_hf_hook", "_old_forward", "forward"):
                 module.__dict__.pop(name, None)
-            module.tie()
+            _tie(module)
+
+
+def _tie(module: nn.Module) -> None:
+    """Of parameters by task: see TaskParameters.tie."""
+    if hasattr(module, "tie"):
+        module.tie()

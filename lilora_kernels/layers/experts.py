@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..offloading import onloaded
 from ..ops.experts.groups import group_rows
 from .base import Factors
 from .lilora import LiLoRALinear
-from .parameters import onloaded
 
 
 class ExpertWeight:

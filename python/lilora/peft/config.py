@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig
 
-from lilora.errors import UserError
+from lilora.errors import UserError, shortened
+from lilora.families import pattern_error
 from lilora_kernels.layers.base import is_number
 from lilora_kernels.layers.lilora import DROPOUT, POLICIES, RANK, default_alpha, default_sub_rank
 
@@ -114,6 +115,8 @@ class LiLoRAConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+            elif isinstance(pattern := getattr(self, name), str) and (reason := pattern_error(pattern)):
+                raise UserError(f"{name} is {shortened(pattern)}, which is no regular expression ({reason}); mend it")
         for name in ("r", "sub_rank"):
             if name == "sub_rank" and self.sub_rank is None:
                 self.sub_rank = default_sub_rank(self.r)

@@ -276,7 +276,10 @@ class LiLoRAModel(BaseTuner):
 def _resumes() -> bool:
     """Whether transformers' Trainer has just loaded a checkpoint: it makes the first of the active tasks the only one then."""
     frame = sys._getframe(2).f_back  # of what called PeftModel.set_adapter
-    return frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) == ("transformers.trainer", "_load_from_checkpoint")
+    return frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) == (
+        "transformers.trainer",
+        "_load_from_checkpoint",
+    )
 
 
 def rollback(model: nn.Module, configs: dict[str, LiLoRAConfig], adapter_name: str) -> None:

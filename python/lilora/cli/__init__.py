@@ -68,6 +68,14 @@ def main() -> None:
         print_error(f"{error.filename} cannot be used ({error.strerror}); give another path, or make room for it")
         sys.exit(2)
     except Exception as error:
+        from lilora.continual.memory import ran_out
+
+        if ran_out(error):
+            print_error(
+                f"memory does not hold what this command needs ({str(error).splitlines()[0]}); give smaller sizes or batches, or "
+                "a larger device"
+            )
+            sys.exit(2)
         if not lost_process(error):
             raise
         print_error(

@@ -12,6 +12,12 @@ class UserError(ValueError):
     """
 
 
+def shortened(value: object) -> str:
+    """A value in print, at most 80 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def missing_extra(missing: ModuleNotFoundError) -> str:
     """The sentence for a module that only `lilora` needs, not `lilora_kernels`."""
     package = str(missing.name).partition(".")[0]

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from lilora.errors import UserError
+from lilora.errors import UserError, shortened
 from lilora_kernels.layers.base import AdaptedLinear, is_conv1d, reads_weight
 from lilora_kernels.layers.experts import ExpertLinear, LiLoRAExperts, expert_parameters
 from lilora_kernels.routing.context import AHEAD, TEXT
@@ -85,12 +85,10 @@ def register_family(
         UserError: a pattern is no regular expression.
     """
     for name, pattern in (("mlp", mlp), ("attention", attention), ("projector", projector)):
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
+        if reason := pattern_error(pattern or ""):
             raise UserError(
-                f"register_family({model_type!r}): {name} is {pattern!r}, which is no regular expression ({error})"
-            ) from error
+                f"register_family({model_type!r}): {name} is {shortened(pattern)}, which is no regular expression ({reason})"
+            )
     _FAMILIES[model_type] = Family(mlp, attention, projector)
     tell_vision_tokens(model_type, vision_tokens)
 
@@ -168,6 +166,32 @@ def without_memory(config: PreTrainedConfig) -> nn.Module:
             f"model type {config.model_type!r} cannot be built from its config ({type(error).__name__}: {error}); pass the "
             "model, or target_modules, a regular expression on its module names"
         ) from error
+
+
+def pattern_error(pattern: str) -> str | None:
+    """Why it is no regular expression, None if it is one."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error)
+    return None
+
+
+def require_matched(model: nn.Module, targets: str | Sequence[str] | None) -> None:
+    """UserError unless target_modules match a module: a regular expression its whole name, a list of names its end."""
+    if targets is None or targets == "all-linear":
+        return
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(targets, str):
+        matched = any(re.fullmatch(targets, name) for name in names)
+    else:
+        matched = any(name == target or name.endswith(f".{target}") for name in names for target in targets)
+    if not matched:
+        ends = isinstance(targets, str) and any(name.endswith(f".{targets}") for name in names)
+        advice = f"did you mean '.*{targets}'?" if ends else "give another pattern"
+        raise UserError(
+            f"target_modules {shortened(targets)} matches no layer of this model by its whole name; {advice}"
+        )
 
 
 def linear_layers(model: nn.Module, *, attention: bool = False) -> list[str]:

@@ -78,7 +78,7 @@ def test_an_infinite_loss_ends_the_run_when_it_is_logged(command, lilora, monkey
     code, _, err = lilora(*command)
     assert (code, steps) == (2, 3)
     assert "training run/colour/" in err
-    assert "diverged: its loss is nan at step 3 of 7; start again with a lower --lr" in err
+    assert "diverged: its loss is not finite at step 3 of 7; run the same command with a lower --lr" in err
 
 
 def test_a_tracker_gets_each_stage_as_a_run_of_its_own(command, lilora, monkeypatch):

@@ -118,6 +118,7 @@ def misspelt(manifest):
         (lambda m: m.update(tasks=3), "key 'tasks' is wrong: input should be a valid list"),
         (lambda m: m.update(tasks=[3]), "the manifest of task number 1 is wrong: it must be a mapping"),
         (first(max_new_tokens=0), "key 'max_new_tokens' of task number 1 is wrong: input should be greater than 0"),
+        (first(answer_format="a{1,99999999999}"), "is not a regular expression: repeat count too big"),
         (first(answer_format="("), "'answer_format' of task number 1 is wrong: '(' is not a regular expression"),
         (first(name="text"), "two tasks are called 'text'"),
         (first(name="TEXT"), "two tasks are called 'text' (case is ignored)"),

@@ -9,7 +9,9 @@ import time
 import pytest
 import torch
 import yaml
+from PIL import Image
 from support.commands import KILLS, code_of, killed_after, spawn
+from transformers import CLIPImageProcessorPil
 
 from lilora.bank.bank import Bank
 from lilora_kernels import backends
@@ -284,6 +286,17 @@ BAD_TRAIN = {
     "infinite decay": (["--weight-decay", "inf"], "weight_decay is inf; input should be a finite number"),
     "infinite epochs": (["--epochs", "inf"], "epochs is inf; input should be a finite number"),
     "label of two lines": (["--label", "a\nb"], "label is 'a\\nb'; give one line"),
+    "targets that match nothing": (
+        ["--set", "target_modules=gate_proj"],
+        "target_modules 'gate_proj' matches no layer of this model by its whole name; did you mean",
+    ),
+    "targets of another model": (["--set", 'target_modules=["fc9"]'], "target_modules ['fc9'] matches no layer"),
+    "targets that are no expression": (["--set", "target_modules=((("], "target_modules is '(((', which is no regular"),
+    "the same of a LoRA": (["--method", "lora", "--set", "target_modules=((("], "lora: target_modules is '(((';"),
+    "deep targets": (["--set", f"target_modules={'(' * 9999}"], f"target_modules is '{'(' * 76}..., which is no"),
+    "deep number": (["--method", "pclr", "--set", f"cap={'[' * 99999}"], f"pclr: cap is '{'[' * 76}...;"),
+    "NUL in targets": (["--set", "target_modules=a\0b"], r"target_modules 'a\x00b' matches no layer"),
+    "long folder": (["--out", "/tmp/" + "x" * 300], "x cannot be used (File name too long)"),
     "missing base": (["--model", "./no-such-folder"], "./no-such-folder"),
     "missing data": (["--data", "/no/such/data"], "--data"),
 }
@@ -297,6 +310,26 @@ def test_bad_options_of_train(name, suite, tmp_path, lilora, train_options):
     code, _, err = lilora("train", suite / "tasks.yaml", "--out", tmp_path / "run", *train_options, *options)
     assert code == 2
     assert words.split(";")[0] in one_sentence(err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_the_processor_refuses_is_named_before_training(
+    suite, tmp_path, lilora, train_options, monkeypatch
+):
+    """As several refuse a width of more than 200 heights."""
+    data = shutil.copytree(suite / "data", tmp_path / "data")
+    Image.new("RGB", (1206, 6)).save(data / "images" / "colour-train-7.png")
+    resize = CLIPImageProcessorPil.resize
+
+    def refusing(self, image, *args, **kwargs):
+        if image.shape[-1] / image.shape[-2] > 200:
+            raise ValueError(f"absolute aspect ratio must be smaller than 200, got {image.shape[-1] / image.shape[-2]}")
+        return resize(self, image, *args, **kwargs)
+
+    monkeypatch.setattr(CLIPImageProcessorPil, "resize", refusing)
+    code, _, err = lilora("train", suite / "tasks.yaml", "--data", data, "--out", tmp_path / "run", *train_options)
+    assert code == 2
+    assert "sample '7' of task 'colour': LlavaProcessor refuses it (ValueError: absolute aspect" in one_sentence(err)
     assert not (tmp_path / "run").exists()
 
 

@@ -109,7 +109,10 @@ def test_the_layers_chosen_are_printed_as_a_shell_takes_them(tmp_path, lilora, c
 @pytest.mark.parametrize(
     "setting, sentence",
     [
-        ("target_modules=(", "target_modules '(' is no regular expression (missing ), unterminated subpattern"),
+        (
+            "target_modules=(",
+            "target_modules is '(', which is no regular expression (missing ), unterminated subpattern",
+        ),
         ("cap=3", "--set cap=3 is not for params; it takes target_modules=REGULAR-EXPRESSION, experts=true, "),
         ('target_modules=["up"]', "it takes target_modules=REGULAR-EXPRESSION, experts=true, "),
     ],

@@ -170,6 +170,17 @@ class Bank:
                 sets = {record.shared: shared_records}
             self._commit(index, next_id=index.next_id + 1, tasks=tasks, shared=sets)
 
+    def set_config(self, config: dict, base_model: BaseModelId | None = None) -> None:
+        """Replace `config`, and of a bank without tasks the base model too.
+
+        Raises:
+            UserError: config is not JSON, tasks of another base model are there, or a refused write.
+        """
+        with self.writing() as index:
+            if base_model is not None and index.tasks:
+                self.check_base_model(base_model)
+            self._commit(index, config=_json_object("config", config), base_model=base_model or index.base_model)
+
     def load_task(self, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The task's tensors and the shared tensors it was added with, as given to `add_task`, on the CPU, in their own memory.
 

@@ -3,6 +3,7 @@
 A module per group of commands. What a command alone needs is imported inside it, so that `lilora --help` need not wait for it.
 """
 
+import errno
 import os
 import sys
 import warnings
@@ -14,6 +15,13 @@ from lilora import __version__
 from lilora.errors import UserError, lost_process, print_error
 
 from . import bank, evaluate, generate, info, report, train
+
+# What a system says of a path that it does not take: the user's to mend, wherever in a command it is met.
+OF_PATHS = {
+    getattr(errno, name)
+    for name in ["EACCES", "EDQUOT", "EFBIG", "EISDIR", "ELOOP", "ENAMETOOLONG", "ENOSPC", "ENOTDIR", "EPERM", "EROFS"]
+    if hasattr(errno, name)
+}
 
 # Without rich's boxes, which cut long options where the terminal is narrow.
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -54,7 +62,20 @@ def main() -> None:
     except UserError as error:
         print_error(str(error))
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in OF_PATHS or error.filename is None:
+            raise
+        print_error(f"{error.filename} cannot be used ({error.strerror}); give another path, or make room for it")
+        sys.exit(2)
     except Exception as error:
+        from lilora.continual.memory import ran_out
+
+        if ran_out(error):
+            print_error(
+                f"memory does not hold what this command needs ({str(error).splitlines()[0]}); give smaller sizes or batches, or "
+                "a larger device"
+            )
+            sys.exit(2)
         if not lost_process(error):
             raise
         print_error(

@@ -92,7 +92,10 @@ def train(
         bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="Of the base model: auto (as stored), fp32, bf16 or fp16.")] = "auto",
-    eval_batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch of an evaluation.")] = 64,
+    eval_batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples per batch of an evaluation, less where memory runs out. Default: 8 batches."),
+    ] = None,
     save_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 200,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training batches.")] = 0,
     report_to: Annotated[

@@ -20,6 +20,7 @@ from lilora.methods.lora import evaluating
 from .classification import ImageTask, LabelledImage, LabelledImages
 from .evaluate import RoutedScore, TaskScore
 from .images import open_image
+from .memory import InParts
 from .task_identification import TaskRouter
 
 
@@ -135,8 +136,9 @@ def evaluate_routed(
         data = LabelledImages(spec, "test")
         starts = range(0, len(data), batch_size)
         found: list[str] = []
+        route = InParts(lambda part: router.route(pixels(processor, part)), f"finding the tasks of {spec.name}")
         for start in starts if progress is None else progress.track(starts, description=escape(f"routing {spec.name}")):
-            found += router.route(pixels(processor, data.samples[start : start + batch_size]))
+            found += route(data.samples[start : start + batch_size])
         routed = score(spec, data, classified(method, processor, spec, data, found, batch_size, progress))
         scores.append(RoutedScore(result, routed, dict(Counter(found))))
     return scores
@@ -159,12 +161,17 @@ def classified(
             places = [i for i, name in enumerate(tasks) if name == task]
             with of_task(method, task):
                 classes = class_embeddings(method.model, processor, spec, data.classes, batch_size)
+
+                def best(part: list[int], classes: Tensor = classes) -> list[int]:
+                    batch = pixels(processor, [data.samples[i] for i in part])
+                    images = embedded(method.model.get_image_features, method.model, batch)
+                    return (images @ classes.T).argmax(1).tolist()
+
+                choose = InParts(best, f"evaluating {spec.name}")
                 for start in range(0, len(places), batch_size):
                     own = places[start : start + batch_size]
-                    batch = pixels(processor, [data.samples[i] for i in own])
-                    images = embedded(method.model.get_image_features, method.model, batch)
-                    for i, best in zip(own, (images @ classes.T).argmax(1).tolist(), strict=True):
-                        said[i] = data.classes[best]
+                    for i, chosen in zip(own, choose(own), strict=True):
+                        said[i] = data.classes[chosen]
                     if progress is not None:
                         progress.advance(bar, len(own))
     if progress is not None:
@@ -193,7 +200,11 @@ def class_embeddings(model, processor, spec: ImageTask, classes: list[str], batc
     """The zero-shot head [C, D]: of each class the mean over the templates of its embedded prompts, normalised."""
     prompts = [spec.prompt(t, name) for name in classes for t in range(len(spec.templates))]
     parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    texts = torch.cat([embedded(model.get_text_features, model, tokenised(processor, part)) for part in parts])
+    embed = InParts(
+        lambda part: list(embedded(model.get_text_features, model, tokenised(processor, part))),
+        f"the class names of {spec.name}",
+    )
+    texts = torch.stack([row for part in parts for row in embed(part)])
     return F.normalize(texts.view(len(classes), len(spec.templates), -1).mean(1), dim=-1)
 
 

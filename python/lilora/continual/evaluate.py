@@ -17,6 +17,7 @@ from lilora.methods.lora import evaluating
 
 from .collator import Collator
 from .instructions import Sample, TaskSpec, instruction_data
+from .memory import InParts
 from .scorers import scorer
 from .task_identification import TaskRouter
 
@@ -109,8 +110,9 @@ def identify(
     collator = Collator(processor, {"": 0}, train=False)
     starts = range(0, len(samples), batch_size)
     routed: list[str] = []
+    route = InParts(lambda part: router.route(collator([("", sample) for sample in part])), "finding tasks")
     for start in starts if progress is None else progress.track(starts, description="routing"):
-        routed += router.route(collator([("", sample) for sample in samples[start : start + batch_size]]))
+        routed += route(samples[start : start + batch_size])
     return routed
 
 
@@ -143,6 +145,7 @@ def answers_to(
     if not method.mixed_batches:
         groups = [[i for i, (task, _) in enumerate(requests) if task == name] for name in dict(requests)]
     answers = [""] * len(requests)
+    answer = InParts(lambda part: generate(method, processor, collator, part, limits), "evaluating")
     bar = None if progress is None else progress.add_task("evaluating", total=len(requests))
     with evaluating(method.model):
         for group in groups:
@@ -152,12 +155,12 @@ def answers_to(
             own = {}
             for number in range(processes.rank(), len(batches), processes.world_size()):
                 batch = [requests[i] for i in batches[number]]
-                own[number] = generate(method, processor, collator, batch, limits)
+                own[number] = answer(batch)
                 if progress is not None:
                     progress.advance(bar, processes.world_size() * len(batch))
             for number, predictions in (item for part in processes.all_gather(own) for item in part.items()):
-                for i, answer in zip(batches[number], predictions, strict=True):
-                    answers[i] = answer
+                for i, prediction in zip(batches[number], predictions, strict=True):
+                    answers[i] = prediction
     if progress is not None:
         progress.remove_task(bar)
     return answers

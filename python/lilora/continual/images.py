@@ -1,6 +1,7 @@
 """Images as models are shown them: upright, RGB, 8 bits a channel."""
 
 import io
+import itertools
 import os
 import struct
 import warnings
@@ -87,3 +88,15 @@ def check_images(images: Iterable[Path | EmbeddedImage], where: str) -> None:
     if len(paths) <= _OPENED_UP_FRONT:
         for image in paths:
             open_image(image)
+
+
+def extreme_images(images: Iterable[tuple[int, Path | EmbeddedImage]]) -> list[int]:
+    """Of the first images, numbered, those that a processor may refuse: the widest, the tallest and the smallest."""
+    sizes = {}
+    for number, image in itertools.islice(images, _OPENED_UP_FRONT):
+        with Image.open(io.BytesIO(image.content) if isinstance(image, EmbeddedImage) else image) as opened:
+            sizes[number] = opened.size
+    if not sizes:
+        return []
+    most = (lambda wh: wh[0] / wh[1], lambda wh: wh[1] / wh[0], lambda wh: -min(wh))
+    return [max(sizes, key=lambda number: of(sizes[number])) for of in most]

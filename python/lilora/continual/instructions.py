@@ -1,6 +1,5 @@
 """Tasks of instruction and answer: their part of a manifest, and the samples of their files."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,9 +42,9 @@ class TaskSpec(BaseModel):
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
         try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+            regex.compile(pattern or "")
+        except (regex.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{pattern[:80]!r} is not a regular expression: {error}") from error
         return pattern
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from lilora.errors import UserError
 from lilora.methods import METHODS, Method
 
 from .collator import Collator
+from .images import extreme_images
 from .instructions import InstructionDataset, TaskSpec, instruction_data
 
 Collate = Callable[[list], dict[str, Tensor]]
@@ -64,11 +65,15 @@ def load_text(model: str, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
 
 
 def check_instructions(spec: TaskSpec, processor) -> None:
-    """Make a batch of the first sample of each make: with images or without, of several turns or one, with a system turn."""
+    """Make a batch of the first sample of each make, and of those with the images of the most extreme shapes.
+
+    Makes: with images or without, of several turns or one, with a system turn.
+    """
     for split in spec.splits:
         collator = Collator(processor, {spec.name: 0}, train=split == "train")
         data = instruction_data(spec, split)
-        for index in data.first.values():
+        images = ((index, image) for index, sample in enumerate(data) for image in sample.images)
+        for index in dict.fromkeys((*data.first.values(), *extreme_images(images))):
             collator([(spec.name, data[index])])
 
 

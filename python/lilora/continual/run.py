@@ -29,8 +29,9 @@ from .checkpoints import latest_checkpoint
 from .evaluate import write_answers
 from .instructions import instruction_data
 from .kinds import Kind, kind_name, kind_of
+from .memory import ran_out
 from .recorded import TrainSettings, check_label, train_settings
-from .run_folder import check_folder, label_of, run_of
+from .run_folder import check_folder, label_of, run_of, take_settings
 from .task_identification import SAMPLES, TASK_IDENTIFIERS, NearestCentroid, identifier_of
 from .task_sequence import Manifest
 from .trainer import StageData, TaskTrainer
@@ -71,7 +72,7 @@ class ContinualRun:
         label: str | None = None,
         task_identifier: str = NearestCentroid.name,
     ) -> "ContinualRun":
-        """Start a run, or go on with the one in `folder` if it was started in the same way.
+        """Start a run, or go on with the one in `folder`, with the settings that may have changed (`check_folder`).
 
         Raises UserError when the folder holds something else, another process writes there, or the base model cannot be
         loaded.
@@ -93,6 +94,7 @@ class ContinualRun:
         kind.check_method(method_type)
         method_type.read_settings(method_settings)
         check_processes(method_type, kind, train.batch_size)
+        splits = splits_freely(method_type, kind)
         if processes.sharded():
             require_images_alike(manifest)
         processes.init(pick_device(device))
@@ -102,7 +104,7 @@ class ContinualRun:
             def lock_and_check() -> Bank | None:
                 if not folder.exists() or folder.is_dir():
                     held.enter_context(locked(folder / "bank"))
-                return check_folder(folder, config, names)
+                return check_folder(folder, config, names, splits)
 
             existing = processes.on_rank0(lock_and_check)
             if pick_device(device).index:
@@ -113,9 +115,13 @@ class ContinualRun:
             identity = BaseModelId.of(base, model)
             processes.check_same("the base model", lambda: identity.fingerprint)
             learner = make_method(method, base, method_settings)
-            if existing is None:
-                existing = processes.on_rank0(lambda: Bank.create(folder / "bank", config=config, base_model=identity))
-            existing.check_base_model(identity)
+
+            def with_settings() -> Bank:
+                if existing is None:
+                    return Bank.create(folder / "bank", config=config, base_model=identity)
+                return take_settings(folder, existing, config, identity, splits)
+
+            existing = processes.on_rank0(with_settings)
             restore(learner, existing)
             run = cls(folder, manifest, learner, processor, existing)
             run._held = held.pop_all()
@@ -129,7 +135,7 @@ class ContinualRun:
 
     def train(
         self,
-        evaluation_batch: int = 64,
+        evaluation_batch: int | None = None,
         save_steps: int = 200,
         workers: int = 0,
         bars: bool = True,
@@ -138,8 +144,9 @@ class ContinualRun:
     ) -> ScoreMatrix:
         """Train and evaluate what is left to do; returns the score matrix.
 
-        say: gets a line after each task. report_to: trackers as transformers names them; each stage of a task is one of their
-        runs, `<run folder>/<task>/<stage>`; tensorboard's files go to `tensorboard/<task>/<stage>` in the run's folder.
+        evaluation_batch: samples per batch of an evaluation, by default 8 times as many as in training; fewer from where memory
+        runs out. say: gets a line after each task. report_to: trackers as transformers names them; each stage of a task is one
+        of their runs, `<run folder>/<task>/<stage>`; tensorboard's files go to `tensorboard/<task>/<stage>` in the run's folder.
         """
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
@@ -151,7 +158,7 @@ class ContinualRun:
             if processes.rank() == 0:
                 shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
             with Progress(disable=not bars) as progress:
-                if self._evaluate(index, evaluation_batch, progress):
+                if self._evaluate(index, evaluation_batch or 8 * self.settings.batch_size, progress):
                     say(self._summary(index))
         return self.matrix
 
@@ -186,9 +193,7 @@ class ContinualRun:
             losses[stage.name] = trainer.losses()
         own, shared = ({k: full_tensor(t) for k, t in tensors.items()} for tensors in self.method.tensors(spec.name))
         if not all(torch.isfinite(tensor).all() for tensor in (*own.values(), *shared.values())):
-            raise UserError(
-                f"task {spec.name!r} diverged: its parameters are not finite; start again with a lower --lr"
-            )
+            raise UserError(f"task {spec.name!r} diverged: its parameters are not finite; {self._after_divergence()}")
         seconds = self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
         steps, curve = zip(*losses[stage.name], strict=True)
         loss = float(np.average(curve, weights=np.diff((0, *steps))))
@@ -196,6 +201,12 @@ class ContinualRun:
         info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
         processes.check_same(f"task {spec.name!r} as trained", lambda: digest(own | shared))
         self._write(lambda bank: bank.add_task(spec.name, own, shared, info=info, replaces=self.method.one_state))
+
+    def _after_divergence(self) -> str:
+        """What to do then: see `run_folder.check_folder`."""
+        if not self.bank.tasks:
+            return "run the same command with a lower --lr"
+        return "give another folder (--out) and a lower --lr, which all tasks of a run have in common"
 
     def _write(self, change: Callable[[Bank], None]) -> None:
         """Change the bank, in the first process; all have it afterwards."""
@@ -248,7 +259,7 @@ class ContinualRun:
         )
         arguments = self._arguments(stage, folder, seed, save_steps, workers, bars)
         arguments.report_to, arguments.run_name = list(report_to), f"{self.folder.name}/{trained.name}/{stage.name}"
-        trainer = TaskTrainer(self.method, arguments, data)
+        trainer = TaskTrainer(self.method, arguments, data, self._after_divergence())
         trainer.put_tensorboard(self.folder / "tensorboard" / trained.name / stage.name)
         if processes.rank():
             torch.manual_seed(seed + processes.rank() * 2**32)  # of the dropout; the order of the data has its own
@@ -260,10 +271,32 @@ class ContinualRun:
         if checkpoint is not None and trainer.finished(checkpoint):
             trainer.load(checkpoint)
         else:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            self._run(trainer, trained.name, checkpoint)
         trainer.accelerator.free_memory()
         self.method.end(stage, batches)
         return trainer
+
+    def _run(self, trainer: TaskTrainer, task: str, checkpoint: str | None) -> None:
+        """Train; UserError where memory does not hold it, with what may be changed: see `run_folder.check_folder`."""
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            s, ways = self.settings, []
+            if s.batch_size > processes.world_size() and splits_freely(METHODS[self.method.name], self.kind):
+                half = (s.batch_size // processes.world_size() // 2) * processes.world_size()
+                ways.append(
+                    f"--batch-size {half} --gradient-accumulation {s.batch_size * s.gradient_accumulation // half}"
+                )
+            ways += [] if s.gradient_checkpointing else ["--gradient-checkpointing"]
+            advice = (
+                f"with {' or '.join(ways)}, which goes on from the last checkpoint" if ways else "on a larger device"
+            )
+            raise UserError(
+                f"task {task!r}: memory does not hold a training batch of {s.batch_size} samples (step "
+                f"{trainer.state.global_step + 1}); run the same command {advice}"
+            ) from error
 
     def _arguments(
         self, stage: Stage, folder: Path, seed: int, save_steps: int, workers: int, bars: bool
@@ -351,6 +384,11 @@ class ContinualRun:
                     self.matrix.set(after, task, stored.get(after, task), stored.format_share(after, task))
                 else:
                     self.matrix.copy(after, task, source)
+
+
+def splits_freely(method: type[Method], kind: Kind) -> bool:
+    """Whether it changes nothing but rounding and dropout how the samples of a step are divided into batches."""
+    return method.one_process_reason is None and kind.one_process_reason is None
 
 
 def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:

@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Sequence
+from itertools import count
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from lilora.bank.bank import Bank
-from lilora.errors import UserError
+from lilora.bank.records import BaseModelId
+from lilora.errors import UserError, print_note
 from lilora.families import same_layers
 from lilora.importers.checkpoint import flat
 from lilora.methods import METHODS
@@ -17,9 +20,16 @@ from lilora.reports.scores import ScoreMatrix
 
 from .recorded import train_settings
 
+FREE = ("label", "train.gradient_checkpointing")  # settings that change nothing of what is trained
+_SPLIT = ("train.batch_size", "train.gradient_accumulation")
 
-def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> Bank | None:
-    """The bank of the run in `folder` if it was started with the same config; None if the folder is new."""
+
+def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str], splits: bool) -> Bank | None:
+    """The bank of the run in `folder` if one with this config may go on there; None if the folder is new.
+
+    FREE settings may have changed, and where nothing depends on how the samples of a step are divided into batches
+    (`splits`) that division too; others until the first task is trained.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; give a new or empty folder")
     if not folder.exists() or not any(folder.iterdir()):
@@ -32,22 +42,54 @@ def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str]) -> 
         return None
     bank = Bank.open(folder / "bank")
     train_settings(bank)
-    old = flat({"kind": "instruction"} | bank.config)  # banks of earlier versions do not say so
-    new = flat(json.loads(json.dumps(config)))
-    for key in sorted(old.keys() | new.keys()):
-        if key == "settings.target_modules" and _same_targets(config["model"], old.get(key), new.get(key)):
-            continue
-        if old.get(key) != new.get(key):
-            raise UserError(
-                f"--out {folder} holds another run: its {key} is {old.get(key)!r} and this one's is {new.get(key)!r}; "
-                "give another folder, or the same settings to go on with it"
-            )
+    for key, (old, new) in _changes(bank.config, config, splits).items() if bank.tasks else ():
+        raise UserError(
+            f"--out {folder} holds another run: its {key} is {old!r} and this one's is {new!r}; "
+            "give another folder, or the same settings to go on with it"
+        )
     if bank.tasks != list(tasks[: len(bank.tasks)]):
         raise UserError(
             f"--out {folder} holds another run: it has trained {', '.join(bank.tasks)}, which is no beginning of "
             f"{', '.join(tasks)}; give another folder or the same order"
         )
     return bank
+
+
+def take_settings(folder: Path, bank: Bank, config: dict[str, Any], base_model: BaseModelId, splits: bool) -> Bank:
+    """The bank of the run in `folder`, which `check_folder` has passed, with this config.
+
+    Checkpoints of a first task that was trained with other settings are put aside.
+    """
+    changes = _changes(bank.config, config, splits)
+    if changes:
+        said = ", ".join(f"{key} is {new!r} and was {old!r}" for key, (old, new) in changes.items())
+        aside = ""
+        if any((folder / "checkpoints").glob("*/*/checkpoint-*")):
+            free = next(path for number in count(1) if not (path := folder / f"checkpoints-{number}").exists())
+            (folder / "checkpoints").rename(free)
+            aside = f"; the checkpoints made before are in {free}"
+        print_note(f"{folder} starts anew, as its first task is not trained yet: {said}{aside}")
+        bank.set_config(config, base_model)
+    bank.check_base_model(base_model)
+    free = {key: value for key, value in bank.config.items() if key != "label"}
+    free |= {key: config[key] for key in ("train", "label") if key in config}
+    if free != bank.config:
+        bank.set_config(free)
+    return bank
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], splits: bool) -> dict[str, tuple[Any, Any]]:
+    """Setting -> (what it was, what it is), of those that matter to what is trained."""
+    old = flat({"kind": "instruction"} | old)  # banks of earlier versions do not say so
+    new = flat(json.loads(json.dumps(new)))
+    changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if key not in FREE}
+    changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
+    if splits and prod(old.get(key, 0) for key in _SPLIT) == prod(new.get(key, 0) for key in _SPLIT):
+        changed = {key: pair for key, pair in changed.items() if key not in _SPLIT}
+    targets = changed.get("settings.target_modules")
+    if targets is not None and old.get("model") == new.get("model") and _same_targets(new["model"], *targets):
+        del changed["settings.target_modules"]
+    return changed
 
 
 def _same_targets(model: str, one: Any, other: Any) -> bool:

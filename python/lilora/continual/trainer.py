@@ -1,6 +1,5 @@
 """The HuggingFace Trainer for one stage of a method, and the batches that it takes."""
 
-import math
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -21,6 +20,7 @@ from lilora.peft.layer import unwrapped
 from lilora.peft.tuner import full_tensor
 from lilora_kernels.layers.base import is_sharded
 
+from . import processes
 from .checkpoints import PROGRESS, STATE, TENSORS, sync
 from .kinds import Collate
 
@@ -74,10 +74,12 @@ class StageData(Dataset):
 class TaskTrainer(Trainer):
     """The HuggingFace Trainer for one stage: takes the method's loss, and checkpoints what is being trained only.
 
-    Raises UserError when a loss that it logs is not finite.
+    Raises UserError within ten steps, and before a checkpoint, when a loss is not finite; `advice` says what to do then.
     """
 
-    def __init__(self, method: Method, arguments: TrainingArguments, data: StageData) -> None:
+    def __init__(
+        self, method: Method, arguments: TrainingArguments, data: StageData, advice: str = "lower the learning rate"
+    ) -> None:
         self.method = method
         collate = partial(data.collate, dtype=method.model.dtype)
         super().__init__(model=method.model, args=arguments, train_dataset=data, data_collator=collate)
@@ -85,7 +87,10 @@ class TaskTrainer(Trainer):
         # too, and nothing is divided by the number of batches: see compute_loss.
         self.returns_mean, self.model_accepts_loss_kwargs = not self.model_accepts_loss_kwargs, True
         self.remove_callback(PrinterCallback)  # it would print among the command's own output
-        self.add_callback(_Losses)
+        self.add_callback(_Losses(self, advice))
+        self.diverged: torch.Tensor | None = (
+            None  # whether a loss was not finite: on the device, where it costs no wait
+        )
         if self.is_fsdp_enabled:  # a model's list has layers of parts that this one may lack, which accelerate refuses
             present = {type(module).__name__ for module in self.model.modules()} & set(self.model._no_split_modules)
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(present)
@@ -102,6 +107,8 @@ class TaskTrainer(Trainer):
             return loss, outputs
 
         loss = self.method.loss(inputs, cross_entropy, 1 / self.current_gradient_accumulation_steps)
+        wrong = ~torch.isfinite(loss.detach())
+        self.diverged = wrong if self.diverged is None else self.diverged | wrong
         return (loss, outputs) if return_outputs else loss
 
     def _share_of_labels(self, labels: torch.Tensor, in_step: torch.Tensor) -> torch.Tensor:
@@ -193,14 +200,16 @@ class TaskTrainer(Trainer):
 class _Losses(TrainerCallback):
     """Logs the last step, too, and ends a training whose loss is not finite."""
 
+    def __init__(self, trainer: TaskTrainer, advice: str) -> None:
+        self.trainer, self.advice = trainer, advice
+
     def on_step_end(self, args, state, control, **kwargs):
         control.should_log |= state.global_step >= state.max_steps
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        if not math.isfinite(logs.get("loss", 0.0)):
+        looks = control.should_log or control.should_save or state.global_step % 10 == 0
+        if looks and any(processes.all_gather(bool(self.trainer.diverged))):
             raise UserError(
-                f"training {args.run_name} diverged: its loss is {logs['loss']} at step {state.global_step} of "
-                f"{state.max_steps}; start again with a lower --lr"
+                f"training {args.run_name} diverged: its loss is not finite at step {state.global_step} of "
+                f"{state.max_steps}; {self.advice}"
             )
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from lilora.families import require_matched
+
 from .lilora import LiLoRA  # first: lists of methods have the order of registration
 
 # isort: split
@@ -35,5 +37,10 @@ __all__ = [
 
 
 def make_method(name: str, base: nn.Module, settings: dict[str, Any]) -> Method:
-    """A method on a base model, for the first time or again from the settings in a bank; UserError for an unknown name."""
+    """A method on a base model, for the first time or again from the settings in a bank.
+
+    Raises:
+        UserError: an unknown name, a wrong setting, or target_modules that match nothing of the model.
+    """
+    require_matched(base, settings.get("target_modules"))
     return METHODS.find(name)(base, settings)

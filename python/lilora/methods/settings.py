@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from lilora.errors import UserError
+from lilora.errors import UserError, shortened
+from lilora.families import pattern_error
 from lilora_kernels.layers.lilora import default_alpha
 
 OPTIONS = ("r", "sub_rank", "alpha", "dropout")  # settings with an option of their own; --set gives the others
@@ -42,7 +43,7 @@ class Settings(BaseModel):
             if not first["loc"]:
                 raise UserError(f"{method}: {message}") from error
             wanted = message[0].lower() + message[1:]
-            raise UserError(f"{method}: {name} is {first['input']!r}; {wanted}") from error
+            raise UserError(f"{method}: {name} is {shortened(first['input'])}; {wanted}") from error
 
     @classmethod
     def unknown(cls, method: str, name: str) -> UserError:
@@ -57,6 +58,14 @@ class MethodSettings(Settings):
     """
 
     target_modules: str
+
+    @field_validator("target_modules")
+    @classmethod
+    def _pattern(cls, pattern: str) -> str:
+        if reason := pattern_error(pattern):
+            raise ValueError(f"it is no regular expression ({reason}); mend it")
+        return pattern
+
     renamed: ClassVar[dict[str, str]] = {}  # option -> setting, where a method calls it otherwise
 
     @classmethod

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig
 
-from lilora.errors import UserError
+from lilora.errors import UserError, shortened
+from lilora.families import pattern_error
 from lilora_kernels.layers.base import is_number
 from lilora_kernels.layers.lilora import DROPOUT, POLICIES, RANK, default_alpha, default_sub_rank
 
@@ -135,6 +136,8 @@ class LiLoRAConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+            elif isinstance(pattern := getattr(self, name), str) and (reason := pattern_error(pattern)):
+                raise UserError(f"{name} is {shortened(pattern)}, which is no regular expression ({reason}); mend it")
         for rank, sub in (("r", "sub_rank"), ("expert_r", "expert_sub_rank")):
             for name in (rank, sub) if rank == "r" or self.experts else ():
                 if name == sub and getattr(self, sub) is None:

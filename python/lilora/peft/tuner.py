@@ -57,6 +57,9 @@ class LiLoRAModel(BaseTuner):
         tasks = model.__dict__.get("lilora_tasks") or Tasks()
         if adapter_name in tasks.known:
             raise UserError(f"task {adapter_name!r} exists already; delete it first or choose another name")
+        reference = adapter_name == "ref" and "default" in tasks.known and _caller()[0].startswith("trl.")
+        if reference:
+            _require_fixed(model)
         model.lilora_tasks = tasks
         try:
             check_task_name(adapter_name)
@@ -67,6 +70,9 @@ class LiLoRAModel(BaseTuner):
             raise
         self.peft_config[adapter_name].first_of_chain = None  # of the file, not of a task that this config makes next
         attach(model)
+        if reference:  # TRL copies the parameters whose names hold `.default.`, and ours end with it
+            for layer in adapted_layers(model).values():
+                layer.overwrite_task(adapter_name, *layer._own("default"))
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper) and not module._forward_pre_hooks:
                 module.register_forward_pre_hook(partial(_route_module, tasks), with_kwargs=True)
@@ -83,7 +89,11 @@ class LiLoRAModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make tasks active; of several, all train, also their copies of modules_to_save, of which PEFT knows one alone."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if names == self.active_adapters[:1] and _resumes():
+        resumed = (
+            "transformers.trainer",
+            "_load_from_checkpoint",
+        )  # which makes the first of the active tasks the only one
+        if len(self.active_adapters) > 1 and names == self.active_adapters[:1] and _caller() == resumed:
             names = list(self.active_adapters)
         if len(names) < 2:
             super().set_adapter(adapter_name, inference_mode)
@@ -318,13 +328,23 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def _resumes() -> bool:
-    """Whether transformers' Trainer has just loaded a checkpoint: it makes the first of the active tasks the only one then."""
-    frame = sys._getframe(2).f_back  # of what called PeftModel.set_adapter
-    return frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) == (
-        "transformers.trainer",
-        "_load_from_checkpoint",
-    )
+def _require_fixed(model: nn.Module) -> None:
+    """UserError where A and B0 train with the task `default`: TRL's reference, another task, would train with them."""
+    for path, layer in adapted_layers(model).items():
+        for shared in (layer.lilora_A, layer.lilora_B):
+            if shared["default"].requires_grad:
+                raise UserError(
+                    f"TRL takes a second task as the reference of 'default', and {path} shares A and B0 with it, which train; "
+                    "give the trainer the base model and peft_config=..., or ref_model=..., or train a later task of a chain"
+                )
+
+
+def _caller() -> tuple[str, str]:
+    """(module, function) of the code that has called PEFT or this package."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("peft", "lilora"):
+        frame = frame.f_back
+    return ("", "") if frame is None else (frame.f_globals.get("__name__", ""), frame.f_code.co_name)
 
 
 def rollback(model: nn.Module, configs: dict[str, LiLoRAConfig], adapter_name: str) -> None:

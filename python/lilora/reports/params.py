@@ -11,9 +11,9 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig
 
-from lilora.errors import UserError
+from lilora.errors import UserError, shortened
+from lilora.families import pattern_error, without_memory
 from lilora.families import target_modules as found_targets
-from lilora.families import without_memory
 from lilora.methods import METHODS
 from lilora.methods.lilora import LiLoRA
 from lilora.peft.config import LiLoRAConfig
@@ -122,10 +122,8 @@ def count(
     method then. Reads shapes only, so a model on the meta device will do. UserError when no linear matches, or for no
     expression.
     """
-    try:
-        re.compile(target)
-    except re.error as error:
-        raise UserError(f"target_modules {target!r} is no regular expression ({error}); quote or mend it") from error
+    if reason := pattern_error(target):
+        raise UserError(f"target_modules is {shortened(target)}, which is no regular expression ({reason}); mend it")
     for rank_name, rank in (("r", r), ("sub_rank", sub_rank)):
         if rank < 1:
             raise UserError(f"{rank_name} is {rank}; it must be at least 1")

@@ -21,7 +21,7 @@ from lilora.peft.layer import unwrapped
 from lilora.peft.tuner import full_tensor
 from lilora_kernels.layers.base import is_sharded
 
-from .checkpoints import PROGRESS, STATE, TENSORS, sync
+from .checkpoints import PROGRESS, STATE, TENSORS, seal, sync
 from .kinds import Collate
 
 
@@ -144,6 +144,11 @@ class TaskTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # what comes next, the Trainer's state, says that the checkpoint is complete
         if self.args.should_save:
             sync(Path(output_dir))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     @torch.no_grad()
     def load(self, checkpoint: str) -> None:

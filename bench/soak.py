@@ -89,7 +89,9 @@ class Soak:
                     parameter.data.normal_(std=0.3)
             state = {k: v.clone() for k, v in get_peft_model_state_dict(self.model, adapter_name=SWAPPED).items()}
             self.model.save_pretrained(self.folder / source, selected_adapters=[SWAPPED])
-            found.append((state if source == "tensors" else self.folder / source / SWAPPED, self.forward([SWAPPED] * 4)))
+            found.append(
+                (state if source == "tensors" else self.folder / source / SWAPPED, self.forward([SWAPPED] * 4))
+            )
         return found
 
     # --- steps ------------------------------------------------------------------------------------------------------
@@ -115,7 +117,9 @@ class Soak:
             turn += 1
             at = turn % len(self.orders)
             if turn % 8:
-                self.check("forward", self._timed("forward", lambda at=at: self.forward(self.orders[at])), self.logits[at])
+                self.check(
+                    "forward", self._timed("forward", lambda at=at: self.forward(self.orders[at])), self.logits[at]
+                )
             else:
                 got = self._timed("generate", lambda at=at: self.generate(self.orders[at]))
                 self.check("generate", got, self.answers[at])

@@ -77,7 +77,9 @@ class LiLoRALinear(AdaptedLinear):
         self.active: tuple[str, ...] = ()
         self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
         self._frozen: Factors | None = None  # with all tasks' u, v, fusion by id: see serving.freeze
-        self._thawed: Factors | None = None  # after unfreeze: those of before, of which the parameters still are windows
+        self._thawed: Factors | None = (
+            None  # after unfreeze: those of before, of which the parameters still are windows
+        )
         self._slot: Factors | None = None  # with u, v, fusion of the one active task; without for several
         self.register_load_state_dict_post_hook(_loaded)
 

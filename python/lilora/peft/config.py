@@ -1,5 +1,6 @@
 """`LiLoRAConfig`: what PEFT needs to know to adapt a model with LoRA in LoRA, one adapter per task."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -107,6 +108,10 @@ class LiLoRAConfig(PeftConfig):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str) or _all(value, str)):
                 raise UserError(f"{name} is {value!r}; it must be a string or a list of strings")
+            try:
+                re.compile(value if isinstance(value, str) else "")
+            except (re.error, RecursionError, OverflowError) as error:
+                raise UserError(f"{name} is {value!r}, which is no regular expression ({error}); correct it") from error
         if not (self.layers_to_transform is None or _all(self.layers_to_transform, int)):
             raise UserError(
                 f"layers_to_transform is {self.layers_to_transform!r}; it must be an integer or a list of them"

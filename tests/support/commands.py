@@ -40,6 +40,16 @@ def code_of(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def said_by(arguments, before: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    """(exit code, what `lilora ARGUMENTS` prints) of a child, through a pipe: no file is written for it."""
+    reader, writer = os.pipe()
+    child = spawn(arguments, before, f"/dev/fd/{writer}")
+    os.close(writer)
+    with os.fdopen(reader, errors="replace") as output:
+        text = output.read()
+    return code_of(child), text
+
+
 def killed_after(seconds: float, arguments) -> bool:
     """Whether `lilora ARGUMENTS` still ran after so long, and was killed; else it ended as it should."""
     child = spawn(arguments)

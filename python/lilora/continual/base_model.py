@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from lilora.bank.bank import Bank
 from lilora.bank.hub import open_bank
@@ -23,10 +22,13 @@ def load_base(model: str, dtype: str, device: str, kind: Kind) -> tuple[torch.nn
     place = pick_device(device)
     try:
         base, processor = kind.load(model, DTYPES[dtype])
-    except UserError:
+    except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except UserError as error:
+        named = str(error).startswith(f"--model {model}")
+        raise UserError(str(error) if named else f"--model {model}: {error}") from error
+    except Exception as error:  # of several libraries; a damaged file can raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"--model {model}: cannot be loaded ({reason}); give a model folder or a hub id") from error
     return base.to(place).requires_grad_(False), processor
 

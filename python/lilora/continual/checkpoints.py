@@ -2,11 +2,14 @@
 
     trainable.safetensors                 the tensors that train, and the method's own progress, each in full
     optimizer.pt, scheduler.pt, rng_*     the Trainer's, plain tensors and numbers alone; with ZeRO-2 DeepSpeed's own files
-    trainer_state.json                    written last
+    trainer_state.json                    written after those
+    checksums.json                        written last: the SHA-256 of each of them; earlier versions wrote none
 
 All engines but DeepSpeed write the same files, so a run may go on with another one.
 """
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -22,9 +25,10 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
+from lilora.bank.atomic import write_atomically
 from lilora.errors import UserError
 
-TENSORS, STATE = "trainable.safetensors", "trainer_state.json"
+TENSORS, STATE, CHECKSUMS = "trainable.safetensors", "trainer_state.json", "checksums.json"
 PROGRESS = "progress."  # before the names of tensors that no optimizer has
 
 
@@ -65,6 +69,38 @@ def sync(checkpoint: Path) -> None:
                 os.close(descriptor)
 
 
+def seal(checkpoint: Path) -> None:
+    """Write down the checksums of a checkpoint's files, so that damage to any of them is seen."""
+    sums = {name: _sha256(file) for name, file in _files(checkpoint).items()}
+    write_atomically(checkpoint / CHECKSUMS, json.dumps(sums, indent=1).encode())
+
+
+def _files(checkpoint: Path) -> dict[str, Path]:
+    files = sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != CHECKSUMS)
+    return {file.relative_to(checkpoint).as_posix(): file for file in files}
+
+
+def _sha256(file: Path) -> str:
+    with open(_readable(file), "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _require_unaltered(checkpoint: Path) -> None:
+    path = checkpoint / CHECKSUMS
+    if not path.exists():  # of an earlier version, or killed before it was written
+        return
+    try:
+        sums = dict(json.loads(_readable(path).read_bytes()))
+    except (ValueError, TypeError, RecursionError):
+        raise _Damaged(f"its {CHECKSUMS} is truncated or altered") from None
+    files = _files(checkpoint)
+    for name in sorted(sums.keys() | {STATE}):
+        if name not in files:
+            raise _Damaged(f"it lacks {name!r}")
+        if _sha256(files[name]) != sums.get(name):
+            raise _Damaged(f"its {name} is altered")
+
+
 def _step(checkpoint: Path) -> int:
     number = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     return int(number[1]) if number else -1
@@ -74,6 +110,7 @@ def _require_whole(
     checkpoint: Path, wanted: Mapping[str, Tensor], processes: int, deepspeed: bool, say: Callable[[str], None]
 ) -> None:
     path = _readable(checkpoint / STATE)
+    _require_unaltered(checkpoint)
     try:
         state = TrainerState.load_from_json(str(path))
         complete = state.global_step == _step(checkpoint) and 0 < state.global_step <= state.max_steps

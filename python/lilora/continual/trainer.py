@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from lilora.errors import UserError
+from lilora.errors import UserError, lost_process
 from lilora.methods import Method
 from lilora.peft.layer import unwrapped
 from lilora.peft.tuner import full_tensor
 from lilora_kernels.layers.base import is_sharded
 
 from . import processes
-from .checkpoints import PROGRESS, STATE, TENSORS, sync
+from .checkpoints import PROGRESS, STATE, TENSORS, seal, sync
 from .kinds import Collate
 
 
@@ -151,6 +151,21 @@ class TaskTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # what comes next, the Trainer's state, says that the checkpoint is complete
         if self.args.should_save:
             sync(Path(output_dir))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                seal(folder)
+        except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch.save's
+            if isinstance(error, torch.OutOfMemoryError) or lost_process(error):
+                raise
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            raise UserError(
+                f"{folder} could not be written ({reason}); free space and run the same command again, which goes on from the "
+                "checkpoint before"
+            ) from error
 
     @torch.no_grad()
     def load(self, checkpoint: str) -> None:

@@ -90,6 +90,8 @@ def read_config(path: Path) -> LiLoRAConfig:
         raise UserError(f"{path}: {error}; restore it from a copy") from error
     if config.bias != "none" or config.modules_to_save:
         raise UserError(f"{path} has trained biases or modules_to_save, which a bank does not hold; train without them")
+    if not config.target_modules:
+        raise UserError(f"{path}: target_modules is {config.target_modules!r}; it must name the layers that it adapts")
     return config
 
 

@@ -129,6 +129,8 @@ class LiLoRAConfig(PeftConfig):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str) or _all(value, str)):
                 raise UserError(f"{name} is {value!r}; it must be a string or a list of strings")
+            if isinstance(value, str) and (reason := pattern_error(value)):
+                raise UserError(f"{name} is {shortened(value)}, which is no regular expression ({reason}); mend it")
         if not (self.layers_to_transform is None or _all(self.layers_to_transform, int)):
             raise UserError(
                 f"layers_to_transform is {self.layers_to_transform!r}; it must be an integer or a list of them"
@@ -136,8 +138,6 @@ class LiLoRAConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-            elif isinstance(pattern := getattr(self, name), str) and (reason := pattern_error(pattern)):
-                raise UserError(f"{name} is {shortened(pattern)}, which is no regular expression ({reason}); mend it")
         for rank, sub in (("r", "sub_rank"), ("expert_r", "expert_sub_rank")):
             for name in (rank, sub) if rank == "r" or self.experts else ():
                 if name == sub and getattr(self, sub) is None:

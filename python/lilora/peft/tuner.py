@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -341,7 +342,7 @@ def _require_fixed(model: nn.Module) -> None:
 
 def _caller() -> tuple[str, str]:
     """(module, function) of the code that has called PEFT or this package."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("peft", "lilora"):
         frame = frame.f_back
     return ("", "") if frame is None else (frame.f_globals.get("__name__", ""), frame.f_code.co_name)

@@ -21,7 +21,11 @@ def shortened(value: object) -> str:
 def missing_extra(missing: ModuleNotFoundError) -> str:
     """The sentence for a module that only `lilora` needs, not `lilora_kernels`."""
     package = str(missing.name).partition(".")[0]
-    return f'lilora needs {package}, which is not installed; run pip install ".[hf]" in a checkout of lilora-kernels'
+    sentence = (
+        f'lilora needs {package}, which is not installed; run pip install ".[hf]" in a checkout of lilora-kernels'
+    )
+    instead = "; python -m lilora_kernels prints what info does, with torch alone"
+    return sentence + (instead if sys.argv[1:2] == ["info"] else "")
 
 
 def print_error(message: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import typer
 import yaml
+from PIL import Image
 from support.pages import (
     LANGUAGES,
     PAGES,
@@ -117,7 +118,11 @@ def layers(folder):
     return model.eval()
 
 
-GIVEN = {"inputs": inputs, "llava": llava, "model": layers, "x": lambda folder: torch.randn(3, 64)}
+def images(folder):
+    return [Image.fromarray(torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8).numpy()) for _ in range(3)]
+
+
+GIVEN = {"inputs": inputs, "images": images, "llava": llava, "model": layers, "x": lambda folder: torch.randn(3, 64)}
 
 
 def read(page, folder):

@@ -103,7 +103,7 @@ def test_explain_says_it(gpu, x, monkeypatch):
 
 def test_lilora_info_says_it(gpu, monkeypatch):
     pytest.importorskip("pydantic")
-    from lilora.cli.facts import cuda_build
+    from lilora_kernels.facts import cuda_build
 
     gpu.missing = OLD_DRIVER
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

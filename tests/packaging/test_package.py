@@ -1,6 +1,7 @@
 """What gets installed, and what importing it costs."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -37,6 +38,17 @@ def test_without_the_packages_of_the_extra_the_command_is_one_sentence(argv):
         assert result.stderr.endswith(f"\nImportError: {sentence}")
     else:
         assert (result.returncode, result.stdout, result.stderr) == (2, "", f"lilora: {sentence}")
+
+
+def test_what_a_machine_can_use_is_told_with_torch_alone():
+    missing = "import sys; sys.modules.update(dict.fromkeys(('peft', 'transformers', 'typer', 'rich')));"
+    command = python("-c", f"{missing} sys.argv = ['lilora', 'info']; from lilora.__main__ import main; main()")
+    assert (command.returncode, "python -m lilora_kernels" in command.stderr) == (2, True)
+    run = "from runpy import run_module; run_module('lilora_kernels', run_name='__main__')"
+    shown = python("-c", f"{missing} sys.argv[1:] = []; {run}")
+    assert re.search(r"^linear: eager +available$", shown.stdout, re.MULTILINE), shown.stderr
+    told = json.loads(python("-c", f"{missing} sys.argv[1:] = ['--json']; {run}").stdout)
+    assert told["backends"]["linear"]["eager"] == "available"
 
 
 def test_a_package_that_only_the_command_needs_is_one_sentence_too(monkeypatch, capsys):

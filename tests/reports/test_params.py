@@ -82,6 +82,8 @@ def test_local_folder_table_and_json(tmp_path):
     console = Console(file=io.StringIO(), width=80)
     console.print(account("llava-1.5-7b", projector=True).table(tasks=6))
     assert all(text in console.file.getvalue() for text in ("104.5 MiB", "984.4 MiB", "2,143.5 MiB", "45.9%"))
+    dac = next(line for line in console.file.getvalue().splitlines() if "dac" in line)
+    assert re.sub(r"[^\w.%]+", " ", dac).split() == ["dac", "0", "0.0%"]
 
 
 @pytest.mark.parametrize(

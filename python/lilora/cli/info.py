@@ -1,13 +1,14 @@
 """`lilora info` and `lilora params`: what runs here, and what a model would take."""
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lilora.errors import UserError
+from lilora_kernels.facts import info as machine_info
+from lilora_kernels.facts import rows
 
-from .facts import cpu_build, cuda_build, environment
 from .options import Attention, Json, Projector, Rank, SubRank
 from .output import adapters_line, console, console_line, plain_table
 
@@ -62,26 +63,12 @@ def params(
 
 def info(as_json: Json = False) -> None:
     """Show versions, devices and backends, and why one cannot run."""
-    import torch
-
-    from lilora_kernels.backends import unsupported_reasons
-
-    facts: dict[str, Any] = {**environment(), "cpu build": cpu_build(), **cuda_build(), "backends": {}}
-    on_gpu = torch.cuda.is_available()
-    x = torch.empty(1, 1, device="cuda", dtype=torch.bfloat16) if on_gpu else torch.empty(1, 1)
-    for op in ("delta", "linear", "delta_pair", "expert_linear", "rank_gate"):
-        facts["backends"][op] = {
-            name: "available" if why is None else why for name, why in unsupported_reasons(op, x, 128, 64).items()
-        }
+    facts = machine_info()
     if as_json:
         print(json.dumps(facts))
         return
     table = plain_table(["", ""], [])
     table.show_header = False
-    for key, value in facts.items():
-        if key not in ("backends", "build_info"):
-            table.add_row(key, str(value))
-    for op, backends in facts["backends"].items():
-        for name, state in backends.items():
-            table.add_row(f"{op}: {name}", state)
+    for row in rows(facts):
+        table.add_row(*row)
     console.print(table)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .facts import environment
+from lilora_kernels.facts import environment
+
 from .options import BankPath, Json
 from .output import console, console_line
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lilora.errors import UserError
+from lilora.errors import UserError, print_error
+from lilora_kernels.facts import environment
 
-from .facts import environment
 from .options import Attention, Data, Device, Json, Order, Projector, SubRank, choice, target_pattern
 from .output import adapters_line, console, console_line
 from .run_config import config_text, read_config
@@ -192,7 +192,11 @@ def train(
         bars = not (quiet or as_json or console.quiet)
         say = (lambda line: None) if as_json else console_line
         say(adapters_line(more["target_modules"]))
-        run.train(eval_batch_size, save_steps, workers, bars, say, trackers)
+        try:
+            run.train(eval_batch_size, save_steps, workers, bars, say, trackers)
+        except KeyboardInterrupt:
+            print_error(f"{out}: interrupted; the same command goes on with this run")
+            raise
         processes.destroy()
         if processes.rank() > 0:
             return

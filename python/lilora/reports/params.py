@@ -98,7 +98,8 @@ class Accounting:
             table.add_column(heading, justify="right")
         for method, (once, own) in self.kept.items():
             total = self.total(method, tasks)
-            sizes = [f"{count / 1e6:,.1f} M\n{mib(count):,.1f} MiB" if count else "" for count in (once, own, total)]
+            sizes = [f"{count / 1e6:,.1f} M\n{mib(count):,.1f} MiB" if count else "" for count in (once, own)]
+            sizes.append(f"{total / 1e6:,.1f} M\n{mib(total):,.1f} MiB" if total else "0")
             table.add_row(method, *sizes, f"{total / (tasks * self.lora_per_task):.1%}", end_section=True)
         return table
 

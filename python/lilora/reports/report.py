@@ -100,7 +100,7 @@ def print_tables(runs: list[Run], console: Console | None = None) -> None:
     if not methods[0].columns:
         return
     console.print("metrics in points, mean±standard deviation over seeds")
-    table = _table("method", map(heading, methods[0].metrics), min_width=9)
+    table = _table("method", map(heading, methods[0].metrics), min_width=len("Forgetting"))
     for method in methods:
         table.add_row(method.name, *(str(metric).replace(" ", "") for metric in method.metrics.values()))
     _print(table, console)

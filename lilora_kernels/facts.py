@@ -43,3 +43,25 @@ def cuda_build() -> dict[str, Any]:
     made = f"CUDA {built['cuda']}, torch {built['torch']}, for {', '.join(built['architectures'])}; "
     state = "loaded" if error is None else error
     return {"cuda build": (made if built["cuda"] else "") + state, "build_info": built}
+
+
+def info() -> dict[str, Any]:
+    """All of the above, and for every operation which backends can run here, or why one cannot."""
+    import torch
+
+    from lilora_kernels.backends import unsupported_reasons
+
+    facts: dict[str, Any] = {**environment(), "cpu build": cpu_build(), **cuda_build(), "backends": {}}
+    on_gpu = torch.cuda.is_available()
+    x = torch.empty(1, 1, device="cuda", dtype=torch.bfloat16) if on_gpu else torch.empty(1, 1)
+    for op in ("delta", "linear", "delta_pair", "expert_linear", "rank_gate"):
+        facts["backends"][op] = {
+            name: "available" if why is None else why for name, why in unsupported_reasons(op, x, 128, 64).items()
+        }
+    return facts
+
+
+def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What `info` found, as lines of two columns."""
+    plain = [(key, str(value)) for key, value in facts.items() if key not in ("backends", "build_info")]
+    return plain + [(f"{op}: {name}", why) for op, found in facts["backends"].items() for name, why in found.items()]

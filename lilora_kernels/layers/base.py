@@ -106,6 +106,7 @@ class AdaptedLinear(nn.Module):
     operation = "linear"  # that computes base and adapter
     batch_invariant = False  # see `serving.freeze`
     ran = False  # in any forward that was not compiled
+    path = "a layer"  # in the model; set by attach(), as is where it lies: see placement.places
 
     def __init__(self, base_layer: nn.Module, dropout: float, freeze_base: bool = True) -> None:
         super().__init__()
@@ -124,7 +125,6 @@ class AdaptedLinear(nn.Module):
         self.in_features, self.out_features = sizes
         self.dropout = dropout
         self.model_tasks = Tasks()
-        self.path = "a layer"  # in the model; set by attach(), as is where it lies: see placement.places
         self.place: str | None = TEXT
         self.register_load_state_dict_pre_hook(check_loads)
 

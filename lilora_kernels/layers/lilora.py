@@ -1,6 +1,7 @@
 """LiLoRALinear: a frozen linear layer with one small adapter per task on a shared basis."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
@@ -388,6 +389,8 @@ class LiLoRALinear(AdaptedLinear):
         # Nothing below may look at how many tasks there are: a compiled graph would be made again for each.
         slot, compiling = self._slot, torch.compiler.is_compiling()
         if not compiling and not self.ran:
+            if self.path == AdaptedLinear.path:
+                _watch_running_model()
             self.ran = tasks.reached = True
         if slot is not None and not compiling:
             # Code that swaps Parameters past __setattr__ (offloading, functional_call) does not tell us.
@@ -552,14 +555,36 @@ def set_task(model: nn.Module, *names: str, train: bool = True) -> None:
         raise RuntimeError("this model has no LiLoRALinear layer")
     for layer in layers:
         layer.set_task(*names, train=train)
-    if not isinstance(model, LiLoRALinear) and not any("lilora_tasks" in m.__dict__ for m in model.modules()):
+    _watch(model)
+
+
+def _watch(model: nn.Module) -> None:
+    """Let a model that is not attached yet refuse task_ids."""
+    if not isinstance(model, LiLoRALinear) and not _is_attached(model):
         forget_task_ids_refusal(model)
         model.register_forward_pre_hook(_refuse_task_ids, with_kwargs=True)
 
 
+def _watch_running_model() -> None:
+    """`_watch` of the model whose forward runs, which a layer does not know: once, as the stack is long."""
+    frame, code, call = sys._getframe(1), nn.Module._call_impl.__code__, None
+    while frame is not None:
+        call = frame if frame.f_code is code else call
+        frame = frame.f_back  # type: ignore[assignment]
+    if call is not None:
+        model = call.f_locals["self"]
+        _watch(model)
+        if not isinstance(model, LiLoRALinear):
+            _refuse_task_ids(model, (), call.f_locals["kwargs"])
+
+
+def _is_attached(model: nn.Module) -> bool:
+    return any("lilora_tasks" in module.__dict__ for module in model.modules())
+
+
 def _refuse_task_ids(model: nn.Module, args: tuple, kwargs: dict) -> None:
     """A model may take any keyword without a word, and its rows would be of the active task."""
-    if "task_ids" in kwargs:
+    if "task_ids" in kwargs and not _is_attached(model):
         raise TypeError(
             f"task_ids do not reach the adapted layers of this {type(model).__name__} yet; call attach(model) once, after "
             "its layers were replaced"

@@ -8,6 +8,7 @@ import torch
 import transformers
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import AutoPeftModelForCausalLM, PeftModel, PeftModelForCausalLM, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from support.habits import adapted, assert_close, ids, llama, logits, of_task, randomise, settings, train
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -280,6 +281,78 @@ def test_training_of_offloaded_parameters_says_that_an_optimizer_has_none(offloa
     cpu_offload(model, execution_device="cpu")
     with pytest.raises(RuntimeError, match=r"mlp.gate_proj: task 'a' trains, but its parameters are offloaded"):
         train(model, x)
+
+
+def test_the_quickstart_on_a_transformers_model_is_the_same_through_every_door(tmp_path):
+    """With and without a task type, loaded by AutoPeftModelForCausalLM, offloaded."""
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")
+    x = ids()
+
+    def quickstart(**changes):
+        torch.manual_seed(1)
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+        config = settings("frozen", **changes)
+        model = get_peft_model(base, config, adapter_name="scienceqa")
+        train(model, x, steps=2)
+        model.add_adapter("textvqa", config)
+        model.set_adapter("textvqa")
+        train(model, x, steps=2)
+        return model.eval()
+
+    def numbers(model):
+        mixed = {"input_ids": x, "task_ids": ["textvqa", "scienceqa", None]}
+        with torch.no_grad():
+            return model(**mixed).logits, model.generate(**mixed, max_new_tokens=4, do_sample=False)
+
+    wanted, typed = numbers(quickstart()), quickstart(task_type="CAUSAL_LM")
+    typed.save_pretrained(tmp_path / "tasks")
+    auto = AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "tasks/scienceqa", adapter_name="scienceqa", dtype=torch.float64
+    )
+    auto.load_adapter(tmp_path / "tasks/textvqa", "textvqa")
+    offloaded = copy.deepcopy(auto)
+    cpu_offload(offloaded, execution_device="cpu")
+    for model in (typed, auto, offloaded):
+        assert isinstance(model, PeftModelForCausalLM)
+        for got, value in zip(numbers(model.eval()), wanted, strict=True):
+            same(got, value)
+
+
+def test_the_quickstart_on_plain_layers_is_the_same_offloaded():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)).requires_grad_(False)
+    net[2] = lilora.LiLoRALinear(net[2], r=4)
+    for task in ("a", "b"):
+        net[2].add_task(task)
+    lilora.attach(net)
+    for task in ("a", "b"):
+        lilora.set_task(net, task)
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(torch.randn(6, 8)), torch.randint(4, (6,))).backward()
+            optimizer.step()
+    net.eval()
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        wanted = net(x, task_ids=["a", "b", None])
+        cpu_offload(net, execution_device="cpu")
+        torch.testing.assert_close(net(x, task_ids=["a", "b", None]), wanted)
+
+
+def test_lora_plus_gives_its_rate_to_b0_and_fusion():
+    """As the guide says: PEFT knows B by its name, and U, a later task's own part of B, has another."""
+    model = adapted("ab", llama(num_hidden_layers=1))
+    groups = {}
+    for task in "ab":
+        model.set_adapter(task)
+        optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16)
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        groups[task] = {n.split(".")[-2]: rates[id(p)] for n, p in model.named_parameters() if p.requires_grad}
+        train(model, ids(), steps=1)
+    own = {"lilora_U": 0.01, "lilora_V": 0.01, "lilora_fusion": 0.16}
+    assert groups == {"a": {"lilora_A": 0.01, "lilora_B": 0.16, **own}, "b": own}
 
 
 def test_data_parallel_is_refused():

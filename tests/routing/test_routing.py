@@ -643,3 +643,45 @@ def test_a_layer_that_the_first_forward_does_not_reach_is_named_once():
         warnings.simplefilter("error")
         model(torch.randn(2, 3, 8))
         tiny_llava()(**batch([0, 0]))
+
+
+class TakesAll(nn.Module):
+    """Two adapted layers by hand, and a forward that takes any keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(LiLoRALinear(nn.Linear(4, 4), r=2) for _ in range(2))
+        for layer in self.layers:
+            layer.add_task("a")
+            layer.add_task("b")
+
+    def forward(self, x, **kwargs):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_that_takes_any_keyword_swallows_no_task_ids(earlier, wrapped):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = TakesAll()
+
+        def forward(self, x, **kwargs):
+            return self.inner(x, **kwargs)
+
+    model, x = Wrapper() if wrapped else TakesAll(), torch.randn(2, 4)
+    if earlier:
+        model(x)
+    for _ in range(2):
+        with pytest.raises(
+            TypeError, match=rf"task_ids do not reach the adapted layers of this {type(model).__name__}"
+        ):
+            model(x, task_ids=["a", "b"])
+    inner = model.inner if wrapped else model
+    attach(inner)
+    model.eval()
+    assert model(x, task_ids=["a", "b"]).shape == x.shape
+    assert inner.layers[0](x).shape == x.shape

@@ -149,3 +149,31 @@ def test_a_thread_without_ids_raises_while_another_has_a_route():
         set_task(twin, "b")
         assert pool.submit(run, twin, None, X).result().shape == X.shape
     assert run(model, None, X).shape == X.shape
+
+
+def test_many_calls_of_eight_threads_and_of_asyncio_tasks():
+    """2,400 each, with ids as names, numbers and tensors: none wrong, none refused."""
+    model, calls = made(), 2400
+    wanted = [run(model, names, X) for names in WAYS]
+    numbers = [[-1 if name is None else tasks_of(model).id_of(name) for name in names] for names in WAYS]
+    forms = [WAYS, numbers, [torch.tensor(ids) for ids in numbers]]
+
+    def right(turn):
+        at = turn % len(WAYS)
+        got = run(model, forms[turn % 3][at], X)
+        return torch.allclose(got, wanted[at], rtol=0, atol=1e-5)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(right, range(calls))) == calls
+
+    async def task(start):
+        found = 0
+        for turn in range(start, calls, 12):
+            found += right(turn) if turn % 2 else await asyncio.to_thread(right, turn)
+            await asyncio.sleep(0)
+        return found
+
+    async def all_of_them():
+        return sum(await asyncio.gather(*map(task, range(12))))
+
+    assert asyncio.run(all_of_them()) == calls

@@ -237,7 +237,7 @@ def test_options_of_a_run_and_questions(plant, tmp_path, suite, lilora):
         code, _, err = lilora("train", "--config", tmp_path / "run.yaml", suite / "tasks.yaml")
         assert (code, err.count("lilora: ")) == (2, 1), err
     plant(tmp_path / "prompts.jsonl")
-    with pytest.raises(UserError, match="prompts.jsonl"):
+    with pytest.raises(UserError, match=r"prompts\.jsonl"):
         read_prompts(tmp_path / "prompts.jsonl")
     plant(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"a\.png"):

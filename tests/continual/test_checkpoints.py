@@ -13,6 +13,7 @@ from support.checkpoints import WANTED, latest, write
 from lilora.bank.bank import Bank
 from lilora.bank.lock import locked
 from lilora.continual import checkpoints
+from lilora.continual.checkpoints import TENSORS
 from lilora.continual.trainer import TaskTrainer
 from lilora.errors import UserError
 
@@ -123,9 +124,15 @@ def test_a_file_that_may_not_be_read_is_no_damage(stage, monkeypatch):
     assert (stage / "checkpoint-10").exists()
 
 
-@pytest.mark.parametrize("method", ["lilora", "lora"])
+def one_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("method, damage, name", [("lilora", one_bit, TENSORS), ("lora", emptied, "optimizer.pt")])
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
-    method, suite, tmp_path, lilora, train_options, monkeypatch
+    method, damage, name, suite, tmp_path, lilora, train_options, monkeypatch
 ):
     options = ["--method", method, "--order", "colour", *train_options]
     step, calls = TaskTrainer.training_step, []
@@ -141,7 +148,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
         patch.setattr(TaskTrainer, "training_step", stopping)
         assert lilora("train", suite / "tasks.yaml", "--out", tmp_path / "run", *options)[0] == 9
     newest = tmp_path / "run" / "checkpoints" / "colour" / "learn" / "checkpoint-4"
-    emptied(newest / "optimizer.pt")
+    damage(newest / name)
     code, _, err = lilora("train", suite / "tasks.yaml", "--out", tmp_path / "run", *options)
     assert code == 0, err
     assert err.count("lilora: ") == err.count(f"lilora: {newest} is passed over") == 1

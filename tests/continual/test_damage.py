@@ -11,6 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.banks import in_child
 from support.checkpoints import latest, write
 from support.scored_bank import scored_bank
 
@@ -21,6 +22,7 @@ from lilora.continual.instructions import instruction_data
 from lilora.continual.kinds import KINDS
 from lilora.continual.manifest import load_manifest
 from lilora.continual.prompts import read_prompts
+from lilora.continual.record_files import record_file
 from lilora.continual.recorded import train_settings
 from lilora.errors import UserError
 from lilora.importers.peft_folder import read_peft
@@ -262,6 +264,23 @@ def test_tables(tmp_path):
         readable(read, name, folder, how, "task")
 
     check()
+
+
+def test_a_table_that_is_cut_while_it_is_read(tmp_path):
+    """Its file is mapped: to read beyond the end would end the process, so a child does."""
+    pytest.importorskip("datasets")
+    shutil.copytree(Path(__file__).parents[2] / "examples" / "data" / "folder", tmp_path / "folder")
+    (file,) = (tmp_path / "folder" / "train").glob("*.arrow")
+
+    def work():
+        rows = record_file(tmp_path / "folder" / "train")
+        assert rows[0]
+        with open(file, "r+b") as opened:
+            opened.truncate(0)
+        for read in (lambda: rows[0], lambda: list(rows), lambda: record_file(tmp_path / "folder" / "train")):
+            assert "folder" in sentence_of(read)[1]
+
+    assert in_child(work) == 0
 
 
 def test_prompts(tmp_path):

@@ -4,6 +4,7 @@ import ast
 import io
 import os
 import pickle
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +20,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from lilora import LiLoRAConfig, hotswap
 from lilora.bank.bank import Bank
 from lilora.continual.base_model import load_base
+from lilora.continual.images import open_image
 from lilora.continual.kinds import KINDS
 from lilora.continual.manifest import load_manifest
+from lilora.continual.prompts import read_prompts
+from lilora.continual.record_files import record_file
 from lilora.errors import UserError
 from lilora.importers.dac import read_dac
 from lilora.importers.lilora import read_lilora
@@ -82,7 +86,17 @@ def test_the_plant_is_poison(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["legacy", "raw", "zipped"]
 
 
-@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+FILES = (
+    "trainable.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "checksums.json",
+)
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_checkpoint_is_passed_over(name, plant, tmp_path):
     write(tmp_path / "stage" / "checkpoint-2", 2)
     plant(tmp_path / "stage" / "checkpoint-2" / name)
@@ -177,7 +191,7 @@ def test_a_base_model_and_its_processor(plant, tmp_path, suite):
                     folder / other.name
                 ).write_bytes(other.read_bytes())
         plant(folder / path.name)
-        with suppress(UserError, RuntimeError, EOFError, pickle.UnpicklingError):
+        with suppress(UserError):
             load_base(str(folder), "auto", "cpu", KINDS["instruction"])
 
 
@@ -215,6 +229,42 @@ def test_manifests_and_their_data(plant, tmp_path, suite, lilora):
         command = ["train", suite / "tasks.yaml", "--data", data, "--out", tmp_path / "run", "--order", "colour"]
         code, _, err = lilora(*command, "--r", "8", "--sub-rank", "4", "--device", "cpu")
         assert (code, err.count("lilora: ")) == (2, 1), err
+
+
+def test_options_of_a_run_and_questions(plant, tmp_path, suite, lilora):
+    for content in (None, "lr: !!python/object/apply:os.mkdir [it-ran]\n"):
+        plant(tmp_path / "run.yaml") if content is None else (tmp_path / "run.yaml").write_text(content)
+        code, _, err = lilora("train", "--config", tmp_path / "run.yaml", suite / "tasks.yaml")
+        assert (code, err.count("lilora: ")) == (2, 1), err
+    plant(tmp_path / "prompts.jsonl")
+    with pytest.raises(UserError, match=r"prompts\.jsonl"):
+        read_prompts(tmp_path / "prompts.jsonl")
+    plant(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png"):
+        open_image(tmp_path / "a.png")
+
+
+def test_what_lies_beside_a_bank(bank, plant, lilora, tmp_path):
+    run = bank.path.parent
+    names = ("predictions/two-one.jsonl", "metrics.json", "report.html", "bank/README.md", "run.yaml")
+    for name in (*names, "bank/tasks/three.safetensors", "checkpoints/two/learn/checkpoint-2/optimizer.pt"):
+        plant(run / name)
+    for command in (["bank", "ls", run], ["bank", "export", run, "--out", tmp_path / "out"], ["report", run]):
+        assert lilora(*command)[0] == 0
+    for command in (["analyze", run], ["bank", "rm", run, "--task", "two"]):
+        assert lilora(*command)[0] == 0
+
+
+def test_record_files_and_folders_of_datasets(plant, tmp_path):
+    pytest.importorskip("datasets")
+    for name in ("lines.jsonl", "llava.json", "table.parquet", "folder/train"):
+        source = ROOT / "examples" / "data" / name
+        for file in source.iterdir() if source.is_dir() else [source]:
+            place = tmp_path / file.name
+            shutil.copytree(ROOT / "examples" / "data", place)
+            plant(place / file.relative_to(ROOT / "examples" / "data"))
+            with suppress(UserError):
+                list(record_file(place / name))
 
 
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch.distributed.checkpoint"}

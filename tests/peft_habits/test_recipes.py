@@ -10,54 +10,12 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import AutoPeftModelForCausalLM, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
-from support.habits import adapted, assert_close, ids, llama, logits, of_task, randomise, settings, train
+from support.habits import adapted, assert_close, ids, llama, logits, of_task, settings, train
+from support.typed import HEADS, first, typed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lilora
 from lilora.peft.layer import adapted_layers
-
-HEADS = {
-    "CAUSAL_LM": transformers.LlamaForCausalLM,
-    "FEATURE_EXTRACTION": transformers.LlamaModel,
-    "SEQ_2_SEQ_LM": transformers.T5ForConditionalGeneration,
-    "SEQ_CLS": transformers.LlamaForSequenceClassification,
-    "TOKEN_CLS": transformers.LlamaForTokenClassification,
-    "QUESTION_ANS": transformers.LlamaForQuestionAnswering,
-}
-
-
-def typed(kind, folder=None):
-    torch.manual_seed(0)
-    if kind == "SEQ_2_SEQ_LM":
-        config = transformers.T5Config(
-            vocab_size=50, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0
-        )
-        targets = ["wi", "wo"]
-    else:
-        config = transformers.LlamaConfig(
-            vocab_size=50,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            pad_token_id=0,
-        )
-        targets = ["gate_proj", "up_proj", "down_proj"]
-    base = HEADS[kind](config).double()
-    if folder is not None:
-        base.save_pretrained(folder)
-    made = lilora.LiLoRAConfig(r=4, sub_rank=2, dropout=0.0, target_modules=targets, task_type=kind)
-    model = get_peft_model(base, made, adapter_name="a")
-    model.add_adapter("b", copy.deepcopy(made))
-    randomise(model)
-    model.set_adapter("a")
-    return model.eval()
-
-
-def first(model, x, **options):
-    more = {"decoder_input_ids": x} if isinstance(model.get_base_model(), transformers.T5PreTrainedModel) else {}
-    with torch.no_grad():
-        return model(input_ids=x, **more, **options)[0]
 
 
 @pytest.mark.parametrize("argument", ["task_ids", "adapter_names"])

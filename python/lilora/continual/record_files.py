@@ -69,7 +69,8 @@ class JSONRecords(Sequence[bytes]):
 class TableRecords(Sequence[dict[str, Any]]):
     """The rows of a parquet file or of a folder that `datasets` wrote; cells that hold nothing are left out.
 
-    Raises UserError for what `datasets` cannot read, and where it is not installed.
+    Raises UserError for what `datasets` cannot read, where it is not installed, and for a row that is asked for after a file
+    has changed: it is mapped, and what is cut off it would end the process.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,6 +86,7 @@ class TableRecords(Sequence[dict[str, Any]]):
                 f"{path} holds the splits {', '.join(splits)}; name one of its folders, {path / splits[0]}."
             )
         datasets.disable_progress_bars()
+        self.path, self._state = path, _state(path)
         try:
             rows = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_parquet(str(path))
             self._rows = rows.with_format("arrow")  # images as they are stored
@@ -95,10 +97,20 @@ class TableRecords(Sequence[dict[str, Any]]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return _given(self._rows[index : index + 1].to_pylist()[0])
+        return self._checked(self._rows[index : index + 1])[0]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (_given(row) for part in self._rows.iter(batch_size=64) for row in part.to_pylist())
+        return (row for part in self._rows.iter(batch_size=64) for row in self._checked(part))
+
+    def _checked(self, part: Any) -> list[dict[str, Any]]:
+        """The rows of a table of pyarrow, which reads wherever a damaged file points."""
+        if _state(self.path) != self._state:
+            raise UserError(f"{self.path} has changed since this run read it; run the same command again.")
+        try:
+            part.validate(full=True)
+            return [_given(row) for row in part.to_pylist()]
+        except ValueError as error:  # pyarrow's own are such
+            raise UserError(f"{self.path} is damaged ({' '.join(str(error).split())[:300]}); replace it.") from error
 
     def place(self, index: int) -> str:
         """What to call a record in print."""
@@ -119,12 +131,14 @@ def record_file(path: Path) -> JSONRecords | TableRecords:
 
 
 @cache
-def _read(path: Path, state: tuple[int, ...]) -> JSONRecords | TableRecords:
+def _read(path: Path, state: tuple) -> JSONRecords | TableRecords:
     return TableRecords(path) if path.is_dir() or path.suffix == ".parquet" else JSONRecords(path)
 
 
-def _state(file: Path | int) -> tuple[int, ...]:
-    """What tells whether a file has changed."""
+def _state(file: Path | int) -> tuple:
+    """What tells whether a file, or one of a folder, has changed."""
+    if isinstance(file, Path) and file.is_dir():
+        return tuple(_state(inner) for inner in sorted(file.iterdir()) if inner.is_file())
     status = os.stat(file)
     return status.st_ino, status.st_size, status.st_mtime_ns
 

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from lilora.continual import images
-from lilora.continual.images import check_images, open_image
+from lilora.continual.images import check_images, extreme_images, open_image
 from lilora.errors import UserError
 
 GREY = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # every level of 8 bits
@@ -105,3 +105,15 @@ def test_a_format_that_this_pillow_does_not_know_is_left_out(tmp_path, monkeypat
 def test_a_path_that_is_no_file_is_missing(tmp_path, name):
     with pytest.raises(UserError, match=r"task 'a': image .* is missing"):
         check_images([tmp_path / name], "task 'a'")
+
+
+def test_extreme_images_are_found_and_broken_ones_among_them_named(tmp_path):
+    sizes = [(20, 30), (300, 20), (20, 310), (9, 9), (40, 40)]
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size).save(tmp_path / f"{number}.png")
+    numbered = [(10 + number, tmp_path / f"{number}.png") for number in range(len(sizes))]
+    assert extreme_images(numbered) == [11, 12, 13]
+    assert extreme_images([]) == []
+    (tmp_path / "4.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"image .*4\.png cannot be opened: it is no AVIF"):
+        extreme_images(numbered)

@@ -5,7 +5,8 @@ import itertools
 import os
 import struct
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,13 @@ def open_image(path: Path | EmbeddedImage) -> Image.Image:
     Raises UserError when the file is missing or broken, is none of FORMATS, has more pixels than PIL.Image.MAX_IMAGE_PIXELS,
     or holds numbers that say nothing of brightness: 32 bits a pixel, whole or with a point.
     """
+    with _opened(path) as image:
+        return _eight_bits(ImageOps.exif_transpose(image), image.format, path).convert("RGB")
+
+
+@contextmanager
+def _opened(path: Path | EmbeddedImage) -> Iterator[Image.Image]:
+    """The image, of which the header alone is read yet; UserError as `open_image` raises it, in the block too."""
     Image.init()
     file = io.BytesIO(path.content) if isinstance(path, EmbeddedImage) else path
     try:
@@ -48,7 +56,7 @@ def open_image(path: Path | EmbeddedImage) -> Image.Image:
                 raise UserError(
                     f"image {path} has {pixels / 1e6:.1f} megapixels, and {limit / 1e6:.1f} are allowed; scale it down."
                 )
-            return _eight_bits(ImageOps.exif_transpose(image), image.format, path).convert("RGB")
+            yield image
     except UserError:
         raise
     except UnidentifiedImageError as error:
@@ -91,10 +99,13 @@ def check_images(images: Iterable[Path | EmbeddedImage], where: str) -> None:
 
 
 def extreme_images(images: Iterable[tuple[int, Path | EmbeddedImage]]) -> list[int]:
-    """Of the first images, numbered, those that a processor may refuse: the widest, the tallest and the smallest."""
+    """Of the first images, numbered, those that a processor may refuse: the widest, the tallest and the smallest.
+
+    Raises UserError as `open_image` does for what their headers tell.
+    """
     sizes = {}
     for number, image in itertools.islice(images, _OPENED_UP_FRONT):
-        with Image.open(io.BytesIO(image.content) if isinstance(image, EmbeddedImage) else image) as opened:
+        with _opened(image) as opened:
             sizes[number] = opened.size
     if not sizes:
         return []

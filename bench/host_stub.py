@@ -33,7 +33,8 @@ def install_triton() -> None:
     driver.set_active(CudaDriver())
     triton_runtime.processors = lambda device: 132
     for table in backends._table.values():
-        table["triton"] = replace(table["triton"], unsupported_reason=lambda *_: None)
+        if "triton" in table:
+            table["triton"] = replace(table["triton"], unsupported_reason=lambda *_: None)
 
 
 def install_cuda() -> None:

@@ -95,7 +95,7 @@ FORGED = {
     "huge": (of_tensors(shape=[2**70, 1]), "more elements than any memory"),
     "many huge": (of_tensors(shape=[2**31] * 40), "more elements than any memory"),
     "other shape": (of_tensors(shape=[5, 1]), r"has shape \[5, 1\]"),
-    "dimensions": (of_tensors(shape=[4]), "wants 2 dimension"),
+    "dimensions": (of_tensors(shape=[4]), "wants 2 or 3 dimension"),
     "unknown tensor": (unknown_tensor, "lacks the tensor|holds the unknown tensor"),
     "same ids": (ids(0, 0), "each is given out once"),
     "negative id": (ids(-1, 0), "greater than or equal to 0"),
@@ -166,7 +166,7 @@ def readers(bank, folder):
         "export": lambda: export_tasks(Bank.open(bank.path), None, folder / "out"),
         "report": lambda: run_of(Bank.open(bank.path)),
         "remove": lambda: remove_task(Bank.open(bank.path), "two"),
-        "go on": lambda: check_folder(bank.path.parent, Bank.open(bank.path).config, ["one", "two"]),
+        "go on": lambda: check_folder(bank.path.parent, Bank.open(bank.path).config, ["one", "two"], True),
     }
 
 

@@ -446,5 +446,5 @@ def test_a_wrong_setting_is_one_sentence(name, key, value):
 
 @pytest.mark.parametrize("name", ["olora", "moelora"])
 def test_a_pattern_without_linears_is_refused(name):
-    with pytest.raises(UserError, match=r"matches no linear layer"):
+    with pytest.raises(UserError, match=r"matches no layer of this model"):
         make_method(name, Toy(), {"r": 8, "target_modules": "missing"})

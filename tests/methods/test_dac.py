@@ -398,7 +398,7 @@ def test_a_restored_method_is_the_same_model_bit_for_bit():
         ({"critical": 0}, "dac: critical is 0"),
         ({"scope": "token"}, "dac: scope is 'token'"),
         ({"experts": 3}, "dac has no setting 'experts'; it has"),
-        ({"target_modules": "nothing"}, "'nothing' matches no linear layer"),
+        ({"target_modules": "nothing"}, "'nothing' matches no layer of this model"),
     ],
 )
 def test_bad_settings_are_one_sentence(settings, words):

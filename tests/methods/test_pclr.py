@@ -485,7 +485,7 @@ def test_restored_from_its_tensors():
         ({"temperature": 0}, "temperature is 0; input should be greater than 0"),
         ({"scope": "token"}, "scope is 'token'"),
         ({"ranks": 4}, "pclr has no setting 'ranks'; it has target_modules, r, cap"),
-        ({"target_modules": "nothing"}, "target_modules 'nothing' matches no linear layer"),
+        ({"target_modules": "nothing"}, "target_modules 'nothing' matches no layer of this model"),
     ],
 )
 def test_wrong_settings_are_one_sentence(settings, words):

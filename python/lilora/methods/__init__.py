@@ -42,5 +42,7 @@ def make_method(name: str, base: nn.Module, settings: dict[str, Any]) -> Method:
     Raises:
         UserError: an unknown name, a wrong setting, or target_modules that match nothing of the model.
     """
+    method = METHODS.find(name)
+    method.read_settings(settings)
     require_matched(base, settings.get("target_modules"))
-    return METHODS.find(name)(base, settings)
+    return method(base, settings)

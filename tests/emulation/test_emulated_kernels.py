@@ -566,7 +566,7 @@ def test_items_copies_and_stores_are_those_that_the_model_counts(rows, tasks, de
     copied = {(0, "x"), (0, "a"), (0, "weight"), (1, "v"), (1, "q"), (2, "qz"), (2, "b0"), (2, "u")}
     (_, h), found = counted(lambda: cuda_backend.run_forward(i.x, None, args, False, weight if decode else None))
     z = rows * sub_rank * 2
-    stored = {(0, "planes"), (0, "base_planes"), (1, "h"), (2, "y")}
+    stored = {(0, "partials"), (0, "base_planes"), (1, "h"), (2, "y")}
     items, moved, written = planned(cuda_traffic.forward(shape, decode, blocks), copied, stored)
     assert found == (items, moved, written + z)
     copied = {(0, "q"), (0, "v"), (1, "dy"), (1, "b0"), (1, "u"), (1, "fqz"), (2, "v"), (3, "x"), (3, "dh"), (3, "a")}
@@ -578,7 +578,7 @@ def test_items_copies_and_stores_are_those_that_the_model_counts(rows, tasks, de
         -(-rows // chunk) * chunk // tile - -(-rows // tile)
     )  # both shares of the tiles that the last chunk lacks
     stored = {
-        (1, "planes"),
+        (1, "partials"),
         (1, "db0_planes"),
         (1, "du_planes"),
         (2, "dh"),

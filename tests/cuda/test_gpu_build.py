@@ -43,7 +43,7 @@ def built(tmp_path_factory):
     """The sources as the sdist has them, the wheel built there, and the folder where it is installed."""
     folder = tmp_path_factory.mktemp("gpu build")
     clean = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-    for name in ("csrc", "lilora_kernels", "python"):
+    for name in ("csrc", "lilora_kernels", "python", "tools"):
         shutil.copytree(ROOT / name, folder / "tree" / name, ignore=clean)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "tree")

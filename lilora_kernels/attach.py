@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from .layers.base import AdaptedLinear, check_loads, reads_weight
-from .layers.lilora import forget_task_ids_refusal
 from .layers.mlp import unfuse_mlps
+from .layers.unattached import forget_task_ids_refusal
 from .routing.context import GATHERED, TEXT, BatchContext, Recomputation, Tasks, device_of, tasks_of
 from .routing.placement import places
 from .routing.task_names import TaskIds

@@ -1,7 +1,6 @@
 """LiLoRALinear: a frozen linear layer with one small adapter per task on a shared basis."""
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
@@ -13,6 +12,7 @@ from ..offloading import offloading, onload, onloaded
 from ..routing.context import BatchContext
 from .base import AdaptedLinear, Factors, described, is_conv1d, is_number, is_plain, is_sharded
 from .parameters import SharedParameter, TaskParameters, check_task_name, stacked, window
+from .unattached import watch, watch_running_model
 
 POLICIES = ("always", "first", "never")
 KINDS = ("lilora_A", "lilora_B", "lilora_U", "lilora_V", "lilora_fusion")
@@ -80,9 +80,7 @@ class LiLoRALinear(AdaptedLinear):
         self.active: tuple[str, ...] = ()
         self._first: str | None = None  # the task that A and B0 were made with, until it is deleted
         self._frozen: Factors | None = None  # with all tasks' u, v, fusion by id: see serving.freeze
-        self._thawed: Factors | None = (
-            None  # after unfreeze: those of before, of which the parameters still are windows
-        )
+        self._thawed: Factors | None = None  # after unfreeze: those before it; the parameters still are their windows
         self._slot: Factors | None = None  # with u, v, fusion of the one active task; without for several
         self.register_load_state_dict_post_hook(_loaded)
 
@@ -167,20 +165,22 @@ class LiLoRALinear(AdaptedLinear):
         """Whether A and B0 were made with this task."""
         return self._first == name
 
+    @torch.no_grad()
     def delete_task(self, name: str) -> None:
         """Remove a task's parameters; the ids of the others stay."""
         self._require(name)
         self.onload()
         if self.merged_task == name:
             self.unmerge()
-        train = any(own.requires_grad for own in self._own(name))
+        own = self._own(name)
+        train = any(parameter.requires_grad for parameter in own)
+        if self._frozen is not None or self._thawed is not None:  # their places in the stacks of which they are windows
+            for parameter in own:
+                parameter.zero_()
         for kind in KINDS:
             if name in getattr(self, kind):
                 del getattr(self, kind)[name]
         self.model_tasks.remove(name)
-        for stack in (self._frozen or self._thawed or ())[2:]:
-            if stack is not None:
-                stack[[i for i, kept in enumerate(self.model_tasks.names) if kept is None]] = 0
         if self._first == name:
             self._first = None
         if name in self.active:
@@ -390,7 +390,7 @@ class LiLoRALinear(AdaptedLinear):
         slot, compiling = self._slot, torch.compiler.is_compiling()
         if not compiling and not self.ran:
             if self.path == AdaptedLinear.path:
-                _watch_running_model()
+                watch_running_model()
             self.ran = tasks.reached = True
         if slot is not None and not compiling:
             # Code that swaps Parameters past __setattr__ (offloading, functional_call) does not tell us.
@@ -555,45 +555,4 @@ def set_task(model: nn.Module, *names: str, train: bool = True) -> None:
         raise RuntimeError("this model has no LiLoRALinear layer")
     for layer in layers:
         layer.set_task(*names, train=train)
-    _watch(model)
-
-
-def _watch(model: nn.Module) -> None:
-    """Let a model that is not attached yet refuse task_ids."""
-    if not isinstance(model, LiLoRALinear) and not _is_attached(model):
-        forget_task_ids_refusal(model)
-        model.register_forward_pre_hook(_refuse_task_ids, with_kwargs=True)
-
-
-def _watch_running_model() -> None:
-    """`_watch` of the model whose forward runs, which a layer does not know: once, as the stack is long."""
-    frame, code, call = sys._getframe(1), nn.Module._call_impl.__code__, None
-    while frame is not None:
-        call = frame if frame.f_code is code else call
-        frame = frame.f_back  # type: ignore[assignment]
-    if call is not None:
-        model = call.f_locals["self"]
-        _watch(model)
-        if not isinstance(model, LiLoRALinear):
-            _refuse_task_ids(model, (), call.f_locals["kwargs"])
-
-
-def _is_attached(model: nn.Module) -> bool:
-    return any("lilora_tasks" in module.__dict__ for module in model.modules())
-
-
-def _refuse_task_ids(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """A model may take any keyword without a word, and its rows would be of the active task."""
-    if "task_ids" in kwargs and not _is_attached(model):
-        raise TypeError(
-            f"task_ids do not reach the adapted layers of this {type(model).__name__} yet; call attach(model) once, after "
-            "its layers were replaced"
-        )
-
-
-def forget_task_ids_refusal(model: nn.Module) -> None:
-    """Undo what `set_task` put before the forwards of a model that was not attached yet."""
-    for module in model.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _refuse_task_ids]:
-            del module._forward_pre_hooks[key]
-            del module._forward_pre_hooks_with_kwargs[key]
+    watch(model)

@@ -36,9 +36,8 @@ class TaskParameters(nn.ParameterDict):
         super().__setattr__(name, value)
         if isinstance(value, nn.Parameter):
             self._changed(name)
-        elif (
-            name == "_hf_hook"
-        ):  # it knows tied parameters by their addresses, which tensors read from a file share in turn
+        elif name == "_hf_hook":
+            # It knows tied parameters by their addresses, which tensors that are read from a file share in turn.
             for hook in offloading(self):
                 hook.tied_params_map, hook.tied_params_names = None, set()
                 if not all(key in hook.weights_map for key in self._parameters):

@@ -19,6 +19,7 @@ class TaskNames:
         self.active: tuple[str, ...] = ()
         self.train = True  # whether the active tasks do
         self._tables: dict[tuple, Tensor] = {}
+        self._settled: dict[torch.device, tuple[int, int | None]] = {}  # `changes` and capacity that its tables are of
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -116,8 +117,11 @@ class TaskNames:
     def settle(self, device: torch.device, capacity: int | None) -> None:
         """Make what `positions` and, of layers with room for `capacity` ids, `slots` read on this device.
 
-        Ahead of a graph, which could not.
+        Ahead of a graph, which could not. The first layer of a model that asks after a change makes them for all.
         """
+        changes, room = self._settled.get(device, (None, None))
+        if changes == self.changes and capacity in (None, room):
+            return
         for training, names in ((True, self.active), (False, self.known)):
             position = {name: i for i, name in enumerate(names)} | {None: -1}
             table = [position.get(name, len(names)) for name in self.names] + [-1]  # -1 and foreign ids read the last
@@ -130,6 +134,7 @@ class TaskNames:
                 self._tables["frozen", device] = slots.to(device)
             else:  # in place: a captured graph reads it
                 table.copy_(slots)
+        self._settled[device] = self.changes, capacity
 
     def require_active(self, ids: list[int]) -> None:
         for i in set(ids) - {-1}:

@@ -205,3 +205,49 @@ def test_freezing_again_with_the_same_room_moves_nothing():
     unfreeze(model.double())
     freeze(model, 8)
     assert torch.allclose(run(model, NAMES, X.double()), wanted.double(), atol=1e-5)
+
+
+def test_a_change_of_tasks_costs_no_more_after_many_deleted_ids_and_is_settled_once_for_all_layers():
+    torch.manual_seed(0)
+    model = Model(*(LiLoRALinear(nn.Linear(K, N), r=4, sub_rank=2, dropout=0.0) for _ in range(6)))
+    for layer in model:
+        layer.add_task("a")
+    attach(model)
+    model.eval()
+
+    def come_and_go(name):
+        for layer in model:
+            layer.add_task(name)
+        places = [layer.lilora_U[name].detach() for layer in model]
+        with torch.no_grad():
+            for place in places:
+                place.fill_(1)
+        tables = []
+        own = torch.tensor
+
+        def counting(*args, **kwargs):
+            tables.append(1)
+            return own(*args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch, Operations() as found:
+            patch.setattr(torch, "tensor", counting)
+            for layer in model:
+                layer.delete_task(name)
+        assert not any(place.any() for place in places), "a deleted task leaves nothing in the stacks"
+        return len(tables), found.seen
+
+    freeze(model, capacity=300)
+    first = come_and_go("first")
+    for i in range(200):
+        come_and_go(f"task{i}")
+    assert come_and_go("last") == first
+    assert first[0] == 3  # tables, of the model: positions in training and beyond it, slots
+    run(model, ["a", None], X[:2])
+
+
+def test_slots_are_those_of_the_capacity_that_is_asked_for_again():
+    model, plain = made(), made()
+    for capacity in (5, 8, 5, None, 5):
+        unfreeze(model)
+        freeze(model, capacity)
+        assert torch.equal(run(model, NAMES, X), run(plain, NAMES, X))

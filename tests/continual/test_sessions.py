@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import trainer
 
 from lilora.bank.bank import Bank
 from lilora.continual import evaluate
@@ -49,6 +50,21 @@ def stopping(at):
 
 def unchanged(number, inputs, loss):
     return loss()
+
+
+def test_a_run_that_goes_on_as_it_was_gets_no_warning_of_changed_settings(command, lilora, losses, monkeypatch):
+    seen, own = [], trainer.compare_trainer_and_checkpoint_args
+
+    def compare(given, state):
+        seen.append((given.logging_steps, given.save_steps) == (state.logging_steps, state.save_steps))
+        return own(given, state)
+
+    monkeypatch.setattr(trainer, "compare_trainer_and_checkpoint_args", compare)
+    losses(stopping(4))
+    assert lilora(*command)[0] == 9
+    losses(unchanged)
+    assert lilora(*command)[0] == 0
+    assert seen == [True]
 
 
 def tensors(folder):

@@ -202,6 +202,17 @@ def test_experts_count_as_many_times_as_they_are(experts_folder):
     assert "16 adapted expert linears, r 2, sub_rank 1" in got.table(3).title
 
 
+def test_the_figures_of_the_page_on_families_for_a_model_of_30_billion(tmp_path):
+    """Sizes as published for Qwen3-30B-A3B."""
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
+    experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "head_dim": 128}
+    transformers.Qwen3MoeConfig(vocab_size=151936, **sizes, **experts).save_pretrained(tmp_path)
+    for ranks, millions in (((8, 4), 88), ((128, 64), 1510)):
+        got = account(str(tmp_path), r=8, expert_ranks=ranks)
+        assert got.experts_per_task / 1e6 == pytest.approx(millions, rel=0.01)
+    assert got.base / 1e9 == pytest.approx(30.5, rel=0.01)
+
+
 def test_many_parameters_of_experts_are_warned_of(experts_folder, lilora):
     got = account(str(experts_folder), r=4, sub_rank=2, expert_ranks=(4, 3))
     assert got.warning == got.to_dict(2)["warning"]

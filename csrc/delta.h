@@ -44,8 +44,8 @@ struct Forward {
   void* h;        // [M, R]
   void* qz;           // [M, width]: q, then e q V_t^T; for the fused product s f q, then s e q V_t^T
   void* q;            // [M, q_width]: q, only for the fused product, which takes the place of phase 2
-  float* planes;       // [splits, M, q_width]: shares of h
-  float* base_planes;  // [base_splits, M, padded(N)]: shares of x W^T
+  float* partials;       // [splits, M, q_width]: shares of h
+  float* base_partials;  // [base_splits, M, padded(N)]: shares of x W^T
   int splits, base_splits;
   int groups;     // an item of phase 2 has one of so many ranges of tiles of outputs
   int row_tiles, sum_tiles, rank_tiles, output_tiles;  // sum_tiles: tiles of rows of phase 1
@@ -94,11 +94,11 @@ struct Backward {
   void* seq;           // [M, padded(S)]: s e Q
   float* dq_h;         // [M, R]: dq * h
   float* dfusion_rows; // [M]
-  float* planes;       // [splits, M, width]: shares of [P | Q]
-  float* da_planes;    // [chunks, a_share]: shares of [R, K]
-  float* db0_planes;   // [chunks, b0_share]: of [N, R]
-  float* du_planes;    // [chunks, T, u_share]: of [N, S]
-  float* dv_planes;    // [chunks, T, v_share]: of [S, R]
+  float* partials;       // [splits, M, width]: shares of [P | Q]
+  float* da_partials;    // [chunks, a_share]: shares of [R, K]
+  float* db0_partials;   // [chunks, b0_share]: of [N, R]
+  float* du_partials;    // [chunks, T, u_share]: of [N, S]
+  float* dv_partials;    // [chunks, T, v_share]: of [S, R]
   int64_t a_share, b0_share, u_share, v_share;  // elements of a share, so that the next one is aligned
   int* spans;          // [chunks, T, 2]: first and last row of a task within a chunk; last < first without one
   int splits, groups, chunk;  // chunk: rows of one share of the gradients of parameters

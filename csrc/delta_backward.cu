@@ -90,7 +90,7 @@ PART void shrink_dy(const Backward& p, int row_tile, int column_tile, int split)
         },
         [&](int, int stage) { product.step(left_at(stage), right_at(stage), columns.count); });
     const int width = adapter.width();
-    float* const to = p.planes + (split * adapter.rows + rows.first) * width + columns.first;
+    float* const to = p.partials + (split * adapter.rows + rows.first) * width + columns.first;
     product.template for_each<4>([&](int i, int j, float (&values)[4]) {
       if (list.ids[i] == id && j < columns.count) {  // the width is a multiple of eight
         store_vector(to + int64_t{i} * width + j, values);
@@ -144,8 +144,8 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
           }
           product.step(left_at(stage), right_at(stage), rights.count);
         });
-    if (!up || p.du_planes == nullptr) continue;
-    float* const share = p.du_planes + (int64_t{chunk} * adapter.tasks + task) * p.u_share + lefts.first * adapter.sub_rank;
+    if (!up || p.du_partials == nullptr) continue;
+    float* const share = p.du_partials + (int64_t{chunk} * adapter.tasks + task) * p.u_share + lefts.first * adapter.sub_rank;
     product.template for_each<4>([&](int i, int j, float (&values)[4]) {
       const int s = static_cast<int>(rights.first) + j - adapter.q_width();
       if (s < 0 || s >= adapter.sub_rank || i >= lefts.count) return;
@@ -156,11 +156,11 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
     product.clear_columns(adapter.q_width() - static_cast<int>(rights.first));
   }
 
-  float* const to = up ? p.db0_planes : down ? p.da_planes : p.dv_planes;
+  float* const to = up ? p.db0_partials : down ? p.da_partials : p.dv_partials;
   if (to == nullptr || (kind == Outer::kV && spans[2 * first_task + 1] < spans[2 * first_task])) return;
   const int columns = down ? adapter.columns : adapter.rank;
-  const int64_t plane = kind == Outer::kV ? int64_t{chunk} * adapter.tasks + first_task : chunk;
-  float* const share = to + plane * (up ? p.b0_share : down ? p.a_share : p.v_share) + lefts.first * columns + rights.first;
+  const int64_t partial = kind == Outer::kV ? int64_t{chunk} * adapter.tasks + first_task : chunk;
+  float* const share = to + partial * (up ? p.b0_share : down ? p.a_share : p.v_share) + lefts.first * columns + rights.first;
   const float scale = up ? adapter.scaling : down ? adapter.keep_scale : 1.0f;
   product.template for_each<4>([&](int i, int j, float (&values)[4]) {
     const int row = static_cast<int>(lefts.first) + i, column = static_cast<int>(rights.first) + j;
@@ -205,7 +205,7 @@ PART void finish_dh(const Backward& p, int row_tile) {
     const int i = at / (width / 4), column = at % (width / 4) * 4;
     Vector<float, 4> sum = {};
     if (i < rows.count && list.exists(adapter, i)) {  // others have none
-      sum = sum_of_splits<4>(p.planes + (rows.first + i) * width + column, adapter.rows * width, p.splits);
+      sum = sum_of_splits<4>(p.partials + (rows.first + i) * width + column, adapter.rows * width, p.splits);
     }
     *reinterpret_cast<Vector<float, 4>*>(sums + i * stride + column) = sum;
   }
@@ -410,9 +410,9 @@ PART void gate_gradient(const Backward& p, int gate, int column_tile) {
   __syncthreads();
 }
 
-// out [T, size] is the sum over the chunks of planes [chunks, T, share]; those of tasks without rows were never written.
+// out [T, size] is the sum over the chunks of partials [chunks, T, share]; those of tasks without rows were never written.
 struct Sum {
-  const float* planes;
+  const float* partials;
   int64_t share;
   void* out;
   bool wide, by_task;
@@ -420,18 +420,18 @@ struct Sum {
 };
 
 template <typename T>
-DEVICE void sum_planes(const Backward& p, int item) {
+DEVICE void sum_partials(const Backward& p, int item) {
   const Items& items = p.counts;
   const int64_t k = p.adapter.columns, n = p.adapter.outputs, r = p.adapter.rank, s = p.adapter.sub_rank;
-  Sum of = {p.da_planes, p.a_share, p.da, p.wide_a, false, r * k};
+  Sum of = {p.da_partials, p.a_share, p.da, p.wide_a, false, r * k};
   if (item >= items.a_sums) {
-    of = {p.db0_planes, p.b0_share, p.db0, p.wide_b0, false, n * r};
+    of = {p.db0_partials, p.b0_share, p.db0, p.wide_b0, false, n * r};
     item -= items.a_sums;
     if (item >= items.b0_sums) {
-      of = {p.du_planes, p.u_share, p.du, p.wide_u, true, n * s};
+      of = {p.du_partials, p.u_share, p.du, p.wide_u, true, n * s};
       item -= items.b0_sums;
       if (item >= items.u_sums) {
-        of = {p.dv_planes, p.v_share, p.dv, p.wide_v, true, s * r};
+        of = {p.dv_partials, p.v_share, p.dv, p.wide_v, true, s * r};
         item -= items.u_sums;
       }
     }
@@ -448,9 +448,9 @@ DEVICE void sum_planes(const Backward& p, int item) {
       Vector<float, 4> parts[kMostSplits] = {};
       UNROLL
       for (int i = 0; i < kMostSplits; ++i) {
-        const int64_t plane = (chunk + int64_t{i}) * tasks + task;
-        if (chunk + i >= chunks || (of.by_task && p.spans[2 * plane + 1] < p.spans[2 * plane])) continue;
-        parts[i] = *reinterpret_cast<const Vector<float, 4>*>(of.planes + plane * of.share + at);
+        const int64_t partial = (chunk + int64_t{i}) * tasks + task;
+        if (chunk + i >= chunks || (of.by_task && p.spans[2 * partial + 1] < p.spans[2 * partial])) continue;
+        parts[i] = *reinterpret_cast<const Vector<float, 4>*>(of.partials + partial * of.share + at);
       }
       UNROLL
       for (int i = 0; i < kMostSplits; ++i) {
@@ -511,7 +511,7 @@ DEVICE void run_item(const Backward& p, int phase, int item) {
       gate_gradient<T>(p, at.first, at.third);
     }
   } else {
-    sum_planes<T>(p, item);
+    sum_partials<T>(p, item);
   }
 }
 
@@ -574,7 +574,7 @@ Items items_of(const Backward& p) {
   const Adapter& adapter = p.adapter;
   Items items;
   const int64_t rank = adapter.rank, columns = adapter.columns, outputs = adapter.outputs;
-  const bool ups_wanted = p.db0_planes != nullptr || p.du_planes != nullptr;
+  const bool ups_wanted = p.db0_partials != nullptr || p.du_partials != nullptr;
   auto tiles = [](int64_t total, int size) { return static_cast<int>(ceil_div(total, size)); };
   items.row_tiles = tiles(adapter.rows, p.launch.tile_rows);
   items.sum_tiles = tiles(adapter.rows, kSumRows);
@@ -592,14 +592,14 @@ Items items_of(const Backward& p) {
   items.ups = ups_wanted ? items.output_tiles * items.outer_width_tiles : 0;
   items.finishes = p.dh != nullptr ? items.sum_tiles : 0;
   items.dxs = p.dx != nullptr ? items.row_tiles * p.groups : 0;
-  items.das = p.da_planes != nullptr ? items.chunks * items.rank_tiles * items.column_tiles : 0;
-  items.dvs = p.dv_planes != nullptr ? items.chunks * adapter.tasks * items.v_rank_tiles : 0;
+  items.das = p.da_partials != nullptr ? items.chunks * items.rank_tiles * items.column_tiles : 0;
+  items.dvs = p.dv_partials != nullptr ? items.chunks * adapter.tasks * items.v_rank_tiles : 0;
   items.fusions = p.dfusion != nullptr ? adapter.tasks : 0;
   items.gates = p.dgate != nullptr ? adapter.gates * items.gate_tiles : 0;
-  items.a_sums = p.da_planes != nullptr ? tiles(rank * columns, kSumElements) : 0;
-  items.b0_sums = p.db0_planes != nullptr ? tiles(outputs * rank, kSumElements) : 0;
-  items.u_sums = p.du_planes != nullptr ? adapter.tasks * tiles(outputs * adapter.sub_rank, kSumElements) : 0;
-  items.v_sums = p.dv_planes != nullptr ? adapter.tasks * tiles(rank * adapter.sub_rank, kSumElements) : 0;
+  items.a_sums = p.da_partials != nullptr ? tiles(rank * columns, kSumElements) : 0;
+  items.b0_sums = p.db0_partials != nullptr ? tiles(outputs * rank, kSumElements) : 0;
+  items.u_sums = p.du_partials != nullptr ? adapter.tasks * tiles(outputs * adapter.sub_rank, kSumElements) : 0;
+  items.v_sums = p.dv_partials != nullptr ? adapter.tasks * tiles(rank * adapter.sub_rank, kSumElements) : 0;
   return items;
 }
 

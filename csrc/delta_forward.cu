@@ -20,7 +20,7 @@ PART void product_share(const Forward& p, bool base, Coordinates at) {
   const Matrix& right = base ? p.weight : adapter.a;
   const int rights = base ? adapter.outputs : adapter.rank, share = at.third;
   const int stride = padded(rights);
-  float* planes = base ? p.base_planes : p.planes;
+  float* partials = base ? p.base_partials : p.partials;
   const bool dropped = !base && adapter.seed != nullptr;
   const Range rows = tile_range(at.first, kM, adapter.rows), columns = tile_range(at.second, kTileN, rights);
   const int filled = whole_tiles(rows.count);
@@ -46,7 +46,7 @@ PART void product_share(const Forward& p, bool base, Coordinates at) {
         }
         product.step(left_at(stage), right_at(stage), columns.count, tiles_below(filled));
       });
-  float* const to = planes + (share * adapter.rows + rows.first) * stride + columns.first;
+  float* const to = partials + (share * adapter.rows + rows.first) * stride + columns.first;
   const int stored = stride - static_cast<int>(columns.first);
   product.template for_each<4>([&](int i, int j, float (&values)[4]) {
     if (i < rows.count && j < stored) store_vector(to + int64_t{i} * stride + j, values);
@@ -150,7 +150,7 @@ PART void expand(const Forward& p, int row_tile, int group) {
           const int count = at.columns.count - j;
           Vector<float, 8> base = {};
           if (kBase && p.base_splits > 0) {
-            base = sum_of_splits<8>(p.base_planes + row * base_width + column, adapter.rows * base_width, p.base_splits);
+            base = sum_of_splits<8>(p.base_partials + row * base_width + column, adapter.rows * base_width, p.base_splits);
           }
           UNROLL
           for (int e = 0; e < 8; ++e) {
@@ -174,7 +174,7 @@ DEVICE void run_item(const Forward& p, int phase, int item) {
     T* qz = static_cast<T*>(p.qz);
     T* q = static_cast<T*>(p.q);
     const bool fused = q != nullptr;
-    prepare<T>({&adapter, p.planes, p.splits, static_cast<T*>(p.h), fused ? qz : nullptr, fused ? q : qz,
+    prepare<T>({&adapter, p.partials, p.splits, static_cast<T*>(p.h), fused ? qz : nullptr, fused ? q : qz,
                 fused ? adapter.q_width() : adapter.width(), qz + adapter.q_width(), adapter.width(),
                 fused ? adapter.scaling : 1.0f, p.launch.shared},
                item);

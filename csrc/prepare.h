@@ -10,9 +10,9 @@ constexpr int kSumRows = 16;  // of a tile in the phases that add partial sums: 
 template <typename T>
 struct Prepare {
   const Adapter* adapter;
-  const float* planes;  // [splits, M, q_width] shares of h; null where h is given
+  const float* partials;  // [splits, M, q_width] shares of h; null where h is given
   int splits;
-  T* h;       // [M, R]: written where there are planes, read otherwise
+  T* h;       // [M, R]: written where there are partials, read otherwise
   T* fq;      // scale f q in rows of `stride`, or null
   T* q;       // q in rows of q_stride
   int q_stride;
@@ -38,15 +38,15 @@ PART void prepare(const Prepare<T>& p, int row_tile) {
     Vector<T, 4> h, q, fq;
     float gate[4];
     Vector<float, 4> sum = {};
-    if (p.planes != nullptr) {
-      sum = sum_of_splits<4>(p.planes + row * width + r, adapter.rows * width, p.splits);
+    if (p.partials != nullptr) {
+      sum = sum_of_splits<4>(p.partials + row * width + r, adapter.rows * width, p.splits);
       UNROLL
       for (float& value : sum.values) value *= adapter.keep_scale;
       store(p.h + row * adapter.rank + r, sum.values, count);
     }
     UNROLL
     for (int j = 0; j < 4; ++j) {
-      h.values[j] = p.planes != nullptr || j >= count ? rounded<T>(sum.values[j]) : p.h[row * adapter.rank + r + j];
+      h.values[j] = p.partials != nullptr || j >= count ? rounded<T>(sum.values[j]) : p.h[row * adapter.rank + r + j];
       gate[j] = j < count ? gate_of<T>(adapter, row, r + j) : 0.0f;
     }
     const float f = p.fq != nullptr && list.exists(adapter, i) ? p.scale * share_of_b0<T>(adapter, list.ids[i]) : 0.0f;

@@ -168,8 +168,8 @@ std::tuple<Tensor, Tensor> delta_forward(Tensor x, Optional weight, Optional bia
   one_launch = one_launch && !weight;
   plan(p, type, one_launch);
   p.qz = make.activation(true, {rows, p.adapter.width()});
-  p.planes = make.floats(true, {p.splits, rows, p.adapter.q_width()});
-  p.base_planes = make.floats(p.base_splits > 0, {p.base_splits, rows, padded(p.adapter.outputs)});
+  p.partials = make.floats(true, {p.splits, rows, p.adapter.q_width()});
+  p.base_partials = make.floats(p.base_splits > 0, {p.base_splits, rows, padded(p.adapter.outputs)});
   run(p, type, one_launch, current_stream(x));
   return {call.y, call.h};
 }
@@ -226,14 +226,14 @@ std::vector<Tensor> delta_backward(Tensor dy, Optional weight, Optional x, Optio
   p.q = make.activation(p.fqz != nullptr, {rows, adapter.q_width()});
   p.spans = make.integers(db0 || du || dv, {chunks, tasks, 2});
   p.dh = make.activation(dh, {rows, adapter.q_width()});
-  p.planes = make.floats(dh, {p.splits, rows, adapter.width()});
+  p.partials = make.floats(dh, {p.splits, rows, adapter.width()});
   p.seq = make.activation(dv, {rows, padded(adapter.sub_rank)});
   p.dq_h = make.floats(dgate, {rows, rank});
   p.dfusion_rows = make.floats(dfusion, {rows});
-  p.da_planes = make.floats(da, {chunks, p.a_share});
-  p.db0_planes = make.floats(db0, {chunks, p.b0_share});
-  p.du_planes = make.floats(du, {chunks, tasks, p.u_share});
-  p.dv_planes = make.floats(dv, {chunks, tasks, p.v_share});
+  p.da_partials = make.floats(da, {chunks, p.a_share});
+  p.db0_partials = make.floats(db0, {chunks, p.b0_share});
+  p.du_partials = make.floats(du, {chunks, tasks, p.u_share});
+  p.dv_partials = make.floats(dv, {chunks, tasks, p.v_share});
   void* const dx = p.dx;
   if (weight && dx != nullptr) p.dx = nullptr;
   run(p, type, one_launch, current_stream(dy));
@@ -270,7 +270,7 @@ std::tuple<Tensor, Tensor> fused_linear_forward(Tensor x, Tensor weight, Optiona
   plan(p, type, false);
   p.qz = make.activation(true, {rows, adapter.width()});
   p.q = make.activation(true, {rows, adapter.q_width()});
-  p.planes = make.floats(true, {p.splits, rows, adapter.q_width()});
+  p.partials = make.floats(true, {p.splits, rows, adapter.q_width()});
   run(p, type, false, stream);
 
   const int64_t sub_rank = adapter.sub_rank, tasks = u ? adapter.tasks : 0;

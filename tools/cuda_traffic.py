@@ -13,7 +13,7 @@ THREADS, STEP, TILE, WIDE = 256, 64, 128, 192  # of a block; columns of a step, 
 MANY_ROWS, FEW_ROWS_UP_TO = 128, 64  # up to so many rows are one tile of the forward
 FEW_ROWS = SUM_ROWS = 16  # of a tile of few rows in the backward, and where partial sums are added
 MOST_SPLITS = 8  # loads that are under way at once
-PLANE_BYTES, SUM_BLOCK = 1 << 28, 8 * THREADS
+PARTIAL_BYTES, SUM_BLOCK = 1 << 28, 8 * THREADS
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def expanding_at_once(shape: Shape) -> int:
 
 
 def chunk_rows(shape: Shape) -> int:
-    chunk, plane = 512 if shape.rows <= 2048 else 2048, FLOAT * shape.tasks * shape.outputs * shape.sub_rank
-    while chunk < shape.rows and ceil(shape.rows, chunk) * plane > PLANE_BYTES:
+    chunk, partial = 512 if shape.rows <= 2048 else 2048, FLOAT * shape.tasks * shape.outputs * shape.sub_rank
+    while chunk < shape.rows and ceil(shape.rows, chunk) * partial > PARTIAL_BYTES:
         chunk *= 2
     return chunk
 
@@ -75,17 +75,17 @@ def forward(shape: Shape, base: bool, blocks: int, expanding: int | None = None)
         Traffic(0, "a", row_tiles * r * k * act, r * k * act),
         Traffic(0, "partials", partials, partials),
     ]
-    items, base_planes, base_loads = row_tiles * rank_tiles * splits, 0, 0
+    items, base_partials, base_loads = row_tiles * rank_tiles * splits, 0, 0
     if base:
         base_splits = shares(output_tiles, blocks, ceil(k, STEP), 8, MOST_SPLITS)
-        base_planes, weight = base_splits * m * padded(n) * FLOAT, n * k * act
+        base_partials, weight = base_splits * m * padded(n) * FLOAT, n * k * act
         # A thread has eight neighbours in each sixteen rows, and stores them before it loads the next.
         base_loads = sum_passes * ceil(output_tiles, groups)
         items += output_tiles * base_splits
         moved += [
             Traffic(0, "x", output_tiles * m * k * act, 0),
             Traffic(0, "weight", weight, weight),
-            Traffic(0, "base_planes", base_planes, base_planes),
+            Traffic(0, "base_partials", base_partials, base_partials),
         ]
     yield Phase(items, moved, 2 * computed * k * (r + n * base), at_once=2)
     moved = [
@@ -101,7 +101,7 @@ def forward(shape: Shape, base: bool, blocks: int, expanding: int | None = None)
         Traffic(2, "qz", groups * qz, qz),
         Traffic(2, "b0", (passes if many else 1) * n * r * act, n * r * act),
         Traffic(2, "u", passes * n * s * act, shape.tasks * n * s * act),
-        Traffic(2, "base_planes", base_planes, base_planes),
+        Traffic(2, "base_partials", base_partials, base_partials),
         Traffic(2, "y", m * n * act, m * n * act),
     ]
     by_task = passes * MANY_ROWS if many else sum_passes * SUM_ROWS
@@ -144,8 +144,8 @@ def backward(shape: Shape, blocks: int, dx: bool) -> Iterator[Phase]:
         Traffic(1, "u", passes * n * s * act, tasks * n * s * act),
         Traffic(1, "fqz", output_tiles * qz, qz),
         Traffic(1, "partials", partials, partials),
-        Traffic(1, "db0_planes", db0, db0),
-        Traffic(1, "du_planes", du, du),
+        Traffic(1, "db0_partials", db0, db0),
+        Traffic(1, "du_partials", du, du),
     ]
     items = row_tiles * wide_tiles * splits + chunks * output_tiles * outer_tiles
     yield Phase(items, moved, 2 * (passes * tile + m) * n * width)
@@ -163,10 +163,10 @@ def backward(shape: Shape, blocks: int, dx: bool) -> Iterator[Phase]:
         Traffic(3, "dh", (column_tiles + dx * groups) * q, q),
         Traffic(3, "a", dx * row_tiles * r * k * act, dx * r * k * act),
         Traffic(3, "dx", dx * m * k * act, dx * m * k * act),
-        Traffic(3, "da_planes", da, da),
+        Traffic(3, "da_partials", da, da),
         Traffic(3, "seq", v_tiles * seq, seq),
         Traffic(3, "q", q, q),
-        Traffic(3, "dv_planes", dv, dv),
+        Traffic(3, "dv_partials", dv, dv),
     ]
     items = dx * row_tiles * groups + chunks * (ceil(r, TILE) * column_tiles + tasks * v_tiles) + tasks
     yield Phase(items, moved, 2 * (row_tiles * tile * dx + m) * r * k + 2 * m * r * s)

@@ -92,7 +92,7 @@ def test_products_come_in_waves_of_the_tiles_that_suit_them(result, waves):
 
 
 def test_sizes_of_the_cuda_kernels():
-    """By hand from csrc: the forward at few rows and at 8192, the backward at 8192, chunks whose planes are bounded."""
+    """By hand from csrc: the forward at few rows and at 8192, the backward at 8192, chunks whose partials are bounded."""
     one, many = (traffic.Shape(m, *GATE_UP, 128, 64) for m in (1, 8192))
     shrink, prepare, expand = cuda_traffic.forward(one, True, 132)
     assert (shrink.items, prepare.items, expand.items) == (8 + 86 * 3, 1, 86)

@@ -541,7 +541,7 @@ def test_the_fused_product_leaves_what_it_cannot_do_to_the_other_plans(monkeypat
 
 @pytest.mark.parametrize("rows, tasks", [(48, 1), (48, 6), (256, 1), (256, 4), (640, 5)])
 def test_items_copies_and_stores_are_those_that_the_model_counts(rows, tasks, device):
-    """A block takes one item where there are more blocks than items; planes are not copied; whole vectors are stored."""
+    """A block takes one item where there are more blocks than items; partials are not copied; whole vectors are stored."""
     blocks = 400
     device(processors=blocks)
     columns, outputs, rank, sub_rank = 192, 256, 32, 16
@@ -566,7 +566,7 @@ def test_items_copies_and_stores_are_those_that_the_model_counts(rows, tasks, de
     copied = {(0, "x"), (0, "a"), (0, "weight"), (1, "v"), (1, "q"), (2, "qz"), (2, "b0"), (2, "u")}
     (_, h), found = counted(lambda: cuda_backend.run_forward(i.x, None, args, False, weight if decode else None))
     z = rows * sub_rank * 2
-    stored = {(0, "partials"), (0, "base_planes"), (1, "h"), (2, "y")}
+    stored = {(0, "partials"), (0, "base_partials"), (1, "h"), (2, "y")}
     items, moved, written = planned(cuda_traffic.forward(shape, decode, blocks), copied, stored)
     assert found == (items, moved, written + z)
     copied = {(0, "q"), (0, "v"), (1, "dy"), (1, "b0"), (1, "u"), (1, "fqz"), (2, "v"), (3, "x"), (3, "dh"), (3, "a")}
@@ -579,12 +579,12 @@ def test_items_copies_and_stores_are_those_that_the_model_counts(rows, tasks, de
     )  # both shares of the tiles that the last chunk lacks
     stored = {
         (1, "partials"),
-        (1, "db0_planes"),
-        (1, "du_planes"),
+        (1, "db0_partials"),
+        (1, "du_partials"),
         (2, "dh"),
         (3, "dx"),
-        (3, "da_planes"),
-        (3, "dv_planes"),
+        (3, "da_partials"),
+        (3, "dv_partials"),
     }
     stored |= {(4, "gradients")}
     items, moved, written = planned(cuda_traffic.backward(shape, blocks, True), copied, stored)

@@ -190,13 +190,13 @@ MIB = 1 << 20
 @pytest.mark.parametrize(
     "rows, tasks, forward, backward",
     [
-        (8, 8, 0.1, 29.3),  # 16 planes of h; sums in fp32: da 2, db0 5.4, du 21.5
+        (8, 8, 0.1, 29.3),  # 16 partials of h; sums in fp32: da 2, db0 5.4, du 21.5
         (
             8192,
             1,
             1,
             55.5,
-        ),  # z; dh 2, Q 1, planes of both 12, and for each of four chunks of rows da 2, db0 5.4, du 2.7
+        ),  # z; dh 2, Q 1, partials of both 12, and for each of four chunks of rows da 2, db0 5.4, du 2.7
         (8192, 8, 1, 131.6),  # du of eight tasks: 21.5 a chunk
         (8192, 64, 1, 196.5),  # du of 64 tasks, 172, leaves room for one chunk
     ],

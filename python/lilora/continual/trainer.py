@@ -171,7 +171,9 @@ class TaskTrainer(Trainer):
     def load(self, checkpoint: str) -> None:
         """The tensors and the Trainer's state of a checkpoint."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
-        self.args.logging_steps = self.state.logging_steps  # given as a share of all steps, of which the Trainer would warn
+        self.args.logging_steps = (
+            self.state.logging_steps
+        )  # given as a share of all steps, of which the Trainer would warn
         with safe_open(Path(checkpoint) / TENSORS, framework="pt") as stored:
             for name, tensor in self.trainable().items():
                 tensor.copy_(sharded_like(tensor, stored.get_tensor(name)))

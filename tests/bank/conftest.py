@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support.word_tokenizer import word_tokenizer
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -11,25 +11,12 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %}"
 )
-
-
-def tokenizer():
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, "what"))}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = ("pad_token", "bos_token", "eos_token", "unk_token")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        additional_special_tokens=["<image>"],
-        **dict(zip(names, SPECIAL, strict=False)),
-    )
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +41,7 @@ def llava_folder(tmp_path_factory):
     LlavaForConditionalGeneration(config).save_pretrained(folder)
     LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=8),
-        tokenizer(),
+        word_tokenizer(["what"], "<image>"),
         patch_size=4,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -78,5 +65,7 @@ def clip_folder(tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("clip")
     CLIPModel(config).save_pretrained(folder)
-    CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=8), tokenizer()).save_pretrained(folder)
+    CLIPProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=8), word_tokenizer(["what"], "<image>")
+    ).save_pretrained(folder)
     return folder

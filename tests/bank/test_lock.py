@@ -30,7 +30,9 @@ def holder(tmp_path):
                 time.sleep(60)
             os._exit(0)
         children.append(child)
-        os.read(reader, 1)
+        os.close(writer)  # a child that dies ends the read
+        assert os.read(reader, 1) == b"."
+        os.close(reader)
         return child
 
     yield hold
@@ -133,8 +135,10 @@ def test_a_child_that_outlives_the_holder_does_not_hold_on(tmp_path):
                 time.sleep(60)
             os.write(writer, str(grandchild).encode())
             os.kill(os.getpid(), signal.SIGKILL)
+    os.close(writer)
     os.waitpid(child, 0)
     grandchild = int(os.read(reader, 20))
+    os.close(reader)
     try:
         with locked(tmp_path):
             pass

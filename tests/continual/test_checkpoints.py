@@ -186,7 +186,9 @@ def test_two_processes_cannot_write_to_one_run(suite, tmp_path, lilora, train_op
         with locked(tmp_path / "run" / "bank"):
             os.write(writer, b".")
             time.sleep(60)
-    os.read(reader, 1)
+    os.close(writer)  # a child that dies ends the read
+    assert os.read(reader, 1) == b"."
+    os.close(reader)
     try:
         for refused in (command, ["bank", "rm", tmp_path / "run", "--task", "colour"]):
             code, _, err = lilora(*refused)

@@ -5,8 +5,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from support.word_tokenizer import word_tokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from lilora.continual.collator import Collator
@@ -30,20 +29,10 @@ TILES = [[16, 32], [32, 16], [32, 32]]
 
 
 def tokenizer(**named):
-    special = ["<pad>", "<s>", "</s>", "<unk>", *named.values()]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=list(named.values()),
-    )
+    made = word_tokenizer(WORDS, *named.values())
     for name, token in named.items():
         setattr(made, name, token)
-        setattr(made, f"{name}_id", special.index(token))
+        setattr(made, f"{name}_id", made.convert_tokens_to_ids(token))
     return made
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support.word_tokenizer import word_tokenizer
 from torch import nn
 from transformers import (
     AutoProcessor,
@@ -23,7 +23,6 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
@@ -43,18 +42,8 @@ VISION = PLAIN | {"image_size": 16, "patch_size": 8}
 
 
 def make_tokenizer(*extra):
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *extra]
     words = sorted({word for question, answers in QUESTIONS.values() for word in (*question.split(), *answers)} | {":"})
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>", *extra],
-    )
+    return word_tokenizer(words, "<image>", *extra)
 
 
 def text_config(tokenizer):

@@ -8,27 +8,14 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
+from support.word_tokenizer import word_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 from lilora.bank.bank import Bank
 from lilora.continual.base_model import load_bank
 
 WORDS = [
-    "which",
-    "colour",
-    "is",
-    "it",
-    "how",
-    "many",
-    "are",
-    "there",
-    "one",
-    "two",
-    "three",
-    "red",
-    "green",
-    "blue",
+    *["which", "colour", "is", "it", "how", "many", "are", "there", "one", "two", "three", "red", "green", "blue"],
     ":",
     "?",
 ]
@@ -44,13 +31,10 @@ def texts(tmp_path_factory):
     """The folder of a suite of two tasks, as JSON lines of messages, with a tiny Llama."""
     folder = tmp_path_factory.mktemp("texts")
     torch.manual_seed(0)
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATE, **names).save_pretrained(folder / "base")
+    tokenizer = word_tokenizer(WORDS, chat_template=TEMPLATE)
+    tokenizer.save_pretrained(folder / "base")
     config = LlamaConfig(
-        vocab_size=len(special + WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "base")

@@ -7,7 +7,7 @@ import torch
 import transformers
 from peft import get_peft_model
 from support.habits import MLP, randomise, settings
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support.word_tokenizer import word_tokenizer
 
 from lilora.errors import UserError
 
@@ -16,7 +16,7 @@ trl = pytest.importorskip(
 )
 datasets = pytest.importorskip("datasets")
 
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefgh", "yes", "no"]
+WORDS = [*"abcdefgh", "yes", "no"]
 PROMPTS = ["a b c", "d e f"]
 SFT = [
     {"prompt": prompt, "completion": f" {answer} g h"} for prompt, answer in zip(PROMPTS, ("yes", "no"), strict=True)
@@ -25,18 +25,14 @@ DPO = [{"prompt": prompt, "chosen": " yes g", "rejected": " no"} for prompt in P
 
 
 def tokenizer():
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return word_tokenizer(WORDS)
 
 
 def base():
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=len(WORDS),
+            vocab_size=len(tokenizer()),
             hidden_size=16,
             intermediate_size=24,
             num_hidden_layers=1,

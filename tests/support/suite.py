@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -15,8 +14,9 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
+
+from support.word_tokenizer import word_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
@@ -52,17 +52,7 @@ TASKS = {
 
 def make_model(folder):
     torch.manual_seed(0)
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + sorted(set(WORDS)))}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )
+    tokenizer = word_tokenizer(sorted(set(WORDS)), "<image>")
     images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
     processor = LlavaProcessor(
         images,

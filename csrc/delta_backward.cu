@@ -5,32 +5,22 @@
 // Phase 2  dh of tiles of rows, and each row's part of the other gradients
 // Phase 3  dx, and all that reads x: shares of dA; shares of dV_t; dfusion and dgate
 // Phase 4  the sums of the shares of dA, dB0, dU_t and dV_t, in order
+#include "finish_dh.h"
+#include "gradient_sums.h"
 #include "plan.h"
 #include "prepare.h"
 
 namespace lilora {
 
-constexpr int kFewRows = 16;                   // of a tile of a call of few rows
-constexpr int kOuterM = 128;                   // rows of a tile of a product that sums over rows
-constexpr int kDxN = 128;                      // columns of a tile of dx
-constexpr int kGateColumns = 32;               // of an item of dgate
-constexpr int kSumElements = 8 * kThreads;     // of an item of phase 4
-
-constexpr int kOuterN = 192;                   // columns of a tile of a product that sums over rows
+constexpr int kFewRows = 16;  // of a tile of a call of few rows
+constexpr int kOuterM = 128;  // rows of a tile of a product that sums over rows
+constexpr int kOuterN = 192;  // columns of such a tile
+constexpr int kDxN = 128;     // columns of a tile of dx
 
 // Columns of a tile of [P | Q].
 HOST_DEVICE constexpr int wide_columns(int tile_rows) { return tile_rows == kManyRows ? 192 : 256; }
 template <int kM>
 constexpr int kWide = wide_columns(kM);
-
-template <typename T>
-DEVICE void store_gradient(void* to, bool wide, int64_t at, float value) {
-  if (wide) {
-    static_cast<float*>(to)[at] = value;
-  } else {
-    static_cast<T*>(to)[at] = rounded<T>(value);
-  }
-}
 
 DEVICE Range chunk_rows(const Backward& p, int chunk) { return tile_range(chunk, p.chunk, p.adapter.rows); }
 
@@ -175,133 +165,6 @@ PART void outer_product(const Backward& p, Outer kind, int chunk, int left_tile,
   });
 }
 
-// The sums of the shares of P and Q of a tile of rows lie in shared memory: floats of a row, so that eight rows lie in
-// different banks.
-HOST_DEVICE constexpr int sums_stride(int width) { return (width + 31) / 32 * 32 + 8; }
-HOST_DEVICE constexpr int finish_panel(int width, int steps) {  // in chunks, with the rows of Q
-  return kSumRows * (steps * 8 + sums_stride(width) / 4);
-}
-
-// From the shares of P and Q: dh of a tile of rows, and what the gradients of v, fusion and gate sum up.
-template <typename T>
-PART void finish_dh(const Backward& p, int row_tile) {
-  constexpr int kM = kSumRows;
-  using Tiles = Product<T, kM, 128, false, true>;
-  const Adapter& adapter = p.adapter;
-  const Range rows = tile_range(row_tile, kM, adapter.rows);
-  const int width = adapter.width(), q_width = adapter.q_width(), z_width = padded(adapter.sub_rank);
-  TaskList<kM>& list = Workspace<kM>::list();
-  list.fill(adapter, rows);
-  const int steps = static_cast<int>(ceil_div(z_width, kDepth)), stride = sums_stride(width);
-  const int panel = finish_panel(width, steps);
-  float* sums = reinterpret_cast<float*>(Workspace<kM>::panel() + Workspace<kM>::panel_chunks(steps));  // [kM, stride]
-  Chunk* stage_memory = Workspace<kM>::panel() + panel;
-  float* row_sums = reinterpret_cast<float*>(stage_memory);  // [kM, kWarpsN], between products
-  const int stages = Workspace<kM>::stages(p.launch.shared, panel, Tiles::kChunksB);
-  auto panel_at = [&](int k) { return typename Tiles::A{Workspace<kM>::panel() + Workspace<kM>::panel_chunks(k)}; };
-  auto right_at = [&](int stage) { return typename Tiles::B{stage_memory + stage * Tiles::kChunksB}; };
-
-  for (int at = threadIdx.x; at < kM * width / 4; at += kThreads) {
-    const int i = at / (width / 4), column = at % (width / 4) * 4;
-    Vector<float, 4> sum = {};
-    if (i < rows.count && list.exists(adapter, i)) {  // others have none
-      sum = sum_of_splits<4>(p.partials + (rows.first + i) * width + column, adapter.rows * width, p.splits);
-    }
-    *reinterpret_cast<Vector<float, 4>*>(sums + i * stride + column) = sum;
-  }
-  __syncthreads();
-
-  // Q in the type of activations, and s e Q for dV.
-  for (int at = threadIdx.x; at < kM * steps * kDepth; at += kThreads) {
-    const int i = at / (steps * kDepth), s = at % (steps * kDepth);
-    const float q_u = s < z_width ? sums[i * stride + q_width + s] : 0.0f;
-    panel_at(s / kDepth).at(i, s % kDepth) = rounded<T>(q_u);
-    if (p.seq != nullptr && i < rows.count && s < z_width) {
-      const float e = list.exists(adapter, i) ? share_of_uv<T>(adapter, list.ids[i]) : 0.0f;
-      static_cast<T*>(p.seq)[(rows.first + i) * z_width + s] = rounded<T>(adapter.scaling * e * q_u);
-    }
-  }
-  // Rows without a task that exists.
-  for (int at = threadIdx.x; at < rows.count * q_width; at += kThreads) {
-    const int i = at / q_width, r = at % q_width;
-    if (list.exists(adapter, i)) continue;
-    const float missing = list.missing(i);
-    static_cast<T*>(p.dh)[(rows.first + i) * q_width + r] = rounded<T>(r < adapter.rank ? missing : 0.0f);
-    if (p.dq_h != nullptr && r < adapter.rank) p.dq_h[(rows.first + i) * adapter.rank + r] = missing;
-  }
-  __syncthreads();
-
-  for (int task = 0; task < list.count; ++task) {
-    const int id = list.tasks[task];
-    const float f = share_of_b0<T>(adapter, id), e = share_of_uv<T>(adapter, id);
-    float dfusion[Tiles::kTilesM][2] = {};
-    for (int first = 0; first < q_width; first += 128) {
-      Tiles product;
-      product.clear();
-      pipeline(
-          steps, stages,
-          [&](int step, int stage) {
-            const int s = step * kDepth;
-            load_tile<kDepth>(right_at(stage), adapter.v, int64_t{id} * adapter.sub_rank + s, adapter.sub_rank - s,
-                                 first, adapter.rank - first);
-          },
-          [&](int step, int stage) { product.step(panel_at(step), right_at(stage), adapter.rank - first); });
-      UNROLL
-      for (int m = 0; m < Tiles::kTilesM; ++m) {
-        UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int i = Tiles::row(m, half);
-          if (list.ids[i] != id) continue;
-          const int64_t row = rows.first + i;
-          UNROLL
-          for (int j = 0; j < Tiles::kTilesN; ++j) {
-            const int r = first + Tiles::column(j);
-            if (r >= q_width) continue;  // the width is even
-            UNROLL
-            for (int next = 0; next < 2; ++next) {
-              const int at = r + next;
-              float& value = product.c[m][j][2 * half + next];
-              const float b0_part = sums[i * stride + at], uv_part = value;
-              const float dq = adapter.scaling * (f * b0_part + e * uv_part);
-              value = 0;
-              if (at < adapter.rank) {
-                if (p.dfusion_rows != nullptr) {
-                  dfusion[m][half] += (b0_part - uv_part) * to_float(static_cast<const T*>(p.q)[row * q_width + at]);
-                }
-                if (p.dq_h != nullptr) {
-                  p.dq_h[row * adapter.rank + at] = dq * element<T>(p.h, row * p.h.stride + at);
-                }
-                value = dq * gate_of<T>(adapter, row, at);
-              }
-            }
-          }
-        }
-      }
-      product.template for_each<8>([&](int i, int r, float (&dh)[8]) {
-        if (list.ids[i] == id && first + r < q_width) {
-          store_vector(static_cast<T*>(p.dh) + (rows.first + i) * q_width + first + r, dh);
-        }
-      });
-    }
-    if (p.dfusion_rows == nullptr) continue;
-    UNROLL
-    for (int m = 0; m < Tiles::kTilesM; ++m) {
-      UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const float of_warp = sum_of_four(dfusion[m][half]);
-        row_sums[Tiles::row(m, half) * Tiles::kWarpsN + threadIdx.x / 32 % Tiles::kWarpsN] = of_warp;
-      }
-    }
-    __syncthreads();
-    if (const int i = threadIdx.x; i < kM && list.ids[i] == id) {
-      float total = 0;
-      for (int warp = 0; warp < Tiles::kWarpsN; ++warp) total += row_sums[i * Tiles::kWarpsN + warp];
-      p.dfusion_rows[rows.first + i] = adapter.scaling * f * e * total;
-    }
-    __syncthreads();
-  }
-}
-
 // dx = D'(dh A) of a tile of rows and some tiles of columns.
 template <typename T, int kM>
 PART void input_gradient(const Backward& p, int row_tile, int group) {
@@ -347,125 +210,6 @@ PART void input_gradient(const Backward& p, int row_tile, int group) {
           store(dx + int64_t{i} * adapter.columns + j, values, columns.count - j);
         });
       });
-}
-
-// The sum of one number of each thread, by halves; thread 0 gets it.
-DEVICE float block_sum(float value) {
-  float* values = reinterpret_cast<float*>(shared_memory());
-  __syncthreads();
-  values[threadIdx.x] = value;
-  __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (static_cast<int>(threadIdx.x) < half) values[threadIdx.x] += values[threadIdx.x + half];
-    __syncthreads();
-  }
-  return values[0];
-}
-
-// The sum of value(row) over rows first, first + step, ... that are wanted, in order, with several loads under way.
-template <typename Wanted, typename Value>
-DEVICE float sum_of_rows(int64_t first, int step, int64_t rows, Wanted wanted, Value value) {
-  float sum = 0;
-  for (int64_t row = first; row < rows; row += kMostSplits * step) {
-    float values[kMostSplits] = {};
-    UNROLL
-    for (int i = 0; i < kMostSplits; ++i) {
-      if (row + i * step < rows && wanted(row + i * step)) values[i] = value(row + i * step);
-    }
-    UNROLL
-    for (int i = 0; i < kMostSplits; ++i) sum += values[i];
-  }
-  return sum;
-}
-
-template <typename T>
-PART void fusion_gradient(const Backward& p, int task) {
-  const float sum = block_sum(sum_of_rows(
-      threadIdx.x, kThreads, p.adapter.rows, [&](int64_t row) { return task_of(p.adapter, row) == task; },
-      [&](int64_t row) { return p.dfusion_rows[row]; }));
-  if (threadIdx.x == 0) store_gradient<T>(p.dfusion, p.wide_fusion, task, sum);
-}
-
-template <typename T>
-PART void gate_gradient(const Backward& p, int gate, int column_tile) {
-  const Adapter& adapter = p.adapter;
-  constexpr int kLines = kThreads / kGateColumns;
-  const int line = threadIdx.x / kGateColumns, column = threadIdx.x % kGateColumns;
-  const int r = column_tile * kGateColumns + column;
-  float sum = 0;
-  if (r < adapter.rank) {
-    sum = sum_of_rows(
-        line, kLines, adapter.rows,
-        [&](int64_t row) { return adapter.gate_row == nullptr || adapter.gate_row[row] == gate; },
-        [&](int64_t row) { return p.dq_h[row * adapter.rank + r]; });
-  }
-  float* values = reinterpret_cast<float*>(shared_memory());
-  __syncthreads();
-  values[threadIdx.x] = sum;
-  __syncthreads();
-  if (line == 0 && r < adapter.rank) {
-    for (int other = 1; other < kLines; ++other) sum += values[other * kGateColumns + column];
-    store_gradient<T>(p.dgate, p.wide_gate, int64_t{gate} * adapter.rank + r, sum);
-  }
-  __syncthreads();
-}
-
-// out [T, size] is the sum over the chunks of partials [chunks, T, share]; those of tasks without rows were never written.
-struct Sum {
-  const float* partials;
-  int64_t share;
-  void* out;
-  bool wide, by_task;
-  int64_t size;
-};
-
-template <typename T>
-DEVICE void sum_partials(const Backward& p, int item) {
-  const Items& items = p.counts;
-  const int64_t k = p.adapter.columns, n = p.adapter.outputs, r = p.adapter.rank, s = p.adapter.sub_rank;
-  Sum of = {p.da_partials, p.a_share, p.da, p.wide_a, false, r * k};
-  if (item >= items.a_sums) {
-    of = {p.db0_partials, p.b0_share, p.db0, p.wide_b0, false, n * r};
-    item -= items.a_sums;
-    if (item >= items.b0_sums) {
-      of = {p.du_partials, p.u_share, p.du, p.wide_u, true, n * s};
-      item -= items.b0_sums;
-      if (item >= items.u_sums) {
-        of = {p.dv_partials, p.v_share, p.dv, p.wide_v, true, s * r};
-        item -= items.u_sums;
-      }
-    }
-  }
-  const int tasks = of.by_task ? p.adapter.tasks : 1;
-  const int64_t size = of.size;
-  const int chunks = static_cast<int>(ceil_div(p.adapter.rows, p.chunk));
-  const int64_t per_task = ceil_div(size, kSumElements), task = item / per_task, first = item % per_task * kSumElements;
-  NO_UNROLL
-  for (int64_t at = first + 4 * threadIdx.x; at < size && at < first + kSumElements; at += 4 * kThreads) {
-    Vector<float, 4> sum = {};
-    NO_UNROLL
-    for (int chunk = 0; chunk < chunks; chunk += kMostSplits) {
-      Vector<float, 4> parts[kMostSplits] = {};
-      UNROLL
-      for (int i = 0; i < kMostSplits; ++i) {
-        const int64_t partial = (chunk + int64_t{i}) * tasks + task;
-        if (chunk + i >= chunks || (of.by_task && p.spans[2 * partial + 1] < p.spans[2 * partial])) continue;
-        parts[i] = *reinterpret_cast<const Vector<float, 4>*>(of.partials + partial * of.share + at);
-      }
-      UNROLL
-      for (int i = 0; i < kMostSplits; ++i) {
-        UNROLL
-        for (int j = 0; j < 4; ++j) sum.values[j] += parts[i].values[j];
-      }
-    }
-    const int64_t to = task * size + at;
-    const int count = static_cast<int>(size - at < 4 ? size - at : 4);
-    if (of.wide) {
-      store(static_cast<float*>(of.out) + to, sum.values, count);
-    } else {
-      store(static_cast<T*>(of.out) + to, sum.values, count);
-    }
-  }
 }
 
 template <typename T, int kM>

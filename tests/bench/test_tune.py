@@ -17,6 +17,7 @@ from bench import tune
 from bench.compare import Wrong
 from bench.problems import ATTENTION, DOWN, GATE_UP
 from bench.timing import Machine
+from bench.tune_launches import AT_ONCE, FORWARD, KERNELS, ROWS, Entry, entries, problems, variant_once, variants
 from lilora_kernels.backends import ONE_LAUNCH_ROWS
 from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.delta import triton_configs
@@ -24,8 +25,8 @@ from tools.resources import Variant
 
 ROOT = Path(__file__).parents[2]
 MACHINE = Machine(torch.device("cpu"), rounds=5)
-FEW, *_, MORE, MOST = tune.ROWS
-ENTRY = tune.Entry("shrink", MOST)
+FEW, *_, MORE, MOST = ROWS
+ENTRY = Entry("shrink", MOST)
 
 
 class Timed:
@@ -50,7 +51,7 @@ class Timed:
         return {name: [once(found) for _ in range(rounds)] for name, found in configurations.items()}
 
 
-def run(cost, kernels=tune.KERNELS, rows=tune.ROWS, minutes=1.0, timed=Timed, **options):
+def run(cost, kernels=KERNELS, rows=ROWS, minutes=1.0, timed=Timed, **options):
     return tune.tune(MACHINE, kernels, rows, minutes, running=partial(timed, cost), **options)
 
 
@@ -67,15 +68,15 @@ def warps_matter(problem, sizes):
 
 
 def test_an_entry_is_held_out_on_rows_that_it_serves_and_shapes_that_were_not_searched():
-    entries = tune.entries(tune.KERNELS, tune.ROWS)
-    assert [str(entry) for entry in entries[:8]] == [
+    found = entries(KERNELS, ROWS)
+    assert [str(entry) for entry in found[:8]] == [
         f"shrink {MOST}", f"expand {MOST}", f"from_dy {MOST}", f"from_x {MOST}", f"add_partials {MOST}",
         f"delta_forward {ONE_LAUNCH_ROWS}", f"delta_backward {FEW}", f"shrink {MORE}",
     ]  # fmt: skip
-    places = [(entry.kernel, bucket) for entry in entries for bucket in entry.buckets]
-    assert sorted(places) == sorted(itertools.product(tune.KERNELS, tune.ROWS))
-    for entry in entries:
-        searched, held_out = tune.problems(entry, tiny=False)
+    places = [(entry.kernel, bucket) for entry in found for bucket in entry.buckets]
+    assert sorted(places) == sorted(itertools.product(KERNELS, ROWS))
+    for entry in found:
+        searched, held_out = problems(entry, tiny=False)
         for problem in (searched, *held_out):
             assert triton_configs.bucket(problem.rows) in entry.buckets
         assert triton_configs.bucket(entry.fewest - 1) not in entry.buckets or entry.fewest == 1
@@ -86,20 +87,20 @@ def test_an_entry_is_held_out_on_rows_that_it_serves_and_shapes_that_were_not_se
         assert {problem.rows for problem in held_out} == {entry.fewest, entry.rows}
 
 
-@pytest.mark.parametrize("kernel", tune.FORWARD)
+@pytest.mark.parametrize("kernel", FORWARD)
 def test_a_forward_has_one_configuration_for_all_rows_of_one_launch(kernel):
     """So that a row's bits depend on no other row there."""
-    few = [rows for rows in tune.ROWS if rows <= ONE_LAUNCH_ROWS]
+    few = [rows for rows in ROWS if rows <= ONE_LAUNCH_ROWS]
     better, (decision,) = run(lambda _, sizes: 100 * sizes["num_stages"], [kernel], few)
     assert better == {kernel: {str(rows): decision["found"] for rows in few}}
-    assert tune.entries([kernel], few[:1]) == tune.entries([kernel], few) == [tune.Entry(kernel, ONE_LAUNCH_ROWS)]
+    assert entries([kernel], few[:1]) == entries([kernel], few) == [Entry(kernel, ONE_LAUNCH_ROWS)]
 
 
-@pytest.mark.parametrize("kernel", tune.KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_every_constant_of_a_kernel_is_searched_one_at_a_time(kernel):
-    for rows in tune.ROWS:
-        present = tune.Entry(kernel, rows).present(MACHINE.device)
-        assert ("PROGRAMS" in present) == (kernel in tune.AT_ONCE)
+    for rows in ROWS:
+        present = Entry(kernel, rows).present(MACHINE.device)
+        assert ("PROGRAMS" in present) == (kernel in AT_ONCE)
         names = [name for group in tune.groups(present) for name in group]
         steps = [sizes.items() - present.items() for sizes in tune.neighbours(present, names).values()]
         assert {name for step in steps for name, _ in step} == present.keys() == set(names)
@@ -225,17 +226,17 @@ def test_a_configuration_that_fits_only_what_was_timed_is_refused():
 
 def test_wider_elements_larger_ranks_and_a_gate_have_to_fit_too():
     for large, sub_rank in ((True, 128), (False, 64)):
-        found = tune.variants(large)
+        found = variants(large)
         assert {Variant(masters=torch.float32), Variant(dtype=torch.float32), Variant(gate=True)} < set(found)
         assert Variant(masters=torch.float32, rank=256, sub_rank=sub_rank) in found
 
 
 def test_what_a_variant_needs_is_known_without_launching_it():
     present, masters = triton_configs.shrink(1024, True), Variant(masters=torch.float32)
-    entry = tune.Entry("shrink", 1024)
-    assert tune.variant_once(90, 227 * 1024, entry, present, masters) is None
-    assert tune.variant_once(90, 8 * 1024, entry, present, masters).startswith("OutOfResources: shrink needs ")
-    assert "CompilationError" in tune.variant_once(90, 227 * 1024, entry, present | {"BLOCK_M": 48}, masters)
+    entry = Entry("shrink", 1024)
+    assert variant_once(90, 227 * 1024, entry, present, masters) is None
+    assert variant_once(90, 8 * 1024, entry, present, masters).startswith("OutOfResources: shrink needs ")
+    assert "CompilationError" in variant_once(90, 227 * 1024, entry, present | {"BLOCK_M": 48}, masters)
 
 
 def test_entries_that_there_is_no_time_for_keep_their_configuration():
@@ -251,7 +252,7 @@ def test_entries_that_there_is_no_time_for_keep_their_configuration():
     improved = [decision["improved"] for decision in decisions]
     assert improved[0]
     assert not improved[-1]
-    assert len(improved) == len(tune.entries(tune.KERNELS, tune.ROWS))
+    assert len(improved) == len(entries(KERNELS, ROWS))
     reasons = {decision["reason"] for decision in decisions}
     assert reasons >= {"no time left", "no time left to validate what was found"}
     assert clock < 120 + 2 * len(decisions)  # an entry may overrun its time by one measurement
@@ -270,9 +271,7 @@ def loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(triton_configs, "tuned", triton_configs.tuned.__wrapped__)
 
     def chosen(*names):
-        return {
-            (kernel, rows): triton_configs.chosen(names, kernel, rows) for kernel in tune.KERNELS for rows in tune.ROWS
-        }
+        return {(kernel, rows): triton_configs.chosen(names, kernel, rows) for kernel in KERNELS for rows in ROWS}
 
     return chosen
 
@@ -380,7 +379,7 @@ def test_a_file_that_is_no_table_is_refused_before_the_search_and_stays(command,
             ["--kernels", "shrink,sideways"],
             "--kernels has 'sideways'; there are shrink, expand, delta_forward, from_dy,",
         ),
-        (["--rows", "1024,100"], f"--rows has '100'; there are {', '.join(map(str, tune.ROWS))}"),
+        (["--rows", "1024,100"], f"--rows has '100'; there are {', '.join(map(str, ROWS))}"),
         (["--rows", "many"], "--rows has 'many'"),
         (["--minutes", "0"], "--minutes is 0.0"),
         (["--minutes", "nan"], "--minutes is nan"),
@@ -419,23 +418,25 @@ import runpy, sys, torch
 from bench import tune
 from bench.compare import Wrong
 from bench.timing import Machine
+from bench.tune_launches import Compiler, Entry, Launches, ROWS, launch_once, problems
+from lilora_kernels.backends import ONE_LAUNCH_ROWS
 from lilora_kernels.ops import triton_runtime
 from lilora_kernels.ops.delta import triton_configs
 
 machine = Machine(torch.device("cpu"), 1, True)
 
 def launches(entry, problem):
-    return tune.Launches(tune.Compiler(machine), entry, problem)
+    return Launches(Compiler(machine), entry, problem)
 
 for kernel in ("expand", "from_dy"):
-    entry = tune.Entry(kernel, 1024)
+    entry = Entry(kernel, 1024)
     present = entry.present(machine.device)
-    launched = launches(entry, tune.problems(entry, True)[0])
+    launched = launches(entry, problems(entry, True)[0])
     for timed in (entry.timed(()), entry.timed(["CHUNK"])):
         (time,) = launched.times({"present": present}, timed, 1, 1.0)["present"]
         assert time > 0
-    assert tune.launch_once(machine, entry, launched.problem, present) is None
-    assert "power of 2" in tune.launch_once(machine, entry, launched.problem, present | {"BLOCK_M": 48})
+    assert launch_once(machine, entry, launched.problem, present) is None
+    assert "power of 2" in launch_once(machine, entry, launched.problem, present | {"BLOCK_M": 48})
     launched.check(present)
     launched.exact["h" if kernel == "expand" else "a"][3, 5] += 1
     try:
@@ -443,7 +444,7 @@ for kernel in ("expand", "from_dy"):
     except Wrong as wrong:
         print(wrong)
 
-entry = tune.Entry("delta_forward", tune.ONE_LAUNCH_ROWS)
+entry = Entry("delta_forward", ONE_LAUNCH_ROWS)
 present, decision = entry.present(machine.device), {"held_out": []}
 tuner = tune.Tuner(machine, launches, lambda: 0.0)
 print(tuner.validate(entry, present, present | {"TILES_N": 2}, 1e9, decision))
@@ -451,7 +452,7 @@ assert [result["M"] for result in decision["held_out"]] == [9, 24], decision
 assert triton_configs.configuration.__module__ == triton_configs.__name__  # not the one of `using`
 
 sys.argv = ["tune", "--tiny", "--out", sys.argv[1], "--minutes", "0.01"]
-sys.argv += ["--kernels", "delta_forward", "--rows", str(tune.ROWS[0])]
+sys.argv += ["--kernels", "delta_forward", "--rows", str(ROWS[0])]
 runpy.run_module("bench.tune", run_name="__main__")
 """
 

@@ -21,6 +21,7 @@ class Mutant:
 
 
 FORWARD, BACKWARD, SLOTS = "delta_forward.cu", "delta_backward.cu", "hopper/slots.cu"
+FINISH, SUMS = "finish_dh.h", "gradient_sums.h"
 WGMMA = ("sm_90a",)  # without it there are neither fences nor products under way
 STEP = "      wait_copies(stages - 2);\n      publish_shared();\n      __syncthreads();\n"
 MEET = "    meet(p.launch.state);\n"
@@ -88,7 +89,7 @@ MUTANTS = (
         "    if (i < kRows && first[i]) {\n",
         BACKWARD,
     ),
-    Mutant("no barrier in a sum of a block", BACKWARD, "half];\n    __syncthreads();\n", "half];\n", BACKWARD),
+    Mutant("no barrier in a sum of a block", SUMS, "half];\n    __syncthreads();\n", "half];\n", BACKWARD),
     Mutant(
         "no barrier behind the spans",
         BACKWARD,
@@ -96,11 +97,11 @@ MUTANTS = (
         "= -1;\n  }\n",
         BACKWARD,
     ),
-    Mutant("no barrier behind P and Q", BACKWARD, f"= sum;\n  }}\n{SYNC}", "= sum;\n  }\n", BACKWARD),
-    Mutant("no barrier within dgate", BACKWARD, f"= sum;\n{SYNC}", "= sum;\n", BACKWARD),
+    Mutant("no barrier behind P and Q", FINISH, f"= sum;\n  }}\n{SYNC}", "= sum;\n  }\n", BACKWARD),
+    Mutant("no barrier within dgate", SUMS, f"= sum;\n{SYNC}", "= sum;\n", BACKWARD),
     Mutant(
         "no barrier behind the sums of rows",
-        BACKWARD,
+        FINISH,
         "    __syncthreads();\n    if (const int i = threadIdx.x",
         "    if (const int i = threadIdx.x",
         BACKWARD,
@@ -129,14 +130,14 @@ MUTANTS = (
     ),
     Mutant(
         "shares of gradients in another order",
-        BACKWARD,
+        SUMS,
         "for (int i = 0; i < kMostSplits; ++i) {\n        UNROLL\n        for (int j = 0; j < 4; ++j) sum",
         "for (int i = kMostSplits - 1; i >= 0; --i) {\n        UNROLL\n        for (int j = 0; j < 4; ++j) sum",
         BACKWARD,
     ),
     Mutant(
         "eight shares of gradients before the eight ahead of them",
-        BACKWARD,
+        SUMS,
         "for (int chunk = 0; chunk < chunks; chunk += kMostSplits)",
         "for (int chunk = (chunks - 1) / kMostSplits * kMostSplits; chunk >= 0; chunk -= kMostSplits)",
         BACKWARD,

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from array import array
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +79,8 @@ class Soak:
         self.running, self.at_rest = threading.Event(), threading.Barrier(threads + 2)
         self.ended = False
         self.errors: list[str] = []
-        self.seconds: dict[str, list[tuple[float, float]]] = defaultdict(list)  # of each kind of step: (when, how long)
+        # Of each kind of step, in turn when and how long: 16 bytes a step, so that what is measured is not the measuring.
+        self.seconds: dict[str, array] = defaultdict(lambda: array("d"))
 
     def _swaps(self) -> list[tuple[dict[str, Tensor] | Path, Tensor]]:
         """Two states of the swapped task, as tensors and as a folder, with the logits of each."""
@@ -152,7 +154,7 @@ class Soak:
     def _timed(self, kind: str, work: Callable) -> object:
         began = time.perf_counter()
         result = work()
-        self.seconds[kind].append((began, time.perf_counter() - began))
+        self.seconds[kind].extend((began, time.perf_counter() - began))
         return result
 
     # --- threads ----------------------------------------------------------------------------------------------------
@@ -209,7 +211,7 @@ def sample(at: float) -> Sample:
     return Sample(at, resident, tensors, len(os.listdir("/proc/self/fd")), threading.active_count())
 
 
-def judged(samples: list[Sample], seconds: dict[str, list[tuple[float, float]]]) -> tuple[list[str], list[str]]:
+def judged(samples: list[Sample], seconds: dict[str, array]) -> tuple[list[str], list[str]]:
     """(lines to print, what grew) of the quarter after the warm-up and the last one."""
     lines, grew = [], []
     kept = [s for s in samples if s.at >= WARM_UP * samples[-1].at]
@@ -221,7 +223,8 @@ def judged(samples: list[Sample], seconds: dict[str, list[tuple[float, float]]])
         lines.append(f"{name:12} {before:10.1f} -> {after:10.1f}")
         if after > most:
             grew.append(f"{name} grew from {before:.1f} to {after:.1f}")
-    for kind, taken in sorted(seconds.items()):
+    for kind, values in sorted(seconds.items()):
+        taken = list(zip(values[::2], values[1::2], strict=True))
         begin, end = taken[0][0], taken[-1][0]
         begin += WARM_UP * (end - begin)
         early = [t for at, t in taken if begin <= at < begin + (end - begin) / 3]

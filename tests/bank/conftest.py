@@ -1,7 +1,8 @@
-"""Tiny LLaVA and CLIP with random weights in standard folders."""
+"""A bank of two tasks, and tiny LLaVA and CLIP with random weights in standard folders."""
 
 import pytest
 import torch
+from support.banks import BASE, R, shared_tensors, task_tensors
 from support.word_tokenizer import word_tokenizer
 from transformers import (
     CLIPConfig,
@@ -13,10 +14,21 @@ from transformers import (
     LlavaProcessor,
 )
 
+from lilora.bank.bank import Bank
+
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %}"
 )
+
+
+@pytest.fixture
+def bank(tmp_path):
+    """Two tasks on one shared set."""
+    bank = Bank.create(tmp_path / "bank", config={"r": R}, base_model=BASE)
+    bank.add_task("one", task_tensors(1), shared_tensors(0))
+    bank.add_task("two", task_tensors(2), shared_tensors(0))
+    return bank
 
 
 @pytest.fixture(scope="session")

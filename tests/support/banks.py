@@ -23,6 +23,23 @@ def shared_tensors(seed, dtype=torch.float32):
     return {f"{m}.{k}": torch.randn(shape, generator=g).to(dtype) for m in MODULES for k, shape in shapes.items()}
 
 
+def router_tensors(seed):
+    g = torch.Generator().manual_seed(2000 + seed)
+    return {"mean": torch.randn(7, generator=g), "count": torch.randn(1, generator=g)}
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def file_of(bank, which):
+    return {
+        "index": bank.path / "bank.json",
+        "task": bank.path / "tasks" / "one.safetensors",
+        "shared": bank.path / f"shared-{bank.shared_fingerprint('one')}.safetensors",
+    }[which]
+
+
 def same(got, want):
     return got.keys() == want.keys() and all(
         got[name].dtype == want[name].dtype and torch.equal(got[name], want[name]) for name in want

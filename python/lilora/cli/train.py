@@ -104,6 +104,13 @@ def train(
     task_identifier: Annotated[
         str, typer.Option(help="What finds the task of a sample where none is given.")
     ] = "nearest-centroid",
+    image_aspect: Annotated[
+        str | None,
+        typer.Option(
+            help="What the processor is given of images: processor, as they are; pad, squares padded with its mean colour. "
+            "Default: the manifest's, or processor."
+        ),
+    ] = None,
     order: Order = None,
     data: Data = None,
     seed: Annotated[int, typer.Option(min=0, max=4_000_000, help="Of all that is drawn.")] = 0,
@@ -128,6 +135,8 @@ def train(
 
     method_type = METHODS.find(method, "--method")
     choice("--dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
+    if image_aspect is not None:
+        choice("--image-aspect", image_aspect, ("processor", "pad"))
     manifest = load_manifest(tasks, order.split(",") if order else None, data)
     model = model or manifest.model
     if model is None:
@@ -174,6 +183,7 @@ def train(
         device,
         label,
         task_identifier,
+        image_aspect,
     )
     with closing(opened) as run:
         if processes.rank() == 0:

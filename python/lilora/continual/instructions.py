@@ -22,8 +22,8 @@ from .task_sequence import Manifest, Split
 class TaskSpec(BaseModel):
     """One task: its files, what is said to the model, and how an answer is judged.
 
-    A task without `test` is trained and not scored, and needs no scorer. `instruction` follows every question, on a new
-    line. `answer_format` is a regular expression that an answer in the instructed format matches in full. Paths are relative
+    A task without `test` is trained and not scored, and needs no scorer. `instruction` follows every question that does not
+    end with it, on a new line. `answer_format` is a regular expression that an answer in the instructed format matches in full. Paths are relative
     to the manifest's `data` until `load_manifest` resolves them.
     """
 
@@ -130,7 +130,9 @@ class InstructionDataset(Dataset):
     store the images themselves. `{images, messages: [{role: user | assistant, content}, ...]}` says the same, with contents
     as strings or as lists of parts, which may hold the images' paths.
 
-    A human turn is a question, which the task's instruction follows; the gpt turn after it is its answer. A record of
+    `{question_id, image, text, answer}`, as test files of LLaVA have it, is one question and its answer.
+
+    A human turn is a question, which the task's instruction follows unless it ends with it; the gpt turn after it is its answer. A record of
     several questions is one sample, a conversation: training teaches all of its answers, as LLaVA's does, and evaluation
     asks the last question, with the earlier ones and their answers ahead of it. A list `answers` gives several references
     for the last. A first turn `system`, or a key of that name, is kept; a first turn of gpt, which answers nothing, is left
@@ -185,9 +187,7 @@ class InstructionDataset(Dataset):
         marks = tuple(question.count("<image>") for question in questions)
         if any(marks[1:]) and sum(marks) != len(images):
             raise wrong(f"has {len(images)} images and {sum(marks)} marks <image>; mark each where it comes.")
-        *earlier, question = (
-            "\n".join(filter(None, (q.replace("<image>", "").strip(), self.spec.instruction))) for q in questions
-        )
+        *earlier, question = (self._instructed(q.replace("<image>", "").strip()) for q in questions)
         return Sample(
             id=name,
             images=tuple(
@@ -202,6 +202,13 @@ class InstructionDataset(Dataset):
             system=system,
             images_ahead=marks if any(marks[1:]) else (),
         )
+
+    def _instructed(self, question: str) -> str:
+        """The question with the task's instruction behind it, once."""
+        instruction = self.spec.instruction
+        if " ".join(question.split()).endswith(" ".join(instruction.split())):  # always of an instruction that is empty
+            return question
+        return f"{question}\n{instruction}" if question else instruction
 
     def images(self) -> Iterator[Path | EmbeddedImage]:
         """The images of all samples, one after another."""

@@ -27,10 +27,11 @@ from lilora.reports.scores import ScoreMatrix
 from .base_model import load_base, pick_device, restore
 from .checkpoints import latest_checkpoint
 from .evaluate import write_answers
+from .images import ImageAspect
 from .instructions import instruction_data
 from .kinds import Kind, kind_name, kind_of
 from .memory import ran_out
-from .recorded import TrainSettings, check_label, train_settings
+from .recorded import TrainSettings, check_label, image_aspect_of, train_settings
 from .run_folder import check_folder, label_of, run_of, take_settings
 from .task_identification import SAMPLES, TASK_IDENTIFIERS, NearestCentroid, identifier_of
 from .task_sequence import Manifest
@@ -71,8 +72,11 @@ class ContinualRun:
         device: str = "auto",
         label: str | None = None,
         task_identifier: str = NearestCentroid.name,
+        image_aspect: ImageAspect | None = None,
     ) -> "ContinualRun":
         """Start a run, or go on with the one in `folder`, with the settings that may have changed (`check_folder`).
+
+        image_aspect: the manifest's unless given.
 
         Raises UserError when the folder holds something else, another process writes there, or the base model cannot be
         loaded.
@@ -88,6 +92,8 @@ class ContinualRun:
         if task_identifier != NearestCentroid.name:
             TASK_IDENTIFIERS.find(task_identifier, "--task-identifier")
             config["task_identifier"] = task_identifier
+        if (image_aspect or manifest.image_aspect) != "processor":
+            config["image_aspect"] = image_aspect or manifest.image_aspect
         check_label(label)
         kind = kind_of(config)
         method_type = METHODS.find(method)
@@ -109,7 +115,7 @@ class ContinualRun:
             existing = processes.on_rank0(lock_and_check)
             if pick_device(device).index:
                 raise UserError(f"--device {device}: training takes the first device; choose with CUDA_VISIBLE_DEVICES")
-            base, processor = load_base(model, train.dtype, device, kind)
+            base, processor = load_base(model, train.dtype, device, kind, image_aspect_of(config))
             for task in manifest.tasks:
                 kind.check(task, processor)
             identity = BaseModelId.of(base, model)

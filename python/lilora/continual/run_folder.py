@@ -80,8 +80,8 @@ def take_settings(folder: Path, bank: Bank, config: dict[str, Any], base_model: 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], splits: bool) -> dict[str, tuple[Any, Any]]:
     """Setting -> (what it was, what it is), of those that matter to what is trained."""
-    old = flat({"kind": "instruction"} | old)  # banks of earlier versions do not say so
-    new = flat(json.loads(json.dumps(new)))
+    unsaid = {"kind": "instruction", "image_aspect": "processor"}
+    old, new = (flat(unsaid | config) for config in (old, json.loads(json.dumps(new))))
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if key not in FREE}
     changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
     if splits and prod(old.get(key, 0) for key in _SPLIT) == prod(new.get(key, 0) for key in _SPLIT):

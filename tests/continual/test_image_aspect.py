@@ -30,14 +30,16 @@ def wide(suite, tmp_path_factory):
 def padded(monkeypatch):
     """The sizes of the images that were padded."""
     found, pad = [], images.padded_to_square
-    monkeypatch.setattr(images, "padded_to_square", lambda image, colour: found.append(image.size) or pad(image, colour))
+    monkeypatch.setattr(
+        images, "padded_to_square", lambda image, colour: found.append(image.size) or pad(image, colour)
+    )
     return found
 
 
 def test_what_a_run_was_trained_with_is_what_all_that_reads_it_does(wide, tmp_path, lilora, quick, padded):
     def count(*command):
         padded.clear()
-        code, out, err = lilora(*command)
+        code, _, err = lilora(*command)
         assert code == 0, err
         assert set(padded) <= {(32, 16)}
         return len(padded)
@@ -68,5 +70,7 @@ def test_another_aspect_is_one_sentence(wide, tmp_path, lilora):
     assert (code, "--image-aspect square is unknown; choose one of processor, pad" in err) == (2, True)
     path = tmp_path / "tasks.yaml"
     path.write_text((wide / "tasks.yaml").read_text().replace("image_aspect: pad", "image_aspect: anyres"))
-    with pytest.raises(ValueError, match="key 'image_aspect' is wrong: input should be 'processor' or 'pad'; correct it"):
+    with pytest.raises(
+        ValueError, match="key 'image_aspect' is wrong: input should be 'processor' or 'pad'; correct it"
+    ):
         load_manifest(path)

@@ -23,8 +23,8 @@ class TaskSpec(BaseModel):
     """One task: its files, what is said to the model, and how an answer is judged.
 
     A task without `test` is trained and not scored, and needs no scorer. `instruction` follows every question that does not
-    end with it, on a new line. `answer_format` is a regular expression that an answer in the instructed format matches in full. Paths are relative
-    to the manifest's `data` until `load_manifest` resolves them.
+    end with it, on a new line. `answer_format` is a regular expression that an answer in the instructed format matches in full.
+    Paths are relative to the manifest's `data` until `load_manifest` resolves them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -132,10 +132,10 @@ class InstructionDataset(Dataset):
 
     `{question_id, image, text, answer}`, as test files of LLaVA have it, is one question and its answer.
 
-    A human turn is a question, which the task's instruction follows unless it ends with it; the gpt turn after it is its answer. A record of
-    several questions is one sample, a conversation: training teaches all of its answers, as LLaVA's does, and evaluation
-    asks the last question, with the earlier ones and their answers ahead of it. A list `answers` gives several references
-    for the last. A first turn `system`, or a key of that name, is kept; a first turn of gpt, which answers nothing, is left
+    A human turn is a question, which the task's instruction follows unless it ends with it; the gpt turn after it is its
+    answer. A record of several questions is one sample, a conversation: training teaches all of its answers, as LLaVA's does,
+    and evaluation asks the last question, with the earlier ones and their answers ahead of it. A list `answers` gives several
+    references for the last. A first turn `system`, or a key of that name, is kept; a first turn of gpt, which answers nothing, is left
     out, as LLaVA does. `<image>` marks say with which question an image comes, ahead of its text; where there are not as
     many as images, all come with the first.
 

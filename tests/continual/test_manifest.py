@@ -109,7 +109,10 @@ def misspelt(manifest):
         (first(zzz=1), "key 'zzz' of task number 1 is unknown; known keys are name, train"),
         (lambda m: m.update(taskz=[]), "key 'taskz' is unknown; did you mean 'tasks'?"),
         (lambda m: m.pop("name"), "key 'name' is missing; add it."),
-        (lambda m: m["tasks"][1].pop("train"), "key 'train' of task number 2 is missing; add it."),
+        (
+            lambda m: m["tasks"][1].pop("train"),
+            "task number 2 is wrong: a task that is no probe wants the key train; add it.",
+        ),
         (
             lambda m: m["tasks"][1].pop("scorer"),
             "task number 2 is wrong: a task with test wants the key scorer; add it.",

@@ -96,6 +96,9 @@ def train(
         int | None,
         typer.Option(min=1, help="Samples per batch of an evaluation, less where memory runs out. Default: 8 batches."),
     ] = None,
+    zero_shot: Annotated[
+        bool, typer.Option("--zero-shot", help="Score all tasks before any training too; probes always are.")
+    ] = False,
     save_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 200,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training batches.")] = 0,
     report_to: Annotated[
@@ -203,7 +206,7 @@ def train(
         say = (lambda line: None) if as_json else console_line
         say(adapters_line(more["target_modules"]))
         try:
-            run.train(eval_batch_size, save_steps, workers, bars, say, trackers)
+            run.train(eval_batch_size, save_steps, workers, bars, say, trackers, zero_shot)
         except KeyboardInterrupt:
             print_error(f"{out}: interrupted; the same command goes on with this run")
             raise

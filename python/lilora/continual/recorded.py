@@ -55,6 +55,9 @@ def _known(parts: Registry) -> Callable[[str], str]:
     return check
 
 
+Points = Annotated[float, Field(ge=0, le=100)]
+
+
 class _Config(_Record):
     method: Annotated[str, AfterValidator(_known(METHODS))]
     settings: dict[str, JsonValue] = {}
@@ -80,6 +83,8 @@ class _Scores(_Record):
     matrix: dict[str, JsonValue]
     functions: dict[str, dict[str, str]]
     seconds: dict[str, float]
+    zero_shot: dict[str, Points] = {}  # of tasks and probes before any training
+    probes: dict[str, dict[str, Points]] = {}  # stage -> probe -> points
 
 
 def train_settings(bank: Bank) -> TrainSettings:

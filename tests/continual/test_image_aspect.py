@@ -48,6 +48,7 @@ def test_what_a_run_was_trained_with_is_what_all_that_reads_it_does(wide, tmp_pa
     train = ["train", manifest, "--out", run, *quick]
     assert count(*train, "--order", "colour") > 24, "of two training batches, the router's and the evaluation's"
     assert Bank.open(run / "bank").config["image_aspect"] == "pad"
+    assert "padded to squares" in (run / "bank" / "README.md").read_text()
     assert count(*train) > 24, "a run that goes on"
     assert count("eval", run, "--tasks", manifest, "--routed", "--device", "cpu", "--json") >= 48
     image = next((wide / "data" / "images").iterdir())

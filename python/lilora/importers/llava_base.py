@@ -1,4 +1,4 @@
-"""The base that papers on LLaVA train: a language model, a vision tower and the projector of LLaVA's first stage, as one model."""
+"""The base that papers on LLaVA train, of its parts: a language model, a vision tower and LLaVA's first-stage projector."""
 
 import re
 from pathlib import Path

@@ -513,6 +513,33 @@ def test_interrupted_in_steps_and_evaluations_the_run_ends_the_same(images, fini
         assert resumed.shared_fingerprint(task) == whole.shared_fingerprint(task)
 
 
+def test_a_probe_is_classified_by_the_base_and_then_with_the_newest_task(images, tmp_path, lilora):
+    content = yaml.safe_load((images / "clip.yaml").read_text())
+    content |= {"data": str(images / "data"), "model": str(images / "base")}
+    content["tasks"][2] |= {"probe": True}
+    del content["tasks"][2]["train"]
+    (tmp_path / "clip.yaml").write_text(yaml.safe_dump(content))
+    run = tmp_path / "run"
+    train = ["train", tmp_path / "clip.yaml", "--out", run, *command(images, run, "dirlora")[4:], "--lr", 0.1]
+    code, _, err = lilora(*train)
+    assert code == 0, err
+    bank, method, processor = load_bank(run, device="cpu")
+    assert bank.scores["zero_shot"].keys() == {"size"}
+    assert {after: set(scores) for after, scores in bank.scores["probes"].items()} == {
+        "colour": {"size"},
+        "count": {"size"},
+    }
+    (spec,) = load_manifest(tmp_path / "clip.yaml").probes
+    data = LabelledImages(spec, "test")
+    said = {}
+    for stage in ("before", "colour", "count"):
+        lines = (run / "predictions" / f"{stage}-size.jsonl").read_text().splitlines()
+        said[stage] = [json.loads(line)["answer"] for line in lines]
+        wanted = clip.classified(method, processor, spec, data, [stage] * len(data), 4, None)  # of no task: the base
+        assert said[stage] == wanted
+    assert len(set(map(tuple, said.values()))) > 1
+
+
 def one_sentence(err):
     (line,) = [line for line in err.splitlines() if line.startswith("lilora: ")]
     assert "Traceback" not in err

@@ -2,14 +2,23 @@
 
 import subprocess
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import CLIPImageProcessorPil
 from transformers.image_utils import load_image
 
 from lilora.continual import images
-from lilora.continual.images import check_images, extreme_images, open_image
+from lilora.continual.images import (
+    check_images,
+    extreme_images,
+    images_for,
+    open_image,
+    padded_to_square,
+    set_image_aspect,
+)
 from lilora.errors import UserError
 
 GREY = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # every level of 8 bits
@@ -105,6 +114,45 @@ def test_a_format_that_this_pillow_does_not_know_is_left_out(tmp_path, monkeypat
 def test_a_path_that_is_no_file_is_missing(tmp_path, name):
     with pytest.raises(UserError, match=r"task 'a': image .* is missing"):
         check_images([tmp_path / name], "task 'a'")
+
+
+@pytest.mark.parametrize("size", [(32, 16), (16, 32), (17, 8), (9, 9)])
+def test_padding_puts_the_image_into_the_middle_of_a_square_of_the_mean_colour(size):
+    image, square = coloured(size), padded_to_square(coloured(size), (122, 116, 104))
+    side = max(size)
+    assert square.size == (side, side)
+    pixels = np.asarray(square).copy()
+    left, top = (side - size[0]) // 2, (side - size[1]) // 2
+    inner = pixels[top : top + size[1], left : left + size[0]]
+    assert np.array_equal(inner, np.asarray(image))
+    inner[:] = (122, 116, 104)
+    assert (pixels == (122, 116, 104)).all()
+
+
+def test_the_outer_quarters_of_a_wide_picture_reach_the_model_if_it_is_padded(tmp_path):
+    wide = np.zeros((16, 32, 3), np.uint8)
+    for name, outer in (("dark", 0), ("light", 255)):
+        wide[:, :8], wide[:, 24:] = outer, outer
+        Image.fromarray(wide).save(tmp_path / f"{name}.png")
+    paths = [tmp_path / "dark.png", tmp_path / "light.png"]
+    processor = SimpleNamespace(image_processor=CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16))
+
+    def shown():
+        return processor.image_processor(images_for(processor, paths), return_tensors="pt")["pixel_values"]
+
+    dark, light = shown()
+    assert (dark == light).all()
+    set_image_aspect(processor, "processor")
+    assert (shown()[0] == dark).all()
+    set_image_aspect(processor, "pad")
+    dark, light = shown()
+    assert (dark[:, 4:12] != light[:, 4:12]).any(1).any(0)[[0, 1, 2, 13, 14, 15]].all()
+    assert dark[:, [0, 1, 14, 15]].abs().max() < 0.02, "the mean colour is 0 to the model"
+
+
+def test_padding_without_a_mean_colour_is_one_sentence():
+    with pytest.raises(UserError, match="image_aspect is 'pad', and SimpleNamespace has no images with a mean colour"):
+        set_image_aspect(SimpleNamespace(), "pad")
 
 
 def test_extreme_images_are_found_and_broken_ones_among_them_named(tmp_path):

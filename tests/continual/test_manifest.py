@@ -109,7 +109,10 @@ def misspelt(manifest):
         (first(zzz=1), "key 'zzz' of task number 1 is unknown; known keys are name, train"),
         (lambda m: m.update(taskz=[]), "key 'taskz' is unknown; did you mean 'tasks'?"),
         (lambda m: m.pop("name"), "key 'name' is missing; add it."),
-        (lambda m: m["tasks"][1].pop("train"), "key 'train' of task number 2 is missing; add it."),
+        (
+            lambda m: m["tasks"][1].pop("train"),
+            "task number 2 is wrong: a task that is no probe wants the key train; add it.",
+        ),
         (
             lambda m: m["tasks"][1].pop("scorer"),
             "task number 2 is wrong: a task with test wants the key scorer; add it.",
@@ -238,6 +241,39 @@ def read(suite, *records):
     path, _ = suite
     (path.parent / "data" / "seen-test.json").write_text(json.dumps(records))
     return list(InstructionDataset(load_manifest(path).tasks[0], "test"))
+
+
+QUESTIONS = [
+    {"question_id": 3, "image": "0.png", "text": "What is it?\nAnswer in two words.", "answer": "thing 0"},
+    {"question_id": "b", "image": "1.png", "text": "<image>\nWhat is it?", "answer": "thing 1", "answers": ["a thing"]},
+    {"text": "2 + 2? Answer  in\ntwo words. ", "answer": "just four"},
+]
+
+
+@pytest.mark.parametrize("form", ["list", "lines"])
+def test_questions_of_an_evaluation_are_read_and_instructed_once(suite, form):
+    lines = [json.dumps(question).encode() for question in QUESTIONS]
+    samples = write(suite, json.dumps(QUESTIONS).encode() if form == "list" else b"\n".join(lines))
+    assert [s.id for s in samples] == ["3", "b", "2"]
+    assert [len(s.images) for s in samples] == [1, 1, 0]
+    assert [s.question for s in samples] == [
+        "What is it?\nAnswer in two words.",
+        "What is it?\nAnswer in two words.",
+        "2 + 2? Answer  in\ntwo words.",
+    ]
+    assert [s.answers for s in samples] == [("thing 0",), ("thing 1", "a thing"), ("just four",)]
+
+
+def test_a_question_of_an_evaluation_without_an_answer_is_one_sentence(suite):
+    with pytest.raises(UserError, match=r"sample '3' has no gpt turn behind its last question and no answers; add one"):
+        write(suite, json.dumps([{"question_id": 3, "text": "What is it?"}]).encode())
+
+
+def test_an_instruction_that_a_conversation_has_already_is_not_said_twice(suite):
+    said = "What is it?\nAnswer in two words."
+    (sample,) = read(suite, {"conversations": [*turns(said, "a thing"), *turns("And\tthis?", "no idea")]})
+    assert sample.history == ((said, "a thing"),)
+    assert sample.question == "And\tthis?\nAnswer in two words."
 
 
 @pytest.mark.parametrize("scorer", ["option_letter", "iou_50"])

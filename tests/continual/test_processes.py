@@ -158,13 +158,13 @@ def losses_in(folder: Path) -> list[float]:
 def single(long, tmp_path_factory):
     """(run folder, losses) of the same command in one process."""
     folder = tmp_path_factory.mktemp("single")
-    return folder / "run", losses_of_one([*long, "--out", folder / "run"])
+    return folder / "run", losses_of_one([*long, "--zero-shot", "--out", folder / "run"])
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_processes_learn_what_one_learns(engine, single, long, tmp_path, reported):
     run, losses = single
-    assert two(tmp_path / "log", [*long, "--out", tmp_path / "run"], engine) == [0, 0]
+    assert two(tmp_path / "log", [*long, "--zero-shot", "--out", tmp_path / "run"], engine) == [0, 0]
     got = losses_in(tmp_path / "log")
     assert len(got) == len(losses) == 20
     assert max(abs(a - b) for a, b in zip(got, losses, strict=True)) < 1e-4
@@ -175,6 +175,8 @@ def test_two_processes_learn_what_one_learns(engine, single, long, tmp_path, rep
             for name in want:
                 torch.testing.assert_close(have[name], want[name], rtol=1e-3, atol=1e-4)
     assert both.scores["matrix"] == one.scores["matrix"]
+    assert both.scores["zero_shot"] == one.scores["zero_shot"]
+    assert both.scores["zero_shot"].keys() == {"colour", "count"}
     want, have = (b.describe()["tasks"][-1]["info"] for b in (one, both))
     assert {**want, "loss": 0, "losses": 0, "seconds": 0} == {**have, "loss": 0, "losses": 0, "seconds": 0}
     assert want["losses"].keys() == have["losses"].keys()

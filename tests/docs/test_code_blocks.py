@@ -257,7 +257,7 @@ def test_the_shell_commands_of_a_page_exist_and_the_cheap_ones_run(page, folder,
 def records(document):
     """The records in a document, if it holds some."""
     found = document if isinstance(document, list) else [document]
-    return [r for r in found if isinstance(r, dict) and {"conversations", "messages"} & r.keys()]
+    return [r for r in found if isinstance(r, dict) and {"conversations", "messages", "text"} & r.keys()]
 
 
 @pytest.mark.parametrize("page", PAGES)

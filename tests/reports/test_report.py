@@ -239,6 +239,34 @@ def test_terminal_tables(runs):
     assert "Forgettin" not in printed.split()  # a heading is cut between words
 
 
+def test_probes_and_scores_before_any_training_are_shown_apart(tmp_path):
+    tasks, seeds = ["read", "count"], []
+    for seed, shift in enumerate((0.0, 10.0)):
+        probes = {"read": {"yes-no": 40.0 + shift, "late": 1.0}, "count": {"yes-no": 21.0 + shift, "late": 2.0}}
+        before = {"read": 11.0 + shift, "count": 12.0 + shift, "yes-no": 50.0 + shift}
+        numbers = matrix(np.random.default_rng(seed), tasks)
+        seeds.append(Run("lora", seed, numbers, zero_shot=before, probes=probes))
+    plain = Run("plain", 0, matrix(np.random.default_rng(3), tasks))
+    (lora, _), metrics = by_method([*seeds, plain]), [run.matrix.metrics() for run in seeds]
+    assert lora.metrics["AP"].mean == pytest.approx(np.mean([values["AP"] for values in metrics]))
+    console = Console(file=io.StringIO(), width=200)
+    print_tables([*seeds, plain], console)
+    rows = [line.split() for line in console.file.getvalue().splitlines()]
+    assert rows.count(["(before)", "16.0", "17.0"]) == 1, "of the mean over seeds, and of no method without"
+    assert ["probe", "(before)", "read", "count", "change"] in rows
+    assert ["yes-no", "55.0", "45.0", "26.0", "-29.0"] in rows
+    assert ["late", "n/a", "1.0", "2.0", "n/a"] in rows
+    text = write_report(tmp_path, [*seeds, plain]).read_text()
+    page = Page(text)
+    assert page.captions == text.count("<table")
+    assert set(page.headers) == {"row", "col"}
+    cells = [cell.strip() for cell in page.cells]
+    assert [cells[i : i + 4] for i in range(len(cells)) if cells[i] == "55.0"] == [["55.0", "45.0", "26.0", "-29.0"]]
+    assert [cells[i : i + 2] for i in range(len(cells)) if cells[i] == "16.0"] == [["16.0", "17.0"]]
+    saved = json.loads((tmp_path / "metrics.json").read_text())["runs"]
+    assert [Run.from_dict(run).probes for run in saved] == [run.probes for run in (*seeds, plain)]
+
+
 @pytest.mark.parametrize("width", [40, 80, 300])
 def test_terminal_tables_leave_no_column_out(width):
     tasks = [f"task-{i}" for i in range(14)]

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,7 +34,7 @@ def evaluate(
 ) -> None:
     """Score the tasks of a bank in mixed batches, with one model load.
 
-    Of image classification all tasks of the manifest, trained or not.
+    Of image classification all tasks of the manifest, trained or not. Probes of the manifest are asked with the newest task.
     """
     from rich.progress import Progress
 
@@ -42,6 +42,7 @@ def evaluate(
     from lilora.continual.evaluate import write_answers
     from lilora.continual.kinds import KINDS, kind_name, kind_of
     from lilora.continual.manifest import load_manifest
+    from lilora.continual.probes import score_probes
 
     opened, method, processor = load_bank(bank, model, device)
     router = bank_router(opened, method) if routed else None
@@ -55,26 +56,44 @@ def evaluate(
         results = kind.evaluate(method, processor, manifest.tasks, batch_size, progress)
         if router is not None:
             routes = kind.evaluate_routed(method, processor, router, manifest.tasks, results, batch_size, progress)
+        probed = score_probes(kind, method, processor, manifest.probes, opened.tasks[-1], batch_size, progress)
     if predictions is not None:
-        answers = {result.task: result.answers for result in results}
+        answers = {result.task: result.answers for result in (*results, *probed)}
         if router is not None:
             answers |= {f"{result.task}-routed": result.routed.answers for result in routes}
         for name, given in answers.items():
             write_answers(predictions / f"{name}.jsonl", given)
     if router is not None:
-        show_routes(routes, opened, opened.path.parent if bank.exists() else Path(), as_json)
+        show_routes(routes, probed, opened, opened.path.parent if bank.exists() else Path(), as_json)
         return
     if as_json:
-        print(json.dumps({r.task: {"score": r.score, "format_share": r.format_share} for r in results}))
+        print(json.dumps({r.task: cells_of(r) for r in results} | probe_cells(probed)))
         return
     table = plain_table(["task"], ["score", "in format"])
     for result in results:
         share = "" if result.format_share is None else f"{100 * result.format_share:.1f} %"
         table.add_row(result.task, f"{result.score:.1f}", share)
     console.print(table)
+    print_probes(probed)
 
 
-def show_routes(results: list, bank, out: Path, as_json: bool) -> None:
+def cells_of(result: Any) -> dict[str, Any]:
+    return {"score": result.score, "format_share": result.format_share}
+
+
+def probe_cells(probed: list) -> dict[str, Any]:
+    return {result.task: cells_of(result) | {"probe": True} for result in probed}
+
+
+def print_probes(probed: list) -> None:
+    if probed:
+        table = plain_table(["probe, never trained"], ["score"])
+        for result in probed:
+            table.add_row(result.task, f"{result.score:.1f}")
+        console.print(table)
+
+
+def show_routes(results: list, probed: list, bank, out: Path, as_json: bool) -> None:
     """Scores with the task given and routed, how often the route was right, and where the samples went, in print and as a plot.
 
     The plot is made of all tasks of the bank, if they are in the manifest.
@@ -85,10 +104,10 @@ def show_routes(results: list, bank, out: Path, as_json: bool) -> None:
     if as_json:
         cells = {}
         for r in results:
-            cells[r.task] = {"score": r.given.score, "format_share": r.given.format_share}
+            cells[r.task] = cells_of(r.given)
             cells[r.task] |= {"routed_score": r.routed.score, "routed_format_share": r.routed.format_share}
             cells[r.task] |= {"routing_accuracy": r.accuracy if r.task in known else None, "routes": r.routes}
-        print(json.dumps(cells))
+        print(json.dumps(cells | probe_cells(probed)))
         if len(known) == len(bank.tasks):
             write_routes(out, known)
         return
@@ -104,6 +123,7 @@ def show_routes(results: list, bank, out: Path, as_json: bool) -> None:
     share = f"{sum(accuracies) / len(accuracies):.1f} %" if accuracies else ""
     table.add_row("mean", *(f"{mean:.1f}" for mean in means), share)
     console.print(table)
+    print_probes(probed)
     print_routes(known, bank.tasks, console)
     if len(known) == len(bank.tasks):
         console_line(f"routes: {write_routes(out, known)}")

@@ -96,6 +96,9 @@ def train(
         int | None,
         typer.Option(min=1, help="Samples per batch of an evaluation, less where memory runs out. Default: 8 batches."),
     ] = None,
+    zero_shot: Annotated[
+        bool, typer.Option("--zero-shot", help="Score all tasks before any training too; probes always are.")
+    ] = False,
     save_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 200,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training batches.")] = 0,
     report_to: Annotated[
@@ -104,6 +107,13 @@ def train(
     task_identifier: Annotated[
         str, typer.Option(help="What finds the task of a sample where none is given.")
     ] = "nearest-centroid",
+    image_aspect: Annotated[
+        str | None,
+        typer.Option(
+            help="What the processor is given of images: processor, as they are; pad, squares padded with its mean colour. "
+            "Default: the manifest's, or processor."
+        ),
+    ] = None,
     order: Order = None,
     data: Data = None,
     seed: Annotated[int, typer.Option(min=0, max=4_000_000, help="Of all that is drawn.")] = 0,
@@ -128,6 +138,8 @@ def train(
 
     method_type = METHODS.find(method, "--method")
     choice("--dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
+    if image_aspect is not None:
+        choice("--image-aspect", image_aspect, ("processor", "pad"))
     manifest = load_manifest(tasks, order.split(",") if order else None, data)
     model = model or manifest.model
     if model is None:
@@ -174,6 +186,7 @@ def train(
         device,
         label,
         task_identifier,
+        image_aspect,
     )
     with closing(opened) as run:
         if processes.rank() == 0:
@@ -193,7 +206,7 @@ def train(
         say = (lambda line: None) if as_json else console_line
         say(adapters_line(more["target_modules"]))
         try:
-            run.train(eval_batch_size, save_steps, workers, bars, say, trackers)
+            run.train(eval_batch_size, save_steps, workers, bars, say, trackers, zero_shot)
         except KeyboardInterrupt:
             print_error(f"{out}: interrupted; the same command goes on with this run")
             raise

@@ -11,17 +11,24 @@ from lilora.bank.records import BaseModelId
 from lilora.errors import UserError
 from lilora.methods import Method, make_method
 
+from .images import ImageAspect, set_image_aspect
 from .kinds import Kind, kind_of
-from .recorded import train_settings
+from .recorded import image_aspect_of, train_settings
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_base(model: str, dtype: str, device: str, kind: Kind) -> tuple[torch.nn.Module, Any]:
-    """Base model and processor from a folder or a hub id; UserError in one sentence when that fails."""
+def load_base(
+    model: str, dtype: str, device: str, kind: Kind, image_aspect: ImageAspect = "processor"
+) -> tuple[torch.nn.Module, Any]:
+    """Base model and processor from a folder or a hub id; UserError in one sentence when that fails.
+
+    image_aspect: what the processor is given of images, as `set_image_aspect` has it.
+    """
     place = pick_device(device)
     try:
         base, processor = kind.load(model, DTYPES[dtype])
+        set_image_aspect(processor, image_aspect)
     except torch.OutOfMemoryError:
         raise
     except UserError as error:
@@ -86,7 +93,7 @@ def load_bank(
     if wanted is not None and wanted not in bank.tasks:
         raise UserError(f"task {wanted!r} is unknown; {path} has {', '.join(bank.tasks)}")
     model = model or bank.base_model.id
-    base, processor = load_base(model, settings.dtype, device, kind_of(bank.config))
+    base, processor = load_base(model, settings.dtype, device, kind_of(bank.config), image_aspect_of(bank.config))
     bank.check_base_model(BaseModelId.of(base, model))
     method = make_method(bank.config["method"], base, bank.config["settings"])
     restore(method, bank)

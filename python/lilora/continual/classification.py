@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationInfo, field_validator
 from torch.utils.data import Dataset
 
 from lilora.errors import UserError
 
 from .images import check_images
 from .records import Records, read_json
-from .task_sequence import Manifest, Split
+from .task_sequence import Manifest, Split, Task
 
 _SHOTS_SEED = 0
 
@@ -33,7 +33,7 @@ TemplatePer = Literal["sample", "task"]
 TEMPLATES: Templates = ("a photo of a {}.", "a picture of a {}.", "an image that shows a {}.")
 
 
-class ImageTask(BaseModel):
+class ImageTask(Task):
     """One task: its images and the names of their classes.
 
     train and test are folders with a folder of images per class, or JSON lists of `{image, label}` with paths under
@@ -41,15 +41,10 @@ class ImageTask(BaseModel):
     label to name; or a file that holds either as JSON, or a name on each line (.txt). Without classes the labels are the
     names, with spaces for underscores. templates: prompts with {} for the class name. shots: training images per class,
     the same in every run; None: all of them. template_per: whether each training "sample" gets a random template or one
-    serves the whole "task". Paths are relative to the manifest's `data` until `load_manifest` resolves them.
+    serves the whole "task".
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    train: Path
     test: Path
-    images: Path = Path()
     classes: list[str] | dict[str, str] | Path | None = None
     templates: Templates = TEMPLATES
     shots: Shots = None
@@ -57,12 +52,12 @@ class ImageTask(BaseModel):
 
     def located(self, folder: Path) -> Self:
         """With the paths under `folder`."""
-        keys = ["train", "test", "images"] + ["classes"] * isinstance(self.classes, Path)
+        keys = [*self.splits, "images"] + ["classes"] * isinstance(self.classes, Path)
         return self.model_copy(update={key: folder / getattr(self, key) for key in keys})
 
     def check(self) -> None:
         """Raise UserError for files, labels, class names or images that are missing or wrong."""
-        for split in ("train", "test"):
+        for split in self.splits:
             LabelledImages(self, split).check_images()
 
     def prompt(self, template: int, name: str) -> str:
@@ -166,7 +161,7 @@ def _classes(spec: ImageTask) -> tuple[dict[str, int], list[str]]:
     """(number of each label, names of the classes)."""
     classes = _class_file(spec) if isinstance(spec.classes, Path) else spec.classes
     if classes is None:
-        labels = {label for source in (spec.train, spec.test) for _, label in _read(spec, source)}
+        labels = {label for split in spec.splits for _, label in _read(spec, getattr(spec, split))}
         classes = {label: label.replace("_", " ") for label in sorted(labels)}
     if isinstance(classes, dict):
         numbers, names = {label: i for i, label in enumerate(classes)}, list(classes.values())

@@ -19,7 +19,7 @@ from lilora.methods.lora import evaluating
 
 from .classification import ImageTask, LabelledImage, LabelledImages
 from .evaluate import RoutedScore, TaskScore
-from .images import open_image
+from .images import images_for
 from .memory import InParts
 from .task_identification import TaskRouter
 
@@ -95,7 +95,7 @@ def tokenised(processor, prompts: list[str]) -> dict[str, Tensor]:
 
 def pixels(processor, batch: Sequence[LabelledImage]) -> dict[str, Tensor]:
     """pixel_values [B, 3, H, W] fp32."""
-    images = [open_image(sample.path) for sample in batch]
+    images = images_for(processor, [sample.path for sample in batch])
     return {"pixel_values": processor.image_processor(images, return_tensors="pt")["pixel_values"]}
 
 

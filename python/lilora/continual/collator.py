@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lilora.errors import UserError
 
-from .images import open_image
+from .images import images_for
 from .instructions import Sample
 
 IGNORED = -100  # the label that the loss leaves out
@@ -216,7 +216,7 @@ class Collator:
 
     def _processed(self, texts: list[str], samples: list[Sample]) -> dict[str, Tensor]:
         """What the processor returns: tensors alone, input_ids [B, L] and attention_mask among them."""
-        images = [[open_image(path) for path in sample.images] for sample in samples]
+        images = [images_for(self.processor, sample.images) for sample in samples]
         outputs = self._tokenizer_of(texts)(
             text=texts,
             images=images if any(images) else None,

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -17,6 +17,9 @@ from lilora.errors import UserError
 
 # Pillow's others run programs (EPS) or are no pictures of a data set.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+
+ImageAspect = Literal["processor", "pad"]
+_PADDED_WITH = "_lilora_padded_with"  # an attribute of the processor
 
 # Up to this many images per split are opened before anything runs; those of larger ones when they are read.
 _OPENED_UP_FRONT = 2_000
@@ -42,6 +45,37 @@ def open_image(path: Path | EmbeddedImage) -> Image.Image:
     """
     with _opened(path) as image:
         return _eight_bits(ImageOps.exif_transpose(image), image.format, path).convert("RGB")
+
+
+def images_for(processor: Any, paths: Iterable[Path | EmbeddedImage]) -> list[Image.Image]:
+    """The images as a processor is to get them: `set_image_aspect` says how."""
+    mean = getattr(processor, _PADDED_WITH, None)
+    images = map(open_image, paths)
+    return list(images) if mean is None else [padded_to_square(image, mean) for image in images]
+
+
+def set_image_aspect(processor: Any, aspect: ImageAspect) -> None:
+    """Let `images_for` leave images as they are ("processor"), or "pad" them to squares with the processor's mean colour.
+
+    Raises UserError for "pad" where the processor takes no images or has no mean colour.
+    """
+    if aspect == "pad":
+        mean = getattr(getattr(processor, "image_processor", None), "image_mean", None)
+        if mean is None:
+            raise UserError(
+                f"image_aspect is 'pad', and {type(processor).__name__} has no images with a mean colour to pad with; use "
+                "--image-aspect processor"
+            )
+        setattr(processor, _PADDED_WITH, tuple(int(255 * channel) for channel in mean))
+
+
+def padded_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The image in the middle of a square of its longer side, as LLaVA-1.5 (arXiv 2310.03744) has it with the mean colour of
+    its image processor."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, tuple((side - length) // 2 for length in image.size))
+    return square
 
 
 @contextmanager

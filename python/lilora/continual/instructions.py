@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import regex
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch.utils.data import Dataset
 
 from lilora.errors import UserError
@@ -16,23 +16,16 @@ from lilora.errors import UserError
 from .images import EmbeddedImage, check_images
 from .records import InstructionRecord, Records
 from .scorers import scorer
-from .task_sequence import Manifest, Split
+from .task_sequence import Manifest, Split, Task
 
 
-class TaskSpec(BaseModel):
+class TaskSpec(Task):
     """One task: its files, what is said to the model, and how an answer is judged.
 
-    A task without `test` is trained and not scored, and needs no scorer. `instruction` follows every question, on a new
-    line. `answer_format` is a regular expression that an answer in the instructed format matches in full. Paths are relative
-    to the manifest's `data` until `load_manifest` resolves them.
+    A task without `test` is trained and not scored, and needs no scorer. `instruction` follows every question that does not
+    end with it, on a new line. `answer_format` is a regular expression that an answer in the instructed format matches in full.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    train: Path
-    test: Path | None = None
-    images: Path = Path()
     scorer: str | None = None
     instruction: str = ""
     answer_format: str | None = None
@@ -50,12 +43,8 @@ class TaskSpec(BaseModel):
     @model_validator(mode="after")
     def _judged(self) -> Self:
         if self.test is not None and self.scorer is None:
-            raise ValueError("a task with test wants the key scorer")
+            raise ValueError("a task with test wants the key scorer; add it")
         return self
-
-    @property
-    def splits(self) -> tuple[Split, ...]:
-        return ("train",) if self.test is None else ("train", "test")
 
     def in_format(self, answer: str) -> bool:
         """Whether the whole answer matches `answer_format`; UserError when that takes more than a second."""
@@ -130,12 +119,14 @@ class InstructionDataset(Dataset):
     store the images themselves. `{images, messages: [{role: user | assistant, content}, ...]}` says the same, with contents
     as strings or as lists of parts, which may hold the images' paths.
 
-    A human turn is a question, which the task's instruction follows; the gpt turn after it is its answer. A record of
-    several questions is one sample, a conversation: training teaches all of its answers, as LLaVA's does, and evaluation
-    asks the last question, with the earlier ones and their answers ahead of it. A list `answers` gives several references
-    for the last. A first turn `system`, or a key of that name, is kept; a first turn of gpt, which answers nothing, is left
-    out, as LLaVA does. `<image>` marks say with which question an image comes, ahead of its text; where there are not as
-    many as images, all come with the first.
+    `{question_id, image, text, answer}`, as test files of LLaVA have it, is one question and its answer.
+
+    A human turn is a question, which the task's instruction follows unless it ends with it; the gpt turn after it is its
+    answer. A record of several questions is one sample, a conversation: training teaches all of its answers, as LLaVA's does,
+    and evaluation asks the last question, with the earlier ones and their answers ahead of it. A list `answers` gives several
+    references for the last. A first turn `system`, or a key of that name, is kept; a first turn of gpt, which answers nothing,
+    is left out, as LLaVA does. `<image>` marks say with which question an image comes, ahead of its text; where there are not
+    as many as images, all come with the first.
 
     Raises UserError when the file is missing or broken or has no samples, and when human and gpt do not take turns.
 
@@ -185,9 +176,7 @@ class InstructionDataset(Dataset):
         marks = tuple(question.count("<image>") for question in questions)
         if any(marks[1:]) and sum(marks) != len(images):
             raise wrong(f"has {len(images)} images and {sum(marks)} marks <image>; mark each where it comes.")
-        *earlier, question = (
-            "\n".join(filter(None, (q.replace("<image>", "").strip(), self.spec.instruction))) for q in questions
-        )
+        *earlier, question = (self._instructed(q.replace("<image>", "").strip()) for q in questions)
         return Sample(
             id=name,
             images=tuple(
@@ -202,6 +191,13 @@ class InstructionDataset(Dataset):
             system=system,
             images_ahead=marks if any(marks[1:]) else (),
         )
+
+    def _instructed(self, question: str) -> str:
+        """The question with the task's instruction behind it, once."""
+        instruction = self.spec.instruction
+        if " ".join(question.split()).endswith(" ".join(instruction.split())):  # always of an instruction that is empty
+            return question
+        return f"{question}\n{instruction}" if question else instruction
 
     def images(self) -> Iterator[Path | EmbeddedImage]:
         """The images of all samples, one after another."""

@@ -15,7 +15,7 @@ from lilora_kernels import check_task_name
 
 from .classification import ClassificationManifest
 from .instructions import TaskManifest
-from .task_sequence import Manifest
+from .task_sequence import Manifest, Task
 
 MANIFESTS = {manifest.model_fields["kind"].default: manifest for manifest in (TaskManifest, ClassificationManifest)}
 
@@ -26,8 +26,9 @@ def load_manifest(path: str | Path, order: list[str] | None = None, data: str | 
     A key `kind` of the manifest says what its tasks are: `instruction`, a TaskManifest, where it is left out, or
     `classification`, a ClassificationManifest. The returned manifest holds absolute paths: `data` and `model` (when it
     starts with `.` or `/`; otherwise it is a model id) are relative to the manifest's folder, the tasks' files to `data`.
+    Probes are apart from the tasks, as `probes`.
     A scorer `module:function` may lie in a file beside the manifest.
-    An argument `data` replaces the manifest's folder of data. `order` names the tasks to run, in that order.
+    An argument `data` replaces the manifest's folder of data. `order` names the tasks to train, in that order.
 
     Raises UserError for a key or name that is not allowed, an unknown scorer, a missing or broken file, a task without
     samples, and an image that is missing or cannot be opened.
@@ -35,17 +36,21 @@ def load_manifest(path: str | Path, order: list[str] | None = None, data: str | 
     path = Path(path)
     manifest = _parse(path)
     _check_names(path, manifest)
-    tasks = manifest.tasks if order is None else _ordered(manifest, order)
+    probes = [task for task in manifest.tasks if task.probe]
+    tasks = [task for task in manifest.tasks if not task.probe]
+    if not tasks:
+        raise UserError(f"{path}: all tasks are probes, which are not trained; add one with the key train.")
+    tasks = tasks if order is None else _ordered(manifest, tasks, order)
     root = path.resolve().parent
     folder = Path(data).resolve() if data is not None else (root / manifest.data).resolve()
-    tasks = [task.located(folder) for task in tasks]
+    tasks, probes = ([task.located(folder) for task in part] for part in (tasks, probes))
     with importable(root):
-        for task in tasks:
+        for task in (*tasks, *probes):
             task.check()
     model = manifest.model
     if model is not None and model.startswith((".", "/")):
         model = str((root / model).resolve())
-    return manifest.model_copy(update={"tasks": tasks, "data": folder, "model": model})
+    return manifest.with_tasks(tasks, probes, data=folder, model=model)
 
 
 @contextmanager
@@ -82,7 +87,7 @@ def _first_problem(error: ValidationError, manifest: type[Manifest]) -> str:
     place = f" of task number {location[1] + 1}" if in_task else ""
     within = location[2:] if in_task else location
     if not within and problem["type"] == "value_error":
-        return f"the manifest{place} is wrong: {problem['msg'].removeprefix('Value error, ')}; add it."
+        return f"the manifest{place} is wrong: {problem['msg'].removeprefix('Value error, ')}."
     if not within:
         return f"the manifest{place} is wrong: it must be a mapping of keys to values; correct it."
     key = within[0]
@@ -110,9 +115,11 @@ def _check_names(path: Path, manifest: Manifest) -> None:
             raise UserError(f"{path}: task {task.name!r}: {error}") from error
 
 
-def _ordered(manifest: Manifest, order: list[str]) -> list:
-    by_name = {task.name: task for task in manifest.tasks}
+def _ordered(manifest: Manifest, tasks: list[Task], order: list[str]) -> list[Task]:
+    by_name = {task.name: task for task in tasks}
     for name in order:
+        if name not in by_name and any(task.name == name for task in manifest.tasks):
+            raise UserError(f"order: task {name!r} is a probe, which is not trained but always scored; leave it out.")
         if name not in by_name:
             raise UserError(f"order: task {name!r} is unknown; {manifest.name} has {', '.join(by_name)}.")
     if not order or len(set(order)) < len(order):

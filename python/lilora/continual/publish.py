@@ -16,7 +16,7 @@ from lilora.reports.scores import ScoreMatrix
 from .base_model import load_base
 from .collator import Collator
 from .kinds import kind_of
-from .recorded import train_settings
+from .recorded import image_aspect_of, train_settings
 
 FORMATS = ("lora", "lilora")
 
@@ -146,6 +146,8 @@ def card(
     relation: str = "adapter",
 ) -> None:
     rows = [f"| {t['name']} | {t['parameters']:,} | {t['shared']} |" for t in bank.describe()["tasks"]]
+    if image_aspect_of(bank.config) == "pad":
+        about += " Images are to be padded to squares with the mean colour of the base model's image processor."
     told = {key: bank.config[key] for key in ("method", "settings", "train") if key in bank.config}
     sections = {
         "About": about,

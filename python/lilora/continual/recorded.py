@@ -12,6 +12,7 @@ from lilora.methods.settings import Settings
 from lilora.registry import Registry
 from lilora.reports.scores import ScoreMatrix
 
+from .images import ImageAspect
 from .kinds import KINDS
 from .task_identification import TASK_IDENTIFIERS, NearestCentroid
 
@@ -54,6 +55,9 @@ def _known(parts: Registry) -> Callable[[str], str]:
     return check
 
 
+Points = Annotated[float, Field(ge=0, le=100)]
+
+
 class _Config(_Record):
     method: Annotated[str, AfterValidator(_known(METHODS))]
     settings: dict[str, JsonValue] = {}
@@ -62,6 +66,7 @@ class _Config(_Record):
     model: str = ""
     manifest: str = ""
     label: str | None = None
+    image_aspect: ImageAspect = "processor"  # named only if it is another
     task_identifier: Annotated[str, AfterValidator(_known(TASK_IDENTIFIERS))] = NearestCentroid.name
 
 
@@ -78,6 +83,8 @@ class _Scores(_Record):
     matrix: dict[str, JsonValue]
     functions: dict[str, dict[str, str]]
     seconds: dict[str, float]
+    zero_shot: dict[str, Points] = {}  # of tasks and probes before any training
+    probes: dict[str, dict[str, Points]] = {}  # stage -> probe -> points
 
 
 def train_settings(bank: Bank) -> TrainSettings:
@@ -102,6 +109,11 @@ def train_settings(bank: Bank) -> TrainSettings:
         ) from error
     except UserError as error:
         raise UserError(f"{bank.path} does not record a run as lilora does: {error}") from error
+
+
+def image_aspect_of(config: dict[str, Any]) -> ImageAspect:
+    """What the processor was given of images, in a bank with this config."""
+    return config.get("image_aspect", "processor")
 
 
 def check_label(label: str | None) -> None:

@@ -73,8 +73,8 @@ Picture = str | StoredImage
 class InstructionRecord(BaseModel):
     """`{id, image, system, conversations: [{from, value}, ...], answers}` as LLaVA has it, all but conversations optional.
 
-    `images` and `messages: [{role, content}, ...]` are the same under other names. Without an id a record is called by its
-    number, from 0.
+    `images` and `messages: [{role, content}, ...]` are the same under other names. `{question_id, image, text, answer}`, as
+    LLaVA's evaluation has it, is a conversation of one question. Without an id a record is called by its number, from 0.
     """
 
     id: str | int | None = None
@@ -82,6 +82,16 @@ class InstructionRecord(BaseModel):
     system: str = ""
     conversations: list[Turn] = Field(validation_alias=AliasChoices("conversations", "messages"))
     answers: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_question(cls, record: Any) -> Any:
+        if not isinstance(record, dict) or "text" not in record or record.keys() & {"conversations", "messages"}:
+            return record
+        turns = [{"from": "human", "value": record["text"]}]
+        if "answer" in record:
+            turns.append({"from": "gpt", "value": record["answer"]})
+        return {"id": record.get("question_id")} | record | {"conversations": turns}
 
     @model_validator(mode="after")
     def _as_many_images_as_parts(self) -> Self:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import Progress
+from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from lilora.bank.bank import Bank
@@ -26,11 +27,13 @@ from lilora.reports.scores import ScoreMatrix
 
 from .base_model import load_base, pick_device, restore
 from .checkpoints import latest_checkpoint
-from .evaluate import write_answers
+from .evaluate import TaskScore, write_answers
+from .images import ImageAspect
 from .instructions import instruction_data
 from .kinds import Kind, kind_name, kind_of
 from .memory import ran_out
-from .recorded import TrainSettings, check_label, train_settings
+from .probes import Untrained, score_probes
+from .recorded import TrainSettings, check_label, image_aspect_of, train_settings
 from .run_folder import check_folder, label_of, run_of, take_settings
 from .task_identification import SAMPLES, TASK_IDENTIFIERS, NearestCentroid, identifier_of
 from .task_sequence import Manifest
@@ -41,8 +44,8 @@ class ContinualRun:
     """A run folder: the bank, checkpoints of the task being trained, predictions.
 
     `bank/` is described in bank/bank.py; `checkpoints/<task>/` are the Trainer's; `predictions/<after>-<task>.jsonl` hold
-    every answer of every evaluation. Of several processes the first one writes; all must see the folder. From `open` to
-    `close` no other run writes there, and no other process to the bank.
+    every answer of every evaluation, those of the base model under `before`. Of several processes the first one writes; all
+    must see the folder. From `open` to `close` no other run writes there, and no other process to the bank.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, method: Method, processor, bank: Bank) -> None:
@@ -52,9 +55,9 @@ class ContinualRun:
         tasks = manifest.tasks
         unscored = [task.name for task in tasks if task.test is None]
         self.matrix = ScoreMatrix([task.name for task in tasks], self.kind.unseen, unscored)
-        self.state: dict[str, Any] = {"functions": {}, "seconds": {}}
+        self.state: dict[str, Any] = {"functions": {}, "seconds": {}, "zero_shot": {}, "probes": {}}
         if bank.scores:
-            self.state = {key: bank.scores[key] for key in ("functions", "seconds")}
+            self.state = {key: bank.scores.get(key, {}) for key in self.state}  # earlier versions knew no probes
             self._take_cells(ScoreMatrix.from_dict(bank.scores["matrix"]))
         for task in bank.describe()["tasks"]:  # trained by a run that ended before its scores were written
             self.state["seconds"].setdefault(task["name"], task["info"].get("seconds") or 0.0)
@@ -71,8 +74,11 @@ class ContinualRun:
         device: str = "auto",
         label: str | None = None,
         task_identifier: str = NearestCentroid.name,
+        image_aspect: ImageAspect | None = None,
     ) -> "ContinualRun":
         """Start a run, or go on with the one in `folder`, with the settings that may have changed (`check_folder`).
+
+        image_aspect: the manifest's unless given.
 
         Raises UserError when the folder holds something else, another process writes there, or the base model cannot be
         loaded.
@@ -88,6 +94,8 @@ class ContinualRun:
         if task_identifier != NearestCentroid.name:
             TASK_IDENTIFIERS.find(task_identifier, "--task-identifier")
             config["task_identifier"] = task_identifier
+        if (image_aspect or manifest.image_aspect) != "processor":
+            config["image_aspect"] = image_aspect or manifest.image_aspect
         check_label(label)
         kind = kind_of(config)
         method_type = METHODS.find(method)
@@ -109,8 +117,8 @@ class ContinualRun:
             existing = processes.on_rank0(lock_and_check)
             if pick_device(device).index:
                 raise UserError(f"--device {device}: training takes the first device; choose with CUDA_VISIBLE_DEVICES")
-            base, processor = load_base(model, train.dtype, device, kind)
-            for task in manifest.tasks:
+            base, processor = load_base(model, train.dtype, device, kind, image_aspect_of(config))
+            for task in (*manifest.tasks, *manifest.probes):
                 kind.check(task, processor)
             identity = BaseModelId.of(base, model)
             processes.check_same("the base model", lambda: identity.fingerprint)
@@ -141,13 +149,18 @@ class ContinualRun:
         bars: bool = True,
         say: Callable[[str], None] = print,
         report_to: Sequence[str] = (),
+        zero_shot: bool = False,
     ) -> ScoreMatrix:
         """Train and evaluate what is left to do; returns the score matrix.
+
+        zero_shot: score all tasks with the base model too, as the probes always are.
 
         evaluation_batch: samples per batch of an evaluation, by default 8 times as many as in training; fewer from where memory
         runs out. say: gets a line after each task. report_to: trackers as transformers names them; each stage of a task is one
         of their runs, `<run folder>/<task>/<stage>`; tensorboard's files go to `tensorboard/<task>/<stage>` in the run's folder.
         """
+        evaluation_batch = evaluation_batch or 8 * self.settings.batch_size
+        self._evaluate_base(zero_shot, evaluation_batch, bars, say)
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
                 self._train_task(index, spec, save_steps, workers, bars, report_to)
@@ -158,8 +171,9 @@ class ContinualRun:
             if processes.rank() == 0:
                 shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
             with Progress(disable=not bars) as progress:
-                if self._evaluate(index, evaluation_batch or 8 * self.settings.batch_size, progress):
+                if self._evaluate(index, evaluation_batch, progress):
                     say(self._summary(index))
+                self._evaluate_probes(spec.name, evaluation_batch, progress, say)
         return self.matrix
 
     def _summary(self, index: int) -> str:
@@ -217,12 +231,16 @@ class ContinualRun:
 
         self.bank = processes.on_rank0(changed)
 
-    def _reload(self) -> None:
-        """The method anew, from the base model and the bank: a sharded model takes no further tasks."""
+    def _reload(self, ask_base: Callable[[nn.Module], None] = lambda base: None) -> None:
+        """The method anew, from the base model and the bank: a sharded model takes no further tasks.
+
+        ask_base: gets the base model before the method changes it.
+        """
         device, config = str(self.method.base.device), self.bank.config
         self.method = None
         gc.collect()  # there may not be room for both
         base, _ = load_base(config["model"], self.settings.dtype, device, self.kind)
+        ask_base(base)
         self.method = make_method(config["method"], base, config["settings"])
         restore(self.method, self.bank)
 
@@ -354,11 +372,48 @@ class ContinualRun:
                 self.matrix.copy(after, spec.name, source)
         for result in self.kind.evaluate(self.method, self.processor, to_run, batch_size, progress) if to_run else ():
             self.matrix.set(after, result.task, result.score, result.format_share)
-            if processes.rank() == 0:
-                write_answers(self.folder / "predictions" / f"{after}-{result.task}.jsonl", result.answers)
+            self._keep_answers(after, result)
         self.state["functions"][after] = functions
-        self._write(lambda bank: bank.set_scores({"matrix": self.matrix.to_dict(), **self.state}))
+        self._write_scores()
         return True
+
+    def _evaluate_base(self, zero_shot: bool, batch_size: int, bars: bool, say: Callable[[str], None]) -> None:
+        """Score the probes, and with `zero_shot` the tasks, before any training, unless they are scored."""
+        wanted = (*(self.manifest.tasks if zero_shot else ()), *self.manifest.probes)
+        missing = [spec for spec in wanted if spec.test is not None and spec.name not in self.state["zero_shot"]]
+        if not missing:
+            return
+
+        def ask(base: nn.Module) -> None:
+            with Progress(disable=not bars) as progress:
+                results = self.kind.evaluate(Untrained(base), self.processor, missing, batch_size, progress)
+            for result in results:
+                self.state["zero_shot"][result.task] = result.score
+                self._keep_answers("before", result)
+            self._write_scores()
+            say(f"{label_of(self.bank)}: before any training: {_points(results)}")
+
+        self._reload(ask)
+
+    def _evaluate_probes(self, after: str, batch_size: int, progress: Progress, say: Callable[[str], None]) -> None:
+        """Score the probes after a task, unless they are scored or the model of that stage is gone."""
+        scores = self.state["probes"].get(after, {})
+        missing = [spec for spec in self.manifest.probes if spec.name not in scores]
+        if not missing or self.bank.tasks[-1] != after:
+            return
+        results = score_probes(self.kind, self.method, self.processor, missing, after, batch_size, progress)
+        for result in results:
+            self.state["probes"].setdefault(after, {})[result.task] = result.score
+            self._keep_answers(after, result)
+        self._write_scores()
+        say(f"{label_of(self.bank)}: probes after {after}: {_points(results)}")
+
+    def _keep_answers(self, stage: str, result: TaskScore) -> None:
+        if processes.rank() == 0:
+            write_answers(self.folder / "predictions" / f"{stage}-{result.task}.jsonl", result.answers)
+
+    def _write_scores(self) -> None:
+        self._write(lambda bank: bank.set_scores({"matrix": self.matrix.to_dict(), **self.state}))
 
     def _functions(self, tasks: list[str]) -> dict[str, str]:
         """What tells each task's function; without the task that a method needs it is that of the base model."""
@@ -384,6 +439,10 @@ class ContinualRun:
                     self.matrix.set(after, task, stored.get(after, task), stored.format_share(after, task))
                 else:
                     self.matrix.copy(after, task, source)
+
+
+def _points(results: Sequence[TaskScore]) -> str:
+    return ", ".join(f"{result.task} {result.score:.1f}" for result in results)
 
 
 def splits_freely(method: type[Method], kind: Kind) -> bool:

@@ -70,6 +70,8 @@ def take_settings(folder: Path, bank: Bank, config: dict[str, Any], base_model: 
             aside = f"; the checkpoints made before are in {free}"
         print_note(f"{folder} starts anew, as its first task is not trained yet: {said}{aside}")
         bank.set_config(config, base_model)
+        if bank.scores:  # of the base model
+            bank.set_scores({})
     bank.check_base_model(base_model)
     free = {key: value for key, value in bank.config.items() if key != "label"}
     free |= {key: config[key] for key in ("train", "label") if key in config}
@@ -80,8 +82,8 @@ def take_settings(folder: Path, bank: Bank, config: dict[str, Any], base_model: 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], splits: bool) -> dict[str, tuple[Any, Any]]:
     """Setting -> (what it was, what it is), of those that matter to what is trained."""
-    old = flat({"kind": "instruction"} | old)  # banks of earlier versions do not say so
-    new = flat(json.loads(json.dumps(new)))
+    unsaid = {"kind": "instruction", "image_aspect": "processor"}
+    old, new = (flat(unsaid | config) for config in (old, json.loads(json.dumps(new))))
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if key not in FREE}
     changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
     if splits and prod(old.get(key, 0) for key in _SPLIT) == prod(new.get(key, 0) for key in _SPLIT):
@@ -120,6 +122,8 @@ def run_of(bank: Bank) -> Run:
         {key: bank.config[key] for key in ("model", "manifest", "settings", "train") if key in bank.config}
         | {"sizes": sizes},
         {task["name"]: task["info"].get("losses", {}) for task in bank.describe()["tasks"]},
+        bank.scores.get("zero_shot", {}),
+        bank.scores.get("probes", {}),
     )
 
 
@@ -147,8 +151,8 @@ def _remove_task(bank: Bank, name: str) -> None:
         )
     if bank.scores:  # first: a task without scores is evaluated again, scores without their task would stay
         matrix = ScoreMatrix.from_dict(bank.scores["matrix"]).without(name)
-        state = {key: {k: v for k, v in bank.scores[key].items() if k != name} for key in ("functions", "seconds")}
-        bank.set_scores({"matrix": matrix.to_dict(), **state} if matrix else {})
+        state = {key: {k: v for k, v in values.items() if k != name} for key, values in bank.scores.items()}
+        bank.set_scores(state | {"matrix": matrix.to_dict()} if matrix else {})
     bank.remove_task(name)
 
 

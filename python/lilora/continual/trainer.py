@@ -1,5 +1,6 @@
 """The HuggingFace Trainer for one stage of a method, and the batches that it takes."""
 
+import inspect
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -55,8 +56,11 @@ class StageData(Dataset):
     def __getitem__(self, index: int) -> Any:
         return self.samples[index]
 
-    def collate(self, batch: list, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def collate(self, batch: list, dtype: torch.dtype, answers_only: bool = False) -> dict[str, torch.Tensor]:
+        """answers_only: let the model compute logits where they predict answers alone (`with_answer_logits`)."""
         inputs = self.collator(batch)
+        if answers_only:
+            inputs = with_answer_logits(inputs)
         return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
     def batches(
@@ -71,8 +75,22 @@ class StageData(Dataset):
             yield {key: value.to(model.device) for key, value in inputs.items()}
 
 
+def with_answer_logits(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch for a model that computes logits [B, K, V] at the K positions alone that predict a token of some answer.
+
+    Adds `logits_to_keep` [K] and `shift_labels` [B, K], the labels [B, L] of the tokens that follow there, -100 where that is no
+    answer, as transformers' models and its causal loss take them: the loss and its gradient are those of all logits.
+    """
+    following = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    kept = (following != -100).any(0).nonzero()[:, 0]
+    return inputs | {"logits_to_keep": kept, "shift_labels": following[:, kept]}
+
+
 class TaskTrainer(Trainer):
     """The HuggingFace Trainer for one stage: takes the method's loss, and checkpoints what is being trained only.
+
+    A model whose forward takes `logits_to_keep`, and whose loss is transformers' causal one, computes the logits that the loss
+    needs and no others.
 
     Raises UserError within ten steps, and before a checkpoint, when a loss is not finite; `advice` says what to do then.
     """
@@ -86,6 +104,9 @@ class TaskTrainer(Trainer):
         # A model that takes no num_items_in_batch returns the mean over its own batch. The step's labels are counted for it
         # too, and nothing is divided by the number of batches: see compute_loss.
         self.returns_mean, self.model_accepts_loss_kwargs = not self.model_accepts_loss_kwargs, True
+        takes = inspect.signature(type(method.base).forward).parameters
+        if "logits_to_keep" in takes and self._loss_shifts_labels:
+            self.data_collator = partial(collate, answers_only=True)
         self.remove_callback(PrinterCallback)  # it would print among the command's own output
         self.add_callback(_Losses(self, advice))
         self.diverged: torch.Tensor | None = (

@@ -87,7 +87,7 @@ def fisher_diagonal(model: nn.Module, parameters: Tensors, samples: Iterable[Inp
     squares = {name: torch.zeros_like(p) for name, p in parameters.items()}
     count = 0
     for inputs in samples:
-        tokens = answer_positions(inputs["labels"]).sum()
+        tokens = answer_positions(inputs).sum()
         log_likelihood = -tokens * model(**inputs).loss  # the loss is a mean over them
         gradients = torch.autograd.grad(
             log_likelihood, list(parameters.values()), allow_unused=True, materialize_grads=True

@@ -14,7 +14,7 @@ from lilora.bank.export import PlainLoRA, plain_lora
 from lilora.peft.layer import unwrapped
 from lilora_kernels.layers.lilora import DROPOUT, RANK
 
-from .base import Method, Tensors, lora_parameters, register_method
+from .base import Inputs, Method, Tensors, lora_parameters, register_method
 from .settings import MethodSettings, alpha_field
 
 
@@ -112,6 +112,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def answer_positions(labels: Tensor) -> Tensor:
-    """Where the logits predict a token of an answer: labels [B, L], -100 at other tokens -> [B, L] bool."""
-    return nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+def answer_positions(inputs: Inputs) -> Tensor:
+    """Where the logits of a training batch predict a token of an answer: [B, L] bool, or [B, K] if it asks for K of them."""
+    if "shift_labels" in inputs:
+        return inputs["shift_labels"] != -100
+    return nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))
+
+
+def without_labels(inputs: Inputs) -> Inputs:
+    """The batch for a forward without a loss, with the same logits."""
+    return {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .base import Batches, Inputs, Stage, Tensors, register_method
 from .distillation import divergence
-from .lora import LoRASettings, SequentialLoRA, answer_positions, evaluating
+from .lora import LoRASettings, SequentialLoRA, answer_positions, evaluating, without_labels
 
 
 class LwFSettings(LoRASettings):
@@ -44,7 +44,7 @@ class LwF(SequentialLoRA):
     def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
         if not (self._teacher and self.options.distillation):
             return cross_entropy()[0]
-        answered = answer_positions(inputs["labels"])
+        answered = answer_positions(inputs)
         target = self._teacher_logits(inputs)[answered]
         loss, outputs = cross_entropy()
         divergent = divergence(outputs.logits[answered], target, self.options.temperature).mean()
@@ -52,7 +52,6 @@ class LwF(SequentialLoRA):
 
     @torch.no_grad()
     def _teacher_logits(self, inputs: Inputs) -> Tensor:
-        """[B, L, V]."""
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        """[B, L, V], or [B, K, V] of the K positions that the batch asks for."""
         with evaluating(self.model):
-            return torch.func.functional_call(self.model, self._teacher, (), inputs).logits
+            return torch.func.functional_call(self.model, self._teacher, (), without_labels(inputs)).logits

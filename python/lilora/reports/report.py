@@ -23,6 +23,8 @@ from .plotting import PLOT_STYLE, MethodStyle, cell_colours, png
 from .runs import CARRIED, MethodRuns, Run, by_method, differences, heading, undefined_notes, without_nan
 from .scores import METRICS
 
+BEFORE = "(before)"  # no task has such a name
+
 
 def write_report(
     out: Path, runs: list[Run], title: str = "Continual learning", environment: dict[str, Any] | None = None
@@ -77,6 +79,7 @@ def write_report(
         notes=notes,
         differences=differences(runs),
         carried_note=CARRIED,
+        before=BEFORE,
         environment=environment or {},
         images={name: base64.b64encode(data).decode() for name, data in pictures.items()},
         widths={name: round(100 * figure.get_figwidth()) for name, figure in figures.items()},
@@ -98,6 +101,7 @@ def print_tables(runs: list[Run], console: Console | None = None) -> None:
     if unscored := runs[0].matrix.unscored:
         console.print(f"not scored, for want of a test split: {', '.join(unscored)}")
     if not methods[0].columns:
+        _print_probes(methods, console)
         return
     console.print("metrics in points, mean±standard deviation over seeds")
     table = _table("method", map(heading, methods[0].metrics), min_width=len("Forgetting"))
@@ -107,15 +111,29 @@ def print_tables(runs: list[Run], console: Console | None = None) -> None:
     for method in methods:
         console.print(f"{method.name}: score on each task (column) after each stage (row)")
         table = _table("after", method.columns)
+        if before := method.before():
+            table.add_row(BEFORE, *(text for text, _ in before))
         for after, row in zip(method.tasks, method.cells(), strict=True):
             table.add_row(after, *(text for text, *_ in row))
         _print(table, console)
+    _print_probes(methods, console)
     if any(method.any_carried() for method in methods):
         console.print(CARRIED)
     for note in undefined_notes(runs):
         console.print(f"n/a: {note}")
     for name, values in differences(runs).items():
         console.print(f"differs: {name} is " + ", ".join(f"{value} in {method}" for method, value in values.items()))
+
+
+def _print_probes(methods: list[MethodRuns], console: Console) -> None:
+    for method in methods:
+        if not (rows := method.probes()):
+            continue
+        console.print(f"{method.name}: score on each probe (row), never trained, before and after each stage (column)")
+        table = _table("probe", [BEFORE, *method.tasks, "change"])
+        for name, texts in rows.items():
+            table.add_row(name, *texts)
+        _print(table, console)
 
 
 def print_routes(routes: Mapping[str, Mapping[str, int]], tasks: Sequence[str], console: Console) -> None:

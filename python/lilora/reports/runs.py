@@ -21,7 +21,8 @@ class Run:
 
     `params_per_task` counts the parameters stored for each task, `seconds` is wall time, `extra` holds further
     JSON-able facts about the run. losses: of each task by stage, (step, mean training loss since the entry before); the bank
-    keeps them, and `to_dict` leaves them out.
+    keeps them, and `to_dict` leaves them out. zero_shot: points of tasks and probes before any training. probes: those of each
+    probe by the task that they are after.
     """
 
     method: str
@@ -31,6 +32,8 @@ class Run:
     seconds: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, dict[str, list[tuple[int, float]]]] = field(default_factory=dict)
+    zero_shot: dict[str, float] = field(default_factory=dict)
+    probes: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         fields = {name: value for name, value in vars(self).items() if name != "losses"}
@@ -103,6 +106,29 @@ class MethodRuns:
             return cell_text(score, carried), score
 
         return [[cell(j, task) for task in matrix.scored(j)] for j in range(len(self.tasks))]
+
+    def before(self) -> list[tuple[str, float]]:
+        """(text, mean score) of each column before any training; empty if no run was scored then."""
+        if not any(task in run.zero_shot for run in self.runs for task in self.columns):
+            return []
+        scores = [float(np.mean([run.zero_shot.get(task, math.nan) for run in self.runs])) for task in self.columns]
+        return [(cell_text(score), score) for score in scores]
+
+    def probes(self) -> dict[str, list[str]]:
+        """Of each probe, as text: its mean score before any training and after each task, and the change over all of them."""
+        rows = {}
+        for name in dict.fromkeys(name for run in self.runs for stage in run.probes.values() for name in stage):
+            stages = [
+                [
+                    run.zero_shot.get(name, math.nan),
+                    *(run.probes.get(task, {}).get(name, math.nan) for task in self.tasks),
+                ]
+                for run in self.runs
+            ]
+            means = np.mean(stages, axis=0)
+            change = means[-1] - means[0]
+            rows[name] = [*map(cell_text, means), "n/a" if math.isnan(change) else f"{change:+.1f}"]
+        return rows
 
     def any_carried(self) -> bool:
         return any(text.endswith("*") for row in self.cells() for text, _ in row)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lilora.errors import UserError
 from lilora.methods.base import Batches, Inputs, Method, Stage, Tensors, register_method
 from lilora.methods.distillation import divergence
-from lilora.methods.lora import answer_positions
+from lilora.methods.lora import answer_positions, without_labels
 from lilora.methods.pclr.pool import EXPERTS, GateRule, Query, RankPool, normalised
 from lilora.methods.pooled import inject_rank_pools, load_rank_pools, pool_tensors, require_grad_only
 from lilora.methods.redundancy import rank_gram
@@ -343,7 +343,7 @@ class PCLR(Method):
         if self.options.lwf and len(self.tasks) > 1:
             with torch.no_grad(), self.pool_tasks.querying(None, teacher=True):
                 teacher = self.model(**inputs).logits
-            answered = answer_positions(inputs["labels"])
+            answered = answer_positions(inputs)
             distilled = divergence(outputs.logits[answered], teacher[answered], 2.0, self.options.vocabulary).mean()
             loss = loss + grad_accum_weight * self.options.lwf * distilled
         return loss
@@ -380,7 +380,7 @@ class PCLR(Method):
 
     def _integration_loss(self, inputs: Inputs) -> Tensor:
         """KL of the teacher's and the student's outputs under fake queries, drawn by the root of their last loss."""
-        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        inputs = {name: value for name, value in without_labels(inputs).items() if name != "logits_to_keep"}
         by_task = self.options.fake_queries == "task"  # one for the batch, as published; keys: one for each sample
         drawn = torch.multinomial(self.chances, 1 if by_task else len(inputs["input_ids"]), replacement=True)
         query = Query(self.fakes.text[drawn], self.fakes.vision[drawn])

@@ -2,12 +2,13 @@
 
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Field, PrivateAttr, TypeAdapter, ValidationInfo, field_validator
 from torch.utils.data import Dataset
 
 from lilora.errors import UserError
@@ -29,6 +30,7 @@ def _with_a_place(templates: tuple[str, ...]) -> tuple[str, ...]:
 Templates = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_with_a_place)]
 Shots = Annotated[int | None, Field(ge=1)]
 TemplatePer = Literal["sample", "task"]
+LabelSpace = Literal["task", "all", "seen"]
 
 TEMPLATES: Templates = ("a photo of a {}.", "a picture of a {}.", "an image that shows a {}.")
 
@@ -49,6 +51,8 @@ class ImageTask(Task):
     templates: Templates = TEMPLATES
     shots: Shots = None
     template_per: TemplatePer = "sample"
+    _label_space: LabelSpace = PrivateAttr("task")
+    _all: tuple["ImageTask", ...] = PrivateAttr(())  # all tasks of the manifest, if its label space wants them
 
     def located(self, folder: Path) -> Self:
         """With the paths under `folder`."""
@@ -60,19 +64,54 @@ class ImageTask(Task):
         for split in self.splits:
             LabelledImages(self, split).check_images()
 
+    def rivals(self, trained: Sequence[str]) -> list["ImageTask"]:
+        """The tasks whose classes an image of this task may be taken for, by the manifest's `label_space`."""
+        if self._label_space == "task":
+            return [self]
+        return [task for task in self._all if self._label_space == "all" or task.name in (*trained, self.name)]
+
+    def class_names(self) -> list[str]:
+        """The names of the classes, in the order of their numbers."""
+        return _classes(self)[1]
+
     def prompt(self, template: int, name: str) -> str:
         """What is said of a class."""
         return self.templates[template].replace("{}", name)
 
+    def prompts(self, name: str) -> tuple[str, ...]:
+        """The same with every template."""
+        return tuple(self.prompt(t, name) for t in range(len(self.templates)))
+
 
 class ClassificationManifest(Manifest):
-    """Tasks of image classification, for CLIP; templates, shots and template_per hold for tasks that give none."""
+    """Tasks of image classification, for CLIP; templates, shots and template_per hold for tasks that give none.
+
+    label_space: among which classes an image is placed. `task`: those of its own task. `all`: those of all tasks of the
+    manifest, as X-TAIL has it (arXiv 2406.18868). `seen`: those of the tasks trained so far, as class-incremental learning
+    has it, and of its own; a task is scored from its own training on. A probe is placed among its own. Classes of several
+    tasks whose prompts are the same are one class.
+    """
 
     kind: Literal["classification"] = "classification"
     templates: Templates = TEMPLATES
     shots: Shots = None
     template_per: TemplatePer = "sample"
+    label_space: LabelSpace = "task"
     tasks: list[ImageTask] = Field(min_length=1)
+
+    @property
+    def unseen(self) -> bool:
+        return self.label_space != "seen"
+
+    def located(self, folder: Path) -> Self:
+        tasks = super().located(folder).tasks
+        if self.label_space == "task":
+            return self.model_copy(update={"tasks": tasks})
+        linked = [task.model_copy() for task in tasks]
+        for task in linked:
+            if not task.probe:  # a probe is placed among its own classes
+                task._label_space, task._all = self.label_space, tuple(other for other in tasks if not other.probe)
+        return self.model_copy(update={"tasks": linked})
 
     @field_validator("tasks", mode="before")
     @classmethod

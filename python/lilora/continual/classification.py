@@ -1,8 +1,9 @@
 """Image classification by class names: manifests of kind `classification`, and the labelled images of their tasks."""
 
 import random
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -38,12 +39,13 @@ TEMPLATES: Templates = ("a photo of a {}.", "a picture of a {}.", "an image that
 class ImageTask(Task):
     """One task: its images and the names of their classes.
 
-    train and test are folders with a folder of images per class, or JSON lists of `{image, label}` with paths under
-    `images`. classes: a list of names, whose labels are the names themselves or their numbers from 0; or a mapping from
-    label to name; or a file that holds either as JSON, or a name on each line (.txt). Without classes the labels are the
-    names, with spaces for underscores. templates: prompts with {} for the class name. shots: training images per class,
-    the same in every run; None: all of them. template_per: whether each training "sample" gets a random template or one
-    serves the whole "task".
+    train and test are folders with a folder of images per class, or lists with paths under `images`: JSON of `{image,
+    label}`; a file of splits as CoOp has them, `{train: [[path, number, class], ...], val, test}`, which both may name; or
+    text with an image, `.jpg` left out, and its class on each line, as FGVC-Aircraft has it. classes: a list of names,
+    whose labels are the names themselves or their numbers from 0; or a mapping from label to name; or a file that holds
+    either as JSON, or a name on each line (.txt). Without classes the labels are the names, with spaces for underscores.
+    templates: prompts with {} for the class name. shots: training images per class, the same in every run; None: all of
+    them. template_per: whether each training "sample" gets a random template or one serves the whole "task".
     """
 
     test: Path
@@ -63,6 +65,9 @@ class ImageTask(Task):
         """Raise UserError for files, labels, class names or images that are missing or wrong."""
         for split in self.splits:
             LabelledImages(self, split).check_images()
+
+    def check_scorer(self, data: "LabelledImages") -> None:
+        """Top-1 accuracy suits all images."""
 
     def rivals(self, trained: Sequence[str]) -> list["ImageTask"]:
         """The tasks whose classes an image of this task may be taken for, by the manifest's `label_space`."""
@@ -137,6 +142,7 @@ class _Record(BaseModel):
 
 
 _CLASSES = TypeAdapter(list[str] | dict[str, str])
+_COOP = TypeAdapter(dict[str, list[tuple[str, int, str]]])
 
 
 class LabelledImages(Dataset):
@@ -148,7 +154,7 @@ class LabelledImages(Dataset):
     def __init__(self, spec: ImageTask, split: Split):
         source = getattr(spec, split)
         self._where = f"task {spec.name!r}: {source}"
-        found = _read(spec, source)
+        found = _read(spec, split)
         numbers, self.classes = _classes(spec)
         for _, label in found:
             if label not in numbers:
@@ -159,9 +165,13 @@ class LabelledImages(Dataset):
             pairs = few(pairs, spec.shots)
         self.samples = [LabelledImage(i, path, label) for i, (path, label) in enumerate(pairs)]
 
+    def images(self) -> Iterator[Path]:
+        """The images of all samples, one after another."""
+        return (sample.path for sample in self.samples)
+
     def check_images(self) -> None:
         """Raise UserError at the first image that is missing or, in all but very large splits, cannot be opened."""
-        check_images([sample.path for sample in self.samples], self._where)
+        check_images(self.images(), self._where)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -181,13 +191,20 @@ def few(pairs: list[tuple[Path, int]], shots: int) -> list[tuple[Path, int]]:
     ]
 
 
-def _read(spec: ImageTask, source: Path) -> list[tuple[Path, str]]:
+def _read(spec: ImageTask, split: Split) -> list[tuple[Path, str]]:
     """The images of a split with their labels."""
+    source = getattr(spec, split)
     where = f"task {spec.name!r}: {source}"
     if source.is_dir():
         kinds = Image.registered_extensions()
         folders = sorted(entry for entry in source.iterdir() if entry.is_dir())
         found = [(p, folder.name) for folder in folders for p in sorted(folder.iterdir()) if p.suffix.lower() in kinds]
+    elif source.suffix == ".txt":
+        pairs = (line.partition(" ") for line in _lines(source, where, "an image and its class"))
+        found = [(spec.images / (image if Path(image).suffix else f"{image}.jpg"), label) for image, _, label in pairs]
+    elif _is_coop(source):
+        splits = read_json(source, _COOP, where, "CoOp's file of splits")
+        found = [(spec.images / path, label) for path, _, label in splits.get(split, [])]
     else:
         records = Records(source, _Record, f"task {spec.name!r}", "{image, label}")
         found = [(spec.images / record.image, str(record.label)) for record in records]
@@ -196,11 +213,19 @@ def _read(spec: ImageTask, source: Path) -> list[tuple[Path, str]]:
     return found
 
 
+def _is_coop(source: Path) -> bool:
+    """Whether a file starts as CoOp's files of splits do; a line of records starts otherwise."""
+    if not source.is_file():
+        return False
+    with open(source, encoding="utf-8-sig", errors="replace") as file:
+        return re.match(r'\s*\{\s*"(train|val|test)"\s*:\s*\[', file.read(200)) is not None
+
+
 def _classes(spec: ImageTask) -> tuple[dict[str, int], list[str]]:
     """(number of each label, names of the classes)."""
     classes = _class_file(spec) if isinstance(spec.classes, Path) else spec.classes
     if classes is None:
-        labels = {label for split in spec.splits for _, label in _read(spec, getattr(spec, split))}
+        labels = {label for split in spec.splits for _, label in _read(spec, split)}
         classes = {label: label.replace("_", " ") for label in sorted(labels)}
     if isinstance(classes, dict):
         numbers, names = {label: i for i, label in enumerate(classes)}, list(classes.values())
@@ -219,10 +244,13 @@ def _class_file(spec: ImageTask) -> list[str] | dict[str, str]:
     where = f"task {spec.name!r}: {spec.classes}"
     if spec.classes.suffix != ".txt":
         return read_json(spec.classes, _CLASSES, where, "a list of class names or a mapping from label to name")
+    return _lines(spec.classes, where, "a class name")
+
+
+def _lines(file: Path, where: str, what: str) -> list[str]:
+    """The lines of a text file that are not empty."""
     try:
-        lines = spec.classes.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{where} cannot be read ({error}); put a text file with a class name on each line there."
-        ) from error
+        raise UserError(f"{where} cannot be read ({error}); put a text file with {what} on each line there.") from error
     return [line.strip() for line in lines if line.strip()]

@@ -62,14 +62,18 @@ class TaskSpec(Task):
         """Raise UserError for an unknown scorer or one that no test answer suits, a missing or broken file, a split without
         samples, a missing image."""
         with self._named():
-            judge = None if self.scorer is None else self.judge()
+            if self.scorer is not None:
+                self.judge()
         for split in self.splits:
             data = instruction_data(self, split)
             check_images(data.images(), f"task {self.name!r}: {getattr(self, split)}")
-        if self.test is None:
-            return
+        if self.test is not None:
+            self.check_scorer(data)
+
+    def check_scorer(self, data: "InstructionDataset") -> None:
+        """Raise UserError for a scorer that is unknown or that no answer of the test samples suits."""
         with self._named():
-            suits = judge.suits(sample.answers for sample in data)
+            suits = self.judge().suits(sample.answers for sample in data)
         if not suits:
             raise UserError(
                 f"task {self.name!r}: scorer {self.scorer!r} gives 0 even to the references themselves, such as "

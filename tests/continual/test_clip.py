@@ -194,6 +194,11 @@ def test_defaults_of_the_manifest_and_what_a_task_sets_itself(written):
             first(template_per="epoch"),
             "key 'template_per' of task number 1 is wrong: input should be 'sample' or 'task'",
         ),
+        (
+            lambda m: m.update(label_space="every"),
+            "key 'label_space' is wrong: input should be 'task', 'all' or 'seen'",
+        ),
+        (first(label_space="all"), "key 'label_space' of task number 1 is unknown"),
         (lambda m: m.update(tasks=[3]), "the manifest of task number 1 is wrong: it must be a mapping"),
         (first(train="colour/nothing"), "nothing cannot be read (No such file or directory)"),
         (first(train="colour"), "colour has no images; add some"),
@@ -288,14 +293,7 @@ def test_zero_shot_scores_are_those_of_normalised_mean_prompts(images):
     model, processor = clip.load(str(images / "base"), torch.float32)
     model.eval()
 
-    class Plain:
-        needs_task = False
-
-        def activate(self, task, train):
-            assert not train
-
-    method = Plain()
-    method.model = model
+    method = Plain(model)
     tasks = load_manifest(images / "clip.yaml").tasks
     scores = [clip.evaluate(method, processor, tasks, batch_size) for batch_size in (3, 64)]
     for spec, small, large in zip(tasks, *scores, strict=True):
@@ -316,6 +314,114 @@ def test_zero_shot_scores_are_those_of_normalised_mean_prompts(images):
             assert answer["answer"] == data.classes[said]
             right += said == sample.label
         assert small.score == large.score == pytest.approx(100 * right / len(data))
+
+
+# --- label spaces -------------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """A method with one state for all tasks: the model as it is."""
+
+    needs_task = False
+
+    def __init__(self, model, tasks=()):
+        self.model, self.tasks = model, list(tasks)
+
+    def activate(self, task, train):
+        assert not train
+
+
+def head_by_hand(model, processor, tasks):
+    """([C, D], the (task, class) of each row), one prompt after another."""
+    rows, names = [], []
+    for task in tasks:
+        for name in CLASSES[task.name] if task.classes else sorted(CLASSES[task.name]):
+            features = [
+                F.normalize(
+                    model.get_text_features(
+                        **processor.tokenizer(t.replace("{}", name), return_tensors="pt")
+                    ).pooler_output[0],
+                    dim=-1,
+                )
+                for t in task.templates
+            ]
+            rows.append(F.normalize(torch.stack(features).mean(0), dim=-1))
+            names.append((task.name, name))
+    return torch.stack(rows), names
+
+
+@pytest.mark.parametrize(
+    "space, trained, rivals",
+    [
+        ("task", ["colour"], None),
+        ("all", [], ["colour", "count", "size"]),
+        ("seen", ["colour", "size"], ["colour", "size"]),
+        ("seen", ["colour"], ["colour"]),
+    ],
+)
+def test_images_are_placed_among_the_classes_of_the_label_space(space, trained, rivals, images, written):
+    manifest = written(lambda content: content.update(label_space=space))
+    model, processor = clip.load(str(images / "base"), torch.float32)
+    model.eval()
+    tasks = [task for task in manifest.tasks if space != "seen" or task.name in trained]
+    scores = clip.evaluate(Plain(model, trained), processor, tasks, 7)
+    elsewhere = 0
+    for spec, result in zip(tasks, scores, strict=True):
+        others = [spec] if rivals is None else [task for task in manifest.tasks if task.name in rivals]
+        with torch.no_grad():
+            head, names = head_by_hand(model, processor, others)
+            data, right = LabelledImages(spec, "test"), 0
+            for sample, answer in zip(data, result.answers, strict=True):
+                pixels = processor.image_processor([Image.open(sample.path)], return_tensors="pt")["pixel_values"]
+                said = names[int((head @ model.get_image_features(pixels).pooler_output[0]).argmax())]
+                right += said == (spec.name, data.classes[sample.label])
+                elsewhere += said[0] != spec.name
+                assert answer["answer"] == (said[1] if said[0] == spec.name else f"{said[1]} ({said[0]})")
+        assert result.score == pytest.approx(100 * right / len(data))
+    assert (elsewhere > 0) == (rivals is not None and len(rivals) > 1), "the other tasks' classes matter"
+
+
+def test_classes_of_two_tasks_are_one_if_their_prompts_are(images, written):
+    """A second task of the same images and classes changes nothing, unless other templates tell its classes apart."""
+
+    def twice(**change):
+        def edit(content):
+            content["tasks"] = [content["tasks"][0], content["tasks"][0] | {"name": "again", **change}]
+            content["label_space"] = "all"
+
+        return written(edit).tasks
+
+    model, processor = clip.load(str(images / "base"), torch.float32)
+    method = Plain(model.eval())
+    alone = clip.evaluate(method, processor, load_manifest(images / "clip.yaml").tasks[:1], 64)[0]
+    assert alone.score > 0
+    assert [result.score for result in clip.evaluate(method, processor, twice(), 64)] == [alone.score] * 2
+    apart = clip.evaluate(method, processor, twice(templates=["photo {}"]), 64)
+    said = {answer["answer"] for result in apart for answer in result.answers}
+    assert any(name.endswith((" (again)", " (colour)")) for name in said)
+    assert sum(result.score for result in apart) < 2 * alone.score
+
+
+@pytest.mark.parametrize("method", ["lora", "dirlora"])
+def test_a_run_with_the_classes_seen_so_far(method, images, written, tmp_path, lilora):
+    """Its stages score the tasks trained by then, all anew, as the head grows."""
+    written(lambda content: content.update(label_space="seen"))
+    options = ["--max-steps", "2", "--json"]
+    train = [*command(images, tmp_path / "run", method), *options]
+    train[1] = tmp_path / "clip.yaml"
+    code, out, err = lilora(*train)
+    assert code == 0, err
+    run = json.loads(out)
+    assert [len(row) for row in run["matrix"]["scores"]] == [1, 2, 3]
+    assert not any(cell for row in run["matrix"]["carried_from"] for cell in row)
+    assert "AP" in run["metrics"]
+    code, out, err = lilora("eval", tmp_path / "run", "--tasks", tmp_path / "clip.yaml", "--device", "cpu", "--json")
+    assert code == 0, err
+    assert [cell["score"] for cell in json.loads(out).values()] == run["matrix"]["scores"][-1]
+    train[1] = images / "clip.yaml"
+    code, _, err = lilora(*train)
+    assert code == 2
+    assert "its label_space is 'seen' and this one's is None" in err
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------------

@@ -150,12 +150,12 @@ def test_a_file_that_is_no_manifest_is_named(tmp_path, text):
 def test_an_answer_is_in_format_as_a_whole(suite):
     task = load_manifest(suite[0]).tasks[0]
     said = ("two words", "two words.", "three more words", "one")
-    assert [task.in_format(answer) for answer in said] == [True, False, False, False]
+    assert [task.in_format(answer, []) for answer in said] == [True, False, False, False]
 
 
 def test_an_answer_format_of_nested_repetitions_hangs_no_evaluation(suite):
     task = load_manifest(edited(suite, first(answer_format="(a+)+"))).tasks[0]
-    assert [task.in_format(answer) for answer in ("a" * 60, "a" * 60 + "!")] == [True, False]
+    assert [task.in_format(answer, []) for answer in ("a" * 60, "a" * 60 + "!")] == [True, False]
 
 
 def test_a_format_that_takes_too_long_is_named(suite):

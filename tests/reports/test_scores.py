@@ -152,7 +152,7 @@ def test_scores_returns_a_copy(case):
     [
         (lambda m: m.set("a", "z", 1), "unknown task 'z'; the tasks are a, b"),
         (lambda m: m.set("a", "b", 1), "b is trained after a"),
-        (lambda m: m.set("b", "a", 100.1), "the score of a after b is 100.1"),
+        (lambda m: m.set("b", "a", 1000.1), "the score of a after b is 1000.1"),
         (lambda m: m.set("b", "a", math.nan), "the score of a after b is nan"),
         (lambda m: m.set("b", "a", 1, 50), "the format share of a is 50"),
         (lambda m: m.copy("b", "a", from_after="a"), "cannot be carried over from a"),
@@ -174,7 +174,7 @@ def test_bad_use_is_one_sentence_and_changes_nothing(call, words):
     [
         ({"scores": [[1.0]]}, r"scores has rows of length \[1\]; the tasks want \[1, 2\]"),
         ({"scores": [["high"], [1, 2]]}, "at scores.0.0"),
-        ({"scores": [[300], [1, 2]]}, "the score of a after a is 300"),
+        ({"scores": [[3000], [1, 2]]}, "the score of a after a is 3000"),
         ({"carried_from": [[None], ["z", None]]}, "unknown task 'z'"),
         ({"colour": 1}, "at colour"),
     ],

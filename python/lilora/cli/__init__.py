@@ -14,7 +14,7 @@ import typer
 from lilora import __version__
 from lilora.errors import UserError, lost_process, print_error
 
-from . import bank, base, evaluate, generate, info, report, train
+from . import bank, base, data, evaluate, generate, info, report, train
 
 # What a system says of a path that it does not take: the user's to mend, wherever in a command it is met.
 OF_PATHS = {
@@ -51,6 +51,7 @@ app.command()(info.params)
 app.command()(info.info)
 app.add_typer(bank.app, name="bank")
 app.add_typer(base.app, name="base")
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

@@ -41,17 +41,18 @@ def evaluate(
     from lilora.continual.base_model import load_bank
     from lilora.continual.evaluate import write_answers
     from lilora.continual.kinds import KINDS, kind_name, kind_of
-    from lilora.continual.manifest import load_manifest
+    from lilora.continual.manifest import load_manifest, read_manifest
     from lilora.continual.probes import score_probes
 
     opened, method, processor = load_bank(bank, model, device)
     router = bank_router(opened, method) if routed else None
     kind = kind_of(opened.config)
-    manifest = load_manifest(tasks, None if kind.unseen else opened.tasks, data)
+    manifest = read_manifest(tasks, None, data)
     if KINDS[kind_name(manifest.kind, opened.base_model.id)] is not kind:
         raise UserError(
             f"--tasks {tasks} is of kind {manifest.kind!r} and {bank} is not; give the manifest of its tasks"
         )
+    manifest = load_manifest(tasks, None if manifest.unseen else opened.tasks, data)
     with Progress(disable=as_json) as progress:
         results = kind.evaluate(method, processor, manifest.tasks, batch_size, progress)
         if router is not None:

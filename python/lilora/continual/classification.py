@@ -1,13 +1,15 @@
 """Image classification by class names: manifests of kind `classification`, and the labelled images of their tasks."""
 
 import random
+import re
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Field, PrivateAttr, TypeAdapter, ValidationInfo, field_validator
 from torch.utils.data import Dataset
 
 from lilora.errors import UserError
@@ -29,6 +31,7 @@ def _with_a_place(templates: tuple[str, ...]) -> tuple[str, ...]:
 Templates = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_with_a_place)]
 Shots = Annotated[int | None, Field(ge=1)]
 TemplatePer = Literal["sample", "task"]
+LabelSpace = Literal["task", "all", "seen"]
 
 TEMPLATES: Templates = ("a photo of a {}.", "a picture of a {}.", "an image that shows a {}.")
 
@@ -36,12 +39,13 @@ TEMPLATES: Templates = ("a photo of a {}.", "a picture of a {}.", "an image that
 class ImageTask(Task):
     """One task: its images and the names of their classes.
 
-    train and test are folders with a folder of images per class, or JSON lists of `{image, label}` with paths under
-    `images`. classes: a list of names, whose labels are the names themselves or their numbers from 0; or a mapping from
-    label to name; or a file that holds either as JSON, or a name on each line (.txt). Without classes the labels are the
-    names, with spaces for underscores. templates: prompts with {} for the class name. shots: training images per class,
-    the same in every run; None: all of them. template_per: whether each training "sample" gets a random template or one
-    serves the whole "task".
+    train and test are folders with a folder of images per class, or lists with paths under `images`: JSON of `{image,
+    label}`; a file of splits as CoOp has them, `{train: [[path, number, class], ...], val, test}`, which both may name; or
+    text with an image, `.jpg` left out, and its class on each line, as FGVC-Aircraft has it. classes: a list of names,
+    whose labels are the names themselves or their numbers from 0; or a mapping from label to name; or a file that holds
+    either as JSON, or a name on each line (.txt). Without classes the labels are the names, with spaces for underscores.
+    templates: prompts with {} for the class name. shots: training images per class, the same in every run; None: all of
+    them. template_per: whether each training "sample" gets a random template or one serves the whole "task".
     """
 
     test: Path
@@ -49,6 +53,8 @@ class ImageTask(Task):
     templates: Templates = TEMPLATES
     shots: Shots = None
     template_per: TemplatePer = "sample"
+    _label_space: LabelSpace = PrivateAttr("task")
+    _all: tuple["ImageTask", ...] = PrivateAttr(())  # all tasks of the manifest, if its label space wants them
 
     def located(self, folder: Path) -> Self:
         """With the paths under `folder`."""
@@ -60,19 +66,57 @@ class ImageTask(Task):
         for split in self.splits:
             LabelledImages(self, split).check_images()
 
+    def check_scorer(self, data: "LabelledImages") -> None:
+        """Top-1 accuracy suits all images."""
+
+    def rivals(self, trained: Sequence[str]) -> list["ImageTask"]:
+        """The tasks whose classes an image of this task may be taken for, by the manifest's `label_space`."""
+        if self._label_space == "task":
+            return [self]
+        return [task for task in self._all if self._label_space == "all" or task.name in (*trained, self.name)]
+
+    def class_names(self) -> list[str]:
+        """The names of the classes, in the order of their numbers."""
+        return _classes(self)[1]
+
     def prompt(self, template: int, name: str) -> str:
         """What is said of a class."""
         return self.templates[template].replace("{}", name)
 
+    def prompts(self, name: str) -> tuple[str, ...]:
+        """The same with every template."""
+        return tuple(self.prompt(t, name) for t in range(len(self.templates)))
+
 
 class ClassificationManifest(Manifest):
-    """Tasks of image classification, for CLIP; templates, shots and template_per hold for tasks that give none."""
+    """Tasks of image classification, for CLIP; templates, shots and template_per hold for tasks that give none.
+
+    label_space: among which classes an image is placed. `task`: those of its own task. `all`: those of all tasks of the
+    manifest, as X-TAIL has it (arXiv 2406.18868). `seen`: those of the tasks trained so far, as class-incremental learning
+    has it, and of its own; a task is scored from its own training on. A probe is placed among its own. Classes of several
+    tasks whose prompts are the same are one class.
+    """
 
     kind: Literal["classification"] = "classification"
     templates: Templates = TEMPLATES
     shots: Shots = None
     template_per: TemplatePer = "sample"
+    label_space: LabelSpace = "task"
     tasks: list[ImageTask] = Field(min_length=1)
+
+    @property
+    def unseen(self) -> bool:
+        return self.label_space != "seen"
+
+    def located(self, folder: Path) -> Self:
+        tasks = super().located(folder).tasks
+        if self.label_space == "task":
+            return self.model_copy(update={"tasks": tasks})
+        linked = [task.model_copy() for task in tasks]
+        for task in linked:
+            if not task.probe:  # a probe is placed among its own classes
+                task._label_space, task._all = self.label_space, tuple(other for other in tasks if not other.probe)
+        return self.model_copy(update={"tasks": linked})
 
     @field_validator("tasks", mode="before")
     @classmethod
@@ -98,6 +142,7 @@ class _Record(BaseModel):
 
 
 _CLASSES = TypeAdapter(list[str] | dict[str, str])
+_COOP = TypeAdapter(dict[str, list[tuple[str, int, str]]])
 
 
 class LabelledImages(Dataset):
@@ -109,7 +154,7 @@ class LabelledImages(Dataset):
     def __init__(self, spec: ImageTask, split: Split):
         source = getattr(spec, split)
         self._where = f"task {spec.name!r}: {source}"
-        found = _read(spec, source)
+        found = _read(spec, split)
         numbers, self.classes = _classes(spec)
         for _, label in found:
             if label not in numbers:
@@ -120,9 +165,13 @@ class LabelledImages(Dataset):
             pairs = few(pairs, spec.shots)
         self.samples = [LabelledImage(i, path, label) for i, (path, label) in enumerate(pairs)]
 
+    def images(self) -> Iterator[Path]:
+        """The images of all samples, one after another."""
+        return (sample.path for sample in self.samples)
+
     def check_images(self) -> None:
         """Raise UserError at the first image that is missing or, in all but very large splits, cannot be opened."""
-        check_images([sample.path for sample in self.samples], self._where)
+        check_images(self.images(), self._where)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -142,13 +191,20 @@ def few(pairs: list[tuple[Path, int]], shots: int) -> list[tuple[Path, int]]:
     ]
 
 
-def _read(spec: ImageTask, source: Path) -> list[tuple[Path, str]]:
+def _read(spec: ImageTask, split: Split) -> list[tuple[Path, str]]:
     """The images of a split with their labels."""
+    source = getattr(spec, split)
     where = f"task {spec.name!r}: {source}"
     if source.is_dir():
         kinds = Image.registered_extensions()
         folders = sorted(entry for entry in source.iterdir() if entry.is_dir())
         found = [(p, folder.name) for folder in folders for p in sorted(folder.iterdir()) if p.suffix.lower() in kinds]
+    elif source.suffix == ".txt":
+        pairs = (line.partition(" ") for line in _lines(source, where, "an image and its class"))
+        found = [(spec.images / (image if Path(image).suffix else f"{image}.jpg"), label) for image, _, label in pairs]
+    elif _is_coop(source):
+        splits = read_json(source, _COOP, where, "CoOp's file of splits")
+        found = [(spec.images / path, label) for path, _, label in splits.get(split, [])]
     else:
         records = Records(source, _Record, f"task {spec.name!r}", "{image, label}")
         found = [(spec.images / record.image, str(record.label)) for record in records]
@@ -157,11 +213,19 @@ def _read(spec: ImageTask, source: Path) -> list[tuple[Path, str]]:
     return found
 
 
+def _is_coop(source: Path) -> bool:
+    """Whether a file starts as CoOp's files of splits do; a line of records starts otherwise."""
+    if not source.is_file():
+        return False
+    with open(source, encoding="utf-8-sig", errors="replace") as file:
+        return re.match(r'\s*\{\s*"(train|val|test)"\s*:\s*\[', file.read(200)) is not None
+
+
 def _classes(spec: ImageTask) -> tuple[dict[str, int], list[str]]:
     """(number of each label, names of the classes)."""
     classes = _class_file(spec) if isinstance(spec.classes, Path) else spec.classes
     if classes is None:
-        labels = {label for split in spec.splits for _, label in _read(spec, getattr(spec, split))}
+        labels = {label for split in spec.splits for _, label in _read(spec, split)}
         classes = {label: label.replace("_", " ") for label in sorted(labels)}
     if isinstance(classes, dict):
         numbers, names = {label: i for i, label in enumerate(classes)}, list(classes.values())
@@ -180,10 +244,13 @@ def _class_file(spec: ImageTask) -> list[str] | dict[str, str]:
     where = f"task {spec.name!r}: {spec.classes}"
     if spec.classes.suffix != ".txt":
         return read_json(spec.classes, _CLASSES, where, "a list of class names or a mapping from label to name")
+    return _lines(spec.classes, where, "a class name")
+
+
+def _lines(file: Path, where: str, what: str) -> list[str]:
+    """The lines of a text file that are not empty."""
     try:
-        lines = spec.classes.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{where} cannot be read ({error}); put a text file with a class name on each line there."
-        ) from error
+        raise UserError(f"{where} cannot be read ({error}); put a text file with {what} on each line there.") from error
     return [line.strip() for line in lines if line.strip()]

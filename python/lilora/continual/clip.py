@@ -108,7 +108,7 @@ def training_data(spec: ImageTask, processor) -> tuple[LabelledImages, PairColla
 def evaluate(
     method: Method, processor, tasks: Sequence[ImageTask], batch_size: int, progress: Progress | None = None
 ) -> list[TaskScore]:
-    """Top-1 accuracy on the tasks' test images, with a zero-shot head for each.
+    """Top-1 accuracy on the tasks' test images, with a zero-shot head for each, over the classes of the label space.
 
     A method that needs the task is given it; tasks that it was not trained on yet get the base model.
     """
@@ -153,14 +153,17 @@ def classified(
     batch_size: int,
     progress: Progress | None,
 ) -> list[str]:
-    """What the model of a task says to each image: one of the classes of `spec`."""
+    """What the model of a task says to each image: a class of the label space of `spec`, with its task if that is another."""
     said = [""] * len(data)
+    heads, choices = label_space(spec, method.tasks)
     bar = None if progress is None else progress.add_task(escape(f"evaluating {spec.name}"), total=len(data))
     with evaluating(method.model):
         for task in dict.fromkeys(tasks):
             places = [i for i, name in enumerate(tasks) if name == task]
             with of_task(method, task):
-                classes = class_embeddings(method.model, processor, spec, data.classes, batch_size)
+                classes = torch.cat(
+                    [class_embeddings(method.model, processor, *head, batch_size) for head in heads]  # [C, D]
+                )
 
                 def best(part: list[int], classes: Tensor = classes) -> list[int]:
                     batch = pixels(processor, [data.samples[i] for i in part])
@@ -171,12 +174,27 @@ def classified(
                 for start in range(0, len(places), batch_size):
                     own = places[start : start + batch_size]
                     for i, chosen in zip(own, choose(own), strict=True):
-                        said[i] = data.classes[chosen]
+                        said[i] = choices[chosen]
                     if progress is not None:
                         progress.advance(bar, len(own))
     if progress is not None:
         progress.remove_task(bar)
     return said
+
+
+def label_space(spec: ImageTask, trained: Sequence[str]) -> tuple[list[tuple[ImageTask, list[str]]], list[str]]:
+    """(tasks with those of their classes that an image of `spec` may be taken for, what each class is called in print).
+
+    Classes with the same prompts cannot be told apart and are one, that of the first of their tasks.
+    """
+    own = {spec.prompts(name): name for name in spec.class_names()}
+    heads, called = [], {}
+    for task in spec.rivals(trained):
+        names = {task.prompts(name): name for name in task.class_names()}
+        new = {prompts: name for prompts, name in names.items() if prompts not in called}
+        called |= {prompts: own.get(prompts, f"{name} ({task.name})") for prompts, name in new.items()}
+        heads += [(task, list(new.values()))] if new else []
+    return heads, list(called.values())
 
 
 def score(spec: ImageTask, data: LabelledImages, said: Sequence[str]) -> TaskScore:
@@ -198,7 +216,7 @@ def of_task(method: Method, task: str) -> AbstractContextManager:
 
 def class_embeddings(model, processor, spec: ImageTask, classes: list[str], batch_size: int) -> Tensor:
     """The zero-shot head [C, D]: of each class the mean over the templates of its embedded prompts, normalised."""
-    prompts = [spec.prompt(t, name) for name in classes for t in range(len(spec.templates))]
+    prompts = [prompt for name in classes for prompt in spec.prompts(name)]
     parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     embed = InParts(
         lambda part: list(embedded(model.get_text_features, model, tokenised(processor, part))),

@@ -18,13 +18,12 @@ from lilora.methods.lora import evaluating
 from .collator import Collator
 from .instructions import Sample, TaskSpec, instruction_data
 from .memory import InParts
-from .scorers import scorer
 from .task_identification import TaskRouter
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """score in points 0..100; format_share: answers in the instructed format, 0..1, None if the task names none."""
+    """score in points, 0..100 (of CIDEr 0..1000); format_share: answers in the instructed format, 0..1, None without one."""
 
     task: str
     score: float
@@ -210,10 +209,9 @@ def before_any(stops: list[int], tokens: list[int]) -> list[int]:
 
 
 def score(spec: TaskSpec, samples: Iterable[Sample], answers: list[dict[str, str]]) -> TaskScore:
-    """Mean score of the answers, given in the order of the samples."""
-    judge = scorer(spec.scorer)
-    points = [judge(a["answer"], list(s.answers)) for a, s in zip(answers, samples, strict=True)]
+    """The score of the answers, given in the order of the samples."""
+    said, references = [answer["answer"] for answer in answers], [sample.answers for sample in samples]
     share = None
     if spec.answer_format is not None:
-        share = sum(spec.in_format(a["answer"]) for a in answers) / len(answers)
-    return TaskScore(spec.name, 100 * sum(points) / len(points), share, answers)
+        share = sum(map(spec.in_format, said, references)) / len(said)
+    return TaskScore(spec.name, 100 * spec.judge()(said, references), share, answers)

@@ -1,32 +1,36 @@
 """Tasks of instruction and answer: their part of a manifest, and the samples of their files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal, Self
 
-import regex
 from pydantic import Field, field_validator, model_validator
 from torch.utils.data import Dataset
 
 from lilora.errors import UserError
 
+from .answer_formats import check_format, in_format
 from .images import EmbeddedImage, check_images
 from .records import InstructionRecord, Records
-from .scorers import scorer
+from .scorers import Judge
 from .task_sequence import Manifest, Split, Task
 
 
 class TaskSpec(Task):
     """One task: its files, what is said to the model, and how an answer is judged.
 
-    A task without `test` is trained and not scored, and needs no scorer. `instruction` follows every question that does not
-    end with it, on a new line. `answer_format` is a regular expression that an answer in the instructed format matches in full.
+    A task without `test` is trained and not scored, and needs no scorer. `scorer_model` is the folder of the model that some
+    scorers want. `test_images` is `images` of the test split, where that is another folder. `instruction` follows every
+    question that does not end with it, on a new line. `answer_format` is what an answer in the instructed format keeps: a rule
+    of `answer_formats`, or a regular expression that it matches in full.
     """
 
+    test_images: Path | None = None
     scorer: str | None = None
+    scorer_model: Path | None = None
     instruction: str = ""
     answer_format: str | None = None
     max_new_tokens: int = Field(16, gt=0)
@@ -34,10 +38,8 @@ class TaskSpec(Task):
     @field_validator("answer_format")
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
-        try:
-            regex.compile(pattern or "")
-        except (regex.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{pattern[:80]!r} is not a regular expression: {error}") from error
+        if pattern is not None:
+            check_format(pattern)
         return pattern
 
     @model_validator(mode="after")
@@ -46,37 +48,45 @@ class TaskSpec(Task):
             raise ValueError("a task with test wants the key scorer; add it")
         return self
 
-    def in_format(self, answer: str) -> bool:
-        """Whether the whole answer matches `answer_format`; UserError when that takes more than a second."""
-        try:
-            return regex.fullmatch(self.answer_format, answer, timeout=1) is not None
-        except TimeoutError as error:
-            raise UserError(
-                f"task {self.name!r}: answer_format {self.answer_format!r} takes more than a second on an answer of "
-                f"{len(answer)} characters; write it without a repetition of what can be read in several ways."
-            ) from error
+    def in_format(self, answer: str, references: Sequence[str]) -> bool:
+        """Whether an answer has the format of `answer_format`; UserError when finding out takes more than a second."""
+        with self._named():
+            return in_format(self.answer_format, answer, references)
 
     def located(self, folder: Path) -> Self:
         """With the paths under `folder`."""
-        return self.model_copy(update={key: folder / getattr(self, key) for key in (*self.splits, "images")})
+        keys = [*self.splits, "images", *(key for key in ("test_images", "scorer_model") if getattr(self, key))]
+        return self.model_copy(update={key: folder / getattr(self, key) for key in keys})
 
     def check(self) -> None:
         """Raise UserError for an unknown scorer or one that no test answer suits, a missing or broken file, a split without
         samples, a missing image."""
         with self._named():
-            judge = None if self.scorer is None else scorer(self.scorer)
+            if self.scorer is not None:
+                self.judge()
         for split in self.splits:
             data = instruction_data(self, split)
             check_images(data.images(), f"task {self.name!r}: {getattr(self, split)}")
-        if self.test is None:
-            return
+        if self.test is not None:
+            self.check_scorer(data)
+
+    def check_scorer(self, data: "InstructionDataset") -> None:
+        """Raise UserError for a scorer that is unknown or that no answer of the test samples suits."""
         with self._named():
-            suits = any(judge(sample.answers[0], list(sample.answers)) for sample in data)
+            suits = self.judge().suits(sample.answers for sample in data)
         if not suits:
             raise UserError(
                 f"task {self.name!r}: scorer {self.scorer!r} gives 0 even to the references themselves, such as "
                 f"{data[0].answers[0][:80]!r} in {self.test}; choose another scorer."
             )
+
+    def judge(self) -> Judge:
+        """What scores the answers."""
+        return Judge(self.scorer, self.scorer_model)
+
+    def image_folder(self, split: Split) -> Path:
+        """What the image paths of a split start from."""
+        return self.test_images if split == "test" and self.test_images is not None else self.images
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -182,7 +192,7 @@ class InstructionDataset(Dataset):
             images=tuple(
                 EmbeddedImage(f"{i + 1} of sample {name!r} in {getattr(self.spec, self.split)}", image)
                 if isinstance(image, bytes)
-                else self.spec.images / image
+                else self.spec.image_folder(self.split) / image
                 for i, image in enumerate(images)
             ),
             question=question,

@@ -26,9 +26,9 @@ class Kind:
     check(task, processor): raises UserError where the processor cannot make batches of the task's samples.
     training_data(task, processor): the samples, and what makes a batch of them. evaluate(method, processor, tasks,
     batch_size, progress): the tasks' scores; evaluate_routed(method, processor, router, tasks, those scores, batch_size,
-    progress): the same without the task. pipeline, auto_class: what the hub and transformers call such models. unseen:
-    whether stages score the tasks that come later too. answers: whether samples have answers in tokens, which the model
-    writes, as some methods want. one_process_reason: why several processes cannot train on them together.
+    progress): the same without the task. pipeline, auto_class: what the hub and transformers call such models. answers:
+    whether samples have answers in tokens, which the model writes, as some methods want. one_process_reason: why several
+    processes cannot train on them together.
     """
 
     load: Callable[[str, torch.dtype | str], tuple[nn.Module, Any]]
@@ -38,7 +38,6 @@ class Kind:
     evaluate_routed: Callable[..., list[evaluate.RoutedScore]]
     pipeline: str
     auto_class: str
-    unseen: bool = False
     answers: bool = True
     one_process_reason: str | None = None
 
@@ -100,7 +99,6 @@ KINDS = {
         clip.evaluate_routed,
         "zero-shot-image-classification",
         "AutoModel",
-        unseen=True,
         answers=False,
         one_process_reason="their loss compares all pairs of a batch",
     ),

@@ -33,20 +33,26 @@ def load_manifest(path: str | Path, order: list[str] | None = None, data: str | 
     Raises UserError for a key or name that is not allowed, an unknown scorer, a missing or broken file, a task without
     samples, and an image that is missing or cannot be opened.
     """
+    manifest = read_manifest(path, order, data)
+    with importable(Path(path).resolve().parent):
+        for task in (*manifest.tasks, *manifest.probes):
+            task.check()
+    return manifest
+
+
+def read_manifest(path: str | Path, order: list[str] | None = None, data: str | Path | None = None) -> Manifest:
+    """The same without a look at the files that it names."""
     path = Path(path)
     manifest = _parse(path)
     _check_names(path, manifest)
-    probes = [task for task in manifest.tasks if task.probe]
-    tasks = [task for task in manifest.tasks if not task.probe]
-    if not tasks:
+    if all(task.probe for task in manifest.tasks):
         raise UserError(f"{path}: all tasks are probes, which are not trained; add one with the key train.")
-    tasks = tasks if order is None else _ordered(manifest, tasks, order)
     root = path.resolve().parent
     folder = Path(data).resolve() if data is not None else (root / manifest.data).resolve()
-    tasks, probes = ([task.located(folder) for task in part] for part in (tasks, probes))
-    with importable(root):
-        for task in (*tasks, *probes):
-            task.check()
+    manifest = manifest.located(folder)
+    probes = [task for task in manifest.tasks if task.probe]
+    tasks = [task for task in manifest.tasks if not task.probe]
+    tasks = tasks if order is None else _ordered(manifest, tasks, order)
     model = manifest.model
     if model is not None and model.startswith((".", "/")):
         model = str((root / model).resolve())

@@ -122,7 +122,7 @@ def write_bank_card(bank: Bank) -> None:
     """README.md of the bank's own folder, so that the folder can be uploaded as it is."""
     task = f" --task {bank.tasks[-1]}" if METHODS[bank.config["method"]].needs_task and bank.tasks else ""
     command = f'generate FOLDER-OR-REPOSITORY{task} --image FILE --prompt "..."'
-    if kind_of(bank.config).unseen:
+    if not kind_of(bank.config).answers:
         command = "eval FOLDER-OR-REPOSITORY --tasks MANIFEST.yaml"
     use = f'```bash\npip install ".[hf]"  # in a checkout of lilora-kernels\nlilora {command} --model {bank.base_model.id}\n```'
     about = (

@@ -54,7 +54,7 @@ class ContinualRun:
         self.settings = train_settings(bank)
         tasks = manifest.tasks
         unscored = [task.name for task in tasks if task.test is None]
-        self.matrix = ScoreMatrix([task.name for task in tasks], self.kind.unseen, unscored)
+        self.matrix = ScoreMatrix([task.name for task in tasks], manifest.unseen, unscored)
         self.state: dict[str, Any] = {"functions": {}, "seconds": {}, "zero_shot": {}, "probes": {}}
         if bank.scores:
             self.state = {key: bank.scores.get(key, {}) for key in self.state}  # earlier versions knew no probes
@@ -91,6 +91,8 @@ class ContinualRun:
             "kind": kind_name(manifest.kind, model),
             "model": model,
         } | ({"label": label} if label else {})
+        if getattr(manifest, "label_space", "task") != "task":
+            config["label_space"] = manifest.label_space
         if task_identifier != NearestCentroid.name:
             TASK_IDENTIFIERS.find(task_identifier, "--task-identifier")
             config["task_identifier"] = task_identifier
@@ -418,7 +420,10 @@ class ContinualRun:
     def _functions(self, tasks: list[str]) -> dict[str, str]:
         """What tells each task's function; without the task that a method needs it is that of the base model."""
         known = [task for task in tasks if task in self.method.tasks or not self.method.needs_task]
-        return dict.fromkeys(tasks, "base") | self.method.fingerprints(known)
+        functions = dict.fromkeys(tasks, "base") | self.method.fingerprints(known)
+        if self.bank.config.get("label_space") != "seen":
+            return functions
+        return {task: f"{function} of {len(self.method.tasks)} tasks" for task, function in functions.items()}
 
     def _unchanged_since(self, task: str, function: str) -> str | None:
         """The stage whose model computed the very same function for the task, if its score is known."""

@@ -67,3 +67,12 @@ class Manifest(BaseModel):
         copy = self.model_copy(update={**changes, "tasks": list(tasks)})
         copy._probes = tuple(probes)
         return copy
+
+    @property
+    def unseen(self) -> bool:
+        """Whether stages score the tasks that come later too."""
+        return False
+
+    def located(self, folder: Path) -> Self:
+        """With the paths of its tasks under `folder`."""
+        return self.model_copy(update={"tasks": [task.located(folder) for task in self.tasks]})

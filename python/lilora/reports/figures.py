@@ -58,6 +58,7 @@ def curves(methods: list[MethodRuns]) -> Figure:
     titles = [f"{i + 1}. {tasks[i]}" for i in shown]
     names = [method.name for method in methods]
     figure, panels = panels_of(titles, names, sharex=True, sharey=True)
+    top = max(100, *(np.nanmax(method.scores, initial=0) for method in methods))  # CIDEr goes beyond
     for i, axes in zip(shown, panels, strict=True):
         first = 0 if unseen else i
         stages = np.arange(first + 1, len(tasks) + 1)
@@ -68,7 +69,7 @@ def curves(methods: list[MethodRuns]) -> Figure:
             mean, deviation = method.scores[first:, i], method.deviation[first:, i]
             axes.plot(stages, mean, label=method.name, clip_on=False, zorder=3, markersize=5, **style.line())
             axes.fill_between(stages, mean - deviation, mean + deviation, color=style.colour, alpha=0.18, linewidth=0)
-        axes.set(xlim=(0.8, len(tasks) + 0.2), ylim=(0, 100))
+        axes.set(xlim=(0.8, len(tasks) + 0.2), ylim=(0, top))
         whole_ticks(axes)
     figure.supxlabel("tasks so far", fontsize=10)
     figure.supylabel("score in points", fontsize=10)
@@ -140,7 +141,8 @@ def summary(methods: list[MethodRuns]) -> Figure:
         for place, spread in zip(places, spreads, strict=True):
             reach = np.nansum([max(spread.mean, 0), spread.deviation])
             axes.text(reach + 3, place, "n/a" if math.isnan(spread.mean) else f"{spread.mean:.1f}", va="center")
-        axes.set(title=heading(name), xlim=(min(0, np.nanmin(means, initial=0) * 1.1), 128), xticks=(0, 50, 100))
+        right = max(128, 1.28 * np.nanmax(means, initial=0))  # CIDEr goes beyond 100
+        axes.set(title=heading(name), xlim=(min(0, np.nanmin(means, initial=0) * 1.1), right), xticks=(0, 50, 100))
         axes.grid(axis="x", color="0.88")
         axes.tick_params(axis="y", length=0)
     panels[0].set_yticks(places, names)

@@ -82,7 +82,7 @@ METRICS = {
 
 
 class ScoreMatrix:
-    """Scores a[j][i], in points from 0 to 100, on task i after training on task j, for i no later than j.
+    """Scores a[j][i], in points from 0 to 100 (CIDEr to 1000), on task i after training on task j, for i no later than j.
 
     `tasks` is the training order; with `unseen`, stages score the tasks that come later too. `unscored` are tasks without a
     test split: stages without a column, which no metric averages over. A cell that was never set is
@@ -101,9 +101,9 @@ class ScoreMatrix:
         self._carried: dict[tuple[int, int], int] = {}  # (stage, task) -> the stage at which the cell was run
 
     def set(self, after: str, task: str, score: float, format_share: float | None = None) -> None:
-        """Record a measured cell: `score` in points (0 to 100), `format_share` as a share (0 to 1)."""
+        """Record a measured cell: `score` in points, 0 to 100 (CIDEr to 1000), `format_share` as a share (0 to 1)."""
         cell = self._cell(after, task)
-        score = _in_range(score, 100, f"the score of {task} after {after}")
+        score = _in_range(score, 1000, f"the score of {task} after {after}")
         share = math.nan if format_share is None else _in_range(format_share, 1, f"the format share of {task}")
         self._scores[cell], self._formats[cell] = score, share
         self._carried.pop(cell, None)

@@ -14,7 +14,7 @@ from lilora.errors import UserError
 
 from .images import check_images
 from .records import Records, read_json
-from .task_sequence import Manifest, Split
+from .task_sequence import LearningRate, Manifest, Split
 
 _SHOTS_SEED = 0
 
@@ -41,7 +41,7 @@ class ImageTask(BaseModel):
     label to name; or a file that holds either as JSON, or a name on each line (.txt). Without classes the labels are the
     names, with spaces for underscores. templates: prompts with {} for the class name. shots: training images per class,
     the same in every run; None: all of them. template_per: whether each training "sample" gets a random template or one
-    serves the whole "task". Paths are relative to the manifest's `data` until `load_manifest` resolves them.
+    serves the whole "task". learning_rate: of the task, or of some methods by name. Paths are relative to the manifest's `data` until `load_manifest` resolves them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +54,7 @@ class ImageTask(BaseModel):
     templates: Templates = TEMPLATES
     shots: Shots = None
     template_per: TemplatePer = "sample"
+    learning_rate: LearningRate = None
 
     def located(self, folder: Path) -> Self:
         """With the paths under `folder`."""

@@ -16,15 +16,16 @@ from lilora.errors import UserError
 from .images import EmbeddedImage, check_images
 from .records import InstructionRecord, Records
 from .scorers import scorer
-from .task_sequence import Manifest, Split
+from .task_sequence import LearningRate, Manifest, Split
 
 
 class TaskSpec(BaseModel):
     """One task: its files, what is said to the model, and how an answer is judged.
 
     A task without `test` is trained and not scored, and needs no scorer. `instruction` follows every question, on a new
-    line. `answer_format` is a regular expression that an answer in the instructed format matches in full. Paths are relative
-    to the manifest's `data` until `load_manifest` resolves them.
+    line. `answer_format` is a regular expression that an answer in the instructed format matches in full. `learning_rate` is
+    that of the task, or of some methods by name. Paths are relative to the manifest's `data` until `load_manifest` resolves
+    them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +38,7 @@ class TaskSpec(BaseModel):
     instruction: str = ""
     answer_format: str | None = None
     max_new_tokens: int = Field(16, gt=0)
+    learning_rate: LearningRate = None
 
     @field_validator("answer_format")
     @classmethod

@@ -118,7 +118,10 @@ def misspelt(manifest):
         (lambda m: m.update(tasks=3), "key 'tasks' is wrong: input should be a valid list"),
         (lambda m: m.update(tasks=[3]), "the manifest of task number 1 is wrong: it must be a mapping"),
         (first(learning_rate=0), "key 'learning_rate' of task number 1 is wrong: it is 0; it must be a number above 0"),
-        (first(learning_rate={"lora": "fast"}), "it is {'lora': 'fast'}; it must be a number above 0 and at most 1, or a"),
+        (
+            first(learning_rate={"lora": "fast"}),
+            "it is {'lora': 'fast'}; it must be a number above 0 and at most 1, or a",
+        ),
         (lambda m: m.update(learning_rate=True), "key 'learning_rate' is wrong: it is True; it must be a number"),
         (first(learning_rate={"pcrl": 0.1}), "names the method 'pcrl', which is unknown; did you mean 'pclr'?"),
         (first(max_new_tokens=0), "key 'max_new_tokens' of task number 1 is wrong: input should be greater than 0"),
@@ -466,7 +469,9 @@ def test_learning_rates_of_a_manifest_by_method_and_task(kind):
             task.update({} if rate is None else {"learning_rate": rate})
             if kind == "classification":
                 del task["scorer"]
-        content = {"name": "m", "kind": kind, "tasks": of_tasks} | ({} if manifest is None else {"learning_rate": manifest})
+        content = {"name": "m", "kind": kind, "tasks": of_tasks} | (
+            {} if manifest is None else {"learning_rate": manifest}
+        )
         return MANIFESTS[kind].model_validate(content).learning_rates(method, 0.5)
 
     assert rates(None, None) == (0.5, {})

@@ -194,7 +194,9 @@ def test_a_task_that_is_not_trained_may_get_another_learning_rate(rated, tmp_pat
     write(0.01, count=0.002)
     code, _, err = lilora(*command)
     assert code == 0, err
-    assert "count starts anew: train.learning_rates.count is 0.002 and was 0.01; the checkpoints made before are in" in err
+    assert (
+        "count starts anew: train.learning_rates.count is 0.002 and was 0.01; the checkpoints made before are in" in err
+    )
     assert (tmp_path / "run/checkpoints-1/count/learn/checkpoint-4").is_dir()
     got = tensors(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")

@@ -2,7 +2,6 @@
 
 import json
 import textwrap
-from functools import partial
 from typing import Any
 
 from lilora.continual.recorded import TrainSettings
@@ -66,7 +65,8 @@ def methods_list() -> list[tuple[str, str]]:
         trained = {field: TrainSettings.model_fields[field].default for field in ("learning_rate", "weight_decay")}
         trained |= method.train_defaults
         sizes += [f"lr {trained['learning_rate']}", f"weight_decay {trained['weight_decay']}"]
-        presets = f" Presets: {', '.join(map(partial(_preset_text, method), method.presets))}." if method.presets else ""
+        named = ", ".join(_preset_text(method, preset) for preset in method.presets)
+        presets = f" Presets: {named}." if named else ""
         summary = " ".join((method.__doc__ or "").partition("\n\n")[0].split())
         lines.append((name, f"{summary}{presets} Defaults: {', '.join(sizes)}."))
     return lines

@@ -95,10 +95,13 @@ def train(
     ] = None,
     warmup: Annotated[
         float | None,
-        typer.Option(min=0.0, max=0.99, help=f"Share of the steps in which the learning rate rises. {PRESET.format(0.03)}"),
+        typer.Option(
+            min=0.0, max=0.99, help=f"Share of the steps in which the learning rate rises. {PRESET.format(0.03)}"
+        ),
     ] = None,
     max_grad_norm: Annotated[
-        float | None, typer.Option(min=0.0, help=f"Gradients of a larger norm are scaled down to it; 0: none. {PRESET.format(1.0)}")
+        float | None,
+        typer.Option(min=0.0, help=f"Larger gradients are scaled down to this norm; 0: none. {PRESET.format(1.0)}"),
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")

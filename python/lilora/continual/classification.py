@@ -41,7 +41,8 @@ class ImageTask(BaseModel):
     label to name; or a file that holds either as JSON, or a name on each line (.txt). Without classes the labels are the
     names, with spaces for underscores. templates: prompts with {} for the class name. shots: training images per class,
     the same in every run; None: all of them. template_per: whether each training "sample" gets a random template or one
-    serves the whole "task". learning_rate: of the task, or of some methods by name. Paths are relative to the manifest's `data` until `load_manifest` resolves them.
+    serves the whole "task". learning_rate: of the task, or of some methods by name. Paths are relative to the manifest's
+    `data` until `load_manifest` resolves them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

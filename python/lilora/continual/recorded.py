@@ -26,7 +26,7 @@ class TrainSettings(Settings):
     """
 
     learning_rate: float = Field(2e-5, gt=0, le=1)
-    learning_rates: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
+    learning_rates: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field({})
     weight_decay: float = Field(0.01, ge=0)
     epochs: float = Field(1.0, gt=0)
     max_steps: int = Field(-1, ge=-1)

@@ -67,7 +67,9 @@ def take_settings(folder: Path, bank: Bank, config: dict[str, Any], base_model: 
     changes = _changes(bank.config, config, splits)
     what = f"{folder} starts anew, as its first task is not trained yet"
     if bank.tasks:  # and rates of tasks to come alone may differ
-        changes = {key: pair for key, pair in changes.items() if (folder / "checkpoints" / key.removeprefix(_RATES)).exists()}
+        changes = {
+            key: pair for key, pair in changes.items() if (folder / "checkpoints" / key.removeprefix(_RATES)).exists()
+        }
         what = f"{folder}: {', '.join(key.removeprefix(_RATES) for key in changes)} starts anew"
     if changes:
         said = ", ".join(f"{key} is {new!r} and was {old!r}" for key, (old, new) in changes.items())

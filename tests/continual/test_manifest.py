@@ -461,6 +461,33 @@ def test_a_ready_manifest_runs_once_its_data_is_there(name, count, tmp_path):
     assert len(manifest.tasks) == count
 
 
+def test_the_published_learning_rates_of_the_examples():
+    def rates(name, method, default, edit=lambda text: text):
+        content = yaml.safe_load(edit((EXAMPLES / name).read_text()))
+        manifest = MANIFESTS[content.get("kind", "instruction")].model_validate(content)
+        of_all, own = manifest.learning_rates(method, default)
+        return {task.name: own.get(task.name, of_all) for task in manifest.tasks}
+
+    assert list(rates("continual_next.yaml", "pclr", 0.5).values()) == [2e-4] * 3 + [1e-4] * 12
+    assert set(rates("continual_next.yaml", "lilora", 0.5).values()) == {0.5}
+    order_two = rates("mtil.yaml", "dac", 2e-3, lambda text: text.replace("# learning_rate", "learning_rate"))
+    order = [
+        "StanfordCars",
+        "Food",
+        "MNIST",
+        "OxfordPet",
+        "Flowers",
+        "SUN397",
+        "Aircraft",
+        "Caltech101",
+        "DTD",
+        "EuroSAT",
+        "CIFAR100",
+    ]
+    assert [round(1000 * order_two[name]) for name in order] == [2, 2, 1, 2, 2, 2, 3, 2, 2, 1, 3]
+    assert set(rates("mtil.yaml", "dac", 2e-3).values()) == {2e-3}
+
+
 @pytest.mark.parametrize("kind", MANIFESTS)
 def test_learning_rates_of_a_manifest_by_method_and_task(kind):
     def rates(manifest, *tasks, method="pclr"):

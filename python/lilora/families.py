@@ -1,5 +1,6 @@
 """Which linear layers of a model get adapters: found by its structure, from a table where structure does not tell."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -250,6 +251,30 @@ def projector_layers(model: nn.Module) -> list[str]:
         for name in ahead
         if not _NOT_BETWEEN.search(name) and not any(_block_member(part, name) for part in blocks)
     ]
+
+
+def vision_tower(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None, nn.ModuleList | None]:
+    """(what has `get_image_features`, the first of its parts that is a vision tower, that tower's blocks); None without one.
+
+    The blocks are a list of at least two with attention, ahead of the model's decoder, in no other list, as stages lie.
+    """
+    modules = dict(model.named_modules())
+    owner = next((name for name in reversed(modules) if hasattr(type(modules[name]), "get_image_features")), None)
+    if owner is None:
+        return None, None, None
+    seeing = inspect.getsource(inspect.unwrap(type(modules[owner]).get_image_features))
+    lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    placed = places(model, lists)
+    for name in lists:
+        tower = name.removeprefix(f"{owner}." if owner else "").partition(".")[0]
+        members = [_block_member(name, inner) for inner in modules]
+        in_stages = any(_block_member(other, name) for other in lists) or any(
+            _block_member(name, other) for other in lists
+        )
+        in_use = placed[name] == AHEAD and re.search(rf"\bself\.{tower}\b", seeing)
+        if in_use and not in_stages and len(modules[name]) > 1 and any(_ATTENTION.search(path) for path in members):
+            return modules[owner], modules[owner].get_submodule(tower), modules[name]
+    return None, None, None
 
 
 def _block_member(blocks: str, name: str) -> str:

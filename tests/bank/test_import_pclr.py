@@ -16,7 +16,7 @@ from lilora.errors import UserError
 from lilora.importers.checkpoint import write_bank
 from lilora.importers.pclr import read_pclr
 from lilora.methods import make_method
-from lilora.methods.pclr.method import PRESETS
+from lilora.methods.pclr.settings import PRESETS
 
 R, ALPHA, IMAGE, PATCHES, TEXT, VISION = 4, 10, 39, 4, 24, 16
 WIDTHS = {  # of a decoder layer's linears: (K, N)
@@ -103,14 +103,15 @@ def samples(inputs):
         yield one | ({"pixel_values": inputs["pixel_values"][i : i + 1]} if i < 2 else {})
 
 
-def queries(model, one):
-    """(text [TEXT], vision [VISION]) of a sample."""
+def queries(model, one, pooled=False):
+    """(text [TEXT], vision [VISION]) of a sample; pooled: by the tower's pooled output, as the code with one pool."""
     ids = one["input_ids"][0]
     text = model.get_input_embeddings().weight[ids[ids != IMAGE]].mean(0)
     if "pixel_values" not in one:
         return normalize(text, dim=0), text.new_zeros(VISION)
-    states = model.model.vision_tower(one["pixel_values"].to(text.dtype), output_hidden_states=True).hidden_states
-    return normalize(text, dim=0), normalize(states[-2][0, 0], dim=0)
+    seen = model.model.vision_tower(one["pixel_values"].to(text.dtype), output_hidden_states=True)
+    vision = seen.pooler_output[0] if pooled else seen.hidden_states[-2][0, 0]
+    return normalize(text, dim=0), normalize(vision, dim=0)
 
 
 def dense(base, saved, one, ours=0):
@@ -118,10 +119,10 @@ def dense(base, saved, one, ours=0):
     model = copy.deepcopy(base).double()
     saved = {name.replace("teacher_part1", "static").replace("teacher_part2", "train"): t for name, t in saved.items()}
     saved = {name.replace("teacher_share", "share"): tensor.double() for name, tensor in saved.items()}
-    text, vision = queries(model, one)
+    one_pool = any(name.endswith("_keys_llm.llm") for name in saved)
+    text, vision = queries(model, one, one_pool)
     near = saved["task_llm_query_pool"] @ text + saved["task_vit_query_pool"] @ vision
     newest = int(near.argmax()) == len(near) - 1
-    one_pool = any(name.endswith("_keys_llm.llm") for name in saved)
     for *names, pool, k, n in LINEARS:
         factors, total = f"base_model.{names[ours]}", torch.zeros(k, n, dtype=torch.float64)
         scores = {}
@@ -159,7 +160,7 @@ def agree(model, base, saved, inputs, ours=0):
     with torch.no_grad():
         logits, plain = model(**inputs).logits, base(**inputs).logits
         for i, one in enumerate(samples(inputs)):
-            torch.testing.assert_close(logits[i : i + 1], dense(base, saved, one, ours).float(), rtol=0, atol=1e-4)
+            torch.testing.assert_close(logits[i : i + 1], dense(base, saved, one, ours).float(), rtol=0, atol=5e-4)
     assert (logits - plain).abs().amax((1, 2)).min() > 0.1
 
 
@@ -187,7 +188,7 @@ def test_the_restored_model_is_the_base_with_the_chosen_ranks_in_its_weights(bas
         "train" in case["sizes"] and case.get("tasks") != 1
     ):  # the first sample is nearest to the newest task, the second not
         for task, one in zip((2, 0), samples(inputs), strict=False):
-            for kind, query in zip(("llm", "vit"), queries(base, one), strict=True):
+            for kind, query in zip(("llm", "vit"), queries(base, one, case.get("one_pool", False)), strict=True):
                 saved[f"task_{kind}_query_pool"][task] = query
     imported = read_pclr([written(tmp_path, saved)], empty)
     agree(restored(base, imported, tmp_path / "bank"), base, saved, inputs, case.get("ours", 0))
@@ -196,6 +197,7 @@ def test_the_restored_model_is_the_base_with_the_chosen_ranks_in_its_weights(bas
 def test_settings_are_those_that_the_file_shows(empty, tmp_path):
     path = written(tmp_path, content({"static": 7, "train": 3, "share": 2}))
     shown = {"r": R, "alpha": ALPHA, "shared": 2, "cap": 256, "pools": "layer"}
+    shown |= {"vision_query": "tokens", "newest_switch": 3}
     imported = read_pclr([path], empty)
     assert {name: imported.settings[name] for name in shown} == shown
     assert list(imported.tasks) == ["task1", "task2", "task3"]
@@ -204,10 +206,9 @@ def test_settings_are_those_that_the_file_shows(empty, tmp_path):
     assert read_pclr([path], empty).settings | {"r": 64, "alpha": 128} == imported.settings | {"r": 64, "alpha": 128}
     assert read_pclr([path], empty).settings["r"] == 64
     imported = read_pclr([written(tmp_path, content({"static": 300}, one_pool=True, ours=1))], empty, ["a", "b", "c"])
-    shown |= {"shared": 0, "cap": 300, "pools": "global"}
+    shown |= {"shared": 0, "cap": 300, "pools": "global", "vision_query": "pooled"}
     assert {name: imported.settings[name] for name in shown} == shown
     assert list(imported.tasks) == ["a", "b", "c"]
-    assert "pooled output" in imported.notes[1]
 
 
 def test_ranks_are_stored_as_they_are(base, empty, tmp_path):
@@ -377,7 +378,7 @@ def test_the_command_makes_a_bank_that_eval_and_generate_can_load(lilora, llava_
     shown = json.loads(printed)
     assert [task["name"] for task in shown["tasks"]] == ["a", "b", "c"]
     assert (shown["path"], len(shown["notes"]), len(shown["shared"])) == (str(out), 1, 1)
-    assert shown["config"]["settings"]["newest_switch"]
+    assert shown["config"]["settings"]["newest_switch"] == 3
     assert shown["shared"][0]["parameters"] == sum(tensor.numel() for tensor in saved.values())
     _, method, _ = load_bank(out, None, "cpu", wanted="b")
     agree(method.model.eval(), base, saved, inputs)

@@ -15,10 +15,12 @@ from lilora import __version__
 from lilora.bank.bank import Bank
 from lilora.bank.records import BaseModelId
 from lilora.cli import app, output
+from lilora.cli.method_options import methods_list, train_options
 from lilora.cli.run_config import config_text
 from lilora.continual.recorded import TrainSettings
 from lilora.continual.run import ContinualRun
 from lilora.errors import UserError
+from lilora.methods import METHODS
 
 COMMANDS = typer.main.get_command(app).commands
 ALL = {**COMMANDS, **{f"bank {name}": command for name, command in COMMANDS["bank"].commands.items()}}
@@ -208,11 +210,22 @@ def test_a_run_is_repeated_from_its_folder(suite, tmp_path, lilora, train_option
 
 
 def test_what_is_not_given_is_what_train_settings_say():
+    """Where no method or preset says otherwise: as an option's own default, or in its help."""
     defaults = {name: field.default for name, field in TrainSettings.model_fields.items()}
-    shown = parsed("x").params
-    assert {name: shown[name] for name in defaults if shown[name] is not None} == {
-        name: value for name, value in defaults.items() if name not in ("learning_rate", "weight_decay")
-    }
+    options = {option.name: option for option in COMMANDS["train"].params if option.name in defaults}
+    assert set(defaults) - set(options) == {"learning_rates"}  # of the manifest alone
+    for name, option in options.items():
+        told = re.search(r"Default: ([\d.]+), or what the preset says", option.help or "")
+        assert option.default == (None if told or name in ("learning_rate", "weight_decay") else defaults[name])
+        assert told is None or float(told[1]) == defaults[name]
+
+
+def test_a_preset_says_how_it_trains():
+    released = train_options(METHODS["pclr"], "released", {})
+    assert released == {"learning_rate": 2e-4, "weight_decay": 0.0, "max_grad_norm": 0.0}
+    assert train_options(METHODS["pclr"], None, {}) == {"learning_rate": 2e-4, "weight_decay": 0.0}
+    assert train_options(METHODS["dac"], "released", {"max_grad_norm": 2.0})["max_grad_norm"] == 2.0
+    assert dict(methods_list())["dac"].count("released (max_grad_norm 0.0)") == 1
 
 
 def test_an_interrupted_training_says_how_to_go_on(suite, tmp_path, lilora, monkeypatch):

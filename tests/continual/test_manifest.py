@@ -11,7 +11,7 @@ from PIL import Image
 from lilora.continual import record_files
 from lilora.continual.evaluate import score
 from lilora.continual.instructions import InstructionDataset, Sample, instruction_data
-from lilora.continual.manifest import load_manifest
+from lilora.continual.manifest import MANIFESTS, load_manifest
 from lilora.continual.records import InstructionRecord
 from lilora.errors import UserError
 
@@ -120,6 +120,13 @@ def misspelt(manifest):
         (lambda m: m.update(tasks=[]), "key 'tasks' is wrong: list should have at least 1 item"),
         (lambda m: m.update(tasks=3), "key 'tasks' is wrong: input should be a valid list"),
         (lambda m: m.update(tasks=[3]), "the manifest of task number 1 is wrong: it must be a mapping"),
+        (first(learning_rate=0), "key 'learning_rate' of task number 1 is wrong: it is 0; it must be a number above 0"),
+        (
+            first(learning_rate={"lora": "fast"}),
+            "it is {'lora': 'fast'}; it must be a number above 0 and at most 1, or a",
+        ),
+        (lambda m: m.update(learning_rate=True), "key 'learning_rate' is wrong: it is True; it must be a number"),
+        (first(learning_rate={"pcrl": 0.1}), "names the method 'pcrl', which is unknown; did you mean 'pclr'?"),
         (first(max_new_tokens=0), "key 'max_new_tokens' of task number 1 is wrong: input should be greater than 0"),
         (first(answer_format="a{1,99999999999}"), "is not a regular expression: repeat count too big"),
         (first(answer_format="("), "'answer_format' of task number 1 is wrong: '(' is not a regular expression"),
@@ -488,3 +495,49 @@ def test_a_ready_manifest_runs_once_its_data_is_there(name, count, tmp_path):
             file.write_text(json.dumps([{"id": 0, "conversations": turns("?", answer)}]))
     manifest = load_manifest(EXAMPLES / f"{name}.yaml", data=tmp_path)
     assert len(manifest.tasks) == count
+
+
+def test_the_published_learning_rates_of_the_examples():
+    def rates(name, method, default, edit=lambda text: text):
+        content = yaml.safe_load(edit((EXAMPLES / name).read_text()))
+        manifest = MANIFESTS[content.get("kind", "instruction")].model_validate(content)
+        of_all, own = manifest.learning_rates(method, default)
+        return {task.name: own.get(task.name, of_all) for task in manifest.tasks}
+
+    assert list(rates("continual_next.yaml", "pclr", 0.5).values()) == [2e-4] * 3 + [1e-4] * 12
+    assert set(rates("continual_next.yaml", "lilora", 0.5).values()) == {0.5}
+    order_two = rates("mtil.yaml", "dac", 2e-3, lambda text: text.replace("# learning_rate", "learning_rate"))
+    order = [
+        "StanfordCars",
+        "Food",
+        "MNIST",
+        "OxfordPet",
+        "Flowers",
+        "SUN397",
+        "Aircraft",
+        "Caltech101",
+        "DTD",
+        "EuroSAT",
+        "CIFAR100",
+    ]
+    assert [round(1000 * order_two[name]) for name in order] == [2, 2, 1, 2, 2, 2, 3, 2, 2, 1, 3]
+    assert set(rates("mtil.yaml", "dac", 2e-3).values()) == {2e-3}
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_learning_rates_of_a_manifest_by_method_and_task(kind):
+    def rates(manifest, *tasks, method="pclr"):
+        of_tasks = [{"name": f"t{i}", "train": "x", "test": "x", "scorer": "exact"} for i in range(len(tasks))]
+        for task, rate in zip(of_tasks, tasks, strict=True):
+            task.update({} if rate is None else {"learning_rate": rate})
+            if kind == "classification":
+                del task["scorer"]
+        content = {"name": "m", "kind": kind, "tasks": of_tasks} | (
+            {} if manifest is None else {"learning_rate": manifest}
+        )
+        return MANIFESTS[kind].model_validate(content).learning_rates(method, 0.5)
+
+    assert rates(None, None) == (0.5, {})
+    assert rates("2e-4", None, 1e-4) == (2e-4, {"t1": 1e-4})
+    assert rates({"lora": 1e-3}, None, {"lora": 1e-4}) == (0.5, {})
+    assert rates({"pclr": 2e-4}, {"pclr": 1e-4, "lora": 1e-2}, {"lora": 1e-2}, 2e-4) == (2e-4, {"t0": 1e-4})

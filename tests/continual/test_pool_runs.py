@@ -22,7 +22,7 @@ RUNS = {
         METHODS["pclr"].presets["released"] | POOL | {"schedule": [(4, 1.0), (4, 1.0), (2, 0.75)], "vocabulary": 9},
         16,
     ),
-    "pclr, lwf": ("pclr", POOL | {"lwf": 1.0, "pools": "global", "integrate": False}, 12),
+    "pclr, lwf": ("pclr", POOL | {"groups": [1, 2], "pools": "global", "cap": 4}, 16),
     "dac, paper": ("dac", {"guide": "mean"}, 12),
     "dac, released": ("dac", METHODS["dac"].presets["released"], 12),
 }

@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from transformers import trainer
 
 from lilora.bank.bank import Bank
 from lilora.continual import evaluate
 from lilora.continual.memory import InParts, ran_out
+from lilora.continual.run import ContinualRun
 from lilora.errors import UserError
 from lilora.methods import METHODS
 
@@ -140,6 +142,66 @@ def test_divergence_is_noticed_before_a_checkpoint_and_its_advice_holds(at, comm
         assert "give another folder (--out) and a lower --lr" in sentence(err)
         again[3] = tmp_path / "other"
     assert lilora(*again)[0] == 0
+
+
+@pytest.fixture
+def rated(command, suite, tmp_path):
+    """(the command without --lr, write): write(a rate of the manifest, rates of tasks) makes its manifest."""
+    content = yaml.safe_load((suite / "tasks.yaml").read_text())
+    content |= {"data": str(suite / "data"), "model": str(suite / "base")}
+    at = command.index("--lr")
+    without = command[:at] + command[at + 2 :]
+    without[1] = tmp_path / "rated.yaml"
+
+    def write(rate, **rates):
+        tasks = [t | ({"learning_rate": rates[t["name"]]} if t["name"] in rates else {}) for t in content["tasks"]]
+        manifest = content | {"tasks": tasks} | ({} if rate is None else {"learning_rate": rate})
+        without[1].write_text(yaml.safe_dump(manifest))
+
+    return without, write
+
+
+def test_each_task_trains_with_its_learning_rate(rated, tmp_path, lilora, monkeypatch):
+    command, write = rated
+    seen, arguments = [], ContinualRun._arguments
+    monkeypatch.setattr(ContinualRun, "_arguments", lambda *a: seen.append(arguments(*a)) or seen[-1])
+    write({"lilora": "1e-2", "pclr": 0.5}, count={"lilora": 2e-3, "lora": 0.1})
+    code, _, err = lilora(*command, "--max-grad-norm", 0)
+    assert code == 0, err
+    assert [(a.learning_rate, a.max_grad_norm) for a in seen] == [(1e-2, 0), (2e-3, 0)]
+    train = Bank.open(tmp_path / "run" / "bank").config["train"]
+    assert (train["learning_rate"], train["learning_rates"], train["max_grad_norm"]) == (1e-2, {"count": 2e-3}, 0)
+    again = ["train", "--config", tmp_path / "run/run.yaml"]
+    code, _, err = lilora(*again)  # goes on: there is nothing left to do
+    assert code == 0, err
+    code, _, err = lilora(*again, "--lr", "0.01")
+    assert (code, "its train.learning_rates.count is 0.002 and this one's is 0.01" in sentence(err)) == (2, True)
+    assert len(seen) == 2
+
+
+def test_a_task_that_is_not_trained_may_get_another_learning_rate(rated, tmp_path, lilora, losses):
+    command, write = rated
+    write(0.01)
+    losses(lambda number, inputs, loss: loss() * (float("nan") if number >= 11 else 1))
+    code, _, err = lilora(*command)
+    assert code == 2
+    assert sentence(err).endswith("; give this task a lower learning_rate in the manifest and run the same command")
+    assert (tmp_path / "run/checkpoints/count/learn/checkpoint-4").is_dir()
+    losses(unchanged)
+    write(0.01, count=0.002, colour=0.002)
+    code, _, err = lilora(*command)
+    assert (code, "its train.learning_rates.colour is 0.01 and this one's is 0.002" in sentence(err)) == (2, True)
+    write(0.01, count=0.002)
+    code, _, err = lilora(*command)
+    assert code == 0, err
+    assert (
+        "count starts anew: train.learning_rates.count is 0.002 and was 0.01; the checkpoints made before are in" in err
+    )
+    assert (tmp_path / "run/checkpoints-1/count/learn/checkpoint-4").is_dir()
+    got = tensors(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    assert lilora(*command)[0] == 0
+    assert all(torch.equal(tensor, got[name]) for name, tensor in tensors(tmp_path / "run").items())
 
 
 def test_training_that_memory_does_not_hold_says_what_goes_on(command, lilora, losses):

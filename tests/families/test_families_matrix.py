@@ -30,6 +30,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from lilora.bank.export import export_lora
 from lilora.errors import UserError
+from lilora.families import target_modules, vision_tower
+from lilora.methods import make_method
+from lilora.methods.pclr.queries import CLASS_TOKENS
 from lilora_kernels.layers.lilora import set_task
 from lilora_kernels.routing.placement import decoder_of
 
@@ -176,16 +179,71 @@ def compile(name):
     assert graphs.frame_count == 1
 
 
+def pclr(name):
+    """A pool of ranks chooses for each sample of a batch by its own words and images, in a forward and in a generation."""
+    model, family, projector = base(name), FAMILIES[name], (name, "projector") not in REFUSED
+    settings = {"target_modules": target_modules(model, projector=projector), "r": 3, "cap": 8, "shared": 2}
+    method = make_method("pclr", model, settings)
+    data = [batch(name, family.batches[0]).inputs() | {"labels": batch(name, family.batches[0]).labels()}]
+    for task in ("one", "two"):
+        (stage,) = method.stages(task)
+        method.begin(stage, lambda samples: iter(data))
+        method.end(stage, lambda samples: iter(data))
+    with torch.no_grad():
+        for layer in method.layers.values():
+            for b in layer.lora_B.values():
+                b.normal_(std=0.4)
+    vision = method.pool_tasks.source.vision
+    if vision.feature == "class":
+        class_token_comes_first(method, vision, data[0])
+    generates = family.auto not in CLASSIFIERS
+    options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": list(range(33, VOCABULARY))}
+    for images in family.batches:
+        samples = batch(name, images)
+        together = method.pool_tasks.queries(model, samples.inputs())
+        seen, plain = logits(model, samples.inputs()), logits(base(name), samples.inputs())
+        tokens = model.generate(**samples.inputs(), **options)[:, -3:] if generates else None
+        pictured = [bool(sample) for sample in images]
+        assert together.vision.norm(dim=1).round(decimals=3).tolist() == [float(has) for has in pictured]
+        assert (together.text @ together.text.T).fill_diagonal_(0).max() < 1 - 1e-4
+        assert (together.vision @ together.vision.T).fill_diagonal_(0).max() < 1 - 1e-6
+        assert (seen - plain).abs().flatten(1).amax(1).min() > 0.02 * plain.abs().max()
+        for i in range(len(images)):
+            one = method.pool_tasks.queries(model, samples.inputs(i))
+            close(torch.cat([one.text[0], one.vision[0]]), torch.cat([together.text[i], together.vision[i]]), 1e-5)
+            close(logits(model, samples.inputs(i))[0], seen[i], max(family.precision, 1e-5))
+            if generates:
+                assert torch.equal(model.generate(**samples.inputs(i), **options)[0, -3:], tokens[i])
+
+
+def class_token_comes_first(method, vision, inputs):
+    """Of what the tower's blocks are given, another class token changes the first token of each image, and no other."""
+    given, blocks = [], vision_tower(method.model)[2]
+    (token,) = (p for n, p in vision_tower(method.model)[1].named_parameters() if n.endswith(CLASS_TOKENS))
+    hook = blocks[0].register_forward_pre_hook(lambda _, args, kwargs: given.append(args[0].clone()), with_kwargs=True)
+    for _ in range(2):
+        with torch.no_grad():
+            token.normal_()
+        method.pool_tasks.queries(method.model, inputs)
+    hook.remove()
+    changed = (given[0] - given[1]).abs().amax(-1) > 1e-9
+    assert changed[:, 0].all()
+    assert not changed[:, 1:].any()
+
+
 BEHAVIOURS = {
-    b.__name__.replace("_", " "): b for b in (train, generate, mixed_batch, projector, towers, merge, export, compile)
+    b.__name__.replace("_", " "): b
+    for b in (train, generate, mixed_batch, projector, towers, merge, export, compile, pclr)
 }
 _UNKNOWN = "nothing tells where it is"
 _RAW = "its weight is a raw Parameter and no linear layer"
 _NOT_BELOW = r"is not below the model's decoder, and nothing tells whose the .* rows are that it sees of"
 _ONE_BY_ONE = r"projector\.linear_1, ahead of the language model, sees .* rows, which .* do not explain"
 _SUBCLASS = "not an nn.Linear: nothing says that its forward runs"
+_NO_TOWER = "has no vision tower of transformer blocks that queries could come from"
 CROSS_ATTENTION = {"mllama"}  # of text to tiles of images: whose these rows are is not known
 REFUSED = {
+    **{(name, "pclr"): _NO_TOWER for name in ("florence2", "kosmos-2.5", "mllama", "phi4_multimodal", "t5gemma2")},
     ("aria", "towers"): _SUBCLASS,  # the projector's nn.MultiheadAttention
     ("gemma3", "projector"): _RAW,
     ("got_ocr2", "towers"): "vision_tower.* ahead of the language model, sees .* do not explain",  # windows of images
@@ -208,7 +266,7 @@ REFUSED = {
 
 def applies(name, behaviour):
     family = FAMILIES[name]
-    if behaviour in ("projector", "towers"):
+    if behaviour in ("projector", "towers", "pclr"):
         return family.text and family.batches != (NO_IMAGES,)
     return behaviour not in ("generate", "compile") or family.auto not in CLASSIFIERS
 

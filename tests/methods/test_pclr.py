@@ -1,114 +1,25 @@
-"""PCLR: queries, compression, integration's loss, and the cycle on a small LLaVA."""
+"""PCLR: compression, integration's loss, and the cycle on a small LLaVA."""
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from support.clip_llava import IMAGE, TARGETS, batch, llava
+from support.clip_llava import batch, llava
+from support.pclr import learn, learned, pclr, rows
 from torch.nn.functional import kl_div, normalize
 
 from lilora.errors import UserError
-from lilora.methods import make_method
 from lilora.methods.distillation import divergence
 from lilora.methods.pclr import pool as pools
 from lilora.methods.pclr.compression import least_redundant, merged_keys, strided
-from lilora.methods.pclr.method import PCLRSettings
 from lilora.methods.pclr.pool import GateRule, Query, RankPool
+from lilora.methods.pclr.settings import PCLRSettings
 from lilora.methods.redundancy import rank_gram
-
-
-def rows(inputs, i, images):
-    first = sum(images[:i])
-    one = {name: value[i : i + 1] for name, value in inputs.items() if name != "pixel_values"}
-    if images[i]:
-        one["pixel_values"] = inputs["pixel_values"][first : first + images[i]]
-    return one
-
-
-def pclr(**settings):
-    small = {"r": 4, "alpha": 8.0, "cap": 12, "shared": 2, "target_modules": TARGETS}
-    return make_method("pclr", llava(), small | settings)
-
-
-def learn(method, task, steps=2, data=None):
-    """The stages of a task, with a few steps of SGD each."""
-    data = data or [batch() for _ in range(4)]
-    for stage in method.stages(task):
-        method.begin(stage, lambda samples: iter(data))
-        method.model.train()
-        learning = [p for p in method.model.parameters() if p.requires_grad]
-        for _ in range(steps):
-            inputs = data[0]
-
-            def cross_entropy(inputs=inputs):
-                outputs = method.model(**inputs)
-                return outputs.loss, outputs
-
-            grads = torch.autograd.grad(method.loss(inputs, cross_entropy, 1.0), learning, allow_unused=True)
-            with torch.no_grad():
-                for p, g in zip(learning, grads, strict=True):
-                    p -= 0.05 * (0 if g is None else g)
-        method.end(stage, lambda samples: iter(data))
-        method.model.eval()
-
-
-def learned(tasks=2, **settings):
-    method = pclr(**settings)
-    for i in range(tasks):
-        learn(method, f"task{i}")
-    for layer in method.layers.values():  # away from where every rank is nearly nothing
-        for b in layer.lora_B.values():
-            b.data.normal_(std=0.3)
-    return method
-
-
-# --- queries --------------------------------------------------------------------------------------------------------------
-
-
-def test_queries_are_the_mean_of_the_prompts_words_and_of_the_images_class_tokens():
-    method, images = pclr(), [1, 0, 2]
-    inputs = batch(images)
-    inputs["attention_mask"][1, :3] = 0
-    query = method.pool_tasks.queries(method.model, inputs)
-    embedding = method.model.get_input_embeddings().weight
-    tower = method.model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 0]
-    pictures = iter(tower)
-    for i, count in enumerate(images):
-        words = [
-            embedding[token]
-            for token, attended, label in zip(
-                *(inputs[n][i] for n in ("input_ids", "attention_mask", "labels")), strict=True
-            )
-            if attended and label == -100 and token != IMAGE
-        ]
-        torch.testing.assert_close(query.text[i], normalize(torch.stack(words).mean(0), dim=0))
-        seen = [normalize(next(pictures), dim=0) for _ in range(count)]
-        wanted = normalize(torch.stack(seen).mean(0), dim=0) if seen else torch.zeros(16)
-        torch.testing.assert_close(query.vision[i], wanted)
-
-
-def test_a_forward_sees_the_queries_of_its_own_batch():
-    method, inputs = learned(1), batch([1, 0, 1])
-    with torch.no_grad():
-        method.model(**inputs)
-    seen, wanted = method.pool_tasks.last.query(), method.pool_tasks.queries(method.model, inputs)
-    assert torch.equal(seen.text, wanted.text)
-    assert torch.equal(seen.vision, wanted.vision)
-
-
-def test_a_model_without_a_vision_tower_is_refused():
-    config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40
-    )
-    with pytest.raises(UserError, match="LlamaForCausalLM has no vision tower"):
-        make_method("pclr", transformers.LlamaForCausalLM(config), {"target_modules": ".*up_proj"})
-
 
 # --- the model ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"value": "binary", "query": "two"}, {"newest_switch": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"value": "binary", "query": "two"}, {"newest_switch": 2}], ids=str)
 def test_each_sample_of_a_batch_gets_what_it_gets_alone(settings):
     method, images = learned(2, **settings), [1, 0, 2, 1]
     inputs = batch(images)
@@ -256,6 +167,17 @@ def test_the_published_table():
         ranks = keep + new
         seen.append((keep, new))
     assert seen == [(0, 64), (64, 64), (128, 64), (192, 64), (192, 64), (192, 64), (224, 32), (224, 32)]
+
+
+def test_the_published_table_of_the_second_suite():
+    settings = PCLRSettings.read("pclr", {"target_modules": "x", **make_preset("continual_next")})
+    ranks, seen = 0, []
+    for i in range(15):
+        keep, new = settings.plan(i, ranks)
+        seen.append((keep, new))
+        ranks = keep + new
+    stay = [(192, 64)] * 7 + [(224, 32)] * 4
+    assert seen == [(0, 64), (64, 64), (128, 64), (192, 64), *stay]
 
 
 def make_preset(name):
@@ -451,7 +373,9 @@ def test_key_loss(key_loss):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"pools": "global"}, {"shared_learns": "always"}, {"integrate": False}], ids=str
+    "settings",
+    [{}, {"pools": "global"}, {"shared_learns": "always"}, {"integrate": False}, {"groups": [2, 1]}],
+    ids=str,
 )
 def test_memory_never_exceeds_the_cap(settings):
     method = pclr(**settings)
@@ -484,6 +408,10 @@ def test_restored_from_its_tensors():
         ({"schedule": [(2, 1.0)]}, "r is 4 and the pool has 2 ranks after the first task; r must fit into it"),
         ({"temperature": 0}, "temperature is 0; input should be greater than 0"),
         ({"scope": "token"}, "scope is 'token'"),
+        ({"groups": []}, r"groups is \[\]; it must be a number of tasks, at least 1, or a list of such numbers"),
+        ({"groups": [2, 0]}, r"groups is \[2, 0\]; it must be a number of tasks"),
+        ({"lwf": 0.5}, "lwf is 0.5 and groups is 1; lwf acts within groups of tasks, so give groups too"),
+        ({"newest_switch": -1}, "newest_switch is -1"),
         ({"ranks": 4}, "pclr has no setting 'ranks'; it has target_modules, r, cap"),
         ({"target_modules": "nothing"}, "target_modules 'nothing' matches no layer of this model"),
     ],

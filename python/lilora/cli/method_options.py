@@ -39,6 +39,12 @@ def method_settings(
     return {**{name: getattr(read, name) for name in names.values()}, **of_preset, **more}
 
 
+def train_options(method: type[Method], preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Values of TrainSettings: those that were given, then the preset's and the method's."""
+    preset = preset or next(iter(method.presets), "")
+    return method.train_defaults | method.train_presets.get(preset, {}) | given
+
+
 def settings_list(method: type[Method]) -> str:
     """The method's settings with their types and defaults, a line of at most 80 columns each or several."""
     rows = method.settings_type.table()
@@ -59,10 +65,16 @@ def methods_list() -> list[tuple[str, str]]:
         trained = {field: TrainSettings.model_fields[field].default for field in ("learning_rate", "weight_decay")}
         trained |= method.train_defaults
         sizes += [f"lr {trained['learning_rate']}", f"weight_decay {trained['weight_decay']}"]
-        presets = f" Presets: {', '.join(method.presets)}." if method.presets else ""
+        named = ", ".join(_preset_text(method, preset) for preset in method.presets)
+        presets = f" Presets: {named}." if named else ""
         summary = " ".join((method.__doc__ or "").partition("\n\n")[0].split())
         lines.append((name, f"{summary}{presets} Defaults: {', '.join(sizes)}."))
     return lines
+
+
+def _preset_text(method: type[Method], preset: str) -> str:
+    of_training = ", ".join(f"{name} {value}" for name, value in method.train_presets.get(preset, {}).items())
+    return f"{preset} ({of_training})" if of_training else preset
 
 
 def setting(text: str) -> tuple[str, Any]:

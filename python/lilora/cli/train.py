@@ -17,6 +17,7 @@ from .output import adapters_line, console, console_line
 from .run_config import config_text, read_config
 
 DEFAULT = "Default: the method's, below."
+PRESET = "Default: {}, or what the preset says, below."
 
 
 class TrainCommand(TyperCommand):
@@ -78,16 +79,30 @@ def train(
     projector: Projector = None,
     attention: Attention = False,
     learning_rate: Annotated[
-        float | None, typer.Option("--lr", min=0.0, help=f"Peak learning rate of the cosine schedule. {DEFAULT}")
+        float | None,
+        typer.Option(
+            "--lr", min=0.0, help="Peak learning rate of all tasks. Default: the manifest's, or the method's, below."
+        ),
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(min=0.0, help=DEFAULT)] = None,
     epochs: Annotated[float, typer.Option(min=0.0, help="Passes over each task's training samples.")] = 1.0,
     max_steps: Annotated[int, typer.Option(min=-1, help="Optimizer steps per task; -1: as many as epochs need.")] = -1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch, of all processes together.")] = 8,
-    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 2,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help=f"Samples per batch, of all processes together. {PRESET.format(8)}")
+    ] = None,
+    gradient_accumulation: Annotated[
+        int | None, typer.Option(min=1, help=f"Batches per optimizer step. {PRESET.format(8)}")
+    ] = None,
     warmup: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="Share of the steps in which the learning rate rises.")
-    ] = 0.03,
+        float | None,
+        typer.Option(
+            min=0.0, max=0.99, help=f"Share of the steps in which the learning rate rises. {PRESET.format(0.03)}"
+        ),
+    ] = None,
+    max_grad_norm: Annotated[
+        float | None,
+        typer.Option(min=0.0, help=f"Larger gradients are scaled down to this norm; 0: none. {PRESET.format(1.0)}"),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for more time.")
     ] = False,
@@ -134,7 +149,7 @@ def train(
     from lilora.methods import METHODS
     from lilora.reports.report import print_tables, write_report
 
-    from .method_options import method_settings, setting
+    from .method_options import method_settings, setting, train_options
 
     method_type = METHODS.find(method, "--method")
     choice("--dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
@@ -157,20 +172,23 @@ def train(
     more["target_modules"] = more.get("target_modules") or target_pattern(model, projector, attention)
     sizes = {"r": r, "sub_rank": sub_rank, "alpha": alpha, "dropout": dropout}
     settings = method_settings(method_type, preset, given(sizes), more)
-    training = TrainSettings.of(
-        {
-            **method_type.train_defaults,
-            **given({"learning_rate": learning_rate, "weight_decay": weight_decay}),
-            "epochs": epochs,
-            "max_steps": max_steps,
-            "batch_size": batch_size,
-            "gradient_accumulation": gradient_accumulation,
-            "warmup": warmup,
-            "gradient_checkpointing": gradient_checkpointing,
-            "dtype": dtype,
-            "seed": seed,
-        }
-    )
+    of_training = {
+        "weight_decay": weight_decay,
+        "batch_size": batch_size,
+        "gradient_accumulation": gradient_accumulation,
+        "warmup": warmup,
+        "max_grad_norm": max_grad_norm,
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "gradient_checkpointing": gradient_checkpointing,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    training = TrainSettings.of(train_options(method_type, preset, given(of_training)))
+    rate, rates = manifest.learning_rates(method, training.learning_rate)
+    if learning_rate is not None:
+        rate, rates = learning_rate, {}
+    training = TrainSettings.of(training.model_dump() | {"learning_rate": rate, "learning_rates": rates})
     out = out or Path("runs") / f"{manifest.name}-{label or method_label(method, settings)}-{seed}"
 
     console.quiet = processes.rank() > 0
@@ -197,8 +215,9 @@ def train(
                 "data": data and data.resolve(),
                 "model": model,
                 "preset": preset or next(iter(method_type.presets), None),
-                "lr": training.learning_rate,
-                "weight-decay": training.weight_decay,
+                # Where the manifest has rates it says them again: the command's would be that of all tasks.
+                "lr": training.learning_rate if not manifest.rates else learning_rate,
+                **{name.replace("_", "-"): getattr(training, name) for name in of_training},
                 "set": dict(map(setting, pairs or [])),
             }
             write_atomically(out / "run.yaml", config_text(context, resolved).encode())

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from lilora.errors import UserError
+from lilora.methods import METHODS
 from lilora_kernels import check_task_name
 
 from .classification import ClassificationManifest
@@ -30,7 +31,7 @@ def load_manifest(path: str | Path, order: list[str] | None = None, data: str | 
     A scorer `module:function` may lie in a file beside the manifest.
     An argument `data` replaces the manifest's folder of data. `order` names the tasks to train, in that order.
 
-    Raises UserError for a key or name that is not allowed, an unknown scorer, a missing or broken file, a task without
+    Raises UserError for a key or name that is not allowed, an unknown scorer or method, a missing or broken file, a task without
     samples, and an image that is missing or cannot be opened.
     """
     manifest = read_manifest(path, order, data)
@@ -47,6 +48,7 @@ def read_manifest(path: str | Path, order: list[str] | None = None, data: str | 
     _check_names(path, manifest)
     if all(task.probe for task in manifest.tasks):
         raise UserError(f"{path}: all tasks are probes, which are not trained; add one with the key train.")
+    _check_methods(path, manifest)
     root = path.resolve().parent
     folder = Path(data).resolve() if data is not None else (root / manifest.data).resolve()
     manifest = manifest.located(folder)
@@ -119,6 +121,14 @@ def _check_names(path: Path, manifest: Manifest) -> None:
             check_task_name(task.name)
         except ValueError as error:
             raise UserError(f"{path}: task {task.name!r}: {error}") from error
+
+
+def _check_methods(path: Path, manifest: Manifest) -> None:
+    for name in dict.fromkeys(name for rates in manifest.rates if isinstance(rates, tuple) for name, _ in rates):
+        if name not in METHODS:
+            near = difflib.get_close_matches(name, METHODS, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(METHODS)}."
+            raise UserError(f"{path}: learning_rate names the method {name!r}, which is unknown; {advice}")
 
 
 def _ordered(manifest: Manifest, tasks: list[Task], order: list[str]) -> list[Task]:

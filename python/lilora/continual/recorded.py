@@ -21,19 +21,26 @@ class TrainSettings(Settings):
     """How each task is trained. A run keeps them for all its tasks: they are part of the bank's config.
 
     batch_size: samples per batch of all processes together, so that their number changes nothing but rounding. max_steps: -1
-    for as many as epochs need. learning_rate: AdamW moves every weight by about that much in a step, so it is at most 1.
+    for as many as epochs need. learning_rate: AdamW moves every weight by about that much in a step, so it is at most 1;
+    learning_rates: those of tasks that have another, by name. max_grad_norm: a gradient with a larger norm is scaled down
+    to it; 0: none is. The defaults are those of LiLoRA's paper, 64 samples a step.
     """
 
     learning_rate: float = Field(2e-5, gt=0, le=1)
+    learning_rates: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field({})
     weight_decay: float = Field(0.01, ge=0)
     epochs: float = Field(1.0, gt=0)
     max_steps: int = Field(-1, ge=-1)
     batch_size: int = Field(8, ge=1)
-    gradient_accumulation: int = Field(2, ge=1)
+    gradient_accumulation: int = Field(8, ge=1)
     warmup: float = Field(0.03, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, ge=0)
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seed: int = Field(0, ge=0)
+
+    def rate_of(self, task: str) -> float:
+        return self.learning_rates.get(task, self.learning_rate)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:

@@ -222,6 +222,10 @@ class ContinualRun:
         """What to do then: see `run_folder.check_folder`."""
         if not self.bank.tasks:
             return "run the same command with a lower --lr"
+        s = self.settings
+        rates = self.manifest.learning_rates(self.method.name, s.learning_rate)
+        if self.manifest.rates and rates == (s.learning_rate, s.learning_rates):
+            return "give this task a lower learning_rate in the manifest and run the same command"
         return "give another folder (--out) and a lower --lr, which all tasks of a run have in common"
 
     def _write(self, change: Callable[[Bank], None]) -> None:
@@ -277,7 +281,7 @@ class ContinualRun:
         processes.check_same(
             f"task {stage.task!r} at its start", lambda: self.method.fingerprints([stage.task])[stage.task]
         )
-        arguments = self._arguments(stage, folder, seed, save_steps, workers, bars)
+        arguments = self._arguments(trained.name, stage, folder, seed, save_steps, workers, bars)
         arguments.report_to, arguments.run_name = list(report_to), f"{self.folder.name}/{trained.name}/{stage.name}"
         trainer = TaskTrainer(self.method, arguments, data, self._after_divergence())
         trainer.put_tensorboard(self.folder / "tensorboard" / trained.name / stage.name)
@@ -319,19 +323,20 @@ class ContinualRun:
             ) from error
 
     def _arguments(
-        self, stage: Stage, folder: Path, seed: int, save_steps: int, workers: int, bars: bool
+        self, task: str, stage: Stage, folder: Path, seed: int, save_steps: int, workers: int, bars: bool
     ) -> TrainingArguments:
         s = self.settings
         arguments = TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=s.batch_size // processes.world_size(),
             gradient_accumulation_steps=s.gradient_accumulation,
-            learning_rate=stage.learning_rate * s.learning_rate,
+            learning_rate=stage.learning_rate * s.rate_of(task),
             weight_decay=s.weight_decay,
             num_train_epochs=stage.epochs * s.epochs,
             max_steps=max(1, round(stage.epochs * s.max_steps)) if s.max_steps > 0 else -1,
             lr_scheduler_type="cosine",
             warmup_steps=s.warmup,
+            max_grad_norm=s.max_grad_norm,
             **({"gradient_checkpointing": True} if s.gradient_checkpointing else {}),
             save_strategy="steps",
             save_steps=save_steps,

@@ -22,13 +22,19 @@ from .recorded import train_settings
 
 FREE = ("label", "train.gradient_checkpointing")  # settings that change nothing of what is trained
 _SPLIT = ("train.batch_size", "train.gradient_accumulation")
+_RATES = "train.learning_rates."  # the task follows
+_BEFORE = {
+    "kind": "instruction",
+    "image_aspect": "processor",
+    "train.max_grad_norm": 1.0,
+}  # what banks of earlier versions do not say
 
 
 def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str], splits: bool) -> Bank | None:
     """The bank of the run in `folder` if one with this config may go on there; None if the folder is new.
 
     FREE settings may have changed, and where nothing depends on how the samples of a step are divided into batches
-    (`splits`) that division too; others until the first task is trained.
+    (`splits`) that division too; a task's learning rate until it is trained; others until the first task is.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; give a new or empty folder")
@@ -43,6 +49,8 @@ def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str], spl
     bank = Bank.open(folder / "bank")
     train_settings(bank)
     for key, (old, new) in _changes(bank.config, config, splits).items() if bank.tasks else ():
+        if key.startswith(_RATES) and key.removeprefix(_RATES) not in bank.tasks:
+            continue
         raise UserError(
             f"--out {folder} holds another run: its {key} is {old!r} and this one's is {new!r}; "
             "give another folder, or the same settings to go on with it"
@@ -58,9 +66,15 @@ def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str], spl
 def take_settings(folder: Path, bank: Bank, config: dict[str, Any], base_model: BaseModelId, splits: bool) -> Bank:
     """The bank of the run in `folder`, which `check_folder` has passed, with this config.
 
-    Checkpoints of a first task that was trained with other settings are put aside.
+    Checkpoints of a task that was not trained to its end, with other settings, are put aside.
     """
     changes = _changes(bank.config, config, splits)
+    what = f"{folder} starts anew, as its first task is not trained yet"
+    if bank.tasks:  # and rates of tasks to come alone may differ
+        changes = {
+            key: pair for key, pair in changes.items() if (folder / "checkpoints" / key.removeprefix(_RATES)).exists()
+        }
+        what = f"{folder}: {', '.join(key.removeprefix(_RATES) for key in changes)} starts anew"
     if changes:
         said = ", ".join(f"{key} is {new!r} and was {old!r}" for key, (old, new) in changes.items())
         aside = ""
@@ -68,10 +82,11 @@ def take_settings(folder: Path, bank: Bank, config: dict[str, Any], base_model: 
             free = next(path for number in count(1) if not (path := folder / f"checkpoints-{number}").exists())
             (folder / "checkpoints").rename(free)
             aside = f"; the checkpoints made before are in {free}"
-        print_note(f"{folder} starts anew, as its first task is not trained yet: {said}{aside}")
-        bank.set_config(config, base_model)
-        if bank.scores:  # of the base model
-            bank.set_scores({})
+        print_note(f"{what}: {said}{aside}")
+        if not bank.tasks:
+            bank.set_config(config, base_model)
+            if bank.scores:  # of the base model
+                bank.set_scores({})
     bank.check_base_model(base_model)
     free = {key: value for key, value in bank.config.items() if key != "label"}
     free |= {key: config[key] for key in ("train", "label") if key in config}
@@ -82,9 +97,12 @@ def take_settings(folder: Path, bank: Bank, config: dict[str, Any], base_model: 
 
 def _changes(old: dict[str, Any], new: dict[str, Any], splits: bool) -> dict[str, tuple[Any, Any]]:
     """Setting -> (what it was, what it is), of those that matter to what is trained."""
-    unsaid = {"kind": "instruction", "image_aspect": "processor"}
-    old, new = (flat(unsaid | config) for config in (old, json.loads(json.dumps(new))))
-    changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if key not in FREE}
+    old, new = (_BEFORE | flat(config) for config in (old, json.loads(json.dumps(new))))
+
+    def value(config: dict[str, Any], key: str) -> Any:
+        return config.get(key, config.get("train.learning_rate") if key.startswith(_RATES) else None)
+
+    changed = {key: (value(old, key), value(new, key)) for key in sorted(old.keys() | new.keys()) if key not in FREE}
     changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
     if splits and prod(old.get(key, 0) for key in _SPLIT) == prod(new.get(key, 0) for key in _SPLIT):
         changed = {key: pair for key, pair in changed.items() if key not in _SPLIT}

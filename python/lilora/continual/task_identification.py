@@ -1,6 +1,5 @@
 """The task of every sample of a batch, from the batch alone: for inference without a task id."""
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,7 @@ from lilora.bank.bank import Bank
 from lilora.errors import UserError
 from lilora.methods.base import Inputs, Tensors
 from lilora.methods.lora import evaluating
-from lilora.methods.pclr.queries import prompt_mean
+from lilora.methods.pclr.queries import image_features, image_token_of, prompt_mean
 from lilora.registry import Registry
 from lilora_kernels.layers.base import AdaptedLinear
 
@@ -310,7 +309,7 @@ def frozen_features(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         if isinstance(value, Tensor)
     }
     input_ids, pixels = inputs.get("input_ids"), inputs.get("pixel_values")
-    image_token = getattr(model.config, "image_token_id", None) or getattr(model.config, "image_token_index", None)
+    image_token = image_token_of(model)
     two_encoders = tower is not None and image_token is None
     needed = "pixel_values" if two_encoders else "input_ids"
     if needed not in inputs:
@@ -337,8 +336,7 @@ def frozen_features(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def image_rows(tower: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """What takes the places of the image tokens of a batch, one after the other: [tokens, H] fp32."""
-    wanted = inspect.signature(tower.get_image_features).parameters
-    images = tower.get_image_features(**{name: value for name, value in inputs.items() if name in wanted}).pooler_output
+    images = image_features(tower, inputs).pooler_output
     return torch.cat([image.reshape(-1, image.shape[-1]) for image in images]).float()
 
 

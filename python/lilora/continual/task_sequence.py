@@ -2,20 +2,48 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from .images import ImageAspect
 
 Split = Literal["train", "test"]
+_RATE = TypeAdapter(Annotated[float, Field(gt=0, le=1)])
+
+
+def _rates(given: Any) -> Any:
+    """A number, or pairs from methods to numbers: a mapping would leave a task without a hash."""
+    by_method = given if isinstance(given, dict) else {"": given}
+    try:
+        if any(isinstance(rate, bool) for rate in by_method.values()):
+            raise ValueError
+        rates = {str(method): _RATE.validate_python(rate) for method, rate in by_method.items()}
+    except (ValidationError, ValueError):
+        raise ValueError(
+            f"it is {given!r}; it must be a number above 0 and at most 1, or a mapping from methods to such numbers"
+        ) from None
+    return tuple(rates.items()) if isinstance(given, dict) else rates[""]
+
+
+LearningRate = Annotated[float | tuple[tuple[str, float], ...] | None, BeforeValidator(_rates)]
 
 
 class Task(BaseModel):
     """What tasks of all kinds have in common: a name and files, relative to the manifest's `data` until `load_manifest`
     resolves them.
 
-    A probe is never trained and has no `train`: it is scored before the first task and after each.
+    A probe is never trained and has no `train`: it is scored before the first task and after each. learning_rate: of the
+    task, or of some methods by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,6 +53,7 @@ class Task(BaseModel):
     test: Path | None = None
     images: Path = Path()
     probe: bool = False
+    learning_rate: LearningRate = None
 
     @model_validator(mode="after")
     def _trained_or_probe(self) -> Self:
@@ -47,6 +76,7 @@ class Manifest(BaseModel):
     As `load_manifest` returns it, `tasks` are those to train and `probes` the others; a file has all of them as `tasks`.
 
     image_aspect: whether images go to the "processor" as they are, or "pad"ded to squares (`images.set_image_aspect`).
+    learning_rate: of all methods, or of some by name; that of a task, which has the same key, comes first.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,6 +86,8 @@ class Manifest(BaseModel):
     data: Path = Path()
     model: str | None = None
     image_aspect: ImageAspect = "processor"
+    learning_rate: LearningRate = None
+    tasks: list[Any]
     _probes: tuple[Task, ...] = PrivateAttr(())
 
     @property
@@ -76,3 +108,21 @@ class Manifest(BaseModel):
     def located(self, folder: Path) -> Self:
         """With the paths of its tasks under `folder`."""
         return self.model_copy(update={"tasks": [task.located(folder) for task in self.tasks]})
+
+    @property
+    def rates(self) -> list[LearningRate]:
+        """All that are given here."""
+        given = (self.learning_rate, *(task.learning_rate for task in self.tasks))
+        return [rate for rate in given if rate is not None]
+
+    def learning_rates(self, method: str, default: float) -> tuple[float, dict[str, float]]:
+        """(the learning rate of the tasks for which nothing else is said, that of the others by name) for a method."""
+        of_all = _of_method(self.learning_rate, method, default)
+        by_task = {task.name: _of_method(task.learning_rate, method, of_all) for task in self.tasks}
+        return of_all, {task: rate for task, rate in by_task.items() if rate != of_all}
+
+
+def _of_method(rates: LearningRate, method: str, default: float) -> float:
+    if rates is None:
+        return default
+    return dict(rates).get(method, default) if isinstance(rates, tuple) else rates

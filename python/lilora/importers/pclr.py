@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from lilora.errors import UserError
 from lilora.families import target_modules
-from lilora.methods.pclr.method import PCLRSettings
 from lilora.methods.pclr.queries import query_source
+from lilora.methods.pclr.settings import PCLRSettings
 
 from .checkpoint import Checkpoint, Imported, common_name, read_json, read_pickle, setting
 
@@ -29,10 +29,6 @@ _PUBLISHED = PCLRSettings(target_modules="")
 _TEXT_NOTE = (
     "a prompt's text query is the mean over all its words here, those of the chat template too, and that over the "
     "question's words in the released code: other ranks may be chosen"
-)
-_VISION_NOTE = (
-    "one pool for all linears: its vision keys were learned with the vision tower's pooled output, and queries are [CLS] "
-    "after its last layer but one here: other ranks may be chosen"
 )
 
 Linears = dict[str, nn.Linear]
@@ -86,8 +82,10 @@ def read_pclr(files: Sequence[Path], model: nn.Module, tasks: Sequence[str] | No
         "shared": shared,
         "cap": max(_PUBLISHED.cap, *(_experts(stored, pool) for pool in pools)),
         "pools": "global" if one_pool else "layer",
+        "vision_query": "pooled" if one_pool else "tokens",  # of the suite with one pool
+        "newest_switch": len(stored[text]),  # matters where the file's new ranks are apart
     }
-    notes = (*file.notes(), _TEXT_NOTE, *([_VISION_NOTE] if one_pool else []))
+    notes = (*file.notes(), _TEXT_NOTE)
     return Imported(dict.fromkeys(task_names(path, tasks, len(stored[text])), ({}, stored)), settings, notes)
 
 

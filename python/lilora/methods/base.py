@@ -66,6 +66,7 @@ class Method(ABC):
     settings_type: type[MethodSettings]
     presets: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - settings by preset name; the first is the default
     train_defaults: dict[str, float] = {}  # noqa: RUF012 - of TrainSettings, where the method wants them otherwise
+    train_presets: dict[str, dict[str, float]] = {}  # noqa: RUF012 - the same by preset name, where a preset does
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         self.base = base

@@ -165,6 +165,7 @@ class DAC(Method):
     no_lora = "its experts become part of the base weights; export the whole model with lilora bank merge"
     presets = PRESETS
     train_defaults = {"learning_rate": 2e-3}  # noqa: RUF012
+    train_presets = {"released": {"max_grad_norm": 0.0}}  # noqa: RUF012
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)

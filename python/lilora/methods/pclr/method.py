@@ -2,145 +2,23 @@
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from lilora.errors import UserError
 from lilora.methods.base import Batches, Inputs, Method, Stage, Tensors, register_method
 from lilora.methods.distillation import divergence
-from lilora.methods.lora import answer_positions, without_labels
+from lilora.methods.lora import answer_positions, evaluating, without_labels
 from lilora.methods.pclr.pool import EXPERTS, GateRule, Query, RankPool, normalised
 from lilora.methods.pooled import inject_rank_pools, load_rank_pools, pool_tensors, require_grad_only
 from lilora.methods.redundancy import rank_gram
-from lilora.methods.settings import MethodSettings, alpha_field
 from lilora_kernels.functional import rank_gate
 from lilora_kernels.layers.rank_pool import RankPoolLinear
 
 from .compression import least_redundant, merged_keys, strided
 from .queries import PoolChooser, PoolTasks, attach_pools, query_source
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "released": {
-        "query": "two",
-        "scope": "batch",
-        "value": "binary",
-        "reuse": "top_up",
-        "key_init": "mean",
-        "key_loss": "all_new",
-        "prune": "stride",
-        "merge_keys": True,
-        "fake_queries": "task",
-        "vocabulary": 100,
-        "temperature": 2.0,
-        "distil_padding": True,
-        "train_keys": False,
-        "newest_switch": True,
-        "schedule": [(64, 1.0)] * 4 + [(64, 0.75)] * 2 + [(32, 0.875)] * 2,
-    },
-}
-
-
-class PCLRSettings(MethodSettings):
-    """PCLR (ICLR 2026). Where the paper and its code differ the default is the paper's; preset "released" is the code.
-
-    r: ranks chosen of the pool; cap: most ranks the pool ever has; shared: ranks that are always on; the experts'
-    scale is alpha / r, that of the shared ranks alpha / shared. schedule: new ranks and retention at compression,
-    task by task: a table of (new ranks, share kept), whose last line holds for all further tasks; "progressive": the
-    T trained tasks keep T / (T + 1) of the cap and the next gets the rest; "constant": three quarters stay. pools:
-    keys per decoder "layer" or one "global" pool. query, scope, value, reuse: see lilora_kernels.layers.rank_pool.GateRule;
-    vision_weight None is d_vision / d_text. key_init: new keys are queries of training "samples", or all the task's
-    "mean". value_init: new experts start as the old ones "nearest" to the task, or "random". key_loss: the L1
-    distance of the `r` best keys' similarities to 1 ("top_r"), or the mean over all new keys ("all_new"), weighed by
-    key_weight. prune: ranks go by "redundancy" or by "stride"; merge_keys: task queries are added to the kept keys.
-    integrate: distil the old pool into the compressed one, with fake queries that are trained "keys" or "task" means,
-    over the teacher's `vocabulary` largest logits (None: all) at `temperature`, on all tokens (distil_padding: and
-    padding), with integration_rate and integration_epochs times the run's learning rate and epochs; train_keys: keys
-    follow the fake queries then. shared_learns: shared ranks are made at the first "integration" and trained in
-    integrations only, or exist and are trained "always", as in the code's second suite. newest_switch: inference gives new
-    experts only to samples nearest to the newest task. lwf: weight of a distillation from the model before the task
-    while a new one is trained (PCLR-LwF, our reading).
-    """
-
-    r: int = Field(64, ge=1)
-    cap: int = Field(256, ge=1)
-    shared: int = Field(32, ge=0)
-    alpha: float = alpha_field()
-    dropout: float = Field(0.0, ge=0, lt=1)
-    schedule: Literal["progressive", "constant"] | list[tuple[int, float]] = "progressive"
-    pools: Literal["layer", "global"] = "layer"
-    query: Literal["concatenated", "two"] = "concatenated"
-    vision_weight: float | None = Field(None, ge=0)
-    scope: Literal["sample", "batch"] = "sample"
-    value: Literal["score", "binary"] = "score"
-    reuse: Literal["all", "top_up"] = "all"
-    key_init: Literal["samples", "mean"] = "samples"
-    value_init: Literal["nearest", "random"] = "nearest"
-    key_loss: Literal["top_r", "all_new"] = "top_r"
-    key_weight: float = Field(0.2, ge=0)
-    prune: Literal["redundancy", "stride"] = "redundancy"
-    merge_keys: bool = False
-    integrate: bool = True
-    fake_queries: Literal["keys", "task"] = "keys"
-    vocabulary: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    distil_padding: bool = False
-    train_keys: bool = True
-    integration_rate: float = Field(0.25, gt=0)
-    integration_epochs: float = Field(1.0, gt=0)
-    shared_learns: Literal["always", "integration"] = "integration"
-    newest_switch: bool = False
-    lwf: float = Field(0.0, ge=0)
-
-    @field_validator("schedule")
-    @classmethod
-    def _lines(cls, schedule):
-        for new, retention in schedule if isinstance(schedule, list) else ():
-            if new < 1 or not 0 < retention <= 1:
-                raise ValueError(
-                    f"a line of schedule is ({new}, {retention}); it must be at least 1 new rank and a retention in (0, 1]"
-                )
-        return schedule
-
-    @model_validator(mode="after")
-    def _fits(self):
-        if self.cap < self.r:
-            raise ValueError(f"cap is {self.cap}, less than the {self.r} ranks of one task; raise cap or lower r")
-        if isinstance(self.schedule, list):
-            if not self.schedule:
-                raise ValueError("schedule is empty; give (new ranks, retention) for each task")
-            self._walk()
-            if self.schedule[0][0] < self.r:
-                raise ValueError(
-                    f"r is {self.r} and the pool has {self.schedule[0][0]} ranks after the first task; r must fit into it"
-                )
-        return self
-
-    def _walk(self) -> None:
-        """Raise UserError where the table would exceed the cap."""
-        ranks = 0
-        for trained in range(len(self.schedule) + 1):
-            ranks = sum(self.plan(trained, ranks))
-
-    def plan(self, trained: int, ranks: int) -> tuple[int, int]:
-        """(ranks that stay, new ranks) for the next task after `trained` ones that have `ranks` in all."""
-        if isinstance(self.schedule, list):
-            new, retention = self.schedule[min(trained, len(self.schedule) - 1)]
-            keep = ranks if retention == 1 else round(ranks * retention)
-            if keep + new > self.cap:
-                raise UserError(
-                    f"pclr: schedule gives task {trained + 1} {new} new ranks beside {keep}, more than the cap {self.cap}; "
-                    "lower one of them or raise cap"
-                )
-            return keep, new
-        if ranks + self.r <= self.cap:
-            return ranks, self.r
-        keep = self.cap * trained // (trained + 1) if self.schedule == "progressive" else round(0.75 * ranks)
-        keep = min(ranks, max(keep, self.cap - self.r))
-        return keep, self.cap - keep
+from .settings import PRESETS, TRAIN_PRESETS, PCLRSettings
 
 
 @register_method
@@ -155,13 +33,14 @@ class PCLR(Method):
     needs_task = False
     one_state = True
     presets = PRESETS
+    train_presets = TRAIN_PRESETS
     train_defaults = {"learning_rate": 2e-4, "weight_decay": 0.0}  # noqa: RUF012
     answers_only = True
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
         s = self.options = self.read_settings(settings)
-        source = query_source(base)
+        source = query_source(base, s.vision_query)
         self.model, self.pool_tasks = base, PoolTasks(source)
         weight = source.widths[1] / source.widths[0] if s.vision_weight is None else s.vision_weight
         scales = {"shared_scaling": s.alpha / max(s.shared, 1), "expert_scaling": s.alpha / s.r}
@@ -183,8 +62,8 @@ class PCLR(Method):
         self.queries = Query(*(torch.empty(0, width, device=base.device) for width in source.widths))
         self.chances = torch.ones(0, device=base.device)  # how a fake query is drawn, before division by the sum
         self.fakes = self.queries
-        self.integrating = False
-        self._next = (0, 0)  # experts that stay and new ones, for the task being trained
+        self.integrating = self.continuing = False  # the old pool; the group of the task before
+        self._next = (0, 0)  # experts that stay and new ones, for the group being trained
 
     # --- the pool ---------------------------------------------------------------------------------------------------
 
@@ -202,7 +81,10 @@ class PCLR(Method):
 
     def stages(self, task: str) -> list[Stage]:
         s, learn = self.options, Stage("learn", task)
-        self._next = s.plan(len(self.tasks), self.experts())
+        group, within = s.group(len(self.tasks))
+        if within:
+            return [learn]
+        self._next = s.plan(group, self.experts())
         if not s.integrate or self._next[0] == self.experts():
             return [learn]
         return [Stage("integrate", self.tasks[-1], s.integration_rate, s.integration_epochs), learn]
@@ -214,9 +96,17 @@ class PCLR(Method):
             self._compress()
             self._begin_integration()
             return
-        if self.experts():
-            self._compress()
-        self._grow(stage.task, batches)
+        self.continuing = self.options.group(len(self.tasks))[1] > 0
+        if self.continuing:
+            self._remember()
+        else:
+            if self.experts():
+                self._compress()
+            self._grow(stage.task, batches)
+        for name, pool in self.pools.items():
+            if self.options.shared and self.options.shared_learns == "always":
+                self._share(pool, name)
+        self._train("new", *(("shared",) if self.options.shared_learns != "integration" else ()))
         self.add(stage.task)
 
     def end(self, stage: Stage, batches: Batches) -> None:
@@ -228,7 +118,7 @@ class PCLR(Method):
             keys = [pool.keys("new") for pool in self.pools.values()]
             mean = (torch.stack([normalised(k[i]).mean(0) for k in keys]).mean(0) for i in range(2))
             self._add_query(*mean)
-        self.integrating = False
+        self.integrating = self.continuing = False
         self._switch()
         require_grad_only(self.model)
 
@@ -237,10 +127,26 @@ class PCLR(Method):
         pairs = ((self.queries.text, text), (self.queries.vision, vision))
         self.queries = Query(*(torch.cat([old, normalised(new[None])]) for old, new in pairs))
 
+    def _newest(self) -> int:
+        """The first task of the newest group: the newest experts are its and those of the tasks after it."""
+        last = len(self.queries.text) - 1
+        return last - self.options.group(last)[1]
+
     def _switch(self) -> None:
-        self.pool_tasks.task_queries = (
-            self.queries if self.options.newest_switch and len(self.queries.text) > 1 else None
-        )
+        """Let inference tell the newest group's samples from those of past ones, from as many tasks on as the settings say."""
+        trained, least = len(self.queries.text), self.options.newest_switch
+        self.pool_tasks.task_queries = self.queries if least and trained >= max(2, least) else None
+        self.pool_tasks.newest_task = self._newest() if trained else 0
+
+    @torch.no_grad()
+    def _remember(self) -> None:
+        """Keep the pool as it is as the teacher, while its new experts are trained further."""
+        for name, pool in self.pools.items():
+            pool.teacher = {part: tuple(key.clone() for key in pool.keys(part)) for part in EXPERTS}
+            pool.teacher_shared = pool.shared
+            for path in self.members[name]:
+                layer = self.layers[path]
+                layer.teacher = {part: tuple(t.clone() for t in layer.part(part)) for part in (*EXPERTS, "shared")}
 
     @torch.no_grad()
     def _compress(self) -> None:
@@ -306,9 +212,6 @@ class PCLR(Method):
             pool.put("new", *keys, train=True)
             for path in self.members[name]:
                 self._grow_layer(self.layers[path], new, nearest)
-            if self.options.shared and self.options.shared_learns == "always":
-                self._share(pool, name)
-        self._train("new", *(("shared",) if self.options.shared_learns == "always" else ()))
 
     def _grow_layer(self, layer: RankPoolLinear, new: int, nearest: Tensor | None) -> None:
         a, b = random_ranks(layer, new)
@@ -340,8 +243,8 @@ class PCLR(Method):
         loss, outputs = cross_entropy()
         route = self.pool_tasks.last
         loss = loss + grad_accum_weight * self.options.key_weight * self._key_loss(route.query(), "new")
-        if self.options.lwf and len(self.tasks) > 1:
-            with torch.no_grad(), self.pool_tasks.querying(None, teacher=True):
+        if self.options.lwf and self.continuing:
+            with torch.no_grad(), evaluating(self.model), self.pool_tasks.querying(None, teacher=True):
                 teacher = self.model(**inputs).logits
             answered = answer_positions(inputs)
             distilled = divergence(outputs.logits[answered], teacher[answered], 2.0, self.options.vocabulary).mean()
@@ -384,7 +287,7 @@ class PCLR(Method):
         by_task = self.options.fake_queries == "task"  # one for the batch, as published; keys: one for each sample
         drawn = torch.multinomial(self.chances, 1 if by_task else len(inputs["input_ids"]), replacement=True)
         query = Query(self.fakes.text[drawn], self.fakes.vision[drawn])
-        newest = drawn == len(self.fakes.text) - 1 if by_task else None
+        newest = drawn >= self._newest() if by_task else None
         with torch.no_grad(), self.pool_tasks.querying(query, teacher=True, newest=newest):
             teacher = self.model(**inputs).logits
         with self.pool_tasks.querying(query):

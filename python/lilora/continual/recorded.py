@@ -62,6 +62,7 @@ class _Config(_Record):
     model: str = ""
     manifest: str = ""
     label: str | None = None
+    tasks: list[str] | None = None  # of a method that trains on all of them together
     task_identifier: Annotated[str, AfterValidator(_known(TASK_IDENTIFIERS))] = NearestCentroid.name
 
 

@@ -1,6 +1,8 @@
-"""Runs of EWC, LwF, O-LoRA and MoELoRA on the tiny suite: interrupted anywhere they end with the same bank."""
+"""Runs of the methods that others are compared with on the tiny suite: interrupted anywhere they end with the same bank."""
 
 import json
+from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 
@@ -11,14 +13,24 @@ from lilora.continual.evaluate import evaluate
 from lilora.continual.manifest import load_manifest
 from lilora.continual.recorded import TrainSettings
 from lilora.continual.run import ContinualRun
+from lilora.continual.run_folder import remove_task
+from lilora.continual.trainer import StageData
+from lilora.errors import UserError
 from lilora.methods import METHODS
 
+LORA = {"r": 8, "lora_alpha": 16.0, "lora_dropout": 0.1}
 SETTINGS = {
-    "ewc": {"r": 8, "lora_alpha": 16.0, "lora_dropout": 0.1, "penalty": 1e4, "fisher_samples": 6},
-    "lwf": {"r": 8, "lora_alpha": 16.0, "lora_dropout": 0.1},
+    "ewc": LORA | {"penalty": 1e4, "fisher_samples": 6},
+    "lwf": LORA,
     "olora": {"r": 4, "alpha": 8.0, "dropout": 0.1, "orthogonality": 0.01},
     "moelora": {"r": 8, "alpha": 16.0, "dropout": 0.1, "experts": 4},
+    "sefe": {"r": 4, "alpha": 8.0, "dropout": 0.1},
+    "slao": LORA,
+    "clora": LORA,
+    "replay": LORA | {"memory": 5, "share": 0.5},
+    "joint": LORA,
 }
+RESUMED = [method for method in SETTINGS if method != "joint"]
 TRAIN = TrainSettings(learning_rate=0.01, max_steps=4, batch_size=4, gradient_accumulation=1)
 
 
@@ -26,8 +38,8 @@ class Stopped(Exception):
     pass
 
 
-def learn(suite, folder, method):
-    manifest = load_manifest(suite / "tasks.yaml", ["colour", "count"])
+def learn(suite, folder, method, tasks=("colour", "count")):
+    manifest = load_manifest(suite / "tasks.yaml", list(tasks))
     pattern = target_pattern(manifest.model, projector=True, attention=False)
     settings = SETTINGS[method] | {"target_modules": pattern}
     run = ContinualRun.open(folder, manifest, manifest.model, method, settings, TRAIN, "cpu")
@@ -42,7 +54,7 @@ def content(folder):
 
 
 @pytest.mark.usefixtures("resumed")
-@pytest.mark.parametrize("method", SETTINGS)
+@pytest.mark.parametrize("method", RESUMED)
 def test_interrupted_twice_a_run_ends_with_the_same_bank(method, suite, tmp_path, monkeypatch):
     loss, add_task, terms = METHODS[method].loss, Bank.add_task, []
 
@@ -71,18 +83,87 @@ def test_interrupted_twice_a_run_ends_with_the_same_bank(method, suite, tmp_path
 
     interrupted(METHODS[method], "loss", stop_in_the_last_step)
     assert [task for task, _ in terms] == ["colour"] * 4 + ["count"] * 3
-    # the method's term acts from the second task on; EWC's is zero until the warm-up has left theta*
-    acts = {"ewc": [False, False, True], "moelora": [False] * 3}.get(method, [True] * 3)
-    assert [term != 0 for _, term in terms] == [False] * 4 + acts
+    # the method's term acts from the second task on; of some it is zero until the warm-up has left the task's start
+    first = {"lwf": 0, "olora": 0, "ewc": 2, "sefe": 2, "clora": 2}.get(method, 3)
+    assert [term != 0 for _, term in terms] == [False] * 4 + [step >= first for step in range(3)]
     interrupted(Bank, "add_task", stop_at_the_second_task)
     learn(suite, tmp_path / "stopped", method)
     learn(suite, tmp_path / "whole", method)
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
 
     bank, learner, processor = load_bank(tmp_path / "whole", None, "cpu")
-    assert len(bank.describe()["shared"]) == (1 if method in ("olora", "moelora") else 2)  # the newest serves all
+    assert len(bank.describe()["shared"]) == (1 if METHODS[method].one_state else 2)  # the newest serves all
     assert learner.fingerprints(bank.tasks) == bank.scores["functions"]["count"]
     manifest = load_manifest(suite / "tasks.yaml", bank.tasks)
     for result in evaluate(learner, processor, manifest.tasks, 64):
         lines = (tmp_path / "whole" / "predictions" / f"count-{result.task}.jsonl").read_text().splitlines()
         assert result.answers == [json.loads(line) for line in lines]
+
+
+def batches_of(suite, folder, method, monkeypatch, stop=None, **options):
+    """The samples of each batch of a run as ({task: count}, images), in order; the run ends before batch `stop`.
+
+    A stage of four steps makes five batches: one is made ahead.
+    """
+    batches, collate = [], StageData.collate
+
+    def counted(self, batch, dtype):
+        if len(batches) == stop:
+            raise Stopped
+        counts = Counter(self.samples.parts[number].spec.name for number, _ in batch)
+        batches.append((dict(counts), sorted(str(sample.images[0].name) for _, sample in batch)))
+        return collate(self, batch, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageData, "collate", counted)
+        if method == "replay":
+            patch.setattr(ContinualRun, "_evaluate", lambda *_: False)
+        with pytest.raises(Stopped) if stop else nullcontext():
+            learn(suite, folder, method, **options)
+    return batches
+
+
+@pytest.mark.usefixtures("resumed")
+def test_replay_draws_half_of_every_batch_from_what_it_stored_of_earlier_tasks(suite, tmp_path, monkeypatch):
+    whole = batches_of(suite, tmp_path / "whole", "replay", monkeypatch, tasks=("colour", "count", "name"))
+    assert [counts for counts, _ in whole[:10]] == [{"colour": 4}] * 5 + [{"count": 2, "colour": 2}] * 5
+    assert all(counts["name"] == 2 and sum(counts.values()) == 4 for counts, _ in whole[10:])
+    again = {name for _, names in whole[5:] for name in names if name.startswith("colour")}
+    assert len(again) == 5
+    fresh = [name for _, names in whole[5:10] for name in names if name.startswith("count")]
+    assert len(set(fresh)) == 10  # an epoch takes each sample once
+    assert batches_of(suite, tmp_path / "run", "replay", monkeypatch, stop=8) == whole[:8]
+    rest = batches_of(suite, tmp_path / "run", "replay", monkeypatch)
+    assert rest == whole[7:10]  # after the checkpoint of two steps
+
+
+def test_joint_trains_once_on_the_shuffled_union_and_every_task_is_that_state(suite, tmp_path, monkeypatch):
+    seen = batches_of(suite, tmp_path / "run", "joint", monkeypatch)
+    assert len(seen) == 9  # 4 steps for each task, and the one ahead
+    assert sum((Counter(counts) for counts, _ in seen[:6]), Counter()) == {"colour": 12, "count": 12}
+    assert any(len(counts) == 2 for counts, _ in seen)
+    bank = Bank.open(tmp_path / "run" / "bank")
+    assert (bank.tasks, len(bank.describe()["shared"])) == (["colour", "count"], 1)
+    assert [task["info"].get("steps") for task in bank.describe()["tasks"]] == [8, None]
+    assert bank.scores["matrix"]["carried_from"] == [[None], ["colour", None]]
+    for tasks in (("colour", "count", "name"), ("colour",)):
+        with pytest.raises(UserError, match=r"holds another run: its tasks is \['colour', 'count'\] and this one's is"):
+            learn(suite, tmp_path / "run", "joint", tasks)
+    with pytest.raises(UserError, match="joint keeps all tasks in one state"):
+        remove_task(bank, "count")
+
+
+def test_zero_shot_trains_nothing_and_evaluates_every_task_once(suite, tmp_path, lilora, train_options):
+    command = ["train", suite / "tasks.yaml", "--out", tmp_path / "run", "--method", "zero-shot", *train_options]
+    code, out, error = lilora(*command, "--json")
+    assert code == 0, error
+    run = json.loads(out)
+    assert run["matrix"]["carried_from"] == [[None], ["colour", None], ["colour", "count", None]]
+    assert len(list((tmp_path / "run" / "predictions").iterdir())) == 3
+    assert run["params_per_task"] == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    code, out, error = lilora("eval", tmp_path / "run", "--tasks", suite / "tasks.yaml", "--device", "cpu", "--json")
+    assert code == 0, error
+    assert [cell["score"] for cell in json.loads(out).values()] == run["matrix"]["scores"][-1]
+    code, _, error = lilora("bank", "merge", tmp_path / "run", "--out", tmp_path / "merged")
+    assert (code, "nothing is trained; use the base model itself" in error) == (2, True)

@@ -253,7 +253,7 @@ def test_the_loss_is_that_of_pairs_whose_classes_match(images):
 
 def test_the_model_is_clip_with_a_loss_of_the_pairs_of_a_step(images):
     model, processor = clip.load(str(images / "base"), torch.float32)
-    data, collate = clip.training_data(load_manifest(images / "clip.yaml").tasks[0], processor)
+    data, collate = clip.training_data(load_manifest(images / "clip.yaml").tasks[:1], processor)
     inputs = collate([data[i] for i in (0, 3, 5, 7)])
     labels = inputs.pop("labels")
     plain = CLIPModel.from_pretrained(images / "base")(**inputs)
@@ -266,25 +266,26 @@ def test_the_model_is_clip_with_a_loss_of_the_pairs_of_a_step(images):
 
 def test_pairs_have_a_prompt_of_their_class_and_templates_that_a_resumed_run_draws_again(images, written):
     _, processor = clip.load(str(images / "base"), torch.float32)
-    data, collate = clip.training_data(load_manifest(images / "clip.yaml").tasks[2], processor)
+    data, collate = clip.training_data(load_manifest(images / "clip.yaml").tasks[2:], processor)
+    classes = data.parts[0].classes
     decode = processor.tokenizer.batch_decode
     seen = set()
     for seed in range(20):
-        batch = random.Random(seed).sample(data.samples, 6)
+        batch = random.Random(seed).sample(list(data), 6)
         inputs = collate(batch)
-        for text, sample in zip(decode(inputs["input_ids"], skip_special_tokens=True), batch, strict=True):
-            name = data.classes[sample.label]
+        for text, (_, sample) in zip(decode(inputs["input_ids"], skip_special_tokens=True), batch, strict=True):
+            name = classes[sample.label]
             assert text in (f"a {name}", f"a photo of a {name}")
             seen.add((sample.index, text))
-        assert inputs["labels"].tolist() == [sample.label for sample in batch]
+        assert inputs["labels"].tolist() == [sample.label for _, sample in batch]
         torch.testing.assert_close(collate(batch), inputs)
     assert len(seen) == 2 * len(data), "every image is seen with both templates"
     task = written(lambda content: content.update(template_per="task")).tasks[2]
     per_task = []
     for seed in range(6):
         torch.manual_seed(seed)
-        data, collate = clip.training_data(task, processor)
-        texts = decode(collate(data.samples)["input_ids"], skip_special_tokens=True)
+        data, collate = clip.training_data([task], processor)
+        texts = decode(collate(list(data))["input_ids"], skip_special_tokens=True)
         per_task.append({"photo" in text for text in texts})
     assert sorted(map(sorted, {frozenset(kinds) for kinds in per_task})) == [[False], [True]]
 
@@ -494,6 +495,8 @@ METHODS = {
     "lilora": ["--sub-rank", "2"],
     "olora": [],
     "moelora": ["--set", "experts=2"],
+    "joint": [],
+    "replay": ["--set", "memory=3"],
 }
 
 
@@ -511,7 +514,7 @@ def finished(images, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["lora", "dirlora", "lilora", "olora", "moelora"])
+@pytest.mark.parametrize("method", ["lora", "dirlora", "lilora", "olora", "moelora", "replay", "joint"])
 def test_every_method_scores_all_tasks_after_each(method, images, tmp_path, lilora):
     code, out, err = lilora(*command(images, tmp_path / "run", method), "--max-steps", "2", "--json")
     assert code == 0, err
@@ -522,6 +525,8 @@ def test_every_method_scores_all_tasks_after_each(method, images, tmp_path, lilo
     carried = run["matrix"]["carried_from"]
     if method in ("dirlora", "lilora"):  # the base until a task is learned, the task's adapter from then on
         assert carried == [[None] * 3, ["colour", None, "colour"], ["colour", "count", None]]
+    elif method == "joint":  # one training
+        assert carried == [[None] * 3, ["colour"] * 3, ["colour"] * 3]
     else:
         assert not any(cell for row in carried for cell in row)
     assert len(list((tmp_path / "run" / "predictions").iterdir())) == 9 - sum(c is not None for r in carried for c in r)
@@ -723,8 +728,8 @@ def test_the_digits_suite_loads_and_its_base_knows_every_word(tmp_path, monkeypa
     _, processor = clip.load(str(tmp_path / "base"), "auto")
     for task in manifest.tasks:
         assert len(LabelledImages(task, "test")) == 9
-        data, collate = clip.training_data(task, processor)
-        assert {sample.label for sample in data} == set(range(len(data.classes)))
-        inputs = collate(data.samples)
+        data, collate = clip.training_data([task], processor)
+        assert {sample.label for _, sample in data} == set(range(len(data.parts[0].classes)))
+        inputs = collate(list(data))
         assert processor.tokenizer.unk_token_id not in inputs["input_ids"]
         assert inputs["pixel_values"].shape == (40, 3, 32, 32)

@@ -15,6 +15,8 @@ ANSWERS = [1, 4]
 
 
 class Data(torch.utils.data.Dataset):
+    order = None
+
     def __init__(self, name):
         self.samples = batch(name, [[], []] if FAMILIES[name].batches == (NO_IMAGES,) else [[0], [2]])
 

@@ -18,10 +18,11 @@ SIZES = {
 
 
 def method(name):
-    made = make_method(name, llava(), {"r": 4, "target_modules": TARGETS} | SIZES.get(name, {}))
-    stage = made.stages("one")[0]
+    sizes = {} if name == "zero-shot" else {"r": 4}
+    made = make_method(name, llava(), sizes | {"target_modules": TARGETS} | SIZES.get(name, {}))
     data = [batch()]
-    made.begin(stage, lambda samples, size=None: iter(data))
+    for stage in made.stages("one"):
+        made.begin(stage, lambda samples, size=None: iter(data))
     with torch.no_grad():
         for parameter in made.model.parameters():
             if parameter.requires_grad:

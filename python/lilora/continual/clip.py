@@ -21,6 +21,7 @@ from .classification import ImageTask, LabelledImage, LabelledImages
 from .evaluate import RoutedScore, TaskScore
 from .images import images_for
 from .memory import InParts
+from .mixing import TaskSamples
 from .task_identification import TaskRouter
 
 
@@ -64,27 +65,33 @@ def load(model: str, dtype: torch.dtype | str) -> tuple[ContrastiveCLIP, AutoPro
 
 
 class PairCollator:
-    """Batches of LabelledImage as image-prompt pairs: pixel_values, input_ids and attention_mask [B, L], labels [B] int64.
+    """Batches of (number of a task, LabelledImage) as image-prompt pairs: pixel_values, input_ids and attention_mask
+    [B, L], labels [B] int64.
 
-    Templates are drawn from torch's generator for the whole task, or for each sample from the batch's own indices, so
-    that a resumed run draws the same.
+    Templates are drawn from torch's generator for a whole task, or for each sample from the batch's own indices, so
+    that a resumed run draws the same. classes: of each task; classes of one name are one, whatever their task.
     """
 
-    def __init__(self, spec: ImageTask, classes: list[str], processor) -> None:
-        self.spec, self.classes, self.processor = spec, classes, processor
-        self.of_task = None
-        if spec.template_per == "task":
-            self.of_task = int(torch.randint(len(spec.templates), (1,)))
+    def __init__(self, specs: Sequence[ImageTask], classes: Sequence[list[str]], processor) -> None:
+        self.specs, self.classes, self.processor = specs, classes, processor
+        self.numbers = {name: i for i, name in enumerate(dict.fromkeys(name for names in classes for name in names))}
+        self.of_task = [
+            int(torch.randint(len(spec.templates), (1,))) if spec.template_per == "task" else None for spec in specs
+        ]
 
-    def __call__(self, batch: list[LabelledImage]) -> dict[str, Tensor]:
-        if self.of_task is None:
-            rng = random.Random(str([sample.index for sample in batch]))
-            templates = [rng.randrange(len(self.spec.templates)) for _ in batch]
-        else:
-            templates = [self.of_task] * len(batch)
-        prompts = [self.spec.prompt(t, self.classes[s.label]) for t, s in zip(templates, batch, strict=True)]
-        labels = torch.tensor([sample.label for sample in batch])
-        return {**tokenised(self.processor, prompts), **pixels(self.processor, batch), "labels": labels}
+    def __call__(self, batch: list[tuple[int, LabelledImage]]) -> dict[str, Tensor]:
+        rng = random.Random(str([sample.index for _, sample in batch]))
+        prompts, labels = [], []
+        for task, sample in batch:
+            spec, name, template = self.specs[task], self.classes[task][sample.label], self.of_task[task]
+            prompts.append(spec.prompt(rng.randrange(len(spec.templates)) if template is None else template, name))
+            labels.append(self.numbers[name])
+        images = [sample for _, sample in batch]
+        return {
+            **tokenised(self.processor, prompts),
+            **pixels(self.processor, images),
+            "labels": torch.tensor(labels),
+        }
 
 
 def tokenised(processor, prompts: list[str]) -> dict[str, Tensor]:
@@ -99,9 +106,9 @@ def pixels(processor, batch: Sequence[LabelledImage]) -> dict[str, Tensor]:
     return {"pixel_values": processor.image_processor(images, return_tensors="pt")["pixel_values"]}
 
 
-def training_data(spec: ImageTask, processor) -> tuple[LabelledImages, PairCollator]:
-    data = LabelledImages(spec, "train")
-    return data, PairCollator(spec, data.classes, processor)
+def training_data(specs: Sequence[ImageTask], processor) -> tuple[TaskSamples, PairCollator]:
+    parts = [LabelledImages(spec, "train") for spec in specs]
+    return TaskSamples(parts), PairCollator(specs, [part.classes for part in parts], processor)
 
 
 @torch.inference_mode()

@@ -1,12 +1,11 @@
 """The kinds of runs: what the tasks of a manifest are to training and evaluation, with the base model's part in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lilora.continual import clip, evaluate, text_models
@@ -15,7 +14,8 @@ from lilora.methods import METHODS, Method
 
 from .collator import Collator
 from .images import extreme_images
-from .instructions import InstructionDataset, TaskSpec, instruction_data
+from .instructions import TaskSpec, instruction_data
+from .mixing import TaskSamples
 
 Collate = Callable[[list], dict[str, Tensor]]
 
@@ -24,7 +24,7 @@ Collate = Callable[[list], dict[str, Tensor]]
 class Kind:
     """load(model, dtype): a base model whose forward puts out the loss of a training batch, and its processor.
     check(task, processor): raises UserError where the processor cannot make batches of the task's samples.
-    training_data(task, processor): the samples, and what makes a batch of them. evaluate(method, processor, tasks,
+    training_data(tasks, processor): their samples, and what makes a batch of them. evaluate(method, processor, tasks,
     batch_size, progress): the tasks' scores; evaluate_routed(method, processor, router, tasks, those scores, batch_size,
     progress): the same without the task. pipeline, auto_class: what the hub and transformers call such models. answers:
     whether samples have answers in tokens, which the model writes, as some methods want. one_process_reason: why several
@@ -33,7 +33,7 @@ class Kind:
 
     load: Callable[[str, torch.dtype | str], tuple[nn.Module, Any]]
     check: Callable[[Any, Any], None]
-    training_data: Callable[[Any, Any], tuple[Dataset, Collate]]
+    training_data: Callable[[Sequence[Any], Any], tuple[TaskSamples, Collate]]
     evaluate: Callable[..., list[evaluate.TaskScore]]
     evaluate_routed: Callable[..., list[evaluate.RoutedScore]]
     pipeline: str
@@ -76,15 +76,16 @@ def check_instructions(spec: TaskSpec, processor) -> None:
             collator([(spec.name, data[index])])
 
 
-def instructions(spec: TaskSpec, processor) -> tuple[InstructionDataset, Collate]:
-    collator = Collator(processor, {spec.name: 0}, train=True)
+def instructions(specs: Sequence[TaskSpec], processor) -> tuple[TaskSamples, Collate]:
+    names = [spec.name for spec in specs]
+    collator = Collator(processor, {name: i for i, name in enumerate(names)}, train=True)
 
     def collate(samples: list) -> dict[str, Tensor]:
-        inputs = collator([(spec.name, sample) for sample in samples])
-        inputs.pop("task_ids")  # all of one task
+        inputs = collator([(names[number], sample) for number, sample in samples])
+        inputs.pop("task_ids")  # what is trained serves all of them
         return inputs
 
-    return instruction_data(spec, "train"), collate
+    return TaskSamples([instruction_data(spec, "train") for spec in specs]), collate
 
 
 _ANSWERS = check_instructions, instructions, evaluate.evaluate, evaluate.evaluate_routed

@@ -74,6 +74,7 @@ class _Config(_Record):
     manifest: str = ""
     label: str | None = None
     image_aspect: ImageAspect = "processor"  # named only if it is another
+    tasks: list[str] | None = None  # of a method that trains on all of them together
     task_identifier: Annotated[str, AfterValidator(_known(TASK_IDENTIFIERS))] = NearestCentroid.name
 
 

@@ -32,6 +32,7 @@ from .images import ImageAspect
 from .instructions import instruction_data
 from .kinds import Kind, kind_name, kind_of
 from .memory import ran_out
+from .mixing import ReplaySampler, memory_of
 from .probes import Untrained, score_probes
 from .recorded import TrainSettings, check_label, image_aspect_of, train_settings
 from .run_folder import check_folder, label_of, run_of, take_settings
@@ -101,14 +102,16 @@ class ContinualRun:
         check_label(label)
         kind = kind_of(config)
         method_type = METHODS.find(method)
+        names = [task.name for task in manifest.tasks]
+        if method_type.trains_on == "all":
+            config["tasks"] = names
         kind.check_method(method_type)
         method_type.read_settings(method_settings)
         check_processes(method_type, kind, train.batch_size)
         splits = splits_freely(method_type, kind)
         if processes.sharded():
-            require_images_alike(manifest)
+            require_images_alike(manifest, mixed=method_type.trains_on != "task")
         processes.init(pick_device(device))
-        names = [task.name for task in manifest.tasks]
         with ExitStack() as held:
 
             def lock_and_check() -> Bank | None:
@@ -201,19 +204,23 @@ class ContinualRun:
     def _train_task(
         self, index: int, spec: Any, save_steps: int, workers: int, bars: bool, report_to: Sequence[str]
     ) -> None:
-        started, losses = time.monotonic(), {}
-        for number, stage in enumerate(self.method.stages(spec.name)):
+        started, losses, info = time.monotonic(), {}, {}
+        stages = self.method.stages(spec.name)
+        for number, stage in enumerate(stages):
             seed = 1000 * self.settings.seed + index + 500 * number  # of this stage alone: a resumed run draws the same
             set_seed(seed)
             trainer = self._train_stage(spec, stage, seed, save_steps, workers, bars, report_to)
             losses[stage.name] = trainer.losses()
+            steps, curve = zip(*losses[stage.name], strict=True)
+            loss = float(np.average(curve, weights=np.diff((0, *steps))))
+            info = {"steps": trainer.state.global_step, "loss": loss}
+        if not stages:
+            self.method.add(spec.name)
         own, shared = ({k: full_tensor(t) for k, t in tensors.items()} for tensors in self.method.tensors(spec.name))
         if not all(torch.isfinite(tensor).all() for tensor in (*own.values(), *shared.values())):
             raise UserError(f"task {spec.name!r} diverged: its parameters are not finite; {self._after_divergence()}")
         seconds = self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
-        steps, curve = zip(*losses[stage.name], strict=True)
-        loss = float(np.average(curve, weights=np.diff((0, *steps))))
-        info = {"steps": trainer.state.global_step, "loss": loss, "losses": losses, "seconds": seconds}
+        info |= {"losses": losses, "seconds": seconds}
         info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
         processes.check_same(f"task {spec.name!r} as trained", lambda: digest(own | shared))
         self._write(lambda bank: bank.add_task(spec.name, own, shared, info=info, replaces=self.method.one_state))
@@ -251,7 +258,7 @@ class ContinualRun:
         restore(self.method, self.bank)
 
     def _fit_router(self, spec: Any, say: Callable[[str], None]) -> None:
-        data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)
+        data = StageData(*self.kind.training_data([spec], self.processor), self.settings.batch_size)
         try:
             router = identifier_of(self.bank.config)(self.method.base)
             statistics = router.fit(spec.name, data.batches(SAMPLES, self.method.base))
@@ -272,10 +279,11 @@ class ContinualRun:
     ) -> TaskTrainer:
         spec = next(task for task in self.manifest.tasks if task.name == stage.task)
         folder = self.folder / "checkpoints" / trained.name / stage.name
-        data = StageData(*self.kind.training_data(spec, self.processor), self.settings.batch_size)
+        own = StageData(*self.kind.training_data([spec], self.processor), self.settings.batch_size)
+        data = self._with_other_tasks(spec, stage, seed) or own
 
         def batches(samples: int, size: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
-            return data.batches(samples, self.method.base, size)
+            return own.batches(samples, self.method.base, size)
 
         self.method.begin(stage, batches)
         processes.check_same(
@@ -299,6 +307,22 @@ class ContinualRun:
         trainer.accelerator.free_memory()
         self.method.end(stage, batches)
         return trainer
+
+    def _with_other_tasks(self, spec: Any, stage: Stage, seed: int) -> StageData | None:
+        """The samples of a stage that trains on other tasks too; None where it does not."""
+        earlier = self.manifest.tasks[: self.manifest.tasks.index(spec)]
+        if self.method.trains_on == "all":
+            data = self.kind.training_data(self.manifest.tasks, self.processor)
+            return StageData(*data, self.settings.batch_size)
+        if not (stage.replayed and earlier):
+            return None
+        samples, collator = self.kind.training_data([spec, *earlier], self.processor)
+        memory = []
+        for number, task in enumerate(earlier, 1):
+            memory += memory_of(samples, number, task.name, stage.memory, self.settings.seed)
+        step = self.settings.batch_size * self.settings.gradient_accumulation
+        order = ReplaySampler(samples.starts[1], memory, step, stage.replayed, seed)
+        return StageData(samples, collator, self.settings.batch_size, order)
 
     def _run(self, trainer: TaskTrainer, task: str, checkpoint: str | None) -> None:
         """Train; UserError where memory does not hold it, with what may be changed: see `run_folder.check_folder`."""
@@ -326,6 +350,7 @@ class ContinualRun:
         self, task: str, stage: Stage, folder: Path, seed: int, save_steps: int, workers: int, bars: bool
     ) -> TrainingArguments:
         s = self.settings
+        max_steps = s.max_steps * (len(self.manifest.tasks) if self.method.trains_on == "all" else 1)
         arguments = TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=s.batch_size // processes.world_size(),
@@ -333,7 +358,7 @@ class ContinualRun:
             learning_rate=stage.learning_rate * s.rate_of(task),
             weight_decay=s.weight_decay,
             num_train_epochs=stage.epochs * s.epochs,
-            max_steps=max(1, round(stage.epochs * s.max_steps)) if s.max_steps > 0 else -1,
+            max_steps=max(1, round(stage.epochs * max_steps)) if s.max_steps > 0 else -1,
             lr_scheduler_type="cosine",
             warmup_steps=s.warmup,
             max_grad_norm=s.max_grad_norm,
@@ -481,11 +506,17 @@ def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:
         )
 
 
-def require_images_alike(manifest: Manifest) -> None:
-    """UserError for a task with images in some samples only: one process would gather a vision tower's shards alone."""
-    for spec in manifest.tasks:
-        if len({with_images for with_images, *_ in instruction_data(spec, "train").first}) > 1:
+def require_images_alike(manifest: Manifest, mixed: bool) -> None:
+    """UserError for images in some samples only: one process would gather a vision tower's shards alone.
+
+    mixed: whether a batch may hold samples of several tasks.
+    """
+    makes = {spec.name: {images for images, *_ in instruction_data(spec, "train").first} for spec in manifest.tasks}
+    if mixed:
+        makes = {", ".join(makes): set().union(*makes.values())}
+    for names, kinds in makes.items():
+        if len(kinds) > 1:
             raise UserError(
-                f"task {spec.name!r} has samples with images and without, which FSDP2 cannot train together; use "
+                f"task {names!r} has samples with images and without, which FSDP2 cannot train together; use "
                 "examples/accelerate/ddp.yaml"
             )

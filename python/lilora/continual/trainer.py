@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -24,6 +24,7 @@ from lilora_kernels.layers.base import is_sharded
 from . import processes
 from .checkpoints import PROGRESS, STATE, TENSORS, seal, sync
 from .kinds import Collate
+from .mixing import ReplaySampler, TaskSamples
 
 
 def trackers_of(text: str) -> list[str]:
@@ -45,10 +46,12 @@ def trackers_of(text: str) -> list[str]:
 
 
 class StageData(Dataset):
-    """The training samples of a task, and the batches that a model takes."""
+    """The training samples of a stage, and the batches that a model takes. order: of an epoch, None for any."""
 
-    def __init__(self, samples: Dataset, collator: Collate, batch_size: int) -> None:
-        self.samples, self.collator, self.batch_size = samples, collator, batch_size
+    def __init__(
+        self, samples: TaskSamples, collator: Collate, batch_size: int, order: ReplaySampler | None = None
+    ) -> None:
+        self.samples, self.collator, self.batch_size, self.order = samples, collator, batch_size, order
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -115,6 +118,9 @@ class TaskTrainer(Trainer):
         if self.is_fsdp_enabled:  # a model's list has layers of parts that this one may lack, which accelerate refuses
             present = {type(module).__name__ for module in self.model.modules()} & set(self.model._no_split_modules)
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(present)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        return self.train_dataset.order or super()._get_train_sampler(train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, **kwargs):
         outputs = None

@@ -18,19 +18,35 @@ from .moelora import MoELoRA
 from .olora import OLoRA
 from .pclr.method import PCLR
 
+# isort: split
+from .clora import CLoRA
+from .joint import Joint
+from .nlora import NLoRA
+from .replay import ExperienceReplay
+from .sefe import SEFE
+from .slao import SLAO
+from .zero_shot import ZeroShot
+
 __all__ = [
     "DAC",
     "EWC",
     "METHODS",
     "PCLR",
+    "SEFE",
+    "SLAO",
+    "CLoRA",
     "DirLoRA",
+    "ExperienceReplay",
+    "Joint",
     "LiLoRA",
     "LwF",
     "Method",
     "MoELoRA",
+    "NLoRA",
     "OLoRA",
     "SequentialLoRA",
     "Stage",
+    "ZeroShot",
     "make_method",
     "register_method",
 ]

@@ -5,7 +5,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,17 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """One training on the samples of `task`; `learning_rate` and `epochs` are shares of the run's."""
+    """One training on the samples of `task`; `learning_rate` and `epochs` are shares of the run's.
+
+    replayed: the share of every step's samples that are of earlier tasks, out of `memory` training samples of each.
+    """
 
     name: str
     task: str
     learning_rate: float = 1.0
     epochs: float = 1.0
+    replayed: float = 0.0
+    memory: int = 0
 
 
 class Method(ABC):
@@ -55,6 +60,9 @@ class Method(ABC):
 
     name: str
     mixed_batches = False  # whether one batch may hold samples of several tasks
+    trains_on: Literal["task", "earlier", "all"] = (
+        "task"  # whose samples: also earlier tasks', or all tasks' of the run
+    )
     needs_task = True  # whether inference must be given the task
     one_state = False  # whether the newest tensors serve all tasks, so that a bank need not keep the older ones
     one_process_reason: str | None = None  # why several processes cannot train a task together; None if they can
@@ -114,7 +122,7 @@ class Method(ABC):
     # --- training ---------------------------------------------------------------------------------------------------
 
     def stages(self, task: str) -> list[Stage]:
-        """What is trained, in order, for a new task."""
+        """What is trained, in order, for a new task; none: the task is added as it is."""
         return [Stage("learn", task)]
 
     def begin(self, stage: Stage, batches: Batches) -> None:

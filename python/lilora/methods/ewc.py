@@ -43,15 +43,9 @@ class EWC(SequentialLoRA):
         if not self.fisher:
             self.fisher = {name: torch.zeros_like(p) for name, p in self.lora().items()}
 
-    def lora(self) -> Tensors:
-        return super().tensors(self.tasks[-1])[1]
-
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
         own, shared = super().tensors(task)
         return own, shared | {f"state.fisher.{name}": fisher for name, fisher in self.fisher.items()}
-
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.lora().values())
 
     def begin(self, stage: Stage, batches: Batches) -> None:
         super().begin(stage, batches)

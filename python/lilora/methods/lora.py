@@ -93,6 +93,13 @@ class SequentialLoRA(DirLoRA):
     def adapter(self, task: str) -> str:
         return "default"
 
+    def lora(self) -> Tensors:
+        """A and B of the one LoRA."""
+        return SequentialLoRA.tensors(self, self.tasks[-1])[1]
+
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.lora().values())
+
     @classmethod
     def inference_parameters(cls, settings: LoRASettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
         return lora_parameters(settings.r, linears), 0

@@ -11,12 +11,15 @@ from .lilora import LiLoRA  # first: lists of methods have the order of registra
 # isort: split
 from .base import METHODS, Method, Stage, register_method
 from .dac import DAC
+from .eproj import EProj
 from .ewc import EWC
 from .lora import DirLoRA, SequentialLoRA
 from .lwf import LwF
 from .moelora import MoELoRA
 from .olora import OLoRA
 from .pclr.method import PCLR
+from .proglora import ProgLoRA
+from .sdlora import SDLoRA
 
 __all__ = [
     "DAC",
@@ -24,11 +27,14 @@ __all__ = [
     "METHODS",
     "PCLR",
     "DirLoRA",
+    "EProj",
     "LiLoRA",
     "LwF",
     "Method",
     "MoELoRA",
     "OLoRA",
+    "ProgLoRA",
+    "SDLoRA",
     "SequentialLoRA",
     "Stage",
     "make_method",

@@ -68,11 +68,11 @@ def sample(rows=2, length=8):
     return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 
-def train(method, steps, lr=0.05, optimizer=torch.optim.AdamW):
-    """As the Trainer does: `steps` steps on random samples; the optimizer."""
-    made = optimizer([p for p in method.model.parameters() if p.requires_grad], lr=lr)
+def train(method, steps, lr=0.05, until=None):
+    """As the Trainer does: the first `until` of `steps` steps on random samples; returns the optimizer."""
+    made = torch.optim.AdamW([p for p in method.model.parameters() if p.requires_grad], lr=lr)
     method.model.train()
-    for step in range(1, steps + 1):
+    for step in range(1, (until or steps) + 1):
         inputs = sample()
         method.loss(inputs, lambda inputs=inputs: ((out := method.model(**inputs)).loss, out), 1.0).backward()
         made.step()

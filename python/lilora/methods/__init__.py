@@ -9,6 +9,7 @@ from lilora.families import require_matched
 from .lilora import LiLoRA  # first: lists of methods have the order of registration
 
 # isort: split
+from .adalora import AdaLoRA
 from .base import METHODS, Method, Stage, register_method
 from .dac import DAC
 from .eproj import EProj
@@ -20,12 +21,14 @@ from .olora import OLoRA
 from .pclr.method import PCLR
 from .proglora import ProgLoRA
 from .sdlora import SDLoRA
+from .sora import SoRA
 
 __all__ = [
     "DAC",
     "EWC",
     "METHODS",
     "PCLR",
+    "AdaLoRA",
     "DirLoRA",
     "EProj",
     "LiLoRA",
@@ -36,6 +39,7 @@ __all__ = [
     "ProgLoRA",
     "SDLoRA",
     "SequentialLoRA",
+    "SoRA",
     "Stage",
     "make_method",
     "register_method",

@@ -1,4 +1,4 @@
-"""Runs of EWC, LwF, O-LoRA and MoELoRA on the tiny suite: interrupted anywhere they end with the same bank."""
+"""Runs of methods with one state or one LoRA on the tiny suite: interrupted anywhere they end with the same bank."""
 
 import json
 
@@ -11,6 +11,7 @@ from lilora.continual.evaluate import evaluate
 from lilora.continual.manifest import load_manifest
 from lilora.continual.recorded import TrainSettings
 from lilora.continual.run import ContinualRun
+from lilora.errors import UserError
 from lilora.methods import METHODS
 
 SETTINGS = {
@@ -18,7 +19,12 @@ SETTINGS = {
     "lwf": {"r": 8, "lora_alpha": 16.0, "lora_dropout": 0.1},
     "olora": {"r": 4, "alpha": 8.0, "dropout": 0.1, "orthogonality": 0.01},
     "moelora": {"r": 8, "alpha": 16.0, "dropout": 0.1, "experts": 4},
+    "adalora": {"r": 4, "alpha": 8.0, "dropout": 0.1, "target": 1},
+    "xgblora": {"r": 3, "alpha": 8.0, "dropout": 0.1},
+    "cia": {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "share": 0.3},
 }
+NO_TERM = ("moelora", "xgblora", "cia")  # beside the cross-entropy
+ONE_STATE = ("olora", "moelora", "adalora")  # the newest serves all tasks
 TRAIN = TrainSettings(learning_rate=0.01, max_steps=4, batch_size=4, gradient_accumulation=1)
 
 
@@ -72,17 +78,24 @@ def test_interrupted_twice_a_run_ends_with_the_same_bank(method, suite, tmp_path
     interrupted(METHODS[method], "loss", stop_in_the_last_step)
     assert [task for task, _ in terms] == ["colour"] * 4 + ["count"] * 3
     # the method's term acts from the second task on; EWC's is zero until the warm-up has left theta*
-    acts = {"ewc": [False, False, True], "moelora": [False] * 3}.get(method, [True] * 3)
-    assert [term != 0 for _, term in terms] == [False] * 4 + acts
+    acts = [False] * 4 + ([False, False, True] if method == "ewc" else [method not in NO_TERM] * 3)
+    assert [term != 0 for _, term in terms] == ([True] * 7 if method == "adalora" else acts)
     interrupted(Bank, "add_task", stop_at_the_second_task)
     learn(suite, tmp_path / "stopped", method)
     learn(suite, tmp_path / "whole", method)
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
 
     bank, learner, processor = load_bank(tmp_path / "whole", None, "cpu")
-    assert len(bank.describe()["shared"]) == (1 if method in ("olora", "moelora") else 2)  # the newest serves all
+    assert len(bank.describe()["shared"]) == (1 if method in ONE_STATE else 2)
     assert learner.fingerprints(bank.tasks) == bank.scores["functions"]["count"]
     manifest = load_manifest(suite / "tasks.yaml", bank.tasks)
     for result in evaluate(learner, processor, manifest.tasks, 64):
         lines = (tmp_path / "whole" / "predictions" / f"count-{result.task}.jsonl").read_text().splitlines()
         assert result.answers == [json.loads(line) for line in lines]
+
+
+def test_a_method_that_acts_between_steps_refuses_deepspeed(suite, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"--method cia cannot train with DeepSpeed, because it reads gradients"):
+        learn(suite, tmp_path / "run", "cia")
+    assert not (tmp_path / "run").exists()

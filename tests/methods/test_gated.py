@@ -3,7 +3,22 @@
 import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
-from support.toy import HIDDEN, SCALING, WIDTH, R, Toy, begin, close, end, make, no_batches, restored, same_function, sample, train
+from support.toy import (
+    HIDDEN,
+    SCALING,
+    WIDTH,
+    R,
+    Toy,
+    begin,
+    close,
+    end,
+    make,
+    no_batches,
+    restored,
+    same_function,
+    sample,
+    train,
+)
 
 from lilora.errors import UserError
 from lilora.methods import Stage
@@ -91,7 +106,9 @@ def test_adalora_trains_and_prunes_as_peft_does():
         interval=interval, smoothing=0.8, uncertainty=0.9, orthogonality=0.3,
     )  # fmt: skip
     toy = Toy()
-    toy.load_state_dict({n.replace("base_layer.", ""): t for n, t in method.model.state_dict().items() if "lora_" not in n})
+    toy.load_state_dict(
+        {n.replace("base_layer.", ""): t for n, t in method.model.state_dict().items() if "lora_" not in n}
+    )
     theirs = get_peft_model(toy, config)
     method.begin(Stage("learn", "first"), no_batches)
     assert not torch.cat(method.gates()).any()
@@ -102,7 +119,8 @@ def test_adalora_trains_and_prunes_as_peft_does():
                 getattr(other, name)["default"].copy_(ours)
             other.ranknum["default"].requires_grad_(False)  # a number, which PEFT 0.21 lets train
     optimizers = [
-        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05) for model in (method.model, theirs)
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        for model in (method.model, theirs)
     ]
     zeros = []
     for step in range(1, STEPS + 1):

@@ -89,8 +89,6 @@ class TaskTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # it would print among the command's own output
         self.add_callback(_Losses(self, advice))
         if type(method).after_step is not Method.after_step:
-            if self.is_deepspeed_enabled:
-                raise UserError(f"--method {method.name} cannot train with DeepSpeed: {method.one_process_reason}")
             self.add_callback(_AfterStep(method))
         self.diverged: torch.Tensor | None = (
             None  # whether a loss was not finite: on the device, where it costs no wait

@@ -11,6 +11,7 @@ from .lilora import LiLoRA  # first: lists of methods have the order of registra
 # isort: split
 from .adalora import AdaLoRA
 from .base import METHODS, Method, Stage, register_method
+from .cia import CIA
 from .dac import DAC
 from .eproj import EProj
 from .ewc import EWC
@@ -22,8 +23,10 @@ from .pclr.method import PCLR
 from .proglora import ProgLoRA
 from .sdlora import SDLoRA
 from .sora import SoRA
+from .xgblora import XGBLoRA
 
 __all__ = [
+    "CIA",
     "DAC",
     "EWC",
     "METHODS",
@@ -41,6 +44,7 @@ __all__ = [
     "SequentialLoRA",
     "SoRA",
     "Stage",
+    "XGBLoRA",
     "make_method",
     "register_method",
 ]

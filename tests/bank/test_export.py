@@ -29,17 +29,28 @@ CLIP = target_modules("clip")
 TRAIN = {"dtype": "auto", "seed": 0}
 LORA = {"target_modules": PATTERN, "r": R, "lora_alpha": ALPHA, "lora_dropout": 0.1}
 LILORA = {"target_modules": PATTERN, "r": R, "sub_rank": SUB_RANK, "alpha": ALPHA}
+POOL = {"target_modules": PATTERN, "r": R}
 SETTINGS = {
     "lilora": LILORA,
     "lilora-drifting": {**LILORA, "train_a": "always", "train_b0": "always"},
     "lilora-plain": {**LILORA, "fusion": False},
     **dict.fromkeys(("lora", "dirlora", "ewc", "lwf"), LORA),
-    "olora": {"target_modules": PATTERN, "r": R, "alpha": ALPHA},
+    **{name: {**POOL, "alpha": ALPHA} for name in ("olora", "sdlora", "adalora", "sora")},
+    "cia": LORA,
     "dac": {"target_modules": PATTERN, "r": R, "active": 3, "merged": 2, "critical": 2, "alpha": ALPHA},
     "moelora": {"target_modules": PATTERN, "r": R, "experts": 2},
     "pclr": {"target_modules": PATTERN, "r": R, "cap": 16},
+    **dict.fromkeys(("proglora", "eproj", "xgblora"), POOL),
 }
-PLAIN = [name for name in SETTINGS if name not in ("dac", "moelora", "pclr")]
+NO_LORA = {
+    "dac": "lilora bank merge",
+    "xgblora": "lilora bank merge",
+    "moelora": "for every token",
+    "pclr": "ranks of its own from a pool",
+    "proglora": "by its prompt and image",
+    "eproj": "by its prompt and image",
+}
+PLAIN = [name for name in SETTINGS if name not in NO_LORA]
 
 
 @pytest.fixture(scope="module")
@@ -279,13 +290,12 @@ def test_a_model_that_is_no_plain_lora_is_refused(why, base, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if why == "folder in use" else [])
 
 
-@pytest.mark.parametrize("which", ["dac", "moelora", "pclr"])
+@pytest.mark.parametrize("which", NO_LORA)
 def test_methods_whose_tasks_are_no_lora_say_why(which, base, llava_folder, tmp_path):
     config = {"method": which, "settings": SETTINGS[which], "train": TRAIN}
     bank = Bank.create(tmp_path / "bank", config=config, base_model=BaseModelId.of(base, "tiny"))
     bank.add_task("read", {}, {"layer.experts.A": torch.randn(R, 3), "layer.experts.B0": torch.randn(3, R)})
-    said = {"dac": "lilora bank merge", "moelora": "for every token", "pclr": "ranks of its own from a pool"}
-    with pytest.raises(UserError, match=rf"a task of {which} is no plain LoRA: .*{said[which]}"):
+    with pytest.raises(UserError, match=rf"a task of {which} is no plain LoRA: .*{NO_LORA[which]}"):
         export_tasks(bank, None, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["bank"]
 

@@ -1,4 +1,4 @@
-"""Runs of the methods that others are compared with on the tiny suite: interrupted anywhere they end with the same bank."""
+"""Runs of methods with one state or one LoRA on the tiny suite: interrupted anywhere they end with the same bank."""
 
 import json
 from collections import Counter
@@ -29,6 +29,9 @@ SETTINGS = {
     "clora": LORA,
     "replay": LORA | {"memory": 5, "share": 0.5},
     "joint": LORA,
+    "adalora": {"r": 4, "alpha": 8.0, "dropout": 0.1, "target": 1},
+    "xgblora": {"r": 3, "alpha": 8.0, "dropout": 0.1},
+    "cia": {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "share": 0.3},
 }
 RESUMED = [method for method in SETTINGS if method != "joint"]
 TRAIN = TrainSettings(learning_rate=0.01, max_steps=4, batch_size=4, gradient_accumulation=1)
@@ -85,7 +88,8 @@ def test_interrupted_twice_a_run_ends_with_the_same_bank(method, suite, tmp_path
     assert [task for task, _ in terms] == ["colour"] * 4 + ["count"] * 3
     # the method's term acts from the second task on; of some it is zero until the warm-up has left the task's start
     first = {"lwf": 0, "olora": 0, "ewc": 2, "sefe": 2, "clora": 2}.get(method, 3)
-    assert [term != 0 for _, term in terms] == [False] * 4 + [step >= first for step in range(3)]
+    acts = [False] * 4 + [step >= first for step in range(3)]
+    assert [term != 0 for _, term in terms] == ([True] * 7 if method == "adalora" else acts)
     interrupted(Bank, "add_task", stop_at_the_second_task)
     learn(suite, tmp_path / "stopped", method)
     learn(suite, tmp_path / "whole", method)
@@ -167,3 +171,10 @@ def test_zero_shot_trains_nothing_and_evaluates_every_task_once(suite, tmp_path,
     assert [cell["score"] for cell in json.loads(out).values()] == run["matrix"]["scores"][-1]
     code, _, error = lilora("bank", "merge", tmp_path / "run", "--out", tmp_path / "merged")
     assert (code, "nothing is trained; use the base model itself" in error) == (2, True)
+
+
+def test_a_method_that_acts_between_steps_refuses_deepspeed(suite, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"--method cia cannot train with DeepSpeed, because it reads gradients"):
+        learn(suite, tmp_path / "run", "cia")
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Runs of PCLR and DAC on the tiny suite: interrupted anywhere they end with the same bank, and load from it."""
+"""Runs of DAC and of methods that choose by the prompt: interrupted anywhere they end with the same bank, and load from it."""
 
 import json
 
@@ -25,6 +25,8 @@ RUNS = {
     "pclr, lwf": ("pclr", POOL | {"groups": [1, 2], "pools": "global", "cap": 4}, 16),
     "dac, paper": ("dac", {"guide": "mean"}, 12),
     "dac, released": ("dac", METHODS["dac"].presets["released"], 12),
+    "proglora": ("proglora", {"r": 4, "alpha": 8.0, "dropout": 0.1}, 12),
+    "eproj": ("eproj", {"r": 4, "alpha": 8.0, "threshold": 0.5}, 12),
 }
 TRAIN = TrainSettings(learning_rate=0.01, max_steps=4, batch_size=4, gradient_accumulation=1)
 
@@ -81,7 +83,7 @@ def test_interrupted_in_every_stage_a_run_ends_with_the_same_bank(name, suite, t
 
     bank, learner, processor = load_bank(tmp_path / "whole", None, "cpu")
     assert learner.fingerprints(bank.tasks) == bank.scores["functions"]["name"]
-    assert len(bank.describe()["shared"]) == (1 if method == "pclr" else 3)
+    assert len(bank.describe()["shared"]) == (3 if method == "dac" else 1)
     for result in evaluate(learner, processor, load_manifest(suite / "tasks.yaml").tasks, 5):
         lines = (tmp_path / "whole" / "predictions" / f"name-{result.task}.jsonl").read_text().splitlines()
         assert result.answers == [json.loads(line) for line in lines]

@@ -176,9 +176,10 @@ SETTINGS = {  # of r 8 alone
     "lilora": {"alpha": 16.0, "sub_rank": 4, "dropout": 0.05},
     "pclr": {"alpha": 16.0, "dropout": 0.0},
     "dac": {"alpha": 1.0, "dropout": 0.2},
-    "moelora": {"alpha": 16.0, "dropout": 0.05},
-    "olora": {"alpha": 16.0, "dropout": 0.05},
-} | {name: {"lora_alpha": 16.0, "lora_dropout": 0.05} for name in ("lora", "dirlora", "ewc", "lwf")}
+}
+POOLS = ("moelora", "olora", "sdlora", "proglora", "eproj", "adalora", "sora", "xgblora")
+SETTINGS |= {name: {"alpha": 16.0, "dropout": 0.05} for name in POOLS}
+SETTINGS |= {name: {"lora_alpha": 16.0, "lora_dropout": 0.05} for name in ("lora", "dirlora", "ewc", "lwf", "cia")}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -30,6 +30,11 @@ def sharded() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
+def deepspeed() -> bool:
+    """Whether DeepSpeed trains, which keeps copies of the parameters of its own and leaves no gradients behind."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
 def init(device: torch.device) -> None:
     """Connect this process to the others; UserError for an engine that is not supported."""
     if sharded():
@@ -39,7 +44,7 @@ def init(device: torch.device) -> None:
                     f"{key.lower()} is {os.environ.get(key)} and only {value} is supported; start with "
                     "examples/accelerate/fsdp2.yaml"
                 )
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and DeepSpeedPlugin().zero_stage == 3:
+    if deepspeed() and DeepSpeedPlugin().zero_stage == 3:
         raise UserError("ZeRO-3 is not supported; use ZeRO-2, or FSDP2 to shard the parameters too")
     if world_size() == 1:
         return

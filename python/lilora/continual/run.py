@@ -495,6 +495,11 @@ def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:
             raise UserError(
                 f"{what}: one process alone can train, because {reason}; start the command without a launcher"
             )
+    if processes.deepspeed() and method.after_step is not Method.after_step:
+        raise UserError(
+            f"--method {method.name} cannot train with DeepSpeed, because {method.one_process_reason}; start the command "
+            "without a launcher"
+        )
     if processes.sharded() and not method.sharded_parameters:
         raise UserError(
             f"--method {method.name} reads its parameters outside the forward, where FSDP2 has sharded them; use "

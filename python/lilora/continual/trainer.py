@@ -112,6 +112,8 @@ class TaskTrainer(Trainer):
             self.data_collator = partial(collate, answers_only=True)
         self.remove_callback(PrinterCallback)  # it would print among the command's own output
         self.add_callback(_Losses(self, advice))
+        if type(method).after_step is not Method.after_step:
+            self.add_callback(_AfterStep(method))
         self.diverged: torch.Tensor | None = (
             None  # whether a loss was not finite: on the device, where it costs no wait
         )
@@ -261,6 +263,17 @@ class _Losses(TrainerCallback):
         wandb = sys.modules.get("wandb")
         if "wandb" in args.report_to and wandb is not None and wandb.run is not None:
             wandb.finish()  # transformers would log the next stage into the same run
+
+
+class _AfterStep(TrainerCallback):
+    """Lets the method act after each step of the optimizer, before the gradients go."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        self.method.after_step(state.global_step + 1, state.max_steps, optimizer)
 
 
 def sharded_like(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

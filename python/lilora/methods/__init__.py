@@ -9,33 +9,41 @@ from lilora.families import require_matched
 from .lilora import LiLoRA  # first: lists of methods have the order of registration
 
 # isort: split
+from .adalora import AdaLoRA
 from .base import METHODS, Method, Stage, register_method
+from .cia import CIA
+from .clora import CLoRA
 from .dac import DAC
+from .eproj import EProj
 from .ewc import EWC
+from .joint import Joint
 from .lora import DirLoRA, SequentialLoRA
 from .lwf import LwF
 from .moelora import MoELoRA
+from .nlora import NLoRA
 from .olora import OLoRA
 from .pclr.method import PCLR
-
-# isort: split
-from .clora import CLoRA
-from .joint import Joint
-from .nlora import NLoRA
+from .proglora import ProgLoRA
 from .replay import ExperienceReplay
+from .sdlora import SDLoRA
 from .sefe import SEFE
 from .slao import SLAO
+from .sora import SoRA
+from .xgblora import XGBLoRA
 from .zero_shot import ZeroShot
 
 __all__ = [
+    "CIA",
     "DAC",
     "EWC",
     "METHODS",
     "PCLR",
     "SEFE",
     "SLAO",
+    "AdaLoRA",
     "CLoRA",
     "DirLoRA",
+    "EProj",
     "ExperienceReplay",
     "Joint",
     "LiLoRA",
@@ -44,8 +52,12 @@ __all__ = [
     "MoELoRA",
     "NLoRA",
     "OLoRA",
+    "ProgLoRA",
+    "SDLoRA",
     "SequentialLoRA",
+    "SoRA",
     "Stage",
+    "XGBLoRA",
     "ZeroShot",
     "make_method",
     "register_method",

@@ -138,6 +138,12 @@ class Method(ABC):
         """
         return cross_entropy()[0]
 
+    def after_step(self, step: int, steps: int, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027 - as `end`
+        """After the optimizer's step number `step` of `steps` in the stage, without autograd; gradients are still there.
+
+        A method that changes parameters here gives a `one_process_reason`. What it keeps from step to step is `progress`.
+        """
+
     def end(self, stage: Stage, batches: Batches) -> None:  # noqa: B027 - most methods have nothing to do
         """After a stage's last step."""
 

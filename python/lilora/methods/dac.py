@@ -1,21 +1,20 @@
 """DAC: rank-1 experts in one LoRA, chosen by the guiding token of each linear's input, merged into the base after a task."""
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lilora.bank.bank import Bank
 from lilora_kernels.functional import rank_gate
 from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
 from lilora_kernels.routing.context import AHEAD
 from lilora_kernels.routing.placement import places
 
-from .base import Batches, Inputs, Method, Stage, Tensors, add_to_weight, register_method
-from .pooled import fresh, inject_rank_pools, remove_rank_pools, require_grad_only
+from .base import Batches, Inputs, Stage, Tensors, add_to_weight, register_method
+from .merged import MergedLoRAs
+from .pooled import fresh, inject_rank_pools, require_grad_only
 from .settings import MethodSettings
 
 EXPERTS = "experts"
@@ -154,15 +153,12 @@ def orthogonality(new: Tensor, critical: Tensor, old: Tensor) -> Tensor:
 
 
 @register_method
-class DAC(Method):
+class DAC(MergedLoRAs):
     """After a task its experts are part of the base weights: inference is the plain model, whatever the task."""
 
     name = "dac"
     settings_type = DACSettings
-    mixed_batches = True
     one_process_reason = "it counts how often the samples of a batch choose each expert"
-    needs_task = False
-    no_lora = "its experts become part of the base weights; export the whole model with lilora bank merge"
     presets = PRESETS
     train_defaults = {"learning_rate": 2e-3}  # noqa: RUF012
     train_presets = {"released": {"max_grad_norm": 0.0}}  # noqa: RUF012
@@ -179,7 +175,6 @@ class DAC(Method):
 
         self.layers = inject_rank_pools(base, s.target_modules, router, s.alpha / s.r, s.dropout)
         require_grad_only(base)
-        self.trained: dict[str, Tensors] = {}  # of each task: all its experts, their counts and merged weights
         self._old: list[tuple[list[RankPoolLinear], Tensor]] = []  # layers of equal width, their old B [P, N, c]
 
     def add(self, task: str) -> None:
@@ -243,7 +238,7 @@ class DAC(Method):
         self._merge(stage.task, stored)
 
     def _merge(self, task: str, stored: Tensors) -> None:
-        """Add the most chosen experts to the base weights; the layers are plain again."""
+        """The most chosen experts alone. stored: all experts, their counts and the weights to merge them with."""
         for path, layer in self.layers.items():
             a, b = stored[f"{path}.{EXPERTS}.A"], stored[f"{path}.{EXPERTS}.B0"]
             kept = self.options.merged or self.options.active
@@ -253,34 +248,3 @@ class DAC(Method):
             add_to_weight(layer.base_layer, *chosen, layer.scaling)
             layer.put(EXPERTS, a[:0], b[:, :0], train=False)
         self.trained[task] = stored
-
-    # --- the bank ---------------------------------------------------------------------------------------------------
-
-    def tensors(self, task: str) -> tuple[Tensors, Tensors]:
-        return {}, self.trained[task]
-
-    def restore(self, tasks: dict[str, tuple[Tensors, Tensors]]) -> None:
-        for task, (_, stored) in tasks.items():
-            self.tasks.append(task)
-            self._merge(task, {name: tensor.to(self.model.device) for name, tensor in stored.items()})
-
-    @classmethod
-    def merge(cls, base: nn.Module, bank: Bank, task: str) -> None:
-        method = cls(base, bank.config["settings"])
-        method.restore(bank.load_tasks())
-        remove_rank_pools(base, method.layers)
-
-    def fingerprints(self, tasks: list[str]) -> dict[str, str]:
-        own = super().fingerprints(self.tasks)  # all that is merged acts on every task
-        whole = hashlib.sha256("".join(own.values()).encode()).hexdigest()[:16]
-        return dict.fromkeys(tasks, whole)
-
-    @classmethod
-    def inference_parameters(cls, settings: DACSettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
-        return 0, 0  # the experts are in the base weights
-
-    def ranks(self) -> int:
-        return 0
-
-    def parameters(self) -> int:
-        return 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA
 from lilora_kernels.layers.lilora import DROPOUT, RANK
-from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
+from lilora_kernels.layers.rank_pool import Choice, Chooser, RankPoolLinear
 
 from .base import Inputs, Method, Tensors, lora_parameters, register_method
 from .pooled import fresh, inject_rank_pools, load_rank_pools, pool_tensors, require_grad_only
@@ -53,8 +53,11 @@ class OLoRA(Method):
         super().__init__(base, settings)
         s = self.options = self.read_settings(settings)
         self.model = base
-        self.layers = inject_rank_pools(base, s.target_modules, lambda *_: all_ranks, s.alpha / s.r, s.dropout)
+        self.layers = inject_rank_pools(base, s.target_modules, self.chooser, s.alpha / s.r, s.dropout)
         require_grad_only(base)
+
+    def chooser(self, path: str, linear: nn.Linear) -> Chooser:
+        return all_ranks
 
     def add(self, task: str) -> None:
         for layer in self.layers.values():

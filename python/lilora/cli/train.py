@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 from lilora.errors import UserError, print_error
 from lilora_kernels.facts import environment
 
-from .options import Attention, Data, Device, Json, Order, Projector, SubRank, choice, target_pattern
+from .options import Attention, Data, Device, Json, Likelihood, Order, Projector, SubRank, choice, target_pattern
 from .output import adapters_line, console, console_line
 from .run_config import config_text, read_config
 
@@ -96,6 +96,7 @@ def train(
         int | None,
         typer.Option(min=1, help="Samples per batch of an evaluation, less where memory runs out. Default: 8 batches."),
     ] = None,
+    nll: Likelihood = False,
     save_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 200,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training batches.")] = 0,
     report_to: Annotated[
@@ -193,7 +194,7 @@ def train(
         say = (lambda line: None) if as_json else console_line
         say(adapters_line(more["target_modules"]))
         try:
-            run.train(eval_batch_size, save_steps, workers, bars, say, trackers)
+            run.train(eval_batch_size, save_steps, workers, bars, say, trackers, nll)
         except KeyboardInterrupt:
             print_error(f"{out}: interrupted; the same command goes on with this run")
             raise

@@ -141,13 +141,16 @@ class ContinualRun:
         bars: bool = True,
         say: Callable[[str], None] = print,
         report_to: Sequence[str] = (),
+        nll: bool = False,
     ) -> ScoreMatrix:
         """Train and evaluate what is left to do; returns the score matrix.
 
         evaluation_batch: samples per batch of an evaluation, by default 8 times as many as in training; fewer from where memory
         runs out. say: gets a line after each task. report_to: trackers as transformers names them; each stage of a task is one
         of their runs, `<run folder>/<task>/<stage>`; tensorboard's files go to `tensorboard/<task>/<stage>` in the run's folder.
+        nll: evaluations measure the references' likelihood, too.
         """
+        measures = self.kind.measures(nll)
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
                 self._train_task(index, spec, save_steps, workers, bars, report_to)
@@ -158,7 +161,7 @@ class ContinualRun:
             if processes.rank() == 0:
                 shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
             with Progress(disable=not bars) as progress:
-                if self._evaluate(index, evaluation_batch or 8 * self.settings.batch_size, progress):
+                if self._evaluate(index, evaluation_batch or 8 * self.settings.batch_size, progress, measures):
                     say(self._summary(index))
         return self.matrix
 
@@ -331,7 +334,7 @@ class ContinualRun:
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, index: int, batch_size: int, progress: Progress) -> bool:
+    def _evaluate(self, index: int, batch_size: int, progress: Progress, measures: dict[str, bool]) -> bool:
         """Fill the row of the stage after task `index`, if it is not; run a task again only if its function has changed."""
         after, names = self.manifest.tasks[index].name, self.matrix.scored(index)
         missing = {task for stage, task in self.matrix.missing() if stage == after}
@@ -352,8 +355,9 @@ class ContinualRun:
                 to_run.append(spec)
             else:
                 self.matrix.copy(after, spec.name, source)
-        for result in self.kind.evaluate(self.method, self.processor, to_run, batch_size, progress) if to_run else ():
-            self.matrix.set(after, result.task, result.score, result.format_share)
+        found = to_run and self.kind.evaluate(self.method, self.processor, to_run, batch_size, progress, **measures)
+        for result in found:
+            self.matrix.set(after, result.task, result.score, result.format_share, result.nll)
             if processes.rank() == 0:
                 write_answers(self.folder / "predictions" / f"{after}-{result.task}.jsonl", result.answers)
         self.state["functions"][after] = functions
@@ -381,7 +385,8 @@ class ContinualRun:
                     continue
                 source = stored.carried_from(after, task)
                 if source is None:
-                    self.matrix.set(after, task, stored.get(after, task), stored.format_share(after, task))
+                    share, nll = stored.format_share(after, task), stored.nll(after, task)
+                    self.matrix.set(after, task, stored.get(after, task), share, nll)
                 else:
                     self.matrix.copy(after, task, source)
 

@@ -13,7 +13,7 @@ from lilora.continual.evaluate import answer_nll
 from lilora.continual.instructions import Sample, instruction_data
 from lilora.continual.kinds import KINDS
 from lilora.continual.manifest import load_manifest
-from lilora.errors import UserError
+from lilora.errors import Diverged, UserError
 from lilora.reports.scores import ScoreMatrix
 
 
@@ -72,6 +72,15 @@ def test_earlier_answers_are_given_and_do_not_count(measured):
     losses, tokens = zip(*(dense(method, processor, sample) for sample in samples), strict=True)
     got = answer_nll(method, processor, "count", samples, 8 * len(samples), None)
     assert got == pytest.approx(sum(losses) / sum(tokens), rel=1e-6)
+
+
+@torch.no_grad()
+def test_a_model_whose_outputs_are_not_finite_is_said_to_have_diverged(measured):
+    _, method, processor = load_bank(measured)
+    for parameter in method.model.parameters():
+        parameter.fill_(torch.nan)
+    with pytest.raises(Diverged, match="'count' diverged"):
+        answer_nll(method, processor, "count", [Sample("0", (), "how many ?", ("two",))], 8, None)
 
 
 def test_eval_measures_the_same_and_refuses_to_route_with_it(measured, suite, lilora):

@@ -1,6 +1,7 @@
 """Answers to the test samples of several tasks, in mixed batches where the method can, and their scores."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from rich.progress import Progress
 
 from lilora.bank.atomic import write_atomically
 from lilora.continual import processes
-from lilora.errors import UserError
+from lilora.errors import Diverged, UserError
 from lilora.methods import Method
 from lilora.methods.lora import evaluating
 
@@ -184,7 +185,7 @@ def answer_nll(
     """Mean negative log-likelihood, in nats, of the tokens of the samples' first references and of the ends of answers.
 
     It is the model's own loss, as in training, of the task's model; earlier answers of a conversation are given and do not
-    count. Several processes take turns with the batches.
+    count. Several processes take turns with the batches. Raises Diverged where it is not finite.
     """
     collator = Collator(processor, {task: 0}, train=True)
     batch_size = max(1, batch_size // 8)  # as in training: here all positions have logits
@@ -205,6 +206,10 @@ def answer_nll(
         for start in starts if progress is None else progress.track(starts, description="likelihood"):
             own += measure([samples[i] for i in range(start, min(start + batch_size, len(samples)))])
     loss, tokens = map(sum, zip(*(pair for part in processes.all_gather(own) for pair in part), strict=True))
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"task {task!r} diverged: what its model puts out is not finite; start another run with a lower --lr"
+        )
     return loss / tokens
 
 

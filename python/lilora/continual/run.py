@@ -17,7 +17,7 @@ from lilora.bank.bank import Bank
 from lilora.bank.lock import locked
 from lilora.bank.records import BaseModelId
 from lilora.continual import processes
-from lilora.errors import UserError, print_note
+from lilora.errors import Diverged, UserError, print_note
 from lilora.methods import METHODS, Method, Stage, make_method
 from lilora.methods.base import digest
 from lilora.peft.tuner import full_tensor
@@ -196,7 +196,7 @@ class ContinualRun:
             losses[stage.name] = trainer.losses()
         own, shared = ({k: full_tensor(t) for k, t in tensors.items()} for tensors in self.method.tensors(spec.name))
         if not all(torch.isfinite(tensor).all() for tensor in (*own.values(), *shared.values())):
-            raise UserError(f"task {spec.name!r} diverged: its parameters are not finite; {self._after_divergence()}")
+            raise Diverged(f"task {spec.name!r} diverged: its parameters are not finite; {self._after_divergence()}")
         seconds = self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
         steps, curve = zip(*losses[stage.name], strict=True)
         loss = float(np.average(curve, weights=np.diff((0, *steps))))

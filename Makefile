@@ -1,48 +1,11 @@
 PY ?= python3
 BIN := .venv/bin
+# Runs at once of `make demo` and of the suites in bench/suites, one thread each: small models gain little from a second.
+JOBS := 2
 DIGITS := runs/digits
-STEPS := 400
-DIGITS_OPTIONS = --r 64 --sub-rank 26 --alpha 128 --lr 3e-3 --max-steps $(STEPS) --batch-size 16 --gradient-accumulation 1
-TRAIN_DIGITS = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/tasks.yaml $(DIGITS_OPTIONS) --quiet
-PRESETS := frozen paper released
-RUNS_OUT = $(DIGITS)/$(STEPS)-steps
-RUNS := $(foreach preset,$(PRESETS),lilora-$(preset)) lora dirlora
-DEMO := lilora-frozen-0 lora-0 dirlora-0
-EXPERIMENT := $(foreach seed,0 1 2,$(foreach run,$(RUNS),$(run)-$(seed)))
-
-# The long suite: what each run is called, and its options. Runs are named <label>-<seed>.
-LONG := runs/digits-long
-TRAIN_LONG = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/long.yaml --max-steps 150 --batch-size 16 --gradient-accumulation 1 --quiet
-LORA_64 := --r 64 --alpha 128
-LILORA := --method lilora --lr 3e-3 $(LORA_64) --sub-rank 26
-PCLR := --method pclr --lr 3e-3 --r 32 --alpha 64 --set cap=192 --set shared=16 --set value_init=random
-OPTIONS.lora := --method lora --lr 1e-3 $(LORA_64)
-OPTIONS.ewc := --method ewc --lr 1e-3 $(LORA_64)
-OPTIONS.lwf := --method lwf --lr 1e-3 $(LORA_64)
-OPTIONS.olora := --method olora --lr 2e-3 $(LORA_64) --set orthogonality=0.01
-OPTIONS.moelora := --method moelora --lr 1e-3 $(LORA_64)
-OPTIONS.dirlora := --method dirlora --lr 2e-3 $(LORA_64)
-OPTIONS.dac := --method dac --lr 2e-3 --r 64 --alpha 128 --set active=48 --set critical=24 --set guide=mean
-OPTIONS.lilora := $(LILORA)
-OPTIONS.pclr := $(PCLR)
-OPTIONS.pclr-released := $(PCLR) --preset released --set 'schedule="progressive"'
-OPTIONS.pclr-no-integration := $(PCLR) --set integrate=false
-OPTIONS.pclr-constant := $(PCLR) --set 'schedule="constant"'
-OPTIONS.pclr-late := $(PCLR) --set 'schedule=[[32,1.0],[32,1.0],[32,1.0],[32,1.0],[32,1.0],[32,1.0],[16,0.9166]]'
-OPTIONS.lilora-r32 := --method lilora --lr 3e-3 --r 32 --alpha 64 --sub-rank 26
-OPTIONS.lilora-r128 := --method lilora --lr 3e-3 --r 128 --alpha 256 --sub-rank 26
-OPTIONS.lilora-sub13 := --method lilora --lr 3e-3 $(LORA_64) --sub-rank 13
-OPTIONS.lilora-sub52 := --method lilora --lr 3e-3 $(LORA_64) --sub-rank 52
-OPTIONS.lilora-no-fusion := $(LILORA) --set fusion=false
-OPTIONS.lilora-paper := $(LILORA) --preset paper
-OPTIONS.lilora-no-stability := $(LILORA) --preset paper --set stability=0.0
-OPTIONS.lilora-reversed := $(LILORA) --order greatest,row,smaller,upper,tally,successor,caption,locate,compare,parity,count,name
-OPTIONS.pclr-reversed := $(PCLR) --order greatest,row,smaller,upper,tally,successor,caption,locate,compare,parity,count,name
-LONG_METHODS := lora ewc lwf olora moelora dac lilora pclr dirlora
-LONG_ABLATIONS := pclr-released pclr-no-integration pclr-constant pclr-late lilora-r32 lilora-r128 lilora-sub13 lilora-sub52 lilora-no-fusion lilora-paper lilora-no-stability
-LONG_REVERSED := lilora-reversed pclr-reversed
-SEEDS := 0 1 2
-named = $(foreach seed,$(SEEDS),$(foreach label,$(1),$(label)-$(seed)))
+DEMO := lilora-frozen lora dirlora
+TRAIN_DEMO = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/tasks.yaml --r 64 --sub-rank 26 --alpha 128 --lr 3e-3 \
+	--max-steps 200 --batch-size 16 --gradient-accumulation 1 --quiet
 
 .PHONY: help venv demo experiment long test emulation-full cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families soak readme docs resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
 
@@ -64,8 +27,9 @@ help:
 	@echo "make smollm2     tokens per second of a real language model on this CPU (98 MB), minutes: bench/results/smollm2, and the tables"
 	@echo "make families    which models can do what: bench/results/families.json, docs/families.md and families-table.md"
 	@echo "make soak        a small model served for SECONDS=600 while its tasks change: nothing may grow; and kills at random moments"
-	@echo "make experiment  five methods, three seeds, 400 steps a task: about 50 minutes on 2 cores"
-	@echo "make long        twelve tasks, nine methods and ablations, three seeds: hours; goes on where it was interrupted"
+	@echo "make experiment  six tasks, each method at its own learning rate, three seeds: hours; JOBS=2 runs at once"
+	@echo "make long        twelve tasks, nine methods and ablations, three seeds: hours; these suites go on where they"
+	@echo "                 were interrupted, from the files of finished runs in bench/results"
 	@echo "make readme      the tables of README and docs/, and all plots, from the committed results"
 	@echo "make docs        the documentation as a website under build/site; a broken link or name ends it"
 	@echo "make wheel       the distribution, under dist/"
@@ -83,32 +47,20 @@ venv: .venv/ready
 
 demo: venv
 	$(BIN)/python examples/digits/build.py --out $(DIGITS)
-	$(MAKE) --no-print-directory -j3 STEPS=200 $(addprefix run-,$(DEMO))
-	$(BIN)/lilora report $(addprefix $(DIGITS)/200-steps/,$(DEMO)) --out $(DIGITS) --title "Six tasks on handwritten digits"
+	$(MAKE) --no-print-directory -j3 $(addprefix demo-,$(DEMO))
+	$(BIN)/lilora report $(addprefix $(DIGITS)/demo/,$(DEMO)) --out $(DIGITS) --title "Six tasks on handwritten digits"
 
+demo-lilora-frozen:
+	$(TRAIN_DEMO) --out $(DIGITS)/demo/lilora-frozen --preset frozen
+demo-lora demo-dirlora: demo-%:
+	$(TRAIN_DEMO) --out $(DIGITS)/demo/$* --method $*
+
+# Every run that ends leaves a small file in bench/results; the same command goes on where it was interrupted.
 experiment: venv
-	$(BIN)/python examples/digits/build.py --out $(DIGITS)
-	$(MAKE) --no-print-directory -j2 $(addprefix run-,$(EXPERIMENT))
-	$(BIN)/lilora report $(addprefix $(RUNS_OUT)/,$(EXPERIMENT)) --out bench/results/digits --title "Six tasks on handwritten digits, three seeds"
+	$(BIN)/python -m bench.suite digits --jobs $(JOBS)
 
-# Hours: what is learned stays in runs/, so the same command goes on where it was interrupted.
 long: venv
-	$(BIN)/python examples/digits/build.py --suite digits-long
-	$(MAKE) --no-print-directory -j2 $(addprefix long-,$(call named,$(LONG_METHODS) $(LONG_ABLATIONS) $(LONG_REVERSED)))
-	$(BIN)/lilora report $(addprefix $(LONG)/,$(call named,$(LONG_METHODS))) --out bench/results/digits-long --title "Twelve tasks on handwritten digits"
-	$(BIN)/lilora report $(addprefix $(LONG)/,$(call named,pclr lilora $(LONG_ABLATIONS))) --out bench/results/digits-long/ablations --title "Twelve tasks: ablations"
-	$(BIN)/lilora report $(addprefix $(LONG)/,$(call named,$(LONG_REVERSED))) --out bench/results/digits-long/reversed --title "Twelve tasks in reversed order"
-
-long-%:
-	$(TRAIN_LONG) --out $(LONG)/$* --label $(patsubst %-$(lastword $(subst -, ,$*)),%,$*) --seed $(lastword $(subst -, ,$*)) $(OPTIONS.$(patsubst %-$(lastword $(subst -, ,$*)),%,$*))
-
-# One run of the digits suite: run-<method>[-<preset>]-<seed>. One thread each: small models gain little from a second.
-run-lilora-%:
-	$(TRAIN_DIGITS) --out $(RUNS_OUT)/lilora-$* --preset $(word 1,$(subst -, ,$*)) --seed $(word 2,$(subst -, ,$*))
-run-lora-%:
-	$(TRAIN_DIGITS) --out $(RUNS_OUT)/lora-$* --method lora --seed $*
-run-dirlora-%:
-	$(TRAIN_DIGITS) --out $(RUNS_OUT)/dirlora-$* --method dirlora --seed $*
+	$(BIN)/python -m bench.suite digits-long --jobs $(JOBS)
 
 # Triton's interpreter and its compiler cannot share a process; neither can the emulated CUDA kernels and the other tests. PEFT
 # imports torchao where it is installed, which takes every process seconds: only its own tests see it.

@@ -6,72 +6,132 @@
 import json
 import re
 import sys
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+
+import matplotlib
+
+from lilora.continual.tuning import SEED
+from lilora.errors import UserError
+from lilora.reports.figures import memory, summary
+from lilora.reports.plotting import PLOT_STYLE, png
+from lilora.reports.runs import MethodRuns, Run, by_method
 
 from .report import RESULTS, TITLES, folders, interval, kind, load, only, peer_row, percent, shape
 from .smollm2 import table as speeds
+from .suite import Suite
 
 ROOT = Path(__file__).parent.parent
 SCORES = ("New", "AP", "Forgetting")
 
 
-def spreads(metrics: dict[str, dict[str, float]]) -> list[str]:
+def scores(suite: Suite, labels: Iterable[str] | None = None) -> dict[str, MethodRuns]:
+    """The runs of a suite that have left their files, by label; FileNotFoundError while there are none.
+
+    Raises UserError for runs of one label with different options.
+    """
+    found = []
+    for label in labels or suite.runs:
+        files = [file for seed in suite.seeds if (file := suite.file(label, seed)).exists()]
+        if not files:
+            continue
+        if any(
+            json.loads(file.read_text())["options"] != json.loads(files[0].read_text())["options"] for file in files
+        ):
+            raise UserError(
+                f"bench/results/{suite.name}: the runs of {label} have different options; run the older again"
+            )
+        found.append(label)
+    if not found:
+        raise FileNotFoundError(2, "no runs", f"bench/results/{suite.name}")
+    orders: dict[tuple[str, ...], list[Run]] = {}
+    for run in suite.finished(found):
+        orders.setdefault(tuple(run.matrix.tasks), []).append(run)
+    methods = {method.name: method for runs in orders.values() for method in by_method(runs)}
+    return {label: methods[label] for label in found}
+
+
+def spreads(method: MethodRuns) -> list[str]:
     """Mean and deviation of the scores that the tables show of a method."""
-    return [f"{metrics[name]['mean']:.1f} ± {metrics[name]['deviation']:.1f}" for name in SCORES]
+    return [str(method.metrics[name]) for name in SCORES]
+
+
+def made_on(suite: Suite, labels: Iterable[str]) -> str:
+    """The machines that the runs were made on."""
+    files = (suite.file(label, seed) for label in labels for seed in suite.seeds)
+    return ", ".join(
+        dict.fromkeys(json.loads(file.read_text())["environment"]["device"] for file in files if file.exists())
+    )
+
+
+def per_task(method: MethodRuns) -> str:
+    return f"{method.params_per_task:,}" if method.params_per_task else "none"
+
+
+def suite_table(name: str, command: str, more: str = "", picture: bool = False) -> str:
+    """Methods of a suite, mean and deviation over seeds, each at its learning rate."""
+    suite = Suite.read(name)
+    methods = scores(suite)
+    with_nll = any(method.nlls() for method in methods.values())
+    columns = ["rate", *SCORES, *["nats per token"] * with_nll, "parameters per task", "seeds"]
+    lines = [f"| method | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
+    for label, method in methods.items():
+        rate = method.runs[0].extra["train"]["learning_rate"]
+        nlls = method.nlls()
+        likelihood = ([f"{nlls[1]:.2f}"] if nlls else ["n/a"]) if with_nll else []
+        cells = [f"{rate:g}", *spreads(method), *likelihood, per_task(method), str(len(method.runs))]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    first = next(iter(methods.values()))
+    likelihood = "; nats per token: how unlikely the references are after the last task" if with_nll else ""
+    tuned = all("lr" not in suite.options | options for options in suite.runs.values())
+    rates = (
+        f" Each method has its own rate, the best of {len(suite.rates)} by `lilora tune` on seed {SEED}."
+        if tuned
+        else ""
+    )
+    lines += [
+        "",
+        f"Mean and standard deviation over seeds, in points; New: right after training, AP: after the last task{likelihood}."
+        f"{rates} Tasks in order: {', '.join(first.tasks)}. {more}From `bench/results/{name}`, written by `{command}` on "
+        f"{made_on(suite, methods)}.",
+    ]
+    if picture:
+        with matplotlib.rc_context(PLOT_STYLE):
+            (suite.results / "summary.png").write_bytes(png(summary(list(methods.values()))))
+        lines += ["", f"![scores](../bench/results/{name}/summary.png)"]
+    return "\n".join(lines)
 
 
 def digits() -> str:
-    """Methods of the digits suite, mean and deviation over seeds."""
-    content = json.loads((RESULTS / "digits" / "metrics.json").read_text())
-    runs = content["runs"]
-    per_lora = next(run["params_per_task"] for run in runs if run["method"] == "dirlora")
-    lines = [
-        f"| method | {' | '.join(SCORES)} | parameters per task |",
-        "|---|" + "--:|" * (len(SCORES) + 1),
-    ]
-    for method, metrics in content["methods"].items():
-        own = [run for run in runs if run["method"] == method]
-        cells = spreads(metrics)
-        params = own[0]["params_per_task"]
-        share = f"{params:,} ({100 * params / per_lora:.0f} %)" if params else "none"
-        lines.append(f"| {method} | {' | '.join(cells)} | {share} |")
-    seeds = len({run["seed"] for run in runs})
-    tasks = ", ".join(content["tasks"])
-    lines += [
-        "",
-        f"Mean and standard deviation over {seeds} seeds, in points; New: right after training, AP: after the last task. "
-        f"Tasks in order: {tasks}. `lora` is one LoRA for all tasks, `dirlora` one per task. From "
-        f"`bench/results/digits/metrics.json`, written by `make experiment` on {content['environment']['device']}.",
-        "",
-        "![scores](../bench/results/digits/summary.png)",
-    ]
-    return "\n".join(lines)
+    """Methods of the digits suite."""
+    return suite_table(
+        "digits", "make experiment", "`lora` is one LoRA for all tasks, `dirlora` one per task. ", "summary"
+    )
 
 
 def long() -> str:
     """Methods of the long digits suite: scores, and what inference keeps beside the base model after 4, 8 and 12 tasks."""
-    content = json.loads((RESULTS / "digits-long" / "metrics.json").read_text())
-    stages = [3, 7, 11]
+    suite, stages = Suite.read("digits-long"), [3, 7, 11]
+    methods = scores(suite, [label for label in suite.runs if label not in CHANGES or label in ("lilora", "pclr")])
     lines = [
         "| method | task given | New | AP | Forgetting | thousands of parameters after 4, 8, 12 tasks | ranks of a linear |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    for method, metrics in content["methods"].items():
-        own = [run for run in content["runs"] if run["method"] == method]
-        cells = spreads(metrics)
-        sizes = own[0]["extra"]["sizes"]
+    for label, method in methods.items():
+        sizes = method.runs[0].extra["sizes"]
         parameters = ", ".join(f"{sizes['parameters'][stage] / 1e3:.0f}" for stage in stages)
         ranks = ", ".join(str(sizes["ranks"][stage]) for stage in stages)
-        given = "yes" if method in ("lilora", "dirlora") else "no"
-        lines.append(f"| {method} | {given} | {' | '.join(cells)} | {parameters} | {ranks} |")
-    seeds = len({run["seed"] for run in content["runs"]})
-    pclr, lora = (content["methods"][name]["Forgetting"]["mean"] for name in ("pclr", "lora"))
+        given = "yes" if label in ("lilora", "dirlora") else "no"
+        lines.append(f"| {label} | {given} | {' | '.join(spreads(method))} | {parameters} | {ranks} |")
+    seeds = len(methods["pclr"].runs)
+    pclr, lora = (methods[name].metrics["Forgetting"].mean for name in ("pclr", "lora"))
+    with matplotlib.rc_context(PLOT_STYLE):
+        (suite.results / "memory.png").write_bytes(png(memory(list(methods.values()))))
     lines += [
         "",
-        f"Mean and standard deviation over {seeds} seeds, in points. Tasks in order: {', '.join(content['tasks'])}. PCLR forgets "
-        f"{pclr / lora:.0%} of what one LoRA for all tasks forgets. From `bench/results/digits-long/metrics.json`, written by "
-        f"`make long` on {content['environment']['device']}.",
+        f"Mean and standard deviation over {seeds} seeds, in points. Tasks in order: {', '.join(methods['pclr'].tasks)}. PCLR "
+        f"forgets {pclr / lora:.0%} of what one LoRA for all tasks forgets. From `bench/results/digits-long`, written by "
+        f"`make long` on {made_on(suite, methods)}.",
         "",
         "![memory](../bench/results/digits-long/memory.png)",
     ]
@@ -99,24 +159,16 @@ CHANGES = {
 
 def ablations() -> str:
     """PCLR and LiLoRA on the long digits suite, one choice changed at a time."""
-    folder = RESULTS / "digits-long"
-    methods, sizes, seeds = {}, {}, Counter()
-    for path in ("ablations", "reversed"):
-        content = json.loads((folder / path / "metrics.json").read_text())
-        methods |= content["methods"]
-        sizes |= {run["method"]: run["extra"]["sizes"]["parameters"][-1] for run in content["runs"]}
-        seeds.update(run["method"] for run in content["runs"])
+    methods = scores(Suite.read("digits-long"), CHANGES)
     lines = [
         "| run | changed | seeds | New | AP | Forgetting | thousands of parameters after 12 tasks |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    for label, change in CHANGES.items():
-        cells = spreads(methods[label])
-        lines.append(f"| {label} | {change} | {seeds[label]} | {' | '.join(cells)} | {sizes[label] / 1e3:.0f} |")
-    lines += [
-        "",
-        "As above. From `bench/results/digits-long/ablations` and `reversed`, written by `make long`.",
-    ]
+    for label, method in methods.items():
+        size = method.sizes["parameters"][-1] / 1e3
+        cells = " | ".join(spreads(method))
+        lines.append(f"| {label} | {CHANGES[label]} | {len(method.runs)} | {cells} | {size:.0f} |")
+    lines += ["", "As above. From `bench/results/digits-long`, written by `make long`."]
     return "\n".join(lines)
 
 
@@ -425,12 +477,10 @@ def small() -> str:
     speed = {row["implementation"]: row["speed"]["median"] for row in found}
     against = f"{speed['peft_names']:.1f}, PEFT's adapter_names; {speed['base']:.1f}, the frozen model"
     line("SmolLM2-135M, 8 prompts of 8 tasks: tokens / s", f"{speed['ours']:.1f}", against)
-    scores = {
-        suite: {name: found["AP"]["mean"] for name, found in json.loads(file.read_text())["methods"].items()}
+    six, twelve = (
+        {label: method.metrics["AP"].mean for label, method in scores(Suite.read(suite)).items()}
         for suite in ("digits", "digits-long")
-        for file in [RESULTS / suite / "metrics.json"]
-    }
-    six, twelve = scores["digits"], scores["digits-long"]
+    )
     against = f"{six['dirlora']:.1f}, a LoRA per task; {six['lora']:.1f}, one LoRA"
     line("AP on six tasks, task given: lilora", f"{six['lilora-frozen']:.1f}", against)
     line("AP on twelve tasks, no task given: pclr", f"{twelve['pclr']:.1f}", f"{twelve['lora']:.1f}, one LoRA")

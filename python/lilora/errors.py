@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class Diverged(UserError):
+    """A training whose loss or parameters are not finite; with another learning rate it may be."""
+
+
 def shortened(value: object) -> str:
     """A value in print, at most 80 characters of it."""
     text = repr(value)

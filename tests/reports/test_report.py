@@ -9,9 +9,9 @@ from PIL import Image
 from rich.console import Console
 
 from lilora.errors import UserError
-from lilora.reports import figures
+from lilora.reports import figures, report
 from lilora.reports.report import print_tables, write_report
-from lilora.reports.runs import Run, by_method, differences
+from lilora.reports.runs import Run, by_method, differences, read_runs
 from lilora.reports.scores import ScoreMatrix, cell_text
 
 TASKS = ["name", "caption", "count"]
@@ -329,3 +329,58 @@ def test_a_label_is_printed_and_drawn_as_it_is(label, tmp_path, capsys, monkeypa
     assert out.count(label) == 2
     write_report(tmp_path, labelled)
     assert json.loads((tmp_path / "metrics.json").read_text())["runs"][0]["method"] == label
+
+
+def test_the_references_likelihood_stands_in_page_and_tables_where_it_was_measured(tmp_path):
+    measured, plain = ScoreMatrix(["one", "two"]), ScoreMatrix(["one", "two"])
+    for scores, nlls in ((measured, (0.5, 1.5, 0.25)), (plain, (None, None, None))):
+        for (after, task), nll in zip((("one", "one"), ("two", "one"), ("two", "two")), nlls, strict=True):
+            scores.set(after, task, 50, nll=nll)
+    runs = [Run("measured", 0, measured), Run("plain", 0, plain)]
+    console = Console(file=io.StringIO(), width=120)
+    print_tables(runs, console)
+    rows = [line.split() for line in console.file.getvalue().split("negative log-likelihood")[1].splitlines()]
+    assert ["measured", "0.375", "0.875", "1.500", "0.250"] in rows
+    assert ["plain", *["n/a"] * 4] in rows
+    page = Page(write_report(tmp_path, runs).read_text())
+    assert "Negative log-likelihood" in page.text
+    assert "0.875" in page.cells
+    print_tables(runs[1:], console := Console(file=io.StringIO(), width=120))
+    assert "likelihood" not in console.file.getvalue()
+
+
+def test_a_report_is_made_of_the_metrics_files_of_runs(runs, tmp_path, lilora, monkeypatch):
+    monkeypatch.setattr(report, "png", lambda figure: b"")
+    for run in runs:
+        write_report(tmp_path / f"{run.seed}", [run])
+    files = [tmp_path / f"{run.seed}" / "metrics.json" for run in runs]
+    code, out, err = lilora("report", *files, "--out", tmp_path / "all", "--json")
+    assert code == 0, err
+    assert json.loads(out)["runs"] == [run.to_dict() for run in runs]
+    assert [run.to_dict() for run in read_runs(tmp_path / "all" / "metrics.json")] == [run.to_dict() for run in runs]
+    code, _, err = lilora("report", *files)
+    assert (code, "give its folder as --out" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "holds no runs"),
+        ("[]", "holds no runs"),
+        ('{"runs": [{"method": "a"}]}', "runs.0.seed: Field required"),
+        (
+            '{"runs": [{"method": "a", "seed": 0, "matrix": {}, "params_per_task": null, "seconds": null, "extra": {}}]}',
+            "score matrix",
+        ),
+        (
+            '{"runs": [{"method": "a", "seed": 0, "matrix": {}, "params_per_task": 1, "seconds": 1, "extra": {"train": 3}}]}',
+            "runs.0.extra.train",
+        ),
+    ],
+)
+def test_a_file_that_holds_no_runs_is_one_sentence(content, words, tmp_path, lilora):
+    (tmp_path / "metrics.json").write_text(content)
+    code, out, err = lilora("report", tmp_path / "metrics.json", "--out", tmp_path)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1

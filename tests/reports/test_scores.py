@@ -255,3 +255,22 @@ def test_metrics_without_a_scored_task_say_so(tasks, unscored, causes):
         for task in matrix.scored(j):
             matrix.set(after, task, 50)
     assert matrix.undefined().items() >= causes.items()
+
+
+def test_the_references_likelihood_is_kept_carried_and_written_only_where_it_was_measured():
+    matrix = ScoreMatrix(["a", "b", "c"])
+    matrix.set("a", "a", 50, nll=1.25)
+    assert "nlls" in matrix.to_dict()
+    matrix.copy("b", "a", "a")
+    matrix.set("b", "b", 20)
+    read = ScoreMatrix.from_dict(json.loads(json.dumps(matrix.to_dict())))
+    for held in (matrix, read, read.without("c")):
+        assert (held.nll("a", "a"), held.nll("b", "a"), held.nll("b", "b")) == (1.25, 1.25, None)
+    matrix.set("a", "a", 50)
+    assert matrix.nll("a", "a") is None
+    for wrong in (-0.5, math.inf, math.nan):
+        with pytest.raises(UserError, match="finite"):
+            matrix.set("a", "a", 50, nll=wrong)
+    damaged = read.to_dict() | {"nlls": [[1.0], [1.0, 2.0], [1.0]]}
+    with pytest.raises(UserError, match="nlls has rows of length"):
+        ScoreMatrix.from_dict(damaged)

@@ -14,7 +14,7 @@ import typer
 from lilora import __version__
 from lilora.errors import UserError, lost_process, print_error
 
-from . import bank, base, data, evaluate, generate, info, report, train
+from . import bank, base, data, evaluate, generate, info, report, train, tune
 
 # What a system says of a path that it does not take: the user's to mend, wherever in a command it is met.
 OF_PATHS = {
@@ -43,6 +43,9 @@ def _root(
 
 
 app.command(cls=train.TrainCommand)(train.train)
+app.command(
+    options_metavar="MANIFEST [OPTIONS]", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)(tune.tune)
 app.command("eval")(evaluate.evaluate)
 app.command()(report.report)
 app.command()(report.analyze)

@@ -8,7 +8,7 @@ import typer
 
 from lilora.errors import UserError
 
-from .options import AnyBank, Base, Data, Device, Json, bank_router
+from .options import AnyBank, Base, Data, Device, Json, Likelihood, bank_router
 from .output import console, console_line, plain_table
 
 
@@ -28,6 +28,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder for every answer: TASK.jsonl, and TASK-routed.jsonl of --routed, as JSON lines."),
     ] = None,
+    nll: Likelihood = False,
     data: Data = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -44,6 +45,8 @@ def evaluate(
     from lilora.continual.manifest import load_manifest, read_manifest
     from lilora.continual.probes import score_probes
 
+    if nll and routed:
+        raise UserError("--nll measures answers with the task given and --routed without; give one of them")
     opened, method, processor = load_bank(bank, model, device)
     router = bank_router(opened, method) if routed else None
     kind = kind_of(opened.config)
@@ -53,8 +56,9 @@ def evaluate(
             f"--tasks {tasks} is of kind {manifest.kind!r} and {bank} is not; give the manifest of its tasks"
         )
     manifest = load_manifest(tasks, None if manifest.unseen else opened.tasks, data)
+    measures = kind.measures(nll)
     with Progress(disable=as_json) as progress:
-        results = kind.evaluate(method, processor, manifest.tasks, batch_size, progress)
+        results = kind.evaluate(method, processor, manifest.tasks, batch_size, progress, **measures)
         if router is not None:
             routes = kind.evaluate_routed(method, processor, router, manifest.tasks, results, batch_size, progress)
         probed = score_probes(kind, method, processor, manifest.probes, opened.tasks[-1], batch_size, progress)
@@ -68,12 +72,15 @@ def evaluate(
         show_routes(routes, probed, opened, opened.path.parent if bank.exists() else Path(), as_json)
         return
     if as_json:
-        print(json.dumps({r.task: cells_of(r) for r in results} | probe_cells(probed)))
+        print(
+            json.dumps({r.task: cells_of(r) | ({"nll": r.nll} if nll else {}) for r in results} | probe_cells(probed))
+        )
         return
-    table = plain_table(["task"], ["score", "in format"])
+    table = plain_table(["task"], ["score", "in format", *["nats per token"] * nll])
     for result in results:
         share = "" if result.format_share is None else f"{100 * result.format_share:.1f} %"
-        table.add_row(result.task, f"{result.score:.1f}", share)
+        likelihood = [f"{result.nll:.3f}"] if nll else []
+        table.add_row(result.task, f"{result.score:.1f}", share, *likelihood)
     console.print(table)
     print_probes(probed)
 

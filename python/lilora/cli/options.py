@@ -11,6 +11,9 @@ from lilora.errors import UserError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Likelihood = Annotated[
+    bool, typer.Option("--nll", help="Measure how likely the references are, too: nats per token, lower is better.")
+]
 Order = Annotated[str | None, typer.Option(help="Task names, comma-separated: which tasks to train on, in this order.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of the tasks' files, instead of the one the manifest names.")]
 BankPath = Annotated[Path, typer.Argument(help="A bank folder, or the run folder that holds one.")]

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lilora.errors import UserError
 from lilora_kernels.facts import environment
 
 from .options import BankPath, Json
@@ -13,7 +14,12 @@ from .output import console, console_line
 
 
 def report(
-    banks: Annotated[list[Path], typer.Argument(help="Banks or run folders; several seeds of a method are averaged.")],
+    banks: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Banks, run folders, or the metrics.json files of runs and reports; several seeds of a method are averaged."
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Folder of the report; default: the first bank's run folder.")
     ] = None,
@@ -24,10 +30,15 @@ def report(
     from lilora.bank.bank import Bank
     from lilora.continual.run_folder import run_of
     from lilora.reports.report import print_tables, write_report
+    from lilora.reports.runs import read_runs
 
-    opened = [Bank.open(path) for path in banks]
-    runs = [run_of(bank) for bank in opened]
-    page = write_report(out or opened[0].path.parent, runs, title, environment())
+    if out is None:
+        if banks[0].is_file():
+            raise UserError(f"{banks[0]} is a file, beside which no report is put; give its folder as --out")
+        out = Bank.open(banks[0]).path.parent
+    found = (read_runs(path) if path.is_file() else [run_of(Bank.open(path))] for path in banks)
+    runs = [run for of_path in found for run in of_path]
+    page = write_report(out, runs, title, environment())
     if as_json:
         print(json.dumps({"report": str(page), "runs": [run.to_dict() for run in runs]}))
     else:

@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 from lilora.errors import UserError, print_error
 from lilora_kernels.facts import environment
 
-from .options import Attention, Data, Device, Json, Order, Projector, SubRank, choice, target_pattern
+from .options import Attention, Data, Device, Json, Likelihood, Order, Projector, SubRank, choice, target_pattern
 from .output import adapters_line, console, console_line
 from .run_config import config_text, read_config
 
@@ -114,6 +114,7 @@ def train(
     zero_shot: Annotated[
         bool, typer.Option("--zero-shot", help="Score all tasks before any training too; probes always are.")
     ] = False,
+    nll: Likelihood = False,
     save_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 200,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training batches.")] = 0,
     report_to: Annotated[
@@ -225,7 +226,7 @@ def train(
         say = (lambda line: None) if as_json else console_line
         say(adapters_line(more["target_modules"]))
         try:
-            run.train(eval_batch_size, save_steps, workers, bars, say, trackers, zero_shot)
+            run.train(eval_batch_size, save_steps, workers, bars, say, trackers, zero_shot, nll)
         except KeyboardInterrupt:
             print_error(f"{out}: interrupted; the same command goes on with this run")
             raise

@@ -1,9 +1,10 @@
 """Answers to the test samples of several tasks, in mixed batches where the method can, and their scores."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,11 +12,11 @@ from rich.progress import Progress
 
 from lilora.bank.atomic import write_atomically
 from lilora.continual import processes
-from lilora.errors import UserError
+from lilora.errors import Diverged, UserError
 from lilora.methods import Method
 from lilora.methods.lora import evaluating
 
-from .collator import Collator
+from .collator import IGNORED, Collator
 from .instructions import Sample, TaskSpec, instruction_data
 from .memory import InParts
 from .task_identification import TaskRouter
@@ -23,12 +24,14 @@ from .task_identification import TaskRouter
 
 @dataclass(frozen=True)
 class TaskScore:
-    """score in points, 0..100 (of CIDEr 0..1000); format_share: answers in the instructed format, 0..1, None without one."""
+    """score in points, 0..100 (of CIDEr 0..1000); format_share: answers in the instructed format, 0..1, None without one; nll:
+    see `answer_nll`, None where it was not asked for."""
 
     task: str
     score: float
     format_share: float | None
     answers: list[dict[str, str]]
+    nll: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,15 @@ class RoutedScore:
 
 @torch.inference_mode()
 def evaluate(
-    method: Method, processor, tasks: Sequence[TaskSpec], batch_size: int, progress: Progress | None = None
+    method: Method,
+    processor,
+    tasks: Sequence[TaskSpec],
+    batch_size: int,
+    progress: Progress | None = None,
+    nll: bool = False,
 ) -> list[TaskScore]:
-    """Score the test samples of the tasks that have some, by greedy generation with the task given.
+    """Score the test samples of the tasks that have some, by greedy generation with the task given; with `nll` by the
+    likelihood of the references, too.
 
     A method that can route takes all tasks in the same batches, in turn one sample of each; another one batch of one task
     after the other. Several processes take turns with the batches, and all get all answers. Batch size, mixing and
@@ -66,7 +75,11 @@ def evaluate(
     predictions = answers_to(method, processor, requests, limits_of(tasks), batch_size, progress)
     for (name, sample), answer in zip(requests, predictions, strict=True):
         answers[name].append({"id": sample.id, "answer": answer, "reference": sample.answers[0]})
-    return [score(spec, samples[spec.name], answers[spec.name]) for spec in tasks]
+    results = [score(spec, samples[spec.name], answers[spec.name]) for spec in tasks]
+    if not nll:
+        return results
+    likelihoods = (answer_nll(method, processor, spec.name, samples[spec.name], batch_size, progress) for spec in tasks)
+    return [replace(result, nll=value) for result, value in zip(results, likelihoods, strict=True)]
 
 
 @torch.inference_mode()
@@ -163,6 +176,48 @@ def answers_to(
     if progress is not None:
         progress.remove_task(bar)
     return answers
+
+
+def answer_nll(
+    method: Method, processor, task: str, samples: Sequence[Sample], batch_size: int, progress: Progress | None
+) -> float:
+    """Mean negative log-likelihood, in nats, of the tokens of the samples' first references and of the ends of answers.
+
+    It is the model's own loss, as in training, of the task's model; earlier answers of a conversation are given and do not
+    count. Several processes take turns with the batches. Raises Diverged where it is not finite.
+    """
+    collator = Collator(processor, {task: 0}, train=True)
+    batch_size = max(1, batch_size // 8)  # as in training: here all positions have logits
+
+    def losses(part: Sequence[Sample]) -> list[tuple[float, int]]:
+        inputs = {key: value.to(method.model.device) for key, value in collator([(task, s) for s in part]).items()}
+        del inputs["task_ids"]
+        dtype = method.model.dtype
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        inputs["labels"] = last_answers(inputs["labels"])
+        tokens = int(inputs["labels"].ne(IGNORED).sum())
+        return [(tokens * float(method.model(**inputs).loss), tokens), *[(0.0, 0)] * (len(part) - 1)]
+
+    starts = range(processes.rank() * batch_size, len(samples), processes.world_size() * batch_size)
+    measure, own = InParts(losses, "evaluating"), []
+    method.activate(task, train=False)
+    with evaluating(method.model):
+        for start in starts if progress is None else progress.track(starts, description="likelihood"):
+            own += measure([samples[i] for i in range(start, min(start + batch_size, len(samples)))])
+    loss, tokens = map(sum, zip(*(pair for part in processes.all_gather(own) for pair in part), strict=True))
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"task {task!r} diverged: what its model puts out is not finite; start another run with a lower --lr"
+        )
+    return loss / tokens
+
+
+def last_answers(labels: torch.Tensor) -> torch.Tensor:
+    """labels [B, L] of the last answer of each row alone, which nothing but padding follows."""
+    answered = labels.ne(IGNORED)
+    ends = answered & ~torch.nn.functional.pad(answered[:, 1:], (0, 1))
+    ends_from_here = ends.flip(1).cumsum(1).flip(1)
+    return labels.where(answered & ends_from_here.eq(1), torch.full_like(labels, IGNORED))
 
 
 def write_answers(path: Path, answers: Sequence[dict[str, str]]) -> None:

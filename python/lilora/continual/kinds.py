@@ -49,6 +49,12 @@ class Kind:
                 f"--method {method.name} cannot train on tasks of this kind of manifest; choose one of {fit}"
             )
 
+    def measures(self, nll: bool) -> dict[str, bool]:
+        """What `evaluate` takes beside its arguments; UserError for `nll` where samples have no answers."""
+        if nll and not self.answers:
+            raise UserError("--nll measures answers, and tasks of this kind of manifest have none; leave it out")
+        return {"nll": True} if nll else {}
+
 
 def load_multimodal(model: str, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
     base = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)

@@ -18,7 +18,7 @@ from lilora.bank.bank import Bank
 from lilora.bank.lock import locked
 from lilora.bank.records import BaseModelId
 from lilora.continual import processes
-from lilora.errors import UserError, print_note
+from lilora.errors import Diverged, UserError, print_note
 from lilora.methods import METHODS, Method, Stage, make_method
 from lilora.methods.base import digest
 from lilora.peft.tuner import full_tensor
@@ -155,6 +155,7 @@ class ContinualRun:
         say: Callable[[str], None] = print,
         report_to: Sequence[str] = (),
         zero_shot: bool = False,
+        nll: bool = False,
     ) -> ScoreMatrix:
         """Train and evaluate what is left to do; returns the score matrix.
 
@@ -163,9 +164,11 @@ class ContinualRun:
         evaluation_batch: samples per batch of an evaluation, by default 8 times as many as in training; fewer from where memory
         runs out. say: gets a line after each task. report_to: trackers as transformers names them; each stage of a task is one
         of their runs, `<run folder>/<task>/<stage>`; tensorboard's files go to `tensorboard/<task>/<stage>` in the run's folder.
+        nll: evaluations measure the references' likelihood, too.
         """
         evaluation_batch = evaluation_batch or 8 * self.settings.batch_size
         self._evaluate_base(zero_shot, evaluation_batch, bars, say)
+        measures = self.kind.measures(nll)
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
                 self._train_task(index, spec, save_steps, workers, bars, report_to)
@@ -176,7 +179,7 @@ class ContinualRun:
             if processes.rank() == 0:
                 shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
             with Progress(disable=not bars) as progress:
-                if self._evaluate(index, evaluation_batch, progress):
+                if self._evaluate(index, evaluation_batch, progress, measures):
                     say(self._summary(index))
                 self._evaluate_probes(spec.name, evaluation_batch, progress, say)
         return self.matrix
@@ -218,7 +221,7 @@ class ContinualRun:
             self.method.add(spec.name)
         own, shared = ({k: full_tensor(t) for k, t in tensors.items()} for tensors in self.method.tensors(spec.name))
         if not all(torch.isfinite(tensor).all() for tensor in (*own.values(), *shared.values())):
-            raise UserError(f"task {spec.name!r} diverged: its parameters are not finite; {self._after_divergence()}")
+            raise Diverged(f"task {spec.name!r} diverged: its parameters are not finite; {self._after_divergence()}")
         seconds = self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
         info |= {"losses": losses, "seconds": seconds}
         info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
@@ -381,7 +384,7 @@ class ContinualRun:
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, index: int, batch_size: int, progress: Progress) -> bool:
+    def _evaluate(self, index: int, batch_size: int, progress: Progress, measures: dict[str, bool]) -> bool:
         """Fill the row of the stage after task `index`, if it is not; run a task again only if its function has changed."""
         after, names = self.manifest.tasks[index].name, self.matrix.scored(index)
         missing = {task for stage, task in self.matrix.missing() if stage == after}
@@ -402,8 +405,9 @@ class ContinualRun:
                 to_run.append(spec)
             else:
                 self.matrix.copy(after, spec.name, source)
-        for result in self.kind.evaluate(self.method, self.processor, to_run, batch_size, progress) if to_run else ():
-            self.matrix.set(after, result.task, result.score, result.format_share)
+        found = to_run and self.kind.evaluate(self.method, self.processor, to_run, batch_size, progress, **measures)
+        for result in found:
+            self.matrix.set(after, result.task, result.score, result.format_share, result.nll)
             self._keep_answers(after, result)
         self.state["functions"][after] = functions
         self._write_scores()
@@ -471,7 +475,8 @@ class ContinualRun:
                     continue
                 source = stored.carried_from(after, task)
                 if source is None:
-                    self.matrix.set(after, task, stored.get(after, task), stored.format_share(after, task))
+                    share, nll = stored.format_share(after, task), stored.nll(after, task)
+                    self.matrix.set(after, task, stored.get(after, task), share, nll)
                 else:
                     self.matrix.copy(after, task, source)
 

@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from lilora.errors import UserError, lost_process
+from lilora.errors import Diverged, UserError, lost_process
 from lilora.methods import Method
 from lilora.peft.layer import unwrapped
 from lilora.peft.tuner import full_tensor
@@ -254,7 +254,7 @@ class _Losses(TrainerCallback):
         control.should_log |= state.global_step >= state.max_steps
         looks = control.should_log or control.should_save or state.global_step % 10 == 0
         if looks and any(processes.all_gather(bool(self.trainer.diverged))):
-            raise UserError(
+            raise Diverged(
                 f"training {args.run_name} diverged: its loss is not finite at step {state.global_step} of "
                 f"{state.max_steps}; {self.advice}"
             )

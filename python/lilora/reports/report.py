@@ -20,7 +20,7 @@ from lilora.terminal import plain_console
 
 from .figures import curves, heatmap, losses, memory, routing, summary
 from .plotting import PLOT_STYLE, MethodStyle, cell_colours, png
-from .runs import CARRIED, MethodRuns, Run, by_method, differences, heading, undefined_notes, without_nan
+from .runs import CARRIED, NLL, MethodRuns, Run, by_method, differences, heading, nll_rows, undefined_notes, without_nan
 from .scores import METRICS
 
 BEFORE = "(before)"  # no task has such a name
@@ -80,6 +80,8 @@ def write_report(
         differences=differences(runs),
         carried_note=CARRIED,
         before=BEFORE,
+        nlls=nll_rows(methods),
+        nll_caption=NLL,
         environment=environment or {},
         images={name: base64.b64encode(data).decode() for name, data in pictures.items()},
         widths={name: round(100 * figure.get_figwidth()) for name, figure in figures.items()},
@@ -119,6 +121,13 @@ def print_tables(runs: list[Run], console: Console | None = None) -> None:
     _print_probes(methods, console)
     if any(method.any_carried() for method in methods):
         console.print(CARRIED)
+    if (nlls := nll_rows(methods)) is not None:
+        headings, rows = nlls
+        console.print(NLL)
+        table = _table("method", headings)
+        for name, cells in rows.items():
+            table.add_row(name, *cells)
+        _print(table, console)
     for note in undefined_notes(runs):
         console.print(f"n/a: {note}")
     for name, values in differences(runs).items():

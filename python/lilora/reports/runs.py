@@ -4,14 +4,17 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from lilora.errors import UserError
 
 from .scores import METRICS, ScoreMatrix, cell_text, none_if_nan
 
+NLL = "negative log-likelihood of the references, nats per token: right after training, and after the last task"
 CARRIED = "* carried over: the task's function is proved unchanged, so the cell was not run again"
 
 
@@ -44,6 +47,50 @@ class Run:
         """Inverse of `to_dict`, without losses; the metrics are computed again from the matrix."""
         fields = {name: value for name, value in data.items() if name != "metrics"}
         return cls(**fields | {"matrix": ScoreMatrix.from_dict(data["matrix"])})
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The runs in the metrics.json of a run or a report, without their losses.
+
+    Raises UserError for a file that cannot be read or holds something else.
+    """
+    try:
+        stored = _Report.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a run folder, or a metrics.json") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the top level"
+        raise UserError(
+            f"{path} holds no runs as lilora writes them ({place}: {first['msg']}); give the metrics.json of a run or a report"
+        ) from error
+    try:
+        return [Run.from_dict(run.model_dump(exclude_unset=True)) for run in stored.runs]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+class _Extra(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    settings: dict[str, JsonValue] = {}
+    train: dict[str, JsonValue] = {}
+    sizes: dict[str, list[int]] | None = None
+
+
+class _Stored(BaseModel):
+    method: str
+    seed: int
+    matrix: dict[str, JsonValue]
+    params_per_task: int | None
+    seconds: float | None
+    extra: _Extra
+
+
+class _Report(BaseModel):
+    """Of metrics.json what a report is made of."""
+
+    runs: list[_Stored]
 
 
 class Spread(NamedTuple):
@@ -95,6 +142,15 @@ class MethodRuns:
             return np.empty((2, 0))
         steps = max((curve[0] for curve in of_seeds), key=len)  # a resumed run may have logged at other ones
         return np.stack([steps, np.mean([np.interp(steps, *curve) for curve in of_seeds], 0)])
+
+    def nlls(self) -> list[float] | None:
+        """The references' negative log-likelihood: mean over the tasks right after training, and after the last task, then of
+        each task after the last one; means over seeds, NaN where one was not measured; None where none was."""
+        nlls = np.mean([run.matrix.nlls() for run in self.runs], axis=0)
+        if np.isnan(nlls).all():
+            return None
+        scored = [self.tasks.index(task) for task in self.columns]
+        return [nlls.diagonal()[scored].mean(), nlls[-1, scored].mean(), *nlls[-1, scored]]
 
     def cells(self) -> list[list[tuple[str, float]]]:
         """(text, mean score) of each cell of the matrix, a row per stage."""
@@ -210,6 +266,20 @@ def _values(by_value: dict[str, list[int]]) -> str:
     if len(by_value) < 2:
         return next(iter(by_value), "–")
     return ", ".join(f"{text} (seed {' '.join(map(str, seeds))})" for text, seeds in by_value.items())
+
+
+def nll_rows(methods: list[MethodRuns]) -> tuple[list[str], dict[str, list[str]]] | None:
+    """(headings, method -> cells) of the table of negative log-likelihoods; None where no run measured any."""
+    found = {method.name: method.nlls() for method in methods}
+    if not any(found.values()):
+        return None
+    headings = ["New, mean", "last, mean", *methods[0].columns]
+    texts = {name: [_nll_text(v) for v in values or [math.nan] * len(headings)] for name, values in found.items()}
+    return headings, texts
+
+
+def _nll_text(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.3f}"
 
 
 def heading(metric: str) -> str:

@@ -87,7 +87,8 @@ class ScoreMatrix:
     `tasks` is the training order; with `unseen`, stages score the tasks that come later too. `unscored` are tasks without a
     test split: stages without a column, which no metric averages over. A cell that was never set is
     missing: it reads NaN, and so does every metric that needs it. Besides its score a cell may hold the share (0 to 1) of
-    answers in the instructed format; leave it out for a task that instructs none.
+    answers in the instructed format, which is left out for a task that instructs none, and the references' mean negative
+    log-likelihood per token (nats), which no metric reads.
     """
 
     def __init__(self, tasks: list[str], unseen: bool = False, unscored: Iterable[str] = ()):
@@ -98,14 +99,21 @@ class ScoreMatrix:
         self.definitions = {name: metric for name, metric in METRICS.items() if metric.unseen in (None, unseen)}
         self._scores = np.full((len(tasks), len(tasks)), np.nan)
         self._formats = np.full_like(self._scores, np.nan)
+        self._nlls = np.full_like(self._scores, np.nan)
         self._carried: dict[tuple[int, int], int] = {}  # (stage, task) -> the stage at which the cell was run
 
-    def set(self, after: str, task: str, score: float, format_share: float | None = None) -> None:
-        """Record a measured cell: `score` in points, 0 to 100 (CIDEr to 1000), `format_share` as a share (0 to 1)."""
+    def set(
+        self, after: str, task: str, score: float, format_share: float | None = None, nll: float | None = None
+    ) -> None:
+        """Record a measured cell: `score` in points (0 to 100, CIDEr to 1000), `format_share` a share, `nll` in nats per token."""
         cell = self._cell(after, task)
         score = _in_range(score, 1000, f"the score of {task} after {after}")
         share = math.nan if format_share is None else _in_range(format_share, 1, f"the format share of {task}")
-        self._scores[cell], self._formats[cell] = score, share
+        if nll is not None and not 0 <= nll < math.inf:
+            raise UserError(
+                f"score matrix: the negative log-likelihood of {task} is {nll}; it must be finite and at least 0"
+            )
+        self._scores[cell], self._formats[cell], self._nlls[cell] = score, share, math.nan if nll is None else nll
         self._carried.pop(cell, None)
 
     def get(self, after: str, task: str) -> float:
@@ -115,6 +123,10 @@ class ScoreMatrix:
     def format_share(self, after: str, task: str) -> float | None:
         """The share (0 to 1) of answers in the instructed format; None where it was not measured."""
         return none_if_nan(float(self._formats[self._cell(after, task)]))
+
+    def nll(self, after: str, task: str) -> float | None:
+        """The mean negative log-likelihood of the references' tokens, in nats; None where it was not measured."""
+        return none_if_nan(float(self._nlls[self._cell(after, task)]))
 
     def copy(self, after: str, task: str, from_after: str) -> None:
         """Carry a cell over from the earlier stage `from_after` instead of running it again.
@@ -127,7 +139,8 @@ class ScoreMatrix:
                 f"score matrix: {task} after {after} cannot be carried over from {from_after}; "
                 "name an earlier stage whose score of that task is set"
             )
-        self._scores[cell], self._formats[cell] = self._scores[source], self._formats[source]
+        for values in (self._scores, self._formats, self._nlls):
+            values[cell] = values[source]
         self._carried[cell] = self._carried.get(source, source[0])
 
     def without(self, task: str) -> Self | None:
@@ -142,7 +155,7 @@ class ScoreMatrix:
                     continue
                 source = self.carried_from(after, name)
                 if source in (None, task):
-                    rest.set(after, name, score, self.format_share(after, name))
+                    rest.set(after, name, score, self.format_share(after, name), self.nll(after, name))
                 else:
                     rest.copy(after, name, source)
         return rest
@@ -155,6 +168,10 @@ class ScoreMatrix:
     def scores(self) -> np.ndarray:
         """A copy of the matrix: [stage, task] float64, NaN where missing and where stages score no unseen task."""
         return self._scores.copy()
+
+    def nlls(self) -> np.ndarray:
+        """A copy of the negative log-likelihoods: [stage, task] float64, NaN where they were not measured."""
+        return self._nlls.copy()
 
     def scored(self, stage: int) -> list[str]:
         """The tasks that are scored after the stage of this number, from 0."""
@@ -181,6 +198,7 @@ class ScoreMatrix:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form: per kind of value one list per stage, None where missing."""
         cells = [[(after, task) for task in self.scored(j)] for j, after in enumerate(self.tasks)]
+        nlls = [[self.nll(*cell) for cell in row] for row in cells]
         return {
             "tasks": self.tasks,
             "unseen": self.unseen,
@@ -188,6 +206,7 @@ class ScoreMatrix:
             "scores": [[none_if_nan(self._scores[self._cell(*cell)]) for cell in row] for row in cells],
             "format_shares": [[none_if_nan(self._formats[self._cell(*cell)]) for cell in row] for row in cells],
             "carried_from": [[self.carried_from(*cell) for cell in row] for row in cells],
+            **({} if np.isnan(self._nlls).all() else {"nlls": nlls}),
         }
 
     @classmethod
@@ -201,15 +220,19 @@ class ScoreMatrix:
             raise UserError(f"score matrix: {first['msg']} at {place}; give what ScoreMatrix.to_dict wrote") from error
         matrix = cls(saved.tasks, saved.unseen, saved.unscored)
         wanted = [len(matrix.scored(j)) for j in range(len(saved.tasks))]
-        for name in ("scores", "format_shares", "carried_from"):
-            lengths = [len(row) for row in getattr(saved, name)]
+        nlls = saved.nlls or [[None] * length for length in wanted]
+        for name, rows in (
+            *((n, getattr(saved, n)) for n in ("scores", "format_shares", "carried_from")),
+            ("nlls", nlls),
+        ):
+            lengths = [len(row) for row in rows]
             if lengths != wanted:
                 raise UserError(f"score matrix: {name} has rows of length {lengths}; the tasks want {wanted}")
         for j, after in enumerate(saved.tasks):
             for i, task in enumerate(matrix.scored(j)):
                 if saved.scores[j][i] is None:
                     continue
-                matrix.set(after, task, saved.scores[j][i], saved.format_shares[j][i])
+                matrix.set(after, task, saved.scores[j][i], saved.format_shares[j][i], nlls[j][i])
                 if saved.carried_from[j][i] is not None:
                     matrix._carried[matrix._cell(after, task)] = matrix._cell(saved.carried_from[j][i], task)[0]
         return matrix
@@ -294,6 +317,7 @@ class _Saved(BaseModel):
     scores: list[list[float | None]]
     format_shares: list[list[float | None]]
     carried_from: list[list[str | None]]
+    nlls: list[list[float | None]] | None = None  # where they were measured
 
 
 def cell_text(score: float, carried: bool = False) -> str:

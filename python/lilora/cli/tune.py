@@ -1,0 +1,256 @@
+"""`lilora tune`."""
+
+import gc
+import io
+import itertools
+import json
+import re
+import shlex
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lilora.errors import Diverged, UserError, shortened
+
+from .method_options import setting
+from .options import Json
+from .output import console, console_line, plain_table
+
+if TYPE_CHECKING:
+    from lilora.continual.tuning import Candidate, Result, Tuning
+
+OWN = ("lr", "seed", "out", "label", "nll", "quiet", "json", "help")  # options of train that a tuning gives
+
+
+def tune(
+    context: typer.Context,
+    rates: Annotated[
+        str | None,
+        typer.Option("--lr", help="Learning rates, comma-separated. Default: eight from 1e-5 to 3e-2."),
+    ] = None,
+    tries: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--try", help="key=[value, ...]: settings of the method, each with every rate; may be given again."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of what is tried; the same command goes on. Default: runs/<manifest>-tune."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Take none that you report. Default: 100.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the learning rate of a method on a manifest.
+
+    Takes the manifest and the options of lilora train, and its own below. Every rate trains the first tasks; the better half
+    goes on to twice as many, until one is left or all are trained. What counts is the mean score over the tasks so far, and
+    at equal scores the likelihood of the references.
+
+    Scores are those of the manifest's test splits: name other samples there if the reported ones shall not be looked at.
+    """
+    from rich.progress import Progress
+
+    from lilora.continual.tuning import FILE, SEED, Tuning, halving, rounds, write_tuning
+
+    from . import app
+
+    command = typer.main.get_command(app).commands["train"]
+    given = command.make_context("train", list(context.args), parent=context.parent)  # refuses what train does not know
+    _check_not_given(given)
+    manifest, answers = _manifest(given)
+    names = [task.name for task in manifest.tasks]
+    scored = [number for number, task in enumerate(manifest.tasks, 1) if task.test is not None]
+    if not scored:
+        raise UserError(f"{given.params['tasks']}: no task has a test split, by which to choose; add one")
+    candidates = _candidates(rates, tries or [])
+    plan = rounds(len(candidates), max(2, scored[0]), len(names))
+    options = {
+        name: json.loads(json.dumps(value, default=str))
+        for name, value in given.params.items()
+        if value not in (None, False, []) and name not in ("context", "out", "seed", "learning_rate")
+    }
+    out = out or Path("runs") / f"{manifest.name}-{given.params['method']}-tune"
+    tuning = _opened(out, Tuning(tasks=names, seed=SEED if seed is None else seed, options=options))
+
+    say = (lambda line: None) if as_json else console_line
+    with Progress(disable=quiet or as_json, transient=True) as progress:
+        bar = progress.add_task("tuning", total=sum(candidates * tasks for candidates, tasks in plan))
+
+        def measure(candidate: "Candidate", tasks: int) -> "Result":
+            progress.update(bar, description=f"{candidate}: {tasks} tasks")
+            known = tuning.find(candidate, tasks) or _diverged_before(tuning, candidate, tasks)
+            if known is None:
+                words = [
+                    "--order",
+                    ",".join(names[:tasks]),
+                    "--seed",
+                    str(tuning.seed),
+                    *(["--nll"] if answers else []),
+                ]
+                words += ["--out", str(out / _folder(candidate)), *_words(candidate), "--json"]
+                known = _measured(command, candidate, tasks, [*context.args, *words])
+                tuning.results.append(known)
+                write_tuning(out, tuning)
+                say(_line(known))
+            progress.advance(bar, tasks)
+            return known
+
+        for ranking in halving(candidates, plan, measure):
+            best = ranking[0]
+    if best.diverged:
+        raise UserError(f"all of {len(candidates)} candidates diverged ({best.diverged}); give lower rates with --lr")
+    tuning.best = best
+    write_tuning(out, tuning)
+    if as_json:
+        print(tuning.model_dump_json())
+        return
+    _print(tuning, candidates)
+    console_line(f"tried: {out / FILE}")
+    console_line(f"best: {_line(best)}")
+    if edge := _edge(best, candidates):
+        console_line(edge)
+    console_line(f"in the manifest: learning_rate: {{{given.params['method']}: {best.candidate.learning_rate:g}}}")
+    console_line(f"command: {shlex.join(['lilora', 'train', *context.args, *_words(best.candidate)])}")
+
+
+def _check_not_given(given: typer.Context) -> None:
+    """UserError for options of train that a tuning chooses itself."""
+    for option in given.command.params:
+        name = option.opts[0].lstrip("-")
+        source = given.get_parameter_source(option.name)
+        if name in OWN and source is not None and source.name == "COMMANDLINE":
+            raise UserError(f"--{name} behind lilora tune: it is not passed on to lilora train; leave it out")
+
+
+def _manifest(given: typer.Context) -> tuple[Any, bool]:
+    """The manifest of options of train, and whether its samples have answers whose likelihood is measured."""
+    from lilora.continual.kinds import KINDS
+    from lilora.continual.manifest import load_manifest
+
+    order = given.params["order"]
+    manifest = load_manifest(given.params["tasks"], order.split(",") if order else None, given.params["data"])
+    return manifest, KINDS[manifest.kind].answers
+
+
+def _candidates(rates: str | None, tries: list[str]) -> "list[Candidate]":
+    from lilora.continual.tuning import RATES, Candidate
+
+    found: list[float] = []
+    for text in rates.split(",") if rates is not None else map(str, RATES):
+        try:
+            rate = float(text)
+        except ValueError:
+            rate = 0
+        if not 0 < rate <= 1 or rate in found:
+            raise UserError(
+                f"--lr {rates}: {text!r} is no rate above 0 and up to 1, or given twice; write 1e-4,3e-4,1e-3"
+            )
+        found.append(rate)
+    settings: dict[str, list[Any]] = {}
+    for key, values in map(setting, tries):
+        if not isinstance(values, list) or not values or key in settings:
+            raise UserError(
+                f"--try {key}={shortened(values)}: one list is wanted for each setting, such as {key}=[1, 10]"
+            )
+        settings[key] = values
+    combined = [dict(zip(settings, values, strict=True)) for values in itertools.product(*settings.values())]
+    candidates = [Candidate(learning_rate=rate, settings=chosen) for chosen in combined for rate in sorted(found)]
+    if len(candidates) < 2:
+        raise UserError(f"--lr {rates}: there is nothing to choose from; give at least two rates, comma-separated")
+    return candidates
+
+
+def _opened(out: Path, wanted: "Tuning") -> "Tuning":
+    """The tuning that `out` holds, to go on with, or the one that is wanted if it holds none.
+
+    Raises UserError for a tuning with other options, and for a file that holds none.
+    """
+    from lilora.continual.tuning import FILE
+
+    if not (file := out / FILE).exists():
+        return wanted
+    try:
+        held = type(wanted).model_validate_json(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is not what lilora tune writes; give another --out, or restore it") from error
+    held.best = None
+    for name in ("tasks", "seed", "options"):
+        old, new = getattr(held, name), getattr(wanted, name)
+        if old != new:
+            raise UserError(
+                f"--out {out} holds another tuning: its {name} are {shortened(old)} and these are {shortened(new)}; give another "
+                "folder"
+            )
+    return held
+
+
+def _diverged_before(tuning: "Tuning", candidate: "Candidate", tasks: int) -> "Result | None":
+    """A candidate that diverged on fewer tasks does so on more."""
+    held = (r for r in tuning.results if r.candidate == candidate and r.diverged and r.tasks <= tasks)
+    return next((result.model_copy(update={"tasks": tasks}) for result in held), None)
+
+
+def _measured(command: Any, candidate: "Candidate", tasks: int, arguments: list[str]) -> "Result":
+    """What `lilora train` with these arguments reaches."""
+    from lilora.continual.tuning import Result
+    from lilora.reports.runs import Run
+
+    started = time.monotonic()
+    try:
+        with redirect_stdout(io.StringIO()) as printed:
+            command.main(arguments, prog_name="lilora train", standalone_mode=False)
+    except Diverged as error:
+        return Result(candidate=candidate, tasks=tasks, diverged=str(error))
+    finally:
+        gc.collect()  # the model, for which there may not be room twice
+    matrix = Run.from_dict(json.loads(printed.getvalue().splitlines()[-1])).matrix
+    nlls = [matrix.nll(matrix.tasks[-1], task) for task in matrix.columns]
+    return Result(
+        candidate=candidate,
+        tasks=tasks,
+        ap=matrix.metrics()["Last" if matrix.unseen else "AP"],
+        nll=None if None in nlls else sum(nlls) / len(nlls),
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def _folder(candidate: "Candidate") -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", str(candidate))
+
+
+def _words(candidate: "Candidate") -> list[str]:
+    """As options of train."""
+    pairs = [f"{key}={json.dumps(value)}" for key, value in candidate.settings.items()]
+    return ["--lr", f"{candidate.learning_rate:g}", *(word for pair in pairs for word in ("--set", pair))]
+
+
+def _line(result: "Result") -> str:
+    if result.diverged:
+        return f"{result.candidate}: {result.diverged}"
+    likelihood = "" if result.nll is None else f", {result.nll:.3f} nats per token"
+    return f"{result.candidate}: {result.ap:.1f} points{likelihood} over {result.tasks} tasks"
+
+
+def _edge(best: "Result", candidates: "list[Candidate]") -> str:
+    """Advice where the best of several rates is the lowest or highest."""
+    rates = sorted({candidate.learning_rate for candidate in candidates})
+    ends = {rates[0]: "lowest", rates[-1]: "highest"} if len(rates) > 1 else {}
+    end = ends.get(best.candidate.learning_rate)
+    further = {"lowest": "lower", "highest": "higher"}
+    return f"this is the {end} rate that was tried; a {further[end]} one may be better" if end else ""
+
+
+def _print(tuning: "Tuning", candidates: "list[Candidate]") -> None:
+    """A row for each candidate, a column for each round."""
+    rounds = sorted({result.tasks for result in tuning.results})
+    table = plain_table(["points over so many tasks"], [str(tasks) for tasks in rounds])
+    for candidate in candidates:
+        found = [tuning.find(candidate, tasks) for tasks in rounds]
+        cells = ["" if r is None else "diverged" if r.diverged else f"{r.ap:.1f}" for r in found]
+        table.add_row(str(candidate), *cells)
+    console.print(table)

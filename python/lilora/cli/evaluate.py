@@ -34,7 +34,7 @@ def evaluate(
 ) -> None:
     """Score the tasks of a bank in mixed batches, with one model load.
 
-    Of image classification all tasks of the manifest, trained or not.
+    Of image classification with CLIP all tasks of the manifest, trained or not.
     """
     from rich.progress import Progress
 

@@ -1,4 +1,4 @@
-"""Image classification by class names: manifests of kind `classification`, and the labelled images of their tasks."""
+"""Image classification: manifests of kind `classification`, and the labelled images of their tasks."""
 
 import random
 from collections import defaultdict
@@ -71,7 +71,10 @@ class ImageTask(BaseModel):
 
 
 class ClassificationManifest(Manifest):
-    """Tasks of image classification, for CLIP; templates, shots and template_per hold for tasks that give none."""
+    """Tasks of image classification; templates, shots and template_per hold for tasks that give none.
+
+    Templates are for CLIP: a model of images alone has a classifier for each task instead.
+    """
 
     kind: Literal["classification"] = "classification"
     templates: Templates = TEMPLATES

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lilora.continual import clip, evaluate, text_models
+from lilora.continual import clip, evaluate, text_models, vision
 from lilora.errors import UserError
 from lilora.methods import METHODS, Method
 
@@ -28,7 +29,8 @@ class Kind:
     batch_size, progress): the tasks' scores; evaluate_routed(method, processor, router, tasks, those scores, batch_size,
     progress): the same without the task. pipeline, auto_class: what the hub and transformers call such models. unseen:
     whether stages score the tasks that come later too. answers: whether samples have answers in tokens, which the model
-    writes, as some methods want. one_process_reason: why several processes cannot train on them together.
+    writes, as some methods want. one_process_reason: why several processes cannot train on them together. heads: whether
+    each task has a classifier of its own (`vision.TaskHeads`).
     """
 
     load: Callable[[str, torch.dtype | str], tuple[nn.Module, Any]]
@@ -41,6 +43,11 @@ class Kind:
     unseen: bool = False
     answers: bool = True
     one_process_reason: str | None = None
+    heads: bool = False
+
+    def needs_task(self, method: type[Method]) -> bool:
+        """Whether inference must be given the task."""
+        return method.needs_task or self.heads
 
     def check_method(self, method: type[Method]) -> None:
         """UserError for a method that cannot train such tasks."""
@@ -104,16 +111,31 @@ KINDS = {
         answers=False,
         one_process_reason="their loss compares all pairs of a batch",
     ),
+    "vision": Kind(
+        vision.load,
+        lambda spec, processor: None,
+        vision.training_data,
+        vision.evaluate,
+        partial(clip.evaluate_routed, classified=vision.classified),
+        "image-classification",
+        "AutoModelForImageClassification",
+        answers=False,
+        heads=True,
+    ),
 }
 
 
 def kind_name(manifest_kind: str, model: str) -> str:
-    """Of a run: instructions for a base model that sees no images are of a kind of their own."""
+    """Of a run: instructions for a base model that sees no images, and classes for one of images alone, are of other kinds."""
+    narrower = {
+        "instruction": ("text", text_models.is_text_model),
+        "classification": ("vision", vision.is_vision_model),
+    }
+    name, fits = narrower[manifest_kind]
     try:
-        text = manifest_kind == "instruction" and text_models.is_text_model(model)
+        return name if fits(model) else manifest_kind
     except (OSError, ValueError):  # loading it says what is wrong
-        text = False
-    return "text" if text else manifest_kind
+        return manifest_kind
 
 
 def kind_of(config: dict[str, Any]) -> Kind:

@@ -35,6 +35,7 @@ from .run_folder import check_folder, label_of, run_of, take_settings
 from .task_identification import SAMPLES, TASK_IDENTIFIERS, NearestCentroid, identifier_of
 from .task_sequence import Manifest
 from .trainer import StageData, TaskTrainer
+from .vision import train_head
 
 
 class ContinualRun:
@@ -153,7 +154,7 @@ class ContinualRun:
                 self._train_task(index, spec, save_steps, workers, bars, report_to)
                 if processes.sharded():
                     self._reload()
-            if self.method.needs_task and spec.name not in self.bank.routed:
+            if self.kind.needs_task(self.method) and spec.name not in self.bank.routed:
                 self._fit_router(spec, say)
             if processes.rank() == 0:
                 shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
@@ -192,6 +193,7 @@ class ContinualRun:
             trainer = self._train_stage(spec, stage, seed, save_steps, workers, bars, report_to)
             losses[stage.name] = trainer.losses()
         own, shared = ({k: full_tensor(t) for k, t in tensors.items()} for tensors in self.method.tensors(spec.name))
+        own |= self.method.base.classifier.stored(spec.name) if self.kind.heads else {}
         if not all(torch.isfinite(tensor).all() for tensor in (*own.values(), *shared.values())):
             raise UserError(f"task {spec.name!r} diverged: its parameters are not finite; {self._after_divergence()}")
         seconds = self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
@@ -199,6 +201,9 @@ class ContinualRun:
         loss = float(np.average(curve, weights=np.diff((0, *steps))))
         info = {"steps": trainer.state.global_step, "loss": loss, "losses": losses, "seconds": seconds}
         info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
+        if self.kind.heads:
+            info["classes"] = self.method.base.classifier.classes[spec.name]
+            info["parameters"] += sum(p.numel() for p in self.method.base.classifier.parameters())
         processes.check_same(f"task {spec.name!r} as trained", lambda: digest(own | shared))
         self._write(lambda bank: bank.add_task(spec.name, own, shared, info=info, replaces=self.method.one_state))
 
@@ -254,6 +259,8 @@ class ContinualRun:
             return data.batches(samples, self.method.base, size)
 
         self.method.begin(stage, batches)
+        if self.kind.heads:
+            train_head(self.method.base, stage.task, data.samples.classes, next(batches(1)))
         processes.check_same(
             f"task {stage.task!r} at its start", lambda: self.method.fingerprints([stage.task])[stage.task]
         )
@@ -401,6 +408,8 @@ def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:
             raise UserError(
                 f"{what}: one process alone can train, because {reason}; start the command without a launcher"
             )
+    if processes.sharded() and kind.heads:
+        raise UserError("FSDP2 would shard the tasks' classifiers too; use examples/accelerate/ddp.yaml")
     if processes.sharded() and not method.sharded_parameters:
         raise UserError(
             f"--method {method.name} reads its parameters outside the forward, where FSDP2 has sharded them; use "

@@ -200,6 +200,8 @@ class ContinualRun:
         steps, curve = zip(*losses[stage.name], strict=True)
         loss = float(np.average(curve, weights=np.diff((0, *steps))))
         info = {"steps": trainer.state.global_step, "loss": loss, "losses": losses, "seconds": seconds}
+        if self.kind.answers:
+            info["max_new_tokens"] = spec.max_new_tokens
         info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
         if self.kind.heads:
             info["classes"] = self.method.base.classifier.classes[spec.name]

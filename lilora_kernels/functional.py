@@ -45,6 +45,7 @@ def delta(
     Under autocast x is cast to the autocast dtype. Deterministic; gradients nobody asks for are not computed.
     Raises ValueError for shapes and ranges, TypeError for dtypes.
     """
+    check_task("delta", task)
     return of_rows(_delta, autocast(x), a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
 
 
@@ -72,6 +73,7 @@ def linear(
     """
     cast = autocast(x)
     check_dtypes("linear", x, cast, weight)
+    check_task("linear", task)
     return of_rows(_linear, cast, weight, bias, a, b0, u, v, fusion, task, gate, gate_row, seed, scaling, p, ranks)
 
 
@@ -103,6 +105,7 @@ def delta_pair(
     cast = autocast(x)
     for weight in (weight_1, weight_2):
         check_dtypes("delta_pair", x, cast, weight)
+    check_task("delta_pair", task)
     return of_rows(
         _delta_pair, cast, weight_1, bias_1, *first, weight_2, bias_2, *second, task, seed, scaling, p, ranks
     )
@@ -155,6 +158,14 @@ def of_rows(operation: Operation, x: Tensor, *args: Any, known: bool = False) ->
     y, *more = operation(x.reshape(-1, x.shape[-1]), *args, known=known)
     y = y.view(*x.shape[:-1], y.shape[-1])
     return y if len(more) == 1 else (y, more[0].view(*x.shape[:-1], more[0].shape[-1]))
+
+
+def check_task(op: str, task: Tensor | None) -> None:
+    if task is not None and not isinstance(task, Tensor):
+        raise TypeError(
+            f"{op}: task is {task!r}; pass an int32 tensor [M] with the id of each row's task, -1 for none: names and lists are "
+            "for task_ids of an attached model"
+        )
 
 
 def check_dtypes(op: str, x: Tensor, cast: Tensor, weight: Tensor | None) -> None:

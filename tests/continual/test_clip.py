@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
+from support.labelled_images import CLASSES, make_images, manifest_tasks
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
 
@@ -26,7 +27,6 @@ from lilora.reports.report import write_report
 from lilora.reports.runs import Run
 from lilora.reports.scores import ScoreMatrix
 
-CLASSES = {"colour": ["red", "green", "blue"], "count": ["one", "two"], "size": ["small", "big", "very big"]}
 SPECIAL = ["<pad>", "<s>", "<unk>", "</s>"]
 
 
@@ -55,38 +55,19 @@ def make_model(folder):
     CLIPModel(config).save_pretrained(folder)
 
 
-def make_data(folder, samples=10):
-    """Noise: task `colour` in folders, the others in lists."""
-    rng = np.random.default_rng(0)
-    for task, names in CLASSES.items():
-        for split in ("train", "test"):
-            records = []
-            for i in range(samples):
-                label = i % len(names)
-                path = folder / task / split / names[label].replace(" ", "_") / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
-                records.append({"image": str(path.relative_to(folder / task)), "label": label})
-            (folder / task / f"{split}.json").write_text(json.dumps(records))
-
-
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """The folder of the suite; `clip.yaml` is its manifest."""
     folder = tmp_path_factory.mktemp("images")
     make_model(folder / "base")
-    make_data(folder / "data")
-    tasks = [{"name": "colour", "train": "colour/train", "test": "colour/test"}]
-    for name in ("count", "size"):
-        lists = {split: f"{name}/{split}.json" for split in ("train", "test")}
-        tasks.append({"name": name, **lists, "images": name, "classes": CLASSES[name]})
+    make_images(folder / "data")
     manifest = {
         "name": "tiny-clip",
         "kind": "classification",
         "data": "data",
         "model": "./base",
         "templates": ["a {}", "a photo of a {}"],
-        "tasks": tasks,
+        "tasks": manifest_tasks(),
     }
     (folder / "clip.yaml").write_text(yaml.safe_dump(manifest))
     return folder
@@ -591,11 +572,11 @@ def test_images_of_any_task_are_routed_by_the_frozen_encoder(images, tmp_path, l
     data = LabelledImages(specs[2], "test")
     mixed = ["colour", "count", "count", "size", "colour"] * 2
     said = {
-        name: clip.classified(method, processor, specs[2], data, [name] * 10, 4, None)
+        name: clip.zero_shot(method, processor, specs[2], data, [name] * 10, 4, None)
         for name in ("colour", "count", "size")
     }
     assert len(set(map(tuple, said.values()))) > 1
-    got = clip.classified(method, processor, specs[2], data, mixed, 4, None)
+    got = clip.zero_shot(method, processor, specs[2], data, mixed, 4, None)
     assert got == [said[name][i] for i, name in enumerate(mixed)]
 
 

@@ -122,6 +122,14 @@ def test_one_layer_with_explicit_ids(compiled):
     assert graphs.frame_count == 1
 
 
+def test_a_task_that_is_not_active_is_told_of_in_a_graph_too(compiled):
+    model = mlp("ab")
+    set_task(model, "a")
+    run, _ = compiled(model)
+    with pytest.raises(ValueError, match=r"the id 1; .*: make all tasks of a batch active with set_task"):
+        run(torch.randn(2, 12), task_ids=["b", "a"])
+
+
 def test_deleted_tasks_leave_holes_in_a_graph_too(compiled):
     model, x, ids = mlp(TASKS).eval(), torch.randn(4, 3, 12), torch.tensor([0, 2, -1, 2])
     for layer in (model[0], model[2]):

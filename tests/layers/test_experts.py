@@ -221,7 +221,9 @@ def test_fullgraph_compile():
 
 def test_explain_and_warmup_know_them():
     model, _ = adapted(dtype=torch.float32)
-    assert "0.gate_up_proj: eager (composed for all rows), base and adapter in one operation" in explain(model)
+    assert "0.gate_up_proj, 0.down_proj: eager (composed for all rows), base and adapter in one operation" in explain(
+        model
+    )
     assert warmup(model) == 0
 
 

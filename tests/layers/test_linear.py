@@ -192,6 +192,13 @@ def test_explain_names_the_plan_of_every_layer(no_cpu_kernels):
         assert "eager (composed as forced), base" in lilora_kernels.explain(layer())
     with lilora_kernels.plan("decode"):
         assert "NO BACKEND (decode as forced) CANNOT RUN" in lilora_kernels.explain(layer())
+    alike = nn.ModuleDict(
+        {"blocks": nn.ModuleList([nn.ModuleDict({"up": layer(), "down": layer()}) for _ in range(3)])}
+    )
+    alike["blocks"][1]["up"] = hooked
+    one, other, *_ = lilora_kernels.explain(alike).splitlines()
+    assert one.startswith("blocks.0,2.up, blocks.0-2.down: ")
+    assert other.startswith("blocks.1.up: ")
     assert lilora_kernels.explain(nn.Linear(2, 2)) == "no adapted layer in this model"
 
 

@@ -9,6 +9,7 @@ from support.pclr import learn, learned, pclr, rows
 from torch.nn.functional import kl_div, normalize
 
 from lilora.errors import UserError
+from lilora.methods.base import lora_parameters
 from lilora.methods.distillation import divergence
 from lilora.methods.pclr import pool as pools
 from lilora.methods.pclr.compression import least_redundant, merged_keys, strided
@@ -385,6 +386,13 @@ def test_memory_never_exceeds_the_cap(settings):
         assert method.experts() <= 12
         assert method.ranks() <= 12 + 2
         sizes.append(method.parameters())
+    pool = sum(t.numel() for name, t in method.tensors("task5")[1].items() if name.endswith((".A", ".B0")))
+    linears = [(layer.out_features, layer.in_features) for layer in method.layers.values()]
+    assert method.experts() == 12
+    learns = method.options.integrate or method.options.shared_learns == "always"
+    assert pool == method.inference_parameters(method.options, linears)[0] - (
+        0 if learns else lora_parameters(2, linears)
+    )
     queries = method.queries.text.numel() // 6 + method.queries.vision.numel() // 6
     assert sizes[-1] - sizes[-2] == queries  # one query a task is all that grows
 

@@ -354,6 +354,7 @@ WRONG = {
     "u alone": ({"v": None}, ValueError, "u and v"),
     "fusion": ({"fusion": torch.randn(2)}, ValueError, "fusion is"),
     "task length": ({"task": torch.zeros(5, dtype=torch.int32)}, ValueError, r"task is \[5\]"),
+    "task list": ({"task": [0] * 17}, TypeError, r"task is \[0, .*; pass an int32 tensor"),
     "task dtype": ({"task": torch.zeros(17)}, TypeError, "task is torch.float32; it must be torch.int32"),
     "task missing": ({"task": None}, ValueError, "task is None"),
     "task range": ({"task": torch.full((17,), 3, dtype=torch.int32)}, ValueError, "task has the id 3"),

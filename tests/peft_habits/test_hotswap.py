@@ -139,6 +139,7 @@ def test_what_cannot_be_swapped_in_changes_nothing(chain, tmp_path):
     foreign = get_peft_model_state_dict(adapted("z", llama(num_hidden_layers=1)), adapter_name="z")
     wrong = {
         "task 'x' is unknown; this model knows": (folder / "c", "x"),
+        "no/c is no folder; give that of one task": ("no/c", "b"),
         "alpha is 1.0, but the model's other tasks have 9.0": (folders["alpha"] / "z", "b"),
         "fusion is False": (folders["plain"] / "z", "b"),
         "r is 7": (folders["deep"] / "z", "b"),

@@ -119,7 +119,10 @@ def layout(task: Tensor, tasks: int, device: torch.device) -> Layout:
         found = runs_of(task)
     for t, _ in found:
         if not -1 <= t < tasks:
-            raise ValueError(f"task has the id {t}; ids must be in 0..{tasks - 1}, or -1 for rows without an adapter")
+            raise ValueError(
+                f"task has the id {t}; ids must be in 0..{tasks - 1}, or -1 for rows without an adapter (a compiled model in "
+                "training counts the active tasks alone: make all tasks of a batch active with set_task)"
+            )
     runs = [Group(t, None if len(found) == 1 else rows) for t, rows in found if t >= 0]
     bare = tuple(rows for t, rows in found if t < 0)
     if order is None:

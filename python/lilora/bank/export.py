@@ -88,12 +88,19 @@ def plain_lora(
     return PlainLoRA(factors, alpha / r, dropout)
 
 
-def write_lora(folder: Path, lora: PlainLoRA, base_model: str | None, experts: bool = False) -> None:
+def write_lora(
+    folder: Path,
+    lora: PlainLoRA,
+    base_model: str | None,
+    experts: bool = False,
+    saved: dict[str, Tensor] | None = None,
+) -> None:
     """PEFT's two files of a LoRA into an existing folder: adapter_config.json and adapter_model.safetensors, in A's dtype.
 
     Routed experts become PEFT's target_parameters, which it adapts without dropout. experts: whether the model has some,
     adapted or not; names of shared ones say it too. PEFT takes a target module there for a routed expert of transformers 4 by
-    the end of its name, so that linears beside the experts are named by their weights.
+    the end of its name, so that linears beside the experts are named by their weights. saved: tensors by name of modules that
+    take the places of the model's, PEFT's modules_to_save.
     """
     ranks = {path: a.shape[-2] for path, (a, _) in lora.factors.items()}
     routed = [path for path, (a, _) in lora.factors.items() if a.dim() == 3]
@@ -117,8 +124,9 @@ def write_lora(folder: Path, lora: PlainLoRA, base_model: str | None, experts: b
         pattern = pattern_of([*modules, *(f"{path}.weight" for path in weights)])
         config.rank_pattern = {pattern: ranks[linears[0]]}
         config.alpha_pattern = {pattern: whole(lora.scaling * ranks[linears[0]])}
+    config.modules_to_save = sorted({name.rpartition(".")[0] for name in saved or {}}) or None
     config.save_pretrained(str(folder))
-    tensors = {}
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in (saved or {}).items()}
     for path, (a, b) in lora.factors.items():
         place = path
         if a.dim() == 3:
@@ -182,13 +190,15 @@ def export_lora(model: nn.Module, task: str, folder: str | Path) -> None:
         )
 
 
-def lora_use(base_model: str | None, loader: str = "AutoModelForImageTextToText", *first: str) -> str:
+def lora_use(
+    base_model: str | None, loader: str = "AutoModelForImageTextToText", *first: str, options: str = ""
+) -> str:
     lines = [
         *first,
         "from peft import PeftModel",
         f"from transformers import {loader}",
         "",
-        f'model = {loader}.from_pretrained("{base_model or "BASE"}")',
+        f'model = {loader}.from_pretrained("{base_model or "BASE"}"{options})',
         'model = PeftModel.from_pretrained(model, "FOLDER-OR-REPOSITORY")',
     ]
     return "\n".join(["```python", *lines, "```"])

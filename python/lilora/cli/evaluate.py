@@ -35,7 +35,8 @@ def evaluate(
 ) -> None:
     """Score the tasks of a bank in mixed batches, with one model load.
 
-    Of image classification all tasks of the manifest, trained or not. Probes of the manifest are asked with the newest task.
+    Of image classification with CLIP all tasks of the manifest, trained or not. Probes of the manifest are asked with the newest
+    task.
     """
     from rich.progress import Progress
 
@@ -55,7 +56,7 @@ def evaluate(
         raise UserError(
             f"--tasks {tasks} is of kind {manifest.kind!r} and {bank} is not; give the manifest of its tasks"
         )
-    manifest = load_manifest(tasks, None if manifest.unseen else opened.tasks, data)
+    manifest = load_manifest(tasks, None if kind.unseen(manifest) else opened.tasks, data)
     measures = kind.measures(nll)
     with Progress(disable=as_json) as progress:
         results = kind.evaluate(method, processor, manifest.tasks, batch_size, progress, **measures)

@@ -29,7 +29,12 @@ def generate(
     image: Annotated[
         list[Path] | None, typer.Option(help="Image file of --prompt; may be given several times, or not at all.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 64,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Most tokens of an answer. Default: as the manifest of the training says for the task."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch; tasks are mixed.")] = 16,
     out: Annotated[
         Path | None, typer.Option(help="File for the answers to --prompts, as JSON lines. Default: standard output.")

@@ -61,8 +61,9 @@ def model_config(model: str) -> Any:
 
 
 def bank_router(bank, method):
+    from lilora.continual.kinds import kind_of
     from lilora.continual.task_identification import identifier_of
 
-    if not method.needs_task:
+    if not kind_of(bank.config).needs_task(method):
         raise UserError(f"{bank.path}: {method.name} needs no task, so there is nothing to route; leave out --routed")
     return identifier_of(bank.config).load(bank, method.model)

@@ -14,6 +14,7 @@ from lilora.methods import Method, make_method
 from .images import ImageAspect, set_image_aspect
 from .kinds import Kind, kind_of
 from .recorded import image_aspect_of, train_settings
+from .vision import take_heads
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,6 +45,8 @@ def restore(method: Method, bank: Bank) -> None:
     """Put the tasks of a bank into a new method; UserError if its tensors are not those that its settings make."""
     tasks = bank.load_tasks()
     try:
+        if kind_of(bank.config).heads:
+            take_heads(method.base, bank, tasks)
         method.restore(tasks)
     except (UserError, torch.OutOfMemoryError):
         raise

@@ -1,4 +1,4 @@
-"""Image classification by class names: manifests of kind `classification`, and the labelled images of their tasks."""
+"""Image classification: manifests of kind `classification`, and the labelled images of their tasks."""
 
 import random
 import re
@@ -89,7 +89,9 @@ class ImageTask(Task):
 
 
 class ClassificationManifest(Manifest):
-    """Tasks of image classification, for CLIP; templates, shots and template_per hold for tasks that give none.
+    """Tasks of image classification; templates, shots and template_per hold for tasks that give none.
+
+    Templates and label spaces are for CLIP: a model of images alone has a classifier for each task instead.
 
     label_space: among which classes an image is placed. `task`: those of its own task. `all`: those of all tasks of the
     manifest, as X-TAIL has it (arXiv 2406.18868). `seen`: those of the tasks trained so far, as class-incremental learning

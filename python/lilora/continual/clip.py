@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -23,6 +23,8 @@ from .images import images_for
 from .memory import InParts
 from .mixing import TaskSamples
 from .task_identification import TaskRouter
+
+Classified = Callable[..., list[str]]
 
 
 class ContrastiveCLIP(CLIPModel):
@@ -60,7 +62,9 @@ def load(model: str, dtype: torch.dtype | str) -> tuple[ContrastiveCLIP, AutoPro
     """Base model and processor; UserError for a model that is no CLIP."""
     kind = AutoConfig.from_pretrained(model).model_type
     if kind != "clip":
-        raise UserError(f"--model {model} is of type {kind!r}; classification tasks want a model of type 'clip'")
+        raise UserError(
+            f"--model {model} is of type {kind!r}; classification tasks want a model of type 'clip', or one of images alone"
+        )
     return ContrastiveCLIP.from_pretrained(model, dtype=dtype), AutoProcessor.from_pretrained(model)
 
 
@@ -101,9 +105,9 @@ def tokenised(processor, prompts: list[str]) -> dict[str, Tensor]:
 
 
 def pixels(processor, batch: Sequence[LabelledImage]) -> dict[str, Tensor]:
-    """pixel_values [B, 3, H, W] fp32."""
+    """pixel_values [B, 3, H, W] fp32, and what else the image processor makes, if anything."""
     images = images_for(processor, [sample.path for sample in batch])
-    return {"pixel_values": processor.image_processor(images, return_tensors="pt")["pixel_values"]}
+    return dict(getattr(processor, "image_processor", processor)(images, return_tensors="pt"))
 
 
 def training_data(specs: Sequence[ImageTask], processor) -> tuple[TaskSamples, PairCollator]:
@@ -122,7 +126,7 @@ def evaluate(
     scores = []
     for spec in tasks:
         data = LabelledImages(spec, "test")
-        said = classified(method, processor, spec, data, [spec.name] * len(data), batch_size, progress)
+        said = zero_shot(method, processor, spec, data, [spec.name] * len(data), batch_size, progress)
         scores.append(score(spec, data, said))
     return scores
 
@@ -136,8 +140,13 @@ def evaluate_routed(
     given: Sequence[TaskScore],
     batch_size: int,
     progress: Progress | None = None,
+    classified: Classified | None = None,
 ) -> list[RoutedScore]:
-    """The same with each image's task as the router finds it: that task's model embeds the image and the class names."""
+    """The same with each image's task as the router finds it: that task's model embeds the image and the class names.
+
+    classified: what a task's model says to images, by default those of CLIP.
+    """
+    classified = classified or zero_shot
     scores = []
     for spec, result in zip(tasks, given, strict=True):
         data = LabelledImages(spec, "test")
@@ -151,7 +160,7 @@ def evaluate_routed(
     return scores
 
 
-def classified(
+def zero_shot(
     method: Method,
     processor,
     spec: ImageTask,

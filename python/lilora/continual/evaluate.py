@@ -3,9 +3,10 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from rich.progress import Progress
@@ -20,6 +21,8 @@ from .collator import IGNORED, Collator
 from .instructions import Sample, TaskSpec, instruction_data
 from .memory import InParts
 from .task_identification import TaskRouter
+
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -153,11 +156,26 @@ def answers_to(
 ) -> list[str]:
     """The answer of a task to each (task, sample)."""
     collator = Collator(processor, {name: i for i, name in enumerate(limits)}, train=False)
+
+    def answer(part: Sequence[tuple[str, Sample]]) -> list[str]:
+        return generate(method, processor, collator, part, limits)
+
+    return in_batches(method, requests, answer, batch_size, progress)
+
+
+def in_batches(
+    method: Method,
+    requests: Sequence[tuple[str, Any]],
+    answer: Callable[[Sequence[tuple[str, Any]]], list[str]],
+    batch_size: int,
+    progress: Progress | None,
+) -> list[str]:
+    """`answer` to each (task, sample), in mixed batches where the method can; several processes take turns with them."""
     groups = [list(range(len(requests)))]
     if not method.mixed_batches:
         groups = [[i for i, (task, _) in enumerate(requests) if task == name] for name in dict(requests)]
     answers = [""] * len(requests)
-    answer = InParts(lambda part: generate(method, processor, collator, part, limits), "evaluating")
+    answer = InParts(answer, "evaluating")
     bar = None if progress is None else progress.add_task("evaluating", total=len(requests))
     with evaluating(method.model):
         for group in groups:
@@ -226,7 +244,7 @@ def write_answers(path: Path, answers: Sequence[dict[str, str]]) -> None:
     write_atomically(path, (lines + "\n").encode())
 
 
-def in_turn(samples: Mapping[str, Sequence[Sample]]) -> list[tuple[str, Sample]]:
+def in_turn(samples: Mapping[str, Sequence[Kept]]) -> list[tuple[str, Kept]]:
     """One sample of each task after the other, until all are used."""
     longest = max(map(len, samples.values()))
     return [(name, own[i]) for i in range(longest) for name, own in samples.items() if i < len(own)]

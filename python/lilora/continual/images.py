@@ -60,7 +60,7 @@ def set_image_aspect(processor: Any, aspect: ImageAspect) -> None:
     Raises UserError for "pad" where the processor takes no images or has no mean colour.
     """
     if aspect == "pad":
-        mean = getattr(getattr(processor, "image_processor", None), "image_mean", None)
+        mean = getattr(getattr(processor, "image_processor", processor), "image_mean", None)
         if mean is None:
             raise UserError(
                 f"image_aspect is 'pad', and {type(processor).__name__} has no images with a mean colour to pad with; use "

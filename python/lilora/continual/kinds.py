@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lilora.continual import clip, evaluate, text_models
+from lilora.continual import clip, evaluate, text_models, vision
 from lilora.errors import UserError
 from lilora.methods import METHODS, Method
 
@@ -16,6 +17,7 @@ from .collator import Collator
 from .images import extreme_images
 from .instructions import TaskSpec, instruction_data
 from .mixing import TaskSamples
+from .task_sequence import Manifest
 
 Collate = Callable[[list], dict[str, Tensor]]
 
@@ -28,7 +30,7 @@ class Kind:
     batch_size, progress): the tasks' scores; evaluate_routed(method, processor, router, tasks, those scores, batch_size,
     progress): the same without the task. pipeline, auto_class: what the hub and transformers call such models. answers:
     whether samples have answers in tokens, which the model writes, as some methods want. one_process_reason: why several
-    processes cannot train on them together.
+    processes cannot train on them together. heads: whether each task has a classifier of its own (`vision.TaskHeads`).
     """
 
     load: Callable[[str, torch.dtype | str], tuple[nn.Module, Any]]
@@ -40,6 +42,11 @@ class Kind:
     auto_class: str
     answers: bool = True
     one_process_reason: str | None = None
+    heads: bool = False
+
+    def needs_task(self, method: type[Method]) -> bool:
+        """Whether inference must be given the task."""
+        return method.needs_task or self.heads
 
     def check_method(self, method: type[Method]) -> None:
         """UserError for a method that cannot train such tasks."""
@@ -47,6 +54,28 @@ class Kind:
             fit = ", ".join(name for name, other in METHODS.items() if not other.answers_only)
             raise UserError(
                 f"--method {method.name} cannot train on tasks of this kind of manifest; choose one of {fit}"
+            )
+        if self.heads and method.trains_on != "task":
+            raise UserError(
+                f"--method {method.name} does not train on one task after another alone, and a model of images alone has a "
+                "classifier for each task; take another method, or CLIP"
+            )
+
+    def unseen(self, manifest: Manifest) -> bool:
+        """Whether stages score the tasks that come later too."""
+        return manifest.unseen and not self.heads
+
+    def check_manifest(self, manifest: Manifest) -> None:
+        """UserError for a manifest that wants scores which a model with a classifier for each task cannot have."""
+        if not self.heads:
+            return
+        if manifest.probes:
+            raise UserError(
+                f"task {manifest.probes[0].name!r} is a probe, which no classifier is trained for; leave it out, or take CLIP"
+            )
+        if manifest.label_space != "task":
+            raise UserError(
+                f"label_space is {manifest.label_space!r}, and a model of images alone has a classifier for each task; take CLIP"
             )
 
     def measures(self, nll: bool) -> dict[str, bool]:
@@ -109,16 +138,31 @@ KINDS = {
         answers=False,
         one_process_reason="their loss compares all pairs of a batch",
     ),
+    "vision": Kind(
+        vision.load,
+        lambda spec, processor: None,
+        vision.training_data,
+        vision.evaluate,
+        partial(clip.evaluate_routed, classified=vision.classified),
+        "image-classification",
+        "AutoModelForImageClassification",
+        answers=False,
+        heads=True,
+    ),
 }
 
 
 def kind_name(manifest_kind: str, model: str) -> str:
-    """Of a run: instructions for a base model that sees no images are of a kind of their own."""
+    """Of a run: instructions for a base model that sees no images, and classes for one of images alone, are of other kinds."""
+    narrower = {
+        "instruction": ("text", text_models.is_text_model),
+        "classification": ("vision", vision.is_vision_model),
+    }
+    name, fits = narrower[manifest_kind]
     try:
-        text = manifest_kind == "instruction" and text_models.is_text_model(model)
+        return name if fits(model) else manifest_kind
     except (OSError, ValueError):  # loading it says what is wrong
-        text = False
-    return "text" if text else manifest_kind
+        return manifest_kind
 
 
 def kind_of(config: dict[str, Any]) -> Kind:

@@ -97,19 +97,31 @@ def check_prompts(prompts: Sequence[Prompt], bank: Bank) -> None:
                 opened.add(image)
 
 
+def limits_of_bank(bank: Bank) -> dict[str, int]:
+    """The most tokens of an answer of each task, as its manifest said; 64 in banks that do not record it.
+
+    Where one state serves all tasks, a prompt's task may not be known: each has the most of all.
+    """
+    limits = {task["name"]: task["info"].get("max_new_tokens") or 64 for task in bank.describe()["tasks"]}
+    if METHODS[bank.config["method"]].needs_task:
+        return limits
+    return dict.fromkeys(limits, max(limits.values()))
+
+
 @torch.inference_mode()
 def answer_prompts(
     bank: Bank,
     method: Method,
     processor: Any,
     prompts: Sequence[Prompt],
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     batch_size: int,
     progress: Progress | None = None,
 ) -> list[tuple[str, str]]:
     """(task, answer) of each prompt, in their order; where none is named, the task that the bank finds.
 
-    bank, method, processor: as `load_bank` returns them. Batches mix tasks where the method can.
+    bank, method, processor: as `load_bank` returns them. max_new_tokens: None for those of each task
+    (`limits_of_bank`). Batches mix tasks where the method can.
     """
     samples = [Sample(str(prompt.id), prompt.images, prompt.text, ("",)) for prompt in prompts]
     tasks = [prompt.task for prompt in prompts]
@@ -121,7 +133,7 @@ def answer_prompts(
             found = identify(router, processor, [samples[i] for i in unnamed], batch_size, progress)
         for i, task in zip(unnamed, found, strict=True):
             tasks[i] = task
-    limits = dict.fromkeys(tasks, max_new_tokens)
+    limits = limits_of_bank(bank) if max_new_tokens is None else dict.fromkeys(bank.tasks, max_new_tokens)
     requests = list(zip(tasks, samples, strict=True))
     answers = answers_to(method, processor, requests, limits, batch_size, progress)
     return list(zip(tasks, answers, strict=True))

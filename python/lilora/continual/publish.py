@@ -17,6 +17,7 @@ from .base_model import load_base
 from .collator import Collator
 from .kinds import kind_of
 from .recorded import image_aspect_of, train_settings
+from .vision import exported_head, own_head
 
 FORMATS = ("lora", "lilora")
 
@@ -36,9 +37,14 @@ def export_tasks(bank: Bank, task: str | None, out: Path, form: str = "lora") ->
         raise UserError(
             f"--format lilora: tasks of {method.name}, as in {bank.path}, are no adapters of PEFT's LILORA; use lora"
         )
-    one = task is not None or not method.needs_task
+    kind = kind_of(bank.config)
+    if form == "lilora" and kind.heads:
+        raise UserError(
+            f"--format lilora: tasks of {bank.path} have classifiers of their own, which it does not hold; use lora"
+        )
+    one = task is not None or not kind.needs_task(method)
     names = [chosen_task(bank, task)] if one else bank.tasks
-    base, auto_class = bank.base_model.id, kind_of(bank.config).auto_class
+    base, auto_class = bank.base_model.id, kind.auto_class
     ids = {record["name"]: record["id"] for record in bank.describe()["tasks"]}
     with new_folder(out) as folder:
         for name in names:
@@ -46,8 +52,9 @@ def export_tasks(bank: Bank, task: str | None, out: Path, form: str = "lora") ->
             place.mkdir(exist_ok=True)
             about = f"{what_of(bank, name)}, as a "
             if form == "lora":
-                write_lora(place, method.as_lora(bank, name), base)
-                about, use = f"{about}plain LoRA.", lora_use(base, auto_class)
+                head, options = exported_head(bank, name) if kind.heads else ({}, "")
+                write_lora(place, method.as_lora(bank, name), base, saved=head)
+                about, use = f"{about}plain LoRA.", lora_use(base, auto_class, options=options)
             else:
                 (own, _), (_, shared) = bank.load_task(name), bank.load_task(bank.tasks[-1])
                 first = ids[name] == 0
@@ -79,12 +86,14 @@ def merge_task(bank: Bank, task: str | None, out: Path, model: str | None = None
             raise UserError(
                 f"{bank.path} adapts what {model} does not have ({error}); restore it from a copy"
             ) from error
+        if kind_of(bank.config).heads:
+            own_head(base, bank, name)
         if kind_of(bank.config).answers:
             stops = Collator(processor, {}, train=False).stops(base)
             base.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
         architectures = base.config.architectures
         base.save_pretrained(folder)
-        base.config.architectures = architectures  # CLIP is loaded as a class of ours
+        base.config.architectures = architectures  # some are loaded as a class of ours
         base.config.save_pretrained(folder)
         processor.save_pretrained(folder)
         loader = kind_of(bank.config).auto_class
@@ -99,7 +108,7 @@ def merge_task(bank: Bank, task: str | None, out: Path, model: str | None = None
 
 
 def what_of(bank: Bank, task: str) -> str:
-    of = f"task `{task}`" if METHODS[bank.config["method"]].needs_task else "all its tasks"
+    of = f"task `{task}`" if _needs_task(bank) else "all its tasks"
     return f"What `{bank.base_model.id}` has learned of {of} with `{bank.config['method']}`"
 
 
@@ -107,9 +116,9 @@ def chosen_task(bank: Bank, task: str | None) -> str:
     """The task asked for, or the newest of a method whose inference needs none; UserError for none or an unknown one."""
     if not bank.tasks:
         raise UserError(f"{bank.path} holds no trained task yet; train first")
-    if task is None and METHODS[bank.config["method"]].needs_task:
+    if task is None and _needs_task(bank):
         raise UserError(f"--task is missing; {bank.path} has {', '.join(bank.tasks)}")
-    if task is not None and not METHODS[bank.config["method"]].needs_task:
+    if task is not None and not _needs_task(bank):
         raise UserError(
             f"--task {task}: with method {bank.config['method']} one state serves all tasks, the newest; leave --task out"
         )
@@ -118,9 +127,13 @@ def chosen_task(bank: Bank, task: str | None) -> str:
     return task or bank.tasks[-1]
 
 
+def _needs_task(bank: Bank) -> bool:
+    return kind_of(bank.config).needs_task(METHODS[bank.config["method"]])
+
+
 def write_bank_card(bank: Bank) -> None:
     """README.md of the bank's own folder, so that the folder can be uploaded as it is."""
-    task = f" --task {bank.tasks[-1]}" if METHODS[bank.config["method"]].needs_task and bank.tasks else ""
+    task = f" --task {bank.tasks[-1]}" if _needs_task(bank) and bank.tasks else ""
     command = f'generate FOLDER-OR-REPOSITORY{task} --image FILE --prompt "..."'
     if not kind_of(bank.config).answers:
         command = "eval FOLDER-OR-REPOSITORY --tasks MANIFEST.yaml"

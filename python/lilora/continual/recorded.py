@@ -85,6 +85,8 @@ class _Info(_Record):
     ranks: int | None = Field(None, ge=0, lt=2**63)
     seconds: float | None = Field(None, ge=0)
     losses: dict[str, list[tuple[int, float]]] = {}  # by stage: (step, mean loss since the entry before)
+    max_new_tokens: int | None = Field(None, gt=0)
+    classes: list[str] = []  # of the task's own classifier, if it has one
 
 
 class _Scores(_Record):

@@ -39,6 +39,7 @@ from .run_folder import check_folder, label_of, run_of, take_settings
 from .task_identification import SAMPLES, TASK_IDENTIFIERS, NearestCentroid, identifier_of
 from .task_sequence import Manifest
 from .trainer import StageData, TaskTrainer
+from .vision import train_head
 
 
 class ContinualRun:
@@ -55,7 +56,7 @@ class ContinualRun:
         self.settings = train_settings(bank)
         tasks = manifest.tasks
         unscored = [task.name for task in tasks if task.test is None]
-        self.matrix = ScoreMatrix([task.name for task in tasks], manifest.unseen, unscored)
+        self.matrix = ScoreMatrix([task.name for task in tasks], self.kind.unseen(manifest), unscored)
         self.state: dict[str, Any] = {"functions": {}, "seconds": {}, "zero_shot": {}, "probes": {}}
         if bank.scores:
             self.state = {key: bank.scores.get(key, {}) for key in self.state}  # earlier versions knew no probes
@@ -106,11 +107,12 @@ class ContinualRun:
         if method_type.trains_on == "all":
             config["tasks"] = names
         kind.check_method(method_type)
+        kind.check_manifest(manifest)
         method_type.read_settings(method_settings)
         check_processes(method_type, kind, train.batch_size)
         splits = splits_freely(method_type, kind)
         if processes.sharded():
-            require_images_alike(manifest, mixed=method_type.trains_on != "task")
+            require_images_alike(manifest, mixed=method_type.trains_on in ("earlier", "all"))
         processes.init(pick_device(device))
         with ExitStack() as held:
 
@@ -169,12 +171,16 @@ class ContinualRun:
         evaluation_batch = evaluation_batch or 8 * self.settings.batch_size
         self._evaluate_base(zero_shot, evaluation_batch, bars, say)
         measures = self.kind.measures(nll)
+        if zero_shot and self.kind.heads:
+            raise UserError(
+                "--zero-shot: the base model has no classifier for a task before its training; leave it out"
+            )
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
                 self._train_task(index, spec, save_steps, workers, bars, report_to)
                 if processes.sharded():
                     self._reload()
-            if self.method.needs_task and spec.name not in self.bank.routed:
+            if self.kind.needs_task(self.method) and spec.name not in self.bank.routed:
                 self._fit_router(spec, say)
             if processes.rank() == 0:
                 shutil.rmtree(self.folder / "checkpoints" / spec.name, ignore_errors=True)
@@ -220,11 +226,17 @@ class ContinualRun:
         if not stages:
             self.method.add(spec.name)
         own, shared = ({k: full_tensor(t) for k, t in tensors.items()} for tensors in self.method.tensors(spec.name))
+        own |= self.method.base.classifier.stored(spec.name) if self.kind.heads else {}
         if not all(torch.isfinite(tensor).all() for tensor in (*own.values(), *shared.values())):
             raise Diverged(f"task {spec.name!r} diverged: its parameters are not finite; {self._after_divergence()}")
         seconds = self.state["seconds"][spec.name] = round(time.monotonic() - started, 1)
         info |= {"losses": losses, "seconds": seconds}
+        if self.kind.answers:
+            info["max_new_tokens"] = spec.max_new_tokens
         info |= {"parameters": self.method.parameters(), "ranks": self.method.ranks()}
+        if self.kind.heads:
+            info["classes"] = self.method.base.classifier.classes[spec.name]
+            info["parameters"] += sum(p.numel() for p in self.method.base.classifier.parameters())
         processes.check_same(f"task {spec.name!r} as trained", lambda: digest(own | shared))
         self._write(lambda bank: bank.add_task(spec.name, own, shared, info=info, replaces=self.method.one_state))
 
@@ -289,6 +301,8 @@ class ContinualRun:
             return own.batches(samples, self.method.base, size)
 
         self.method.begin(stage, batches)
+        if self.kind.heads:
+            train_head(self.method.base, stage.task, data.samples.parts[0].classes, next(batches(1)))
         processes.check_same(
             f"task {stage.task!r} at its start", lambda: self.method.fingerprints([stage.task])[stage.task]
         )
@@ -505,6 +519,8 @@ def check_processes(method: type[Method], kind: Kind, batch_size: int) -> None:
             f"--method {method.name} cannot train with DeepSpeed, because {method.one_process_reason}; start the command "
             "without a launcher"
         )
+    if processes.sharded() and kind.heads:
+        raise UserError("FSDP2 would shard the tasks' classifiers too; use examples/accelerate/ddp.yaml")
     if processes.sharded() and not method.sharded_parameters:
         raise UserError(
             f"--method {method.name} reads its parameters outside the forward, where FSDP2 has sharded them; use "

@@ -69,8 +69,8 @@ def require_statistics(bank: Bank) -> None:
     missing = [task for task in bank.tasks if task not in bank.routed]
     if missing:
         raise UserError(
-            f"{bank.path} has no router for {', '.join(missing)}; run its `lilora train` command again, which adds it, "
-            "or name the task"
+            f"{bank.path} has no router for {', '.join(missing)}; run its `lilora train` command again, which adds it "
+            "or says why not, or name the task"
         )
 
 
@@ -311,14 +311,17 @@ def frozen_features(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     input_ids, pixels = inputs.get("input_ids"), inputs.get("pixel_values")
     image_token = image_token_of(model)
     two_encoders = tower is not None and image_token is None
-    needed = "pixel_values" if two_encoders else "input_ids"
+    images_alone = tower is None and model.main_input_name == "pixel_values"
+    needed = "pixel_values" if two_encoders or images_alone else "input_ids"
     if needed not in inputs:
         raise UserError(f"{type(tower or model).__name__} routes a batch by its {needed}, which are missing; pass them")
-    if pixels is not None and tower is None:
+    if pixels is not None and tower is None and not images_alone:
         raise UserError(f"{type(model).__name__} has no vision tower, but the batch has pixel_values; leave them out")
     with evaluating(model), without_adapters(model):
         if two_encoders:
             return F.normalize(tower.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
+        if images_alone:
+            return F.normalize(pooled(model, inputs), dim=-1)
         embedding = model.get_input_embeddings()
         text = prompt_mean(embedding, image_token, input_ids, inputs.get("attention_mask"), inputs.get("labels"))
         vision = torch.zeros_like(text)
@@ -332,6 +335,25 @@ def frozen_features(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
             member = (owner == torch.arange(len(text), device=device)[:, None]).float()
             vision = F.normalize(member @ rows, dim=-1)
     return torch.cat([text, vision], 1)
+
+
+def pooled(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """[B, D] fp32 of a model of images alone: what its `classifier` is given, or its pooled output if it has none.
+
+    UserError if there is neither.
+    """
+    read: list[Tensor] = []
+    classifier = getattr(model, "classifier", None)
+    hook = classifier and classifier.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    try:
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+    finally:
+        if hook:
+            hook.remove()
+    found = read[0] if read else outputs.get("pooler_output")
+    if found is None or found.dim() != 2:
+        raise UserError(f"{type(model).__name__} puts out no pooled feature of an image; choose another base model")
+    return found.float()
 
 
 def image_rows(tower: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -60,8 +60,8 @@ class Method(ABC):
 
     name: str
     mixed_batches = False  # whether one batch may hold samples of several tasks
-    trains_on: Literal["task", "earlier", "all"] = (
-        "task"  # whose samples: also earlier tasks', or all tasks' of the run
+    trains_on: Literal["task", "earlier", "all", "nothing"] = (
+        "task"  # whose samples: also earlier tasks', all of the run's
     )
     needs_task = True  # whether inference must be given the task
     one_state = False  # whether the newest tensors serve all tasks, so that a bank need not keep the older ones

@@ -15,6 +15,7 @@ class ZeroShot(Method):
     """The base model as it is: nothing is trained, and every task is evaluated once."""
 
     name = "zero-shot"
+    trains_on = "nothing"
     settings_type = MethodSettings
     no_lora = "nothing is trained; use the base model itself"
     mixed_batches = True

@@ -1,6 +1,7 @@
 """Putting the tensors of a saved task into a model that lives: everything is checked before anything is written."""
 
 from os import PathLike
+from pathlib import Path
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -35,6 +36,8 @@ def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: 
     if not layers:
         raise UserError("this model has no task that could be swapped; adapt it first")
     if not isinstance(source, dict):
+        if not Path(source).is_dir():
+            raise UserError(f"{source} is no folder; give that of one task, as save_pretrained writes it")
         config = PeftConfig.from_pretrained(source)
         if not isinstance(config, LiLoRAConfig):
             raise UserError(f"{source} holds an adapter of type {config.peft_type.value}, not a LiLoRA task")

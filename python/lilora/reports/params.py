@@ -91,7 +91,7 @@ class Accounting:
         table = Table(
             title=f"{self.model}\n{self.base / 1e9:.2f} B parameters, {self.linears} adapted linears, "
             f"r {self.r}, sub_rank {self.sub_rank}" + self._of_experts(),
-            caption="M: million parameters; MiB: at bf16",
+            caption="M: million parameters; MiB: at bf16\npclr: its pool at the cap, without keys",
         )
         table.add_column("method")
         for heading in ("shared", "per task", f"{tasks} tasks", "share of a\nLoRA per task"):

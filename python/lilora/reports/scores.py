@@ -105,7 +105,7 @@ class ScoreMatrix:
     def set(
         self, after: str, task: str, score: float, format_share: float | None = None, nll: float | None = None
     ) -> None:
-        """Record a measured cell: `score` in points (0 to 100, CIDEr to 1000), `format_share` a share, `nll` in nats per token."""
+        """Record a measured cell: `score` in points (CIDEr's go to 1000), `format_share` a share, `nll` in nats per token."""
         cell = self._cell(after, task)
         score = _in_range(score, 1000, f"the score of {task} after {after}")
         share = math.nan if format_share is None else _in_range(format_share, 1, f"the format share of {task}")

@@ -1,13 +1,13 @@
 """PCLR: a pool of ranks that compresses, integrates and trains at constant memory, and chooses ranks by the prompt."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lilora.methods.base import Batches, Inputs, Method, Stage, Tensors, register_method
+from lilora.methods.base import Batches, Inputs, Method, Stage, Tensors, lora_parameters, register_method
 from lilora.methods.distillation import divergence
 from lilora.methods.lora import answer_positions, evaluating, without_labels
 from lilora.methods.pclr.pool import EXPERTS, GateRule, Query, RankPool, normalised
@@ -66,6 +66,11 @@ class PCLR(Method):
         self._next = (0, 0)  # experts that stay and new ones, for the group being trained
 
     # --- the pool ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def inference_parameters(cls, settings: PCLRSettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """With the pool at its cap, from however many tasks; keys and queries, whose sizes are the model's, apart."""
+        return lora_parameters(settings.cap + settings.shared, linears), 0
 
     def ranks(self) -> int:
         return max(sum(pool.sizes().values()) + pool.shared for pool in self.pools.values())

@@ -169,12 +169,12 @@ class ContinualRun:
         nll: evaluations measure the references' likelihood, too.
         """
         evaluation_batch = evaluation_batch or 8 * self.settings.batch_size
-        self._evaluate_base(zero_shot, evaluation_batch, bars, say)
         measures = self.kind.measures(nll)
         if zero_shot and self.kind.heads:
             raise UserError(
                 "--zero-shot: the base model has no classifier for a task before its training; leave it out"
             )
+        self._evaluate_base(zero_shot, evaluation_batch, bars, say)
         for index, spec in enumerate(self.manifest.tasks):
             if spec.name not in self.bank.tasks:
                 self._train_task(index, spec, save_steps, workers, bars, report_to)

@@ -679,24 +679,6 @@ def picture(path):
     Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(path)
 
 
-def test_the_ready_manifest_runs_once_its_data_is_there(tmp_path):
-    tasks = yaml.safe_load((EXAMPLES / "mtil.yaml").read_text())["tasks"]
-    with pytest.raises(UserError, match=r"task 'Aircraft': .*Aircraft.train cannot be read .*--data"):
-        load_manifest(EXAMPLES / "mtil.yaml", data=tmp_path)
-    for task in tasks:
-        for split in ("train", "test"):
-            for label in task.get("classes", ["great_white", "other"]):
-                picture(tmp_path / task[split] / label / "x.png")
-    order = "StanfordCars,Food,MNIST,OxfordPet,Flowers,SUN397,Aircraft,Caltech101,DTD,EuroSAT,CIFAR100"
-    assert f"--order {order}" in (EXAMPLES / "mtil.yaml").read_text()
-    first, second = (load_manifest(EXAMPLES / "mtil.yaml", o, tmp_path).tasks for o in (None, order.split(",")))
-    assert len(first) == 11
-    assert [task.name for task in first] == sorted((task.name for task in second), key=str.casefold)
-    assert {task.shots for task in first} == {5}
-    assert LabelledImages(first[0], "train").classes == ["great white", "other"]
-    assert LabelledImages(first[7], "train").classes[7] == "seven"
-
-
 def test_the_digits_suite_loads_and_its_base_knows_every_word(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES / "digits")
     import build

@@ -475,28 +475,6 @@ def test_turns_that_do_not_alternate_are_refused(suite, speakers, sentence):
         read(suite, {"id": 5, "conversations": [{"from": speaker, "value": "x"} for speaker in speakers]})
 
 
-@pytest.mark.parametrize("name", ["cvit", "coin", "continual_next", "ucit"])
-def test_a_ready_manifest_names_the_first_missing_file(name, tmp_path):
-    with pytest.raises(UserError) as error:
-        load_manifest(EXAMPLES / f"{name}.yaml", data=tmp_path)
-    first_task = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["tasks"][0]
-    assert str(tmp_path / first_task["train"]) in str(error.value)
-    assert "--data" in str(error.value)
-
-
-@pytest.mark.parametrize("name, count", [("cvit", 6), ("coin", 8), ("continual_next", 15), ("ucit", 6)])
-def test_a_ready_manifest_runs_once_its_data_is_there(name, count, tmp_path):
-    content = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
-    for task in content["tasks"]:
-        for split in ("train", "test"):
-            file = tmp_path / task[split]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            answer = "[0, 0, 1, 1]" if task["scorer"] == "iou_50" else "A"
-            file.write_text(json.dumps([{"id": 0, "conversations": turns("?", answer)}]))
-    manifest = load_manifest(EXAMPLES / f"{name}.yaml", data=tmp_path)
-    assert len(manifest.tasks) == count
-
-
 def test_the_published_learning_rates_of_the_examples():
     def rates(name, method, default, edit=lambda text: text):
         content = yaml.safe_load(edit((EXAMPLES / name).read_text()))

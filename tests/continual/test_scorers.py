@@ -8,8 +8,11 @@ from support.word_tokenizer import word_tokenizer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from lilora.continual.answer_formats import in_format
+from lilora.continual.evaluate import score
+from lilora.continual.instructions import Sample, TaskSpec
 from lilora.continual.scorers import SCORERS, Judge, scorer
 from lilora.errors import UserError
+from lilora.reports.scores import ScoreMatrix
 
 
 @pytest.mark.parametrize(
@@ -237,6 +240,18 @@ def test_cider_is_what_is_published_for_an_example():
     assert Judge("cider")(CAPTIONS, REFERENCES) == pytest.approx(0.9614, abs=5e-5)
     assert 2 * Judge("cider")([CAPTIONS[0], ""], REFERENCES) == pytest.approx(1.3641, abs=5e-5)
     assert 2 * Judge("cider")(["", CAPTIONS[1]], REFERENCES) == pytest.approx(0.5587, abs=5e-5)
+
+
+def test_the_score_of_a_task_is_that_of_the_whole_split():
+    spec = TaskSpec(name="a", train="x", test="x", scorer="cider", answer_format="caption")
+    samples = [Sample(str(i), (), "?", tuple(own)) for i, own in enumerate(REFERENCES)]
+    result = score(spec, samples, [{"answer": said} for said in CAPTIONS])
+    assert result.score == pytest.approx(96.14, abs=5e-3)
+    assert result.format_share == 0
+    perfect = score(spec, samples, [{"answer": own[0]} for own in REFERENCES])
+    matrix = ScoreMatrix(["a"])
+    matrix.set("a", "a", perfect.score, perfect.format_share)
+    assert matrix.get("a", "a") > 100
 
 
 def dense_cider(predictions, references, longest=4, sigma=6.0):

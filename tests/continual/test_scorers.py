@@ -421,5 +421,5 @@ def test_an_unknown_scorer_is_refused_with_the_known_ones():
 
 
 def test_every_scorer_names_its_source():
-    for name, score in SCORERS.items():
-        assert "Source: " in score.__doc__, name
+    for name, function in SCORERS.items():
+        assert "Source: " in function.__doc__, name

@@ -46,6 +46,7 @@ RUN = (
     "params",
     "bank ls",
     "bank export",
+    "data check examples/cvit",
     "generate",
     "eval",
 )  # commands that take a second or less

@@ -84,7 +84,7 @@ def of_means(last, new):
     return ends(last, [*(last[:-1] + lost), last[-1]])
 
 
-# The tables of the README of github.com/ECNU-SII/Continual-NExT, LLaVA-7B: scores after the last of 15 tasks; Avg, Forgetting, New.
+# README of github.com/ECNU-SII/Continual-NExT, LLaVA-7B: scores after the last of 15 tasks | Avg, Forgetting, New.
 NEXT = {
     "lora": "53.99 92.23 47.23 44.86 4.36 67.84 17.16 16.47 47.7 33.8 18.04 50.98 69.52 89.46 22.27 | 45.06 11.62 55.91",
     "ewc": "55.16 91.73 47.17 49.3 4.38 82.03 16.71 16.88 51.73 35.41 19 50.92 69.92 89.51 24.17 | 46.93 9.72 56.01",

@@ -1,10 +1,13 @@
 """The suite of `support.suite`, once for all tests here; runs without their reports."""
 
 import pytest
+import yaml
+from support import tiny_clip
 from support.suite import TRAIN_OPTIONS, make_suite
 
 from lilora.cli import app
 from lilora.continual import run as train
+from lilora.continual.manifest import load_manifest
 from lilora.reports import report
 
 WRITE_REPORT = report.write_report
@@ -57,3 +60,25 @@ def runs(suite, tmp_path_factory, quick):
         options = ["--out", str(folder / method), "--method", method, *quick]
         app(["train", str(suite / "tasks.yaml"), *options], standalone_mode=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """The folder of a suite of image classification; `clip.yaml` is its manifest."""
+    folder = tmp_path_factory.mktemp("images")
+    tiny_clip.make_suite(folder)
+    return folder
+
+
+@pytest.fixture
+def written(images, tmp_path):
+    """Write the manifest, changed by a function of its content, and load it."""
+
+    def load(change, **options):
+        content = yaml.safe_load((images / "clip.yaml").read_text())
+        content |= {"data": str(images / "data"), "model": str(images / "base")}
+        change(content)
+        (tmp_path / "clip.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return load_manifest(tmp_path / "clip.yaml", **options)
+
+    return load

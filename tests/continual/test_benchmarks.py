@@ -203,6 +203,10 @@ def test_what_is_missing_or_wrong_is_told_task_by_task(coin, lilora):
     )
 
 
+def test_all_images_are_counted_whatever_the_shots(written):
+    assert [report.samples for report in check_data(written(lambda content: content.update(shots=1)))] == [10] * 6
+
+
 def test_a_folder_that_is_missing_is_said(tmp_path, lilora):
     code, out, _ = lilora("data", "check", EXAMPLES / "xtail.yaml", "--data", tmp_path / "gone")
     assert code == 1

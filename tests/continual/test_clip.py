@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
-from support.labelled_images import CLASSES, make_images, manifest_tasks
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+from support.labelled_images import CLASSES
+from support.tiny_clip import Plain
+from transformers import CLIPModel, CLIPProcessor
 
 from lilora.bank.bank import Bank
 from lilora.continual import clip
@@ -27,67 +27,7 @@ from lilora.reports.report import write_report
 from lilora.reports.runs import Run
 from lilora.reports.scores import ScoreMatrix
 
-SPECIAL = ["<pad>", "<s>", "<unk>", "</s>"]
-
-
-def make_model(folder):
-    torch.manual_seed(0)
-    words = sorted(
-        {word for names in CLASSES.values() for name in names for word in name.split()} | {"a", "photo", "of"}
-    )
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    ends = [(token, SPECIAL.index(token)) for token in ("<s>", "</s>")]
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
-    tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=12, **tokens)
-    CLIPProcessor(CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16), tokenizer).save_pretrained(folder)
-    encoder = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {
-        f"{name}_token_id": SPECIAL.index(token) for name, token in (("pad", "<pad>"), ("bos", "<s>"), ("eos", "</s>"))
-    }
-    config = CLIPConfig(
-        text_config=encoder | ids | {"vocab_size": len(tokenizer), "max_position_embeddings": 12},
-        vision_config=encoder | {"image_size": 16, "patch_size": 8},
-        projection_dim=16,
-        initializer_factor=4.0,
-    )
-    CLIPModel(config).save_pretrained(folder)
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    """The folder of the suite; `clip.yaml` is its manifest."""
-    folder = tmp_path_factory.mktemp("images")
-    make_model(folder / "base")
-    make_images(folder / "data")
-    manifest = {
-        "name": "tiny-clip",
-        "kind": "classification",
-        "data": "data",
-        "model": "./base",
-        "templates": ["a {}", "a photo of a {}"],
-        "tasks": manifest_tasks(),
-    }
-    (folder / "clip.yaml").write_text(yaml.safe_dump(manifest))
-    return folder
-
-
 # --- manifests ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def written(images, tmp_path):
-    """Write the manifest, changed by a function of its content, and load it."""
-
-    def load(change, **options):
-        content = yaml.safe_load((images / "clip.yaml").read_text())
-        content |= {"data": str(images / "data"), "model": str(images / "base")}
-        change(content)
-        (tmp_path / "clip.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-        return load_manifest(tmp_path / "clip.yaml", **options)
-
-    return load
 
 
 def first(**changes):
@@ -296,115 +236,6 @@ def test_zero_shot_scores_are_those_of_normalised_mean_prompts(images):
             assert answer["answer"] == data.classes[said]
             right += said == sample.label
         assert small.score == large.score == pytest.approx(100 * right / len(data))
-
-
-# --- label spaces -------------------------------------------------------------------------------------------------------
-
-
-class Plain:
-    """A method with one state for all tasks: the model as it is."""
-
-    needs_task = False
-
-    def __init__(self, model, tasks=()):
-        self.model, self.tasks = model, list(tasks)
-
-    def activate(self, task, train):
-        assert not train
-
-
-def head_by_hand(model, processor, tasks):
-    """([C, D], the (task, class) of each row), one prompt after another."""
-    rows, names = [], []
-    for task in tasks:
-        for name in CLASSES[task.name] if task.classes else sorted(CLASSES[task.name]):
-            features = [
-                F.normalize(
-                    model.get_text_features(
-                        **processor.tokenizer(t.replace("{}", name), return_tensors="pt")
-                    ).pooler_output[0],
-                    dim=-1,
-                )
-                for t in task.templates
-            ]
-            rows.append(F.normalize(torch.stack(features).mean(0), dim=-1))
-            names.append((task.name, name))
-    return torch.stack(rows), names
-
-
-@pytest.mark.parametrize(
-    "space, trained, rivals",
-    [
-        ("task", ["colour"], None),
-        ("all", [], ["colour", "count", "size"]),
-        ("seen", ["colour", "size"], ["colour", "size"]),
-        ("seen", ["colour"], ["colour"]),
-        ("seen", [], []),  # before any training: its own
-    ],
-)
-def test_images_are_placed_among_the_classes_of_the_label_space(space, trained, rivals, images, written):
-    manifest = written(lambda content: content.update(label_space=space))
-    model, processor = clip.load(str(images / "base"), torch.float32)
-    model.eval()
-    tasks = manifest.tasks
-    scores = clip.evaluate(Plain(model, trained), processor, tasks, 7)
-    elsewhere = 0
-    for spec, result in zip(tasks, scores, strict=True):
-        others = [task for task in tasks if task.name == spec.name or task.name in (rivals or [])]
-        with torch.no_grad():
-            head, names = head_by_hand(model, processor, others)
-            data, right = LabelledImages(spec, "test"), 0
-            for sample, answer in zip(data, result.answers, strict=True):
-                pixels = processor.image_processor([Image.open(sample.path)], return_tensors="pt")["pixel_values"]
-                said = names[int((head @ model.get_image_features(pixels).pooler_output[0]).argmax())]
-                right += said == (spec.name, data.classes[sample.label])
-                elsewhere += said[0] != spec.name
-                assert answer["answer"] == (said[1] if said[0] == spec.name else f"{said[1]} ({said[0]})")
-        assert result.score == pytest.approx(100 * right / len(data))
-    assert (elsewhere > 0) == bool(rivals), "the other tasks' classes matter"
-
-
-def test_classes_of_two_tasks_are_one_if_their_prompts_are(images, written):
-    """A second task of the same images and classes changes nothing, unless other templates tell its classes apart."""
-
-    def twice(**change):
-        def edit(content):
-            content["tasks"] = [content["tasks"][0], content["tasks"][0] | {"name": "again", **change}]
-            content["label_space"] = "all"
-
-        return written(edit).tasks
-
-    model, processor = clip.load(str(images / "base"), torch.float32)
-    method = Plain(model.eval())
-    alone = clip.evaluate(method, processor, load_manifest(images / "clip.yaml").tasks[:1], 64)[0]
-    assert alone.score > 0
-    assert [result.score for result in clip.evaluate(method, processor, twice(), 64)] == [alone.score] * 2
-    apart = clip.evaluate(method, processor, twice(templates=["photo {}"]), 64)
-    said = {answer["answer"] for result in apart for answer in result.answers}
-    assert any(name.endswith((" (again)", " (colour)")) for name in said)
-    assert sum(result.score for result in apart) < 2 * alone.score
-
-
-@pytest.mark.parametrize("method", ["lora", "dirlora"])
-def test_a_run_with_the_classes_seen_so_far(method, images, written, tmp_path, lilora):
-    """Its stages score the tasks trained by then, all anew, as the head grows."""
-    written(lambda content: content.update(label_space="seen"))
-    options = ["--max-steps", "2", "--json"]
-    train = [*command(images, tmp_path / "run", method), *options]
-    train[1] = tmp_path / "clip.yaml"
-    code, out, err = lilora(*train)
-    assert code == 0, err
-    run = json.loads(out)
-    assert [len(row) for row in run["matrix"]["scores"]] == [1, 2, 3]
-    assert not any(cell for row in run["matrix"]["carried_from"] for cell in row)
-    assert "AP" in run["metrics"]
-    code, out, err = lilora("eval", tmp_path / "run", "--tasks", tmp_path / "clip.yaml", "--device", "cpu", "--json")
-    assert code == 0, err
-    assert [cell["score"] for cell in json.loads(out).values()] == run["matrix"]["scores"][-1]
-    train[1] = images / "clip.yaml"
-    code, _, err = lilora(*train)
-    assert code == 2
-    assert "its label_space is 'seen' and this one's is None" in err
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------------

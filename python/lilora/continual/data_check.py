@@ -46,7 +46,10 @@ def _checked(spec: TaskSpec | ImageTask, split: Split) -> SplitReport:
         report.problem = f"{where} is missing; put it there{beside}"
         return report
     try:
-        data = instruction_data(spec, split) if isinstance(spec, TaskSpec) else LabelledImages(spec, split)
+        if isinstance(spec, TaskSpec):
+            data = instruction_data(spec, split)
+        else:
+            data = LabelledImages(spec.model_copy(update={"shots": None}), split)
         report.samples = len(data)
         images = dict.fromkeys(data.images())
         missing = [image for image in images if not isinstance(image, EmbeddedImage) and not os.path.isfile(image)]

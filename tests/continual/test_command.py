@@ -23,7 +23,9 @@ from lilora.errors import UserError
 from lilora.methods import METHODS
 
 COMMANDS = typer.main.get_command(app).commands
-ALL = {**COMMANDS, **{f"bank {name}": command for name, command in COMMANDS["bank"].commands.items()}}
+ALL = COMMANDS | {
+    f"{group} {name}": command for group in ("bank", "data") for name, command in COMMANDS[group].commands.items()
+}
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_the_suite_loads_and_its_references_score_and_match_the_format(manifest,
         for split in ("train", "test"):
             for sample in InstructionDataset(task, split):
                 assert scorer(task.scorer)(sample.answers[0], list(sample.answers)) == 1
-                assert task.in_format(sample.answers[0])
+                assert task.in_format(sample.answers[0], [])
 
 
 def test_the_base_is_a_standard_folder_that_learns_and_answers_from_the_suite(manifest, tmp_path):

@@ -19,9 +19,9 @@ def check(
     data: Data = None,
     as_json: Json = False,
 ) -> None:
-    """Say of every task what is there, what is missing, and where it must lie; without a model.
+    """Say of every task what is there and what is missing.
 
-    Exit code 1 if anything is missing or wrong.
+    No model is needed. It says where what is missing must lie. Exit code 1 if anything is missing or wrong.
     """
     from lilora.continual.data_check import check_data, lies_there
     from lilora.continual.manifest import importable, read_manifest

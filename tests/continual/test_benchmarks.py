@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -231,3 +232,21 @@ def test_a_run_on_published_files_ends_with_the_scores_of_its_scorers(suite, tmp
     assert bank.scores["matrix"]["scores"][1][1] == pytest.approx(score)
     shares = bank.scores["matrix"]["format_shares"][1]
     assert all(share is not None for share in shares)
+
+
+def test_a_run_of_x_tail_takes_images_for_classes_of_all_sets(sets, images, tmp_path, lilora):
+    """Of two of its tasks, for whose images the classes of the other eight count too."""
+    options = shlex.split(
+        "--r 4 --alpha 4 --max-steps 1 --batch-size 2 --gradient-accumulation 1 --device cpu --quiet --json"
+    )
+    options += ["--data", sets, "--model", images / "base", "--method", "lora", "--out", tmp_path / "run"]
+    code, out, err = lilora("train", EXAMPLES / "xtail.yaml", "--order", "MNIST,DTD", *options)
+    assert code == 0, err
+    assert "Transfer" in json.loads(out)["metrics"]
+    assert Bank.open(tmp_path / "run").config["label_space"] == "all"
+    (spec,) = load_manifest(EXAMPLES / "xtail.yaml", ["DTD"], sets).tasks
+    classes = {name for task in spec.rivals([]) for name in task.class_names()}
+    assert {"great white", "707-320", "seven"} <= classes
+    said = [json.loads(line)["answer"] for line in (tmp_path / "run" / "predictions" / "MNIST-DTD.jsonl").open()]
+    assert len(said) == 2
+    assert all(answer.split(" (")[0] in classes for answer in said)

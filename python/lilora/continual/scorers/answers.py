@@ -46,6 +46,30 @@ def contains_reference(prediction: str, references: list[str]) -> float:
     return float(any(r in said for r in map(plain, references) if r))
 
 
+@register_scorer
+def contains_word(prediction: str, references: list[str]) -> float:
+    """1 when the answer contains a reference, one of a single word beside a space, or before a full stop or comma.
+
+    An answer of one word need only contain it. Case is ignored. Source: the evaluation of RS and AD in MLLM-CL's code
+    (eval_ai2d.py; arXiv 2506.05453).
+    """
+    said = prediction.lower()
+    return float(any(_has_word(said, reference.lower()) for reference in references))
+
+
+def _has_word(said: str, wanted: str) -> bool:
+    if " " in wanted:
+        return wanted in said
+    word = wanted.replace(".", "")
+    if not word:
+        return False
+    return (
+        word in said
+        if " " not in said
+        else any(form in said for form in (f" {word}", f"{word} ", f"{word}.", f"{word},"))
+    )
+
+
 def _letter(text: str) -> str | None:
     text = re.sub(r"[*_`]", "", text).strip()  # **B**
     if found := _FIRST_LETTER.match(text):

@@ -18,6 +18,7 @@ from support.benchmark_files import (
     next_files,
     write,
 )
+from support.text_encoder import make_encoder
 
 from lilora.bank.bank import Bank
 from lilora.continual.classification import LabelledImages
@@ -72,6 +73,9 @@ def test_instructions_are_read_as_they_are_published(name, count, tmp_path):
 
 def test_continual_next_is_read(tmp_path):
     next_files(tmp_path, NEXT)
+    with pytest.raises(UserError, match=r"task 'CodeQA': scorer_model .*MiniLM-L12-v2 is no folder"):
+        load_manifest(EXAMPLES / "continual_next.yaml", data=tmp_path)
+    make_encoder(tmp_path / "paraphrase-multilingual-MiniLM-L12-v2", ["forest", "a river"])
     manifest = load_manifest(EXAMPLES / "continual_next.yaml", data=tmp_path)
     assert [task.name for task in manifest.tasks if task.name not in NEXT] == []
     assert len(manifest.tasks) == 15

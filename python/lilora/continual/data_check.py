@@ -17,7 +17,7 @@ from .task_sequence import Manifest, Split
 class SplitReport:
     """One split of a task: its file or folder, the folder of its images, counts, and the first problem in one sentence.
 
-    samples: None where the file cannot be read to its end. images: different ones that the samples name.
+    samples: None where the file cannot be read to its end. images: different paths, and those that the records hold.
     """
 
     task: str
@@ -51,13 +51,18 @@ def _checked(spec: TaskSpec | ImageTask, split: Split) -> SplitReport:
         else:
             data = LabelledImages(spec.model_copy(update={"shots": None}), split)
         report.samples = len(data)
-        images = dict.fromkeys(data.images())
-        missing = [image for image in images if not isinstance(image, EmbeddedImage) and not os.path.isfile(image)]
-        report.images, report.missing_images = len(images), len(missing)
+        paths, embedded = {}, 0  # the bytes of all embedded images need not fit into memory
+        for image in data.images():
+            if isinstance(image, EmbeddedImage):
+                embedded += 1
+            else:
+                paths[image] = None
+        missing = [path for path in paths if not os.path.isfile(path)]
+        report.images, report.missing_images = len(paths) + embedded, len(missing)
         if missing:
-            report.problem = f"{where}: {len(missing)} of {len(images)} images are missing, the first is {missing[0]}"
+            report.problem = f"{where}: {len(missing)} of {report.images} images are missing, the first is {missing[0]}"
             return report
-        check_images(images, where)
+        check_images(data.images(), where)
         if split == "test":
             spec.check_scorer(data)
     except UserError as error:

@@ -35,11 +35,11 @@ def similarity_80(predictions: list[str], references: list[list[str]], model: Pa
 
 
 def _cosines(predictions: list[str], references: list[list[str]], model: Path) -> Tensor:
-    """[n] fp64 of each answer and its nearest reference; 1 for equal texts, without the model."""
+    """[n] fp64 of each answer and its nearest reference; 1 for equal texts."""
+    embed = _encoder(model)  # also where no text needs it: a run shall know of a model that is missing before it trains
     nearest = torch.ones(len(predictions), dtype=torch.float64)
     others = [i for i, (said, own) in enumerate(zip(predictions, references, strict=True)) if said not in own]
     if others:
-        embed = _encoder(model)
         texts = list(dict.fromkeys(text for i in others for text in (predictions[i], *references[i])))
         rows = dict(zip(texts, embed(texts), strict=True))
         for i in others:

@@ -143,7 +143,8 @@ CHANGES = {
     "pclr-no-integration": "no distillation after compression",
     "pclr-constant": "32 new ranks a task throughout",
     "pclr-late": "16 new ranks a task once the cap is reached",
-    "pclr-released": "the released code's choices (`--preset released`) but for its schedule, which is for eight tasks",
+    "pclr-released": "the released code's choices (`--preset released`) but for its schedule, which is for eight tasks; the "
+    "switch acts after every task, and gradients are clipped",
     "pclr-reversed": "tasks in reversed order",
     "lilora": "as above: A and B0 frozen after the first task, r 64, sub-rank 26",
     "lilora-paper": "`--preset paper`: A and B0 train on, held by the stability loss",

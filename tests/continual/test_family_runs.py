@@ -28,6 +28,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+from lilora.bank.bank import Bank
 from lilora.continual.collator import Collator
 from lilora.continual.instructions import Sample
 
@@ -220,6 +221,34 @@ def test_two_tasks_are_learned_and_answered_in_mixed_batches(family, lilora):
     code, out, err = lilora("generate", run, "--task", "name", "--image", picture, "--prompt", "name it ?")
     assert code == 0, err
     assert out.strip().split()[0] in ("yes", "no")
+
+
+def test_a_pool_of_ranks_is_trained_and_chooses_for_each_sample(family, lilora):
+    folder, run = family.folder, family.folder / "pclr"
+    sizes = (
+        "--method pclr --r 4 --alpha 64 --set cap=6 --set shared=2 --set integration_epochs=0.5 --lr 0.05 --max-steps 4"
+    )
+    options = f"{sizes} --batch-size 4 --gradient-accumulation 1 --device cpu --quiet"
+    code, _, err = lilora("train", folder / "tasks.yaml", "--out", run, *options.split())
+    assert code == 0, err
+    assert Bank.open(run / "bank").describe()["tasks"][1]["info"]["losses"].keys() == {"integrate", "learn"}
+    answers = {}
+    for size in (1, 5):
+        command = (
+            "eval",
+            run,
+            "--tasks",
+            folder / "tasks.yaml",
+            "--batch-size",
+            size,
+            "--predictions",
+            folder / f"{size}",
+        )
+        code, _, err = lilora(*command, "--json")
+        assert code == 0, err
+        answers[size] = [file.read_text() for file in sorted((folder / f"{size}").iterdir())]
+    assert answers[1] == answers[5]
+    assert len(answers[1]) == 2
 
 
 def test_a_training_batch_is_its_samples_one_by_one(family):

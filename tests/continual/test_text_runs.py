@@ -124,7 +124,7 @@ def test_other_methods_train_text_models_too(method, texts, tmp_path, lilora):
     "change, sentence",
     [
         ({"image": "a.png"}, "a.png"),
-        ({}, "LlamaForCausalLM has no vision tower with a class token"),
+        ({}, "LlamaForCausalLM has no vision tower of transformer blocks"),
     ],
 )
 def test_what_a_text_model_cannot_do_is_one_sentence(change, sentence, texts, tmp_path, lilora):

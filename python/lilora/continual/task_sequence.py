@@ -87,7 +87,6 @@ class Manifest(BaseModel):
     model: str | None = None
     image_aspect: ImageAspect = "processor"
     learning_rate: LearningRate = None
-    tasks: list[Any]
     _probes: tuple[Task, ...] = PrivateAttr(())
 
     @property

@@ -256,23 +256,22 @@ def projector_layers(model: nn.Module) -> list[str]:
 def vision_tower(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None, nn.ModuleList | None]:
     """(what has `get_image_features`, the first of its parts that is a vision tower, that tower's blocks); None without one.
 
-    The blocks are a list of at least two with attention, ahead of the model's decoder, in no other list, as stages lie.
+    The blocks are a list of at least two with attention, ahead of the model's decoder, and no stages of blocks.
     """
     modules = dict(model.named_modules())
     owner = next((name for name in reversed(modules) if hasattr(type(modules[name]), "get_image_features")), None)
-    if owner is None:
-        return None, None, None
-    seeing = inspect.getsource(inspect.unwrap(type(modules[owner]).get_image_features))
+    try:
+        seeing = inspect.getsource(inspect.unwrap(type(modules[owner]).get_image_features)) if owner is not None else ""
+    except OSError:  # made without a file: nothing tells
+        seeing = ""
     lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
-    placed = places(model, lists)
-    for name in lists:
+    ahead = [name for name, place in places(model, lists).items() if place == AHEAD]
+    for name in ahead:
         tower = name.removeprefix(f"{owner}." if owner else "").partition(".")[0]
-        members = [_block_member(name, inner) for inner in modules]
-        in_stages = any(_block_member(other, name) for other in lists) or any(
-            _block_member(name, other) for other in lists
-        )
-        in_use = placed[name] == AHEAD and re.search(rf"\bself\.{tower}\b", seeing)
-        if in_use and not in_stages and len(modules[name]) > 1 and any(_ATTENTION.search(path) for path in members):
+        staged = any(name in (one, other) for one in ahead for other in ahead if other.rpartition(".")[0] == one)
+        if len(modules[name]) < 2 or staged or not re.search(rf"\bself\.{tower}\b", seeing):
+            continue
+        if any(_is_linear(inner) and _ATTENTION.search(_block_member(name, path)) for path, inner in modules.items()):
             return modules[owner], modules[owner].get_submodule(tower), modules[name]
     return None, None, None
 

@@ -10,6 +10,7 @@ from support.pclr import learned, pclr
 from torch.nn.functional import normalize
 
 from lilora.errors import UserError
+from lilora.families import without_memory
 from lilora.methods import make_method
 from lilora.methods.pclr.queries import PoolTasks, attach_pools, query_source
 
@@ -79,6 +80,16 @@ def test_a_tower_without_pooled_output_is_refused():
     attach_pools(model, tasks)
     with pytest.raises(UserError, match="Qwen2_5_VLModel has no pooled output for each image; leave out vision_query"):
         tasks.queries(model, families.batch("qwen2_5_vl", FAMILIES["qwen2_5_vl"].batches[0]).inputs())
+
+
+def test_the_tower_of_models_of_full_size():
+    """Of many blocks: stages of blocks are no tower that queries come from."""
+    qwen = without_memory(transformers.Qwen2_5_VLConfig())
+    vision = query_source(qwen).vision
+    assert vision.module is qwen.model.visual.blocks[-2]
+    assert (vision.feature, vision.width) == ("mean", qwen.config.vision_config.hidden_size)
+    with pytest.raises(UserError, match="Florence2ForConditionalGeneration has no vision tower"):
+        query_source(without_memory(transformers.Florence2Config()))
 
 
 def test_images_that_the_tower_has_not_seen_are_refused():

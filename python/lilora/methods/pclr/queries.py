@@ -315,7 +315,8 @@ def attach_pools(model: nn.Module, tasks: PoolTasks) -> None:
 
 def _seen(tasks: PoolTasks, module: nn.Module, inputs: tuple, output: Any) -> None:
     context = tasks.current
-    if context is None or context.plain or torch._C._current_graph_task_id() != -1:  # or recomputed in a backward
+    unasked = context is None or context.plain or tasks.given[0] is not None
+    if unasked or torch._C._current_graph_task_id() != -1:  # the latter where a backward recomputes
         return
     if context.images is not None and not context.generating:
         raise ValueError(

@@ -1,5 +1,7 @@
 """The order in which stored samples are replayed, and batches of several tasks."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from lilora.continual import clip
 from lilora.continual.kinds import instructions
 from lilora.continual.manifest import load_manifest
 from lilora.continual.mixing import ReplaySampler, TaskSamples, memory_of
+from lilora.continual.run import require_images_alike
 from lilora.errors import UserError
 
 PARTS = [list("abcdefg"), list("hijkl"), list("mn")]
@@ -74,6 +77,19 @@ def test_a_batch_of_instructions_of_several_tasks(suite):
         wanted = collate_alone([alone[index]])["input_ids"][0]
         assert torch.equal(row[: len(wanted)], wanted)
     assert "task_ids" not in inputs
+
+
+def test_images_in_some_tasks_only_matter_where_tasks_are_mixed(suite):
+    from lilora.continual.instructions import TaskManifest, TaskSpec
+
+    tasks = load_manifest(suite / "tasks.yaml", ["colour"]).tasks
+    records = json.loads(tasks[0].train.read_text())
+    without = suite / "without.json"
+    without.write_text(json.dumps([{k: v for k, v in record.items() if k != "image"} for record in records]))
+    manifest = TaskManifest(name="both", tasks=[*tasks, TaskSpec(name="blind", train=without)])
+    require_images_alike(manifest, mixed=False)
+    with pytest.raises(UserError, match="task 'colour, blind' has samples with images and without"):
+        require_images_alike(manifest, mixed=True)
 
 
 class Words:

@@ -177,9 +177,10 @@ SETTINGS = {  # of r 8 alone
     "pclr": {"alpha": 16.0, "dropout": 0.0},
     "dac": {"alpha": 1.0, "dropout": 0.2},
 }
-POOLS = ("moelora", "olora", "sdlora", "proglora", "eproj", "adalora", "sora", "xgblora")
+POOLS = ("moelora", "olora", "nlora", "sefe", "sdlora", "proglora", "eproj", "adalora", "sora", "xgblora")
 SETTINGS |= {name: {"alpha": 16.0, "dropout": 0.05} for name in POOLS}
-SETTINGS |= {name: {"lora_alpha": 16.0, "lora_dropout": 0.05} for name in ("lora", "dirlora", "ewc", "lwf", "cia")}
+ONE_LORA = ("lora", "dirlora", "ewc", "lwf", "joint", "replay", "slao", "clora", "cia")
+SETTINGS |= {name: {"lora_alpha": 16.0, "lora_dropout": 0.05} for name in ONE_LORA}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -20,6 +20,7 @@ class ZeroShot(Method):
     no_lora = "nothing is trained; use the base model itself"
     mixed_batches = True
     needs_task = False
+    sharded_parameters = True
     one_state = True
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:

@@ -68,24 +68,24 @@ def prompt(inputs):
 @torch.no_grad()
 @pytest.mark.parametrize("trains", [False, True])
 def test_proglora_weighs_the_nearest_tasks_of_each_sample(trains):
-    method = make("proglora", top=2, temperature=0.2)
-    keys = []
+    method, plain, keys = make("proglora", top=2, temperature=0.1), llava(), []
     for i, task in enumerate(("first", "second", "third")):
         data = [batch(IMAGES), batch(IMAGES)]
-        mean = torch.cat([queries(llava(), inputs) for inputs in data]).mean(0)
+        mean = torch.cat([queries(plain, inputs) for inputs in data]).mean(0)
         keys.append(mean / mean.norm())
         learn(method, task, data, end=not trains or i < 2)
         assert method.ranks() == R * (i + 1)
     inputs = batch(IMAGES)
     inputs["labels"] = inputs["labels"].fill_(-100)  # as at inference
-    near = queries(llava(), inputs) @ torch.stack(keys).T
+    near = queries(plain, inputs) @ torch.stack(keys).T
     weights = torch.zeros(3, 3)
     for row, sims in zip(weights, near.tolist(), strict=True):
         ranked = sorted(range(3), key=lambda j: (trains and j < 2, -sims[j]))[:2]  # the newest first while it trains
-        powers = {j: torch.tensor(sims[j] / 0.2).exp() for j in ranked}
+        powers = {j: torch.tensor(sims[j] / 0.1).exp() for j in ranked}
         for j, power in powers.items():
             row[j] = power / sum(powers.values())
     method.model.train(trains)
+    assert ((weights > 0.6) & (weights < 1)).any()
     close(method.model(**prompt(inputs)).logits, dense_logits(method, inputs, weights), 2e-5)
 
 
@@ -103,14 +103,15 @@ def test_only_the_newest_block_of_proglora_trains():
 @torch.no_grad()
 @pytest.mark.parametrize("threshold", [-1.0, 1.0])
 def test_eproj_makes_a_block_for_tasks_below_the_threshold_alone(threshold):
-    method = make("eproj", threshold=threshold)
+    method, plain = make("eproj", threshold=threshold), llava()
     for task in ("first", "second"):
         learn(method, task, [batch(IMAGES)])
     again = threshold < 0
     assert method.ranks() == R * (1 if again else 2)
     inputs = batch(IMAGES)
     inputs["labels"] = inputs["labels"].fill_(-100)
-    near = queries(llava(), inputs) @ method.keys.keys.T
+    near = queries(plain, inputs) @ method.keys.keys.T
+    assert (near[:, 0] - near[:, 1]).abs().min() > 1e-3
     owner = [0, 0 if again else 1]
     weights = torch.zeros(3, method.keys.blocks)
     for row, sims in zip(weights, near.tolist(), strict=True):
@@ -142,6 +143,8 @@ def test_eproj_trains_the_block_of_the_nearest_task_and_holds_it():
     weights = torch.tensor([[1.0, 0.0]] * 3)  # every sample of the task uses it
     with torch.no_grad():
         close(method.model(**prompt(inputs)).logits, dense_logits(method, inputs, weights), 2e-5)
+    choice = method.keys.choose(method.pool_tasks.last.query())
+    assert choice.groups == ((("block0",), None),)  # the others cost nothing
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ SETTINGS = {
     "clora": LORA,
     "replay": LORA | {"memory": 5, "share": 0.5},
     "joint": LORA,
+    "sdlora": {"r": 4, "alpha": 8.0, "dropout": 0.1},
     "adalora": {"r": 4, "alpha": 8.0, "dropout": 0.1, "target": 1},
     "xgblora": {"r": 3, "alpha": 8.0, "dropout": 0.1},
     "cia": {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "share": 0.3},

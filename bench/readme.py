@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 from lilora.continual.tuning import SEED
 from lilora.errors import UserError
@@ -136,6 +137,38 @@ def long() -> str:
         "![memory](../bench/results/digits-long/memory.png)",
     ]
     return "\n".join(lines)
+
+
+def wide() -> str:
+    """Methods of the wide digits suite, and which ranks of tasks that were trained apart are redundant."""
+    suite = Suite.read("digits-wide")
+    more = "PCLR's pool is full after four tasks and is compressed before each of the last four. "
+    return f"{suite_table('digits-wide', 'make wide', more, True)}\n\n{redundancy(suite)}"
+
+
+def redundancy(suite: Suite) -> str:
+    """Means over pairs of tasks, linears and runs of what `lilora analyze` found."""
+    files = [suite.file(label, seed) for label in suite.analyse for seed in suite.seeds]
+    found = [json.loads(file.read_text())["analysis"] for file in files if file.exists()]
+    if not found:
+        return ""
+
+    def mean(name: str, key: str) -> float:
+        pairs = np.array([analysis[name][key] for analysis in found], dtype=float)  # [run, task, task]
+        return 100 * pairs[:, ~np.eye(pairs.shape[1], dtype=bool)].mean()
+
+    lines = ["| ranks of one task within the span of another's | A | B |", "|---|--:|--:|"]
+    for title, name in (("redundant, %", "redundant"), ("overlap, %", "overlap"), ("overlap by chance, %", "expected")):
+        lines.append(f"| {title} | {mean(name, 'A'):.1f} | {mean(name, 'B'):.1f} |")
+    labels = ", ".join(suite.analyse)
+    return "\n".join(
+        [*lines, "", f"Of {labels}, {len(found)} runs; means over pairs of tasks and linears, by `lilora analyze`."]
+    )
+
+
+def real_text() -> str:
+    """Methods of the suite on a pretrained language model."""
+    return suite_table("real-text", "make real-text", "", True)
 
 
 CHANGES = {
@@ -510,7 +543,7 @@ def updated(page: str, text: str) -> str:
 
 PAGES = {
     "README.md": (small,),
-    "docs/results.md": (digits, long, ablations, params, cpu, smollm2, host, gpu),
+    "docs/results.md": (digits, long, ablations, wide, real_text, params, cpu, smollm2, host, gpu),
     "docs/families.md": (families,),
     "docs/families-table.md": (families_table,),
 }

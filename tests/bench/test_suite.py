@@ -43,7 +43,9 @@ def tiny(tmp_path, monkeypatch):
             out.mkdir(parents=True, exist_ok=True)
             content = metrics(options["--label"], int(options["--seed"]), float(options["--lr"]))
             (out / "metrics.json").write_text(json.dumps(content))
-        return json.dumps({"best": {"candidate": {"learning_rate": 0.5}}})
+        pairs = {"A": [[1.0, 0.5], [0.5, 1.0]]}
+        analysis = {"threshold": 0.5, "overlap": pairs, "expected": pairs, "redundant": pairs}
+        return json.dumps(analysis if command == "analyze" else {"best": {"candidate": {"learning_rate": 0.5}}})
 
     monkeypatch.setattr(suite, "lilora", lilora)
     small = suite.Suite(
@@ -107,6 +109,21 @@ def test_the_table_of_a_suite_is_made_of_its_files(tiny, monkeypatch):
     small.file("fixed", 1).write_text(json.dumps(content | {"options": {"lr": 9}}))
     with pytest.raises(UserError, match="the runs of fixed have different options"):
         readme.suite_table("small", "make small")
+
+
+def test_redundancy_is_the_mean_over_pairs_and_runs(tiny):
+    small, _, run = tiny
+    small = small.model_copy(update={"analyse": ["fixed"]})
+    run(small)
+    assert readme.redundancy(small.model_copy(update={"seeds": [7]})) == ""
+    for seed in small.seeds:
+        content = json.loads(small.file("fixed", seed).read_text())
+        pairs = [[None, 0.1 * (seed + 1)], [0.3, None]]
+        content["analysis"] = {key: {"A": pairs, "B": [[1, 1], [1, 1]]} for key in ("redundant", "overlap", "expected")}
+        small.file("fixed", seed).write_text(json.dumps(content))
+    table = readme.redundancy(small)
+    assert "| redundant, % | 22.5 | 100.0 |" in table
+    assert "Of fixed, 2 runs" in table
 
 
 @pytest.mark.parametrize("name", NAMES)

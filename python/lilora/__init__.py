@@ -24,10 +24,11 @@ from lilora.families import register_family
 from lilora.peft.config import PRESETS, LiLoRAConfig
 from lilora.peft.loading import hotswap
 from lilora.peft.tuner import LiLoRAModel
-from lilora.peft.wrappers import carry_task_ids
+from lilora.peft.wrappers import carry_task_ids, refuse_lora_fa
 
 register_peft_method(name="lilora", config_cls=LiLoRAConfig, model_cls=LiLoRAModel)
 carry_task_ids()
+refuse_lora_fa()
 
 __all__ = [
     "PRESETS",

@@ -7,14 +7,15 @@ import pytest
 import torch
 import transformers
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from peft import AutoPeftModelForCausalLM, PeftModel, PeftModelForCausalLM, get_peft_model
-from peft.optimizers import create_loraplus_optimizer
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from safetensors.torch import load_file
 from support.habits import adapted, assert_close, ids, llama, logits, of_task, settings, train
 from support.typed import HEADS, first, typed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lilora
+from lilora.errors import UserError
 from lilora.peft.layer import adapted_layers
 
 
@@ -311,6 +312,14 @@ def test_lora_plus_gives_its_rate_to_b0_and_fusion():
         train(model, ids(), steps=1)
     own = {"lilora_U": 0.01, "lilora_V": 0.01, "lilora_fusion": 0.16}
     assert groups == {"a": {"lilora_A": 0.01, "lilora_B": 0.16, **own}, "b": own}
+
+
+def test_lora_fa_is_refused_in_a_sentence():
+    with pytest.raises(UserError, match=r"LoRA-FA wants LoRA's pairs of A and B, .*; make it active again"):
+        create_lorafa_optimizer(adapted("a", llama(num_hidden_layers=1)), r=4, lora_alpha=8, lr=0.01)
+    lora = get_peft_model(llama(num_hidden_layers=1), LoraConfig(target_modules=["q_proj"]))
+    optimizer = create_lorafa_optimizer(lora, r=8, lora_alpha=8, lr=0.01)
+    assert any("lora_B" in name for group in optimizer.param_groups for name in group["names"])
 
 
 def test_data_parallel_is_refused():

@@ -10,6 +10,7 @@ from lilora.bank.hub import open_bank
 from lilora.bank.records import BaseModelId
 from lilora.errors import UserError
 from lilora.methods import Method, make_method
+from lilora.peft.loss import tell_of_loss
 
 from .images import ImageAspect, set_image_aspect
 from .kinds import Kind, kind_of
@@ -38,6 +39,7 @@ def load_base(
     except Exception as error:  # of several libraries; a damaged file can raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"--model {model}: cannot be loaded ({reason}); give a model folder or a hub id") from error
+    tell_of_loss(base)
     return base.to(place).requires_grad_(False), processor
 
 

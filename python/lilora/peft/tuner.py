@@ -32,6 +32,7 @@ from lilora_kernels.routing.task_names import TaskIds
 from .config import LiLoRAConfig
 from .layer import ExpertLinear, Experts, Linear, adapted_layers, unwrapped
 from .loading import OTHER_CHAIN, check_loadable
+from .loss import tell_of_loss
 
 
 class LiLoRAModel(BaseTuner):
@@ -71,6 +72,7 @@ class LiLoRAModel(BaseTuner):
             raise
         self.peft_config[adapter_name].first_of_chain = None  # of the file, not of a task that this config makes next
         attach(model)
+        tell_of_loss(model)
         if reference:  # TRL copies the parameters whose names hold `.default.`, and ours end with it
             for layer in adapted_layers(model).values():
                 layer.overwrite_task(adapter_name, *layer._own("default"))

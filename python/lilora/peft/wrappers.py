@@ -1,11 +1,17 @@
-"""PEFT's wrappers by kind of task have a `task_ids` of their own, for other methods, and drop it for ours."""
+"""Where PEFT takes ours for another method.
+
+Its wrappers by kind of task have a `task_ids` of their own, and drop it for ours; its LoRA-FA takes all that
+has `lora` in its name.
+"""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.optimizers.lorafa import LoraFAOptimizer
 
+from lilora.errors import UserError
 from lilora_kernels.routing.task_names import TaskIds
 
 from .tuner import LiLoRAModel
@@ -28,3 +34,23 @@ def _carrying(forward: Callable) -> Callable:
             return forward(self, *args, **kwargs)
 
     return with_task_ids
+
+
+def refuse_lora_fa() -> None:
+    """Let PEFT's LoRA-FA say that it is not for LiLoRA; its first step would fail at tensors that are no pair of A and B."""
+    LoraFAOptimizer.__init__ = _without_lilora(LoraFAOptimizer.__init__)
+
+
+def _without_lilora(init: Callable) -> Callable:
+    @functools.wraps(init)
+    def checked(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+        groups = list(params)
+        names = [name for group in groups if isinstance(group, dict) for name in group.get("names", ())]
+        if any(".lilora_" in name for name in names):
+            raise UserError(
+                "LoRA-FA wants LoRA's pairs of A and B, which a task of LiLoRA is not; make it active again, for its A is frozen "
+                "now, and give it AdamW (train_a='never' keeps A fixed)"
+            )
+        init(self, groups, *args, **kwargs)
+
+    return checked

@@ -125,6 +125,9 @@ def test_other_settings_change_until_the_first_task_is_trained(command, tmp_path
     code, _, err = lilora(*command)
     assert code == 2
     assert "its train.epochs is 2.0 and this one's is 1.0; give another folder" in sentence(err)
+    code, _, err = lilora(*command, "--epochs", "2")
+    assert "train.learning_rate is 0.002 and this one's is" in sentence(err)
+    assert sentence(err).endswith("where a task to come may have a learning_rate of its own in the manifest")
 
 
 @pytest.mark.parametrize("at", [2, 8], ids=["first-task", "second-task"])

@@ -21,6 +21,7 @@ from lilora.reports.scores import ScoreMatrix
 from .recorded import train_settings
 
 FREE = ("label", "train.gradient_checkpointing")  # settings that change nothing of what is trained
+_INSTEAD = {"train.learning_rate": ", where a task to come may have a learning_rate of its own in the manifest"}
 _SPLIT = ("train.batch_size", "train.gradient_accumulation")
 _RATES = "train.learning_rates."  # the task follows
 _BEFORE = {
@@ -53,7 +54,7 @@ def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str], spl
             continue
         raise UserError(
             f"--out {folder} holds another run: its {key} is {old!r} and this one's is {new!r}; "
-            "give another folder, or the same settings to go on with it"
+            f"give another folder, or the same settings to go on with it{_INSTEAD.get(key, '')}"
         )
     if bank.tasks != list(tasks[: len(bank.tasks)]):
         raise UserError(

@@ -19,6 +19,7 @@ from lilora.reports.plotting import PLOT_STYLE, png
 from lilora.reports.runs import MethodRuns, Run, by_method
 
 from .report import RESULTS, TITLES, folders, interval, kind, load, only, peer_row, percent, shape
+from .routing import routing
 from .smollm2 import table as speeds
 from .suite import Suite
 
@@ -543,7 +544,11 @@ def updated(page: str, text: str) -> str:
 
 PAGES = {
     "README.md": (small,),
+<<<<<<< HEAD
     "docs/results.md": (digits, long, ablations, wide, real_text, params, cpu, smollm2, host, gpu),
+=======
+    "docs/results.md": (digits, long, ablations, routing, params, cpu, smollm2, host, gpu),
+>>>>>>> 3aa5915 (Routers on the digits and CLIP suites: make routing, its table; heads are checked before an evaluation)
     "docs/families.md": (families,),
     "docs/families-table.md": (families_table,),
 }

@@ -446,6 +446,8 @@ def test_a_task_of_several_modes_has_a_centroid_for_each(monkeypatch):
     torch.testing.assert_close(found["mean"][:, 0].sort().values, torch.tensor([-3.0, 3.0]), rtol=0, atol=0.15)
     assert found["variance"].max() < 0.2
     assert router.fit("one", [{"x": clusters(1, [(1, 3.0)])}])["mean"].shape == (24,)
+    single = type("Single", (NearestCentroid,), {"modes": 1})(None)
+    assert single.fit("two", [{"x": clusters(0, [(0, 3.0), (0, -3.0)])}])["mean"].shape == (24,)
     assert NearestCentroid(None).fit("noise", [{"x": clusters(2, [(2, 0.0)], n=200)}])["mean"].shape == (24,)
     # A task in the middle of the other's two modes, whose mean is the same.
     router.fit("middle", [{"x": clusters(3, [(0, 0.0)])}])

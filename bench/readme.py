@@ -544,11 +544,7 @@ def updated(page: str, text: str) -> str:
 
 PAGES = {
     "README.md": (small,),
-<<<<<<< HEAD
-    "docs/results.md": (digits, long, ablations, wide, real_text, params, cpu, smollm2, host, gpu),
-=======
-    "docs/results.md": (digits, long, ablations, routing, params, cpu, smollm2, host, gpu),
->>>>>>> 3aa5915 (Routers on the digits and CLIP suites: make routing, its table; heads are checked before an evaluation)
+    "docs/results.md": (digits, long, ablations, wide, real_text, routing, params, cpu, smollm2, host, gpu),
     "docs/families.md": (families,),
     "docs/families-table.md": (families_table,),
 }

@@ -72,8 +72,8 @@ def routing() -> str:
     """Routers on the digits suites, mean and deviation over seeds."""
     content = json.loads((RESULTS / "routing.json").read_text())
     lines = [
-        "| suite | router | finds the task, % | points, task given | points, routed |",
-        "|---|---|--:|--:|--:|",
+        "| suite | router | seeds | finds the task, % | points, task given | points, routed |",
+        "|---|---|--:|--:|--:|--:|",
     ]
     kinds = dict.fromkeys((row["suite"], row["router"]) for row in content["results"])
     for suite, router in kinds:
@@ -82,12 +82,11 @@ def routing() -> str:
         for key in ("accuracy", "given", "routed"):
             values = [row[key] for row in found]
             cells.append(f"{statistics.fmean(values):.1f} ± {statistics.pstdev(values):.1f}")
-        lines.append(f"| {suite} | {router} | {' | '.join(cells)} |")
+        lines.append(f"| {suite} | {router} | {len(found)} | {' | '.join(cells)} |")
     environment = content["environment"]
-    seeds = len({row["seed"] for row in content["results"]})
     lines += [
         "",
-        f"Mean and standard deviation over {seeds} seeds of data, base model and training, and means over the six "
+        "Mean and standard deviation over seeds of data, base model and training, and means over the six "
         "tasks of each suite after the last. From `bench/results/routing.json`, written by `make routing` on "
         f"{environment['device']} with torch {environment['torch']}.",
     ]

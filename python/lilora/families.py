@@ -256,7 +256,7 @@ def projector_layers(model: nn.Module) -> list[str]:
 def vision_tower(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None, nn.ModuleList | None]:
     """(what has `get_image_features`, the first of its parts that is a vision tower, that tower's blocks); None without one.
 
-    The blocks are a list of at least two with attention, ahead of the model's decoder, and no stages of blocks.
+    The blocks are a list of at least two with attention, ahead of the model's decoder; None of a tower in stages of blocks.
     """
     modules = dict(model.named_modules())
     owner = next((name for name in reversed(modules) if hasattr(type(modules[name]), "get_image_features")), None)
@@ -269,10 +269,10 @@ def vision_tower(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None, 
     for name in ahead:
         tower = name.removeprefix(f"{owner}." if owner else "").partition(".")[0]
         staged = any(name in (one, other) for one in ahead for other in ahead if other.rpartition(".")[0] == one)
-        if len(modules[name]) < 2 or staged or not re.search(rf"\bself\.{tower}\b", seeing):
+        if not (staged or len(modules[name]) > 1) or not re.search(rf"\bself\.{tower}\b", seeing):
             continue
         if any(_is_linear(inner) and _ATTENTION.search(_block_member(name, path)) for path, inner in modules.items()):
-            return modules[owner], modules[owner].get_submodule(tower), modules[name]
+            return modules[owner], modules[owner].get_submodule(tower), None if staged else modules[name]
     return None, None, None
 
 

@@ -243,7 +243,7 @@ _SUBCLASS = "not an nn.Linear: nothing says that its forward runs"
 _NO_TOWER = "has no vision tower of transformer blocks that queries could come from"
 CROSS_ATTENTION = {"mllama"}  # of text to tiles of images: whose these rows are is not known
 REFUSED = {
-    **{(name, "pclr"): _NO_TOWER for name in ("florence2", "kosmos-2.5", "mllama", "phi4_multimodal", "t5gemma2")},
+    **{(name, "pclr"): _NO_TOWER for name in ("kosmos-2.5", "mllama", "phi4_multimodal", "t5gemma2")},
     ("aria", "towers"): _SUBCLASS,  # the projector's nn.MultiheadAttention
     ("gemma3", "projector"): _RAW,
     ("got_ocr2", "towers"): "vision_tower.* ahead of the language model, sees .* do not explain",  # windows of images

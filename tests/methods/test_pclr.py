@@ -14,7 +14,7 @@ from lilora.methods.distillation import divergence
 from lilora.methods.pclr import pool as pools
 from lilora.methods.pclr.compression import least_redundant, merged_keys, strided
 from lilora.methods.pclr.pool import GateRule, Query, RankPool
-from lilora.methods.pclr.settings import PCLRSettings
+from lilora.methods.pclr.settings import PRESETS, PCLRSettings
 from lilora.methods.redundancy import rank_gram
 
 # --- the model ------------------------------------------------------------------------------------------------------------
@@ -373,10 +373,13 @@ def test_key_loss(key_loss):
     torch.testing.assert_close(method._key_loss(query, "new").item(), float(total / 3), rtol=1e-5, atol=1e-6)
 
 
+SECOND_SUITE = PRESETS["continual_next"] | {"schedule": [(4, 1.0)] * 3 + [(4, 0.67)], "integration_rate": 1.0}
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"pools": "global"}, {"shared_learns": "always"}, {"integrate": False}, {"groups": [2, 1]}],
-    ids=str,
+    [{}, {"pools": "global"}, {"shared_learns": "always"}, {"integrate": False}, {"groups": [2, 1]}, SECOND_SUITE],
+    ids=["paper", "global", "shared", "not-integrated", "groups", "continual_next"],
 )
 def test_memory_never_exceeds_the_cap(settings):
     method = pclr(**settings)

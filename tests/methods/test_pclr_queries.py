@@ -83,13 +83,15 @@ def test_a_tower_without_pooled_output_is_refused():
 
 
 def test_the_tower_of_models_of_full_size():
-    """Of many blocks: stages of blocks are no tower that queries come from."""
+    """Of many blocks, and of stages of blocks."""
     qwen = without_memory(transformers.Qwen2_5_VLConfig())
     vision = query_source(qwen).vision
     assert vision.module is qwen.model.visual.blocks[-2]
     assert (vision.feature, vision.width) == ("mean", qwen.config.vision_config.hidden_size)
-    with pytest.raises(UserError, match="Florence2ForConditionalGeneration has no vision tower"):
-        query_source(without_memory(transformers.Florence2Config()))
+    florence = without_memory(transformers.Florence2Config())
+    vision = query_source(florence).vision
+    assert vision.module is florence.model.vision_tower
+    assert (vision.feature, vision.width) == ("mean", florence.config.vision_config.embed_dim[-1])
 
 
 def test_images_that_the_tower_has_not_seen_are_refused():

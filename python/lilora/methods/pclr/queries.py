@@ -22,25 +22,30 @@ class VisionSource:
     """What of a frozen vision tower the vision query of a sample is made of, by the tower's structure.
 
     "tokens": its last block but one. Where the tower has a class token (CLIP, InternVL) that is an image's feature, as PCLR
-    has it; elsewhere the mean of the image's tokens (our reading). "pooled": the tower's pooled output, as PCLR's second
-    suite has it. Features are at norm 1, their mean over the images of a sample too; where a tower packs all images into one
-    row of tokens (Pixtral, Qwen-VL), the sample's mean is over all of its tokens.
+    has it; elsewhere the mean of the image's tokens (our reading), of the tower's output where it is in stages (Florence-2).
+    "pooled": the tower's pooled output, as PCLR's second suite has it. Features are at norm 1, their mean over the images of
+    a sample too; where a tower packs all images into one row of tokens (Pixtral, Qwen-VL), the sample's mean is over all of
+    its tokens.
 
     module: whose output `take` reads. owner: the module that makes features of images; feature: "class", "mean" or "pooled".
     """
 
-    def __init__(self, owner: nn.Module, tower: nn.Module, blocks: nn.ModuleList, pooled: bool) -> None:
+    def __init__(self, owner: nn.Module, tower: nn.Module, blocks: nn.ModuleList | None, pooled: bool) -> None:
         # Elsewhere than among the embeddings it need not be the first token: Llama 4 puts it behind the others.
         has_class = any(name.endswith(CLASS_TOKENS) for name, _ in tower.named_parameters())
-        self.owner, self.module = owner, tower if pooled else blocks[-2]
-        self.feature = "pooled" if pooled else "class" if has_class else "mean"
-        self.width = next(m.in_features for m in blocks[-2].modules() if isinstance(m, nn.Linear | AdaptedLinear))
+        self.owner, self.whole = owner, pooled or blocks is None
+        self.module = tower if self.whole else blocks[-2]
+        self.feature = "pooled" if pooled else "class" if has_class and not self.whole else "mean"
+        linears = [m for m in (blocks or [tower])[-1].modules() if isinstance(m, nn.Linear | AdaptedLinear)]
+        self.width = linears[-1].out_features  # of a block's MLP
 
     def take(self, output: Any, context: "PoolContext") -> tuple[Tensor, Tensor]:
         """(features [n, d] fp32, the sample [n] of each) from an output of `module`; those of images are at norm 1."""
         pooled = getattr(output, "pooler_output", None) if self.feature == "pooled" else None
-        hidden = output.last_hidden_state if self.feature == "pooled" else output
+        hidden = output.last_hidden_state if self.whole else output
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        if hidden.dim() == 4 and hidden.shape[-1] != self.width:  # a map [images, d, height, width]
+            hidden = hidden.movedim(1, -1)
         if self.feature == "pooled" and (pooled is None or pooled.shape != (len(hidden), self.width)):
             raise UserError(
                 f"the vision tower of {type(self.owner).__name__} has no pooled output for each image; leave out "
@@ -69,13 +74,15 @@ class QuerySource:
     image_token: the id that stands for one row of an image in the prompt, which is no text.
     """
 
-    def __init__(self, embedding: nn.Embedding, vision: VisionSource, image_token: int | None) -> None:
-        self.embedding, self.vision, self.image_token = embedding, vision, image_token
-        self.widths = embedding.weight.shape[1], vision.width
+    def __init__(self, model: nn.Module, vision: VisionSource) -> None:
+        self.embedding, self.vision, self.image_token = model.get_input_embeddings(), vision, image_token_of(model)
+        self.answers_apart = getattr(model.config, "is_encoder_decoder", False)
+        self.widths = self.embedding.weight.shape[1], vision.width
 
     @torch.no_grad()
     def text(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """[B, d_text] fp32 from input_ids [B, L]; padding and, in training, the answers that labels mark are left out."""
+        labels = None if self.answers_apart else labels
         return prompt_mean(self.embedding, self.image_token, input_ids, attention_mask, labels)
 
 
@@ -85,13 +92,13 @@ def query_source(model: nn.Module, vision_query: str = "tokens") -> QuerySource:
     UserError for a model without a vision tower of blocks with attention.
     """
     owner, tower, blocks = vision_tower(model)
-    if blocks is None:
+    if tower is None:
         raise UserError(
             f"{type(model).__name__} has no vision tower of transformer blocks that queries could come from; use a model of "
             "text and images that has one"
         )
     vision = VisionSource(owner, tower, blocks, vision_query == "pooled")
-    return QuerySource(model.get_input_embeddings(), vision, image_token_of(model))
+    return QuerySource(model, vision)
 
 
 def image_token_of(model: nn.Module) -> int | None:

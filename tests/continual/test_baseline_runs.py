@@ -5,6 +5,7 @@ from collections import Counter
 from contextlib import nullcontext
 
 import pytest
+import torch
 
 from lilora.bank.bank import Bank
 from lilora.cli.options import target_pattern
@@ -172,6 +173,20 @@ def test_zero_shot_trains_nothing_and_evaluates_every_task_once(suite, tmp_path,
     assert [cell["score"] for cell in json.loads(out).values()] == run["matrix"]["scores"][-1]
     code, _, error = lilora("bank", "merge", tmp_path / "run", "--out", tmp_path / "merged")
     assert (code, "nothing is trained; use the base model itself" in error) == (2, True)
+
+
+def test_a_method_acts_after_every_step_while_its_gradients_are_there(suite, tmp_path, monkeypatch):
+    seen, after_step = [], METHODS["cia"].after_step
+
+    def recorded(self, step, steps, optimizer):
+        graded = all(p.grad is not None and p.grad.isfinite().all() for p in self.lora().values())
+        seen.append((self.tasks[-1], step, steps, graded, torch.is_grad_enabled()))
+        assert {id(p) for p in optimizer.param_groups[0]["params"]} <= {id(p) for p in self.lora().values()}
+        after_step(self, step, steps, optimizer)
+
+    monkeypatch.setattr(METHODS["cia"], "after_step", recorded)
+    learn(suite, tmp_path / "run", "cia")
+    assert seen == [(task, step, 4, True, False) for task in ("colour", "count") for step in (1, 2, 3, 4)]
 
 
 def test_a_method_that_acts_between_steps_refuses_deepspeed(suite, tmp_path, monkeypatch):

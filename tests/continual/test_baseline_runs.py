@@ -34,8 +34,9 @@ SETTINGS = {
     "adalora": {"r": 4, "alpha": 8.0, "dropout": 0.1, "target": 1},
     "xgblora": {"r": 3, "alpha": 8.0, "dropout": 0.1},
     "cia": {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "share": 0.3},
+    "ortholora": LORA,
 }
-RESUMED = [method for method in SETTINGS if method != "joint"]
+RESUMED = [method for method in SETTINGS if method not in ("joint", "ortholora")]
 TRAIN = TrainSettings(learning_rate=0.01, max_steps=4, batch_size=4, gradient_accumulation=1)
 
 
@@ -157,6 +158,20 @@ def test_joint_trains_once_on_the_shuffled_union_and_every_task_is_that_state(su
             learn(suite, tmp_path / "run", "joint", tasks)
     with pytest.raises(UserError, match="joint keeps all tasks in one state"):
         remove_task(bank, "count")
+
+
+def test_ortholora_is_told_the_task_of_every_sample_that_it_trains_on(suite, tmp_path, monkeypatch):
+    told, loss = [], METHODS["ortholora"].loss
+
+    def recorded(self, inputs, *more):
+        told.append(inputs["task_ids"].tolist())
+        return loss(self, inputs, *more)
+
+    monkeypatch.setattr(METHODS["ortholora"], "loss", recorded)
+    seen = batches_of(suite, tmp_path / "run", "ortholora", monkeypatch)[:8]
+    assert [Counter(("colour", "count")[i] for i in ids) for ids in told] == [Counter(counts) for counts, _ in seen]
+    assert any(len(counts) == 2 for counts, _ in seen)
+    assert Bank.open(tmp_path / "run" / "bank").tasks == ["colour", "count"]
 
 
 def test_zero_shot_trains_nothing_and_evaluates_every_task_once(suite, tmp_path, lilora, train_options):

@@ -37,7 +37,7 @@ class Toy(nn.Module):
 def make(name, seed=1, **settings):
     """A method on a toy, with the scale SCALING and no dropout."""
     torch.manual_seed(seed)
-    prefix = "lora_" if name == "cia" else ""
+    prefix = "lora_" if name in ("cia", "ortholora") else ""
     sizes = {"r": R, f"{prefix}alpha": SCALING * R, f"{prefix}dropout": 0.0, "target_modules": TARGETS}
     return make_method(name, Toy(), sizes | settings)
 

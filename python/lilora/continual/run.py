@@ -330,7 +330,7 @@ class ContinualRun:
         earlier = self.manifest.tasks[: self.manifest.tasks.index(spec)]
         if self.method.trains_on == "all":
             data = self.kind.training_data(self.manifest.tasks, self.processor)
-            return StageData(*data, self.settings.batch_size)
+            return StageData(*data, self.settings.batch_size, tasks=self.method.sees_tasks)
         if not (stage.replayed and earlier):
             return None
         samples, collator = self.kind.training_data([spec, *earlier], self.processor)

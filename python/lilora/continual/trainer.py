@@ -46,12 +46,21 @@ def trackers_of(text: str) -> list[str]:
 
 
 class StageData(Dataset):
-    """The training samples of a stage, and the batches that a model takes. order: of an epoch, None for any."""
+    """The training samples of a stage, and the batches that a model takes. order: of an epoch, None for any.
+
+    tasks: whether a batch says each sample's task, as `Method.sees_tasks` wants.
+    """
 
     def __init__(
-        self, samples: TaskSamples, collator: Collate, batch_size: int, order: ReplaySampler | None = None
+        self,
+        samples: TaskSamples,
+        collator: Collate,
+        batch_size: int,
+        order: ReplaySampler | None = None,
+        tasks: bool = False,
     ) -> None:
         self.samples, self.collator, self.batch_size, self.order = samples, collator, batch_size, order
+        self.tasks = tasks
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -64,6 +73,8 @@ class StageData(Dataset):
         inputs = self.collator(batch)
         if answers_only:
             inputs = with_answer_logits(inputs)
+        if self.tasks:
+            inputs["task_ids"] = torch.tensor([number for number, _ in batch])
         return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
     def batches(

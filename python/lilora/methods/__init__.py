@@ -23,6 +23,7 @@ from .moelora import MoELoRA
 from .nlora import NLoRA
 from .olora import OLoRA
 from .pclr.method import PCLR
+from .ortholora import OrthoLoRA
 from .proglora import ProgLoRA
 from .replay import ExperienceReplay
 from .sdlora import SDLoRA
@@ -52,6 +53,7 @@ __all__ = [
     "MoELoRA",
     "NLoRA",
     "OLoRA",
+    "OrthoLoRA",
     "ProgLoRA",
     "SDLoRA",
     "SequentialLoRA",

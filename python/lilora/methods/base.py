@@ -63,6 +63,7 @@ class Method(ABC):
     trains_on: Literal["task", "earlier", "all", "nothing"] = (
         "task"  # whose samples: also earlier tasks', all of the run's
     )
+    sees_tasks = False  # whether `loss` gets the number of each sample's task, inputs["task_ids"] [B], and takes it out
     needs_task = True  # whether inference must be given the task
     one_state = False  # whether the newest tensors serve all tasks, so that a bank need not keep the older ones
     one_process_reason: str | None = None  # why several processes cannot train a task together; None if they can

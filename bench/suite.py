@@ -124,12 +124,17 @@ def lilora(command: str, *words: Any, log: Path) -> str:
     return done.stdout
 
 
+def without_root(text: str) -> bytes:
+    """JSON whose paths are relative to the repository."""
+    return text.replace(f"{ROOT}/", "").encode()
+
+
 def tuned(suite: Suite, label: str, runs: Path) -> str:
     """Find the label's learning rate; what it is."""
     options, out = suite.options | suite.runs[label], runs / "tune" / label
     words = ["--lr", ",".join(f"{rate:g}" for rate in suite.rates), "--out", out, "--json"]
     text = lilora("tune", suite.manifest, *words_of(options), *words, log=runs / "tune" / f"{label}.log")
-    write_atomically(suite.tuning(label), text.encode())
+    write_atomically(suite.tuning(label), without_root(text))
     return f"lr {suite.options_of(label)['lr']:g}"
 
 
@@ -143,7 +148,7 @@ def trained(suite: Suite, label: str, seed: int, runs: Path) -> str:
     if label in suite.analyse:
         analysis = json.loads(lilora("analyze", out, "--json", log=runs / f"{label}-{seed}-analysis.log"))
         content["analysis"] = {key: analysis[key] for key in ("threshold", "overlap", "expected", "redundant")}
-    write_atomically(suite.file(label, seed), f"{json.dumps(content)}\n".encode())
+    write_atomically(suite.file(label, seed), without_root(f"{json.dumps(content)}\n"))
     scores = metrics["runs"][0]["metrics"]
     return ", ".join(f"{name} {scores[name]:.1f}" for name in ("New", "AP", "Forgetting"))
 

@@ -19,7 +19,10 @@ def metrics(label, seed, rate):
     for number, (after, task) in enumerate((("a", "a"), ("b", "a"), ("b", "b"))):
         scores.set(after, task, 10 * (number + seed), nll=0.5)
     run = {"method": label, "seed": seed, "matrix": scores.to_dict(), "params_per_task": None, "seconds": 1.0}
-    run |= {"extra": {"train": {"learning_rate": rate}}, "metrics": scores.metrics()}
+    run |= {
+        "extra": {"train": {"learning_rate": rate}, "model": f"{suite.ROOT}/runs/base"},
+        "metrics": scores.metrics(),
+    }
     return {"environment": {"device": "here"}, "runs": [run]}
 
 
@@ -68,6 +71,7 @@ def test_rates_are_found_once_and_what_has_a_file_is_not_run_again(tiny):
         ("train", "tuned", "1", "0.5"),
     ]
     assert len(small.finished()) == 4
+    assert json.loads(small.file("tuned", 1).read_text())["runs"][0]["extra"]["model"] == "runs/base"
     del called[:]
     run()
     assert called == []

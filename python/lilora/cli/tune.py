@@ -22,7 +22,7 @@ from .output import console, console_line, plain_table
 if TYPE_CHECKING:
     from lilora.continual.tuning import Candidate, Result, Tuning
 
-OWN = ("lr", "seed", "out", "label", "nll", "quiet", "json", "help")  # options of train that a tuning gives
+OWN = ("lr", "seed", "out", "label", "quiet", "json", "help")  # options of train that a tuning gives
 
 
 def tune(

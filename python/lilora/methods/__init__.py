@@ -22,8 +22,8 @@ from .lwf import LwF
 from .moelora import MoELoRA
 from .nlora import NLoRA
 from .olora import OLoRA
-from .pclr.method import PCLR
 from .ortholora import OrthoLoRA
+from .pclr.method import PCLR
 from .proglora import ProgLoRA
 from .replay import ExperienceReplay
 from .sdlora import SDLoRA

@@ -81,7 +81,8 @@ def routing() -> str:
         cells = []
         for key in ("accuracy", "given", "routed"):
             values = [row[key] for row in found]
-            cells.append(f"{statistics.fmean(values):.1f} ± {statistics.pstdev(values):.1f}")
+            spread = f" ± {statistics.pstdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.1f}{spread}")
         lines.append(f"| {suite} | {router} | {len(found)} | {' | '.join(cells)} |")
     environment = content["environment"]
     lines += [

@@ -1,7 +1,5 @@
 """Training computes logits where they predict tokens of answers alone, with the loss and gradients of all logits."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from support.families import base, batch
@@ -12,6 +10,7 @@ from transformers import TrainingArguments
 from lilora.bank.bank import Bank
 from lilora.continual import trainer
 from lilora.continual.trainer import StageData, TaskTrainer, with_answer_logits
+from lilora.methods import Method
 
 IGNORED = -100
 LABELS = torch.tensor([[IGNORED, IGNORED, 7, 8, IGNORED, IGNORED], [5, IGNORED, IGNORED, IGNORED, 9, 3]])
@@ -23,6 +22,18 @@ def test_the_positions_kept_are_those_ahead_of_an_answer():
     assert inputs["shift_labels"].tolist() == [[7, 8, IGNORED, IGNORED], [IGNORED, IGNORED, 9, 3]]
 
 
+class Formula:
+    """A method whose loss is the cross-entropy."""
+
+    after_step = Method.after_step
+
+    def __init__(self, model):
+        self.model = self.base = model
+
+    def loss(self, inputs, cross_entropy, grad_accum_weight):
+        return cross_entropy()[0]
+
+
 def trainer_of(name, tmp_path):
     """(a trainer of a family's tiny model, a batch of it that is collated for that trainer)"""
     model, samples = base(name), batch(name, FAMILIES[name].batches[0])
@@ -30,7 +41,7 @@ def trainer_of(name, tmp_path):
     labels[:, : labels.shape[1] // 2] = IGNORED
     labels[0, -2:] = IGNORED
     inputs = samples.inputs() | {"labels": labels}
-    method = SimpleNamespace(model=model, base=model, loss=lambda inputs, cross_entropy, weight: cross_entropy()[0])
+    method = Formula(model)
     arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, remove_unused_columns=False)
     made = TaskTrainer(method, arguments, StageData([0], lambda samples: inputs, 1))
     made.current_gradient_accumulation_steps = 2

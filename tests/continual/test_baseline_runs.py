@@ -114,12 +114,12 @@ def batches_of(suite, folder, method, monkeypatch, stop=None, **options):
     """
     batches, collate = [], StageData.collate
 
-    def counted(self, batch, dtype):
+    def counted(self, batch, **more):
         if len(batches) == stop:
             raise Stopped
         counts = Counter(self.samples.parts[number].spec.name for number, _ in batch)
         batches.append((dict(counts), sorted(str(sample.images[0].name) for _, sample in batch)))
-        return collate(self, batch, dtype)
+        return collate(self, batch, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(StageData, "collate", counted)

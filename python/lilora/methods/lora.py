@@ -119,11 +119,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def next_labels(inputs: Inputs) -> Tensor:
+    """The token that each logit of a training batch predicts, -100 for none of an answer: [B, L], or [B, K] if it asks for K."""
+    if "shift_labels" in inputs:
+        return inputs["shift_labels"]
+    return nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+
+
 def answer_positions(inputs: Inputs) -> Tensor:
     """Where the logits of a training batch predict a token of an answer: [B, L] bool, or [B, K] if it asks for K of them."""
-    if "shift_labels" in inputs:
-        return inputs["shift_labels"] != -100
-    return nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))
+    return next_labels(inputs) != -100
 
 
 def without_labels(inputs: Inputs) -> Inputs:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .base import Inputs, register_method
 from .joint import Joint
-from .lora import answer_positions
+from .lora import next_labels
 
 
 @register_method
@@ -29,7 +29,7 @@ class OrthoLoRA(Joint):
     def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
         task = inputs.pop("task_ids")
         loss, outputs = cross_entropy()
-        parts = losses_of_tasks(loss, outputs.logits, inputs["labels"], task)
+        parts = losses_of_tasks(loss, outputs.logits, next_labels(inputs), task)
         if len(parts) == 1:
             return loss
         parameters = list(self.lora().values())
@@ -45,11 +45,11 @@ class OrthoLoRA(Joint):
 def losses_of_tasks(loss: Tensor, logits: Tensor, labels: Tensor, task: Tensor) -> list[Tensor]:
     """The shares of `loss`, a scalar, of each task of a batch, by the cross-entropy of the tokens of its answers.
 
-    logits [B, L, V], labels [B, L] with -100 where there is no answer, task [B].
+    logits [B, L, V], labels [B, L] that they predict, -100 where there is no answer, task [B].
     """
-    answered = answer_positions(labels)
+    answered = labels != -100
     wide = torch.promote_types(logits.dtype, torch.float32)
-    tokens = nn.functional.cross_entropy(logits[answered].to(wide), labels.roll(-1, 1)[answered], reduction="none")
+    tokens = nn.functional.cross_entropy(logits[answered].to(wide), labels[answered], reduction="none")
     owner = task[:, None].expand_as(labels)[answered]
     scale = (loss / tokens.sum()).detach()
     return [scale * tokens[owner == t].sum() for t in owner.unique()]

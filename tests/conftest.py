@@ -1,10 +1,15 @@
 import gc
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench and tools; behind the packages that are installed
+
+# Its own lock is a semaphore that forked processes share: one that a test kills while it has the lock would keep it for ever.
+tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture(autouse=True, scope="module")

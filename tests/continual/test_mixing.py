@@ -9,7 +9,7 @@ from lilora.continual import clip
 from lilora.continual.kinds import instructions
 from lilora.continual.manifest import load_manifest
 from lilora.continual.mixing import ReplaySampler, TaskSamples, memory_of
-from lilora.continual.run import require_images_alike
+from lilora.continual.process_checks import require_images_alike
 from lilora.errors import UserError
 
 PARTS = [list("abcdefg"), list("hijkl"), list("mn")]

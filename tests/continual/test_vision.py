@@ -19,7 +19,7 @@ from lilora.continual.base_model import load_bank
 from lilora.continual.classification import LabelledImages
 from lilora.continual.kinds import KINDS
 from lilora.continual.manifest import load_manifest
-from lilora.continual.run import check_processes
+from lilora.continual.process_checks import check_processes
 from lilora.continual.task_identification import frozen_features
 from lilora.continual.trainer import TaskTrainer
 from lilora.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from bench import readme, suite
+from bench import suite, suite_tables
 from lilora.cli import app
 from lilora.errors import UserError
 from lilora.reports.scores import ScoreMatrix
@@ -99,33 +99,33 @@ def test_a_failure_ends_the_suite_and_keeps_what_was_done(tiny):
 
 def test_the_table_of_a_suite_is_made_of_its_files(tiny, monkeypatch):
     small, _, run = tiny
-    monkeypatch.setattr(readme.Suite, "read", lambda name: small)
+    monkeypatch.setattr(suite_tables.Suite, "read", lambda name: small)
     with pytest.raises(FileNotFoundError):
-        readme.suite_table("small", "make small")
+        suite_tables.suite_table("small", "make small")
     run()
-    table = readme.suite_table("small", "make small")
+    table = suite_tables.suite_table("small", "make small")
     assert "| tuned | 0.5 | 15.0 ± 7.1 | 20.0 ± 7.1 | -10.0 ± 0.0 | 0.50 | none | 2 |" in table
     assert "lilora tune" not in table
-    monkeypatch.setattr(readme.Suite, "read", lambda name: small.model_copy(update={"runs": {"tuned": {}}}))
-    assert "the best of 2 by `lilora tune` on seed 100" in readme.suite_table("small", "make small")
-    monkeypatch.setattr(readme.Suite, "read", lambda name: small)
+    monkeypatch.setattr(suite_tables.Suite, "read", lambda name: small.model_copy(update={"runs": {"tuned": {}}}))
+    assert "the best of 2 by `lilora tune` on seed 100" in suite_tables.suite_table("small", "make small")
+    monkeypatch.setattr(suite_tables.Suite, "read", lambda name: small)
     content = json.loads(small.file("fixed", 1).read_text())
     small.file("fixed", 1).write_text(json.dumps(content | {"options": {"lr": 9}}))
     with pytest.raises(UserError, match="the runs of fixed have different options"):
-        readme.suite_table("small", "make small")
+        suite_tables.suite_table("small", "make small")
 
 
 def test_redundancy_is_the_mean_over_pairs_and_runs(tiny):
     small, _, run = tiny
     small = small.model_copy(update={"analyse": ["fixed"]})
     run(small)
-    assert readme.redundancy(small.model_copy(update={"seeds": [7]})) == ""
+    assert suite_tables.redundancy(small.model_copy(update={"seeds": [7]})) == ""
     for seed in small.seeds:
         content = json.loads(small.file("fixed", seed).read_text())
         pairs = [[None, 0.1 * (seed + 1)], [0.3, None]]
         content["analysis"] = {key: {"A": pairs, "B": [[1, 1], [1, 1]]} for key in ("redundant", "overlap", "expected")}
         small.file("fixed", seed).write_text(json.dumps(content))
-    table = readme.redundancy(small)
+    table = suite_tables.redundancy(small)
     assert "| redundant, % | 22.5 | 100.0 |" in table
     assert "Of fixed, 2 runs" in table
 

@@ -1,0 +1,197 @@
+"""The tables of the suites, from the files that their runs have left."""
+
+import json
+from collections.abc import Iterable
+
+import matplotlib
+import numpy as np
+
+from lilora.continual.tuning import SEED
+from lilora.errors import UserError
+from lilora.reports.figures import memory, summary
+from lilora.reports.plotting import PLOT_STYLE, png
+from lilora.reports.runs import MethodRuns, Run, by_method
+
+from .suite import Suite
+
+SCORES = ("New", "AP", "Forgetting")
+
+
+def scores(suite: Suite, labels: Iterable[str] | None = None) -> dict[str, MethodRuns]:
+    """The runs of a suite that have left their files, by label; FileNotFoundError while there are none.
+
+    Raises UserError for runs of one label with different options.
+    """
+    found = []
+    for label in labels or suite.runs:
+        files = [file for seed in suite.seeds if (file := suite.file(label, seed)).exists()]
+        if not files:
+            continue
+        if any(
+            json.loads(file.read_text())["options"] != json.loads(files[0].read_text())["options"] for file in files
+        ):
+            raise UserError(
+                f"bench/results/{suite.name}: the runs of {label} have different options; run the older again"
+            )
+        found.append(label)
+    if not found:
+        raise FileNotFoundError(2, "no runs", f"bench/results/{suite.name}")
+    orders: dict[tuple[str, ...], list[Run]] = {}
+    for run in suite.finished(found):
+        orders.setdefault(tuple(run.matrix.tasks), []).append(run)
+    methods = {method.name: method for runs in orders.values() for method in by_method(runs)}
+    return {label: methods[label] for label in found}
+
+
+def spreads(method: MethodRuns) -> list[str]:
+    """Mean and deviation of the scores that the tables show of a method."""
+    return [str(method.metrics[name]) for name in SCORES]
+
+
+def made_on(suite: Suite, labels: Iterable[str]) -> str:
+    """The machines that the runs were made on."""
+    files = (suite.file(label, seed) for label in labels for seed in suite.seeds)
+    return ", ".join(
+        dict.fromkeys(json.loads(file.read_text())["environment"]["device"] for file in files if file.exists())
+    )
+
+
+def per_task(method: MethodRuns) -> str:
+    return f"{method.params_per_task:,}" if method.params_per_task else "none"
+
+
+def suite_table(name: str, command: str, more: str = "", picture: bool = False) -> str:
+    """Methods of a suite, mean and deviation over seeds, each at its learning rate."""
+    suite = Suite.read(name)
+    methods = scores(suite)
+    with_nll = any(method.nlls() for method in methods.values())
+    columns = ["rate", *SCORES, *["nats per token"] * with_nll, "parameters per task", "seeds"]
+    lines = [f"| method | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
+    for label, method in methods.items():
+        rate = method.runs[0].extra["train"]["learning_rate"]
+        nlls = method.nlls()
+        likelihood = ([f"{nlls[1]:.2f}"] if nlls else ["n/a"]) if with_nll else []
+        cells = [f"{rate:g}", *spreads(method), *likelihood, per_task(method), str(len(method.runs))]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    first = next(iter(methods.values()))
+    likelihood = "; nats per token: how unlikely the references are after the last task" if with_nll else ""
+    tuned = all("lr" not in suite.options | options for options in suite.runs.values())
+    rates = (
+        f" Each method has its own rate, the best of {len(suite.rates)} by `lilora tune` on seed {SEED}."
+        if tuned
+        else ""
+    )
+    lines += [
+        "",
+        f"Mean and standard deviation over seeds, in points; New: right after training, AP: after the last task{likelihood}."
+        f"{rates} Tasks in order: {', '.join(first.tasks)}. {more}From `bench/results/{name}`, written by `{command}` on "
+        f"{made_on(suite, methods)}.",
+    ]
+    if picture:
+        with matplotlib.rc_context(PLOT_STYLE):
+            (suite.results / "summary.png").write_bytes(png(summary(list(methods.values()))))
+        lines += ["", f"![scores](../bench/results/{name}/summary.png)"]
+    return "\n".join(lines)
+
+
+def digits() -> str:
+    """Methods of the digits suite."""
+    return suite_table(
+        "digits", "make experiment", "`lora` is one LoRA for all tasks, `dirlora` one per task. ", "summary"
+    )
+
+
+def long() -> str:
+    """Methods of the long digits suite: scores, and what inference keeps beside the base model after 4, 8 and 12 tasks."""
+    suite, stages = Suite.read("digits-long"), [3, 7, 11]
+    methods = scores(suite, [label for label in suite.runs if label not in CHANGES or label in ("lilora", "pclr")])
+    lines = [
+        "| method | task given | New | AP | Forgetting | thousands of parameters after 4, 8, 12 tasks | ranks of a linear |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for label, method in methods.items():
+        sizes = method.runs[0].extra["sizes"]
+        parameters = ", ".join(f"{sizes['parameters'][stage] / 1e3:.0f}" for stage in stages)
+        ranks = ", ".join(str(sizes["ranks"][stage]) for stage in stages)
+        given = "yes" if label in ("lilora", "dirlora") else "no"
+        lines.append(f"| {label} | {given} | {' | '.join(spreads(method))} | {parameters} | {ranks} |")
+    seeds = len(methods["pclr"].runs)
+    pclr, lora = (methods[name].metrics["Forgetting"].mean for name in ("pclr", "lora"))
+    with matplotlib.rc_context(PLOT_STYLE):
+        (suite.results / "memory.png").write_bytes(png(memory(list(methods.values()))))
+    lines += [
+        "",
+        f"Mean and standard deviation over {seeds} seeds, in points. Tasks in order: {', '.join(methods['pclr'].tasks)}. PCLR "
+        f"forgets {pclr / lora:.0%} of what one LoRA for all tasks forgets. From `bench/results/digits-long`, written by "
+        f"`make long` on {made_on(suite, methods)}.",
+        "",
+        "![memory](../bench/results/digits-long/memory.png)",
+    ]
+    return "\n".join(lines)
+
+
+def wide() -> str:
+    """Methods of the wide digits suite, and which ranks of tasks that were trained apart are redundant."""
+    suite = Suite.read("digits-wide")
+    more = "PCLR's pool is full after four tasks and is compressed before each of the last four. "
+    return f"{suite_table('digits-wide', 'make wide', more, True)}\n\n{redundancy(suite)}"
+
+
+def redundancy(suite: Suite) -> str:
+    """Means over pairs of tasks, linears and runs of what `lilora analyze` found."""
+    files = [suite.file(label, seed) for label in suite.analyse for seed in suite.seeds]
+    found = [json.loads(file.read_text())["analysis"] for file in files if file.exists()]
+    if not found:
+        return ""
+
+    def mean(name: str, key: str) -> float:
+        pairs = np.array([analysis[name][key] for analysis in found], dtype=float)  # [run, task, task]
+        return 100 * pairs[:, ~np.eye(pairs.shape[1], dtype=bool)].mean()
+
+    lines = ["| ranks of one task within the span of another's | A | B |", "|---|--:|--:|"]
+    for title, name in (("redundant, %", "redundant"), ("overlap, %", "overlap"), ("overlap by chance, %", "expected")):
+        lines.append(f"| {title} | {mean(name, 'A'):.1f} | {mean(name, 'B'):.1f} |")
+    labels = ", ".join(suite.analyse)
+    return "\n".join(
+        [*lines, "", f"Of {labels}, {len(found)} runs; means over pairs of tasks and linears, by `lilora analyze`."]
+    )
+
+
+def real_text() -> str:
+    """Methods of the suite on a pretrained language model."""
+    return suite_table("real-text", "make real-text", "", True)
+
+
+CHANGES = {
+    "pclr": "as above; once the cap is reached a task has 28, 24, 22, 20, 18, 16 new ranks",
+    "pclr-no-integration": "no distillation after compression",
+    "pclr-constant": "32 new ranks a task throughout",
+    "pclr-late": "16 new ranks a task once the cap is reached",
+    "pclr-released": "the released code's choices (`--preset released`) but for its schedule, which is for eight tasks; the "
+    "switch acts after every task, and gradients are clipped",
+    "pclr-reversed": "tasks in reversed order",
+    "lilora": "as above: A and B0 frozen after the first task, r 64, sub-rank 26",
+    "lilora-paper": "`--preset paper`: A and B0 train on, held by the stability loss",
+    "lilora-no-stability": "the same without the stability loss",
+    "lilora-no-fusion": "no trained fusion of B0 and UᵢVᵢ",
+    "lilora-r32": "r 32",
+    "lilora-r128": "r 128",
+    "lilora-sub13": "sub-rank 13",
+    "lilora-sub52": "sub-rank 52",
+    "lilora-reversed": "tasks in reversed order",
+}
+
+
+def ablations() -> str:
+    """PCLR and LiLoRA on the long digits suite, one choice changed at a time."""
+    methods = scores(Suite.read("digits-long"), CHANGES)
+    lines = [
+        "| run | changed | seeds | New | AP | Forgetting | thousands of parameters after 12 tasks |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for label, method in methods.items():
+        size = method.sizes["parameters"][-1] / 1e3
+        cells = " | ".join(spreads(method))
+        lines.append(f"| {label} | {CHANGES[label]} | {len(method.runs)} | {cells} | {size:.0f} |")
+    lines += ["", "As above. From `bench/results/digits-long`, written by `make long`."]
+    return "\n".join(lines)

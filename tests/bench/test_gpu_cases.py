@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import compare, gpu_cases, gpu_next, gpu_profile, gpu_stages, gpu_table, models, tune
+from bench import compare, gpu_cases, gpu_next, gpu_profile, gpu_stages, gpu_table, models, tune_launches
 from bench.gpu_cases import GO_ON, Case, LostDevice, run_cases
 from bench.peers import PEERS, Peer, formula
 from bench.problems import DOWN, GATE_UP, Problem, operand_sets
@@ -237,11 +237,11 @@ def test_the_gate_of_models_and_of_the_search_poison_too(monkeypatch):
     assert seen[:2] == [True, False]  # the base in its own dtype, then in fp64
     assert sum(seen) == 2
 
-    monkeypatch.setattr(tune, "poisoned", lambda device: entered.append("search") or nullcontext())
+    monkeypatch.setattr(tune_launches, "poisoned", lambda device: entered.append("search") or nullcontext())
     work = SimpleNamespace(jobs=[], y=torch.full((2, 2), math.nan), h=torch.zeros(2, 2))
-    monkeypatch.setattr(tune, "prepared", lambda *_: entered.append("prepared") or work)
-    launches = tune.Launches.__new__(tune.Launches)
-    launches.machine, launches.entry, launches.sets = MACHINE, tune.Entry("expand", 1024), [None]
+    monkeypatch.setattr(tune_launches, "prepared", lambda *_: entered.append("prepared") or work)
+    launches = tune_launches.Launches.__new__(tune_launches.Launches)
+    launches.machine, launches.entry, launches.sets = MACHINE, tune_launches.Entry("expand", 1024), [None]
     launches.exact = {"y": torch.ones(2, 2)}
     with pytest.raises(compare.Wrong):
         launches.check({})

@@ -4,13 +4,13 @@ import pytest
 import torch
 from support.families import base, batch
 from support.family_configs import FAMILIES
+from support.formula import Formula
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
 from lilora.bank.bank import Bank
 from lilora.continual import trainer
 from lilora.continual.trainer import StageData, TaskTrainer, with_answer_logits
-from lilora.methods import Method
 
 IGNORED = -100
 LABELS = torch.tensor([[IGNORED, IGNORED, 7, 8, IGNORED, IGNORED], [5, IGNORED, IGNORED, IGNORED, 9, 3]])
@@ -20,18 +20,6 @@ def test_the_positions_kept_are_those_ahead_of_an_answer():
     inputs = with_answer_logits({"input_ids": LABELS.clamp(min=0), "labels": LABELS})
     assert inputs["logits_to_keep"].tolist() == [1, 2, 3, 4]  # nothing predicts the first token, and the last nothing
     assert inputs["shift_labels"].tolist() == [[7, 8, IGNORED, IGNORED], [IGNORED, IGNORED, 9, 3]]
-
-
-class Formula:
-    """A method whose loss is the cross-entropy."""
-
-    after_step = Method.after_step
-
-    def __init__(self, model):
-        self.model = self.base = model
-
-    def loss(self, inputs, cross_entropy, grad_accum_weight):
-        return cross_entropy()[0]
 
 
 def trainer_of(name, tmp_path):

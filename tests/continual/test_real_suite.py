@@ -71,7 +71,7 @@ def test_the_manifest_loads_with_references_that_score_and_match(modules, tmp_pa
     for task in manifest.tasks:
         for sample in instruction_data(task, "test"):
             assert scorer(task.scorer)(sample.answers[0], list(sample.answers)) == 1
-            assert task.in_format(sample.answers[0]), sample.answers
+            assert task.in_format(sample.answers[0], sample.answers), sample.answers
 
 
 def test_what_cannot_be_had_is_one_sentence(modules, tmp_path, monkeypatch, capsys):

@@ -1,12 +1,12 @@
 """A step over several batches is the step over all their samples at once, however long each answer is."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from support.families import adapted, batch
 from support.family_configs import CLASSIFIERS, FAMILIES, NO_IMAGES
+from support.formula import Formula
 from transformers import TrainingArguments
 
 from lilora.continual.trainer import TaskTrainer
@@ -56,7 +56,7 @@ def learned(name, data, folder, size):
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    method = SimpleNamespace(model=model, loss=lambda inputs, cross_entropy, share: cross_entropy()[0])
+    method = Formula(model)
     result = TaskTrainer(method, arguments, data).train()
     return {n: p.detach() - before[n] for n, p in model.named_parameters() if n in before}, result.training_loss
 

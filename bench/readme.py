@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from .claims import claims
 from .report import RESULTS, TITLES, folders, interval, kind, load, only, peer_row, percent, shape
 from .routing import routing
 from .smollm2 import table as speeds
@@ -363,7 +364,7 @@ def updated(page: str, text: str) -> str:
 
 PAGES = {
     "README.md": (small,),
-    "docs/results.md": (digits, long, ablations, wide, real_text, routing, params, cpu, smollm2, host, gpu),
+    "docs/results.md": (claims, digits, long, ablations, wide, real_text, routing, params, cpu, smollm2, host, gpu),
     "docs/families.md": (families,),
     "docs/families-table.md": (families_table,),
 }

@@ -137,24 +137,33 @@ def wide() -> str:
     return f"{suite_table('digits-wide', 'make wide', more, True)}\n\n{redundancy(suite)}"
 
 
-def redundancy(suite: Suite) -> str:
-    """Means over pairs of tasks, linears and runs of what `lilora analyze` found."""
+def redundant_ranks(suite: Suite) -> dict[str, dict[str, float]]:
+    """What `lilora analyze` found: {"redundant" | "overlap" | "expected": {"A" | "B": percent}}, means over pairs of tasks,
+    linears and runs. Raises FileNotFoundError while there is no run.
+    """
     files = [suite.file(label, seed) for label in suite.analyse for seed in suite.seeds]
     found = [json.loads(file.read_text())["analysis"] for file in files if file.exists()]
     if not found:
-        return ""
+        raise FileNotFoundError(2, "no runs", f"bench/results/{suite.name}")
 
     def mean(name: str, key: str) -> float:
         pairs = np.array([analysis[name][key] for analysis in found], dtype=float)  # [run, task, task]
         return 100 * pairs[:, ~np.eye(pairs.shape[1], dtype=bool)].mean()
 
+    return {name: {key: mean(name, key) for key in "AB"} for name in ("redundant", "overlap", "expected")}
+
+
+def redundancy(suite: Suite) -> str:
+    """The same as a table; empty while there is no run."""
+    try:
+        found = redundant_ranks(suite)
+    except FileNotFoundError:
+        return ""
     lines = ["| ranks of one task within the span of another's | A | B |", "|---|--:|--:|"]
     for title, name in (("redundant, %", "redundant"), ("overlap, %", "overlap"), ("overlap by chance, %", "expected")):
-        lines.append(f"| {title} | {mean(name, 'A'):.1f} | {mean(name, 'B'):.1f} |")
+        lines.append(f"| {title} | {found[name]['A']:.1f} | {found[name]['B']:.1f} |")
     labels = ", ".join(suite.analyse)
-    return "\n".join(
-        [*lines, "", f"Of {labels}, {len(found)} runs; means over pairs of tasks and linears, by `lilora analyze`."]
-    )
+    return "\n".join([*lines, "", f"Of {labels}; means over pairs of tasks, linears and runs, by `lilora analyze`."])
 
 
 def real_text() -> str:

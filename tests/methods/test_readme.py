@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import lilora.methods
 from lilora.continual.recorded import TrainSettings
 from lilora.methods import METHODS
 
-README = Path(lilora.methods.__file__).with_name("README.md")
+README = Path(__file__).parents[2] / "python" / "lilora" / "methods" / "README.md"
 OWN = [name for name, method in METHODS.items() if method.__module__.startswith("lilora.")]
 PRESETS = [name for name in OWN if METHODS[name].presets]
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from lilora.bank.bank import Bank
 from lilora.continual import run as running
 from lilora.continual.manifest import load_manifest
+from lilora.continual.recorded import train_settings
 from lilora.errors import UserError
 
 BRIEF = ["--max-steps", 2, "--save-steps", 9, "--lr", 0.1]
@@ -120,6 +121,11 @@ def test_an_interrupted_run_scores_what_is_missing(manifest, suite, tmp_path, li
         assert lilora(*command, "--dtype", "bf16")[0] == 9
     before = Bank.open(run / "bank")
     assert (before.tasks, before.scores["zero_shot"].keys()) == ([], {"name"})
+    code, _, err = lilora("report", run)
+    assert (code, "holds no scores of a trained task yet" in err) == (2, True), err
+    scores = before.scores | {"zero_shot": {"name": 131.0}, "probes": {"colour": {"name": 990.0}}}
+    before.set_scores(scores)
+    assert train_settings(Bank.open(run / "bank")).dtype == "bf16", "points of CIDEr may be more than 100"
     again = []
     reload = running.ContinualRun._reload
     with monkeypatch.context() as patch:

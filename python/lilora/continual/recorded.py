@@ -62,7 +62,7 @@ def _known(parts: Registry) -> Callable[[str], str]:
     return check
 
 
-Points = Annotated[float, Field(ge=0, le=100)]
+Points = Annotated[float, Field(ge=0, le=1000)]  # those of CIDEr go to 1000
 
 
 class _Config(_Record):

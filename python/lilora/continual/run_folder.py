@@ -123,8 +123,8 @@ def _same_targets(model: str, one: Any, other: Any) -> bool:
 def run_of(bank: Bank) -> Run:
     """What a bank says of its run, without a model; UserError before there are scores."""
     settings = train_settings(bank)
-    if not bank.scores:
-        raise UserError(f"{bank.path} holds no scores yet; run lilora train to its end")
+    if not (bank.scores and bank.tasks):  # scores of the base model may be there before any task
+        raise UserError(f"{bank.path} holds no scores of a trained task yet; run lilora train to its end")
     infos = [task["info"] for task in bank.describe()["tasks"]]
     per_task = sizes = None
     told = [(info.get("parameters"), info.get("ranks")) for info in infos]

@@ -265,6 +265,8 @@ def test_probes_and_scores_before_any_training_are_shown_apart(tmp_path):
     assert [cells[i : i + 2] for i in range(len(cells)) if cells[i] == "16.0"] == [["16.0", "17.0"]]
     saved = json.loads((tmp_path / "metrics.json").read_text())["runs"]
     assert [Run.from_dict(run).probes for run in saved] == [run.probes for run in (*seeds, plain)]
+    read = read_runs(tmp_path / "metrics.json")
+    assert [(run.zero_shot, run.probes) for run in read] == [(run.zero_shot, run.probes) for run in (*seeds, plain)]
 
 
 @pytest.mark.parametrize("width", [40, 80, 300])

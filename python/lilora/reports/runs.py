@@ -85,6 +85,8 @@ class _Stored(BaseModel):
     params_per_task: int | None
     seconds: float | None
     extra: _Extra
+    zero_shot: dict[str, float] = {}
+    probes: dict[str, dict[str, float]] = {}
 
 
 class _Report(BaseModel):

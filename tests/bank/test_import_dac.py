@@ -210,6 +210,7 @@ def test_the_command_makes_a_bank_that_eval_can_load(lilora, clip_folder, base, 
     shown = json.loads(printed)
     assert [task["name"] for task in shown["tasks"]] == list(tasks)
     assert (shown["config"]["kind"], shown["config"]["settings"]["merged"]) == ("classification", MERGED)
+    assert "image_aspect" not in shown["config"], "CLIP's pictures are cut"
     _, method, _ = load_bank(out, None, "cpu")
     agree(method.model.eval(), base, tasks.values(), batch())
 

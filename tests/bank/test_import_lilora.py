@@ -277,7 +277,8 @@ def test_the_command_makes_a_bank_of_which_a_plain_lora_can_be_exported(lilora, 
     shown = json.loads(printed)
     assert ([task["name"] for task in shown["tasks"]], shown["notes"]) == (["task1", "task10"], [])
     assert len(shown["shared"]) == 1
-    assert (out / "README.md").exists()
+    assert shown["config"]["image_aspect"] == "pad", "as LLaVA's scripts have it"
+    assert "padded to squares" in (out / "README.md").read_text()
     _, method, _ = load_bank(out, None, "cpu", wanted="task10")
     agree(method, base, saved, "10", "task10", inputs)
 

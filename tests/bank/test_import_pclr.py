@@ -6,12 +6,14 @@ import os
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import normalize
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from lilora.bank.bank import Bank
 from lilora.bank.records import BaseModelId
 from lilora.continual.base_model import load_bank
+from lilora.continual.images import images_for
 from lilora.errors import UserError
 from lilora.importers.checkpoint import write_bank
 from lilora.importers.pclr import read_pclr
@@ -379,9 +381,13 @@ def test_the_command_makes_a_bank_that_eval_and_generate_can_load(lilora, llava_
     assert [task["name"] for task in shown["tasks"]] == ["a", "b", "c"]
     assert (shown["path"], len(shown["notes"]), len(shown["shared"])) == (str(out), 1, 1)
     assert shown["config"]["settings"]["newest_switch"] == 3
+    assert shown["config"]["image_aspect"] == "pad", "as LLaVA's scripts have it"
     assert shown["shared"][0]["parameters"] == sum(tensor.numel() for tensor in saved.values())
-    _, method, _ = load_bank(out, None, "cpu", wanted="b")
+    _, method, processor = load_bank(out, None, "cpu", wanted="b")
     agree(method.model.eval(), base, saved, inputs)
+    picture = tmp_path / "wide.png"
+    Image.new("RGB", (20, 10)).save(picture)
+    assert [image.size for image in images_for(processor, [picture])] == [(20, 20)]
     assert [path.name for path in out.parent.iterdir()] == ["bank"]
 
     code, _, error = lilora(*command)

@@ -16,20 +16,22 @@ from lilora.importers.peft_folder import read_peft
 from lilora.methods import DAC, PCLR, LiLoRA, Method, make_method
 
 from .base_model import load_base
+from .images import ImageAspect
 from .kinds import KINDS
 from .publish import write_bank_card
 
 
 class Source(NamedTuple):
-    """Whose files `read` understands, and the method that their tasks are of."""
+    """Whose files `read` understands, the method that their tasks are of, and what LLaVA was given of images there."""
 
     read: Callable[..., Imported]
     method: type[Method]
+    image_aspect: ImageAspect = "processor"
 
 
 SOURCES = {
-    "lilora": Source(read_lilora, LiLoRA),
-    "pclr": Source(read_pclr, PCLR),
+    "lilora": Source(read_lilora, LiLoRA, "pad"),
+    "pclr": Source(read_pclr, PCLR, "pad"),
     "dac": Source(read_dac, DAC),
     "peft": Source(read_peft, LiLoRA),
 }
@@ -53,13 +55,16 @@ def import_bank(
         UserError: the files, the base model and the method do not fit together, or the folder is in use.
     """
     kind = "classification" if config.model_type == "clip" else "instruction"
-    base, _ = load_base(model, "auto", "cpu", KINDS[kind])
+    image_aspect = source.image_aspect if config.model_type == "llava" else "processor"
+    base, _ = load_base(model, "auto", "cpu", KINDS[kind], image_aspect)
     identity = BaseModelId.of(base, model)
     found = source.read(files, base, tasks)
     method = source.method.name
     settings = {**source.method.presets["released"], **found.settings}
     make_method(method, base, settings)  # refuses what it could not be restored with
     recorded = {"method": method, "settings": settings, "train": {"dtype": "auto"}, "kind": kind, "model": model}
+    if image_aspect != "processor":
+        recorded["image_aspect"] = image_aspect
     bank = write_bank(out, recorded, identity, found.tasks, track)
     write_bank_card(bank)
     return bank, found.notes

@@ -101,9 +101,24 @@ def test_all_diverged_is_one_sentence(suite, tmp_path, lilora, monkeypatch):
     )
 
 
+def test_a_method_that_trains_on_all_tasks_together_has_one_round(suite, tmp_path, lilora, monkeypatch):
+    trained = []
+
+    def measured(command, candidate, tasks, arguments, out):
+        trained.append((candidate.learning_rate, tasks))
+        return Result(candidate=candidate, tasks=tasks, ap=5.0, nll=candidate.learning_rate)
+
+    monkeypatch.setattr(cli.tune, "_measured", measured)
+    words = ["tune", suite / "tasks.yaml", "--out", tmp_path, "--quiet", "--method", "joint", "--lr", "1e-3,1e-2,1e-4"]
+    code, _, err = lilora(*words)
+    assert code == 0, err
+    assert trained == [(1e-4, 3), (1e-3, 3), (1e-2, 3)]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--method", "zero-shot"], "--method zero-shot trains nothing"),
         (["--lr", "1e-3"], "nothing to choose from"),
         (["--lr", "1e-3,x"], "'x' is no rate"),
         (["--lr", "1e-3,1e-3"], "given twice"),

@@ -39,7 +39,7 @@ def tune(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of what is tried; the same command goes on. Default: runs/<manifest>-tune."),
+        typer.Option(help="Folder of what is tried; the same command goes on. Default: runs/<manifest>-<method>-tune."),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Take none that you report. Default: 100.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
@@ -56,6 +56,7 @@ def tune(
     from rich.progress import Progress
 
     from lilora.continual.tuning import FILE, SEED, Tuning, halving, rounds, write_tuning
+    from lilora.methods import METHODS
 
     from . import app
 
@@ -63,12 +64,16 @@ def tune(
     given = command.make_context("train", list(context.args), parent=context.parent)  # refuses what train does not know
     _check_not_given(given)
     manifest, answers = _manifest(given)
+    method = METHODS.find(given.params["method"], "--method")
+    if method.trains_on == "nothing":
+        raise UserError(f"--method {method.name} trains nothing, so no learning rate is better; run lilora train")
     names = [task.name for task in manifest.tasks]
     scored = [number for number, task in enumerate(manifest.tasks, 1) if task.test is not None]
     if not scored:
         raise UserError(f"{given.params['tasks']}: no task has a test split, by which to choose; add one")
     candidates = _candidates(rates, tries or [])
-    plan = rounds(len(candidates), max(2, scored[0]), len(names))
+    first = len(names) if method.trains_on == "all" else max(2, scored[0])  # such a run takes no more tasks
+    plan = rounds(len(candidates), first, len(names))
     options = {
         name: json.loads(json.dumps(value, default=str))
         for name, value in given.params.items()

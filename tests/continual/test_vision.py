@@ -244,6 +244,8 @@ def test_what_does_not_go_together_is_one_sentence(suite, finished, tmp_path, li
     other = yaml.safe_load((suite / "tasks.yaml").read_text()) | {"data": str(suite / "data")}
     other["tasks"][1]["classes"] = ["one", "three"]
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    probe = {name: value for name, value in other["tasks"][1].items() if name != "train"} | {"probe": True}
+    (tmp_path / "probe.yaml").write_text(yaml.safe_dump(other | {"tasks": [other["tasks"][0], probe]}))
     out = tmp_path / "out"
     tower = tmp_path / "tower"
     lilora(*command(suite, tower, "--model", suite / "siglip_vision_model", "--order", "count", "--max-steps", 1))
@@ -254,6 +256,7 @@ def test_what_does_not_go_together_is_one_sentence(suite, finished, tmp_path, li
             ("eval", finished, "--tasks", tmp_path / "other.yaml"),
             "was trained with the classes one, two, and the manifest has",
         ),
+        (("eval", finished, "--tasks", tmp_path / "probe.yaml"), "is a probe, which no classifier is trained for"),
         (("bank", "export", finished, "--format", "lilora", "--out", out), "have classifiers of their own"),
         (
             ("bank", "export", tower, "--task", "count", "--out", out),

@@ -56,6 +56,7 @@ def evaluate(
         raise UserError(
             f"--tasks {tasks} is of kind {manifest.kind!r} and {bank} is not; give the manifest of its tasks"
         )
+    kind.check_manifest(manifest)
     manifest = load_manifest(tasks, None if kind.unseen(manifest) else opened.tasks, data)
     measures = kind.measures(nll)
     with Progress(disable=as_json) as progress:

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import yaml
 
 from lilora.bank.bank import Bank
 from lilora.cli.options import target_pattern
@@ -172,6 +173,16 @@ def test_ortholora_is_told_the_task_of_every_sample_that_it_trains_on(suite, tmp
     assert [Counter(("colour", "count")[i] for i in ids) for ids in told] == [Counter(counts) for counts, _ in seen]
     assert any(len(counts) == 2 for counts, _ in seen)
     assert Bank.open(tmp_path / "run" / "bank").tasks == ["colour", "count"]
+
+
+def test_joint_refuses_learning_rates_that_differ_between_tasks(suite, tmp_path, lilora):
+    manifest = yaml.safe_load((suite / "tasks.yaml").read_text())
+    manifest |= {"model": str(suite / "base"), "data": str(suite / "data"), "learning_rate": 2e-4}
+    manifest["tasks"][1]["learning_rate"] = {"joint": 1e-3}
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(manifest))
+    code, _, err = lilora("train", tmp_path / "tasks.yaml", "--method", "joint", "--out", tmp_path / "run")
+    assert (code, "has learning rates from 0.0002 to 0.001 for them; give one with --lr" in err) == (2, True), err
+    assert not (tmp_path / "run").exists()
 
 
 def test_zero_shot_trains_nothing_and_evaluates_every_task_once(suite, tmp_path, lilora, train_options):

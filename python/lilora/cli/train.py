@@ -190,6 +190,12 @@ def train(
     if learning_rate is not None:
         rate, rates = learning_rate, {}
     training = TrainSettings.of(training.model_dump() | {"learning_rate": rate, "learning_rates": rates})
+    of_tasks = {training.rate_of(task.name) for task in manifest.tasks}
+    if method_type.trains_on == "all" and len(of_tasks) > 1:
+        raise UserError(
+            f"--method {method} trains on all tasks together, and the manifest has learning rates from {min(of_tasks):g} to "
+            f"{max(of_tasks):g} for them; give one with --lr"
+        )
     out = out or Path("runs") / f"{manifest.name}-{label or method_label(method, settings)}-{seed}"
 
     console.quiet = processes.rank() > 0

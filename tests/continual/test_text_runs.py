@@ -9,7 +9,7 @@ import torch
 import yaml
 from peft import PeftModel
 from support.word_tokenizer import word_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, T5Config
+from transformers import AutoModelForCausalLM, Florence2Config, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, T5Config
 
 from lilora.bank.bank import Bank
 from lilora.continual.base_model import load_bank
@@ -140,11 +140,16 @@ def test_what_a_text_model_cannot_do_is_one_sentence(change, sentence, texts, tm
     assert sentence in err.splitlines()[-1]
 
 
-def test_an_encoder_decoder_of_text_is_refused_in_a_sentence(texts, tmp_path, lilora):
-    T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, vocab_size=9).save_pretrained(tmp_path / "t5")
+@pytest.mark.parametrize(
+    "config",
+    [T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=1, vocab_size=9), Florence2Config()],
+    ids=["text", "images"],
+)
+def test_an_encoder_decoder_is_refused_in_a_sentence(config, texts, tmp_path, lilora):
+    config.save_pretrained(tmp_path / "base")
     code, _, err = lilora(
-        "train", texts / "tasks.yaml", "--out", tmp_path / "run", *OPTIONS, "--model", tmp_path / "t5"
+        "train", texts / "tasks.yaml", "--out", tmp_path / "run", *OPTIONS, "--model", tmp_path / "base"
     )
     assert (code, "Traceback" in err) == (2, False)
-    assert "of type 't5', an encoder-decoder without images, which lilora train does not take; adapt it" in err
+    assert f"of type '{config.model_type}', an encoder-decoder, which lilora train does not take; adapt it" in err
     assert not list(tmp_path.glob("run/*"))

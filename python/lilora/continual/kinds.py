@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from lilora.continual import clip, evaluate, text_models, vision
 from lilora.errors import UserError
@@ -87,13 +87,10 @@ class Kind:
 
 def load_multimodal(model: str, dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
     config = AutoConfig.from_pretrained(model)
-    if (
-        type(config) in AutoModelForSeq2SeqLM._model_mapping
-        and type(config) not in AutoModelForImageTextToText._model_mapping
-    ):
+    if config.is_encoder_decoder:  # its encoder would be given the answers, too
         raise UserError(
-            f"--model {model} is of type {config.model_type!r}, an encoder-decoder without images, which lilora train does not "
-            'take; adapt it in Python with LiLoRAConfig(task_type="SEQ_2_SEQ_LM") and train it with transformers\' Seq2SeqTrainer'
+            f"--model {model} is of type {config.model_type!r}, an encoder-decoder, which lilora train does not take; adapt it "
+            'in Python with LiLoRAConfig(task_type="SEQ_2_SEQ_LM") and train it with transformers\' Seq2SeqTrainer'
         )
     base = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
     processor = AutoProcessor.from_pretrained(model)

@@ -11,7 +11,7 @@ from peft import PeftModel
 from PIL import Image
 from support.family_configs import TINY_TEXT, TOWER
 from support.labelled_images import CLASSES, make_images, manifest_tasks
-from transformers import AutoModel, AutoModelForImageClassification, CLIPImageProcessorPil
+from transformers import AutoModel, AutoModelForImageClassification, CLIPImageProcessorPil, configuration_utils
 
 from lilora.bank.bank import Bank
 from lilora.continual import vision
@@ -106,6 +106,13 @@ def test_the_loss_and_the_gradient_of_a_head_are_those_of_a_linear_classifier(na
     assert loss.item() == pytest.approx(F.cross_entropy(logits, labels, reduction="sum").item() / 9, rel=1e-5)
     torch.testing.assert_close(head.weight.grad.double(), error.T @ x / 9, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(frozen_features(base, {"pixel_values": pixels}), F.normalize(x, dim=1).float())
+
+
+def test_a_checkpoint_with_a_classifier_loads_without_a_warning(suite, monkeypatch):
+    said = []
+    monkeypatch.setattr(configuration_utils.logger, "warning", said.append)
+    vision.load(str(suite / "vit"), torch.float32)
+    assert said == []
 
 
 def test_rows_of_a_batch_have_the_heads_of_their_own_tasks():
@@ -240,6 +247,15 @@ def test_sharded_classifiers_are_refused(monkeypatch):
         check_processes(METHODS["lilora"], KINDS["vision"], 8)
 
 
+@pytest.mark.parametrize("method", ["ewc", "joint", "replay", "zero-shot"])
+def test_a_method_that_is_refused_names_those_that_are_not(method):
+    with pytest.raises(UserError) as refused:
+        KINDS["vision"].check_method(METHODS[method])
+    named = {word.strip(",") for word in str(refused.value).partition("choose one of ")[2].split()}
+    assert {"lilora", "lora", "xgblora"} <= named
+    assert not named & {"ewc", "joint", "replay", "zero-shot"}
+
+
 def test_what_does_not_go_together_is_one_sentence(suite, finished, tmp_path, lilora):
     other = yaml.safe_load((suite / "tasks.yaml").read_text()) | {"data": str(suite / "data")}
     other["tasks"][1]["classes"] = ["one", "three"]
@@ -250,7 +266,15 @@ def test_what_does_not_go_together_is_one_sentence(suite, finished, tmp_path, li
     tower = tmp_path / "tower"
     lilora(*command(suite, tower, "--model", suite / "siglip_vision_model", "--order", "count", "--max-steps", 1))
     for arguments, words in (
-        (command(suite, out, "--method", "ewc"), "--method ewc cannot train on tasks of this kind of manifest"),
+        (
+            command(suite, out, "--method", "ewc"),
+            "--method ewc cannot train on tasks of this kind of manifest; choose one of lilora, adalora, dirlora, lora, "
+            "cia, clora, dac, moelora, olora, nlora, sdlora, sefe, slao, sora, xgblora",
+        ),
+        (
+            command(suite, out, "--method", "joint"),
+            "choose one of lilora, adalora, dirlora, lora, cia, clora, dac, moe",
+        ),
         (("generate", finished, "--prompt", "x"), "classifies images and writes no text; use lilora eval"),
         (
             ("eval", finished, "--tasks", tmp_path / "other.yaml"),

@@ -50,15 +50,19 @@ class Kind:
 
     def check_method(self, method: type[Method]) -> None:
         """UserError for a method that cannot train such tasks."""
+        fit = [
+            name
+            for name, other in METHODS.items()
+            if (self.answers or not other.answers_only) and not (self.heads and other.trains_on != "task")
+        ]
         if method.answers_only and not self.answers:
-            fit = ", ".join(name for name, other in METHODS.items() if not other.answers_only)
             raise UserError(
-                f"--method {method.name} cannot train on tasks of this kind of manifest; choose one of {fit}"
+                f"--method {method.name} cannot train on tasks of this kind of manifest; choose one of {', '.join(fit)}"
             )
         if self.heads and method.trains_on != "task":
             raise UserError(
                 f"--method {method.name} does not train on one task after another alone, and a model of images alone has a "
-                "classifier for each task; take another method, or CLIP"
+                f"classifier for each task; choose one of {', '.join(fit)}, or take CLIP"
             )
 
     def unseen(self, manifest: Manifest) -> bool:

@@ -143,9 +143,11 @@ def load(model: str, dtype: torch.dtype | str) -> tuple[PreTrainedModel, AutoIma
 
     The feature that heads classify is what the family's own image classifier does; without one it is `pooler_output`.
     """
-    plain = model_class(AutoConfig.from_pretrained(model))
+    config = AutoConfig.from_pretrained(model)
+    config.id2label = config.label2id = {}
+    plain = model_class(config)
     cls = type(plain.__name__, (_Headed, plain), {"__module__": __name__})
-    base, loaded = cls.from_pretrained(model, dtype=dtype, num_labels=0, output_loading_info=True)
+    base, loaded = cls.from_pretrained(model, config=config, dtype=dtype, output_loading_info=True)
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(
             f"the checkpoint lacks {len(missing)} weights of {plain.__name__}, such as {missing[0]}; give another"

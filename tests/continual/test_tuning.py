@@ -6,6 +6,7 @@ import pytest
 
 from lilora import cli
 from lilora.bank.bank import Bank
+from lilora.continual import tuning
 from lilora.continual.tuning import FILE, Candidate, Result, Tuning, halving, rounds
 
 
@@ -36,6 +37,12 @@ def test_equal_points_are_told_apart_by_likelihood_and_divergence_is_last():
         Result(candidate=d, tasks=2, ap=1.0, nll=9.0),
     ]
     assert [r.candidate for r in sorted(results, key=Result.rank)] == [d, c, a, b]
+
+
+def test_points_of_cider_are_within_the_plot():
+    results = [Result(candidate=Candidate(learning_rate=rate), tasks=2, ap=ap) for rate, ap in ((1e-3, 130), (1, None))]
+    (axes,) = tuning._figure(Tuning(tasks=["a", "b"], seed=100, options={}, results=results)).axes
+    assert axes.get_ylim() == (0, 130)
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,8 @@ def _figure(tuning: Tuning) -> Figure:
         shown = sorted((r.candidate.learning_rate, r.ap) for r in results if r.ap is not None)
         rates, points = zip(*shown, strict=True) if shown else ((), ())
         axes.plot(rates, points, label=name, clip_on=False, zorder=3, markersize=5, **MethodStyle.of(index).line())
-    axes.set(xscale="log", ylim=(0, 100), xlabel="learning rate", ylabel="mean score over the tasks, in points")
+    top = max(100, *(result.ap for result in tuning.results if result.ap is not None), 0)  # CIDEr goes beyond
+    axes.set(xscale="log", ylim=(0, top), xlabel="learning rate", ylabel="mean score over the tasks, in points")
     axes.grid(axis="y", color="0.88")
     draw_legend(figure, axes)
     return figure

@@ -104,4 +104,4 @@ def test_a_run_with_the_classes_seen_so_far(method, images, written, tmp_path, l
     assert [cell["score"] for cell in json.loads(out).values()] == run["matrix"]["scores"][-1]
     code, _, err = lilora("train", images / "clip.yaml", *options)
     assert code == 2
-    assert "its label_space is 'seen' and this one's is None" in err
+    assert "its label_space is 'seen' and this one's is 'task'" in err

@@ -19,6 +19,7 @@ from lilora.reports.runs import Run
 from lilora.reports.scores import ScoreMatrix
 
 from .recorded import train_settings
+from .task_identification import NearestCentroid
 
 FREE = ("label", "train.gradient_checkpointing")  # settings that change nothing of what is trained
 _INSTEAD = {"train.learning_rate": ", where a task to come may have a learning_rate of its own in the manifest"}
@@ -27,8 +28,10 @@ _RATES = "train.learning_rates."  # the task follows
 _BEFORE = {
     "kind": "instruction",
     "image_aspect": "processor",
+    "label_space": "task",
+    "task_identifier": NearestCentroid.name,
     "train.max_grad_norm": 1.0,
-}  # what banks of earlier versions do not say
+}  # what banks do not say, of earlier versions or at all
 
 
 def check_folder(folder: Path, config: dict[str, Any], tasks: Sequence[str], splits: bool) -> Bank | None:

@@ -109,7 +109,9 @@ def train(
     dtype: Annotated[str, typer.Option(help="Of the base model: auto (as stored), fp32, bf16 or fp16.")] = "auto",
     eval_batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Samples per batch of an evaluation, less where memory runs out. Default: 8 of training."),
+        typer.Option(
+            min=1, help="Samples per batch of an evaluation, less where memory runs out. Default: 8 of training."
+        ),
     ] = None,
     zero_shot: Annotated[
         bool, typer.Option("--zero-shot", help="Score all tasks before any training too; probes always are.")

@@ -164,6 +164,17 @@ def test_drift_of_a_shared_basis(case):
                 assert drift[i, t].any() == (t > 0)
 
 
+@pytest.mark.parametrize("method", ["lilora", "dirlora", "slao"])
+def test_classifiers_and_other_state_are_no_factors(method, tmp_path):
+    tasks = tasks_of("lilora-frozen" if method == "lilora" else "dirlora")
+    plain = analyze(write_bank(tmp_path / "plain", method, tasks))
+    more = {
+        task: (own | {"state.head.weight": noise(7, 3, 5)}, shared | {"state.trained.up_proj.B0": noise(8, 5, R)})
+        for task, (own, shared) in tasks.items()
+    }
+    assert analyze(write_bank(tmp_path / "more", method, more)).to_dict() == plain.to_dict()
+
+
 def test_the_same_span_in_another_basis(tmp_path):
     shared = shared_set(1)
     mixed = {}

@@ -19,7 +19,7 @@ class MergedLoRAs(Method):
 
     mixed_batches = True
     needs_task = False
-    no_lora = "its experts become part of the base weights; export the whole model with lilora bank merge"
+    no_lora = "what it trains becomes part of the base weights; export the whole model with lilora bank merge"
     layers: dict[str, RankPoolLinear]
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:

@@ -118,10 +118,13 @@ def over_pairs(x: np.ndarray) -> np.ndarray:
 
 
 def _load(bank: Bank) -> list[tuple[Tensors, Tensors]]:
-    """Each task's own tensors, and its A and B0; tasks with one shared set get the same ones."""
+    """Each task's own factors, and its A and B0, without other state; tasks with one shared set get the same ones."""
     stored, sets = [], {}
     for task in bank.tasks:
-        own, shared = bank.load_task(task)
+        own, shared = (
+            {name: tensor for name, tensor in tensors.items() if not name.startswith("state.")}
+            for tensors in bank.load_task(task)
+        )
         factors = {name: tensor for name, tensor in shared.items() if name.endswith((".A", ".B0"))}
         stored.append((own, sets.setdefault(bank.shared_fingerprint(task), factors)))
         if _sizes(stored[-1][1]) != _sizes(stored[0][1]):

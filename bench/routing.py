@@ -43,7 +43,7 @@ def measure(folder: Path) -> list[dict]:
     for name, router_type in routers.items():
         router, started = router_type(method.model), time.process_time()
         for spec in tasks:
-            data = StageData(*kind.training_data(spec, processor), BATCH)
+            data = StageData(*kind.training_data([spec], processor), BATCH)
             router.fit(spec.name, data.batches(SAMPLES, method.base))
         routed = kind.evaluate_routed(method, processor, router, tasks, given, BATCH)
         rows.append(

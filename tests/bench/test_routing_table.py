@@ -1,8 +1,25 @@
-"""The table of routers on a results file."""
+"""The routers on a run, and their table on a results file."""
 
 import json
 
+import yaml
+from support.suite import TRAIN_OPTIONS, make_suite
+
 from bench import routing
+
+
+def test_every_router_learns_from_the_tasks_of_a_run(tmp_path, lilora, monkeypatch):
+    make_suite(tmp_path)
+    manifest = tmp_path / "tasks.yaml"
+    name = yaml.safe_load(manifest.read_text())["name"]
+    monkeypatch.setitem(routing.MANIFESTS, name, manifest)
+    train = ["train", manifest, "--out", tmp_path / "run", *TRAIN_OPTIONS, "--max-steps", 1, "--order", "colour,count"]
+    code, _, err = lilora(*train)
+    assert code == 0, err
+    rows = routing.measure(tmp_path)
+    assert [row["router"].partition(",")[0] for row in rows] == ["nearest centroid", "nearest centroid", "linear probe"]
+    assert all(row["tasks"].keys() == {"colour", "count"} for row in rows)
+    assert all(routing.means(row)["accuracy"] > 50 for row in rows)
 
 
 def test_the_table_has_means_over_tasks_and_seeds(tmp_path, monkeypatch):

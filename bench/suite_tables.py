@@ -163,7 +163,9 @@ def redundancy(suite: Suite) -> str:
     for title, name in (("redundant, %", "redundant"), ("overlap, %", "overlap"), ("overlap by chance, %", "expected")):
         lines.append(f"| {title} | {found[name]['A']:.1f} | {found[name]['B']:.1f} |")
     labels = ", ".join(suite.analyse)
-    return "\n".join([*lines, "", f"Of {labels}; means over pairs of tasks, linears and runs, by `lilora analyze`."])
+    runs = sum(suite.file(label, seed).exists() for label in suite.analyse for seed in suite.seeds)
+    said = f"Of {labels}, {runs} runs; means over pairs of tasks and linears, by `lilora analyze`."
+    return "\n".join([*lines, "", said])
 
 
 def real_text() -> str:

@@ -125,7 +125,8 @@ def target_modules(
     if searched and isinstance(model, PreTrainedConfig):
         model = without_memory(model)
     parts = [family.mlp or pattern_of(_found(model, model_type, attention and family.attention is None))]
-    parts += [family.attention] * (attention and family.attention is not None)
+    if attention and family.attention is not None:
+        parts.append(family.attention)
     if projector is not False:
         parts.append(_projector(model, model_type, family.projector, needed=projector is not None))
     return rf"(.*\.)?({'|'.join(filter(None, parts))})"
@@ -206,7 +207,7 @@ def linear_layers(model: nn.Module, *, attention: bool = False) -> list[str]:
     found = (name for name, module in modules.items() if _is_linear(module))
     names = [name.removesuffix(".base_layer") for name in found if "lora_" not in name]
     names = [name for name in _of_text(model, modules, names) if not _EXPERT.search(name)]
-    names = [name for name in names if not reads_weight(type(modules[name.rpartition(".")[0]]), name.split(".")[-1])]
+    names = [name for name in names if not reads_weight(type(modules[name.rpartition(".")[0]]), name.split(".")[-1])]  # type: ignore[arg-type]
     lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
     member = {}  # of a block, by the layer's name
     for name in names:

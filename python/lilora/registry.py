@@ -2,11 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lilora.errors import UserError
 
 Part = TypeVar("Part")
+
+
+def _place(part: Any) -> tuple[str, str]:
+    """Where a class or function is defined."""
+    return part.__module__, part.__qualname__
 
 
 class Registry(Mapping[str, Part], Generic[Part]):
@@ -25,7 +30,7 @@ class Registry(Mapping[str, Part], Generic[Part]):
     def register(self, name: str, part: Part) -> Part:
         """Add a class or function; UserError if another one has the name. A module that is imported anew replaces its own."""
         known = self._parts.setdefault(name, part)
-        if (known.__module__, known.__qualname__) != (part.__module__, part.__qualname__):
+        if _place(known) != _place(part):
             raise UserError(f"{self.what} {name!r} exists already, in {known.__module__}; give this one another name")
         self._parts[name] = part
         return part

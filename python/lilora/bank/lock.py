@@ -14,7 +14,7 @@ from lilora.errors import UserError
 try:
     import fcntl
 except ImportError:  # Windows: nothing keeps two writers apart there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"  # in the folder while a process writes there; holds its pid
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -50,7 +50,7 @@ def locked(folder: Path) -> Iterator[bool]:
     try:
         yield descriptor is not None
     finally:
-        if _held.pop(folder, None) is not None:  # it is gone in a forked child
+        if descriptor is not None and _held.pop(folder, None) is not None:  # it is gone in a forked child
             with suppress(OSError):
                 os.unlink(folder / LOCK)
             os.close(descriptor)

@@ -17,7 +17,7 @@ from lilora_kernels import check_task_name
 
 from .atomic import write_atomically
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 INDEX = "bank.json"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DtypeName = Literal["bfloat16", "float16", "float32"]
@@ -82,7 +82,8 @@ class TensorRecord(Record):
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
         digest = hashlib.sha256(bytes_of(tensor)).hexdigest()
-        return cls(dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), sha256=digest)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return cls.model_validate({"dtype": dtype, "shape": tuple(tensor.shape), "sha256": digest})
 
 
 TensorRecords = dict[str, TensorRecord]
@@ -97,7 +98,7 @@ class TaskRecord(Record):
     info: dict[str, JsonValue]
     tensors: TensorRecords
     # Left out where there is none, as in the banks, and their checksums, of earlier versions.
-    router: TensorRecords = Field({}, exclude_if=lambda router: not router)
+    router: TensorRecords = Field(default={}, exclude_if=lambda router: not router)
 
 
 class Index(Record):
@@ -111,7 +112,7 @@ class Index(Record):
     shared: dict[Fingerprint, TensorRecords] = {}
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Path) -> "Index":
         path = folder / INDEX
         try:
             data = json.loads(path.read_bytes())
@@ -233,11 +234,11 @@ def check_tensors(task_name: str, task: Shaped, shared: Shaped) -> None:
     for module in modules:
         b0 = tuple(shared[f"{module}.B0"].shape)
         (*experts, n, r), k = b0, shared[f"{module}.A"].shape[-1]
-        wanted = {"A": (r, k)}
+        shapes: dict[str, tuple[int, ...]] = {"A": (r, k)}
         if task:
             sub_rank = task[f"{module}.V"].shape[-2]
-            wanted |= {"U": (n, sub_rank), "V": (sub_rank, r)} | ({"fusion": () if experts else (1,)} if fused else {})
-        for kind, last in wanted.items():
+            shapes |= {"U": (n, sub_rank), "V": (sub_rank, r)} | ({"fusion": () if experts else (1,)} if fused else {})
+        for kind, last in shapes.items():
             got = tuple((shared if kind in SHARED_KINDS else task)[f"{module}.{kind}"].shape)
             if got != (shape := (*experts, *last)):
                 raise UserError(

@@ -92,7 +92,7 @@ def _first_problem(error: ValidationError, manifest: type[Manifest]) -> str:
     problem = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     location = problem["loc"]  # (), (key, ...), ("tasks", index) or ("tasks", index, key, ...)
     in_task = len(location) > 1 and location[0] == "tasks"
-    place = f" of task number {location[1] + 1}" if in_task else ""
+    place = f" of task number {int(location[1]) + 1}" if in_task else ""
     within = location[2:] if in_task else location
     if not within and problem["type"] == "value_error":
         return f"the manifest{place} is wrong: {problem['msg'].removeprefix('Value error, ')}."

@@ -302,7 +302,7 @@ def frozen_features(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         UserError: inputs hold nothing that this model makes features of.
         ValueError: the images do not explain the image tokens.
     """
-    tower = next((m for m in reversed(list(model.modules())) if hasattr(type(m), "get_image_features")), None)
+    tower: Any = next((m for m in reversed(list(model.modules())) if hasattr(type(m), "get_image_features")), None)
     device, dtype = model.device, model.dtype
     inputs = {
         name: value.to(device, dtype if value.is_floating_point() else None)
@@ -328,7 +328,7 @@ def frozen_features(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         vision = torch.zeros_like(text)
         if pixels is not None:
             rows = image_rows(tower, inputs)
-            owner = (input_ids == image_token).nonzero()[:, 0]  # images lie in the order of their tokens
+            owner = torch.nonzero(input_ids == image_token)[:, 0]  # images lie in the order of their tokens
             if len(owner) != len(rows):
                 raise ValueError(
                     f"the images make {len(rows)} image tokens and input_ids hold {len(owner)}; check the images of the batch"

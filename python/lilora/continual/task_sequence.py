@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -87,6 +87,8 @@ class Manifest(BaseModel):
     model: str | None = None
     image_aspect: ImageAspect = "processor"
     learning_rate: LearningRate = None
+    if TYPE_CHECKING:
+        tasks: list[Any]  # of each kind's own type there
     _probes: tuple[Task, ...] = PrivateAttr(())
 
     @property

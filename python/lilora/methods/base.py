@@ -114,7 +114,7 @@ class Method(ABC):
 
     def parameters(self) -> int:
         """Parameters that inference keeps beside the base model for the tasks so far."""
-        stored = {}
+        stored: dict[int, Tensor] = {}
         for task in self.tasks:
             for tensors in self.tensors(task):
                 stored |= {id(tensor): tensor for tensor in tensors.values()}

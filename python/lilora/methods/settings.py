@@ -23,7 +23,7 @@ class Settings(BaseModel):
     def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ValueError("it is too large")
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
             raise ValueError("it is true or false where something else is wanted")
         return value
 

@@ -76,14 +76,14 @@ class Judge:
     """
 
     def __init__(self, name: str, model: Path | None = None) -> None:
-        self.function = scorer(name)
-        wants = "model" in inspect.signature(self.function).parameters
+        function: Callable[..., float] = scorer(name)
+        wants = "model" in inspect.signature(function).parameters
         if wants and model is None:
             raise UserError(f"scorer {name!r} wants the key scorer_model, the folder of a model; add it")
         if model is not None and not wants:
             raise UserError(f"scorer {name!r} takes no model; leave out the key scorer_model")
-        self.function = partial(self.function, model=model) if wants else self.function
-        self.of_corpus = of_corpus(getattr(self.function, "func", self.function))
+        self.function = partial(function, model=model) if wants else function
+        self.of_corpus = of_corpus(function)
 
     def __call__(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         lists = [list(own) for own in references]
@@ -100,7 +100,7 @@ class Judge:
         return any(self([own[0]], [own]) > 0 for own in answers)
 
 
-def _checked(name: str, function: Scorer | CorpusScorer) -> Scorer | CorpusScorer:
+def _checked(name: str, function: Callable[..., float]) -> Callable[..., float]:
     corpus = of_corpus(function)
     takes = "all answers and, for each, a list of references" if corpus else "the answer and a list of references"
     wanted = f"it takes {takes} and returns a number from 0 to {_TOP[corpus]}"
@@ -114,6 +114,6 @@ def _checked(name: str, function: Scorer | CorpusScorer) -> Scorer | CorpusScore
             raise UserError(f"scorer {name!r} returned {points!r} for {prediction[:80]!r}; {wanted}")
         return float(points)
 
-    score.__signature__ = inspect.signature(function)
+    score.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     setattr(score, _OF_CORPUS, corpus)
     return score

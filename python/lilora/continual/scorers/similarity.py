@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,5 +103,5 @@ def _longest(folder: Path) -> int | None:
     return longest
 
 
-def _json(file: Path, otherwise: list | dict) -> list | dict:
+def _json(file: Path, otherwise: list | dict) -> Any:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else otherwise

@@ -19,11 +19,12 @@ def _said(text: str) -> str | None:
 
 def _wanted(references: list[str]) -> str:
     wanted = {_said(reference) for reference in references}
-    if len(wanted) != 1 or None in wanted:
+    only = wanted.pop() if len(wanted) == 1 else None
+    if only is None:
         raise UserError(
             f"the references {references[:3]!r} of a question are neither yes nor no; choose another scorer"
         )
-    return wanted.pop()
+    return only
 
 
 @register_scorer

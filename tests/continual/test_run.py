@@ -392,9 +392,16 @@ def test_a_folder_with_another_run_or_other_files_is_refused_and_untouched(
 def test_another_base_model_a_damaged_or_newer_bank_and_an_unknown_task(suite, finished, tmp_path, lilora):
     ask = ["--prompt", "name it ?", "--device", "cpu"]
     code, _, err = lilora("generate", finished, "--task", "shape", *ask)
-    assert (code, "task 'shape' is unknown" in one_sentence(err)) == (2, True)
+    assert (code, "--task shape is unknown" in one_sentence(err)) == (2, True)
     code, _, err = lilora("generate", tmp_path, "--task", "name", *ask)
     assert (code, "is not a bank" in one_sentence(err)) == (2, True)
+    code, _, err = lilora("generate", finished, "--task", "name", "--model", "./nowhere", *ask)
+    assert (code, "--model ./nowhere: there is no such folder" in one_sentence(err)) == (2, True)
+    content = yaml.safe_load((suite / "tasks.yaml").read_text())
+    content |= {"data": str(suite / content.get("data", ".")), "tasks": content["tasks"][:1]}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(content))
+    code, _, err = lilora("eval", finished, "--tasks", tmp_path / "few.yaml", "--device", "cpu")
+    assert (code, f"--tasks {tmp_path / 'few.yaml'} lacks " in one_sentence(err)) == (2, True)
     changed = tmp_path / "base"
     shutil.copytree(suite / "base", changed)
     weights = changed / "model.safetensors"

@@ -133,6 +133,18 @@ def with_settings(method, seed, **settings):
     return Run(method, seed, matrix(np.random.default_rng(0)), extra=extra)
 
 
+@pytest.mark.parametrize("key, values, words", [
+    ("manifest", ("mine", "other"), "different manifests, mine and other, and would be averaged as seeds"),
+    ("label_space", ("task", "all"), "in the label space 'all' and lilora in another"),
+])  # fmt: skip
+def test_runs_that_are_no_seeds_of_one_another_are_not_averaged(key, values, words):
+    runs = [with_settings("lilora", seed, r=64) for seed in (0, 1)]
+    for run, value in zip(runs, values, strict=True):
+        run.extra[key] = value
+    with pytest.raises(UserError, match=words):
+        by_method(runs)
+
+
 def test_settings_that_differ_are_said(tmp_path):
     compared = [
         with_settings("lilora", 0, r=64, alpha=128.0, sub_rank=26),

@@ -57,6 +57,8 @@ def evaluate(
             f"--tasks {tasks} is of kind {manifest.kind!r} and {bank} is not; give the manifest of its tasks"
         )
     kind.check_manifest(manifest)
+    if missing := [task for task in opened.tasks if task not in [spec.name for spec in manifest.tasks]]:
+        raise UserError(f"--tasks {tasks} lacks {', '.join(missing)} of {bank}; give the manifest of its training")
     manifest = load_manifest(tasks, None if kind.unseen(manifest) else opened.tasks, data)
     measures = kind.measures(nll)
     with Progress(disable=as_json) as progress:

@@ -158,7 +158,7 @@ def train(
     choice("--dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
     if image_aspect is not None:
         choice("--image-aspect", image_aspect, ("processor", "pad"))
-    manifest = load_manifest(tasks, order.split(",") if order else None, data)
+    manifest = load_manifest(tasks, None if order is None else order.split(","), data)
     model = model or manifest.model
     if model is None:
         raise UserError(f"{tasks} names no base model; pass --model with a folder or a hub id")
@@ -201,7 +201,7 @@ def train(
     out = out or Path("runs") / f"{manifest.name}-{label or method_label(method, settings)}-{seed}"
 
     console.quiet = processes.rank() > 0
-    if console.quiet:
+    if console.quiet or quiet or as_json:
         disable_progress_bar()
     opened = ContinualRun.open(
         out,

@@ -61,7 +61,7 @@ def tune(
     from . import app
 
     command = typer.main.get_command(app).commands["train"]
-    given = command.make_context("train", list(context.args), parent=context.parent)  # refuses what train does not know
+    given = command.make_context("tune", list(context.args), parent=context.parent)  # refuses what train does not know
     _check_not_given(given)
     manifest, answers = _manifest(given)
     method = METHODS.find(given.params["method"], "--method")
@@ -120,6 +120,10 @@ def tune(
     if edge := _edge(best, candidates):
         console_line(edge)
     console_line(f"in the manifest: learning_rate: {{{given.params['method']}: {best.candidate.learning_rate:g}}}")
+    if own := [task.name for task in manifest.tasks if task.learning_rate is not None]:
+        console_line(
+            f"there {', '.join(own)} has a learning_rate of its own, which comes first; here all had the rate tried"
+        )
     console_line(f"command: {shlex.join(['lilora', 'train', *context.args, *_words(best.candidate)])}")
 
 
@@ -138,7 +142,7 @@ def _manifest(given: typer.Context) -> tuple[Any, bool]:
     from lilora.continual.manifest import load_manifest
 
     order = given.params["order"]
-    manifest = load_manifest(given.params["tasks"], order.split(",") if order else None, given.params["data"])
+    manifest = load_manifest(given.params["tasks"], None if order is None else order.split(","), given.params["data"])
     return manifest, KINDS[manifest.kind].answers
 
 

@@ -28,6 +28,8 @@ def load_base(
     image_aspect: what the processor is given of images, as `set_image_aspect` has it.
     """
     place = pick_device(device)
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise UserError(f"--model {model}: there is no such folder; give the path of a model folder, or a hub id")
     try:
         base, processor = kind.load(model, DTYPES[dtype])
         set_image_aspect(processor, image_aspect)

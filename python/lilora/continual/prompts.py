@@ -82,7 +82,8 @@ def check_prompts(prompts: Sequence[Prompt], bank: Bank) -> None:
     opened: set[Path] = set()
     for prompt in prompts:
         if prompt.task is not None and prompt.task not in bank.tasks:
-            raise UserError(f"{prompt.where}: task {prompt.task!r} is unknown; {bank.path} has {', '.join(bank.tasks)}")
+            what = f"--task {prompt.task}" if prompt.where == "--prompt" else f"{prompt.where}: task {prompt.task!r}"
+            raise UserError(f"{what} is unknown; {bank.path} has {', '.join(bank.tasks)}")
         if prompt.task is None and METHODS[bank.config["method"]].needs_task:
             try:
                 require_statistics(bank)

@@ -141,7 +141,11 @@ def run_of(bank: Bank) -> Run:
         ScoreMatrix.from_dict(bank.scores["matrix"]),
         per_task,
         sum(bank.scores["seconds"].values()),
-        {key: bank.config[key] for key in ("model", "manifest", "settings", "train") if key in bank.config}
+        {
+            key: bank.config[key]
+            for key in ("model", "manifest", "label_space", "settings", "train")
+            if key in bank.config
+        }
         | {"sizes": sizes},
         {task["name"]: task["info"].get("losses", {}) for task in bank.describe()["tasks"]},
         bank.scores.get("zero_shot", {}),

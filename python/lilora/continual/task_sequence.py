@@ -61,6 +61,8 @@ class Task(BaseModel):
             raise ValueError("a probe is never trained; leave out the key train, or the key probe")
         if self.probe and self.test is None:
             raise ValueError("a probe wants the key test; add it")
+        if self.probe and self.learning_rate is not None:
+            raise ValueError("a probe is never trained; leave out the key learning_rate, or the key probe")
         if not self.probe and self.train is None:
             raise ValueError("a task that is no probe wants the key train; add it")
         return self

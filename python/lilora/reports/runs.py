@@ -217,7 +217,18 @@ def by_method(runs: list[Run]) -> list[MethodRuns]:
                 f"report: of {run.method} and {runs[0].method}, one was scored on tasks before it was trained on them and "
                 "one was not; report runs of one kind of manifest together"
             )
+        if (label_space := run.extra.get("label_space", "task")) != runs[0].extra.get("label_space", "task"):
+            raise UserError(
+                f"report: {run.method} was scored in the label space {label_space!r} and {runs[0].method} in another; report "
+                "runs of one label space together"
+            )
         seeds = groups.setdefault(run.method, {})
+        manifests = {other.extra.get("manifest") for other in (run, *seeds.values())}
+        if len(manifests) > 1:
+            raise UserError(
+                f"report: runs of {run.method} are of different manifests, {' and '.join(sorted(map(str, manifests)))}, and "
+                "would be averaged as seeds; give them labels of their own (--label), or report them apart"
+            )
         if run.seed in seeds:
             raise UserError(f"report: {run.method} has two runs with seed {run.seed}; pass each run once")
         seeds[run.seed] = run

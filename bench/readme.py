@@ -296,6 +296,7 @@ SHOWN_SUITES = (
         {"dirlora": "a LoRA per task", "lora": "one LoRA"},
     ),
     ("digits-long", "AP on twelve tasks, no task given: pclr", "pclr", {"lora": "one LoRA"}),
+    ("real-text", "AP on five tasks of text, SmolLM2-135M: lilora, preset paper", "lilora-paper", {"lora": "one LoRA"}),
 )
 
 
@@ -337,12 +338,15 @@ def small() -> str:
     line("SmolLM2-135M, 8 prompts of 8 tasks: tokens / s", f"{speed['ours']:.1f}", against)
     for suite, what, ours, others in SHOWN_SUITES:
         with suppress(FileNotFoundError):  # not run yet
-            found = {label: f"{method.metrics['AP'].mean:.1f}" for label, method in scores(Suite.read(suite)).items()}
+            methods = scores(Suite.read(suite))
+            found = {label: f"{method.metrics['AP'].mean:.1f}" for label, method in methods.items()}
+            least = min(len(methods[label].runs) for label in (ours, *others))
+            what += f"; {least} seed{'s' * (least > 1)}"
             line(what, found[ours], "; ".join(f"{found[label]}, {title}" for label, title in others.items()))
     lines += [
         "",
         f"Medians (p20 .. p80) with torch {environment['torch']} and peft {environment['peft']}; AP: mean score after the last "
-        f"task, three seeds. {'' if gpu_folders() else 'No GPU result is claimed. '}[Results](docs/results.md) has every table, "
+        f"task. {'' if gpu_folders() else 'No GPU result is claimed. '}[Results](docs/results.md) has every table, "
         "what is slower than its peers, and the command that makes each.",
     ]
     return "\n".join(lines)

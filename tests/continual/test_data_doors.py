@@ -108,7 +108,7 @@ def test_rows_that_are_no_records_are_named(copy, tmp_path):
     turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "yes"}]
     rows = {"conversations": [turns, turns[:1]], "answers": [None, None], "image": ["images/red-circle.png", None]}
     datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "data" / "rows.parquet"))
-    with pytest.raises(UserError, match=r"rows\.parquet: row 2: sample '1' has no gpt turn behind its last question"):
+    with pytest.raises(UserError, match=r"rows\.parquet: row 2: sample '1' has no answer, neither a gpt turn"):
         load_manifest(copy(train="rows.parquet"))
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(str(tmp_path / "data" / "rows.parquet"))
     with pytest.raises(UserError, match=r"row 1 is no LLaVA instruction record \(conversations: Field required\)"):

@@ -205,7 +205,7 @@ def test_a_wrong_order_is_refused(suite, order):
         ('[\n\n{"id": 1, "conversations": []}]', "record 1, line 3: sample '1' has no human turn"),
         (
             '[{"id": 1, "conversations": [{"from": "human", "value": "x"}]}]',
-            "sample '1' has no gpt turn behind its last question and no answers",
+            "sample '1' has no answer, neither a gpt turn behind its last question",
         ),
     ],
 )
@@ -272,7 +272,10 @@ def test_questions_of_an_evaluation_are_read_and_instructed_once(suite, form):
 
 
 def test_a_question_of_an_evaluation_without_an_answer_is_one_sentence(suite):
-    with pytest.raises(UserError, match=r"sample '3' has no gpt turn behind its last question and no answers; add one"):
+    with pytest.raises(
+        UserError,
+        match=r"sample '3' has no answer, neither a gpt turn .* nor the key answer or answers; add one",
+    ):
         write(suite, json.dumps([{"question_id": 3, "text": "What is it?"}]).encode())
 
 
@@ -466,7 +469,7 @@ def test_images_come_with_the_questions_that_mark_them(suite):
         (["human", "human"], "turn number 2 of human and gpt is from 'human' where 'gpt' is wanted"),
         (["human", "gpt", "gpt"], "turn number 3 of human and gpt is from 'gpt' where 'human' is wanted"),
         (["human", "gpt", "system"], "is from 'system' where 'human' is wanted"),
-        (["human", "gpt", "human"], "has no gpt turn behind its last question and no answers"),
+        (["human", "gpt", "human"], "has no answer, neither a gpt turn behind its last question"),
         (["system"], "has no human turn"),
     ],
 )

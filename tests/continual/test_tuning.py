@@ -131,6 +131,7 @@ def test_a_method_that_trains_on_all_tasks_together_has_one_round(suite, tmp_pat
         (["--lr", "1e-3,1e-3"], "given twice"),
         (["--lr", "1e-3,2"], "'2' is no rate"),
         (["--try", "stability=3"], "one list is wanted"),
+        (["--try", "stabilty=[3]"], "lilora has no setting 'stabilty'"),
         (["--label", "x"], "--label behind lilora tune"),
         (["--rr", "3"], "No such option"),
     ],

@@ -81,7 +81,9 @@ def train(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            "--lr", min=0.0, help="Peak learning rate of all tasks. Default: the manifest's, or the method's, below."
+            "--lr",
+            min=0.0,
+            help="Peak learning rate of all tasks, at most 1. Default: the manifest's, or the method's.",
         ),
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(min=0.0, help=DEFAULT)] = None,
@@ -232,7 +234,8 @@ def train(
             write_atomically(out / "run.yaml", config_text(context, resolved).encode())
         bars = not (quiet or as_json or console.quiet)
         say = (lambda line: None) if as_json else console_line
-        say(adapters_line(more["target_modules"]))
+        if method_type.trains_on != "nothing":
+            say(adapters_line(more["target_modules"]))
         try:
             run.train(eval_batch_size, save_steps, workers, bars, say, trackers, zero_shot, nll)
         except KeyboardInterrupt:

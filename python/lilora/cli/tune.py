@@ -21,6 +21,7 @@ from .output import console, console_line, plain_table
 
 if TYPE_CHECKING:
     from lilora.continual.tuning import Candidate, Result, Tuning
+    from lilora.methods import Method
 
 OWN = ("lr", "seed", "out", "label", "quiet", "json", "help")  # options of train that a tuning gives
 
@@ -71,7 +72,7 @@ def tune(
     scored = [number for number, task in enumerate(manifest.tasks, 1) if task.test is not None]
     if not scored:
         raise UserError(f"{given.params['tasks']}: no task has a test split, by which to choose; add one")
-    candidates = _candidates(rates, tries or [])
+    candidates = _candidates(method, rates, tries or [])
     first = len(names) if method.trains_on == "all" else max(2, scored[0])  # such a run takes no more tasks
     plan = rounds(len(candidates), first, len(names))
     options = {
@@ -146,7 +147,7 @@ def _manifest(given: typer.Context) -> tuple[Any, bool]:
     return manifest, KINDS[manifest.kind].answers
 
 
-def _candidates(rates: str | None, tries: list[str]) -> "list[Candidate]":
+def _candidates(method: "type[Method]", rates: str | None, tries: list[str]) -> "list[Candidate]":
     from lilora.continual.tuning import RATES, Candidate
 
     found: list[float] = []
@@ -166,6 +167,8 @@ def _candidates(rates: str | None, tries: list[str]) -> "list[Candidate]":
             raise UserError(
                 f"--try {key}={shortened(values)}: one list is wanted for each setting, such as {key}=[1, 10]"
             )
+        if key not in method.settings_type.model_fields:
+            raise method.settings_type.unknown(method.name, key)
         settings[key] = values
     combined = [dict(zip(settings, values, strict=True)) for values in itertools.product(*settings.values())]
     candidates = [Candidate(learning_rate=rate, settings=chosen) for chosen in combined for rate in sorted(found)]

@@ -181,7 +181,9 @@ class InstructionDataset(Dataset):
                 answers.remove(replies[-1])
             answers.insert(0, replies.pop())
         if not answers:
-            raise wrong("has no gpt turn behind its last question and no answers; add one.")
+            raise wrong(
+                "has no answer, neither a gpt turn behind its last question nor the key answer or answers; add one."
+            )
         images = record.images
         marks = tuple(question.count("<image>") for question in questions)
         if any(marks[1:]) and sum(marks) != len(images):

@@ -20,7 +20,8 @@ from .task_identification import TASK_IDENTIFIERS, NearestCentroid
 class TrainSettings(Settings):
     """How each task is trained. A run keeps them for all its tasks: they are part of the bank's config.
 
-    batch_size: samples per batch of all processes together, so that their number changes nothing but rounding. max_steps: -1
+    batch_size: samples per batch of all processes together, so that their number changes nothing but rounding, and the last
+    batch of an epoch, which several fill up with samples of its beginning. max_steps: -1
     for as many as epochs need. learning_rate: AdamW moves every weight by about that much in a step, so it is at most 1;
     learning_rates: those of tasks that have another, by name. max_grad_norm: a gradient with a larger norm is scaled down
     to it; 0: none is. The defaults are those of LiLoRA's paper, 64 samples a step.

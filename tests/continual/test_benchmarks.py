@@ -197,7 +197,7 @@ def test_what_is_missing_or_wrong_is_told_task_by_task(coin, lilora):
     assert "val.json is missing; put it there, and its images under" in problems["VQAv2", "test"]
     assert "1 of 1 images are missing, the first is" in problems["GQA", "train"]
     assert "1.png cannot be opened" in problems["OCRVQA", "test"]
-    assert "record 2, line 1: sample '1' has no gpt turn" in problems["VizWiz", "train"]
+    assert "record 2, line 1: sample '1' has no answer" in problems["VizWiz", "train"]
     assert "scorer 'iou_50' gives 0 even to the references" in problems["Grounding", "test"]
     code, out, _ = lilora("data", "check", EXAMPLES / "coin.yaml", "--data", coin)
     assert code == 1

@@ -5,35 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from support.toy import HIDDEN, SCALING, TARGETS, VOCABULARY, WIDTH, Toy
 
 from lilora.bank.records import BaseModelId
 from lilora.errors import UserError
 from lilora.methods import Stage, make_method
 from lilora_kernels import functional
 
-VOCABULARY, WIDTH, HIDDEN, R = 11, 7, 9, 8
-SCALING = 2.0
+R = 8
 PEFT_NAMES = ("ewc", "lwf")
-TARGETS = r"(up|down|idle)"
-
-
-class Toy(nn.Module):
-    """A next-token model of two linears and the loss of a HuggingFace model; `idle` is used by no sample."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.up, self.down, self.idle = (nn.Linear(*size) for size in ((WIDTH, HIDDEN), (HIDDEN, WIDTH), (WIDTH, 3)))
-        self.head = nn.Linear(WIDTH, VOCABULARY)
-        self.double().requires_grad_(False)
-
-    def forward(self, input_ids, labels=None):
-        logits = self.head(self.down(self.up(self.embedding(input_ids)).tanh()))
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return SimpleNamespace(logits=logits, loss=loss)
 
 
 class Dense:

@@ -195,7 +195,7 @@ class ContinualRun:
         names = [task.name for task in self.manifest.tasks]
         name, scored = names[index], [task for task in self.matrix.columns if task in names[: index + 1]]
         (info,) = (task["info"] for task in self.bank.describe()["tasks"] if task["name"] == name)
-        trained = f"trained in {self.state['seconds'][name]:.0f} s" if info.get("losses") else "nothing trained for it"
+        trained = f"trained in {self.state['seconds'][name]:.0f} s" if "steps" in info else "nothing trained for it"
         line = f"{label_of(self.bank)}: task {index + 1} of {len(names)}, {name}, {trained}: "
         line += f"{self.matrix.get(name, name):.1f} points" if name in scored else "not scored, it has no test split"
         if scored:

@@ -38,9 +38,6 @@ class CIA(SequentialLoRA):
         self._average: Tensors = {}  # theta*, empty in the first task
         self._gradient: Tensors = {}  # g'
 
-    def lora(self) -> Tensors:
-        return self.tensors(self.tasks[-1])[1]
-
     def begin(self, stage: Stage, batches: Batches) -> None:
         super().begin(stage, batches)
         before = self.lora() if len(self.tasks) > 1 else {}

@@ -15,6 +15,7 @@ from lilora_kernels.layers.lilora import DROPOUT, RANK
 from lilora_kernels.layers.rank_pool import Choice
 
 from .base import Batches, Method, Stage, Tensors
+from .lora import evaluating
 from .pclr.pool import Query, normalised
 from .pclr.queries import PoolChooser, PoolTasks, attach_pools, query_source
 from .pooled import fresh, inject_rank_pools, load_rank_pools, pool_tensors, require_grad_only
@@ -138,10 +139,8 @@ class KeyedLoRAs(Method):
     @torch.no_grad()
     def mean_query(self, batches: Batches) -> Tensor:
         """Direction of the mean query of a task's training samples, [1, d]."""
-        was_training = self.model.training
-        self.model.eval()
-        queries = [of_norm_1(self.pool_tasks.queries(self.model, inputs)) for inputs in batches(KEY_SAMPLES)]
-        self.model.train(was_training)
+        with evaluating(self.model):
+            queries = [of_norm_1(self.pool_tasks.queries(self.model, inputs)) for inputs in batches(KEY_SAMPLES)]
         return normalised(torch.cat(queries).mean(0, keepdim=True))
 
     # --- the bank ---------------------------------------------------------------------------------------------------

@@ -199,10 +199,8 @@ class PCLR(Method):
         old, new = self.experts(), self._next[1]
         if old + new > self.options.cap:
             raise RuntimeError(f"the pool would have {old + new} ranks, more than its cap {self.options.cap}")
-        was_training = self.model.training
-        self.model.eval()
-        queries = [self.pool_tasks.queries(self.model, inputs) for inputs in batches(max(256, new))]
-        self.model.train(was_training)
+        with evaluating(self.model):
+            queries = [self.pool_tasks.queries(self.model, inputs) for inputs in batches(max(256, new))]
         text, vision = torch.cat([q.text for q in queries]), torch.cat([q.vision for q in queries])
         mean = Query(normalised(text.mean(0, keepdim=True)), normalised(vision.mean(0, keepdim=True)))
         drawn = torch.randperm(len(text))[torch.arange(new) % len(text)].to(text.device)

@@ -14,6 +14,7 @@ from .suite_tables import redundant_ranks, scores
 FROZEN = {
     "real-text": "lilora-frozen",
     "digits": "lilora-frozen",
+    "digits-one-rate": "lilora-frozen",
     "digits-wide": "lilora-frozen",
     "digits-long": "lilora",
 }

@@ -94,11 +94,17 @@ def suite_table(name: str, command: str, more: str = "", picture: bool = False) 
     return "\n".join(lines)
 
 
+ONE_LORA = "`lora` is one LoRA for all tasks, `dirlora` one per task. "
+
+
 def digits() -> str:
-    """Methods of the digits suite."""
-    return suite_table(
-        "digits", "make experiment", "`lora` is one LoRA for all tasks, `dirlora` one per task. ", "summary"
-    )
+    """Methods of the digits suite, each at its own learning rate."""
+    return suite_table("digits", "make experiment", ONE_LORA, True)
+
+
+def one_rate() -> str:
+    """Methods of the digits suite, all at one learning rate."""
+    return suite_table("digits-one-rate", "python -m bench.suite digits-one-rate", ONE_LORA, True)
 
 
 def long() -> str:

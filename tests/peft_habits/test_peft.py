@@ -10,6 +10,7 @@ import transformers
 from peft import get_peft_model
 from support.habits import (
     MLP,
+    QUIET,
     VOCAB,
     adapted,
     assert_close,
@@ -32,12 +33,7 @@ from lilora.families import target_modules
 from lilora.peft.best_task import LoadBestTasks
 from lilora.peft.layer import adapted_layers
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Adapter name:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:. was active:UserWarning"),
-]
+pytestmark = QUIET
 
 
 # --- adapters are tasks -----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from peft import PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from support.habits import (
     MLP,
+    QUIET,
     adapted,
     assert_close,
     assert_tied,
@@ -29,12 +30,7 @@ from torch import nn
 from lilora.errors import UserError
 from lilora.peft.tuner import shared_fingerprint
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Adapter name:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:. was active:UserWarning"),
-]
+pytestmark = QUIET
 
 
 @pytest.fixture(scope="module")

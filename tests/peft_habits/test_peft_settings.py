@@ -8,6 +8,7 @@ import torch
 from peft import PeftConfig, get_peft_model, inject_adapter_in_model
 from support.habits import (
     MLP,
+    QUIET,
     adapted,
     assert_close,
     assert_tied,
@@ -29,12 +30,7 @@ from lilora import LiLoRAConfig
 from lilora.errors import UserError
 from lilora.peft.layer import adapted_layers
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Adapter name:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:. was active:UserWarning"),
-]
+pytestmark = QUIET
 
 
 def test_bias_of_the_adapted_layers():

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
@@ -14,6 +15,12 @@ from lilora.peft.layer import adapted_layers
 
 VOCAB, IMAGE = 40, 39
 MLP = ["gate_proj", "up_proj", "down_proj"]
+QUIET = [  # warnings of what these tests do on purpose
+    pytest.mark.filterwarnings("ignore:Adapter name:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:. was active:UserWarning"),
+]
 TEXT = {
     "hidden_size": 16,
     "intermediate_size": 24,

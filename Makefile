@@ -110,14 +110,16 @@ emulation-full: venv
 SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=all
 cpu-check: .venv/ready
 	OMP_NUM_THREADS=1 PYTHONPATH=.:python LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 LILORA_CPU_FLAGS="$(SANITIZERS)" $(BIN)/pytest tests/ops/test_cpu.py
+		ASAN_OPTIONS=detect_leaks=0 LILORA_CPU_FLAGS="$(SANITIZERS)" $(BIN)/pytest tests/ops/test_cpu.py tests/ops/test_cpu_training.py
 
 # Debian: g++-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user.
 ARM64_CXX := aarch64-linux-gnu-g++
 cpu-check-arm64:
 	mkdir -p build
-	$(ARM64_CXX) -std=c++17 -O3 -ffp-contract=fast -Wno-subobject-linkage -static -o build/cpu-check-arm64 tests/cpu/check.cpp
-	qemu-aarch64 build/cpu-check-arm64
+	for part in decode training; do \
+		$(ARM64_CXX) -std=c++17 -O3 -ffp-contract=fast -Wno-subobject-linkage -static -o build/check_$$part tests/cpu/check_$$part.cpp && \
+		qemu-aarch64 build/check_$$part || exit 1; \
+	done
 
 # What can be shown of the GPU build without a GPU. Names of architectures as in TORCH_CUDA_ARCH_LIST.
 CUDA_ARCHITECTURES := 9.0a

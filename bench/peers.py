@@ -357,7 +357,6 @@ def grouped_mm(sets: list[Operands], training: bool) -> Built:
     return Built(forward, leaves, lambda x, stack: formula(x, [*stack[0], *stack[1]]))
 
 
-SMALL = {"recorded"}  # plans of products too small to be timed here
 PEERS = {
     "base": Peer("frozen base, F.linear", base),
     "ours": Peer("LiLoRALinear", ours),
@@ -367,7 +366,7 @@ PEERS = {
         f"ours_{name}_{plan}": Peer(f"lilora::linear, {name}, {plan}", ours_by_plan(name, plan))
         for name, plans in backends.plans("linear").items()
         for plan in plans
-        if len(plans.keys() - SMALL) > 1 and plan not in SMALL  # else it is what the layer runs
+        if len(plans) > 1  # else it is what the layer runs
     },
     "formula": Peer("LiLoRA's formula in PyTorch", formula),
     "formula_compiled": Peer("the formula under torch.compile", formula_compiled),

@@ -44,7 +44,7 @@ def test_over_tasks(what, tasks, name, machine, ceiling, seconds, measured, repo
 @pytest.mark.parametrize("at", range(3))
 def test_memory_over_rows(at, machine, measured):
     counts = growth.row_counts(machine)
-    # Tiny layers would take the plan `recorded`, which keeps more.
+    # Tiny layers would take the plan one_launch, which keeps the mask of dropout.
     with plan("composed") if machine.tiny else nullcontext():
         rows = measured(("memory", at), lambda: growth.step_memory(counts[at % len(counts)], machine))
     saved = {row["implementation"]: row["saved_bytes"] for row in rows}

@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("cuda", "triton", "cpu", "eager")
-PLANS = ("composed", "recorded", "one_launch", "by_phase", "decode", "fused")
+PLANS = ("composed", "one_launch", "by_phase", "decode", "fused")
 COMPOSED = {"composed": "for all rows"}  # library products around what is ours
 CHOICES = {"backend": BACKENDS, "plan": PLANS}
 VARIABLES = {"backend": "LILORA_BACKEND", "plan": "LILORA_PLAN"}
@@ -33,7 +34,7 @@ _wrong = next(
 )
 
 
-Bind = Callable[..., Callable[[Tensor, Tensor | None, Tensor | None], Tensor | None] | None]
+Bind = Callable[..., Callable | None]
 
 
 class Unsupported(RuntimeError):
@@ -50,7 +51,8 @@ class Implementation:
     `bind(*arguments)`: bound(x, task, seed) -> y [..., N] for x [..., K] and ids [M] of the same kinds as here, without
     gradients; all other arguments stay what and where they are. bound is None, or returns it, where a call has to take the
     usual way.
-    `bind_recorded`: the same where gradients are wanted, which autograd records.
+    `bind_gradients(*arguments)`: the same with gradients, as an object with forward(x, task, seed) -> y and h, and
+    backward(dy, x, weight, h, adapter, needs) -> those of x and the factors that are needed.
     `rows(device)`: numbers of rows that together meet every kernel which it may have to compile or load.
     """
 
@@ -60,7 +62,7 @@ class Implementation:
     plans: dict[str, str]
     rows: Callable[[torch.device], list[int]] = lambda device: []
     bind: Bind = lambda *_: None
-    bind_recorded: Bind = lambda *_: None
+    bind_gradients: Callable[..., Any] = lambda *_: None
 
 
 _table: dict[str, dict[str, Implementation]] = {}

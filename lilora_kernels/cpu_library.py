@@ -14,9 +14,10 @@ PATH = Path(__file__).parent / "lib" / "liblilora_cpu.so"
 NOT_BUILT = PATH.with_suffix(".txt")  # why, in one line
 NO_BUILD = "this installation has no CPU build; pip install . makes one where it finds a C++ compiler"
 INSTRUCTIONS = ("baseline", "avx2", "avx512")  # numbered from 1
-INTERFACE = 3  # of csrc/cpu/linear.cpp
-# Its struct Call: what is of one call alone, and what stays until parameters change.
+INTERFACE = 4  # of csrc/cpu/decode.cpp
+# Its struct Call, and Training of training.cpp: what is of one call alone, and what stays until parameters change.
 OF_CALL, OF_PARAMETERS = struct.Struct("=10q"), struct.Struct("=22qd")
+OF_TRAINING, OF_SIZES = struct.Struct("=19q"), struct.Struct("=7q2d")
 
 
 class Kernels:
@@ -26,8 +27,10 @@ class Kernels:
         library = ctypes.CDLL(str(path))
         if library.lilora_cpu_interface() != INTERFACE:
             raise OSError(f"{path} is of another version; build it again")
-        self.forward = library.lilora_cpu_forward
-        self.forward.argtypes = (ctypes.c_char_p, ctypes.c_int64)
+        self.decode = library.lilora_cpu_decode
+        self.decode.argtypes = (ctypes.c_char_p, ctypes.c_int64)
+        self.train_forward, self.train_backward = library.lilora_cpu_train_forward, library.lilora_cpu_train_backward
+        self.train_forward.argtypes = self.train_backward.argtypes = (ctypes.c_char_p,)
         self.instructions = min(library.lilora_cpu_instructions(), most_instructions())
         self.parallel_for = parallel_for()
 

@@ -1,4 +1,4 @@
-"""The CPU kernels of setup.py: one file and a C++ compiler. Where that fails, the distribution is built without them."""
+"""The CPU kernels of setup.py: two files and a C++ compiler. Where that fails, the distribution is built without them."""
 
 import os
 import shlex
@@ -11,9 +11,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "csrc/cpu/linear.cpp"
+SOURCES = ["csrc/cpu/decode.cpp", "csrc/cpu/training.cpp"]
 LIBRARY = "lilora_kernels.lib.liblilora_cpu"
-EXTENSION = Extension(LIBRARY, ["csrc/cpu/linear.cpp"], optional=True)
+EXTENSION = Extension(LIBRARY, SOURCES, optional=True)
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-fPIC", "-fvisibility=hidden"]
 
 
@@ -24,7 +24,16 @@ def build(target: Path, *flags: str) -> str | None:
     if names is None:
         return "the CPU kernels were not built: no C++ compiler in PATH; install g++ and run pip install . again"
     try:
-        command = [*names, *FLAGS, *flags, "-shared", str(SOURCE), "-o", str(target), "-lm"]
+        command = [
+            *names,
+            *FLAGS,
+            *flags,
+            "-shared",
+            *(str(ROOT / source) for source in SOURCES),
+            "-o",
+            str(target),
+            "-lm",
+        ]
         subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
     except OSError as error:
         return f"the CPU kernels were not built: {error}"

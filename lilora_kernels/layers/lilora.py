@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..offloading import offloading, onload, onloaded
+from ..ops.adapter_operation import before_backward
 from ..routing.context import BatchContext
 from .base import AdaptedLinear, Factors, described, is_conv1d, is_number, is_plain, is_sharded
 from .parameters import SharedParameter, TaskParameters, check_task_name, stacked, window
@@ -462,7 +463,7 @@ class LiLoRALinear(AdaptedLinear):
     def _expect_same_tasks(self, y: Tensor) -> None:
         """Let the backward of y raise if the active task is set before it."""
         if y.requires_grad and not torch.compiler.is_compiling() and self._trains():
-            y.register_hook(self.model_tasks.unchanged())
+            before_backward(y, self.model_tasks.unchanged())
 
     @torch.no_grad()
     def check_load(self, state: Mapping[str, Tensor], prefix: str) -> None:

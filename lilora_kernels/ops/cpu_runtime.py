@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import backends, cpu_library
 from .schema import AdapterArgs
 
-DECODE_ROWS = 64  # the most that the kernels take: kMostRows of csrc/cpu/linear.cpp
+DECODE_ROWS = 64  # the most that the kernels take: kMostRows of csrc/cpu/decode.cpp
 PLANS = {"decode": f"up to {DECODE_ROWS} rows", "composed": "beyond"}
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ABSENT = (0, 0)
@@ -79,7 +79,7 @@ def decode(x: Tensor, *sides: Side) -> list[tuple[Tensor, Tensor]] | None:
             *operand(gate), 1 if gate is None else len(gate),
         ) + packed(x, adapter, *base)  # fmt: skip
         results.append((y, h))
-    return None if cpu_library.load().forward(calls, len(sides)) else results
+    return None if cpu_library.load().decode(calls, len(sides)) else results
 
 
 def bind(x: Tensor, *of: tuple | Tensor | AdapterArgs | None, blocks: bool = False) -> Callable | None:
@@ -92,7 +92,7 @@ def bind(x: Tensor, *of: tuple | Tensor | AdapterArgs | None, blocks: bool = Fal
     sides: list[Side] = [(adapters, *base)] if one else list(zip(adapters, *base, strict=True))
     if backends.forced["plan"] not in (None, "decode") or any(unsupported_call(x[:1], *side) for side in sides):
         return None
-    run, count, columns, size = cpu_library.load().forward, len(sides), x.shape[1], x.itemsize
+    run, count, columns, size = cpu_library.load().decode, len(sides), x.shape[1], x.itemsize
     parameters = [(side[0].b0.shape[0], packed(x, *side)) for side in sides]
 
     def bound(x: Tensor, task: Tensor | None = None, seed: None = None) -> Tensor | list[Tensor] | None:

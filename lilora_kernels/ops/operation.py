@@ -44,7 +44,7 @@ class Operation:
         bind: Callable = lambda *_: None,
     ) -> None:
         self.name, self.kinds, self.check, self.run, self.bind = f"lilora::{name}", kinds, check, run, bind
-        self.seed_at = list(kinds).index("seed") if "seed" in kinds else None
+        self.task_at, self.seed_at = (list(kinds).index(n) if n in kinds else None for n in ("task", "seed"))
         self.plain = [PLAIN[kind] for kind in kinds.values()]
         schema = ", ".join(f"{kind} {argument}" for argument, kind in kinds.items())
         self.registered = torch.library.custom_op(
@@ -68,16 +68,10 @@ class Operation:
         if not known:
             self.check(*args)
             require_memory(*args)
-        if needs_graph(*args):
-            recorded = None if known else self.recorded(*args)
-            return self.apply(*args) if recorded is None else recorded
-        return self.compute(*args)
-
-    def recorded(self, *args) -> tuple[Tensor, None] | None:
-        """y, whose gradients autograd has recorded, and no h; None where the operation has to differentiate itself."""
-        bound = self.bind(*args)
-        y = bound and bound(args[0], None, args[self.seed_at])
-        return None if y is None else (y, None)
+        if not needs_graph(*args):
+            return self.compute(*args)
+        bound = self.bind(*args)  # as later calls of a layer will have it, bit by bit
+        return self.apply(*args) if bound is None else (bound(args[0], args[self.task_at], args[self.seed_at]), None)
 
     def compute(self, *args):
         """`run` as the dispatcher calls it, below autograd: every torch operation inside costs less."""

@@ -415,11 +415,11 @@ class Tasks(TaskNames):
 
     # --- backward ---------------------------------------------------------------------------------------------------
 
-    def unchanged(self) -> Callable[[Tensor], None]:
-        """A hook on an output: torch would drop the gradients of a task that stopped training before the backward."""
+    def unchanged(self) -> Callable[[], None]:
+        """A check before a backward: torch would drop the gradients of a task that stopped training in between."""
         before = self.activation
 
-        def check(_: Tensor) -> None:
+        def check() -> None:
             if before != self.activation:
                 raise RuntimeError(SET_IN_BETWEEN)
 

@@ -1,11 +1,11 @@
 """A layer on a GPU by each plan of each backend that is here.
 
-test_gpu_fused.py has the fused product; `recorded` is torch's alone, and forced it refuses the pretended GPU's dispatch mode.
+test_gpu_fused.py has the fused product.
 """
 
 import pytest
 import torch
-from support.plan_cases import checks
+from support.plan_cases import CHECKS
 
 import lilora_kernels
 from lilora_kernels import backends, cuda_library
@@ -15,8 +15,8 @@ PLANS = [
     (name, plan, check)
     for name in HERE
     for plan in backends.plans("linear")[name]
-    if plan not in ("fused", "recorded")
-    for check in checks(plan)
+    if plan != "fused"
+    for check in CHECKS
 ]
 
 

@@ -133,8 +133,8 @@ def test_a_fused_mlp_runs_apart(first, monkeypatch):
     if not first:
         assert fuse_mlps(model) == {"0": "gate_proj is batch-invariant"}
     library, sides, seen = cpu_library.load(), [], []
-    forward = library.forward
-    monkeypatch.setattr(library, "forward", lambda calls, count: sides.append(count) or forward(calls, count))
+    forward = library.decode
+    monkeypatch.setattr(library, "decode", lambda calls, count: sides.append(count) or forward(calls, count))
     x, names = torch.randn(40, 5, K), [NAMES[i % 4] for i in range(40)]
     run(model, x[:8], names[:8])  # few enough rows for the kernels to take both at once
     assert set(sides) == {1}

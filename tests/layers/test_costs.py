@@ -135,7 +135,7 @@ def stacked_bytes(tasks, outputs):
 
 @pytest.fixture
 def composed():
-    """Layers as small as these would take the plan `recorded`."""
+    """Layers as small as these would take the plan one_launch, which keeps the mask of dropout."""
     with plan("composed"):
         yield
 

@@ -200,8 +200,8 @@ def test_the_cpu_kernels_take_both_in_one_call(served, monkeypatch):
     """Bound from the second call on; the bits of the two layers, whatever changes in between."""
     fused, apart = (model.float().eval() for model in twins(bias=True))
     library, calls = cpu_library.load(), []
-    run = library.forward
-    monkeypatch.setattr(library, "forward", lambda call, sides: calls.append(sides) or run(call, sides))
+    run = library.decode
+    monkeypatch.setattr(library, "decode", lambda call, sides: calls.append(sides) or run(call, sides))
     options = {"task_ids": ["count", None, "where"]} if served else {}
     x = torch.randn(3, 2, K)
 

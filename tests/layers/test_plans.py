@@ -1,24 +1,16 @@
 """A layer by the plans of a CPU."""
 
 import pytest
-from support.plan_cases import checks, mixed_batch
+from support.plan_cases import CHECKS
 
 import lilora_kernels
+from lilora_kernels import cpu_library
 
-PLANS = [(plan, check) for plan in ("composed", "recorded") for check in checks(plan)]
+NATIVE = pytest.mark.skipif(isinstance(cpu_library.load(), str), reason=f"{cpu_library.load()}")
 
 
-@pytest.mark.parametrize("plan, check", PLANS)
+@pytest.mark.parametrize("plan", ["composed", pytest.param("one_launch", marks=NATIVE)])
+@pytest.mark.parametrize("check", CHECKS)
 def test_a_layer(plan, check):
     with lilora_kernels.plan(plan):
         check("cpu")
-
-
-def test_a_mixed_batch_is_not_recorded():
-    with (
-        lilora_kernels.plan("recorded"),
-        pytest.raises(
-            lilora_kernels.backends.Unsupported, match="'recorded' cannot run here: it takes the factors of one"
-        ),
-    ):
-        mixed_batch("cpu")

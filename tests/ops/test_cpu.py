@@ -1,12 +1,11 @@
-"""The CPU kernels against the fp64 oracle and the plain formula, in every instruction set that this processor has.
+"""The CPU kernels for decoding against the fp64 oracle and the plain formula, in every instruction set that this processor has.
 
-They are compiled here, whatever is installed. LILORA_CPU_FLAGS adds flags of the compiler: `make cpu-check` has sanitizers.
+They are compiled here, whatever is installed.
 """
 
 import ctypes
 import os
 import re
-import shlex
 import subprocess
 import sys
 
@@ -23,37 +22,15 @@ from lilora_kernels import backends, cpu_library, functional
 from lilora_kernels.ops import cpu_runtime
 from lilora_kernels.ops.linear import eager
 from lilora_kernels.ops.schema import AdapterArgs
-from tools import cpu_build
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cpu") / "liblilora_cpu.so"
-    flags = ["-Wall", "-Wextra", "-Werror", *shlex.split(os.environ.get("LILORA_CPU_FLAGS", ""))]
-    if (reason := cpu_build.build(path, *flags)) is not None:
-        assert "no C++ compiler" in reason, reason
-        pytest.skip(reason)
-    return path
-
-
 @pytest.fixture(autouse=True)
-def kernels(library, monkeypatch):
-    """The plan decode, hence no other backend; results begin as NaN."""
-    kernels = cpu_library.Kernels(library)
-    monkeypatch.setattr(cpu_library, "load", lambda: kernels)
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *args: new_empty(self, *args).fill_(torch.nan))
+def decode(kernels):
+    """The plan decode, hence no other backend."""
     with backends.plan("decode"):
-        yield kernels
-
-
-@pytest.fixture(params=range(len(cpu_library.INSTRUCTIONS)), ids=cpu_library.INSTRUCTIONS)
-def instructions(request, kernels):
-    if request.param >= kernels.instructions:
-        pytest.skip("this processor does not have them")
-    kernels.instructions = request.param + 1
+        yield
 
 
 def linear(i, weight, bias, **more):
@@ -339,7 +316,9 @@ def test_what_the_kernels_cannot_run_is_composed_or_raises():
         (few.with_(gate=few.a[:1, :8].double()), {}, r"it does not support torch\.float64"),
     ]
     for i, more, reason in cases:
-        words = f"linear: the plan 'decode' cannot run here: {reason}; 'cpu' has \\['decode', 'composed', 'recorded'\\]"
+        words = (
+            f"linear: the plan 'decode' cannot run here: {reason}; 'cpu' has \\['decode', 'composed', 'one_launch'\\]"
+        )
         with pytest.raises(backends.Unsupported, match=words):
             linear(i, *base(i), **more)
         composed = []

@@ -407,7 +407,7 @@ def test_an_ordered_backend_that_cannot_run_raises(monkeypatch):
         want = functional.delta(*adapter(i), **options(i))
     with (
         lilora_kernels.backend("triton"),
-        pytest.raises(RuntimeError, match=r"'triton' cannot run on cpu.*\{'eager': \['composed', 'recorded'\]\}"),
+        pytest.raises(RuntimeError, match=r"'triton' cannot run on cpu.*\{'eager': \['composed'\]\}"),
     ):
         functional.delta(*adapter(i), **options(i))
     assert torch.equal(functional.delta(*adapter(i), **options(i)), want)
@@ -448,13 +448,13 @@ def test_a_forced_plan(monkeypatch):
                 linear()
     assert seen == ["triton", "triton", "cpu", "triton"]
     watch(monkeypatch, "triton")
-    plans = r"available: \{'triton': \['one_launch', 'composed', 'by_phase'\], 'eager': \['composed', 'recorded'\]\}"
+    plans = r"available: \{'triton': \['one_launch', 'composed', 'by_phase'\], 'eager': \['composed'\]\}"
     with (
         lilora_kernels.backend("triton"),
-        lilora_kernels.plan("recorded"),
+        lilora_kernels.plan("decode"),
         pytest.raises(
             backends.Unsupported,
-            match=f"backend 'triton' and the plan 'recorded' cannot run on cpu: it has no .*{plans}",
+            match=f"backend 'triton' and the plan 'decode' cannot run on cpu: it has no .*{plans}",
         ),
     ):
         linear()

@@ -95,10 +95,4 @@ def checkpointing(device, dtype=torch.float32):
         close(got, want)
 
 
-ONE_TASK = (one_task, training_step_of_one_task)
 CHECKS = (one_task, mixed_batch, training_step, training_step_of_one_task, checkpointing)
-
-
-def checks(plan):
-    """Those that a plan takes."""
-    return ONE_TASK if plan == "recorded" else CHECKS

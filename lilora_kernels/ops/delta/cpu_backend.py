@@ -1,12 +1,23 @@
-"""The CPU kernels for few rows; the composed plan for others and for all gradients."""
+"""The CPU kernels for few rows; the composed plan for others."""
 
 from torch import Tensor
 
-from .. import cpu_runtime
+from ... import backends
+from .. import cpu_runtime, cpu_training
 from ..schema import AdapterArgs
 from . import eager
 
 
 def forward(x: Tensor, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
     found = cpu_runtime.forward("delta", x, (adapter,))
-    return eager.forward(x, adapter) if found is None else found[0]
+    if found is not None:
+        return found[0]
+    found = cpu_training.forward(x, adapter) if backends.forced["plan"] == "one_launch" else None
+    return eager.forward(x, adapter) if found is None else found
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
+) -> dict[str, Tensor]:
+    found = cpu_training.backward(dy, x, None, h, adapter, needs)
+    return eager.backward(dy, x, h, adapter, needs) if found is None else found

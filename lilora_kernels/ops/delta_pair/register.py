@@ -2,8 +2,9 @@
 
 from ... import backends
 from .. import cpu_runtime, triton_runtime
+from ..adapter_operation import AdapterOperation
 from ..checks import check_pair
-from ..schema import FACTORS, AdapterOperation, kinds_of
+from ..schema import FACTORS, kinds_of
 from . import cpu_backend, eager
 
 backends.register(

@@ -1,8 +1,9 @@
 """`lilora::expert_linear`: the frozen linears of routed experts and their adapters in one operation."""
 
 from ... import backends
+from ..adapter_operation import AdapterOperation
 from ..checks import check_expert_linear
-from ..schema import FACTORS, AdapterOperation, kinds_of
+from ..schema import FACTORS, kinds_of
 from . import eager
 
 backends.register(

@@ -1,23 +1,22 @@
 """`lilora::linear`: the frozen base linear and its adapter in one operation."""
 
 from ... import backends
-from .. import cpu_runtime, cuda_runtime, recorded, triton_runtime
+from .. import cpu_runtime, cpu_training, cuda_runtime, triton_runtime
+from ..adapter_operation import AdapterOperation
 from ..checks import check_linear
-from ..schema import AdapterArgs, AdapterOperation, kinds_of
+from ..schema import AdapterArgs, kinds_of
 from . import cpu_backend, eager
 
 backends.register(
     "linear",
-    eager=backends.Implementation(
-        eager.forward, eager.backward, lambda *_: None, backends.COMPOSED | recorded.PLAN, bind_recorded=recorded.bind
-    ),
+    eager=backends.Implementation(eager.forward, eager.backward, lambda *_: None, backends.COMPOSED),
     cpu=backends.Implementation(
         cpu_backend.forward,
-        eager.backward,
+        cpu_backend.backward,
         cpu_runtime.unsupported_reason,
-        cpu_runtime.PLANS | recorded.PLAN,
+        cpu_runtime.PLANS | cpu_training.PLAN,
         bind=cpu_runtime.bind,
-        bind_recorded=recorded.bind,
+        bind_gradients=cpu_training.bind,
     ),
     cuda=backends.lazy(
         "lilora_kernels.ops.linear.cuda_backend", cuda_runtime.unsupported_reason, cuda_runtime.LINEAR_PLANS

@@ -1,7 +1,7 @@
 // The CPU kernels against the formula in double, for a processor that has no Python: `make cpu-check-arm64`. Prints the largest
 // error of each type in units of its rounding, of y relative to the sum of the absolute products; fails beyond 4.
 
-#include "../../csrc/cpu/linear.cpp"
+#include "../../csrc/cpu/decode.cpp"
 
 #include <stdio.h>
 
@@ -36,7 +36,7 @@ double error(int64_t type, int64_t rows, int64_t columns, int64_t outputs, int64
   const Call call = {rows, columns, x.data(), (void*)y.data(), (void*)h.data(), task.data(), nullptr, {}, 1,
                      columns, outputs, rank, sub_rank, tasks, type, weight, bias, a, b0, u, v, fusion,
                      nullptr, lilora_cpu_instructions(), 0.5};
-  if (lilora_cpu_forward(&call, 1) != 0) return INFINITY;
+  if (lilora_cpu_decode(&call, 1) != 0) return INFINITY;
   double worst = 0;
   for (int64_t m = 0; m < rows; ++m) {
     std::vector<double> q(rank, 0), z(sub_rank, 0), size(rank, 0), z_size(sub_rank, 0);

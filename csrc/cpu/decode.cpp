@@ -1,31 +1,12 @@
 // `lilora::linear`, `delta` and `delta_pair` for few rows on a CPU: every matrix is read from memory once. Formula: ops/README.md.
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
+#include "common.h"
 
 namespace {
 
 constexpr int64_t kMostRows = 64, kMostSides = 2;
-constexpr int64_t kFewRows = 16;         // beyond them an item is several groups of outputs
+constexpr int64_t kFewRows = 16;  // beyond them an item is several groups of outputs
 constexpr int64_t kGroups = 4;
-constexpr int64_t kBlock = 512;         // elements of a row worked on together
-constexpr int64_t kProducts = 1 << 15;  // multiplications that are worth a thread
-
-enum Type : int64_t { kFloat, kBfloat16, kHalf };
-struct Bfloat16 { uint16_t bits; };
-struct Half { uint16_t bits; };
-
-struct Matrix {
-  const void* data;  // nullptr where it is not given
-  int64_t type;
-};
-
-typedef void (*Items)(int64_t begin, int64_t end, void* context);
 
 }  // namespace
 
@@ -41,7 +22,7 @@ struct Call {
   // Until parameters change.
   int64_t columns, outputs, rank, sub_rank, tasks, x_type;
   Matrix weight, bias, a, b0, u, v, fusion;
-  int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, Items items, void* context);  // nullptr: one thread
+  ParallelFor parallel_for;
   int64_t instructions;
   double scaling;
 };
@@ -58,36 +39,14 @@ struct Rows {
   float& at(int64_t row, int64_t k) const { return data[(k / kBlock * count + row) * width + k % kBlock]; }
 };
 
-struct Run {
-  int64_t task, first, last;
-};
-
-// The rows in the order of their tasks, rows without an adapter last.
-struct Work {
+// The rows in the order of their tasks.
+struct Work : Order<kMostRows> {
   const Call* call;
   Rows x, q, scaled_q, z;
-  int64_t row[kMostRows], gate_row[kMostRows];
+  int64_t gate_row[kMostRows];
   float of_shared[kMostRows], of_task[kMostRows];  // f s and e s
-  Run run[kMostRows];
-  const char* own[kMostRows];  // U_t of each run
-  int64_t runs, adapted;
+  const char* own[kMostRows];                      // U_t of each run
 };
-
-template <class To, class From>
-To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-float value(const Matrix& matrix, int64_t at) {
-  if (matrix.type == kFloat) return ((const float*)matrix.data)[at];
-  const uint32_t bits = ((const uint16_t*)matrix.data)[at];
-  if (matrix.type == kBfloat16) return bits_as<float>(bits << 16);
-  const uint32_t magnitude = (bits & 0x7fff) << 13, special = magnitude >= 0x0f800000 ? 0x7f800000 : 0;
-  return bits_as<float>(bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f) | special | (bits & 0x8000) << 16);
-}
 
 uint16_t bfloat16(float number) {
   const uint32_t bits = bits_as<uint32_t>(number);
@@ -116,85 +75,35 @@ struct Sides {
   int64_t count, first_items;  // the latter of a phase: items of side 0 come first
 };
 
-void share(const Sides& sides, Items items, int64_t count, int64_t products) {
-  const Call& call = *sides.work->call;
-  if (call.parallel_for == nullptr || count * products < 2 * kProducts) return items(0, count, (void*)&sides);
-  call.parallel_for(0, count, 1 + kProducts / (1 + products), items, (void*)&sides);
-}
-
-namespace baseline {
-#define TARGET
-#define LANES 4
-#define ROWS 4
-#define COLUMNS 2
-#include "kernels.h"
-}  // namespace baseline
-
-#ifdef __x86_64__
-namespace avx2 {
-#define TARGET __attribute__((target("avx2,fma,f16c")))
-#define LANES 8
-#define HALVES(lanes) (Vector)_mm256_cvtph_ps((__m128i)lanes)
-#define ROWS 4
-#define COLUMNS 3
-#include "kernels.h"
-}  // namespace avx2
-
-namespace avx512 {
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
-#define LANES 16
-#define HALVES(lanes) (Vector)_mm512_maskz_cvtph_ps(0xffff, (__m256i)lanes)
-#define ROWS 4
-#define COLUMNS 4
-#include "kernels.h"
-}  // namespace avx512
-#endif
-
-double sigmoid(double t) { return t >= 0 ? 1 / (1 + exp(-t)) : exp(t) / (1 + exp(t)); }
+#define KERNELS "decode_kernels.h"
+#include "instruction_sets.h"
 
 // Where every row goes, and its coefficients. False for an id of no task or of no gate.
 bool place_rows(Work& work) {
   const Call& call = *work.call;
-  int64_t id[kMostRows];
+  for (int64_t m = 0; call.gate_row && m < call.rows; ++m)
+    if (call.gate_row[m] < 0 || call.gate_row[m] >= call.gates) return false;
+  if (!work.place(call.task, call.rows, call.u.data ? call.tasks : 0)) return false;
   for (int64_t m = 0; m < call.rows; ++m) {
-    id[m] = call.task ? call.task[m] : 0;
-    if (call.u.data == nullptr) id[m] = id[m] >= 0 ? 0 : -1;  // no factors of tasks
-    else if (id[m] < -1 || id[m] >= call.tasks) return false;
-    if (call.gate_row && (call.gate_row[m] < 0 || call.gate_row[m] >= call.gates)) return false;
+    work.gate_row[m] = call.gate_row ? call.gate_row[work.row[m]] : 0;
+    work.of_shared[m] = work.of_task[m] = 0;
   }
-  int64_t placed = 0;
-  auto place = [&](int64_t task, float of_shared, float of_task) {
-    for (int64_t m = 0; m < call.rows; ++m) {
-      if (id[m] != task) continue;
-      work.row[placed] = m;
-      work.gate_row[placed] = call.gate_row ? call.gate_row[m] : 0;
-      work.of_shared[placed] = of_shared;
-      work.of_task[placed++] = of_task;
+  for (int64_t i = 0; i < work.runs; ++i) {
+    const Run& run = work.run[i];
+    const Shares shares(call.fusion, run.task, call.scaling);
+    for (int64_t m = run.first; m < run.last; ++m) {
+      work.of_shared[m] = shares.of_shared;
+      work.of_task[m] = shares.of_task;
     }
-  };
-  work.runs = 0;
-  for (int64_t m = 0; m < call.rows; ++m) {
-    bool seen = id[m] < 0;
-    for (int64_t i = 0; i < work.runs; ++i) seen |= work.run[i].task == id[m];
-    if (seen) continue;
-    const double f = call.fusion.data ? sigmoid(value(call.fusion, id[m])) : 1;
-    const double e = call.fusion.data ? 1 - f : 1;
-    const int64_t first = placed;
-    place(id[m], f * call.scaling, e * call.scaling);
-    work.own[work.runs] = (const char*)call.u.data + id[m] * call.outputs * call.sub_rank * size_of(call.u.type);
-    work.run[work.runs++] = {id[m], first, placed};
+    work.own[i] = (const char*)call.u.data + run.task * call.outputs * call.sub_rank * size_of(call.u.type);
   }
-  work.adapted = placed;
-  place(-1, 0, 0);
   return true;
 }
 
 }  // namespace
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-// Another number for every other Call.
-EXPORT int64_t lilora_cpu_interface() { return 3; }
+// Another number for every other Call or Training.
+EXPORT int64_t lilora_cpu_interface() { return 4; }
 
 // How many of the instruction sets baseline, avx2, avx512 this processor has.
 EXPORT int64_t lilora_cpu_instructions() {
@@ -211,7 +120,7 @@ EXPORT int64_t lilora_cpu_instructions() {
 
 // One call, or two of the same rows of x and the same tasks. 0, or another number where nothing was computed: 1 for an id of no
 // task or no gate, 2 without memory.
-EXPORT int32_t lilora_cpu_forward(const Call* calls, int64_t count) {
+EXPORT int32_t lilora_cpu_decode(const Call* calls, int64_t count) {
   Work work[kMostSides];
   int64_t floats = 0, starts[kMostSides][4];
   for (int64_t side = 0; side < count; ++side) {
@@ -236,12 +145,7 @@ EXPORT int32_t lilora_cpu_forward(const Call* calls, int64_t count) {
     work[side].x = work[0].x;
   }
   Sides sides = {work, count, 0};
-#ifdef __x86_64__
-  if (calls->instructions == 3) avx512::run(sides);
-  else if (calls->instructions == 2) avx2::run(sides);
-  else
-#endif
-    baseline::run(sides);
+  BY_INSTRUCTIONS(calls->instructions, run(sides));
   free(memory);
   return 0;
 }

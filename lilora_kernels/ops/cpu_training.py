@@ -1,0 +1,163 @@
+"""The plan one_launch on a CPU: `linear` and `delta` with their gradients, each direction in one call of the CPU kernels."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor  # of autograd.grad(is_grads_batched=True)
+
+from .. import backends, cpu_library
+from .delta import eager
+from .philox import keep_scale, threshold
+from .schema import FACTORS, AdapterArgs
+
+MOST_ROWS = 1024  # kMostRows of csrc/cpu/training.cpp
+# Multiplications of y = x W^T and of h and h B0^T, unless the plan is forced: a library's products are as fast beyond. Thread
+# time of both directions, one thread of an AVX2 core, over that of composed, for 2^20: 0.3, 2^22: 0.6, 2^24: 0.9 to 1.1.
+MOST_PRODUCTS = 2**23
+PLAN = {"one_launch": "for fp32 with gradients, while its products are small"}
+OPERANDS = ("x", *FACTORS)
+
+
+def bind(x: Tensor, *of: Tensor | AdapterArgs | None) -> "Training | None":
+    """See `Implementation.bind_gradients`. of: weight and bias of `linear`, and the adapter."""
+    *base, adapter = of
+    return Training(base, adapter) if is_taken(base, adapter, x) else None
+
+
+def forward(x: Tensor, *of: Tensor | AdapterArgs | None) -> tuple[Tensor, Tensor] | None:
+    """y [M, N] and h [M, R]; None where another plan has to run."""
+    *base, adapter = of
+    if not is_taken(base, adapter, x):
+        return None
+    found = Training(base, adapter).forward(x, adapter.task, adapter.seed)
+    return found and found[:2]
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
+) -> dict[str, Tensor] | None:
+    """The gradients of `linear`, or with no weight of `delta`; None where another plan has to make them."""
+    if not is_taken([weight], adapter, dy, x, h):
+        return None
+    names = [name for name in OPERANDS if name in needs]
+    wanted = [name in needs for name in OPERANDS]
+    found = Training([weight, None], adapter).backward(dy, x, weight, h, adapter, wanted)
+    return None if found is None else dict(zip(names, found, strict=True))
+
+
+def is_taken(base: Sequence[Tensor | None], adapter: AdapterArgs, *rows: Tensor | None) -> bool:
+    """Raises Unsupported where the plan is forced and cannot run."""
+    plan = backends.forced["plan"]
+    if plan not in (None, "one_launch"):
+        return False
+    reason = unsupported_call(base, adapter, [t for t in rows if t is not None])
+    if plan is not None and reason is not None:
+        raise backends.Unsupported(f"the plan 'one_launch' cannot run here: {reason}")
+    return reason is None
+
+
+def unsupported_call(base: Sequence[Tensor | None], adapter: AdapterArgs, rows: list[Tensor]) -> str | None:
+    if adapter.gate is not None or adapter.ranks is not None:
+        return "it has neither gates nor ranks"
+    if len(rows[0]) > MOST_ROWS:
+        return f"it takes up to {MOST_ROWS} rows, here are {len(rows[0])}"
+    if adapter.u is not None and adapter.u.numel() == 0:
+        return "no task has factors"
+    parameters = [t for t in (*base, *adapter[:5]) if t is not None]
+    for t in (*parameters, *rows):
+        if t.dtype != torch.float32:
+            return f"it takes x and parameters all of torch.float32, here is {t.dtype}"
+    for t in parameters:
+        if not t.is_contiguous() or t.is_neg():
+            return "its parameters must be contiguous"
+        if t.data_ptr() == 0 and t.numel() > 0:
+            return "its parameters must have memory"
+    return None
+
+
+class Training:
+    """A call of both directions, bound to its parameters."""
+
+    def __init__(self, base: Sequence[Tensor | None], adapter: AdapterArgs) -> None:
+        a, b0, u, *_ = adapter
+        self.library, self.adapter = cpu_library.load(), adapter
+        self.columns, (self.outputs, self.rank) = a.shape[1], b0.shape
+        weight, bias = base or (None, None)
+        self.parameters = [pointer(t) for t in (weight, bias, *adapter[:5])]
+        tasks, sub_rank = (1, 0) if u is None else (1 if u.dim() == 2 else u.shape[0], u.shape[-1])
+        self.sizes = cpu_library.OF_SIZES.pack(
+            self.columns, self.outputs, self.rank, sub_rank, tasks, self.library.parallel_for, self.library.instructions,
+            adapter.scaling, keep_scale(adapter.p) if adapter.p and threshold(adapter.p) else 1.0,
+        )  # fmt: skip
+        products = 0 if weight is None else self.columns * self.outputs
+        products += self.rank * (self.columns + self.outputs)
+        self.most_rows = MOST_ROWS
+        if backends.forced["plan"] is None:
+            self.most_rows = min(MOST_ROWS, MOST_PRODUCTS // max(products, 1))
+
+    def forward(
+        self, x: Tensor, task: Tensor | None, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """y [..., N] and h [M, R] for x [..., K], and what dropout keeps; None for too many rows and an id of no task."""
+        rows = x.shape[:-1].numel()
+        if rows > self.most_rows or (task is not None and (task.shape != (rows,) or not task.is_contiguous())):
+            return None
+        if not x.is_contiguous() or x.is_neg():
+            x = x.resolve_neg().contiguous()
+        x_at = x.data_ptr()
+        if x_at == 0 and rows > 0:
+            return None
+        keep = None if seed is None else eager.kept(rows, self.columns, self.adapter._replace(seed=seed))
+        y, h = x.new_empty((*x.shape[:-1], self.outputs)), x.new_empty((rows, self.rank))
+        call = cpu_library.OF_TRAINING.pack(
+            rows, x_at, h.data_ptr(), y.data_ptr(), pointer(task), pointer(keep), 0, 0, 0, 0, 0, 0, *self.parameters
+        )
+        return None if self.library.train_forward(call + self.sizes) else (y, h, keep)
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        weight: Tensor | None,
+        h: Tensor | None,
+        adapter: AdapterArgs,
+        needs: Sequence[bool],
+        keep: Tensor | None = None,
+    ) -> list[Tensor] | None:
+        """Those of OPERANDS that are needed, in this order, for dy [..., N] and x [..., K]; None for what it does not take.
+
+        Parameters may lie elsewhere by now: sharding, and hooks on saved tensors, bring them anew.
+        """
+        a, b0, u, v, fusion, task, _, _, seed, *_ = adapter
+        rows = dy.shape[:-1].numel()
+        if rows > self.most_rows or (task is not None and not task.is_contiguous()) or is_legacy_batchedtensor(dy):
+            return None
+        parameters = []
+        for t in (weight, None, a, b0, u, v, fusion):
+            at = 0
+            if t is not None:
+                at = t.data_ptr()
+                if at == 0 or t.dtype is not torch.float32 or not t.is_contiguous():
+                    return None
+            parameters.append(at)
+        given = []  # keeps what is copied
+        for t in (x, h, dy):
+            given.append(t if t is None or (t.is_contiguous() and not t.is_neg()) else t.resolve_neg().contiguous())
+        if keep is None and seed is not None:
+            keep = eager.kept(rows, self.columns, adapter)
+        found, results = [], []
+        for needed, t in zip(needs, (None, a, b0, u, v, fusion), strict=True):
+            result = None
+            if needed:
+                result = dy.new_empty((*dy.shape[:-1], self.columns)) if t is None else torch.empty_like(t)
+                found.append(result)
+            results.append(pointer(result))
+        call = cpu_library.OF_TRAINING.pack(
+            rows, *map(pointer, given), pointer(task), pointer(keep), *results, *parameters
+        )
+        return None if self.library.train_backward(call + self.sizes) else found
+
+
+def pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

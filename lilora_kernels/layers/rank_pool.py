@@ -104,7 +104,7 @@ class RankPoolLinear(AdaptedLinear):
 
     def _gather(self, choice: Choice) -> Factors:
         parts = {n: self.part(n, choice.teacher) for names, _ in choice.groups for n in names}
-        if torch.is_grad_enabled() and any(a.requires_grad for a, _ in parts.values()):
+        if torch.is_grad_enabled() and any(t.requires_grad for part in parts.values() for t in part):
             return Factors((*gather(parts, choice.groups), None, None, None))
         # Decoding asks for the same ranks at every step.
         source = tuple((t.data_ptr(), version(t)) for part in parts.values() for t in part)
@@ -119,9 +119,9 @@ class RankPoolLinear(AdaptedLinear):
         """The ranks behind the leading groups that need no gradient; None for all of them."""
         sizes, trains = [], []
         for names, ranks in choice.groups:
-            parts = [self.part(name, choice.teacher)[0] for name in names]
-            sizes.append(sum(a.shape[0] for a in parts) if ranks is None else ranks.shape[0])
-            trains.append(any(a.requires_grad for a in parts))
+            parts = [self.part(name, choice.teacher) for name in names]
+            sizes.append(sum(a.shape[0] for a, _ in parts) if ranks is None else ranks.shape[0])
+            trains.append(any(t.requires_grad for part in parts for t in part))
         frozen = sum(sizes[: trains.index(True)]) if True in trains else 0
         return (frozen, sum(sizes)) if frozen else None
 

@@ -35,7 +35,7 @@ SETTINGS = {
     "lilora-drifting": {**LILORA, "train_a": "always", "train_b0": "always"},
     "lilora-plain": {**LILORA, "fusion": False},
     **dict.fromkeys(("lora", "dirlora", "ewc", "lwf"), LORA),
-    **{name: {**POOL, "alpha": ALPHA} for name in ("olora", "sdlora", "adalora", "sora")},
+    **{name: {**POOL, "alpha": ALPHA} for name in ("olora", "sdlora", "loda", "adalora", "sora")},
     "cia": LORA,
     "dac": {"target_modules": PATTERN, "r": R, "active": 3, "merged": 2, "critical": 2, "alpha": ALPHA},
     "moelora": {"target_modules": PATTERN, "r": R, "experts": 2},

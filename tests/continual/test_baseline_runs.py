@@ -32,6 +32,7 @@ SETTINGS = {
     "replay": LORA | {"memory": 5, "share": 0.5},
     "joint": LORA,
     "sdlora": {"r": 4, "alpha": 8.0, "dropout": 0.1},
+    "loda": {"r": 2, "alpha": 4.0, "dropout": 0.1, "samples": 6, "lookahead": 0.0},
     "adalora": {"r": 4, "alpha": 8.0, "dropout": 0.1, "target": 1},
     "xgblora": {"r": 3, "alpha": 8.0, "dropout": 0.1},
     "cia": {"r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "share": 0.3},

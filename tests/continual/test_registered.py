@@ -177,7 +177,7 @@ SETTINGS = {  # of r 8 alone
     "pclr": {"alpha": 16.0, "dropout": 0.0},
     "dac": {"alpha": 1.0, "dropout": 0.2},
 }
-POOLS = ("moelora", "olora", "nlora", "sefe", "sdlora", "proglora", "eproj", "adalora", "sora", "xgblora")
+POOLS = ("moelora", "olora", "nlora", "sefe", "sdlora", "loda", "proglora", "eproj", "adalora", "sora", "xgblora")
 SETTINGS |= {name: {"alpha": 16.0, "dropout": 0.05} for name in POOLS}
 ONE_LORA = ("lora", "dirlora", "ewc", "lwf", "joint", "replay", "slao", "clora", "cia", "ortholora")
 SETTINGS |= {name: {"lora_alpha": 16.0, "lora_dropout": 0.05} for name in ONE_LORA}

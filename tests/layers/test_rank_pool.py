@@ -103,6 +103,21 @@ def test_frozen_leading_parts_are_left_out_of_the_gradients(monkeypatch):
         assert seen.pop() == ranks, train
 
 
+def test_b_trains_where_a_does_not():
+    layer = make_layer(lambda layer, x: CHOICES["shared by the batch"]())
+    layer.lora_A.requires_grad_(False)
+    layer.lora_B["shared"].requires_grad_(False)
+    x, dy = torch.randn(6, K, dtype=torch.float64), torch.randn(6, N, dtype=torch.float64)
+    want = dense(
+        layer, x, [(names[0], ranks) for names, ranks in CHOICES["shared by the batch"]()[0].groups], None, None
+    )
+    wanted = [layer.lora_B["old"], layer.lora_B["new"]]
+    for got, expected in zip(
+        torch.autograd.grad(layer(x), wanted, dy), torch.autograd.grad(want, wanted, dy), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_inference_gathers_the_same_choice_once(monkeypatch):
     from lilora_kernels.layers import rank_pool
 

@@ -1,5 +1,6 @@
 """The moving average of CIA against its formula, element by element in fp64."""
 
+import pytest
 import torch
 from support.toy import begin, close, end, make, restored, same_function, sample, train
 
@@ -10,8 +11,9 @@ def norm(tensor):
     return sum(abs(x) for x in tensor.flatten().tolist())
 
 
-def test_the_average_follows_the_formula_and_is_what_a_task_leaves():
-    method = make("cia", share=0.125)
+@pytest.mark.parametrize("start", ["task", "step"])
+def test_the_average_follows_the_formula_and_is_what_a_task_leaves(start):
+    method = make("cia", share=0.125, start=start)
     begin(method, "first")
     train(method, 2)
     ended = {name: p.detach().clone() for name, p in method.lora().items()}
@@ -35,6 +37,8 @@ def test_the_average_follows_the_formula_and_is_what_a_task_leaves():
                 found = 2 * (1 + norm(p.grad)) / bottom if bottom else 0
                 share = found if 0 < found < 1 else share
             shares.add(share == 0.125)
+            if step == 1 and start == "step":
+                average[name] = p.data.clone()
             average[name] = (1 - share) * average[name] + share * p.data
             last[name] = p.grad.clone()
         with torch.no_grad():

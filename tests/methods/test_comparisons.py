@@ -144,9 +144,10 @@ def test_nlora_as_released_is_refused_where_a_b_does_not_exist():
     assert dict(toy.named_modules()) == modules
 
 
-def test_sefe_penalises_the_key_elements_of_every_earlier_update():
+@pytest.mark.parametrize("scaled", [True, False])
+def test_sefe_penalises_the_key_elements_of_every_earlier_update(scaled):
     share = 0.15
-    method = make("sefe", penalty=3.0, share=share)
+    method = make("sefe", penalty=3.0, share=share, scaled=scaled)
     updates = {path: [] for path in method.layers}  # of the earlier tasks
     for task in ("first", "second", "third"):
         learn(method, task)
@@ -159,7 +160,7 @@ def test_sefe_penalises_the_key_elements_of_every_earlier_update():
             for earlier in updates[path]:  # places of the largest elements, one by one
                 order = sorted(range(earlier.numel()), key=lambda i, e=earlier: -abs(e.flatten()[i].item()))
                 keys += order[: int(share * earlier.numel())]
-            update = SCALING * b @ a
+            update = (SCALING if scaled else 1) * b @ a
             if keys:
                 mean = sum(update.flatten()[i].abs() for i in keys) / len(keys)
                 wanted = wanted + 0.25 * 3.0 * mean / len(method.layers)

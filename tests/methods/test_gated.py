@@ -63,7 +63,9 @@ def test_one_lora_goes_on_and_a_bank_gives_the_same_function(name):
 
 @pytest.mark.parametrize("settings, threshold", [({"sparsity": 3.0}, 0.03), ({"threshold": 0.25}, 0.25)])
 def test_sora_pulls_its_gates_to_zero_after_every_step(settings, threshold):
-    """What the proximal operator is: the minimiser of (v - g)^2 / 2 + threshold |v|, on a fine grid."""
+    """What the proximal operator is: the minimiser of (v - g)^2 / 2 + threshold |v|, on a fine grid; in the published code, with
+    a fixed threshold, what it leaves below the threshold is 0, too.
+    """
     method = make("sora", **settings)
     method.begin(Stage("learn", "first"), no_batches)
     gates = [gate.detach().clone() for gate in method.gates()]
@@ -77,8 +79,23 @@ def test_sora_pulls_its_gates_to_zero_after_every_step(settings, threshold):
     grid = torch.linspace(-4, 4, 80001, dtype=torch.float64)
     for gate, got in zip(gates, method.gates(), strict=True):
         best = ((grid[:, None] - gate) ** 2 / 2 + threshold * grid.abs()[:, None]).argmin(0)
-        assert (got - grid[best]).abs().max() <= 1e-4
+        best = grid[best]
+        if "threshold" in settings:
+            best = torch.where(best.abs() < threshold, 0, best)
+        assert (got - best).abs().max() <= 1e-4
     assert all(map(torch.equal, factors, method.layers["up"].part("ranks")))
+
+
+def test_sora_as_released_adds_the_mean_of_its_gates():
+    method = make("sora", l1=10.0)
+    method.begin(Stage("learn", "first"), no_batches)
+    gates, ce = [g.detach().clone().requires_grad_() for g in method.gates()], torch.tensor(0.5, dtype=torch.float64)
+    loss = method.loss({}, lambda: (ce, None), 0.25)
+    want = ce + 0.25 * 10 * sum(abs(x) for gate in gates for x in gate) / (3 * R)
+    close(loss, want)
+    for got, expected in zip(torch.autograd.grad(loss, method.gates()), torch.autograd.grad(want, gates), strict=True):
+        close(got, expected)
+    assert make("sora").loss({}, lambda: (ce, None), 0.25) is ce
 
 
 def test_sora_loses_the_ranks_that_the_loss_does_not_hold():

@@ -154,7 +154,7 @@ def test_bad_arguments(arguments, words):
 SMALL = {"lilora": {"sub_rank": 2}, "moelora": {"experts": 2}, "dac": {"active": 2, "merged": 2, "critical": 2}}
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("pclr", "proglora", "eproj")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("pclr", "proglora", "eproj", "loda")])
 def test_what_inference_keeps_is_what_the_methods_tensors_are(name):
     """By the tensors of a method with one task and with two."""
 

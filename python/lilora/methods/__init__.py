@@ -17,6 +17,7 @@ from .dac import DAC
 from .eproj import EProj
 from .ewc import EWC
 from .joint import Joint
+from .loda import LoDA
 from .lora import DirLoRA, SequentialLoRA
 from .lwf import LwF
 from .moelora import MoELoRA
@@ -48,6 +49,7 @@ __all__ = [
     "ExperienceReplay",
     "Joint",
     "LiLoRA",
+    "LoDA",
     "LwF",
     "Method",
     "MoELoRA",

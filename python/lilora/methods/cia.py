@@ -1,6 +1,6 @@
 """CIA: one LoRA of which, after a task, a moving average over its training is kept instead of where the training ended."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -12,10 +12,12 @@ from .lora import LoRASettings, SequentialLoRA
 
 class CIASettings(LoRASettings):
     """share: how much of the trained parameters the average takes up in a step where the formula gives no share in (0, 1),
-    as in the first step of a task.
+    as in the first step of a task. start: the average starts where the "task" does, or, as in the published code, where its
+    first "step" ends.
     """
 
     share: float = Field(0.01, gt=0, le=1)
+    start: Literal["task", "step"] = "task"
 
 
 @register_method
@@ -24,12 +26,14 @@ class CIA(SequentialLoRA):
 
     From the second task on, after every step theta* <- beta theta* + (1 - beta) theta for every tensor, with the published code's
     1 - beta = 2 (1 + |g|) / (|theta - theta*| |g - g'|), l1 norms, g and g' the gradients of this step and of the last one.
-    theta* starts where the task does, and the task ends at theta*. The paper's choice between training a LoRA again and
-    adding one, by words of the instructions, is not reproduced; eproj makes such a choice by queries.
+    theta* starts where the task does (released: where its first step ends), and the task ends at theta*. The paper's choice
+    between training a LoRA again and adding one, by words of the instructions, is not reproduced; eproj makes such a choice by
+    queries.
     """
 
     name = "cia"
     settings_type = CIASettings
+    presets = {"paper": {}, "released": {"start": "step"}}  # noqa: RUF012
     sharded_parameters = False
     one_process_reason = "it reads gradients between the steps of the optimizer"
 
@@ -50,6 +54,8 @@ class CIA(SequentialLoRA):
             if p.grad is None:  # of a linear that no sample reached
                 continue
             average, last = self._average[name], self._gradient[name]
+            if step == 1 and self.options.start == "step":
+                average.copy_(p)
             found = balance(p, average, p.grad, last)
             known = (found > 0) & (found < 1) & (step > 1)
             average.lerp_(p, torch.where(known, found, self.options.share).to(p.dtype))

@@ -39,7 +39,7 @@ class OrthoLoRA(Joint):
         ]
         orders = [torch.randperm(len(parts)).tolist() for _ in parts]
         combined = [combined_gradient(own, orders) for own in zip(*gradients, strict=True)]
-        return _WithGradients.apply(loss.detach(), combined, *parameters)
+        return WithGradients.apply(loss.detach(), combined, *parameters)
 
 
 def losses_of_tasks(loss: Tensor, logits: Tensor, labels: Tensor, task: Tensor) -> list[Tensor]:
@@ -69,7 +69,7 @@ def combined_gradient(gradients: Sequence[Tensor], orders: Sequence[Sequence[int
     return total
 
 
-class _WithGradients(torch.autograd.Function):
+class WithGradients(torch.autograd.Function):
     """A loss whose gradients are given."""
 
     @staticmethod

@@ -21,7 +21,8 @@ from .update_norm import update_l1
 
 class SEFESettings(MethodSettings):
     """r: ranks of each task; the scale is alpha / r. penalty: lambda. share: of the elements of a task's update in each
-    linear, those of the largest absolute values, which later tasks are kept from.
+    linear, those of the largest absolute values, which later tasks are kept from. scaled: whether the scale is part of what
+    is penalised; in the published code it is not.
     """
 
     r: int = Field(RANK, ge=1)
@@ -29,6 +30,7 @@ class SEFESettings(MethodSettings):
     dropout: float = Field(DROPOUT, ge=0, lt=1)
     penalty: float = Field(2500.0, ge=0)
     share: float = Field(0.02, gt=0, le=1)
+    scaled: bool = True
 
 
 @register_method
@@ -36,11 +38,13 @@ class SEFE(OLoRA):
     """RegLoRA of SEFE (arXiv 2505.02486; code jinpeng0528/SEFE): all tasks' LoRAs are summed, key weights are spared.
 
     loss + lambda * mean over linears of sum_i |M_i * (s B A)| / sum_i |M_i|, i over the earlier tasks: M_i [N, K] is 1 at
-    the largest elements of B_i A_i and 0 elsewhere, s = alpha / r. SEFE's answer-style diversification is work on the data.
+    the largest elements of B_i A_i and 0 elsewhere, s = alpha / r (released: 1). SEFE's answer-style diversification is
+    work on the data.
     """
 
     name = "sefe"
     settings_type = SEFESettings
+    presets = {"paper": {}, "released": {"scaled": False}}  # noqa: RUF012
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
@@ -69,5 +73,5 @@ class SEFE(OLoRA):
         for path, counts in self._counts.items():
             a, b = self.layers[path].part("new")
             means.append(update_l1(b, a, counts) / counts.sum())
-        scale = self.options.alpha / self.options.r
+        scale = self.options.alpha / self.options.r if self.options.scaled else 1
         return loss + grad_accum_weight * self.options.penalty * scale * torch.stack(means).mean()

@@ -1,5 +1,6 @@
 """SoRA: a LoRA whose gate is pulled to zero after every step, so that it loses the ranks that the loss does not hold."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,20 +9,22 @@ from torch import Tensor
 
 from lilora_kernels.layers.rank_pool import RankPoolLinear
 
-from .base import register_method
+from .base import Inputs, register_method
 from .gated import GatedLoRA, GatedSettings
 from .pooled import fresh
 
-PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "released": {"threshold": 3e-4}}
+PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "released": {"threshold": 3e-4, "l1": 10.0}}
 
 
 class SoRASettings(GatedSettings):
     """sparsity: lambda of the l1 term; a step's threshold is the learning rate times it, as in the paper, or the same
-    `threshold` at every step, as in the published code.
+    `threshold` at every step, as in the published code, which also sets to 0 what is left below it. l1: weight in the loss of
+    the mean of |g| over all gates, which only the code has.
     """
 
     sparsity: float = Field(0.1, ge=0)
     threshold: float | None = Field(None, ge=0)
+    l1: float = Field(0.0, ge=0)
 
 
 @register_method
@@ -41,9 +44,16 @@ class SoRA(GatedLoRA):
         a, b = fresh(layer, self.options.r)
         return a, b, torch.randn_like(layer.choose.lora_gate)
 
+    def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
+        loss = cross_entropy()[0]
+        if self.options.l1:
+            loss = loss + grad_accum_weight * self.options.l1 * torch.cat(self.gates()).abs().mean()
+        return loss
+
     def after_step(self, step: int, steps: int, optimizer: torch.optim.Optimizer) -> None:
-        threshold = self.options.threshold
-        if threshold is None:
-            threshold = self.options.sparsity * optimizer.param_groups[0]["lr"]
+        fixed = self.options.threshold
+        threshold = self.options.sparsity * optimizer.param_groups[0]["lr"] if fixed is None else fixed
         for gate in self.gates():
             gate.copy_(torch.nn.functional.softshrink(gate, threshold))
+            if fixed is not None:
+                gate.masked_fill_(gate.abs() < fixed, 0)

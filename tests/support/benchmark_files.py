@@ -126,7 +126,10 @@ def instruction_files(folder, name) -> None:
             )
             picture(folder / {"cvit": "datasets", "coin": "cl_dataset"}[name] / image)
             write(place / "train.json", training(image, question, answers))
-            write(place / f"{file}.json", questions(image, question, answers))
+            asked = questions(image, question, answers)
+            if task == "Grounding":
+                asked = [{("answer_bbox" if key == "answer" else key): v for key, v in q.items()} for q in asked]
+            write(place / f"{file}.json", asked)
         elif name == "ucit":
             place = folder / "instructions" / task
             picture(folder / "datasets" / image)
@@ -175,11 +178,13 @@ def image_files(folder, sets=tuple(IMAGE_SETS)) -> None:
 
 
 def next_files(folder, tasks) -> None:
-    """Continual-NExT's: conversations as `messages` in training, LLaVA's for the tests; answers by what scores a task."""
+    """Continual-NExT's, as PCLR's scripts name them: conversations as `messages` in training, LLaVA's for the tests; answers by
+    what scores a task.
+    """
     for task, kind in tasks.items():
         answers = {"letter": ["A", "B"], "box": ["[0.1, 0.2, 0.5, 0.6]"] * 2}.get(kind, ["forest", "a river"])
-        picture(folder / task / "images" / "1.png")
-        records = training("images/1.png", "What is it?", answers)
+        picture(folder / "datasets" / "images" / task / "1.png")
+        records = training(f"datasets/images/{task}/1.png", "What is it?", answers)
         messages = [
             {
                 "images": [record["image"]],
@@ -190,5 +195,5 @@ def next_files(folder, tasks) -> None:
             }
             for record in records
         ]
-        write(folder / task / "train.json", messages)
-        write(folder / task / "test.json", records)
+        write(folder / "datasets" / "json" / task / "train.json", messages)
+        write(folder / "datasets" / "json" / task / "test.json", records)

@@ -74,8 +74,8 @@ class InstructionRecord(BaseModel):
     """`{id, image, system, conversations: [{from, value}, ...], answers}` as LLaVA has it, all but conversations optional.
 
     `images` and `messages: [{role, content}, ...]` are the same under other names. `{question_id, image, text, answer}`, as
-    LLaVA's evaluation has it, is a conversation of one question, `answer` one reference or a list of them. Without an id a
-    record is called by its number, from 0.
+    LLaVA's evaluation has it, is a conversation of one question, `answer` one reference or a list of them, or `answer_bbox` as
+    CoIN's Grounding has it. Without an id a record is called by its number, from 0.
     """
 
     id: str | int | None = None
@@ -90,6 +90,8 @@ class InstructionRecord(BaseModel):
         if not isinstance(record, dict) or "text" not in record or record.keys() & {"conversations", "messages"}:
             return record
         turns = [{"from": "human", "value": record["text"]}]
+        if "answer_bbox" in record:
+            record = record | {"answer": record["answer_bbox"]}
         if isinstance(record.get("answer"), list):  # several references
             record = record | {"answers": [*record["answer"], *record.get("answers", [])]}
         elif "answer" in record:

@@ -147,9 +147,10 @@ def test_every_task_adds_its_branches_and_only_what_leads_up_trains(remembered):
     assert method.ranks() == 5 * R
 
 
-def test_each_half_of_a_batch_has_its_gradient_where_the_other_one_leads():
-    method = made(lookahead=0.4)
-    for number, task in enumerate(("first", "second")):
+@pytest.mark.parametrize("tasks, train_a", [(2, "first"), (1, "never"), (1, "first")])
+def test_each_half_of_a_batch_has_its_gradient_where_the_other_one_leads(tasks, train_a):
+    method = made(lookahead=0.4, train_a=train_a)
+    for number, task in enumerate(("first", "second")[:tasks]):
         method.begin(Stage("learn", task), data_of(number))
         randomise(method)
     inputs = sample(rows=5)
@@ -157,32 +158,36 @@ def test_each_half_of_a_batch_has_its_gradient_where_the_other_one_leads():
     half, step = torch.randperm(5) % 2, 0.4 * torch.rand(()).item()
     torch.manual_seed(9)
     loss = method.loss(inputs, lambda: ((out := method.model(**inputs)).loss, out), 1.0)
-    ups = {path: layer.part("new")[1] for path, layer in method.layers.items()}
-    starts = {path: b.detach().clone() for path, b in ups.items()}
-    got = torch.autograd.grad(3 * loss, list(ups.values()))
+    trained = {name: p for name, p in method.model.named_parameters() if p.requires_grad}
+    assert len(trained) == (6 if tasks == 1 and train_a == "first" else 3)
+    starts = {path: b.detach().clone() for path, b in trained.items()}
+    got = torch.autograd.grad(3 * loss, list(trained.values()))
+    first = next(iter(trained))
 
-    plain = torch.autograd.grad(method.model(**inputs).loss, ups["up"])[0]
+    plain = torch.autograd.grad(method.model(**inputs).loss, trained[first])[0]
 
     def gradients(own, moved):
         with torch.no_grad():
-            for path, b in ups.items():
+            for path, b in trained.items():
                 b.copy_(starts[path] + moved.get(path, 0))
         logits = method.model(inputs["input_ids"][half == own]).logits[:, :-1].log_softmax(-1)
         answers = inputs["labels"][half == own, 1:, None]
         part = -logits.gather(-1, answers).sum() / (5 * answers.shape[1])
-        return dict(zip(ups, torch.autograd.grad(part, list(ups.values()), materialize_grads=True), strict=True))
+        return dict(
+            zip(trained, torch.autograd.grad(part, list(trained.values()), materialize_grads=True), strict=True)
+        )
 
-    wanted = dict.fromkeys(ups, 0)
+    wanted = dict.fromkeys(trained, 0)
     for one, other in ((0, 1), (1, 0)):
         moved = {}
         for path, g in gradients(one, {}).items():
-            branches = [g[:, :R], g[:, R:]]
+            branches = [g[:, :R], g[:, R:]] if tasks == 2 else [g]
             moved[path] = torch.cat([-step * part / max(part.norm().item(), 1e-12) for part in branches], 1)
         for path, g in gradients(other, moved).items():
             wanted[path] = wanted[path] + g
     for g, want in zip(got, wanted.values(), strict=True):
         close(g, 3 * want)
-    assert (wanted["up"] - plain).abs().max() > 1e-3 * plain.abs().max()
+    assert (wanted[first] - plain).abs().max() > 1e-3 * plain.abs().max()
 
 
 def test_a_loss_leaves_the_parameters_and_a_batch_of_one_sample_has_its_own_gradient():

@@ -24,15 +24,16 @@ from .ortholora import WithGradients, losses_of_tasks
 from .pooled import fresh, pool_tensors, require_grad_only
 from .settings import MethodSettings, alpha_field
 
-PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "released": {"remembered": "both"}}
+PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "released": {"remembered": "both", "train_a": "first"}}
 
 
 class LoDASettings(MethodSettings):
     """r: ranks of each of the two branches; the scale is alpha / r. general: weight of the general branch beside the isolated
-    one. gamma: weight of the new task where the general branch is fitted to all. lookahead: rho, how far B is moved at most
-    along the gradient of one half of a batch before that of the other is taken; 0: ordinary gradients. samples: training
-    samples of a task that features are taken from, at most. remembered: features of the "merged" model stand for the task
-    later, or, as in the published code, "both" those and the ones before merging.
+    one. gamma: weight of the new task where the general branch is fitted to all. lookahead: rho, how far what trains is
+    moved at most down the gradient of one half of a batch before that of the other is taken; 0: ordinary gradients.
+    samples: training samples of a task that features are taken from, at most. remembered: features of the "merged" model
+    stand for the task later, or, as in the published code, "both" those and the ones before merging. train_a: whether the
+    directions train in the "first" task, as in the published code.
     """
 
     r: int = Field(RANK, ge=1)
@@ -43,6 +44,7 @@ class LoDASettings(MethodSettings):
     lookahead: float = Field(0.3, ge=0)
     samples: int = Field(256, ge=1)
     remembered: Literal["merged", "both"] = "merged"
+    train_a: Literal["never", "first"] = "never"
 
 
 def ranks_so_far(layer: RankPoolLinear, x: Tensor) -> tuple[Choice | None, None]:
@@ -88,10 +90,12 @@ class LoDA(OLoRA):
         return 2 if self.tasks else 1
 
     def activate(self, task: str, train: bool) -> None:
-        require_grad_only(self.model, *(self._ups() if train else ()))
+        require_grad_only(self.model, *(self._trained() if train else ()))
 
-    def _ups(self) -> list[Tensor]:
-        return [layer.part("new")[1] for layer in self.layers.values()]
+    def _trained(self) -> list[Tensor]:
+        """B of the newest task, of every linear, and A where it trains."""
+        from_a = 0 if self.options.train_a == "first" and len(self.tasks) == 1 else 1
+        return [factor for layer in self.layers.values() for factor in layer.part("new")[from_a:]]
 
     def begin(self, stage: Stage, batches: Batches) -> None:
         r, branches = self.options.r, self._branches()
@@ -112,7 +116,7 @@ class LoDA(OLoRA):
         self.activate(stage.task, train=True)
 
     def loss(self, inputs: Inputs, cross_entropy: Callable[[], tuple[Tensor, Any]], grad_accum_weight: float) -> Tensor:
-        """The cross-entropy, with the gradient of each half of the batch where B is moved down that of the other."""
+        """The cross-entropy, with the gradient of each half of the batch where what trains is moved down that of the other."""
         loss, outputs = cross_entropy()
         if not self.options.lookahead:
             return loss
@@ -121,23 +125,23 @@ class LoDA(OLoRA):
         parts = losses_of_tasks(loss, outputs.logits, labels, half)
         if len(parts) == 1:
             return loss
-        ups = self._ups()
-        directions = [torch.autograd.grad(part, ups, retain_graph=True, materialize_grads=True) for part in parts]
-        step, starts = self.options.lookahead * torch.rand(()).item(), [p.detach().clone() for p in ups]
-        total = [torch.zeros_like(p) for p in ups]
+        trained = self._trained()
+        directions = [torch.autograd.grad(part, trained, retain_graph=True, materialize_grads=True) for part in parts]
+        step, starts = self.options.lookahead * torch.rand(()).item(), [p.detach().clone() for p in trained]
+        total = [torch.zeros_like(p) for p in trained]
         for direction, other in zip(directions, (1, 0), strict=True):
             with torch.no_grad():
-                for p, start, g in zip(ups, starts, direction, strict=True):
-                    branches = [part / part.norm().clamp_min(1e-12) for part in g.split(self.options.r, 1)]
-                    p.copy_(start - step * torch.cat(branches, 1))
+                for p, start, g in zip(trained, starts, direction, strict=True):
+                    branches = g.tensor_split(min(len(self.tasks), 2), 1)
+                    p.copy_(start - step * torch.cat([part / part.norm().clamp_min(1e-12) for part in branches], 1))
             moved, outputs = cross_entropy()
             part = losses_of_tasks(moved, outputs.logits, labels, half)[other]
-            for sum_, g in zip(total, torch.autograd.grad(part, ups, materialize_grads=True), strict=True):
+            for sum_, g in zip(total, torch.autograd.grad(part, trained, materialize_grads=True), strict=True):
                 sum_ += g
         with torch.no_grad():
-            for p, start in zip(ups, starts, strict=True):
+            for p, start in zip(trained, starts, strict=True):
                 p.copy_(start)
-        return WithGradients.apply(loss.detach(), total, *ups)
+        return WithGradients.apply(loss.detach(), total, *trained)
 
     @torch.no_grad()
     def end(self, stage: Stage, batches: Batches) -> None:
@@ -148,11 +152,11 @@ class LoDA(OLoRA):
             new, old = (energies(general, moment.double()) for moment in (trained[path], self.moments[path]))
             kept = self.options.gamma * new / (old + self.options.gamma * new)
             b[:, : self.options.r] *= kept.nan_to_num(1.0)  # nan: a linear that no sample reaches
-        for moments in (
-            (trained, self.measured(batches)) if self.options.remembered == "both" else (self.measured(batches),)
-        ):
-            for path, moment in moments.items():
-                self.moments[path] += moment
+        merged = self.measured(batches)
+        for path, moment in self.moments.items():
+            moment += merged[path]
+            if self.options.remembered == "both":
+                moment += trained[path]
 
     def progress(self) -> Tensors:
         return {f"{path}.A": layer.part("new")[0] for path, layer in self.layers.items()}

@@ -4,7 +4,7 @@ import json
 from contextlib import closing
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -16,6 +16,24 @@ from .options import Attention, Data, Device, Json, Likelihood, Order, Projector
 from .output import adapters_line, console, console_line
 from .run_config import config_text, read_config
 
+if TYPE_CHECKING:
+    from lilora.continual.manifest import Manifest
+    from lilora.continual.recorded import TrainSettings
+    from lilora.continual.run import ContinualRun
+    from lilora.methods import Method
+
+OF_TRAINING = (
+    "weight_decay",
+    "batch_size",
+    "gradient_accumulation",
+    "warmup",
+    "max_grad_norm",
+    "epochs",
+    "max_steps",
+    "gradient_checkpointing",
+    "dtype",
+    "seed",
+)  # options that are settings of the training
 DEFAULT = "Default: the method's, below."
 PRESET = "Default: {}, or what the preset says, below."
 
@@ -148,13 +166,8 @@ def train(
 
     Several processes: accelerate launch --config_file examples/accelerate/ddp.yaml -m lilora train ...
     """
-    from lilora.bank.atomic import write_atomically
     from lilora.continual.manifest import load_manifest
-    from lilora.continual.publish import write_bank_card
     from lilora.methods import METHODS
-    from lilora.reports.report import print_tables, write_report
-
-    from .method_options import method_settings, setting, train_options
 
     method_type = METHODS.find(method, "--method")
     choice("--dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
@@ -167,91 +180,106 @@ def train(
     from transformers.utils.logging import disable_progress_bar
 
     from lilora.continual import processes
-    from lilora.continual.recorded import TrainSettings
     from lilora.continual.run import ContinualRun
     from lilora.continual.run_folder import method_label
     from lilora.continual.trainer import trackers_of
 
     trackers = trackers_of(report_to)
-    more = dict(map(setting, pairs or []))
-    more["target_modules"] = more.get("target_modules") or target_pattern(model, projector, attention)
-    sizes = {"r": r, "sub_rank": sub_rank, "alpha": alpha, "dropout": dropout}
-    settings = method_settings(method_type, preset, given(sizes), more)
-    of_training = {
-        "weight_decay": weight_decay,
-        "batch_size": batch_size,
-        "gradient_accumulation": gradient_accumulation,
-        "warmup": warmup,
-        "max_grad_norm": max_grad_norm,
-        "epochs": epochs,
-        "max_steps": max_steps,
-        "gradient_checkpointing": gradient_checkpointing,
-        "dtype": dtype,
-        "seed": seed,
-    }
-    training = TrainSettings.of(train_options(method_type, preset, given(of_training)))
-    rate, rates = manifest.learning_rates(method, training.learning_rate)
-    if learning_rate is not None:
-        rate, rates = learning_rate, {}
-    training = TrainSettings.of(training.model_dump() | {"learning_rate": rate, "learning_rates": rates})
-    of_tasks = {training.rate_of(task.name) for task in manifest.tasks}
-    if method_type.trains_on == "all" and len(of_tasks) > 1:
-        raise UserError(
-            f"--method {method} trains on all tasks together, and the manifest has learning rates from {min(of_tasks):g} to "
-            f"{max(of_tasks):g} for them; give one with --lr"
-        )
+    settings = _settings(context.params, method_type, model)
+    training = _training(context.params, method_type, manifest)
     out = out or Path("runs") / f"{manifest.name}-{label or method_label(method, settings)}-{seed}"
-
-    console.quiet = processes.rank() > 0
-    if console.quiet or quiet or as_json:
+    first = processes.rank() == 0
+    console.quiet = not first
+    bars = first and not (quiet or as_json)
+    if not bars:
         disable_progress_bar()
     opened = ContinualRun.open(
-        out,
-        manifest,
-        model,
-        method,
-        settings,
-        training,
-        device,
-        label,
-        task_identifier,
-        image_aspect,
+        out, manifest, model, method, settings, training, device, label, task_identifier, image_aspect
     )
     with closing(opened) as run:
-        if processes.rank() == 0:
-            of_method = {option: settings[name] for option, name in method_type.settings_type.options().items()}
-            resolved = {option.replace("_", "-"): value for option, value in of_method.items()} | {
-                "tasks": tasks.resolve(),
-                "out": out.resolve(),
-                "data": data and data.resolve(),
-                "model": model,
-                "preset": preset or next(iter(method_type.presets), None),
-                # Where the manifest has rates it says them again: the command's would be that of all tasks.
-                "lr": training.learning_rate if not manifest.rates else learning_rate,
-                **{name.replace("_", "-"): getattr(training, name) for name in of_training},
-                "set": dict(map(setting, pairs or [])),
-            }
-            write_atomically(out / "run.yaml", config_text(context, resolved).encode())
-        bars = not (quiet or as_json or console.quiet)
+        if first:
+            _write_options(context, run, method_type)
         say = (lambda line: None) if as_json else console_line
         if method_type.trains_on != "nothing":
-            say(adapters_line(more["target_modules"]))
+            say(adapters_line(settings["target_modules"]))
         try:
             run.train(eval_batch_size, save_steps, workers, bars, say, trackers, zero_shot, nll)
         except KeyboardInterrupt:
             print_error(f"{out}: interrupted; the same command goes on with this run")
             raise
         processes.destroy()
-        if processes.rank() > 0:
-            return
-        result = run.result()
-        page = write_report(out, [result], f"{result.method} on {manifest.name}", environment())
-        write_bank_card(run.bank)
-        if as_json:
-            print(json.dumps(result.to_dict()))
-        else:
-            print_tables([result], console)
-            console_line(f"report: {page}")
+        if first:
+            _report(run, as_json)
+
+
+def _settings(options: dict[str, Any], method: "type[Method]", model: str) -> dict[str, Any]:
+    """The settings of a method, from the options as typer names their parameters."""
+    from .method_options import method_settings, setting
+
+    more = dict(map(setting, options["pairs"] or []))
+    more["target_modules"] = more.get("target_modules") or target_pattern(
+        model, options["projector"], options["attention"]
+    )
+    sizes = {name: options[name] for name in ("r", "sub_rank", "alpha", "dropout")}
+    return method_settings(method, options["preset"], given(sizes), more)
+
+
+def _training(options: dict[str, Any], method: "type[Method]", manifest: "Manifest") -> "TrainSettings":
+    """How is trained, with the learning rate of each task; UserError where a method cannot have several."""
+    from lilora.continual.recorded import TrainSettings
+
+    from .method_options import train_options
+
+    of_training = given({name: options[name] for name in OF_TRAINING})
+    training = TrainSettings.of(train_options(method, options["preset"], of_training))
+    rate, rates = manifest.learning_rates(method.name, training.learning_rate)
+    if options["learning_rate"] is not None:
+        rate, rates = options["learning_rate"], {}
+    training = TrainSettings.of(training.model_dump() | {"learning_rate": rate, "learning_rates": rates})
+    of_tasks = {training.rate_of(task.name) for task in manifest.tasks}
+    if method.trains_on == "all" and len(of_tasks) > 1:
+        raise UserError(
+            f"--method {method.name} trains on all tasks together, and the manifest has learning rates from "
+            f"{min(of_tasks):g} to {max(of_tasks):g} for them; give one with --lr"
+        )
+    return training
+
+
+def _write_options(context: typer.Context, run: "ContinualRun", method: "type[Method]") -> None:
+    """Write run.yaml: the options as given, and what became of those that were not."""
+    from lilora.bank.atomic import write_atomically
+
+    from .method_options import setting
+
+    options, config, training = context.params, run.bank.config, run.settings
+    of_method = {option: config["settings"][name] for option, name in method.settings_type.options().items()}
+    resolved = {option.replace("_", "-"): value for option, value in of_method.items()} | {
+        "tasks": options["tasks"].resolve(),
+        "out": run.folder.resolve(),
+        "data": options["data"] and options["data"].resolve(),
+        "model": config["model"],
+        "preset": options["preset"] or next(iter(method.presets), None),
+        # Where the manifest has rates it says them again: the command's would be that of all tasks.
+        "lr": training.learning_rate if not run.manifest.rates else options["learning_rate"],
+        **{name.replace("_", "-"): getattr(training, name) for name in OF_TRAINING},
+        "set": dict(map(setting, options["pairs"] or [])),
+    }
+    write_atomically(run.folder / "run.yaml", config_text(context, resolved).encode())
+
+
+def _report(run: "ContinualRun", as_json: bool) -> None:
+    """Write the report of a run that has ended and the bank's card, and print its tables."""
+    from lilora.continual.publish import write_bank_card
+    from lilora.reports.report import print_tables, write_report
+
+    result = run.result()
+    page = write_report(run.folder, [result], f"{result.method} on {run.manifest.name}", environment())
+    write_bank_card(run.bank)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        print_tables([result], console)
+        console_line(f"report: {page}")
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

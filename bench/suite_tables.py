@@ -75,12 +75,12 @@ def suite_table(name: str, command: str, more: str = "", picture: bool = False) 
         lines.append(f"| {label} | {' | '.join(cells)} |")
     first = next(iter(methods.values()))
     likelihood = "; nats per token: how unlikely the references are after the last task" if with_nll else ""
-    tuned = all("lr" not in suite.options | options for options in suite.runs.values())
-    rates = (
-        f" Each method has its own rate, the best of {len(suite.rates)} by `lilora tune` on seed {SEED}."
-        if tuned
-        else ""
-    )
+    rates = ""
+    if all("lr" not in suite.options | options for options in suite.runs.values()):
+        rates = (
+            f" Each method has its own rate, the best of {len(suite.rates)} by `lilora tune` on seed {SEED}, scored "
+            f"{tuned_on(suite, methods)}."
+        )
     lines += [
         "",
         f"Mean and standard deviation over seeds, in points; New: right after training, AP: after the last task{likelihood}."
@@ -92,6 +92,20 @@ def suite_table(name: str, command: str, more: str = "", picture: bool = False) 
             (suite.results / "summary.png").write_bytes(png(summary(list(methods.values()))))
         lines += ["", f"![scores](../bench/results/{name}/summary.png)"]
     return "\n".join(lines)
+
+
+TUNED_ON = {"test": "on the test splits", "validation": "on samples held out of the training"}
+
+
+def tuned_on(suite: Suite, labels: Iterable[str]) -> str:
+    """What `lilora tune` has scored to find the rates of these labels; files of earlier versions do not say: the test splits."""
+    by_samples: dict[str, list[str]] = {}
+    for label in labels:
+        samples = json.loads(suite.tuning(label).read_text()).get("scored_on", "test")
+        by_samples.setdefault(samples, []).append(label)
+    if len(by_samples) == 1:
+        return TUNED_ON[next(iter(by_samples))]
+    return ", ".join(f"{TUNED_ON[samples]} ({', '.join(own)})" for samples, own in by_samples.items())
 
 
 ONE_LORA = "`lora` is one LoRA for all tasks, `dirlora` one per task. "

@@ -107,7 +107,12 @@ def test_the_table_of_a_suite_is_made_of_its_files(tiny, monkeypatch):
     assert "| tuned | 0.5 | 15.0 ± 7.1 | 20.0 ± 7.1 | -10.0 ± 0.0 | 0.50 | none | 2 |" in table
     assert "lilora tune" not in table
     monkeypatch.setattr(suite_tables.Suite, "read", lambda name: small.model_copy(update={"runs": {"tuned": {}}}))
-    assert "the best of 2 by `lilora tune` on seed 100" in suite_tables.suite_table("small", "make small")
+    assert "the best of 2 by `lilora tune` on seed 100, scored on the test splits." in suite_tables.suite_table(
+        "small", "make small"
+    )
+    small.tuning("tuned").write_text(small.tuning("tuned").read_text().replace("{", '{"scored_on": "validation", ', 1))
+    table = suite_tables.suite_table("small", "make small")
+    assert "on seed 100, scored on samples held out of the training." in table
     monkeypatch.setattr(suite_tables.Suite, "read", lambda name: small)
     content = json.loads(small.file("fixed", 1).read_text())
     small.file("fixed", 1).write_text(json.dumps(content | {"options": {"lr": 9}}))

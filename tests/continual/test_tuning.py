@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import yaml
 
 from lilora import cli
 from lilora.bank.bank import Bank
 from lilora.continual import tuning
+from lilora.continual.task_sequence import held_out
 from lilora.continual.tuning import FILE, Candidate, Result, Tuning, halving, rounds
 
 
@@ -47,12 +49,18 @@ def test_points_of_cider_are_within_the_plot():
 
 @pytest.fixture(scope="module")
 def tuned(suite, tmp_path_factory):
-    """Three rates of one LoRA, one of which no model survives, for three steps a task."""
-    out = tmp_path_factory.mktemp("tuned") / "out"
+    """Three rates of one LoRA, one of which no model survives, for three steps a task; there are no test files."""
+    folder = tmp_path_factory.mktemp("tuned")
+    content = yaml.safe_load((suite / "tasks.yaml").read_text())
+    content |= {"data": str(suite / "data"), "model": str(suite / "base")}
+    for task in content["tasks"]:
+        task["test"] = "missing.json"
+    (folder / "tasks.yaml").write_text(yaml.safe_dump(content))
+    out = folder / "out"
     options = (
         "--method lora --r 4 --max-steps 3 --batch-size 4 --gradient-accumulation 1 --device cpu --set lora_alpha=1e20"
     )
-    words = ["tune", suite / "tasks.yaml", *options.split(), "--order", "colour,name,count", "--out", out, "--quiet"]
+    words = ["tune", folder / "tasks.yaml", *options.split(), "--order", "colour,name,count", "--out", out, "--quiet"]
     return [*map(str, words), "--lr", "1e-30,1e-24,1.0"], out
 
 
@@ -66,10 +74,12 @@ def test_rates_are_tried_recorded_and_the_best_is_said(tuned, lilora, monkeypatc
     ]]  # fmt: skip
     assert held.best == min(held.results[3:], key=Result.rank)
     assert "its loss is not finite at step 3" in held.results[2].diverged
-    assert held.seed == 100
+    assert (held.seed, held.scored_on) == (100, "validation")
     assert all(r.nll > 0 for r in held.results if r.ap is not None)
     bank = Bank.open(out / "lr-1e-24")
     assert (bank.config["train"]["learning_rate"], bank.tasks) == (1e-24, ["colour", "name", "count"])
+    answers = (out / "lr-1e-24" / "predictions" / "name-colour.jsonl").read_text().splitlines()
+    assert [json.loads(answer)["id"] for answer in answers] == list(map(str, held_out(12)))
     assert (out / "tune.png").stat().st_size > 1000
     best = f"{held.best.candidate.learning_rate:g}"
     assert f"in the manifest: learning_rate: {{lora: {best}}}" in said
@@ -80,9 +90,13 @@ def test_rates_are_tried_recorded_and_the_best_is_said(tuned, lilora, monkeypatc
     code, again, err = lilora(*words, "--json")
     assert code == 0, err
     assert (json.loads(again), trained) == (json.loads(held.model_dump_json()), [])
+    (out / FILE).write_text((out / FILE).read_text().replace('"scored_on": "validation"', '"scored_on": "test"'))
+    code, _, err = lilora(*words)
+    assert (code, "scored_on 'test' there and 'validation' here" in err) == (2, True)
+    (out / FILE).write_text(held.model_dump_json())
     code, _, err = lilora(*words, "--max-steps", "4")
     assert code == 2
-    assert "holds another tuning: its options are" in err
+    assert "holds another tuning: options {'max_steps': 3} there and {'max_steps': 4} here" in err
 
 
 def test_all_diverged_is_one_sentence(suite, tmp_path, lilora, monkeypatch):
@@ -133,6 +147,7 @@ def test_a_method_that_trains_on_all_tasks_together_has_one_round(suite, tmp_pat
         (["--try", "stability=3"], "one list is wanted"),
         (["--try", "stabilty=[3]"], "lilora has no setting 'stabilty'"),
         (["--label", "x"], "--label behind lilora tune"),
+        (["--validate"], "--validate behind lilora tune"),
         (["--rr", "3"], "No such option"),
     ],
 )

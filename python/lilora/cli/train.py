@@ -136,6 +136,14 @@ def train(
     zero_shot: Annotated[
         bool, typer.Option("--zero-shot", help="Score all tasks before any training too; probes always are.")
     ] = False,
+    validate: Annotated[
+        bool,
+        typer.Option(
+            "--validate",
+            help="Leave the test splits alone: score the manifest's validation samples or, of a task without, a fifth of its "
+            "training samples, at most 500, which are not trained on.",
+        ),
+    ] = False,
     nll: Likelihood = False,
     save_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints.")] = 200,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare training batches.")] = 0,
@@ -173,7 +181,7 @@ def train(
     choice("--dtype", dtype, ("auto", "fp32", "bf16", "fp16"))
     if image_aspect is not None:
         choice("--image-aspect", image_aspect, ("processor", "pad"))
-    manifest = load_manifest(tasks, None if order is None else order.split(","), data)
+    manifest = load_manifest(tasks, None if order is None else order.split(","), data, validate)
     model = model or manifest.model
     if model is None:
         raise UserError(f"{tasks} names no base model; pass --model with a folder or a hub id")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lilora.continual.tuning import Candidate, Result, Tuning
     from lilora.methods import Method
 
-OWN = ("lr", "seed", "out", "label", "quiet", "json", "help")  # options of train that a tuning gives
+OWN = ("lr", "seed", "out", "label", "validate", "quiet", "json", "help")  # options of train that a tuning gives
 
 
 def tune(
@@ -52,12 +52,14 @@ def tune(
     goes on to twice as many, until one is left or all are trained. What counts is the mean score over the tasks so far, and
     at equal scores the likelihood of the references.
 
-    Scores are those of the manifest's test splits: name other samples there if the reported ones shall not be looked at.
+    Test splits are left alone: scores are those of the manifest's validation samples or, of a task without, of a fifth of its
+    training samples, at most 500, which are not trained on.
     """
     from rich.progress import Progress
 
     from lilora.continual.tuning import FILE, SEED, Tuning, halving, rounds, write_tuning
     from lilora.methods import METHODS
+    from lilora.reports.runs import VALIDATION
 
     from . import app
 
@@ -71,7 +73,7 @@ def tune(
     names = [task.name for task in manifest.tasks]
     scored = [number for number, task in enumerate(manifest.tasks, 1) if task.test is not None]
     if not scored:
-        raise UserError(f"{given.params['tasks']}: no task has a test split, by which to choose; add one")
+        raise UserError(f"{given.params['tasks']}: no task has a scorer, by which to choose; add the key to one")
     candidates = _candidates(method, rates, tries or [])
     first = len(names) if method.trains_on == "all" else max(2, scored[0])  # such a run takes no more tasks
     plan = rounds(len(candidates), first, len(names))
@@ -81,7 +83,8 @@ def tune(
         if value not in (None, False, []) and name not in ("context", "out", "seed", "learning_rate")
     }
     out = out or Path("runs") / f"{manifest.name}-{given.params['method']}-tune"
-    tuning = _opened(out, Tuning(tasks=names, seed=SEED if seed is None else seed, options=options))
+    wanted = Tuning(tasks=names, seed=SEED if seed is None else seed, scored_on=manifest.scored_on, options=options)
+    tuning = _opened(out, wanted)
 
     say = (lambda line: None) if as_json else console_line
     with Progress(disable=quiet or as_json, transient=True) as progress:
@@ -91,13 +94,8 @@ def tune(
             progress.update(bar, description=f"{candidate}: {tasks} tasks")
             known = tuning.find(candidate, tasks) or _diverged_before(tuning, candidate, tasks)
             if known is None:
-                words = [
-                    "--order",
-                    ",".join(names[:tasks]),
-                    "--seed",
-                    str(tuning.seed),
-                    *(["--nll"] if answers else []),
-                ]
+                words = ["--order", ",".join(names[:tasks]), "--seed", str(tuning.seed), "--validate"]
+                words += ["--nll"] if answers else []
                 words += _words(candidate)
                 known = _measured(command, candidate, tasks, [*context.args, *words], out / _folder(candidate))
                 tuning.results.append(known)
@@ -116,6 +114,7 @@ def tune(
         print(tuning.model_dump_json())
         return
     _print(tuning, candidates)
+    console_line(VALIDATION)
     console_line(f"tried: {out / FILE}")
     console_line(f"best: {_line(best)}")
     if edge := _edge(best, candidates):
@@ -143,7 +142,8 @@ def _manifest(given: typer.Context) -> tuple[Any, bool]:
     from lilora.continual.manifest import load_manifest
 
     order = given.params["order"]
-    manifest = load_manifest(given.params["tasks"], None if order is None else order.split(","), given.params["data"])
+    order = None if order is None else order.split(",")
+    manifest = load_manifest(given.params["tasks"], order, given.params["data"], validate=True)
     return manifest, KINDS[manifest.kind].answers
 
 
@@ -191,12 +191,17 @@ def _opened(out: Path, wanted: "Tuning") -> "Tuning":
     except ValueError as error:
         raise UserError(f"{file} is not what lilora tune writes; give another --out, or restore it") from error
     held.best = None
-    for name in ("tasks", "seed", "options"):
+    for name in ("tasks", "seed", "scored_on", "options"):
         old, new = getattr(held, name), getattr(wanted, name)
+        if name == "options":
+            old, new = (
+                {key: value for key, value in one.items() if value != other.get(key)}
+                for one, other in ((old, new), (new, old))
+            )
         if old != new:
             raise UserError(
-                f"--out {out} holds another tuning: its {name} are {shortened(old)} and these are {shortened(new)}; give another "
-                "folder"
+                f"--out {out} holds another tuning: {name} {shortened(old)} there and {shortened(new)} here; give "
+                "another folder, or delete that one"
             )
     return held
 

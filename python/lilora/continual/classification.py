@@ -39,8 +39,8 @@ TEMPLATES: Templates = ("a photo of a {}.", "a picture of a {}.", "an image that
 class ImageTask(Task):
     """One task: its images and the names of their classes.
 
-    train and test are folders with a folder of images per class, or lists with paths under `images`: JSON of `{image,
-    label}`; a file of splits as CoOp has them, `{train: [[path, number, class], ...], val, test}`, which both may name; or
+    train, validation and test are folders with a folder of images per class, or lists with paths under `images`: JSON of `{image,
+    label}`; a file of splits as CoOp has them, `{train: [[path, number, class], ...], val, test}`, which all may name; or
     text with an image, `.jpg` left out, and its class on each line, as FGVC-Aircraft has it. classes: a list of names,
     whose labels are the names themselves or their numbers from 0; or a mapping from label to name; or a file that holds
     either as JSON, or a name on each line (.txt). Without classes the labels are the names, with spaces for underscores.
@@ -163,8 +163,9 @@ class LabelledImages(Dataset):
                 known = ", ".join(list(numbers)[:5]) + (", ..." if len(numbers) > 5 else "")
                 raise UserError(f"{self._where} has the label {label!r}, no class of the task ({known}); correct it.")
         pairs = [(path, numbers[label]) for path, label in found]
-        if split == "train" and spec.shots is not None:
+        if spec.section(split) == "train" and spec.shots is not None:
             pairs = few(pairs, spec.shots)
+        pairs = [pairs[number] for number in spec.part(split, len(pairs))]
         self.samples = [LabelledImage(i, path, label) for i, (path, label) in enumerate(pairs)]
 
     def images(self) -> Iterator[Path]:
@@ -205,8 +206,9 @@ def _read(spec: ImageTask, split: Split) -> list[tuple[Path, str]]:
         pairs = (line.partition(" ") for line in _lines(source, where, "an image and its class"))
         found = [(spec.images / (image if Path(image).suffix else f"{image}.jpg"), label) for image, _, label in pairs]
     elif _is_coop(source):
-        splits = read_json(source, _COOP, where, "CoOp's file of splits")
-        found = [(spec.images / path, label) for path, _, label in splits.get(split, [])]
+        splits, section = read_json(source, _COOP, where, "CoOp's file of splits"), spec.section(split)
+        named = "val" if section == "validation" else section
+        found = [(spec.images / path, label) for path, _, label in splits.get(named, [])]
     else:
         records = Records(source, _Record, f"task {spec.name!r}", "{image, label}")
         found = [(spec.images / record.image, str(record.label)) for record in records]

@@ -44,9 +44,14 @@ class TaskSpec(Task):
 
     @model_validator(mode="after")
     def _judged(self) -> Self:
-        if self.test is not None and self.scorer is None:
-            raise ValueError("a task with test wants the key scorer; add it")
+        for split in ("test", "validation"):
+            if getattr(self, split) is not None and self.scorer is None:
+                raise ValueError(f"a task with {split} wants the key scorer; add it")
         return self
+
+    def for_validation(self) -> Self:
+        """The same of a task that has a scorer; another one is not scored."""
+        return self if self.scorer is None else super().for_validation().model_copy(update={"test_images": None})
 
     def in_format(self, answer: str, references: Sequence[str]) -> bool:
         """Whether an answer has the format of `answer_format`; UserError when finding out takes more than a second."""
@@ -67,17 +72,17 @@ class TaskSpec(Task):
         for split in self.splits:
             data = instruction_data(self, split)
             check_images(data.images(), f"task {self.name!r}: {getattr(self, split)}")
-        if self.test is not None:
-            self.check_scorer(data)
+            if split != "train":
+                self.check_scorer(data)
 
     def check_scorer(self, data: "InstructionDataset") -> None:
-        """Raise UserError for a scorer that is unknown or that no answer of the test samples suits."""
+        """Raise UserError for a scorer that is unknown or that no answer of the samples suits."""
         with self._named():
             suits = self.judge().suits(sample.answers for sample in data)
         if not suits:
             raise UserError(
                 f"task {self.name!r}: scorer {self.scorer!r} gives 0 even to the references themselves, such as "
-                f"{data[0].answers[0][:80]!r} in {self.test}; choose another scorer."
+                f"{data[0].answers[0][:80]!r} in {getattr(self, data.split)}; choose another scorer."
             )
 
     def judge(self) -> Judge:
@@ -150,6 +155,7 @@ class InstructionDataset(Dataset):
         self._records = _records(spec, split)
         if not self._records:
             raise UserError(f"{self._where} has no samples; add some or take the task out of the manifest.")
+        self._numbers = spec.part(split, len(self._records))
         self.first: dict[tuple[bool, bool, bool], int] = {}
         for index, sample in enumerate(self):
             self.first.setdefault((bool(sample.images), bool(sample.history), bool(sample.system)), index)
@@ -216,13 +222,15 @@ class InstructionDataset(Dataset):
         return (image for sample in self for image in sample.images)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._numbers)
 
     def __getitem__(self, index: int) -> Sample:
-        return self._sample(self._records[index], index)
+        number = self._numbers[index]
+        return self._sample(self._records[number], number)
 
     def __iter__(self) -> Iterator[Sample]:
-        return map(self._sample, self._records, range(len(self)))
+        wanted = set(self._numbers)
+        return (self._sample(record, number) for number, record in enumerate(self._records) if number in wanted)
 
 
 def instruction_data(spec: TaskSpec, split: Split) -> InstructionDataset:

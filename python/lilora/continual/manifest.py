@@ -21,7 +21,9 @@ from .task_sequence import Manifest, Task
 MANIFESTS = {manifest.model_fields["kind"].default: manifest for manifest in (TaskManifest, ClassificationManifest)}
 
 
-def load_manifest(path: str | Path, order: list[str] | None = None, data: str | Path | None = None) -> Manifest:
+def load_manifest(
+    path: str | Path, order: list[str] | None = None, data: str | Path | None = None, validate: bool = False
+) -> Manifest:
     """Read a manifest and check everything it names.
 
     A key `kind` of the manifest says what its tasks are: `instruction`, a TaskManifest, where it is left out, or
@@ -29,19 +31,22 @@ def load_manifest(path: str | Path, order: list[str] | None = None, data: str | 
     starts with `.` or `/`; otherwise it is a model id) are relative to the manifest's folder, the tasks' files to `data`.
     Probes are apart from the tasks, as `probes`.
     A scorer `module:function` may lie in a file beside the manifest.
-    An argument `data` replaces the manifest's folder of data. `order` names the tasks to train, in that order.
+    An argument `data` replaces the manifest's folder of data. `order` names the tasks to train, in that order. With
+    `validate` the tasks are those of `for_validation`, and a probe without validation samples is left out.
 
     Raises UserError for a key or name that is not allowed, an unknown scorer or method, a missing or broken file, a task without
     samples, and an image that is missing or cannot be opened.
     """
-    manifest = read_manifest(path, order, data)
+    manifest = read_manifest(path, order, data, validate)
     with importable(Path(path).resolve().parent):
         for task in (*manifest.tasks, *manifest.probes):
             task.check()
     return manifest
 
 
-def read_manifest(path: str | Path, order: list[str] | None = None, data: str | Path | None = None) -> Manifest:
+def read_manifest(
+    path: str | Path, order: list[str] | None = None, data: str | Path | None = None, validate: bool = False
+) -> Manifest:
     """The same without a look at the files that it names."""
     path = Path(path)
     manifest = _parse(path)
@@ -49,10 +54,12 @@ def read_manifest(path: str | Path, order: list[str] | None = None, data: str | 
     if all(task.probe for task in manifest.tasks):
         raise UserError(f"{path}: all tasks are probes, which are not trained; add one with the key train.")
     _check_methods(path, manifest)
+    if validate:
+        manifest = manifest.for_validation()
     root = path.resolve().parent
     folder = Path(data).resolve() if data is not None else (root / manifest.data).resolve()
     manifest = manifest.located(folder)
-    probes = [task for task in manifest.tasks if task.probe]
+    probes = [task for task in manifest.tasks if task.probe and not (validate and task.section("test") == "test")]
     tasks = [task for task in manifest.tasks if not task.probe]
     tasks = tasks if order is None else _ordered(manifest, tasks, order)
     model = manifest.model

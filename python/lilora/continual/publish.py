@@ -11,6 +11,7 @@ from lilora.bank.records import BaseModelId
 from lilora.errors import UserError
 from lilora.importers.peft_folder import write_peft
 from lilora.methods import METHODS
+from lilora.reports.runs import VALIDATION
 from lilora.reports.scores import ScoreMatrix
 
 from .base_model import load_base
@@ -170,6 +171,8 @@ def card(
     matrix = ScoreMatrix.from_dict(bank.scores["matrix"]) if bank.scores else None
     if matrix is not None and matrix.columns:
         sections["Scores"] = f"{matrix.markdown()}\n\nPoints from 0 to 100."
+        if bank.config.get("scored_on") == "validation":
+            sections["Scores"] += f" They are {VALIDATION}."
     sections["Settings"] = f"```json\n{json.dumps(told, indent=2)}\n```"
     write_card(
         folder,

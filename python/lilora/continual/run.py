@@ -95,6 +95,8 @@ class ContinualRun:
         } | ({"label": label} if label else {})
         if getattr(manifest, "label_space", "task") != "task":
             config["label_space"] = manifest.label_space
+        if manifest.scored_on != "test":
+            config["scored_on"] = manifest.scored_on
         if task_identifier != NearestCentroid.name:
             TASK_IDENTIFIERS.find(task_identifier, "--task-identifier")
             config["task_identifier"] = task_identifier

@@ -29,6 +29,7 @@ _BEFORE = {
     "kind": "instruction",
     "image_aspect": "processor",
     "label_space": "task",
+    "scored_on": "test",
     "task_identifier": NearestCentroid.name,
     "train.max_grad_norm": 1.0,
 }  # what banks do not say, of earlier versions or at all
@@ -143,7 +144,7 @@ def run_of(bank: Bank) -> Run:
         sum(bank.scores["seconds"].values()),
         {
             key: bank.config[key]
-            for key in ("model", "manifest", "label_space", "settings", "train")
+            for key in ("model", "manifest", "label_space", "scored_on", "settings", "train")
             if key in bank.config
         }
         | {"sizes": sizes},

@@ -1,5 +1,7 @@
 """What the manifests of all kinds of tasks have in common."""
 
+import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -15,9 +17,12 @@ from pydantic import (
     model_validator,
 )
 
+from lilora.errors import UserError
+
 from .images import ImageAspect
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
+ScoredOn = Literal["test", "validation"]  # the latter: given as such, or held out of the training samples
 _RATE = TypeAdapter(Annotated[float, Field(gt=0, le=1)])
 
 
@@ -38,22 +43,29 @@ def _rates(given: Any) -> Any:
 LearningRate = Annotated[float | tuple[tuple[str, float], ...] | None, BeforeValidator(_rates)]
 
 
+def held_out(samples: int) -> list[int]:
+    """Which of so many training samples are scored instead of trained on: a fifth, at most 500, always the same ones."""
+    return sorted(random.Random(samples).sample(range(samples), min(math.ceil(samples / 5), 500)))
+
+
 class Task(BaseModel):
     """What tasks of all kinds have in common: a name and files, relative to the manifest's `data` until `load_manifest`
     resolves them.
 
-    A probe is never trained and has no `train`: it is scored before the first task and after each. learning_rate: of the
-    task, or of some methods by name.
+    A probe is never trained and has no `train`: it is scored before the first task and after each. validation: the samples
+    that `for_validation` scores. learning_rate: of the task, or of some methods by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     train: Path | None = None
+    validation: Path | None = None
     test: Path | None = None
     images: Path = Path()
     probe: bool = False
     learning_rate: LearningRate = None
+    _scored: Split = PrivateAttr("test")  # the split that `test` is of
 
     @model_validator(mode="after")
     def _trained_or_probe(self) -> Self:
@@ -69,7 +81,35 @@ class Task(BaseModel):
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        return tuple(split for split in ("train", "test") if getattr(self, split) is not None)
+        return tuple(split for split in ("train", "validation", "test") if getattr(self, split) is not None)
+
+    def for_validation(self) -> Self:
+        """The task with other samples as `test`: those of `validation` if it is given, or else some held out of `train`.
+
+        A probe without `validation` stays as it is.
+        """
+        if self.validation is None and self.train is None:
+            return self
+        scored: Split = "train" if self.validation is None else "validation"
+        copy = self.model_copy(update={"test": getattr(self, scored), "validation": None})
+        copy._scored = scored
+        return copy
+
+    def section(self, split: Split) -> Split:
+        """The split that the samples of `split` are of, by their file."""
+        return self._scored if split == "test" else split
+
+    def part(self, split: Split, samples: int) -> Sequence[int]:
+        """Which samples of its file, of as many, are those of a split: all, unless some are held out of the training."""
+        if self._scored != "train":
+            return range(samples)
+        if samples < 2:
+            raise UserError(
+                f"task {self.name!r}: {self.train} has {samples} sample, and one to train on and one to score are wanted; name "
+                "samples to score with the key validation"
+            )
+        held = held_out(samples)
+        return held if split == "test" else sorted(set(range(samples)).difference(held))
 
 
 class Manifest(BaseModel):
@@ -92,10 +132,22 @@ class Manifest(BaseModel):
     if TYPE_CHECKING:
         tasks: list[Any]  # of each kind's own type there
     _probes: tuple[Task, ...] = PrivateAttr(())
+    _scored_on: ScoredOn = PrivateAttr("test")
 
     @property
     def probes(self) -> tuple[Task, ...]:
         return self._probes
+
+    @property
+    def scored_on(self) -> ScoredOn:
+        """What its tasks are scored on."""
+        return self._scored_on
+
+    def for_validation(self) -> Self:
+        """With each task's `for_validation`."""
+        copy = self.model_copy(update={"tasks": [task.for_validation() for task in self.tasks]})
+        copy._scored_on = "validation"
+        return copy
 
     def with_tasks(self, tasks: Sequence[Task], probes: Sequence[Task], **changes: object) -> Self:
         """A copy with these tasks and probes, and other changes of its keys."""

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from lilora.bank.atomic import write_atomically
 from lilora.reports.plotting import PLOT_STYLE, MethodStyle, draw_legend, legend_height, png
 
+from .task_sequence import ScoredOn
+
 FILE = "tune.json"
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SEED = 100  # of what is drawn: none that is usually reported
@@ -54,12 +56,14 @@ class Result(BaseModel):
 
 
 class Tuning(BaseModel):
-    """The content of tune.json: what was tried, with which options, and what won. seed: of all runs here."""
+    """The content of tune.json: what was tried, with which options, and what won. seed: of all runs here. scored_on: the
+    samples that the points are of; earlier versions took those of the test splits, and did not say so."""
 
     model_config = ConfigDict(extra="forbid")
 
     tasks: list[str]
     seed: int
+    scored_on: ScoredOn = "test"
     options: dict[str, JsonValue]
     best: Result | None = None
     results: list[Result] = []

@@ -20,7 +20,20 @@ from lilora.terminal import plain_console
 
 from .figures import curves, heatmap, losses, memory, routing, summary
 from .plotting import PLOT_STYLE, MethodStyle, cell_colours, png
-from .runs import CARRIED, NLL, MethodRuns, Run, by_method, differences, heading, nll_rows, undefined_notes, without_nan
+from .runs import (
+    CARRIED,
+    NLL,
+    VALIDATION,
+    MethodRuns,
+    Run,
+    by_method,
+    differences,
+    heading,
+    nll_rows,
+    scored_on,
+    undefined_notes,
+    without_nan,
+)
 from .scores import METRICS
 
 BEFORE = "(before)"  # no task has such a name
@@ -75,6 +88,7 @@ def write_report(
         tasks=runs[0].matrix.tasks,
         columns=scored,
         unscored=runs[0].matrix.unscored,
+        scored_on=VALIDATION if scored_on(runs[0]) == "validation" else "",
         runs=runs,
         notes=notes,
         differences=differences(runs),
@@ -102,6 +116,8 @@ def print_tables(runs: list[Run], console: Console | None = None) -> None:
     methods = by_method(runs)
     if unscored := runs[0].matrix.unscored:
         console.print(f"not scored, for want of a test split: {', '.join(unscored)}")
+    if scored_on(runs[0]) == "validation":
+        console.print(VALIDATION)
     if not methods[0].columns:
         _print_probes(methods, console)
         return

@@ -15,6 +15,7 @@ from lilora.errors import UserError
 from .scores import METRICS, ScoreMatrix, cell_text, none_if_nan
 
 NLL = "negative log-likelihood of the references, nats per token: right after training, and after the last task"
+VALIDATION = "scored on validation samples, not on the test splits"
 CARRIED = "* carried over: the task's function is proved unchanged, so the cell was not run again"
 
 
@@ -222,6 +223,11 @@ def by_method(runs: list[Run]) -> list[MethodRuns]:
                 f"report: {run.method} was scored in the label space {label_space!r} and {runs[0].method} in another; report "
                 "runs of one label space together"
             )
+        if scored_on(run) != scored_on(runs[0]):
+            raise UserError(
+                f"report: of {run.method} and {runs[0].method}, one was scored on validation samples (--validate) and one on the "
+                "test splits; report runs of one kind together"
+            )
         seeds = groups.setdefault(run.method, {})
         manifests = {other.extra.get("manifest") for other in (run, *seeds.values())}
         if len(manifests) > 1:
@@ -236,6 +242,11 @@ def by_method(runs: list[Run]) -> list[MethodRuns]:
     if len({method.heatmap_file for method in methods}) < len(methods):
         raise UserError(f"report: the methods {', '.join(groups)} differ only in punctuation; name them apart")
     return methods
+
+
+def scored_on(run: Run) -> str:
+    """The samples that its scores are of: "test" or "validation"."""
+    return run.extra.get("scored_on", "test")
 
 
 def undefined_notes(runs: list[Run]) -> list[str]:

@@ -1,6 +1,7 @@
 """Among which classes an image is placed: those of its task, of all tasks, or of the tasks trained so far."""
 
 import json
+import math
 import shlex
 
 import pytest
@@ -10,9 +11,11 @@ from PIL import Image
 from support.labelled_images import CLASSES
 from support.tiny_clip import Plain
 
+from lilora.bank.bank import Bank
 from lilora.continual import clip
 from lilora.continual.classification import LabelledImages
 from lilora.continual.manifest import load_manifest
+from lilora.continual.run_folder import run_of
 
 
 def head_by_hand(model, processor, tasks):
@@ -105,3 +108,41 @@ def test_a_run_with_the_classes_seen_so_far(method, images, written, tmp_path, l
     code, _, err = lilora("train", images / "clip.yaml", *options)
     assert code == 2
     assert "its label_space is 'seen' and this one's is 'task'" in err
+
+
+@pytest.mark.parametrize("trained", ["colour,count", "colour,count,size"])
+def test_scores_among_the_classes_of_a_task_leave_with_it(trained, written, tmp_path, lilora):
+    """Where its row's model is still there a stage is scored anew, among the classes that are left."""
+    written(lambda content: content.update(label_space="seen"))
+    options = shlex.split(
+        "--method dirlora --r 4 --alpha 4 --lr 0.01 --max-steps 2 --batch-size 5 --device cpu --quiet"
+    )
+    command = ["train", tmp_path / "clip.yaml", "--out", tmp_path / "run", *options, "--json", "--order"]
+    assert lilora(*command, trained)[0] == 0
+    code, _, err = lilora("bank", "rm", tmp_path / "run", "--task", "colour")
+    later = trained.removeprefix("colour,").replace(",", ", ")
+    assert (code, f"the scores after {later} are taken out too" in err) == (0, True)
+    run = run_of(Bank.open(tmp_path / "run"))
+    assert all(math.isnan(run.matrix.get(*cell)) for cell in run.matrix.missing())
+    assert len(run.matrix.missing()) == {"count": 1, "count, size": 3}[later]
+
+    code, out, err = lilora(*command, "count,size")
+    assert code == 0, err
+    run = json.loads(out)
+    assert not any(cell for row in run["matrix"]["carried_from"] for cell in row)
+    first, last = run["matrix"]["scores"]
+    assert (first == [None]) == (later == "count, size"), "the model of that stage is gone"
+    code, out, _ = lilora("eval", tmp_path / "run", "--tasks", tmp_path / "clip.yaml", "--device", "cpu", "--json")
+    assert [cell["score"] for cell in json.loads(out).values()] == last
+
+
+def test_the_newest_task_leaves_the_scores_before_it(written, tmp_path, lilora):
+    written(lambda content: content.update(label_space="seen"))
+    options = shlex.split(
+        "--method dirlora --r 4 --alpha 4 --lr 0.01 --max-steps 2 --batch-size 5 --device cpu --quiet"
+    )
+    words = ["train", tmp_path / "clip.yaml", "--out", tmp_path / "run", *options, "--json", "--order", "colour,count"]
+    before = json.loads(lilora(*words)[1])["matrix"]["scores"]
+    code, _, err = lilora("bank", "rm", tmp_path / "run", "--task", "count")
+    assert (code, err) == (0, "")
+    assert run_of(Bank.open(tmp_path / "run")).matrix.to_dict()["scores"] == before[:1]

@@ -405,6 +405,8 @@ class ContinualRun:
         missing = {task for stage, task in self.matrix.missing() if stage == after}
         if not missing and after in self.state["functions"]:
             return False
+        if self.state["functions"].get(after) == {} and self.bank.tasks[-1] != after:
+            return False  # `remove_task` took its scores out, and the model of that stage is gone
         if missing and self.bank.tasks[-1] != after:
             raise UserError(
                 f"{self.folder}: the scores after task {after!r} are missing, but later tasks are trained already; "
@@ -472,7 +474,8 @@ class ContinualRun:
         functions = dict.fromkeys(tasks, "base") | self.method.fingerprints(known)
         if self.bank.config.get("label_space") != "seen":
             return functions
-        return {task: f"{function} of {len(self.method.tasks)} tasks" for task, function in functions.items()}
+        among = ", ".join(self.method.tasks)  # whose classes an image may be taken for
+        return {task: f"{function} among {among}" for task, function in functions.items()}
 
     def _unchanged_since(self, task: str, function: str) -> str | None:
         """The stage whose model computed the very same function for the task, if its score is known."""

@@ -177,8 +177,15 @@ def _remove_task(bank: Bank, name: str) -> None:
             f"{method.name} has trained {bank.tasks[-1]!r} on top of {name!r}; remove the newest task first"
         )
     if bank.scores:  # first: a task without scores is evaluated again, scores without their task would stay
-        matrix = ScoreMatrix.from_dict(bank.scores["matrix"]).without(name)
+        later = bank.tasks[bank.tasks.index(name) + 1 :] if bank.config.get("label_space") == "seen" else []
+        if later:
+            print_note(
+                f"{bank.path}: the scores after {', '.join(later)} are taken out too: images were placed among the classes of "
+                f"{name!r} there"
+            )
+        matrix = ScoreMatrix.from_dict(bank.scores["matrix"]).without(name, later)
         state = {key: {k: v for k, v in values.items() if k != name} for key, values in bank.scores.items()}
+        state["functions"] = state.get("functions", {}) | {stage: {} for stage in later}
         bank.set_scores(state | {"matrix": matrix.to_dict()} if matrix else {})
     bank.remove_task(name)
 

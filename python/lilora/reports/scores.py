@@ -1,7 +1,7 @@
 """The score matrix of a task sequence and the continual-learning metrics read from it."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -143,18 +143,21 @@ class ScoreMatrix:
             values[cell] = values[source]
         self._carried[cell] = self._carried.get(source, source[0])
 
-    def without(self, task: str) -> Self | None:
-        """The matrix of the other tasks, without the stage of this one; None if there are no others."""
+    def without(self, task: str, missing: Sequence[str] = ()) -> Self | None:
+        """The matrix of the other tasks, without the stage of this one; None if there are no others.
+
+        missing: stages whose cells are missing then.
+        """
         others = [name for name in self.tasks if name != task]
         if not others:
             return None
         rest = type(self)(others, self.unseen, self.unscored)
         for j, after in enumerate(others):
             for name in rest.scored(j):
-                if math.isnan(score := self.get(after, name)):
+                if after in missing or math.isnan(score := self.get(after, name)):
                     continue
                 source = self.carried_from(after, name)
-                if source in (None, task):
+                if source in (None, task, *missing):
                     rest.set(after, name, score, self.format_share(after, name), self.nll(after, name))
                 else:
                     rest.copy(after, name, source)

@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -287,12 +288,29 @@ def test_terminal_tables_leave_no_column_out(width):
     long = [Run(f"method-{i}", 0, matrix(np.random.default_rng(i), tasks)) for i in range(8)]
     console = Console(file=io.StringIO(), width=width)
     print_tables(long, console)
-    lines = [line.split() for line in console.file.getvalue().splitlines()]
-    for run in long:
-        (metrics,) = (line for line in lines if line[:1] == [run.method])
-        assert metrics[1:] == [f"{value:.1f}" for value in run.matrix.metrics().values()]
-    last = [[f"{run.matrix.get('task-13', task):.1f}" for task in tasks] for run in long]
-    assert [line[1:] for line in lines if line[:1] == ["task-13"] and len(line) == 15] == last
+    printed = console.file.getvalue()
+    assert max(map(len, printed.splitlines())) <= width
+    tables = re.split(r"method-\d: score", printed)
+
+    def numbers(table, name):
+        """Of a row, over all parts of the table."""
+        rows = (line.split() for line in table.splitlines())
+        return [cell for row in rows if row[:1] == [name] for cell in row[1:] if re.fullmatch(r"-?\d+\.\d", cell)]
+
+    for run, table in zip(long, tables[1:], strict=True):
+        assert numbers(tables[0], run.method) == [f"{value:.1f}" for value in run.matrix.metrics().values()]
+        for j, after in enumerate(tasks):
+            assert numbers(table, after) == [f"{run.matrix.get(after, task):.1f}" for task in tasks[: j + 1]]
+
+
+def test_names_of_any_length_fit_the_terminal():
+    tasks = [f"{'long-' * 12}{i}" for i in range(3)]
+    console = Console(file=io.StringIO(), width=80)
+    print_tables([Run("method-" * 15, 0, matrix(np.random.default_rng(0), tasks))], console)
+    printed = console.file.getvalue()
+    assert max(map(len, printed.splitlines())) <= 80
+    scores = matrix(np.random.default_rng(0), tasks)
+    assert all(f" {scores.get(tasks[2], task):.1f} " in printed for task in tasks)
 
 
 @pytest.mark.parametrize(

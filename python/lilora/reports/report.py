@@ -3,7 +3,7 @@
 import base64
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,28 +122,19 @@ def print_tables(runs: list[Run], console: Console | None = None) -> None:
         _print_probes(methods, console)
         return
     console.print("metrics in points, mean±standard deviation over seeds")
-    table = _table("method", map(heading, methods[0].metrics), min_width=len("Forgetting"))
-    for method in methods:
-        table.add_row(method.name, *(str(metric).replace(" ", "") for metric in method.metrics.values()))
-    _print(table, console)
+    of_method = {m.name: [str(metric).replace(" ", "") for metric in m.metrics.values()] for m in methods}
+    _print_table(console, "method", list(map(heading, methods[0].metrics)), of_method)
     for method in methods:
         console.print(f"{method.name}: score on each task (column) after each stage (row)")
-        table = _table("after", method.columns)
-        if before := method.before():
-            table.add_row(BEFORE, *(text for text, _ in before))
-        for after, row in zip(method.tasks, method.cells(), strict=True):
-            table.add_row(after, *(text for text, *_ in row))
-        _print(table, console)
+        rows = zip((BEFORE, *method.tasks), (method.before(), *method.cells()), strict=True)
+        _print_table(console, "after", method.columns, {name: [text for text, _ in row] for name, row in rows})
     _print_probes(methods, console)
     if any(method.any_carried() for method in methods):
         console.print(CARRIED)
     if (nlls := nll_rows(methods)) is not None:
         headings, rows = nlls
         console.print(NLL)
-        table = _table("method", headings)
-        for name, cells in rows.items():
-            table.add_row(name, *cells)
-        _print(table, console)
+        _print_table(console, "method", headings, rows)
     for note in undefined_notes(runs):
         console.print(f"n/a: {note}")
     for name, values in differences(runs).items():
@@ -155,33 +146,39 @@ def _print_probes(methods: list[MethodRuns], console: Console) -> None:
         if not (rows := method.probes()):
             continue
         console.print(f"{method.name}: score on each probe (row), never trained, before and after each stage (column)")
-        table = _table("probe", [BEFORE, *method.tasks, "change"])
-        for name, texts in rows.items():
-            table.add_row(name, *texts)
-        _print(table, console)
+        _print_table(console, "probe", [BEFORE, *method.tasks, "change"], rows)
 
 
 def print_routes(routes: Mapping[str, Mapping[str, int]], tasks: Sequence[str], console: Console) -> None:
     """Print how many samples of each task (row) were routed to each of `tasks` (column)."""
     console.print("samples of each task (row) by the task that they were routed to (column)")
-    table = _table("of", tasks)
-    for task, counts in routes.items():
-        table.add_row(task, *(str(counts.get(other, 0)) for other in tasks))
-    _print(table, console)
+    rows = {task: [str(counts.get(other, 0)) for other in tasks] for task, counts in routes.items()}
+    _print_table(console, "of", tasks, rows)
 
 
-def _table(first: str, columns: Iterable[str], min_width: int = 6) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(first, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", overflow="fold", min_width=min_width)
-    return table
+def _print_table(console: Console, first: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
+    """Print rows of numbers by name, in parts of as many columns as the console has room for.
 
+    A row may end early, and is left out of a part in which it has no number.
+    """
 
-def _print(table: Table, console: Console) -> None:
-    """Whole on a narrow terminal too, where rich would leave columns out."""
-    least = Measurement.get(console, console.options.update(width=10_000), table).minimum
-    console.print(table, width=max(console.width, least), crop=False)
+    def part(start: int, end: int) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column(first, overflow="fold", max_width=console.width // 2)
+        for column in columns[start:end]:
+            table.add_column(column, justify="right", overflow="fold", min_width=6, max_width=16)
+        for name, cells in rows.items():
+            if cells[start:end]:
+                table.add_row(name, *cells[start:end])
+        return table
+
+    unlimited, start = console.options.update(width=10_000), 0
+    while start < len(columns):
+        end = start + 1
+        while end < len(columns) and Measurement.get(console, unlimited, part(start, end + 1)).minimum <= console.width:
+            end += 1
+        console.print(part(start, end))
+        start = end
 
 
 def _best(methods: list[MethodRuns]) -> dict[str, float]:

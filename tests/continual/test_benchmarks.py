@@ -194,7 +194,17 @@ def test_what_is_missing_or_wrong_is_told_task_by_task(coin, lilora):
         ("VizWiz", "train"),
         ("Grounding", "test"),
     }
-    assert "val.json is missing; put it there, and its images under" in problems["VQAv2", "test"]
+    states = {(s["task"], s["split"]): s["state"] for s in report["splits"]}
+    assert {key for key, state in states.items() if state == "missing"} == {
+        ("VQAv2", "test"),
+        ("GQA", "train"),
+        ("GQA", "test"),
+    }
+    assert {key for key, state in states.items() if state != "ok"} == problems.keys()
+    put = (
+        "val.json is missing; put records {id, image, conversations} in JSON or JSON lines there, and its images under"
+    )
+    assert put in problems["VQAv2", "test"]
     assert "1 of 1 images are missing, the first is" in problems["GQA", "train"]
     assert "1.png cannot be opened" in problems["OCRVQA", "test"]
     assert "record 2, line 1: sample '1' has no answer" in problems["VizWiz", "train"]
@@ -206,6 +216,27 @@ def test_what_is_missing_or_wrong_is_told_task_by_task(coin, lilora):
     assert (
         f"7 of 16 splits are not complete under {coin}, which holds Instructions_Original, cl_dataset; how they" in out
     )
+
+
+def test_class_names_and_the_model_of_a_scorer_may_be_missing(tmp_path, lilora):
+    (tmp_path / "images" / "red").mkdir(parents=True)
+    (tmp_path / "records.json").write_text('[{"image": "1.png", "conversations": []}]')
+    split = {"train": "images", "test": "images"}
+    tasks = [{"name": "a", **split, "classes": "names.txt"}, {"name": "b", "train": "c", "test": "d.json"}]
+    files = {"train": "records.json", "test": "records.json", "scorer": "similarity", "scorer_model": "model"}
+    manifests = {"classification": tasks, "instruction": [{"name": "c", **files}]}
+    said = {}
+    for kind, content in manifests.items():
+        manifest = {"name": "x", "kind": kind, "tasks": content}
+        (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(manifest))
+        code, out, err = lilora("data", "check", tmp_path / "tasks.yaml", "--json")
+        assert (code, err) == (1, "")
+        said |= {(s["task"], s["split"]): (s["state"], s["problem"]) for s in json.loads(out)["splits"]}
+    assert [state for state, _ in said.values()] == ["missing"] * 4 + ["wrong", "missing"]
+    assert said["a", "train"][1].endswith("names.txt is missing; put its class names there")
+    assert "/c is missing; put a folder of images for each class there" in said["b", "train"][1]
+    assert "d.json is missing; put a list of {image, label} in JSON" in said["b", "test"][1]
+    assert said["c", "test"][1].endswith("/model is missing; put the folder of the scorer's model there")
 
 
 def test_all_images_are_counted_whatever_the_shots(written):

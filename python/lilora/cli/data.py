@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .options import Data, Json
+from .options import App, Data, Json
 from .output import console, console_line, plain_table
 
-app = typer.Typer(help="Look at the data of a manifest.", no_args_is_help=True, rich_markup_mode=None)
+app = App(help="Look at the data of a manifest.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command()
@@ -29,20 +29,22 @@ def check(
     manifest = read_manifest(tasks, data=data)
     with importable(tasks.resolve().parent):
         reports = list(check_data(manifest))
-    wrong = [report for report in reports if report.problem is not None]
+    incomplete = [report for report in reports if report.state != "ok"]
     if as_json:
-        print(json.dumps({"data": str(manifest.data), "complete": not wrong, "splits": [asdict(r) for r in reports]}))
-        raise typer.Exit(bool(wrong))
+        print(
+            json.dumps({"data": str(manifest.data), "complete": not incomplete, "splits": [asdict(r) for r in reports]})
+        )
+        raise typer.Exit(bool(incomplete))
     table = plain_table(["task", "split", "state"], ["samples", "images", "missing"])
     for report in reports:
         counts = (report.samples, report.images, report.missing_images) if report.samples is not None else ("", "", "")
-        table.add_row(report.task, report.split, "wrong" if report in wrong else "ok", *map(str, counts))
+        table.add_row(report.task, report.split, report.state, *map(str, counts))
     console.print(table)
-    for report in wrong:
+    for report in incomplete:
         console_line(report.problem)
-    if wrong:
+    if incomplete:
         console_line(
-            f"{len(wrong)} of {len(reports)} splits are not complete under {lies_there(manifest.data)}; how they must lie is "
-            f"said in the comments of {tasks}"
+            f"{len(incomplete)} of {len(reports)} splits are not complete under {lies_there(manifest.data)}; how they must "
+            f"lie is said in the comments of {tasks}"
         )
-    raise typer.Exit(bool(wrong))
+    raise typer.Exit(bool(incomplete))

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lilora.errors import UserError
 
@@ -17,6 +18,7 @@ from .task_sequence import Manifest, Split
 class SplitReport:
     """One split of a task: its file or folder, the folder of its images, counts, and the first problem in one sentence.
 
+    state: "missing" if the problem is that a file or image is not there, "wrong" if one that is there cannot be used.
     samples: None where the file cannot be read to its end. images: different paths, and those that the records hold.
     """
 
@@ -28,6 +30,7 @@ class SplitReport:
     images: int = 0
     missing_images: int = 0
     problem: str | None = None
+    state: Literal["ok", "missing", "wrong"] = "ok"
 
 
 def check_data(manifest: Manifest) -> Iterator[SplitReport]:
@@ -41,10 +44,10 @@ def _checked(spec: TaskSpec | ImageTask, split: Split) -> SplitReport:
     folder = spec.image_folder(split) if isinstance(spec, TaskSpec) else spec.images
     report = SplitReport(spec.name, split, str(getattr(spec, split)), str(folder))
     where = f"task {spec.name!r}: {report.file}"
-    if not os.path.exists(report.file):
-        beside = f", and its images under {folder}" if isinstance(spec, TaskSpec) else ""
-        report.problem = f"{where} is missing; put it there{beside}"
-        return report
+    for path, what in _needed(spec, split).items():
+        if not path.exists():
+            report.problem, report.state = f"task {spec.name!r}: {path} is missing; put {what}", "missing"
+            return report
     try:
         if isinstance(spec, TaskSpec):
             data = instruction_data(spec, split)
@@ -61,13 +64,30 @@ def _checked(spec: TaskSpec | ImageTask, split: Split) -> SplitReport:
         report.images, report.missing_images = len(paths) + embedded, len(missing)
         if missing:
             report.problem = f"{where}: {len(missing)} of {report.images} images are missing, the first is {missing[0]}"
+            report.state = "missing"
             return report
         check_images(data.images(), where)
         if split != "train":
             spec.check_scorer(data)
     except UserError as error:
-        report.problem = str(error).rstrip(".")
+        report.problem, report.state = str(error).rstrip("."), "wrong"
     return report
+
+
+def _needed(spec: TaskSpec | ImageTask, split: Split) -> dict[Path, str]:
+    """Path -> what is to be put there, as the path's name tells."""
+    path = getattr(spec, split)
+    if isinstance(spec, ImageTask):
+        lists = "a list of {image, label} in JSON, or a file of splits as CoOp has them,"
+        forms = {"": "a folder of images for each class", ".txt": "lines of an image and its class"}
+        files = {path: f"{forms.get(path.suffix, lists)} there"}
+        return files | ({spec.classes: "its class names there"} if isinstance(spec.classes, Path) else {})
+    records = "records {id, image, conversations} in JSON or JSON lines"
+    forms = {"": "a folder of records that datasets wrote", ".parquet": "a table of records"}
+    files = {path: f"{forms.get(path.suffix, records)} there, and its images under {spec.image_folder(split)}"}
+    if split != "train" and spec.scorer_model is not None:
+        files[spec.scorer_model] = "the folder of the scorer's model there"
+    return files
 
 
 def lies_there(folder: Path) -> str:

@@ -39,6 +39,22 @@ def test_version(lilora):
     assert lilora("--version") == (0, f"lilora {__version__}\n", "")
 
 
+def test_of_an_option_given_twice_the_last_counts_and_that_is_said(tmp_path, lilora):
+    gone = tmp_path / "gone.yaml"
+    said = "lilora: --lr is given 2 times; the last one counts, 0.01"
+    for words, lines in {
+        "--lr 1e-3 --lr 1e-2 --set a=1 --set b=2 --quiet --quiet": [said],
+        "--projector --no-projector": ["lilora: --projector is given 2 times; the last one counts, --no-projector"],
+        "--lr 1e-3": [],
+    }.items():
+        code, _, err = lilora("train", gone, *words.split())
+        assert (code, err.splitlines()[:-1]) == (2, lines)
+    code, _, err = lilora("tune", gone, "--lr", "1,2", "--r", "4", "--lr", "1,3", "--r", "8")
+    assert [line.split(" is given")[0] for line in err.splitlines()[:-1]] == ["lilora: --lr", "lilora: --r"]
+    code, _, err = lilora("bank", "rm", gone, "--task", "a", "--task", "b")
+    assert err.startswith("lilora: --task is given 2 times; the last one counts, b\n")
+
+
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("name", ["", *ALL])
 def test_help_fits_80_columns_and_cuts_nothing(name, lilora):

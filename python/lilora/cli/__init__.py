@@ -15,6 +15,7 @@ from lilora import __version__
 from lilora.errors import UserError, lost_process, print_error
 
 from . import bank, base, data, evaluate, generate, info, report, train, tune
+from .options import App
 
 # What a system says of a path that it does not take: the user's to mend, wherever in a command it is met.
 OF_PATHS = {
@@ -24,7 +25,7 @@ OF_PATHS = {
 }
 
 # Without rich's boxes, which cut long options where the terminal is narrow.
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = App(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import AnyBank, BankPath, Base, Json, NewFolder, choice, model_config
+from .options import AnyBank, App, BankPath, Base, Json, NewFolder, choice, model_config
 from .output import console, console_line, plain_table
 
-app = typer.Typer(no_args_is_help=True, help="List, import, export, merge and remove tasks of a bank.")
+app = App(no_args_is_help=True, help="List, import, export, merge and remove tasks of a bank.")
 
 
 @app.command("ls")

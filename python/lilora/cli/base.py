@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, NewFolder
+from .options import App, Json, NewFolder
 from .output import console_line
 
-app = typer.Typer(no_args_is_help=True, help="Assemble base models of their parts.")
+app = App(no_args_is_help=True, help="Assemble base models of their parts.")
 
 
 @app.callback()

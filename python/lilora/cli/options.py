@@ -1,13 +1,42 @@
-"""Options that several commands have, and what their values mean."""
+"""Options that several commands have, what their values mean, and what is said of those that are given twice."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from lilora.errors import UserError
+from lilora.errors import UserError, print_note
+
+
+class Command(TyperCommand):
+    """Says that of an option which takes one value, and is given several times, the last one counts."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
+        rest = super().parse_args(ctx, args)
+        if ctx.parent is None:  # not what a user wrote: `lilora tune` puts options behind those
+            return rest
+        *_, order = self.make_parser(ctx).parse_args(given)
+        for option, times in Counter(order).items():
+            one = option.param_type_name == "option" and not option.multiple and option.nargs == 1
+            if times > 1 and one and (not option.is_flag or option.secondary_opts):
+                last = ctx.params[option.name]
+                if option.is_flag:
+                    last = (option.opts if last else option.secondary_opts)[0]
+                print_note(f"{option.opts[0]} is given {times} times; the last one counts, {last}")
+        return rest
+
+
+class App(typer.Typer):
+    """A group of commands, each a `Command`."""
+
+    def command(self, name: str | None = None, *, cls: type[TyperCommand] = Command, **more: Any) -> Callable:
+        return super().command(name, cls=cls, **more)
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

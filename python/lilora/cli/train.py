@@ -7,12 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from lilora.errors import UserError, print_error
 from lilora_kernels.facts import environment
 
-from .options import Attention, Data, Device, Json, Likelihood, Order, Projector, SubRank, choice, target_pattern
+from .options import (
+    Attention,
+    Command,
+    Data,
+    Device,
+    Json,
+    Likelihood,
+    Order,
+    Projector,
+    SubRank,
+    choice,
+    target_pattern,
+)
 from .output import adapters_line, console, console_line
 from .run_config import config_text, read_config
 
@@ -38,7 +49,7 @@ DEFAULT = "Default: the method's, below."
 PRESET = "Default: {}, or what the preset says, below."
 
 
-class TrainCommand(TyperCommand):
+class TrainCommand(Command):
     """Its help ends with the methods, as they describe themselves."""
 
     def format_epilog(self, ctx: typer.Context, formatter: Any) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,19 @@ def test_help_fits_80_columns_and_cuts_nothing(name, lilora):
         for option in ALL[name].params:
             flags = [flag for flag in (*option.opts, *option.secondary_opts) if flag.startswith("--")]
             assert all(flag in out for flag in flags), option.name
+
+
+def test_arguments_are_called_in_help_what_the_guide_calls_them():
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "cli.md").read_text()
+    named = dict(re.findall(r"`lilora ([a-z ]+) ([A-Z]+)", guide))
+    assert named == {"train": "MANIFEST", "eval": "BANK", "data check": "MANIFEST", "generate": "BANK"} | {
+        "tune": "MANIFEST",
+        "report": "RUN",
+        "analyze": "BANK",
+    }
+    for name, argument in named.items():
+        usage = " ".join(ALL[name].get_usage(typer.Context(ALL[name], info_name=name)).split())
+        assert argument in usage.replace("{", " ").replace("}", " ").split(), usage
 
 
 def test_the_help_of_train_describes_the_methods(lilora):

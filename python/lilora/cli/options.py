@@ -45,8 +45,10 @@ Likelihood = Annotated[
 ]
 Order = Annotated[str | None, typer.Option(help="Task names, comma-separated: which tasks to train on, in this order.")]
 Data = Annotated[Path | None, typer.Option(help="Folder of the tasks' files, instead of the one the manifest names.")]
-BankPath = Annotated[Path, typer.Argument(help="A bank folder, or the run folder that holds one.")]
-AnyBank = Annotated[Path, typer.Argument(help="A bank folder, the run folder that holds one, or a hub repository.")]
+BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="A bank folder, or the run folder that holds one.")]
+AnyBank = Annotated[
+    Path, typer.Argument(metavar="BANK", help="A bank folder, the run folder that holds one, or a hub repository.")
+]
 Base = Annotated[str | None, typer.Option(help="Base model. Default: the one the bank was made with.")]
 NewFolder = Annotated[Path, typer.Option("--out", help="New or empty folder.")]
 Rank = Annotated[int, typer.Option("--r", min=1, help="Rank of the shared factors, and of the LoRA baselines.")]

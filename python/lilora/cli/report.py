@@ -17,7 +17,8 @@ def report(
     banks: Annotated[
         list[Path],
         typer.Argument(
-            help="Banks, run folders, or the metrics.json files of runs and reports; several seeds of a method are averaged."
+            metavar="RUN",
+            help="Banks, run folders, or the metrics.json files of runs and reports; several seeds of a method are averaged.",
         ),
     ],
     out: Annotated[

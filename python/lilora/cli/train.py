@@ -61,7 +61,9 @@ class TrainCommand(Command):
 
 def train(
     context: typer.Context,
-    tasks: Annotated[Path, typer.Argument(help="The task manifest, for example examples/digits/tasks.yaml.")],
+    tasks: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="The tasks in YAML, for example examples/digits/tasks.yaml.")
+    ],
     config: Annotated[
         Path | None,
         typer.Option(
@@ -73,7 +75,7 @@ def train(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Run folder; the same command goes on where it was interrupted. Default: runs/<manifest>-<method>-<seed>."
+            help="Run folder; the same command goes on where it was interrupted. Default: runs/<manifest>-<label>-<seed>."
         ),
     ] = None,
     model: Annotated[
@@ -141,7 +143,8 @@ def train(
     eval_batch_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Samples per batch of an evaluation, less where memory runs out. Default: 8 of training."
+            min=1,
+            help="Samples per batch of an evaluation, less where memory runs out. Default: 8 batches of training.",
         ),
     ] = None,
     zero_shot: Annotated[

@@ -20,7 +20,10 @@ from .options import Json
 from .output import console, console_line, plain_table
 
 if TYPE_CHECKING:
-    from lilora.continual.tuning import Candidate, Result, Tuning
+    from collections.abc import Callable
+
+    from lilora.continual.manifest import Manifest
+    from lilora.continual.tuning import Candidate, Result, Round, Tuning
     from lilora.methods import Method
 
 OWN = ("lr", "seed", "out", "label", "validate", "quiet", "json", "help")  # options of train that a tuning gives
@@ -42,7 +45,9 @@ def tune(
         Path | None,
         typer.Option(help="Folder of what is tried; the same command goes on. Default: runs/<manifest>-<method>-tune."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Take none that you report. Default: 100.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the runs that are tried; take none that you report. Default: 100.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -55,11 +60,8 @@ def tune(
     Test splits are left alone: scores are those of the manifest's validation samples or, of a task without, of a fifth of its
     training samples, at most 500, which are not trained on.
     """
-    from rich.progress import Progress
-
-    from lilora.continual.tuning import FILE, SEED, Tuning, halving, rounds, write_tuning
+    from lilora.continual.tuning import SEED, Tuning, rounds
     from lilora.methods import METHODS
-    from lilora.reports.runs import VALIDATION
 
     from . import app
 
@@ -86,22 +88,46 @@ def tune(
     wanted = Tuning(tasks=names, seed=SEED if seed is None else seed, scored_on=manifest.scored_on, options=options)
     tuning = _opened(out, wanted)
 
-    say = (lambda line: None) if as_json else console_line
-    with Progress(disable=quiet or as_json, transient=True) as progress:
-        bar = progress.add_task("tuning", total=sum(candidates * tasks for candidates, tasks in plan))
+    def run(candidate: "Candidate", tasks: int) -> "Result":
+        words = ["--order", ",".join(names[:tasks]), "--seed", str(tuning.seed), "--validate"]
+        words += [*(["--nll"] if answers else []), *_words(candidate)]
+        return _measured(command, candidate, tasks, [*context.args, *words], out / _folder(candidate))
+
+    _halve(tuning, candidates, plan, run, out, as_json, bar=not (quiet or as_json))
+    if as_json:
+        print(tuning.model_dump_json())
+    else:
+        _print(tuning, candidates)
+        _print_best(tuning, candidates, out, manifest, method.name, context.args)
+
+
+def _halve(
+    tuning: "Tuning",
+    candidates: "list[Candidate]",
+    plan: "list[Round]",
+    run: "Callable[[Candidate, int], Result]",
+    out: Path,
+    silent: bool,
+    bar: bool,
+) -> None:
+    """Find the best candidate by `run`, which trains one on so many tasks, and keep all results; UserError if all diverged."""
+    from rich.progress import Progress
+
+    from lilora.continual.tuning import halving, write_tuning
+
+    with Progress(disable=not bar, transient=True) as progress:
+        task = progress.add_task("tuning", total=sum(candidates * tasks for candidates, tasks in plan))
 
         def measure(candidate: "Candidate", tasks: int) -> "Result":
-            progress.update(bar, description=f"{candidate}: {tasks} tasks")
+            progress.update(task, description=f"{candidate}: {tasks} tasks")
             known = tuning.find(candidate, tasks) or _diverged_before(tuning, candidate, tasks)
             if known is None:
-                words = ["--order", ",".join(names[:tasks]), "--seed", str(tuning.seed), "--validate"]
-                words += ["--nll"] if answers else []
-                words += _words(candidate)
-                known = _measured(command, candidate, tasks, [*context.args, *words], out / _folder(candidate))
+                known = run(candidate, tasks)
                 tuning.results.append(known)
                 write_tuning(out, tuning)
-                say(_line(known))
-            progress.advance(bar, tasks)
+                if not silent:
+                    console_line(_line(known))
+            progress.advance(task, tasks)
             return known
 
         for ranking in halving(candidates, plan, measure):
@@ -110,21 +136,6 @@ def tune(
         raise UserError(f"all of {len(candidates)} candidates diverged ({best.diverged}); give lower rates with --lr")
     tuning.best = best
     write_tuning(out, tuning)
-    if as_json:
-        print(tuning.model_dump_json())
-        return
-    _print(tuning, candidates)
-    console_line(VALIDATION)
-    console_line(f"tried: {out / FILE}")
-    console_line(f"best: {_line(best)}")
-    if edge := _edge(best, candidates):
-        console_line(edge)
-    console_line(f"in the manifest: learning_rate: {{{given.params['method']}: {best.candidate.learning_rate:g}}}")
-    if own := [task.name for task in manifest.tasks if task.learning_rate is not None]:
-        console_line(
-            f"there {', '.join(own)} has a learning_rate of its own, which comes first; here all had the rate tried"
-        )
-    console_line(f"command: {shlex.join(['lilora', 'train', *context.args, *_words(best.candidate)])}")
 
 
 def _check_not_given(given: typer.Context) -> None:
@@ -272,3 +283,24 @@ def _print(tuning: "Tuning", candidates: "list[Candidate]") -> None:
         cells = ["" if r is None else "diverged" if r.diverged else f"{r.ap:.1f}" for r in found]
         table.add_row(str(candidate), *cells)
     console.print(table)
+
+
+def _print_best(
+    tuning: "Tuning", candidates: "list[Candidate]", out: Path, manifest: "Manifest", method: str, given: list[str]
+) -> None:
+    """What is best, and how it is used: in the manifest, or in the command of a training; given: the arguments of the tuning."""
+    from lilora.continual.tuning import FILE
+    from lilora.reports.runs import VALIDATION
+
+    best = tuning.best
+    console_line(VALIDATION)
+    console_line(f"tried: {out / FILE}")
+    console_line(f"best: {_line(best)}")
+    if edge := _edge(best, candidates):
+        console_line(edge)
+    console_line(f"in the manifest: learning_rate: {{{method}: {best.candidate.learning_rate:g}}}")
+    if own := [task.name for task in manifest.tasks if task.learning_rate is not None]:
+        console_line(
+            f"there {', '.join(own)} has a learning_rate of its own, which comes first; here all had the rate tried"
+        )
+    console_line(f"command: {shlex.join(['lilora', 'train', *given, *_words(best.candidate)])}")

@@ -1,6 +1,7 @@
 """The report of continual-learning runs: plots (PNG), metrics (JSON), one self-contained HTML page, terminal tables."""
 
 import base64
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -162,23 +163,37 @@ def _print_table(console: Console, first: str, columns: Sequence[str], rows: Map
     A row may end early, and is left out of a part in which it has no number.
     """
 
-    def part(start: int, end: int) -> Table:
+    options = console.options.update(width=10_000)
+
+    def part(end: int, narrow: bool) -> Table:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column(first, overflow="fold", max_width=console.width // 2)
-        for column in columns[start:end]:
-            table.add_column(column, justify="right", overflow="fold", min_width=6, max_width=16)
-        for name, cells in rows.items():
-            if cells[start:end]:
-                table.add_row(name, *cells[start:end])
+        shown = {name: cells[start:end] for name, cells in rows.items() if cells[start:end]}
+        most = _longest_word(first, *shown) if narrow else console.width
+        table.add_column(first, overflow="fold", max_width=min(most, console.width // 2))
+        for column, *cells in itertools.zip_longest(columns[start:end], *shown.values(), fillvalue=""):
+            least = min(_longest_word(column, *cells), 16)
+            table.add_column(
+                column, justify="right", overflow="fold", min_width=least, max_width=least if narrow else 16
+            )
+        for name, cells in shown.items():
+            table.add_row(name, *cells)
         return table
 
-    unlimited, start = console.options.update(width=10_000), 0
+    def fits(table: Table) -> bool:
+        return Measurement.get(console, options, table).maximum <= console.width
+
+    start = 0
     while start < len(columns):
         end = start + 1
-        while end < len(columns) and Measurement.get(console, unlimited, part(start, end + 1)).minimum <= console.width:
+        while end < len(columns) and fits(part(end + 1, narrow=True)):
             end += 1
-        console.print(part(start, end))
+        wide = part(end, narrow=False)
+        console.print(wide if fits(wide) else part(end, narrow=True))
         start = end
+
+
+def _longest_word(*texts: str) -> int:
+    return max(len(word) for text in texts for word in text.split() or [""])
 
 
 def _best(methods: list[MethodRuns]) -> dict[str, float]:

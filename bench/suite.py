@@ -3,8 +3,8 @@
 bench/suites/<suite>.yaml says what is run. Each run is a `lilora train`, in runs/<suite>/<label>-<seed>; when it has ended, its
 scores go to bench/results/<suite>/<label>-<seed>.json. A run that has such a file is left out, so the same command goes on
 where it was interrupted, in another clone too once the files are committed. A learning rate that the suite does not name is
-found first by `lilora tune`, on a seed that is not reported, and is kept in bench/results/<suite>/tune/<label>.json.
-`make readme` makes the tables from the files.
+found first by `lilora tune`, on a seed and on samples that are not reported, and is kept in
+bench/results/<suite>/tune/<label>.json. `make readme` makes the tables from the files.
 """
 
 import argparse

@@ -104,7 +104,7 @@ def test_defaults_of_the_manifest_and_what_a_task_sets_itself(written):
         (lambda m: m.update(kind="segmentation"), "kind 'segmentation' is unknown; choose one of instruction, class"),
         (lambda m: m.update(kind=[1]), "kind '[1]' is unknown"),
         (lambda m: m.update(template=["{}"]), "key 'template' is unknown; did you mean 'templates'?"),
-        (first(scorer="exact"), "key 'scorer' of task number 1 is unknown; known keys are name, train, test"),
+        (first(scorer="exact"), "key 'scorer' of task number 1 is unknown; known keys are name, train, validation"),
         (first(class_names=[]), "key 'class_names' of task number 1 is unknown"),
         (lambda m: m.update(shots=0), "key 'shots' is wrong: input should be greater than or equal to 1"),
         (first(shots=-1), "key 'shots' of task number 1 is wrong"),

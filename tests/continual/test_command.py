@@ -12,7 +12,7 @@ import typer
 import yaml
 from support.suite import TRAIN_OPTIONS
 
-from lilora import __version__
+from lilora import __version__, cli
 from lilora.bank.bank import Bank
 from lilora.bank.records import BaseModelId
 from lilora.cli import app, output
@@ -40,20 +40,23 @@ def test_version(lilora):
     assert lilora("--version") == (0, f"lilora {__version__}\n", "")
 
 
-def test_of_an_option_given_twice_the_last_counts_and_that_is_said(tmp_path, lilora):
-    gone = tmp_path / "gone.yaml"
-    said = "lilora: --lr is given 2 times; the last one counts, 0.01"
-    for words, lines in {
-        "--lr 1e-3 --lr 1e-2 --set a=1 --set b=2 --quiet --quiet": [said],
-        "--projector --no-projector": ["lilora: --projector is given 2 times; the last one counts, --no-projector"],
-        "--lr 1e-3": [],
-    }.items():
-        code, _, err = lilora("train", gone, *words.split())
-        assert (code, err.splitlines()[:-1]) == (2, lines)
-    code, _, err = lilora("tune", gone, "--lr", "1,2", "--r", "4", "--lr", "1,3", "--r", "8")
-    assert [line.split(" is given")[0] for line in err.splitlines()[:-1]] == ["lilora: --lr", "lilora: --r"]
-    code, _, err = lilora("bank", "rm", gone, "--task", "a", "--task", "b")
-    assert err.startswith("lilora: --task is given 2 times; the last one counts, b\n")
+@pytest.mark.parametrize(
+    "words, notes",
+    [
+        ("train gone --lr 1e-3 --lr 1e-2 --set a=1 --set b=2 --quiet --quiet", ["--lr is given 2 times; {}, 0.01"]),
+        ("train gone --projector --no-projector", ["--projector is given 2 times; {}, --no-projector"]),
+        ("train gone --lr 1e-3 --order a", []),
+        ("train {tasks} --set rr=1 --set rr=2", ["--set rr is given 2 times; {}, 2"]),
+        ("tune gone --lr 1,2 --r 4 --lr 1,3 --r 8", ["--lr is given 2 times; {}, 1,3", "--r is given 2 times; {}, 8"]),
+        ("bank rm gone --task a --task a --task b", ["--task is given 3 times; {}, b"]),
+    ],
+)
+def test_of_an_option_given_twice_the_last_counts_and_that_is_said(words, notes, suite, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lilora", *words.format(tasks=suite / "tasks.yaml").split()])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = [line for line in capsys.readouterr().err.splitlines() if " is given " in line]
+    assert said == [f"lilora: {note.format('the last one counts')}" for note in notes]
 
 
 @pytest.mark.usefixtures("narrow")

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lilora.bank.bank import Bank
 from lilora.continual import clip
 from lilora.continual.classification import LabelledImages
 from lilora.continual.manifest import load_manifest
-from lilora.continual.run_folder import run_of
+from lilora.continual.run_folder import _changes, run_of
 
 
 def head_by_hand(model, processor, tasks):
@@ -108,6 +109,20 @@ def test_a_run_with_the_classes_seen_so_far(method, images, written, tmp_path, l
     code, _, err = lilora("train", images / "clip.yaml", *options)
     assert code == 2
     assert "its label_space is 'seen' and this one's is 'task'" in err
+
+
+def test_a_run_among_the_classes_of_all_tasks_does_not_go_on_with_other_tasks(written, tmp_path, lilora):
+    written(lambda content: content.update(label_space="all"))
+    options = shlex.split("--method dirlora --r 4 --alpha 4 --max-steps 1 --batch-size 5 --device cpu --quiet --json")
+    words = ["train", tmp_path / "clip.yaml", "--out", tmp_path / "run", *options, "--order"]
+    assert lilora(*words, "colour")[0] == 0
+    written(lambda content: content.update(label_space="all", tasks=content["tasks"][:2]))
+    code, _, err = lilora(*words, "colour,count")
+    assert code == 2
+    assert "its classes_of is ['colour', 'count', 'size'] and this one's is ['colour', 'count']" in err
+    config = Bank.open(tmp_path / "run").config
+    changes = partial(_changes, {key: value for key, value in config.items() if key != "classes_of"}, splits=False)
+    assert changes(config) == {}, "of an earlier version"
 
 
 @pytest.mark.parametrize("trained", ["colour,count", "colour,count,size"])

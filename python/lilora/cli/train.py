@@ -1,6 +1,7 @@
 """`lilora train`."""
 
 import json
+from collections import Counter
 from contextlib import closing
 from importlib import import_module
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lilora.errors import UserError, print_error
+from lilora.errors import UserError, print_error, print_note
 from lilora_kernels.facts import environment
 
 from .options import (
@@ -238,7 +239,11 @@ def _settings(options: dict[str, Any], method: "type[Method]", model: str) -> di
     """The settings of a method, from the options as typer names their parameters."""
     from .method_options import method_settings, setting
 
-    more = dict(map(setting, options["pairs"] or []))
+    pairs = [setting(text) for text in options["pairs"] or []]
+    more = dict(pairs)
+    for key, times in Counter(key for key, _ in pairs).items():
+        if times > 1:
+            print_note(f"--set {key} is given {times} times; the last one counts, {more[key]}")
     more["target_modules"] = more.get("target_modules") or target_pattern(
         model, options["projector"], options["attention"]
     )

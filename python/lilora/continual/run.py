@@ -95,6 +95,8 @@ class ContinualRun:
         } | ({"label": label} if label else {})
         if getattr(manifest, "label_space", "task") != "task":
             config["label_space"] = manifest.label_space
+        if config.get("label_space") == "all":
+            config["classes_of"] = sorted(task.name for task in manifest.tasks[0].rivals([]))
         if manifest.scored_on != "test":
             config["scored_on"] = manifest.scored_on
         if task_identifier != NearestCentroid.name:

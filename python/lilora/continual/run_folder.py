@@ -109,6 +109,8 @@ def _changes(old: dict[str, Any], new: dict[str, Any], splits: bool) -> dict[str
 
     changed = {key: (value(old, key), value(new, key)) for key in sorted(old.keys() | new.keys()) if key not in FREE}
     changed = {key: pair for key, pair in changed.items() if pair[0] != pair[1]}
+    if old.get("label_space") == "all" and "classes_of" not in old:  # of an earlier version
+        changed.pop("classes_of", None)
     if splits and prod(old.get(key, 0) for key in _SPLIT) == prod(new.get(key, 0) for key in _SPLIT):
         changed = {key: pair for key, pair in changed.items() if key not in _SPLIT}
     targets = changed.get("settings.target_modules")

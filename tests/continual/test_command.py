@@ -57,6 +57,10 @@ def test_of_an_option_given_twice_the_last_counts_and_that_is_said(words, notes,
         cli.main()
     said = [line for line in capsys.readouterr().err.splitlines() if " is given " in line]
     assert said == [f"lilora: {note.format('the last one counts')}" for note in notes]
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert " is given " not in capsys.readouterr().err, "by the first process alone"
 
 
 @pytest.mark.usefixtures("narrow")

@@ -1,5 +1,6 @@
 """Options that several commands have, what their values mean, and what is said of those that are given twice."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -10,6 +11,12 @@ import typer
 from typer.core import TyperCommand
 
 from lilora.errors import UserError, print_note
+
+
+def say_the_last_counts(option: str, times: int, last: Any) -> None:
+    """Say of an option that is given several times which of its values counts; of several processes the first one does."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print_note(f"{option} is given {times} times; the last one counts, {last}")
 
 
 class Command(TyperCommand):
@@ -27,7 +34,7 @@ class Command(TyperCommand):
                 last = ctx.params[option.name]
                 if option.is_flag:
                     last = (option.opts if last else option.secondary_opts)[0]
-                print_note(f"{option.opts[0]} is given {times} times; the last one counts, {last}")
+                say_the_last_counts(option.opts[0], times, last)
         return rest
 
 

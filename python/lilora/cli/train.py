@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lilora.errors import UserError, print_error, print_note
+from lilora.errors import UserError, print_error
 from lilora_kernels.facts import environment
 
 from .options import (
@@ -23,6 +23,7 @@ from .options import (
     Projector,
     SubRank,
     choice,
+    say_the_last_counts,
     target_pattern,
 )
 from .output import adapters_line, console, console_line
@@ -243,7 +244,7 @@ def _settings(options: dict[str, Any], method: "type[Method]", model: str) -> di
     more = dict(pairs)
     for key, times in Counter(key for key, _ in pairs).items():
         if times > 1:
-            print_note(f"--set {key} is given {times} times; the last one counts, {more[key]}")
+            say_the_last_counts(f"--set {key}", times, more[key])
     more["target_modules"] = more.get("target_modules") or target_pattern(
         model, options["projector"], options["attention"]
     )

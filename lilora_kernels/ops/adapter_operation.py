@@ -24,6 +24,7 @@ class AdapterOperation:
     def __init__(self, name: str, kinds: dict[str, str], check: Callable) -> None:
         self.name, self.check_arguments, self.arguments = name, check, Arguments(kinds)
         self.sides = self.arguments.sides
+        self.binds = len(self.sides) == 1 and "task" in kinds  # calls with gradients
         self.frozen = [n for n in kinds if n.startswith(("weight", "bias"))]
         # Inputs that may want a gradient: their names, and of which adapter they are which field.
         self.differentiable = {"x": (0, "x")}
@@ -48,6 +49,8 @@ class AdapterOperation:
             name, kinds, f"({', '.join(['Tensor'] * 2 * len(self.sides))})", self.check, self.forward, self.fake_forward,
             setup_context=self.setup_context, backward=self.differentiate, vmap=vmap_over_rows, bind=self.bind,
         )  # fmt: skip
+        function = type(f"lilora::{name}", (BoundFunction,), {})
+        self.apply_bound = super(torch.autograd.Function, function).apply  # as Operation.apply
         self.backward_op = Operation(
             f"{name}_backward", self.backward_arguments.kinds, "Tensor[]", lambda *_: None, self.backward, self.fake_backward,
             setup_context=lambda ctx, inputs, output: None, backward=self.differentiate_twice, vmap=vmap_over_rows,
@@ -73,8 +76,8 @@ class AdapterOperation:
         if not needs_graph(*args):
             return chosen.bind(*given, self.of_each(adapters))
         x, *base = given
-        (adapter, *others) = adapters
-        if others or adapter.gate is not None or any(t is not None and t.requires_grad for t in base):
+        adapter = adapters[0]
+        if not self.binds or adapter.gate is not None or any(t is not None and t.requires_grad for t in base):
             return None
         return BoundGradients(self, chosen, base, adapter, chosen.bind_gradients(x, *base, adapter))
 
@@ -168,7 +171,11 @@ class BoundGradients:
         self.weight = base[0] if base else None
 
     def __call__(self, x: Tensor, task: Tensor | None, seed: Tensor | None) -> Tensor:
-        return apply(self, x, *self.adapter[:5], task, seed)
+        return self.with_h(x, task, seed)[0]
+
+    def with_h(self, x: Tensor, task: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """y and h, as the operation returns them."""
+        return self.operation.apply_bound(self, x, *self.adapter[:5], task, seed)
 
     def forward(self, x: Tensor, task: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """y [..., N], h [M, R], and what dropout keeps, if `bound` has drawn it."""
@@ -204,8 +211,10 @@ class BoundGradients:
 
 
 class BoundFunction(torch.autograd.Function):
+    """An operation has one of its own, by whose name profilers show it."""
+
     @staticmethod
-    def forward(ctx: Any, bound: BoundGradients, x: Tensor, *others: Tensor | None) -> Tensor:
+    def forward(ctx: Any, bound: BoundGradients, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
         """others: FACTORS, task and seed."""
         y, h, keep = bound.forward(x, *others[-2:])
         ctx.needs = needs = ctx.needs_input_grad[1:7]
@@ -217,11 +226,12 @@ class BoundFunction(torch.autograd.Function):
             *others,
         )
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(h)
         ctx.bound, ctx.shape, ctx.check = bound, x.shape, None
-        return y
+        return y, h
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> Any:
         if dy is None:
             return (None,) * 9
         if ctx.check is not None:
@@ -230,14 +240,10 @@ class BoundFunction(torch.autograd.Function):
         return None, *[next(grads) if needed else None for needed in ctx.needs], None, None
 
 
-# Outside of torch.func all that Function.apply adds is to bind the arguments to a signature.
-apply = super(torch.autograd.Function, BoundFunction).apply
-
-
 def before_backward(y: Tensor, check: Callable[[], None]) -> None:
     """Let `check` run before the backward of y; it may raise. A hook costs the host as much as a small layer."""
     node = y.grad_fn
-    if getattr(node, "_forward_cls", None) is BoundFunction:
+    if issubclass(getattr(node, "_forward_cls", object), BoundFunction):
         node.check = check
     else:
         y.register_hook(lambda _: check())

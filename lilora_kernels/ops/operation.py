@@ -23,7 +23,7 @@ PLAIN = {
 
 
 class Operation:
-    """Both doors compute, save, differentiate and refuse in the same way.
+    """Both doors save, differentiate and refuse in the same way, and compute so but where a plan is for gradients alone.
 
     `kinds`: the schema's arguments. `check` raises where they are wrong; `run` computes and `fake` makes empty results.
     setup_context, backward and vmap: of a torch.autograd.Function; vmap gets this operation first. bind: of the backend chosen.
@@ -71,7 +71,7 @@ class Operation:
         if not needs_graph(*args):
             return self.compute(*args)
         bound = self.bind(*args)  # as later calls of a layer will have it, bit by bit
-        return self.apply(*args) if bound is None else (bound(args[0], args[self.task_at], args[self.seed_at]), None)
+        return self.apply(*args) if bound is None else bound.with_h(args[0], args[self.task_at], args[self.seed_at])
 
     def compute(self, *args):
         """`run` as the dispatcher calls it, below autograd: every torch operation inside costs less."""

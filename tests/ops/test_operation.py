@@ -103,7 +103,9 @@ def test_subclasses_see_the_operations():
     Wrapped.seen.clear()
     want = run("linear", i)
     got = run("linear", i, Wrapped(i.x.detach()).requires_grad_())
-    torch.testing.assert_close(got.inner, want)  # the registered one is not told of gradients, and may take another plan
+    torch.testing.assert_close(
+        got.inner, want
+    )  # the registered one is not told of gradients, and may take another plan
     got.sum().backward()
     assert Wrapped.seen == ["linear", "linear_backward"]
 

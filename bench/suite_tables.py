@@ -193,6 +193,16 @@ def real_text() -> str:
     return suite_table("real-text", "make real-text", "", True)
 
 
+def real() -> str:
+    """Methods of the suite of pictures and text on the same model."""
+    return suite_table("real", "make real")
+
+
+def real_all() -> str:
+    """The same with all of its tasks."""
+    return suite_table("real-all", "make real-all")
+
+
 CHANGES = {
     "pclr": "as above; once the cap is reached a task has 28, 24, 22, 20, 18, 16 new ranks",
     "pclr-no-integration": "no distillation after compression",

@@ -103,10 +103,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of data and base model")
     args = parser.parse_args()
     out = args.out or Path(f"runs/real-{args.suite}")
+    if not all(map(find_spec, language.PACKAGES)):
+        parser.error(language.INSTALL)
     try:
         for name, (settings, build) in SUITES[args.suite](out, args.seed).items():
-            if name == "base" and not all(map(find_spec, language.PACKAGES)):
-                parser.error(language.INSTALL)
             built_once(out / name, settings, build)
     except (FileExistsError, ModuleNotFoundError) as error:
         parser.error(str(error))

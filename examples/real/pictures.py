@@ -172,14 +172,17 @@ def digit(rng: Rng, train: bool) -> Shown:
     return picture, NUMBERS[values[i]]
 
 
-def words(known: list[str]) -> Maker:
+def words(known: list[str], anywhere: bool) -> Maker:
+    """anywhere: else about the middle."""
+
     def make(rng: Rng, train: bool) -> Shown:
         word = known[rng.integers(len(known))]
         picture = Image.new("RGB", (SIZE, SIZE), tuple(rng.integers(190, 256, 3).tolist()))
         draw = ImageDraw.Draw(picture)
         font = _font(FONTS[rng.integers(len(FONTS))], int(rng.integers(14, 19)))
         left, top, right, bottom = draw.textbbox((0, 0), word, font=font)
-        x, y = (int(rng.integers(0, max(1, SIZE - side + 1))) for side in (right - left, bottom - top))
+        free = [max(0, SIZE - side) for side in (right - left, bottom - top)]
+        x, y = (int(rng.integers(0, f + 1) if anywhere else f // 2 + rng.integers(-2, 3)) for f in free)
         draw.text((x - left, y - top), word, fill=tuple(rng.integers(0, 100, 3).tolist()), font=font)
         return picture, word
 

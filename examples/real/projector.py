@@ -23,7 +23,7 @@ from transformers import (
 )
 from visual import DESCRIBE, SHORT, Kind, mix
 
-PICTURES, ALIGN_STEPS, STEPS = 4000, 400, 200
+PICTURES, ALIGN_STEPS, STEPS = 4000, 500, 120
 IMAGE = "<image>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -176,7 +176,7 @@ def build_base(folder: Path, tower: Path, packages: Path | None, seed: int) -> N
     learned = Mix(kinds, vision, processor, PICTURES, seed, train=True)
     align(model, learned, ALIGN_STEPS)
     teach(model, learned, STEPS)
-    right, wrong = likelihood(model, Mix(kinds, vision, processor, 20 * len(kinds), seed, train=False), len(kinds))
+    right, wrong = likelihood(model, Mix(kinds, vision, processor, 16 * len(kinds), seed, train=False), len(kinds))
     (folder / "likelihood.json").write_text(json.dumps({"right": right, "wrong": wrong}, indent=1) + "\n")
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -28,15 +28,15 @@ from ..routing.context import TEXT, Tasks
 from .accelerated import INVARIANT, is_plain
 
 
-def takes_none(x: Tensor, task: Tensor | None, seed: Tensor | None = None) -> None:
+def takes_none(*args: Tensor | None) -> None:
     """The bound call where there is none."""
 
 
 class Factors(tuple):
     """(a, b0, u, v, fusion) of one call, or of many: what is settled in the first two need not be again."""
 
-    # Without and with gradients, and in blocks: the kind of call that was checked, and that call bound to its parameters, from
-    # the second on. A pair is always set together: layers serve several threads.
+    # Without and with gradients, and in blocks: the kind of call that was checked, and that call bound to its parameters;
+    # without gradients from the second on. A pair is always set together: layers serve several threads.
     settled: tuple[tuple, Callable | None] = (), None
     settled_grads: tuple[tuple, Callable | None] = (), None
     settled_blocks: tuple[tuple, Callable] = (), takes_none
@@ -48,22 +48,27 @@ class Factors(tuple):
         grads = torch.is_grad_enabled() and torch._C._any_requires_grad(x, *self)
         at = "settled_grads" if grads else "settled"
         kind = x.dtype, x.device, x.shape[-1], *rest[-3:], *conditions(*self, *base)
-        if grads:
-            kind += tuple(map(id, base))  # kept by a call whose gradients are recorded: not the addresses alone
         settled, bound = getattr(self, at)
-        if rest[1] is not None or settled != kind:  # gates are others in every call
-            y = functional.of_rows(operation, x, *self.arguments(base, rest))
-            setattr(self, at, (kind, None))
-            return y
-        if not is_any_watching():
+        # Gates are others in every call.
+        known = settled == kind and rest[1] is None and (rest[0] is None or rest[0].shape[0] == x.shape[:-1].numel())
+        if not known:
+            bound = None
+        # With gradients the first call is as the others: checkpoints compare what a forward and its repetition save.
+        if rest[1] is None and (known or grads) and not is_any_watching():
             if bound is None:
-                bound = operation.bind(x.reshape(-1, x.shape[-1]), *self.arguments(base, rest)) or takes_none
+                args = x.reshape(-1, x.shape[-1]), *self.arguments(base, rest)
+                if not known:
+                    operation.check(*args)
+                    require_memory(*args)
+                bound = (None if operation.is_watched(args) else operation.bind(*args)) or takes_none
                 setattr(self, at, (kind, bound))
-            y = bound(x, rest[0], rest[3])
+            y = bound(x, *base, *self, rest[0], rest[3]) if grads else bound(x, rest[0], rest[3])
             if y is not None:
                 return y
-        known = rest[0] is None or rest[0].shape[0] == x.shape[:-1].numel()
-        return functional.of_rows(operation, x, *self.arguments(base, rest), known=known)
+        y = functional.of_rows(operation, x, *self.arguments(base, rest), known=known)
+        if bound is None:
+            setattr(self, at, (kind, None))
+        return y
 
     def arguments(self, base: tuple, rest: tuple) -> tuple:
         """Of the operation, after x."""

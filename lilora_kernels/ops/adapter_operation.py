@@ -79,7 +79,7 @@ class AdapterOperation:
         adapter = adapters[0]
         if not self.binds or adapter.gate is not None or any(t is not None and t.requires_grad for t in base):
             return None
-        return BoundGradients(self, chosen, base, adapter, chosen.bind_gradients(x, *base, adapter))
+        return BoundGradients(self, chosen, adapter[-3:], chosen.bind_gradients(x, *base, adapter))
 
     def fake_forward(self, *args):
         given, adapters = self.arguments.split(args)
@@ -154,52 +154,49 @@ class AdapterOperation:
 
 
 class BoundGradients:
-    """bound(x, task, seed) -> y [..., N] for x [..., K] and ids [M]: a call bound to its parameters, with its gradients.
+    """bound(x, [weight, bias,] *FACTORS, task, seed) -> y [..., N] for x [..., K] and ids [M], with its gradients.
 
     What the operation does, without what is settled by then; by `bound`, of `Implementation.bind_gradients`, where that takes it.
+    It has no tensors: graphs keep it, and must let go of what they have saved. numbers: scaling, p and ranks.
     """
 
     def __init__(
-        self,
-        operation: AdapterOperation,
-        backend: backends.Implementation,
-        base: list[Tensor | None],
-        adapter: AdapterArgs,
-        bound: Any,
+        self, operation: AdapterOperation, backend: backends.Implementation, numbers: tuple, bound: Any
     ) -> None:
-        self.operation, self.backend, self.base, self.adapter, self.bound = operation, backend, base, adapter, bound
-        self.weight = base[0] if base else None
+        self.operation, self.backend, self.numbers, self.bound = operation, backend, numbers, bound
 
-    def __call__(self, x: Tensor, task: Tensor | None, seed: Tensor | None) -> Tensor:
-        return self.with_h(x, task, seed)[0]
+    def __call__(self, *args: Tensor | None) -> Tensor:
+        return self.with_h(*args)[0]
 
-    def with_h(self, x: Tensor, task: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    def with_h(self, *args: Tensor | None) -> tuple[Tensor, Tensor]:
         """y and h, as the operation returns them."""
-        return self.operation.apply_bound(self, x, *self.adapter[:5], task, seed)
+        return self.operation.apply_bound(self, *args)
 
-    def forward(self, x: Tensor, task: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """y [..., N], h [M, R], and what dropout keeps, if `bound` has drawn it."""
+        *base, a, b0, u, v, fusion, task, seed = others
         found = self.bound and self.bound.forward(x, task, seed)
         if found is not None:
             return found
-        adapter = self.adapter._replace(task=task, seed=seed)
+        adapter = AdapterArgs(a, b0, u, v, fusion, task, None, None, seed, *self.numbers)
         with torch._C._AutoDispatchBelowAutograd():
-            y, h = self.backend.forward(x.reshape(-1, x.shape[-1]), *self.base, adapter)
-            return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]), h, None
+            y, h = self.backend.forward(x.reshape(-1, x.shape[-1]), *base, adapter)
+            # Autograd would let nobody write to a view.
+            return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]), h, None
 
     def backward(
         self, dy: Tensor, saved: tuple[Tensor | None, ...], needs: tuple[bool, ...], shape: torch.Size
     ) -> list[Tensor]:
         """Those of x and FACTORS that are needed, in this order; shape: that of x."""
         x, weight, h, keep, *factors, task, seed = saved
-        adapter = AdapterArgs(*factors, task, None, None, seed, *self.adapter[-3:])
+        adapter = AdapterArgs(*factors, task, None, None, seed, *self.numbers)
         watched = torch.is_grad_enabled() or type(dy) not in TENSORS or is_any_watching() or is_transformed()
         if self.bound and not watched:
             found = self.bound.backward(dy, x, weight, h, adapter, needs, keep)
             if found is not None:
                 return found
         given = dy.reshape(-1, dy.shape[-1]), x if x is None else x.reshape(-1, shape[-1]), weight, h
-        given = given if self.base else (*given[:2], h)
+        given = given if self.operation.frozen else (*given[:2], h)
         if watched:
             grads = self.operation.backward_op(*given, *adapter, (*needs, False))
         else:
@@ -215,15 +212,15 @@ class BoundFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, bound: BoundGradients, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
-        """others: FACTORS, task and seed."""
-        y, h, keep = bound.forward(x, *others[-2:])
-        ctx.needs = needs = ctx.needs_input_grad[1:7]
+        """others: weight and bias of `linear`, FACTORS, task and seed."""
+        y, h, keep = bound.forward(x, *others)
+        ctx.needs = needs = ctx.needs_input_grad[1], *ctx.needs_input_grad[-7:-2]
         ctx.save_for_backward(
             x if needs[1] else None,
-            bound.weight if needs[0] else None,
+            others[0] if needs[0] and bound.operation.frozen else None,
             h if True in needs[2:] else None,
             keep if needs[0] or needs[1] else None,
-            *others,
+            *others[-7:],
         )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(h)
@@ -232,12 +229,14 @@ class BoundFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> Any:
+        of_base = (None,) * len(ctx.bound.operation.frozen)
         if dy is None:
-            return (None,) * 9
+            return (None,) * 9 + of_base
         if ctx.check is not None:
             ctx.check()
         grads = iter(ctx.bound.backward(dy, ctx.saved_tensors, ctx.needs, ctx.shape))
-        return None, *[next(grads) if needed else None for needed in ctx.needs], None, None
+        dx, *of_factors = [next(grads) if needed else None for needed in ctx.needs]
+        return None, dx, *of_base, *of_factors, None, None
 
 
 def before_backward(y: Tensor, check: Callable[[], None]) -> None:

@@ -22,7 +22,7 @@ OPERANDS = ("x", *FACTORS)
 def bind(x: Tensor, *of: Tensor | AdapterArgs | None) -> "Training | None":
     """See `Implementation.bind_gradients`. of: weight and bias of `linear`, and the adapter."""
     *base, adapter = of
-    return Training(base, adapter) if is_taken(base, adapter, x) else None
+    return Training(base, adapter) if is_taken(base, adapter, x[:1]) else None
 
 
 def forward(x: Tensor, *of: Tensor | AdapterArgs | None) -> tuple[Tensor, Tensor] | None:
@@ -77,15 +77,24 @@ def unsupported_call(base: Sequence[Tensor | None], adapter: AdapterArgs, rows: 
 
 
 class Training:
-    """A call of both directions, bound to its parameters."""
+    """A call of both directions, bound to where its parameters lie."""
 
     def __init__(self, base: Sequence[Tensor | None], adapter: AdapterArgs) -> None:
         a, b0, u, *_ = adapter
-        self.library, self.adapter = cpu_library.load(), adapter
+        self.library, self.p = cpu_library.load(), adapter.p
         self.columns, (self.outputs, self.rank) = a.shape[1], b0.shape
         weight, bias = base or (None, None)
         self.parameters = [pointer(t) for t in (weight, bias, *adapter[:5])]
-        tasks, sub_rank = (1, 0) if u is None else (1 if u.dim() == 2 else u.shape[0], u.shape[-1])
+        leading, sub_rank = ((), 0) if u is None else (u.shape[:-2], u.shape[-1])
+        tasks = leading[0] if leading else 1
+        of_tasks = (*leading, self.outputs, sub_rank), (*leading, sub_rank, self.rank), (tasks,)
+        self.shapes = (
+            (self.outputs, self.columns),
+            None,
+            (self.rank, self.columns),
+            (self.outputs, self.rank),
+            *of_tasks,
+        )
         self.sizes = cpu_library.OF_SIZES.pack(
             self.columns, self.outputs, self.rank, sub_rank, tasks, self.library.parallel_for, self.library.instructions,
             adapter.scaling, keep_scale(adapter.p) if adapter.p and threshold(adapter.p) else 1.0,
@@ -108,7 +117,7 @@ class Training:
         x_at = x.data_ptr()
         if x_at == 0 and rows > 0:
             return None
-        keep = None if seed is None else eager.kept(rows, self.columns, self.adapter._replace(seed=seed))
+        keep = eager.kept(rows, self.columns, self.p, seed)
         y, h = x.new_empty((*x.shape[:-1], self.outputs)), x.new_empty((rows, self.rank))
         call = cpu_library.OF_TRAINING.pack(
             rows, x_at, h.data_ptr(), y.data_ptr(), pointer(task), pointer(keep), 0, 0, 0, 0, 0, 0, *self.parameters
@@ -127,25 +136,32 @@ class Training:
     ) -> list[Tensor] | None:
         """Those of OPERANDS that are needed, in this order, for dy [..., N] and x [..., K]; None for what it does not take.
 
-        Parameters may lie elsewhere by now: sharding, and hooks on saved tensors, bring them anew.
+        Parameters may lie elsewhere by now: sharding, and hooks on saved tensors, bring them anew, perhaps as others.
         """
         a, b0, u, v, fusion, task, _, _, seed, *_ = adapter
         rows = dy.shape[:-1].numel()
         if rows > self.most_rows or (task is not None and not task.is_contiguous()) or is_legacy_batchedtensor(dy):
             return None
         parameters = []
-        for t in (weight, None, a, b0, u, v, fusion):
+        for t, shape in zip((weight, None, a, b0, u, v, fusion), self.shapes, strict=True):
             at = 0
             if t is not None:
                 at = t.data_ptr()
-                if at == 0 or t.dtype is not torch.float32 or not t.is_contiguous():
+                if at == 0 or t.shape != shape or t.dtype is not torch.float32 or not t.is_contiguous():
                     return None
             parameters.append(at)
-        given = []  # keeps what is copied
-        for t in (x, h, dy):
-            given.append(t if t is None or (t.is_contiguous() and not t.is_neg()) else t.resolve_neg().contiguous())
-        if keep is None and seed is not None:
-            keep = eager.kept(rows, self.columns, adapter)
+        given: list[Tensor | None] = []  # keeps what is copied
+        for t, width in ((x, self.columns), (h, self.rank), (dy, self.outputs)):
+            if t is not None:
+                if t.dtype is not torch.float32 or t.numel() != rows * width:
+                    return None
+                if not t.is_contiguous() or t.is_neg():
+                    t = t.resolve_neg().contiguous()
+                if t.data_ptr() == 0 and rows > 0:
+                    return None
+            given.append(t)
+        if keep is None and (needs[0] or needs[1]):
+            keep = eager.kept(rows, self.columns, self.p, seed)
         found, results = [], []
         for needed, t in zip(needs, (None, a, b0, u, v, fusion), strict=True):
             result = None

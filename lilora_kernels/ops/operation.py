@@ -71,7 +71,9 @@ class Operation:
         if not needs_graph(*args):
             return self.compute(*args)
         bound = self.bind(*args)  # as later calls of a layer will have it, bit by bit
-        return self.apply(*args) if bound is None else bound.with_h(args[0], args[self.task_at], args[self.seed_at])
+        if bound is None:
+            return self.apply(*args)
+        return bound.with_h(*args[: self.task_at], args[self.task_at], args[self.seed_at])
 
     def compute(self, *args):
         """`run` as the dispatcher calls it, below autograd: every torch operation inside costs less."""

@@ -26,7 +26,6 @@ from lilora_kernels import backends, functional
 from lilora_kernels.ops import cpu_training
 from lilora_kernels.ops.delta import eager
 from lilora_kernels.ops.philox import keep_scale
-from lilora_kernels.ops.schema import AdapterArgs
 
 LEAVES = ("x", "a", "b0", "u", "v", "fusion")
 
@@ -141,8 +140,7 @@ def test_dropout_has_the_mask_of_the_composed_plan(op, mix, p, instructions):
     i, seed = make(rows=37, mix=mix), torch.tensor([5])
     dy = torch.randn(37, 20)
     got = results(op, i.to(torch.float32), dy, p=p, seed=seed)
-    args = AdapterArgs(i.a, i.b0, None, None, None, None, None, None, seed, 1.0, p, None)
-    keep = eager.kept(37, 24, args)
+    keep = eager.kept(37, 24, p, seed)
     wide = i.leaves(LEAVES)
     truth = oracle(wide, SCALING, *(() if keep is None else (keep, keep_scale(p))))
     if op == "linear":
@@ -230,6 +228,25 @@ def test_larger_products_are_left_to_the_library(monkeypatch):
         assert len(seen) == taken
 
 
+def test_a_call_with_many_rows_leaves_later_ones_to_the_kernels(monkeypatch):
+    layer, seen = lilora_kernels.LiLoRALinear(nn.Linear(24, 20), r=8, sub_rank=4), []
+    layer.add_task("one")
+    library = cpu_training.cpu_library.load()
+    train = library.train_forward
+    monkeypatch.setattr(library, "train_forward", lambda call: seen.append(1) or train(call))
+    with chosen():
+        for rows, taken in ((1025, 0), (1025, 0), (5, 1), (5, 2)):
+            layer(torch.randn(rows, 24)).sum().backward()
+            assert len(seen) == taken
+
+
+def test_a_mask_that_no_gradient_needs_is_not_drawn_again(monkeypatch):
+    i = make(rows=5, dtype=torch.float32).leaves(("b0", "u"))
+    y = run("linear", i, p=0.4, seed=torch.tensor([5]))
+    monkeypatch.setattr(eager, "kept", None)
+    y.sum().backward()
+
+
 @pytest.mark.parametrize("ids", [[0, 3], [-2, 1]])
 def test_an_id_of_no_task_raises_what_the_composed_plan_raises(ids):
     i = make(rows=2, dtype=torch.float32).with_(task=torch.tensor(ids, dtype=torch.int32))
@@ -267,6 +284,32 @@ def test_memory_that_came_or_went_before_the_backward():
     with torch.autograd.graph.save_on_cpu():
         y = run("linear", ours)
     same({"y": y.detach()} | gradients(y, ours, LEAVES, dy), want)
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")
+def test_what_is_another_tensor_in_the_backward_is_left_to_the_composed_plan():
+    """Nothing is read past its end: torch says what is wrong, or computes."""
+    i = make(rows=3, mix="one", dtype=torch.float32)
+    for name in ("x", "a", "b0", "u", "v", "fusion"):
+        ours = i.leaves(LEAVES)
+        with chosen():
+            y = run("linear", ours)
+            getattr(ours, name).data = torch.randn(1, 2, 3)
+            with pytest.raises((RuntimeError, IndexError, ValueError)):
+                y.sum().backward()
+    halves = torch.autograd.graph.saved_tensors_hooks(lambda t: t.half() if t.shape == i.x.shape else t, lambda t: t)
+    ours = i.leaves(("x", "a"))
+    with chosen(), halves:
+        y = run("linear", ours)
+    dy = torch.randn(3, 20)
+    with chosen():
+        got = gradients(y, ours, ("a",), dy)["a"]
+    want = results("linear", i, dy, ("x", "a"))["a"]
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * want.abs().max().item())
+    ours = i.leaves(("x",))
+    with chosen():
+        got = torch.autograd.grad(run("linear", ours), ours.x, torch._efficientzerotensor(3, 20))[0]
+    assert not got.any()
 
 
 def test_whoever_sees_the_backward_gets_the_registered_operation():

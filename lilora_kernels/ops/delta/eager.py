@@ -105,21 +105,21 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def dropout_mask(rows: int, columns: int, dtype: torch.dtype, adapter: AdapterArgs) -> Tensor | None:
     """1 where the element is kept, [rows, columns] in `dtype`; None without dropout."""
-    keep = kept(rows, columns, adapter)
+    keep = kept(rows, columns, adapter.p, adapter.seed)
     return keep if keep is None else keep.to(dtype)
 
 
-def kept(rows: int, columns: int, adapter: AdapterArgs) -> Tensor | None:
+def kept(rows: int, columns: int, p: float, seed: Tensor | None) -> Tensor | None:
     """Which elements of x [rows, columns] dropout keeps, bool; None without dropout."""
-    if adapter.p == 0 or threshold(adapter.p) == 0:
+    if seed is None or p == 0 or threshold(p) == 0:
         return None
-    if adapter.seed.device.type != "cpu":
-        return keep_mask(adapter.seed, rows, columns, adapter.p)
+    if seed.device.type != "cpu":
+        return keep_mask(seed, rows, columns, p)
     # Four 16-bit draws from each 64-bit word: bernoulli_ takes one word or more for every element.
-    generator = torch.Generator().manual_seed(int(adapter.seed))
+    generator = torch.Generator().manual_seed(int(seed))
     words = torch.empty((rows * columns + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
     draws = words.view(torch.int16)[: rows * columns].view(rows, columns)
-    return draws >= threshold(adapter.p) - 32768
+    return draws >= threshold(p) - 32768
 
 
 def shrink(x: Tensor, adapters: Sequence[AdapterArgs]) -> list[Tensor]:

@@ -57,10 +57,13 @@ class Factors(tuple):
         if rest[1] is None and (known or grads) and not is_any_watching():
             if bound is None:
                 args = x.reshape(-1, x.shape[-1]), *self.arguments(base, rest)
-                if not known:
-                    operation.check(*args)
-                    require_memory(*args)
-                bound = (None if operation.is_watched(args) else operation.bind(*args)) or takes_none
+                if operation.is_watched(args):
+                    bound = takes_none
+                else:
+                    if not known:
+                        operation.check(*args)
+                        require_memory(*args)
+                    bound = operation.bind(*args) or takes_none
                 setattr(self, at, (kind, bound))
             y = bound(x, *base, *self, rest[0], rest[3]) if grads else bound(x, rest[0], rest[3])
             if y is not None:

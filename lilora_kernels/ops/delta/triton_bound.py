@@ -12,7 +12,6 @@ from torch._C._functorch import is_legacy_batchedtensor  # of autograd.grad(is_g
 from ... import backends
 from .. import triton_runtime as runtime
 from ..barrier import barrier_state
-from ..cpu_runtime import pointer
 from ..schema import FACTORS, AdapterArgs
 from ..triton_launcher import current, observed
 from .triton_jobs import Backward, Forward, run_jobs
@@ -60,12 +59,9 @@ class Launches:
             state = barrier_state(device) if self.waits else None
             own = like.new_empty(self.size, dtype=torch.uint8)
             start = own.data_ptr()
-            found = 0, pointer(state), *pointers, *[start + at for at in self.offsets]
+            found = 0, state.data_ptr() if self.waits else 0, *pointers, *[start + at for at in self.offsets]
             for ready, places in self.each:
                 ready(like.get_device(), [found[at] for at in places])
-
-    def are_observed(self) -> bool:
-        return any(observed(ready.kernel) for ready, _ in self.each)
 
 
 @cache
@@ -81,14 +77,16 @@ class Bound:
         self.weight, self.bias = base or (None, None)
         self.adapter, (self.outputs, self.rank) = adapter, adapter.b0.shape
         parameters = self.bias, *adapter[:5]
-        self.pointers = [*map(pointer, parameters)]
+        self.pointers = [0 if t is None else t.data_ptr() for t in parameters]
         kinds = [None if t is None else (t.dtype, t.shape) for t in parameters]
+        # Of what a backward reads beside dy: x, h, the factors, task and seed.
+        self.dtypes = x.dtype, x.dtype, *[kind and kind[0] for kind in kinds[1:]], torch.int32, torch.int64
         self.launches = launches_of(x.device, x.dtype, *kinds, adapter.scaling, adapter.p, *(adapter.ranks or ()))
 
     def forward(self, x: Tensor, task: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor, None] | None:
         """y [..., N] and h [M, R] for x [..., K]; None for what has to take the usual way."""
         rows, plan = x.shape[:-1].numel(), backends.forced["plan"]
-        pointers = x.data_ptr(), *self.pointers, pointer(task), pointer(seed)
+        pointers = x.data_ptr(), *self.pointers, *[0 if t is None else t.data_ptr() for t in (task, seed)]
         launches = self.launches.get(kind := (rows, plan, task is None))
         if not is_bound(rows, plan, pointers, launches) or not x.is_contiguous() or x.is_neg():
             return None
@@ -127,14 +125,15 @@ class Bound:
         if not dy.is_contiguous() or dy.is_neg():
             dy = dy.resolve_neg().contiguous()
         *factors, task, _, _, seed = adapter[:9]
-        for t, settled in zip(factors, self.adapter, strict=False):
-            if t is not None and (t.dtype is not settled.dtype or t.data_ptr() == 0):
+        pointers = [dy.data_ptr()]
+        for t, dtype in zip((x, h, *factors, task, seed), self.dtypes, strict=True):
+            at = 0 if t is None else t.data_ptr()
+            if t is not None and (at == 0 or t.dtype is not dtype or not t.is_contiguous()):
                 return None
-        rows, plan, lead = dy.shape[:-1].numel(), backends.forced["plan"], dy.shape[:-1]
-        read = x, h, *factors, task
-        pointers = dy.data_ptr(), *map(pointer, read), pointer(seed)
+            pointers.append(at)
+        rows, plan = dy.shape[:-1].numel(), backends.forced["plan"]
         launches = self.launches.get(kind := (rows, plan, task is None, needs))
-        if not is_bound(rows, plan, pointers, launches) or not all(t is None or t.is_contiguous() for t in read):
+        if not is_bound(rows, plan, pointers, launches):
             return None
         flat = dy if dy.dim() == 2 else dy.view(rows, self.outputs)
         if launches is None:
@@ -153,7 +152,7 @@ class Bound:
             if weight is not None:
                 results[0].addmm_(flat, weight if weight.dtype is dy.dtype else weight.to(dy.dtype))
             if flat is not dy:
-                results[0] = results[0].view(*lead, -1)
+                results[0] = results[0].view(*dy.shape[:-1], -1)
         return results
 
     def note(self, kind: tuple, made: list, operands: Sequence[Tensor | None], results: Sequence[Tensor]) -> None:
@@ -166,4 +165,8 @@ class Bound:
 def is_bound(rows: int, plan: str | None, pointers: Sequence[int], launches: Launches | None) -> bool:
     """Whether launches of this kind may be kept, and can be made: all memory lies as `triton_jobs.staged` has it."""
     few = 0 < rows <= backends.ONE_LAUNCH_ROWS and plan in (None, "one_launch", "by_phase")
-    return few and gcd(16, *pointers) == 16 and not (launches and launches.are_observed())
+    return (
+        few
+        and gcd(16, *pointers) == 16
+        and not any(observed(ready.kernel) for ready, _ in (launches.each if launches else ()))
+    )

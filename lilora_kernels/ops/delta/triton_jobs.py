@@ -81,15 +81,8 @@ class Forward:
         numbers = self.rows, *self.sizes.tall, self.x.stride(0), threshold(adapter.p), keep_scale(adapter.p)
         groups = self.shrunk, NO_ADAPTER if other is None else other.shrunk
         made = launch_of(triton_forward.shrink, ForwardSizes, self.config, self.sizes, SPLIT_K=self.split)
-        return run(
-            made,
-            ceil(self.rows, self.config["BLOCK_M"]) * self.split,
-            self.x.device,
-            groups,
-            tensors,
-            numbers,
-            self.split > 1,
-        )
+        items = ceil(self.rows, self.config["BLOCK_M"]) * self.split
+        return run(made, items, self.x.device, groups, tensors, numbers, self.split > 1)
 
     def expand(self) -> object:
         adapter, sizes = self.adapter, self.sizes
@@ -311,26 +304,20 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and not x.is_neg() else x.resolve_neg().contiguous()
 
 
-def staged(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous, at a multiple of 16 bytes: others, such as views of an optimizer's flat buffer, would be read 2 bytes at a time
-    and without asynchronous copies, by kernels compiled for that."""
-    if tensor is None:
-        return None
+def staged(tensor: Tensor | None, aligned: bool = True) -> Tensor | None:
+    """Contiguous, and `aligned` at a multiple of 16 bytes: others, such as views of an optimizer's flat buffer, would be read 2
+    bytes at a time and without asynchronous copies, by kernels compiled for that."""
+    if tensor is None or (tensor.is_contiguous() and not tensor.is_neg() and not (aligned and tensor.data_ptr() & 15)):
+        return tensor
     tensor = tensor.resolve_neg().contiguous()
-    return tensor.clone() if tensor.data_ptr() & 15 else tensor
+    return tensor.clone() if aligned and tensor.data_ptr() & 15 else tensor
 
 
 def staged_adapter(adapter: AdapterArgs) -> AdapterArgs:
     """The small tensors, which are read an element at a time, may lie anywhere."""
     a, b0, u, v, fusion, task, gate, gate_row, seed, *others = adapter
-    a, b0, u, v, gate = [
-        t if t is None or (t.is_contiguous() and not t.data_ptr() & 15 and not t.is_neg()) else staged(t)
-        for t in (a, b0, u, v, gate)
-    ]
-    fusion, task, gate_row = [
-        t if t is None or (t.is_contiguous() and not t.is_neg()) else t.resolve_neg().contiguous()
-        for t in (fusion, task, gate_row)
-    ]
+    a, b0, u, v, gate = map(staged, (a, b0, u, v, gate))
+    fusion, task, gate_row = (staged(t, aligned=False) for t in (fusion, task, gate_row))
     return AdapterArgs(a, b0, u, v, fusion, task, gate, gate_row, seed, *others)
 
 

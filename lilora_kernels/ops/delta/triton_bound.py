@@ -165,8 +165,6 @@ class Bound:
 def is_bound(rows: int, plan: str | None, pointers: Sequence[int], launches: Launches | None) -> bool:
     """Whether launches of this kind may be kept, and can be made: all memory lies as `triton_jobs.staged` has it."""
     few = 0 < rows <= backends.ONE_LAUNCH_ROWS and plan in (None, "one_launch", "by_phase")
-    return (
-        few
-        and gcd(16, *pointers) == 16
-        and not any(observed(ready.kernel) for ready, _ in (launches.each if launches else ()))
-    )
+    if not few or gcd(16, *pointers) < 16:
+        return False
+    return launches is None or not any(observed(ready.kernel) for ready, _ in launches.each)

@@ -76,12 +76,14 @@ def register(op: str, **implementations: Implementation) -> None:
 def lazy(
     module: str, unsupported_reason: Callable[[Tensor, int, int], str | None], plans: dict[str, str]
 ) -> Implementation:
-    """An implementation whose module (with its functions forward, backward and rows) is imported by the first call."""
+    """An implementation whose module is imported by the first call, with its functions forward, backward, rows, and those that
+    bind calls, if it has any."""
 
     def late(function: str) -> Callable:
-        return lambda *args: getattr(importlib.import_module(module), function)(*args)
+        return lambda *args: getattr(importlib.import_module(module), function, lambda *_: None)(*args)
 
-    return Implementation(late("forward"), late("backward"), unsupported_reason, plans, late("rows"))
+    names = "rows", "bind", "bind_gradients"
+    return Implementation(late("forward"), late("backward"), unsupported_reason, plans, *map(late, names))
 
 
 @contextmanager

@@ -116,4 +116,10 @@ def bound(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: bool = False) 
 
 def is_plain(base: nn.Module) -> bool:
     """Whether it is torch's own linear layer on a weight of torch's own tensor type: torchao keeps the layer's type."""
-    return type(base) in (nn.Linear, AcceleratedLinear) and type(base.weight) in TENSORS
+    return type(base) in (nn.Linear, AcceleratedLinear) and type(parameters_of(base)[0]) in TENSORS
+
+
+def parameters_of(base: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias; past Module.__getattr__, which costs as much as a step of a small kernel, where they are parameters."""
+    own = base._parameters
+    return (own["weight"], own["bias"]) if "weight" in own and "bias" in own else (base.weight, base.bias)

@@ -25,7 +25,7 @@ from ..ops.operation import (
 )
 from ..ops.schema import AdapterArgs
 from ..routing.context import TEXT, Tasks
-from .accelerated import INVARIANT, is_plain
+from .accelerated import INVARIANT, is_plain, parameters_of
 
 
 def takes_none(*args: Tensor | None) -> None:
@@ -164,7 +164,7 @@ class AdaptedLinear(nn.Module):
         base = self._modules["base_layer"]
         if not is_plain(base):
             return f"the base is a {described(base)}"
-        weight, bias = base.weight, base.bias
+        weight, bias = parameters_of(base)
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return "the base is being trained"
         if has_hooks(base):
@@ -196,7 +196,7 @@ class AdaptedLinear(nn.Module):
             y = base(x, *args, **kwargs)
             x = x if x.is_floating_point() else x.to(factors[0].dtype)
         else:
-            weight, bias = base.weight, base.bias
+            weight, bias = parameters_of(base)
         cast = functional.autocast(x)
         functional.check_dtypes("linear", x, cast, weight)
         rest = task, gate, gate_row, functional.draw_seed(x.device) if p else None, scaling, p, ranks

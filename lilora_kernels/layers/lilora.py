@@ -457,8 +457,7 @@ class LiLoRALinear(AdaptedLinear):
         return self.dropout if self.training else 0.0
 
     def _trains(self) -> bool:
-        own = self.lilora_U._parameters
-        return torch.is_grad_enabled() and any(own[name].requires_grad for name in self.active)
+        return torch.is_grad_enabled() and any(self.lilora_U._parameters[name].requires_grad for name in self.active)
 
     def _expect_same_tasks(self, y: Tensor) -> None:
         """Let the backward of y raise if the active task is set before it."""

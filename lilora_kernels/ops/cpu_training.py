@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor  # of autograd.grad(is_grads_batched=True)
 
 from .. import backends, cpu_library
+from .cpu_runtime import pointer
 from .delta import eager
 from .philox import keep_scale, threshold
 from .schema import FACTORS, AdapterArgs
@@ -173,7 +174,3 @@ class Training:
             rows, *map(pointer, given), pointer(task), pointer(keep), *results, *parameters
         )
         return None if self.library.train_backward(call + self.sizes) else found
-
-
-def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

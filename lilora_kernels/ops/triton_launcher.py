@@ -7,6 +7,7 @@ launch of each kind, so that compiling and Triton's caches stay its own.
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from math import gcd
+from typing import NamedTuple
 
 import torch
 import triton
@@ -56,14 +57,35 @@ def current(device: torch.device) -> AbstractContextManager:
     return NOTHING if here else torch.cuda.device(device)
 
 
+class Ready(NamedTuple):
+    """A launch but for its pointers. groups: how many of them each group of the kernel's arguments has; numbers: with the
+    constants."""
+
+    kernel: object
+    compiled: tuple
+    grid: tuple[int, int, int]
+    groups: tuple[int, ...]
+    numbers: tuple
+
+    def __call__(self, device: int, pointers: list[int]) -> None:
+        """On the current device, of this index."""
+        run, function, metadata = self.compiled
+        nested, end = [], 0
+        for size in self.groups:
+            nested.append(tuple(pointers[end : end + size]))
+            end += size
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run(*self.grid, stream, function, metadata, None, None, None, *nested, *pointers[end:], *self.numbers)
+
+
 def launch(
     made: Launch, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], numbers: tuple, groups: tuple = ()
-) -> None:
+) -> tuple[Ready, list[Tensor | None]] | None:
     """Launch on the current device. The kernel's arguments in its order: groups of tensors (named tuples), tensors, or None
-    in the place of one, numbers."""
+    in the place of one, numbers. What was launched with which tensors; None where Triton had to see it."""
     if runtime.INTERPRETED or not BOUND or observed(made.kernel):
         made.kernel[grid](*groups, *tensors, *numbers, **made, **made.options)
-        return
+        return None
     flat = [*chain.from_iterable(groups), *tensors]
     pointers = [0 if t is None else t.data_ptr() for t in flat]
     device = next(t for t in flat if t is not None).get_device()
@@ -72,14 +94,10 @@ def launch(
         compiled = made.kernel[grid](*groups, *tensors, *numbers, **made, **made.options)
         if isinstance(compiled, CompiledKernel):
             made.bound[key] = compiled.run, compiled.function, compiled.packed_metadata
-        return
-    run, function, metadata = bound
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    nested, end = [], 0
-    for group in groups:
-        nested.append(tuple(pointers[end : end + len(group)]))
-        end += len(group)
-    run(*grid, stream, function, metadata, None, None, None, *nested, *pointers[end:], *numbers, *made.in_order)
+        return None
+    ready = Ready(made.kernel, bound, grid, tuple(map(len, groups)), (*numbers, *made.in_order))
+    ready(device, pointers)
+    return ready, flat
 
 
 def observed(kernel) -> bool:

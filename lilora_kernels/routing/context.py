@@ -12,7 +12,7 @@ What holds at all times:
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from threading import local
 
 import torch
@@ -106,10 +106,7 @@ class BatchContext:
 
     @property
     def one_task(self) -> bool:
-        """Whether all samples are known to be of one task: then every row is."""
-        if torch.compiler.is_compiling():
-            return self.task.shape == (1,)
-        return self.task.shape == (1,) or (bool(self.ids) and len(set(self.ids)) == 1)
+        return is_one_task(self.task, self.ids)
 
     def _expect_once(self, path: str) -> None:
         """ValueError for a layer that sees the images of a batch one by one: whose each is cannot be told."""
@@ -136,7 +133,7 @@ class BatchContext:
         """For each row of x [B, L, K] (or [B, K], or flattened [B * length, K]) -> [M]."""
         samples = of.shape[0]
         if x.dim() >= 3 and x.shape[0] == samples:
-            per_sample = x[0, ..., 0].numel() if samples else 0
+            per_sample = x.shape[1:-1].numel()
         elif x.dim() == 2 and (self.length is None or self.generating) and x.shape[0] == samples:
             per_sample = (
                 1  # a step of a generation: a model may generate through a part of it, which no length is told of
@@ -241,7 +238,8 @@ class BatchContext:
             return self.tasks.slots(self.task)
         if (key := (torch.is_inference_mode_enabled(), "slots", self.tasks.changes)) not in self._chosen:
             self.require_known()
-            self._chosen[key] = self.tasks.slots(self.task)
+            # The place of an id that is known to be in use is the id; a caller may write to its own tensor meanwhile.
+            self._chosen[key] = self.tasks.slots(self.task) if self.ids is None else self.task.clone()
         return self._chosen[key]
 
     def of_batch(self, samples: int | None, length: int | None, inputs: dict) -> "BatchContext":
@@ -360,8 +358,8 @@ class Tasks(TaskNames):
                 f"task_ids has the shape {list(task.shape)}; it must be [{samples}, {length}], one id for each token, or "
                 f"[{samples}], one for each sample"
             )
-        context = BatchContext(task, length, ids=ids, _ran=set())
-        return context if context.one_task else replace(context, **self.explained(model, input_ids, args, kwargs))
+        inputs = {} if is_one_task(task, ids) else self.explained(model, input_ids, args, kwargs)
+        return BatchContext(task, length, **inputs, ids=ids, _ran=set())
 
     def explained(self, model: nn.Module, input_ids: Tensor | None, args: tuple, kwargs: dict) -> dict:
         """`vision_tokens`, `plain` and `unknown` of the context of a forward with these arguments."""
@@ -456,6 +454,11 @@ class Recomputation(AbstractContextManager):
 
     def __exit__(self, *exception) -> None:
         self._open.pop().__exit__(*exception)
+
+
+def is_one_task(task: Tensor, ids: list[int] | None) -> bool:
+    """Whether all samples are known to be of one task: then every row is."""
+    return task.shape == (1,) or (not torch.compiler.is_compiling() and bool(ids) and len(set(ids)) == 1)
 
 
 def tokens_of(args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor | None]:

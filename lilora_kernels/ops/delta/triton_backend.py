@@ -6,6 +6,8 @@ from torch import Tensor
 from ... import backends
 from ..schema import AdapterArgs
 from . import eager, task_rows, triton_configs
+from .triton_bound import bind as bind
+from .triton_bound import bind_gradients as bind_gradients
 from .triton_jobs import Backward, Forward, run_jobs
 from .triton_parts import TRITON
 

@@ -11,7 +11,7 @@ from .. import triton_runtime as runtime
 from ..barrier import COUNTERS, barrier_state
 from ..philox import keep_scale, threshold
 from ..schema import AdapterArgs
-from ..triton_launcher import Launch, current, launch
+from ..triton_launcher import Launch, Ready, current, launch
 from . import triton_backward, triton_configs, triton_forward
 from .triton_backward import BackwardSizes, Gradients, Lower, PartialSums, RowSums, Thinned, Upper, UpperSums
 from .triton_configs import Configuration
@@ -22,17 +22,17 @@ NO_ADAPTER, NO_LOWER = (kind(*(None,) * len(kind._fields)) for kind in (Shrunk, 
 NO_SUMS = RowSums(*(None,) * len(RowSums._fields))
 
 
-def run_jobs(work: "Forward | Backward", one_launch: bool) -> None:
-    """All jobs in one launch; each in its own when asked for, or when the device cannot hold a whole grid at once."""
+def run_jobs(work: "Forward | Backward", one_launch: bool) -> list:
+    """All jobs in one launch; each in its own when asked for, or when the device cannot hold a whole grid at once. What `run`
+    returns of each launch."""
     if one_launch:
         try:
-            return work.at_once()
+            return [work.at_once()]
         except RuntimeError as error:
             # The configured programs fit a whole GPU, but not a share of one (MPS, green contexts).
             if "cooperative" not in str(error):
                 raise
-    for job in work.jobs:
-        job(work)
+    return [job(work) for job in work.jobs]
 
 
 class Forward:
@@ -63,7 +63,7 @@ class Forward:
         self.shrunk = Shrunk(adapter.a, adapter.v, h, z, partials)
 
     @property
-    def jobs(self) -> list[Callable[["Forward"], None]]:
+    def jobs(self) -> list[Callable[["Forward"], object]]:
         return [Forward.shrink, Forward.expand]
 
     @property
@@ -74,24 +74,17 @@ class Forward:
     def y(self) -> Tensor:
         return self.x.new_empty(self.rows, self.sizes.outputs)
 
-    def shrink(self) -> None:
+    def shrink(self) -> object:
         adapter, other = self.adapter, self.other
         tensors = self.x, adapter.gate, adapter.task, adapter.gate_row, adapter.fusion
         tensors += (None if other is None else other.adapter.fusion, seed_of(adapter))
         numbers = self.rows, *self.sizes.tall, self.x.stride(0), threshold(adapter.p), keep_scale(adapter.p)
         groups = self.shrunk, NO_ADAPTER if other is None else other.shrunk
         made = launch_of(triton_forward.shrink, ForwardSizes, self.config, self.sizes, SPLIT_K=self.split)
-        run(
-            made,
-            ceil(self.rows, self.config["BLOCK_M"]) * self.split,
-            self.x.device,
-            groups,
-            tensors,
-            numbers,
-            self.split > 1,
-        )
+        items = ceil(self.rows, self.config["BLOCK_M"]) * self.split
+        return run(made, items, self.x.device, groups, tensors, numbers, self.split > 1)
 
-    def expand(self) -> None:
+    def expand(self) -> object:
         adapter, sizes = self.adapter, self.sizes
         config = self.whole or triton_configs.configuration("expand", self.x, adapter)
         expanded = Expanded(adapter.b0, adapter.u, self.bias, self.h, self.shrunk.z, self.y)
@@ -100,9 +93,11 @@ class Forward:
         numbers = self.rows, sizes.outputs, sizes.tasks, sizes.gates, shares, float(adapter.scaling)
         made = launch_of(triton_forward.expand, ForwardSizes, config, sizes)
         groups = ceil(sizes.outputs, config["BLOCK_N"] * config["TILES_N"])
-        run(made, ceil(self.rows, config["BLOCK_M"]) * groups * shares, self.x.device, (expanded,), tensors, numbers)
+        return run(
+            made, ceil(self.rows, config["BLOCK_M"]) * groups * shares, self.x.device, (expanded,), tensors, numbers
+        )
 
-    def at_once(self) -> None:
+    def at_once(self) -> object:
         adapter, sizes = self.adapter, self.sizes
         expanded = Expanded(adapter.b0, adapter.u, self.bias, self.h, self.shrunk.z, self.y)
         tensors = self.x, adapter.gate, adapter.task, adapter.gate_row, adapter.fusion, seed_of(adapter)
@@ -113,7 +108,7 @@ class Forward:
         made = launch_of(
             triton_forward.delta_forward, ForwardSizes, self.whole, sizes, at_once=True, SPLIT_K=self.split
         )
-        run(made, 0 if self.rows == 0 else None, self.x.device, (self.shrunk, expanded), tensors, numbers, True)
+        return run(made, 0 if self.rows == 0 else None, self.x.device, (self.shrunk, expanded), tensors, numbers, True)
 
     def shares(self, config: Configuration) -> int:
         """How many programs share the tasks of a tile: one visits them one after the other, a few hundred ns each."""
@@ -185,13 +180,13 @@ class Backward:
             self.sums = RowSums(h, scaled_q_u, dv, dfusion_rows, grads("fusion"), dq_h, grads("gate"))
         self.partial_sums, self.gradients = PartialSums(da, db0, du, dv), Gradients(*map(grads, Gradients._fields))
         # Not bound to this object, which would keep it and all gradients alive: autograd would copy them.
-        self.jobs: list[Callable[[Backward], None]] = [] if from_dh else [Backward.from_dy]
+        self.jobs: list[Callable[[Backward], object]] = [] if from_dh else [Backward.from_dy]
         if self.sums is not NO_SUMS or (self.lower is not NO_LOWER and first is None):
             self.jobs.append(Backward.from_x)
         if needs & {"a", "b0", "u", "v"}:
             self.jobs.append(Backward.add_partials)
 
-    def from_dy(self) -> None:
+    def from_dy(self) -> object:
         adapter, config, sizes = self.adapter, self.config, self.sizes
         tensors = self.dy, adapter.gate, adapter.task, adapter.gate_row, adapter.fusion
         ranks = adapter.ranks or (0, sizes.rank)
@@ -203,9 +198,9 @@ class Backward:
         items = ceil(self.rows, self.chunk) * (shrinks + ups + (self.upper_sums.present is not None))
         made = launch_of(triton_backward.from_dy, BackwardSizes, config, sizes, SPLIT_N=self.split)
         groups = self.upper, self.thinned, self.upper_sums
-        run(made, items, self.dy.device, groups, tensors, numbers, self.thinned.partials is not None)
+        return run(made, items, self.dy.device, groups, tensors, numbers, self.thinned.partials is not None)
 
-    def from_x(self) -> None:
+    def from_x(self) -> object:
         adapter, sizes, second = self.adapter, self.sizes, self.second
         own = self.lower if self.is_first else NO_LOWER
         other = NO_LOWER if second is None else second.lower
@@ -220,9 +215,9 @@ class Backward:
         rows_summed = chunks * sizes.tasks * ("v" in self.needs) + sizes.tasks * ("fusion" in self.needs)
         made = launch_of(triton_backward.from_x, BackwardSizes, config, sizes)
         items = downs + rows_summed + sizes.gates * ("gate" in self.needs)
-        run(made, items, self.dy.device, (own, other, self.sums), tensors, numbers)
+        return run(made, items, self.dy.device, (own, other, self.sums), tensors, numbers)
 
-    def add_partials(self) -> None:
+    def add_partials(self) -> object:
         sizes = self.sizes
         config = self.whole or triton_configs.configuration("add_partials", self.dy, self.adapter)
         numbers = self.rows, sizes.columns, sizes.outputs, sizes.tasks, self.chunk
@@ -234,9 +229,11 @@ class Backward:
             for count, grad in zip(summed.values(), self.gradients, strict=True)
             if grad is not None
         )
-        run(made, items, self.dy.device, (self.partial_sums, self.gradients), (self.upper_sums.present,), numbers)
+        return run(
+            made, items, self.dy.device, (self.partial_sums, self.gradients), (self.upper_sums.present,), numbers
+        )
 
-    def at_once(self) -> None:
+    def at_once(self) -> object:
         adapter, sizes = self.adapter, self.sizes
         tensors = self.dy, self.x, self.grads.get("x"), adapter.gate, adapter.task, adapter.gate_row, adapter.fusion
         ranks = adapter.ranks or (0, sizes.rank)
@@ -251,7 +248,7 @@ class Backward:
         groups = (
             self.upper, self.thinned, self.upper_sums, self.lower, self.sums, self.partial_sums, self.gradients,
         )  # fmt: skip
-        run(made, None, self.dy.device, groups, (*tensors, seed_of(adapter)), numbers, True)
+        return run(made, None, self.dy.device, groups, (*tensors, seed_of(adapter)), numbers, True)
 
 
 class Sizes(NamedTuple):
@@ -307,26 +304,20 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and not x.is_neg() else x.resolve_neg().contiguous()
 
 
-def staged(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous, at a multiple of 16 bytes: others, such as views of an optimizer's flat buffer, would be read 2 bytes at a time
-    and without asynchronous copies, by kernels compiled for that."""
-    if tensor is None:
-        return None
+def staged(tensor: Tensor | None, aligned: bool = True) -> Tensor | None:
+    """Contiguous, and `aligned` at a multiple of 16 bytes: others, such as views of an optimizer's flat buffer, would be read 2
+    bytes at a time and without asynchronous copies, by kernels compiled for that."""
+    if tensor is None or (tensor.is_contiguous() and not tensor.is_neg() and not (aligned and tensor.data_ptr() & 15)):
+        return tensor
     tensor = tensor.resolve_neg().contiguous()
-    return tensor.clone() if tensor.data_ptr() & 15 else tensor
+    return tensor.clone() if aligned and tensor.data_ptr() & 15 else tensor
 
 
 def staged_adapter(adapter: AdapterArgs) -> AdapterArgs:
     """The small tensors, which are read an element at a time, may lie anywhere."""
     a, b0, u, v, fusion, task, gate, gate_row, seed, *others = adapter
-    a, b0, u, v, gate = [
-        t if t is None or (t.is_contiguous() and not t.data_ptr() & 15 and not t.is_neg()) else staged(t)
-        for t in (a, b0, u, v, gate)
-    ]
-    fusion, task, gate_row = [
-        t if t is None or (t.is_contiguous() and not t.is_neg()) else t.resolve_neg().contiguous()
-        for t in (fusion, task, gate_row)
-    ]
+    a, b0, u, v, gate = map(staged, (a, b0, u, v, gate))
+    fusion, task, gate_row = (staged(t, aligned=False) for t in (fusion, task, gate_row))
     return AdapterArgs(a, b0, u, v, fusion, task, gate, gate_row, seed, *others)
 
 
@@ -342,24 +333,27 @@ def run(
     tensors: tuple,
     numbers: tuple,
     waits: bool | None = None,
-) -> None:
+) -> tuple[Ready, list[Tensor | None], Tensor | None] | None:
     """One launch: a program for each item, nothing for none; where items is None, as many programs as are resident at once, up
     to those of the configuration.
 
-    waits: whether programs wait for each other, of a kernel that has a state for it behind its other tensors.
+    waits: whether programs wait for each other, of a kernel that has a state for it behind its other tensors. Returns what
+    `launch` does, and that state.
     """
     if items == 0:
-        return
+        return None
     with current(device):
-        if waits is not None:
-            tensors += (barrier_state(device) if waits else None,)
+        state = barrier_state(device) if waits else None
+        tensors += () if waits is None else (state,)
         if items is not None:
-            return launch(made, (3 if runtime.INTERPRETED else items, 1, 1), tensors, numbers, groups)
+            launched = launch(made, (3 if runtime.INTERPRETED else items, 1, 1), tensors, numbers, groups)
+            return launched and (*launched, state)
         while True:
             # Where programs run one after another a barrier can wait for no more than one.
             programs = 1 if runtime.INTERPRETED else runtime.processors(device) * made.programs
             try:
-                return launch(made, (programs, 1, 1), tensors, numbers, groups)
+                launched = launch(made, (programs, 1, 1), tensors, numbers, groups)
+                return launched and (*launched, state)
             except RuntimeError as error:
                 if made.programs == 1 or "cooperative" not in str(error):
                     raise

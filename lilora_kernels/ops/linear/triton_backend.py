@@ -5,7 +5,7 @@ from torch import Tensor
 from ..delta import triton_backend as delta
 from ..schema import AdapterArgs
 
-rows = delta.rows
+rows, bind, bind_gradients = delta.rows, delta.bind, delta.bind_gradients
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ class Implementation:
     `bind(*arguments)`: bound(x, task, seed) -> y [..., N] for x [..., K] and ids [M] of the same kinds as here, without
     gradients; all other arguments stay what and where they are. bound is None, or returns it, where a call has to take the
     usual way.
-    `bind_gradients(*arguments)`: the same with gradients, as an object with forward(x, task, seed) -> y and h, and
+    `bind_gradients(*arguments)`: the same with gradients, as an object with forward(x, base, adapter) -> y and h, and
     backward(dy, x, weight, h, adapter, needs) -> those of x and the factors that are needed.
     `rows(device)`: numbers of rows that together meet every kernel which it may have to compile or load.
     """

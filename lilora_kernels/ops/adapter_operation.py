@@ -175,10 +175,10 @@ class BoundGradients:
     def forward(self, x: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """y [..., N], h [M, R], and what dropout keeps, if `bound` has drawn it."""
         *base, a, b0, u, v, fusion, task, seed = others
-        found = self.bound and self.bound.forward(x, task, seed)
+        adapter = AdapterArgs(a, b0, u, v, fusion, task, None, None, seed, *self.numbers)
+        found = self.bound and self.bound.forward(x, base, adapter)
         if found is not None:
             return found
-        adapter = AdapterArgs(a, b0, u, v, fusion, task, None, None, seed, *self.numbers)
         with torch._C._AutoDispatchBelowAutograd():
             y, h = self.backend.forward(x.reshape(-1, x.shape[-1]), *base, adapter)
             # Autograd would let nobody write to a view.

@@ -31,7 +31,7 @@ def forward(x: Tensor, *of: Tensor | AdapterArgs | None) -> tuple[Tensor, Tensor
     *base, adapter = of
     if not is_taken(base, adapter, x):
         return None
-    found = Training(base, adapter).forward(x, adapter.task, adapter.seed)
+    found = Training(base, adapter).forward(x, base, adapter)
     return found and found[:2]
 
 
@@ -107,10 +107,10 @@ class Training:
             self.most_rows = min(MOST_ROWS, MOST_PRODUCTS // max(products, 1))
 
     def forward(
-        self, x: Tensor, task: Tensor | None, seed: Tensor | None
+        self, x: Tensor, base: Sequence[Tensor | None], adapter: AdapterArgs
     ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """y [..., N] and h [M, R] for x [..., K], and what dropout keeps; None for too many rows and an id of no task."""
-        rows = x.shape[:-1].numel()
+        rows, task = x.shape[:-1].numel(), adapter.task
         if rows > self.most_rows or (task is not None and (task.shape != (rows,) or not task.is_contiguous())):
             return None
         if not x.is_contiguous() or x.is_neg():
@@ -118,7 +118,7 @@ class Training:
         x_at = x.data_ptr()
         if x_at == 0 and rows > 0:
             return None
-        keep = eager.kept(rows, self.columns, self.p, seed)
+        keep = eager.kept(rows, self.columns, self.p, adapter.seed)
         y, h = x.new_empty((*x.shape[:-1], self.outputs)), x.new_empty((rows, self.rank))
         call = cpu_library.OF_TRAINING.pack(
             rows, x_at, h.data_ptr(), y.data_ptr(), pointer(task), pointer(keep), 0, 0, 0, 0, 0, 0, *self.parameters

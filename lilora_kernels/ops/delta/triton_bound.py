@@ -25,13 +25,19 @@ def bind_gradients(x: Tensor, *of: Tensor | AdapterArgs | None) -> "Bound | None
     parameters = [t for t in (*base, *adapter[:5]) if t is not None]
     if runtime.INTERPRETED or adapter.gate is not None or any(not t.is_contiguous() or t.is_neg() for t in parameters):
         return None
-    return Bound(x, base, adapter)
+    return Bound(x, adapter, *base[1:])
 
 
 def bind(x: Tensor, *of: Tensor | AdapterArgs | None) -> Callable | None:
     """See `Implementation.bind`."""
+    *base, adapter = of
     bound = bind_gradients(x, *of)
-    return bound and (lambda x, task, seed: (found := bound.forward(x, task, seed)) and found[0])
+
+    def run(x: Tensor, task: Tensor | None, seed: Tensor | None) -> Tensor | None:
+        found = bound.forward(x, base, adapter._replace(task=task, seed=seed))
+        return found and found[0]
+
+    return bound and run
 
 
 class Launches:
@@ -71,21 +77,22 @@ def launches_of(*kind: object) -> dict[tuple, Launches]:
 
 
 class Bound:
-    """A call of both directions for few rows."""
+    """A call of both directions for few rows, bound to where its parameters lie."""
 
-    def __init__(self, x: Tensor, base: Sequence[Tensor | None], adapter: AdapterArgs) -> None:
-        self.weight, self.bias = base or (None, None)
-        self.adapter, (self.outputs, self.rank) = adapter, adapter.b0.shape
-        parameters = self.bias, *adapter[:5]
+    def __init__(self, x: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> None:
+        self.columns, (self.outputs, self.rank) = adapter.a.shape[1], adapter.b0.shape
+        parameters = bias, *adapter[:5]
         self.pointers = [0 if t is None else t.data_ptr() for t in parameters]
         kinds = [None if t is None else (t.dtype, t.shape) for t in parameters]
-        # Of what a backward reads beside dy: x, h, the factors, task and seed.
-        self.dtypes = x.dtype, x.dtype, *[kind and kind[0] for kind in kinds[1:]], torch.int32, torch.int64
+        self.kinds = kinds[1:]  # of the factors
         self.launches = launches_of(x.device, x.dtype, *kinds, adapter.scaling, adapter.p, *(adapter.ranks or ()))
 
-    def forward(self, x: Tensor, task: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor, None] | None:
+    def forward(
+        self, x: Tensor, base: Sequence[Tensor | None], adapter: AdapterArgs
+    ) -> tuple[Tensor, Tensor, None] | None:
         """y [..., N] and h [M, R] for x [..., K]; None for what has to take the usual way."""
-        rows, plan = x.shape[:-1].numel(), backends.forced["plan"]
+        rows, plan, task, seed = x.shape[:-1].numel(), backends.forced["plan"], adapter.task, adapter.seed
+        weight, bias = base or (None, None)
         pointers = x.data_ptr(), *self.pointers, *[0 if t is None else t.data_ptr() for t in (task, seed)]
         launches = self.launches.get(kind := (rows, plan, task is None))
         if not is_bound(rows, plan, pointers, launches) or not x.is_contiguous() or x.is_neg():
@@ -94,17 +101,17 @@ class Bound:
             return None
         flat = x if x.dim() == 2 else x.view(rows, x.shape[-1])
         if launches is None:
-            adapter = self.adapter._replace(task=task, seed=seed)
-            work = Forward(flat, self.bias, adapter, plan != "by_phase")
+            work = Forward(flat, bias, adapter, plan != "by_phase")
             made = run_jobs(work, plan != "by_phase")
             y, h = work.y, work.h
-            self.note(kind, made, (flat, self.bias, *adapter[:5], task, seed), (y, h))
+            self.note(kind, made, (flat, bias, *adapter[:5], task, seed), (y, h))
         else:
             y, h = x.new_empty(rows, self.outputs), x.new_empty(rows, self.rank)
             launches(x, (*pointers, y.data_ptr(), h.data_ptr()))
-        if self.weight is not None:
-            y.addmm_(flat, (self.weight if self.weight.dtype is x.dtype else self.weight.to(x.dtype)).t())
-        return y if flat is x else y.view(*x.shape[:-1], self.outputs), h, None
+        if weight is not None:
+            y.addmm_(flat, (weight if weight.dtype is x.dtype else weight.to(x.dtype)).t())
+        # Autograd would let nobody write to a view.
+        return y if flat is x else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], self.outputs]), h, None
 
     def backward(
         self,
@@ -118,20 +125,25 @@ class Bound:
     ) -> list[Tensor] | None:
         """Those of OPERANDS that are needed, in this order, for dy [..., N] and x [..., K]; None as in forward.
 
-        Parameters may lie elsewhere by now: sharding, and hooks on saved tensors, bring them anew.
+        Parameters may lie elsewhere by now: sharding, and hooks on saved tensors, bring them anew, perhaps as others.
         """
         if is_legacy_batchedtensor(dy) or (x is not None and x.is_neg()):
             return None
         if not dy.is_contiguous() or dy.is_neg():
             dy = dy.resolve_neg().contiguous()
         *factors, task, _, _, seed = adapter[:9]
+        rows, plan = dy.shape[:-1].numel(), backends.forced["plan"]
         pointers = [dy.data_ptr()]
-        for t, dtype in zip((x, h, *factors, task, seed), self.dtypes, strict=True):
+        for t in (x, h, *factors, task, seed):
             at = 0 if t is None else t.data_ptr()
-            if t is not None and (at == 0 or t.dtype is not dtype or not t.is_contiguous()):
+            if t is not None and (at == 0 or not t.is_contiguous()):
                 return None
             pointers.append(at)
-        rows, plan = dy.shape[:-1].numel(), backends.forced["plan"]
+        if [None if t is None else (t.dtype, t.shape) for t in factors] != self.kinds:
+            return None
+        for t, width in ((x, self.columns), (h, self.rank)):
+            if t is not None and (t.dtype is not dy.dtype or t.numel() != rows * width):
+                return None
         launches = self.launches.get(kind := (rows, plan, task is None, needs))
         if not is_bound(rows, plan, pointers, launches):
             return None
@@ -146,7 +158,7 @@ class Bound:
         else:
             results = [torch.empty_like(t) for t in compress(factors, needs[1:])]
             if needs[0]:
-                results.insert(0, dy.new_empty(rows, self.adapter.a.shape[1]))
+                results.insert(0, dy.new_empty(rows, self.columns))
             launches(dy, (*pointers, *[t.data_ptr() for t in results]))
         if needs[0]:
             if weight is not None:

@@ -4,6 +4,7 @@ JITFunction.run binds and specialises all arguments anew and costs ten times wha
 launch of each kind, so that compiling and Triton's caches stay its own.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from math import gcd
@@ -67,7 +68,7 @@ class Ready(NamedTuple):
     groups: tuple[int, ...]
     numbers: tuple
 
-    def __call__(self, device: int, pointers: list[int]) -> None:
+    def __call__(self, device: int, pointers: Sequence[int]) -> None:
         """On the current device, of this index."""
         run, function, metadata = self.compiled
         nested, end = [], 0

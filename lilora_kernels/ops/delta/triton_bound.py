@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import compress
 from math import gcd
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Launches:
                     places[id(t)] = 2 + len(operands) + len(results) + len(self.offsets)
                     self.offsets.append(self.size)
                     self.size += -(-t.nbytes // 128) * 128
-            self.each.append((ready, [places[id(t)] for t in tensors]))
+            self.each.append((ready, itemgetter(*[places[id(t)] for t in tensors])))
         self.waits = any(state is not None for *_, state in made)
 
     def __call__(self, like: Tensor, pointers: Sequence[int]) -> None:
@@ -66,8 +67,8 @@ class Launches:
             own = like.new_empty(self.size, dtype=torch.uint8)
             start = own.data_ptr()
             found = 0, state.data_ptr() if self.waits else 0, *pointers, *[start + at for at in self.offsets]
-            for ready, places in self.each:
-                ready(like.get_device(), [found[at] for at in places])
+            for ready, chosen in self.each:
+                ready(like.get_device(), chosen(found))
 
 
 @cache

@@ -10,7 +10,7 @@ from support.toy import HIDDEN, SCALING, TARGETS, VOCABULARY, WIDTH, Toy
 from lilora.bank.records import BaseModelId
 from lilora.errors import UserError
 from lilora.methods import Stage, make_method
-from lilora_kernels import functional
+from lilora_kernels.layers.base import Factors
 
 R = 8
 PEFT_NAMES = ("ewc", "lwf")
@@ -242,8 +242,8 @@ def test_olora_sums_the_loras_of_all_tasks_and_only_the_newest_learns(monkeypatc
     method, dense = make("olora")
     layer, learned = method.layers["up"], []
     seen = []
-    of_rows = functional.of_rows
-    monkeypatch.setattr(functional, "of_rows", lambda *a, **k: seen.append(a[-1]) or of_rows(*a, **k))
+    run = Factors.run
+    monkeypatch.setattr(Factors, "run", lambda *args: seen.append(args[-1]) or run(*args))
     for number, task in enumerate(("first", "second", "third")):
         begin(method, task)
         assert method.ranks() == R * (number + 1)

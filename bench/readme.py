@@ -102,7 +102,7 @@ def host() -> str:
     lines += [
         "",
         "A linear of 64 x 64 with r 16, sub-rank 8, in a model of eight: what Python and dispatch cost, whatever the size. "
-        "ours: the CPU kernels, gradients in one call; triton: its launches cost nothing here. "
+        "ours: the backend cpu; triton: its launches cost nothing here. "
         "Eight rows of a model that has 1, 8, 64 and 512 "
         f"tasks, and 8 after 1000 were deleted: {mixed}; frozen, of 1, 8, 64 and 512: {frozen}. "
         "A generation's time is divided by its 96 adapted linears and its tokens, all else that it does included. "

@@ -13,8 +13,7 @@ from .philox import keep_scale, threshold
 from .schema import FACTORS, AdapterArgs
 
 MOST_ROWS = 1024  # kMostRows of csrc/cpu/training.cpp
-# Multiplications of y = x W^T and of h and h B0^T, unless the plan is forced: a library's products are as fast beyond. Thread
-# time of both directions, one thread of an AVX2 core, over that of composed, for 2^20: 0.3, 2^22: 0.6, 2^24: 0.9 to 1.1.
+# Multiplications of y = x W^T and of h and h B0^T, unless the plan is forced: beyond, the library's products are as fast.
 MOST_PRODUCTS = 2**23
 PLAN = {"one_launch": "for fp32 with gradients, while its products are small"}
 OPERANDS = ("x", *FACTORS)

@@ -1,0 +1,19 @@
+"""The comparison that `MOST_PRODUCTS` was read from."""
+
+import pytest
+import torch
+
+from bench import small_training
+from lilora_kernels import cpu_library
+from lilora_kernels.ops.cpu_training import OPERANDS
+
+pytestmark = pytest.mark.skipif(isinstance(cpu_library.load(), str), reason=f"{cpu_library.load()}")
+
+
+def test_both_plans_compute_the_same():
+    torch.manual_seed(0)
+    runs = small_training.runs(7, 24, 20, 8, 4)
+    own, library = (run() for run in runs.values())
+    for name, got in zip(OPERANDS, own, strict=True):
+        torch.testing.assert_close(got, library[name], rtol=1e-4, atol=1e-4)
+    assert all(us > 0 for us in small_training.least(runs, 0).values())

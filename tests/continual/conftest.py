@@ -4,6 +4,7 @@ import pytest
 import yaml
 from support import tiny_clip
 from support.suite import TRAIN_OPTIONS, make_suite
+from support.suite import train_options as options_of_training
 
 from lilora.cli import app
 from lilora.continual import run as train
@@ -48,9 +49,9 @@ def train_options():
 
 
 @pytest.fixture(scope="session")
-def quick(train_options):
+def quick():
     """Few steps, large ones: routing does not depend on how well tasks were trained, but they shall differ."""
-    return [*train_options, "--max-steps", "2", "--save-steps", "9", "--lr", "0.1"]
+    return options_of_training(max_steps=2, save_steps=9, lr=0.1)
 
 
 @pytest.fixture(scope="session")

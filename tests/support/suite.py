@@ -118,8 +118,12 @@ def make_suite(folder):
     (folder / "tasks.yaml").write_text(yaml.safe_dump(manifest))
 
 
-# Options of `lilora train` that train each task of the suite in a second.
-TRAIN_OPTIONS = shlex.split(
-    "--r 8 --sub-rank 4 --alpha 16 --dropout 0.1 --lr 0.01 --max-steps 6 --batch-size 4 --gradient-accumulation 1 "
-    "--save-steps 2 --device cpu --quiet"
-)
+def train_options(max_steps: int = 6, save_steps: int = 2, lr: float = 0.01) -> list[str]:
+    """Options of `lilora train` that train each task of the suite in a second."""
+    return shlex.split(
+        f"--r 8 --sub-rank 4 --alpha 16 --dropout 0.1 --lr {lr} --max-steps {max_steps} --batch-size 4 "
+        f"--gradient-accumulation 1 --save-steps {save_steps} --device cpu --quiet"
+    )
+
+
+TRAIN_OPTIONS = train_options()

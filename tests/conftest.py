@@ -1,4 +1,5 @@
 import gc
+import os
 import re
 import sys
 import threading
@@ -20,12 +21,28 @@ def _frozen():
     gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """OpenMP's threads do not come along into a forked child, which waits for them for ever: this process has one."""
     import torch  # the process that hands out the tests needs none of its seconds
 
+    here, set_num_threads = os.getpid(), torch.set_num_threads
+
+    def guarded(count):
+        assert count == 1 or os.getpid() != here, (
+            "more threads than one only in a child: support.forked.passes_in_child"
+        )
+        set_num_threads(count)
+
+    torch.set_num_threads = guarded
+    guarded(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    import torch
+
     torch.manual_seed(0)
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

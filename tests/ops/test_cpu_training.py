@@ -19,6 +19,7 @@ from support.cases import (
     oracle,
     pairwise,
 )
+from support.forked import passes_in_child
 from torch import nn
 
 import lilora_kernels
@@ -152,12 +153,12 @@ def test_dropout_has_the_mask_of_the_composed_plan(op, mix, p, instructions):
 def test_bits_depend_on_neither_threads_nor_calls():
     i, dy = make(rows=300, columns=128, outputs=160, rank=48, dtype=torch.float32), torch.randn(300, 160)
     alone = results("linear", i, dy)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+
+    def by_two():
+        torch.set_num_threads(2)
         same(results("linear", i, dy), alone)
-    finally:
-        torch.set_num_threads(before)
+
+    assert passes_in_child(by_two)
 
 
 def test_a_nan_stays_with_its_task():

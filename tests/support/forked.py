@@ -1,11 +1,27 @@
-"""`python -m` in a forked process, which spares it the imports that this one has made."""
+"""Forked processes, which are spared the imports that this one has made."""
 
 import os
 import runpy
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from subprocess import TimeoutExpired
+
+
+def passes_in_child(check: Callable[[], object]) -> bool:
+    """Whether `check()` ends without an exception in a child, which prints it. What it starts, threads as well, ends with it."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            check()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1] == 0
 
 
 class Forked:

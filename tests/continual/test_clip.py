@@ -480,7 +480,7 @@ def test_what_does_not_go_together_is_one_sentence(images, suite, finished, tmp_
         (("train", suite / "tasks.yaml", "--out", out, "--model", images / "base"), "--model"),
         (
             (*command(images, out, "lora"), "--method", "ewc"),
-            "--method ewc cannot train on tasks of this kind of manifest; choose one of lilora, ",
+            "--method ewc cannot train on tasks of this kind of manifest; choose one of adalora, ",
         ),
         ((*command(images, out, "lora"), "--method", "pclr"), "--method pclr cannot train"),
         (("generate", finished, "--task", "count", "--prompt", "x"), "classifies images and writes no text"),

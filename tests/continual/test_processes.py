@@ -116,10 +116,9 @@ def ended(child: int) -> int:
 
 
 def told(folder: Path) -> list[str]:
-    """What the processes told the user, all together."""
-    return [
-        line for rank in range(2) for line in (folder / f"{rank}.err").read_text().splitlines() if "lilora: " in line
-    ]
+    """What the processes told the user, all together, but for options that a test gives twice."""
+    lines = (line for rank in range(2) for line in (folder / f"{rank}.err").read_text().splitlines())
+    return [line for line in lines if "lilora: " in line and " is given " not in line]
 
 
 def fingerprints(run: Path) -> list[tuple[str, str]]:

@@ -268,12 +268,12 @@ def test_what_does_not_go_together_is_one_sentence(suite, finished, tmp_path, li
     for arguments, words in (
         (
             command(suite, out, "--method", "ewc"),
-            "--method ewc cannot train on tasks of this kind of manifest; choose one of lilora, adalora, dirlora, lora, "
-            "cia, clora, dac, moelora, olora, nlora, sdlora, sefe, slao, sora, xgblora",
+            "--method ewc cannot train on tasks of this kind of manifest; choose one of adalora, cia, clora, dac, dirlora, "
+            "lilora, lora, moelora, nlora, olora, sdlora, sefe, slao, sora, xgblora",
         ),
         (
             command(suite, out, "--method", "joint"),
-            "choose one of lilora, adalora, dirlora, lora, cia, clora, dac, moe",
+            "choose one of adalora, cia, clora, dac, dirlora, lilora, lora, moe",
         ),
         (("generate", finished, "--prompt", "x"), "classifies images and writes no text; use lilora eval"),
         (

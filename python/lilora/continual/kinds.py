@@ -50,11 +50,11 @@ class Kind:
 
     def check_method(self, method: type[Method]) -> None:
         """UserError for a method that cannot train such tasks."""
-        fit = [
+        fit = sorted(
             name
             for name, other in METHODS.items()
             if (self.answers or not other.answers_only) and not (self.heads and other.trains_on != "task")
-        ]
+        )
         if method.answers_only and not self.answers:
             raise UserError(
                 f"--method {method.name} cannot train on tasks of this kind of manifest; choose one of {', '.join(fit)}"

@@ -5,30 +5,45 @@ Importing it teaches PEFT the method, so that `get_peft_model`, `PeftModel.from_
 """
 
 import sys
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lilora.errors import missing_extra, print_error
+from lilora.errors import missing_extra
 from lilora_kernels import BatchContext, LiLoRALinear, attach, explain, freeze, route, set_task, unfreeze
 from lilora_kernels.version import __version__
 
-try:
-    from peft.utils import register_peft_method
-except ModuleNotFoundError as missing:
-    if Path(sys.argv[0]).stem in ("lilora", "-m"):  # the command, of which the package is imported first
-        print_error(missing_extra(missing))
-        sys.exit(2)
-    raise ImportError(missing_extra(missing)) from None
+if TYPE_CHECKING:
+    from .bank.export import export_lora
+    from .families import register_family
+    from .peft.config import PRESETS, LiLoRAConfig
+    from .peft.loading import hotswap
+    from .peft.tuner import LiLoRAModel
 
-from lilora.bank.export import export_lora
-from lilora.families import register_family
-from lilora.peft.config import PRESETS, LiLoRAConfig
-from lilora.peft.loading import hotswap
-from lilora.peft.tuner import LiLoRAModel
-from lilora.peft.wrappers import carry_task_ids, refuse_lora_fa
+OF_PEFT = {
+    "PRESETS": "peft.config",
+    "LiLoRAConfig": "peft.config",
+    "LiLoRAModel": "peft.tuner",
+    "export_lora": "bank.export",
+    "hotswap": "peft.loading",
+    "register_family": "families",
+}
 
-register_peft_method(name="lilora", config_cls=LiLoRAConfig, model_cls=LiLoRAModel)
-carry_task_ids()
-refuse_lora_fa()
+
+def __getattr__(name: str) -> Any:
+    if name not in OF_PEFT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{OF_PEFT[name]}"), name)
+
+
+# The command, of which the package is imported first, imports PEFT, for seconds, where it takes a model.
+if Path(sys.argv[0]).stem != "lilora" and ("-m", "lilora") not in pairwise(sys.orig_argv):
+    try:
+        import_module(f"{__name__}.peft")
+    except ModuleNotFoundError as missing:
+        raise ImportError(missing_extra(missing)) from None
+    globals().update({name: __getattr__(name) for name in OF_PEFT})
 
 __all__ = [
     "PRESETS",

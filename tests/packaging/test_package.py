@@ -15,8 +15,8 @@ import yaml
 ROOT = Path(__file__).parents[2]
 
 
-def python(*arguments):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+def python(*arguments, cwd=None):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, check=False)
 
 
 @pytest.mark.parametrize("flags", [[], ["-O"]])
@@ -31,13 +31,32 @@ def test_importing_the_kernels_imports_torch_only(flags, tmp_path):
 
 @pytest.mark.parametrize("argv", ["lilora", "/usr/bin/lilora", "script.py"])
 def test_without_the_packages_of_the_extra_the_command_is_one_sentence(argv):
-    code = f"import sys; sys.modules['peft'] = None; sys.argv = [{argv!r}]; from lilora.__main__ import main; main()"
+    command = [argv, "bank", "ls", "bank"]
+    code = f"import sys; sys.modules['peft'] = None; sys.argv = {command}; from lilora.__main__ import main; main()"
     result = python("-c", code)
     sentence = 'lilora needs peft, which is not installed; run pip install ".[hf]" in a checkout of lilora-kernels\n'
     if argv == "script.py":
         assert result.stderr.endswith(f"\nImportError: {sentence}")
     else:
         assert (result.returncode, result.stdout, result.stderr) == (2, "", f"lilora: {sentence}")
+
+
+def test_help_waits_for_no_package_but_torch():
+    """PEFT and transformers take seconds."""
+    heavy = ("transformers", "peft", "accelerate", "matplotlib")
+    code = f"import sys; sys.argv = ['lilora']; import lilora.cli; print([m for m in {heavy} if m in sys.modules])"
+    result = python("-c", code)
+    assert result.stdout.strip() == "[]", result.stderr
+    later = python("-c", f"{code}; import lilora; print(lilora.LiLoRAConfig.__name__, lilora.hotswap.__name__)")
+    assert later.stdout.splitlines()[1:] == ["LiLoRAConfig hotswap"], later.stderr
+
+
+def test_a_package_that_imports_it_has_peft_taught_even_where_it_is_run_as_a_module(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import lilora")
+    (tmp_path / "mine" / "__main__.py").write_text("import peft; print('LILORA' in peft.PeftType.__members__)")
+    result = python("-m", "mine", cwd=tmp_path)
+    assert result.stdout == "True\n", result.stderr
 
 
 def test_what_a_machine_can_use_is_told_with_torch_alone():

@@ -15,7 +15,6 @@ import typer
 
 from lilora.errors import Diverged, UserError, shortened
 
-from .method_options import setting
 from .options import Json
 from .output import console, console_line, plain_table
 
@@ -160,6 +159,8 @@ def _manifest(given: typer.Context) -> tuple[Any, bool]:
 
 def _candidates(method: "type[Method]", rates: str | None, tries: list[str]) -> "list[Candidate]":
     from lilora.continual.tuning import RATES, Candidate
+
+    from .method_options import setting
 
     found: list[float] = []
     for text in rates.split(",") if rates is not None else map(str, RATES):

@@ -1,0 +1,11 @@
+"""LiLoRA as a method of PEFT, which importing this teaches it."""
+
+from peft.utils import register_peft_method
+
+from .config import LiLoRAConfig
+from .tuner import LiLoRAModel
+from .wrappers import carry_task_ids, refuse_lora_fa
+
+register_peft_method(name="lilora", config_cls=LiLoRAConfig, model_cls=LiLoRAModel)
+carry_task_ids()
+refuse_lora_fa()

@@ -14,7 +14,7 @@ from .report import RESULTS, TITLES, folders, interval, kind, load, only, peer_r
 from .routing import routing
 from .smollm2 import table as speeds
 from .suite import Suite
-from .suite_tables import ablations, digits, long, one_rate, real, real_all, real_text, scores, wide
+from .suite_tables import ablations, digits, long, one_rate, probes, real, real_all, real_text, scores, wide
 
 ROOT = Path(__file__).parent.parent
 
@@ -378,6 +378,7 @@ PAGES = {
         real_text,
         real,
         real_all,
+        probes,
         routing,
         params,
         cpu,

@@ -198,6 +198,25 @@ def real() -> str:
     return suite_table("real", "make real")
 
 
+def probes() -> str:
+    """What a linear model reads from the features of that model's tower and of its teacher, and what its answers cost."""
+    folder = Suite.read("real").results
+    found, nats = (json.loads((folder / name).read_text()) for name in ("probes.json", "likelihood.json"))
+    order = sorted(found, key=lambda task: found[task]["teacher"] - found[task]["tower"])
+    lines = [f"| features | {' | '.join(order)} |", "|---|" + "--:|" * len(order)]
+    for title, name in (("EfficientNet-Lite0", "teacher"), ("the tower", "tower")):
+        lines.append(f"| {title} | {' | '.join(f'{found[task][name]:.1f}' for task in order)} |")
+    close = [task for task in order if found[task]["teacher"] - found[task]["tower"] <= 5]
+    far = [f"{task} by {found[task]['teacher'] - found[task]['tower']:.0f}" for task in order if task not in close]
+    lines += [
+        "",
+        f"Within five points of its teacher on {', '.join(close)}; behind on {' and on '.join(far)}. An answer about a test "
+        f"picture costs the model {nats['right']:.2f} nats a token, the same answer about another picture of its kind "
+        f"{nats['wrong']:.2f}. From `bench/results/real/probes.json` and `likelihood.json`, which the build writes.",
+    ]
+    return "\n".join(lines)
+
+
 def real_all() -> str:
     """The same with all of its tasks."""
     return suite_table("real-all", "make real-all")

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from rich.progress import Progress
 
@@ -27,6 +26,7 @@ from lilora.bank.atomic import write_atomically
 from lilora.errors import UserError, print_error
 from lilora.reports.report import write_report
 from lilora.reports.runs import Run, read_runs
+from lilora.yaml_files import read_yaml
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -51,7 +51,7 @@ class Suite(BaseModel):
 
     @classmethod
     def read(cls, name: str) -> "Suite":
-        return cls(name=name, **yaml.safe_load((ROOT / "bench" / "suites" / f"{name}.yaml").read_text()))
+        return cls(name=name, **read_yaml(ROOT / "bench" / "suites" / f"{name}.yaml", name, "a suite"))
 
     @property
     def results(self) -> Path:

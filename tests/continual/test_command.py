@@ -195,6 +195,7 @@ BAD = {
     "json": ("json: true", "key 'json' is unknown"),
     "no mapping": ("- r", "is no mapping from options to values"),
     "no yaml": ("r: [", "is not YAML"),
+    "key twice": ("r: 8\nset:\n  cap: 1\n  cap: 2", "the key 'cap' is given twice"),
     "truth": ("r: true", "r is True; it must not be true or false"),
     "no truth": ("projector: 3", "projector is 3; it must be true or false"),
     "mapping": ("r: {a: 1}", "r is {'a': 1}; it must be one value"),

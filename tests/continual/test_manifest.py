@@ -154,6 +154,13 @@ def test_a_file_that_is_no_manifest_is_named(tmp_path, text):
         load_manifest(tmp_path / "tasks.yaml")
 
 
+def test_a_key_that_is_given_twice_is_named(suite):
+    path, _ = suite
+    path.write_text(path.read_text() + "model: other\n")
+    with pytest.raises(UserError, match="the key 'model' is given twice"):
+        load_manifest(path)
+
+
 def test_an_answer_is_in_format_as_a_whole(suite):
     task = load_manifest(suite[0]).tasks[0]
     said = ("two words", "two words.", "three more words", "one")

@@ -8,6 +8,7 @@ import typer
 import yaml
 
 from lilora.errors import UserError
+from lilora.yaml_files import read_yaml
 
 from .options import nearest
 
@@ -28,12 +29,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read ({error.strerror}); give a YAML file of options") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"--config {path} is not YAML ({' '.join(str(error).split())}); correct it") from error
+    content = read_yaml(path, f"--config {path}", "a YAML file of options")
     if not isinstance(content, dict):
         raise UserError(f"--config {path} is no mapping from options to values; write lines such as `r: 64`")
     options = options_of(context)

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
-import yaml
 from pydantic import ValidationError
 
 from lilora.errors import UserError
 from lilora.methods import METHODS
+from lilora.yaml_files import read_yaml
 from lilora_kernels import check_task_name
 
 from .classification import ClassificationManifest
@@ -79,12 +79,7 @@ def importable(folder: Path) -> Iterator[None]:
 
 
 def _parse(path: Path) -> Manifest:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a task manifest.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())}); correct it.") from error
+    content = read_yaml(path, f"{path}:", "the path of a task manifest")
     kind = str(content.get("kind", "instruction")) if isinstance(content, dict) else "instruction"
     if kind not in MANIFESTS:
         raise UserError(f"{path}: kind {kind!r} is unknown; choose one of {', '.join(MANIFESTS)}.")

@@ -325,11 +325,21 @@ def test_whoever_sees_the_backward_gets_the_registered_operation():
     y = run("linear", i.leaves(("x",)))
     x = y.grad_fn.saved_tensors  # kept alive
     assert x
-    ours = i.leaves(("x",))
-    many = torch.randn(4, 3, 20)
-    got = torch.autograd.grad(run("linear", ours), ours.x, many, is_grads_batched=True)[0]
+
+
+@pytest.mark.parametrize("mix", ["one", "random"])
+@pytest.mark.parametrize("leaves", [("x",), LEAVES])
+@pytest.mark.parametrize("rows", [7, 60])
+def test_a_batch_of_gradients(rows, leaves, mix):
+    """As of `is_grads_batched`, or of a Jacobian with vectorize=True."""
+    i, many = make(rows=rows, mix=mix, dtype=torch.float32), torch.randn(4, rows, 20)
+    ours = i.leaves(leaves)
+    wanted = [getattr(ours, name) for name in leaves]
+    got = torch.autograd.grad(run("linear", ours), wanted, many, is_grads_batched=True)
     for at, dy in enumerate(many):
-        torch.testing.assert_close(got[at], results("linear", i, dy, ("x",))["x"])
+        want = results("linear", i, dy, leaves)
+        for name, own in zip(leaves, got, strict=True):
+            torch.testing.assert_close(own[at], want[name], rtol=1e-4, atol=1e-5)
 
 
 def test_outputs_may_be_written_to():

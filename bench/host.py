@@ -156,6 +156,10 @@ def situations() -> dict[str, dict[str, Callable[[], object]]]:
             "PEFT LoRA": forward_of(lora.eval(), one),
             "ours": forward_of(ours().eval(), one),
         },
+        "forward, 8 rows of one task": {
+            "PEFT LoRA": forward_of(lora.eval(), batch),
+            "ours": forward_of(ours().eval(), batch),
+        },
         "forward, 8 rows of several tasks": {
             "PEFT LoRA, adapter_names of 8": by_names,
             **mixed,

@@ -89,6 +89,8 @@ class Ours(Call):
         self.in_backward = False
         with self.forward:
             backend.forward(self.x, self.weight, None, self.adapter)
+        if self.adapter.u is None:
+            return
         self.in_backward = True
         with self.backward:
             backend.backward(self.dy, self.x, self.weight, self.h, self.adapter, frozenset(GRADIENTS))
@@ -131,6 +133,13 @@ def triton(call: Ours, name: str) -> None:
     launches = patch.object(triton_jobs, "run", count), patch.object(triton_parts, "run", count_part)
     with names, launches[0], launches[1], forced(name):
         call.run(triton_linear)
+
+
+def kept(call: Ours) -> None:
+    """Inference of one task, were its M_t kept from call to call: it is read in the place of B0, U and V. Not built."""
+    call.adapter = call.adapter._replace(u=None, v=None, fusion=None)
+    call.shape = replace(call.shape, sub_rank=0)
+    triton(call, "one_launch")
 
 
 def launches_of(
@@ -214,11 +223,13 @@ def fused(call: Ours) -> None:
     call.backward.launches.append(product(k, rows_computed * (n + r), elements, call.draws))
 
 
+KEPT = "Triton one_launch, M_t kept"
 PLANS: dict[str, Callable[[Ours], None]] = {
     "composed": composed,
     "Triton composed": partial(triton, name="composed"),
     "Triton one_launch": partial(triton, name="one_launch"),
     "Triton by_phase": partial(triton, name="by_phase"),
+    KEPT: kept,
     "CUDA one_launch": partial(cuda, start="barrier"),
     "CUDA by_phase": partial(cuda, start="dependent"),
     "CUDA decode": decode,
@@ -231,14 +242,18 @@ IMPLEMENTATIONS = {  # names of measured ones
     "base": "base",
     "composed": "ours_eager",
     "PEFT": "peft",
-    **{name: f"ours_{name.lower().replace(' ', '_')}" for name in PLANS if name.startswith(("Triton", "CUDA"))},
+    **{
+        name: f"ours_{name.lower().replace(' ', '_')}"
+        for name in PLANS
+        if name.startswith(("Triton", "CUDA")) and name != KEPT
+    },
 }
 
 
 def takes(plan: str, problem: Problem) -> bool:
     """The base and the floor know no tasks and no dropout; PEFT trains one adapter."""
-    if plan == "CUDA decode":
-        return problem.rows <= DECODE_ROWS and problem.p == 0
+    if plan in ("CUDA decode", KEPT):
+        return problem.rows <= DECODE_ROWS and problem.p == 0 and (plan != KEPT or problem.tasks == 1)
     return plan not in ("base", "PEFT", "floor") or (problem.tasks == 1 and (problem.p == 0 or plan == "PEFT"))
 
 

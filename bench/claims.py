@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
 from lilora.reports.runs import MethodRuns, Spread
 
 from .suite import Suite
-from .suite_tables import redundant_ranks, scores
+from .suite_tables import analysed, scores
 
 # Suites, and what each calls LiLoRA's default, most telling first.
 FROZEN = {
@@ -116,20 +117,47 @@ def flat_memory() -> tuple[str, str]:
     )
 
 
+def in_analyses(row: Callable[[dict[str, dict[str, dict[str, float]]]], tuple[str, str]]) -> tuple[str, str]:
+    """`row` of what every suite has analysed, by label."""
+    figures, verdicts = [], []
+    for name in ("real-text", "digits-wide"):
+        suite, found = Suite.read(name), {}
+        for label in suite.analyse:
+            with suppress(FileNotFoundError):
+                found[label] = analysed(suite, label)
+        if "dirlora" in found:
+            figure, word = row(found)
+            figures.append(f"{name}: {figure}")
+            verdicts.append(f"{name}: {word}")
+    if not figures:
+        raise FileNotFoundError
+    return "; ".join(figures), "; ".join(verdicts)
+
+
 def alike_across_tasks() -> tuple[str, str]:
-    found = redundant_ranks(Suite.read("digits-wide"))
-    overlap, chance = found["overlap"]["A"], found["expected"]["A"]
-    return (
-        f"digits-wide: overlap {overlap:.1f} %, by chance {chance:.1f} %; here every task draws a start of its own",
-        "holds" if overlap > 2 * chance else "does not hold with starts of their own",
-    )
+    def row(found: dict[str, dict[str, dict[str, float]]]) -> tuple[str, str]:
+        own, same = found["dirlora"], found.get("dirlora-same-start")
+        figure = (
+            f"overlap of A {own['overlap']['A']:.0f} % and CKA {own['cka']['A']:.2f} where every task draws its own start "
+            f"(by chance {own['expected']['A']:.0f} %)"
+        )
+        if same is not None:
+            figure += f", {same['overlap']['A']:.0f} % and {same['cka']['A']:.2f} with one start for all"
+        if own["overlap"]["A"] > 50:
+            return figure, "holds"
+        return figure, "holds with one start alone" if same and same["overlap"]["A"] > 50 else "does not hold"
+
+    return in_analyses(row)
 
 
 def redundancy_of_ranks() -> tuple[str, str]:
-    share = redundant_ranks(Suite.read("digits-wide"))["redundant"]
-    return f"digits-wide: {share['A']:.1f} % of A's ranks, {share['B']:.1f} % of B's", (
-        "holds" if min(share.values()) > 10 else "does not hold"
-    )
+    def row(found: dict[str, dict[str, dict[str, float]]]) -> tuple[str, str]:
+        share = found["dirlora"]["redundant"]
+        return f"{share['A']:.1f} % of A's ranks, {share['B']:.1f} % of B's", (
+            "holds" if min(share.values()) > 10 else "does not hold"
+        )
+
+    return in_analyses(row)
 
 
 def needs_a_pretrained_clip() -> tuple[str, str]:

@@ -147,7 +147,7 @@ def trained(suite: Suite, label: str, seed: int, runs: Path) -> str:
     content = {"options": options, "environment": metrics["environment"], "runs": metrics["runs"]}
     if label in suite.analyse:
         analysis = json.loads(lilora("analyze", out, "--json", log=runs / f"{label}-{seed}-analysis.log"))
-        content["analysis"] = {key: analysis[key] for key in ("threshold", "overlap", "expected", "redundant")}
+        content["analysis"] = {key: analysis[key] for key in ("threshold", "overlap", "expected", "cka", "redundant")}
     write_atomically(suite.file(label, seed), without_root(f"{json.dumps(content)}\n"))
     scores = metrics["runs"][0]["metrics"]
     return ", ".join(f"{name} {scores[name]:.1f}" for name in ("New", "AP", "Forgetting"))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 
 import matplotlib
 import numpy as np
@@ -157,40 +158,50 @@ def wide() -> str:
     return f"{suite_table('digits-wide', 'make wide', more, True)}\n\n{redundancy(suite)}"
 
 
-def redundant_ranks(suite: Suite) -> dict[str, dict[str, float]]:
-    """What `lilora analyze` found: {"redundant" | "overlap" | "expected": {"A" | "B": percent}}, means over pairs of tasks,
-    linears and runs. Raises FileNotFoundError while there is no run.
+def analysed(suite: Suite, label: str) -> dict[str, dict[str, float]]:
+    """What `lilora analyze` found: {"redundant" | "overlap" | "expected" | "cka": {"A" | "B": number}}, means over pairs of
+    tasks, linears and runs, all but CKA in percent. Raises FileNotFoundError while there is no run.
     """
-    files = [suite.file(label, seed) for label in suite.analyse for seed in suite.seeds]
+    files = [suite.file(label, seed) for seed in suite.seeds]
     found = [json.loads(file.read_text())["analysis"] for file in files if file.exists()]
     if not found:
         raise FileNotFoundError(2, "no runs", f"bench/results/{suite.name}")
 
     def mean(name: str, key: str) -> float:
         pairs = np.array([analysis[name][key] for analysis in found], dtype=float)  # [run, task, task]
-        return 100 * pairs[:, ~np.eye(pairs.shape[1], dtype=bool)].mean()
+        return (1 if name == "cka" else 100) * pairs[:, ~np.eye(pairs.shape[1], dtype=bool)].mean()
 
-    return {name: {key: mean(name, key) for key in "AB"} for name in ("redundant", "overlap", "expected")}
+    return {name: {key: mean(name, key) for key in "AB"} for name in ("redundant", "overlap", "expected", "cka")}
+
+
+STARTS = {"dirlora": "each task its own start", "dirlora-same-start": "one start for all tasks"}
 
 
 def redundancy(suite: Suite) -> str:
     """The same as a table; empty while there is no run."""
-    try:
-        found = redundant_ranks(suite)
-    except FileNotFoundError:
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for label in suite.analyse:
+        with suppress(FileNotFoundError):
+            found[label] = analysed(suite, label)
+    if not found:
         return ""
-    lines = ["| ranks of one task within the span of another's | A | B |", "|---|--:|--:|"]
-    for title, name in (("redundant, %", "redundant"), ("overlap, %", "overlap"), ("overlap by chance, %", "expected")):
-        lines.append(f"| {title} | {found[name]['A']:.1f} | {found[name]['B']:.1f} |")
-    labels = ", ".join(suite.analyse)
-    runs = sum(suite.file(label, seed).exists() for label in suite.analyse for seed in suite.seeds)
-    said = f"Of {labels}, {runs} runs; means over pairs of tasks and linears, by `lilora analyze`."
+    columns = " | ".join(f"{key}, {STARTS.get(label, label)}" for label in found for key in "AB")
+    lines = [f"| ranks of one task beside another's | {columns} |", "|---|" + "--:|" * 2 * len(found)]
+    for title, name, digits in (
+        ("redundant, %", "redundant", 1), ("overlap, %", "overlap", 1), ("overlap by chance, %", "expected", 1),
+        ("CKA", "cka", 2),
+    ):  # fmt: skip
+        cells = " | ".join(f"{numbers[name][key]:.{digits}f}" for numbers in found.values() for key in "AB")
+        lines.append(f"| {title} | {cells} |")
+    runs = sum(suite.file(label, seed).exists() for label in found for seed in suite.seeds)
+    said = f"Of {', '.join(found)}, {runs} runs; means over pairs of tasks and linears, by `lilora analyze`."
     return "\n".join([*lines, "", said])
 
 
 def real_text() -> str:
     """Methods of the suite on a pretrained language model."""
-    return suite_table("real-text", "make real-text", "", True)
+    table, ranks = suite_table("real-text", "make real-text", "", True), redundancy(Suite.read("real-text"))
+    return f"{table}\n\n{ranks}" if ranks else table
 
 
 def real() -> str:

@@ -47,7 +47,7 @@ def tiny(tmp_path, monkeypatch):
             content = metrics(options["--label"], int(options["--seed"]), float(options["--lr"]))
             (out / "metrics.json").write_text(json.dumps(content))
         pairs = {"A": [[1.0, 0.5], [0.5, 1.0]]}
-        analysis = {"threshold": 0.5, "overlap": pairs, "expected": pairs, "redundant": pairs}
+        analysis = {"threshold": 0.5, "overlap": pairs, "expected": pairs, "cka": pairs, "redundant": pairs}
         return json.dumps(analysis if command == "analyze" else {"best": {"candidate": {"learning_rate": 0.5}}})
 
     monkeypatch.setattr(suite, "lilora", lilora)
@@ -128,7 +128,9 @@ def test_redundancy_is_the_mean_over_pairs_and_runs(tiny):
     for seed in small.seeds:
         content = json.loads(small.file("fixed", seed).read_text())
         pairs = [[None, 0.1 * (seed + 1)], [0.3, None]]
-        content["analysis"] = {key: {"A": pairs, "B": [[1, 1], [1, 1]]} for key in ("redundant", "overlap", "expected")}
+        content["analysis"] = {
+            key: {"A": pairs, "B": [[1, 1], [1, 1]]} for key in ("redundant", "overlap", "expected", "cka")
+        }
         small.file("fixed", seed).write_text(json.dumps(content))
     table = suite_tables.redundancy(small)
     assert "| redundant, % | 22.5 | 100.0 |" in table

@@ -428,3 +428,23 @@ def test_a_wrong_setting_is_one_sentence(name, key, value):
 def test_a_pattern_without_linears_is_refused(name):
     with pytest.raises(UserError, match=r"matches no layer of this model"):
         make_method(name, Toy(), {"r": 8, "target_modules": "missing"})
+
+
+def test_a_lora_per_task_starts_where_the_first_did_if_asked():
+    def starts(**settings):
+        torch.manual_seed(3)
+        method = make_method("dirlora", Toy(), {"r": R, "target_modules": TARGETS} | settings)
+        for task in ("one", "two"):
+            method.add(task)
+        drawn = torch.rand(1).item()
+        return [method.tensors(task)[1] for task in ("one", "two")], drawn
+
+    (one, two), _ = starts()
+    assert not any(torch.equal(one[name], two[name]) for name in one if name.endswith(".A"))
+    (one, two), drawn = starts(same_start=True)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    torch.manual_seed(3)
+    Toy()
+    assert torch.rand(1).item() == drawn, "nothing else draws other numbers for it"
+    with pytest.raises(UserError, match="same_start"):
+        make_method("lora", Toy(), {"r": R, "target_modules": TARGETS, "same_start": True})

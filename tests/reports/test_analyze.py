@@ -109,6 +109,14 @@ def dense_overlap(x, y):
     return (projector(x) * projector(y)).sum().item() / R
 
 
+def dense_cka(x, y):
+    """By the centring matrix and the kernels [D, D] of samples."""
+    d = x.shape[1]
+    centring = torch.eye(d, dtype=torch.float64) - 1 / d
+    k, kk = (centring @ rows.T @ rows @ centring for rows in (x, y))
+    return (k * kk).sum().item() / (k.norm() * kk.norm()).item()
+
+
 def dense_share(x, others, threshold):
     residual = x - torch.linalg.lstsq(others.T, x.T).solution.T @ others
     share = residual.square().sum(1) / x.square().sum(1)
@@ -134,6 +142,8 @@ def test_overlap_and_redundancy_are_those_of_dense_formulas(case):
                     continue
                 assert got.overlap["A"][i, s, t] == pytest.approx(dense_overlap(a, a2), abs=1e-9)
                 assert got.overlap["B"][i, s, t] == pytest.approx(dense_overlap(b.T, b2.T), abs=1e-9)
+                assert got.cka["A"][i, s, t] == pytest.approx(dense_cka(a, a2), abs=1e-9)
+                assert got.cka["B"][i, s, t] == pytest.approx(dense_cka(b.T, b2.T), abs=1e-9)
                 assert got.expected["A"][i, s, t] == R / LINEARS[path][0]
                 assert got.expected["B"][i, s, t] == R / LINEARS[path][1]
                 ranks, ranks2 = ((y.T[:, :, None] * x[:, None]).flatten(1) for x, y in ((a, b), (a2, b2)))
@@ -288,7 +298,7 @@ def test_command_writes_plots_and_numbers_and_prints_them(released, lilora, tmp_
 
 def test_plots_show_the_numbers(released):
     got = analyze(released)
-    overlap, redundant = (analysis_module._matrices(got)[part] for part in (slice(2), slice(2, None)))
+    overlap, _, redundant = analysis_module._matrices(got)
     for matrices, values in ((overlap, [got.overlap[k] for k in "AB"]), (redundant, list(got.redundant.values()))):
         panels = analysis_figures.heatmaps(TASKS, matrices).axes
         for axes, wanted in zip(panels, values, strict=False):

@@ -1,9 +1,10 @@
 """The two baselines, with PEFT's own LoRA: one LoRA for all tasks, and one LoRA per task."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from pydantic import Field
@@ -27,6 +28,22 @@ class LoRASettings(MethodSettings):
     renamed = {"alpha": "lora_alpha", "dropout": "lora_dropout"}  # noqa: RUF012
 
 
+class DirLoRASettings(LoRASettings):
+    """same_start: whether A of every task starts where that of the first did, as of models that are trained apart from one
+    seed; else each task draws a start of its own.
+    """
+
+    same_start: bool = False
+
+
+@contextmanager
+def from_one_seed() -> Iterator[None]:
+    """What is drawn inside is the same every time, in a resumed run too, which has no first start to copy."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
 @register_method
 class DirLoRA(Method):
     """A LoRA per task: nothing is forgotten with the task given, at the full price of a LoRA for each.
@@ -37,7 +54,7 @@ class DirLoRA(Method):
     name = "dirlora"
     sharded_parameters = True
     one_basis = False
-    settings_type = LoRASettings
+    settings_type: type[LoRASettings] = DirLoRASettings
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)
@@ -48,10 +65,12 @@ class DirLoRA(Method):
 
     def add(self, task: str) -> None:
         config = LoraConfig(**self.options.model_dump(include=set(LoRASettings.model_fields)))
-        if self.model is None:
-            self.model = get_peft_model(self.base, config, adapter_name=self.adapter(task))
-        elif self.adapter(task) not in self.model.peft_config:
-            self.model.add_adapter(self.adapter(task), config)
+        same = isinstance(self.options, DirLoRASettings) and self.options.same_start
+        with from_one_seed() if same else nullcontext():
+            if self.model is None:
+                self.model = get_peft_model(self.base, config, adapter_name=self.adapter(task))
+            elif self.adapter(task) not in self.model.peft_config:
+                self.model.add_adapter(self.adapter(task), config)
         self.tasks.append(task)
 
     def activate(self, task: str, train: bool) -> None:
@@ -89,6 +108,7 @@ class SequentialLoRA(DirLoRA):
     name = "lora"
     needs_task = False
     one_basis = True
+    settings_type = LoRASettings
 
     def adapter(self, task: str) -> str:
         return "default"

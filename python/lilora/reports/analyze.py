@@ -32,6 +32,8 @@ DEFINITIONS = {
     "factors": "a task is A [r, K] and B [N, r] for every adapted linear; B is B0, in LiLoRA f B0 + (1 - f) U V",
     "overlap": "mean squared cosine of the principal angles between two tasks' row spaces of A or column spaces of B",
     "expected": "the overlap of random subspaces with the same dimensions d and d2 in D dimensions: max(d, d2) / D",
+    "cka": "linear centred kernel alignment (arXiv 1905.00414) of two tasks' A, each a table of K samples (the inputs) of r "
+    "features, or of their B, of N samples; 1 for tables that differ by a rotation of the ranks and a factor",
     "redundant": "share of the ranks of the row's task whose squared residual, after projection onto the span of the "
     "r ranks of the column's task, is below `threshold` times the 1 - r / D that a random span would leave of their "
     "squared norm; a rank is a row a of A (D = K), a column b of B (D = N), or whole, b a^T (D = N K)",
@@ -48,7 +50,7 @@ _DRIFT_UNITS = (100, 100, 1, 1)  # in print: per cent, degrees
 class Analysis:
     """Numbers of T tasks on L linears, as DEFINITIONS says.
 
-    overlap and expected: "A" and "B" -> [L, T, T]. redundant: "A", "B" and "BA" -> [L, T, T], of the row's task in the
+    overlap, expected and cka: "A" and "B" -> [L, T, T]. redundant: "A", "B" and "BA" -> [L, T, T], of the row's task in the
     column's. drift: "A" and "B0" -> [L, T, 4] since the first and the previous task: two changes, two angles; empty
     where every task has a basis of its own.
     """
@@ -59,12 +61,13 @@ class Analysis:
     layers: list[str]
     overlap: dict[str, np.ndarray]
     expected: dict[str, np.ndarray]
+    cka: dict[str, np.ndarray]
     redundant: dict[str, np.ndarray]
     drift: dict[str, np.ndarray]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: pairs and drift as means over the linears, linears as means over the pairs of tasks."""
-        pairs = {"overlap": self.overlap, "expected": self.expected, "redundant": self.redundant}
+        pairs = {"overlap": self.overlap, "expected": self.expected, "cka": self.cka, "redundant": self.redundant}
         return {
             "method": self.method,
             "tasks": self.tasks,
@@ -147,7 +150,7 @@ def _model_order(path: str) -> list[tuple[int, str]]:
 def _linear(
     layer: str, stored: list[tuple[Tensors, Tensors]], threshold: float, one_basis: bool
 ) -> dict[str, dict[str, np.ndarray]]:
-    """The four numbers of Analysis for one linear."""
+    """The numbers of Analysis for one linear."""
     a = [shared[f"{layer}.A"].double() for _, shared in stored]
     b0 = [shared[f"{layer}.B0"].double() for _, shared in stored]
     b = [up_projection(layer, own, x) for (own, _), x in zip(stored, b0, strict=True)]
@@ -159,6 +162,7 @@ def _linear(
     return {
         "overlap": {key: overlap for key, (overlap, _) in overlaps.items()},
         "expected": {key: expected for key, (_, expected) in overlaps.items()},
+        "cka": {"A": _cka(a), "B": _cka([x.mT for x in b])},
         "redundant": shares,
         "drift": {"A": _drift(a), "B0": _drift([x.mT for x in b0])} if one_basis else {},
     }
@@ -181,6 +185,15 @@ def _overlap(gram: Tensor, sizes: list[int], dimensions: int) -> tuple[np.ndarra
             overlap[i, j] = overlap[j, i] = cosines.square().mean()
             expected[i, j] = expected[j, i] = max(w[i].shape[1], w[j].shape[1]) / dimensions
     return overlap, expected
+
+
+def _cka(vectors: list[Tensor]) -> np.ndarray:
+    """[T, T] of all tasks' vectors [r_t, D]; NaN where those of a task are zero."""
+    sizes = [len(x) for x in vectors]
+    gram = _gram([x - x.mean(1, keepdim=True) for x in vectors])
+    norms = torch.stack([torch.stack([part.norm() for part in row.split(sizes, 1)]) for row in gram.split(sizes)])
+    own = norms.diagonal()
+    return (norms.square() / (own[:, None] * own)).numpy()
 
 
 def _redundant(gram: Tensor, sizes: list[int], dimensions: int, threshold: float) -> np.ndarray:
@@ -224,7 +237,8 @@ def print_analysis(analysis: Analysis, console: Console | None = None) -> None:
     """Print mean and highest number between tasks, and the drift of the shared basis; `to_dict` has every pair."""
     console = console or plain_console()
     rows = []
-    for title, values, random in _matrices(analysis):
+    overlaps, ckas, shares = _matrices(analysis)
+    for title, values, random in overlaps + ckas + shares:
         pairs = np.where(np.eye(len(values), dtype=bool), -np.inf, values)
         i, j = np.unravel_index(pairs.argmax(), pairs.shape)  # of a NaN, if there is one
         mean, highest = cell_text(100 * over_pairs(values)), cell_text(100 * values[i, j])
@@ -243,11 +257,11 @@ def write_analysis(out: Path, analysis: Analysis) -> None:
     Everything is rendered before the first file is written; each file is replaced in one step.
     """
     data = json.dumps(analysis.to_dict(), indent=1, allow_nan=False).encode()
-    matrices = _matrices(analysis)
+    overlaps, _, shares = _matrices(analysis)
     with matplotlib.rc_context(PLOT_STYLE):
         figures = {
-            "overlap.png": heatmaps(analysis.tasks, matrices[: len(_SPANS)]),
-            "redundant.png": heatmaps(analysis.tasks, matrices[len(_SPANS) :]),
+            "overlap.png": heatmaps(analysis.tasks, overlaps),
+            "redundant.png": heatmaps(analysis.tasks, shares),
             "depth.png": depth(analysis.layers, _by_span(analysis.overlap), _by_span(analysis.expected)),
         }
         if analysis.drift:
@@ -258,8 +272,8 @@ def write_analysis(out: Path, analysis: Analysis) -> None:
         write_atomically(Path(out) / name, content)
 
 
-def _matrices(analysis: Analysis) -> list[tuple[str, np.ndarray, str]]:
-    """(title, numbers between tasks [T, T] as means over the linears, what random subspaces have), overlaps first."""
+def _matrices(analysis: Analysis) -> tuple[list[tuple[str, np.ndarray, str]], ...]:
+    """Overlaps, CKA and redundancy: (title, numbers between tasks [T, T], means over the linears, what random spaces have)."""
     overlaps = [
         (
             f"overlap of the {name}",
@@ -268,8 +282,9 @@ def _matrices(analysis: Analysis) -> list[tuple[str, np.ndarray, str]]:
         )
         for key, name in _SPANS.items()
     ]
+    ckas = [(f"CKA of {key}", analysis.cka[key].mean(0), "") for key in _SPANS]
     shares = [(f"redundant {name}", analysis.redundant[key].mean(0), "") for key, name in _RANKS.items()]
-    return overlaps + shares
+    return overlaps, ckas, shares
 
 
 def _by_span(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
 from lilora.reports.runs import MethodRuns, Spread
 
 from .suite import Suite
-from .suite_tables import analysed, scores
+from .suite_tables import analyses, scores
 
 # Suites, and what each calls LiLoRA's default, most telling first.
 FROZEN = {
@@ -121,10 +120,7 @@ def in_analyses(row: Callable[[dict[str, dict[str, dict[str, float]]]], tuple[st
     """`row` of what every suite has analysed, by label."""
     figures, verdicts = [], []
     for name in ("real-text", "digits-wide"):
-        suite, found = Suite.read(name), {}
-        for label in suite.analyse:
-            with suppress(FileNotFoundError):
-                found[label] = analysed(suite, label)
+        found = analyses(Suite.read(name))
         if "dirlora" in found:
             figure, word = row(found)
             figures.append(f"{name}: {figure}")

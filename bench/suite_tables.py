@@ -177,12 +177,18 @@ def analysed(suite: Suite, label: str) -> dict[str, dict[str, float]]:
 STARTS = {"dirlora": "each task its own start", "dirlora-same-start": "one start for all tasks"}
 
 
-def redundancy(suite: Suite) -> str:
-    """The same as a table; empty while there is no run."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+def analyses(suite: Suite) -> dict[str, dict[str, dict[str, float]]]:
+    """`analysed` of every label that has runs."""
+    found = {}
     for label in suite.analyse:
         with suppress(FileNotFoundError):
             found[label] = analysed(suite, label)
+    return found
+
+
+def redundancy(suite: Suite) -> str:
+    """The same as a table; empty while there is no run."""
+    found = analyses(suite)
     if not found:
         return ""
     columns = " | ".join(f"{key}, {STARTS.get(label, label)}" for label in found for key in "AB")

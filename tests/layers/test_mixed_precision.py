@@ -46,6 +46,7 @@ def gradients(model, inputs, dtype=None, scaler=None):
     else:
         scaler.scale(loss).backward()
         scaler.unscale_(optimiser)
+        scaler.update()  # it tells optimisers apart by their ids, which another may have once this one is gone
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -34,8 +34,9 @@ Options = dict[str, Any]  # of `lilora train`, as in a file for --config
 
 
 class Suite(BaseModel):
-    """options: of all runs. runs: what each label has beside them. rates: that are tried where neither names `lr`. analyse:
-    labels whose tasks are compared by `lilora analyze`, too. build: the program, with its arguments, that writes the data."""
+    """options: of all runs. runs: what each label has beside them. rates: that are tried where neither names `lr`; rate_of:
+    labels that take the rate found for another, of which they change one thing. analyse: labels whose tasks are compared by
+    `lilora analyze`, too. build: the program, with its arguments, that writes the data."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,6 +48,7 @@ class Suite(BaseModel):
     runs: dict[str, Options] = Field(min_length=1)
     seeds: list[int] = [0, 1, 2]
     rates: list[float] = []
+    rate_of: dict[str, str] = {}
     analyse: list[str] = []
 
     @classmethod
@@ -65,7 +67,7 @@ class Suite(BaseModel):
         return options
 
     def tuning(self, label: str) -> Path:
-        return self.results / "tune" / f"{label}.json"
+        return self.results / "tune" / f"{self.rate_of.get(label, label)}.json"
 
     def file(self, label: str, seed: int) -> Path:
         return self.results / f"{label}-{seed}.json"
@@ -185,6 +187,7 @@ def run(suite: Suite, labels: list[str], jobs: int, runs: Path) -> None:
     if left:
         subprocess.run([sys.executable, *suite.build.split()], cwd=ROOT, check=True)
     rateless = [label for label in labels if label in dict(left) and "lr" not in suite.options_of(label)]
+    rateless = list(dict.fromkeys(suite.rate_of.get(label, label) for label in rateless))
     in_turn(jobs, f"{suite.name}, rates", {label: partial(tuned, suite, label, runs) for label in rateless})
     in_turn(jobs, suite.name, {f"{label}-{seed}": partial(trained, suite, label, seed, runs) for label, seed in left})
     finished = suite.finished()

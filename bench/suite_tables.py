@@ -78,9 +78,11 @@ def suite_table(name: str, command: str, more: str = "", picture: bool = False) 
     likelihood = "; nats per token: how unlikely the references are after the last task" if with_nll else ""
     rates = ""
     if all("lr" not in suite.options | options for options in suite.runs.values()):
+        found = {label: suite.rate_of.get(label, label) for label in methods}
+        others = ", ".join(f"{label} that of {of}" for label, of in found.items() if label != of)
         rates = (
             f" Each method has its own rate, the best of {len(suite.rates)} by `lilora tune` on seed {SEED}, scored "
-            f"{tuned_on(suite, methods)}."
+            f"{tuned_on(suite, dict.fromkeys(found.values()))}{others and f'; {others}'}."
         )
     lines += [
         "",

@@ -80,6 +80,18 @@ def test_rates_are_found_once_and_what_has_a_file_is_not_run_again(tiny):
     assert called == [("train", "tuned", "0", "0.5")]
 
 
+def test_a_label_may_take_the_rate_of_another(tiny, monkeypatch):
+    small, called, run = tiny
+    small = small.model_copy(update={"runs": {"changed": {}, "tuned": {}}, "rate_of": {"changed": "tuned"}})
+    run(small)
+    assert [call[1] for call in called] == [None, "changed", "tuned", "changed", "tuned"]
+    assert {call[3] for call in called[1:]} == {"0.5"}
+    assert [path.name for path in (small.results / "tune").iterdir()] == ["tuned.json"]
+    monkeypatch.setattr(suite_tables.Suite, "read", lambda name: small)
+    table = suite_tables.suite_table("small", "make small")
+    assert "scored on the test splits; changed that of tuned." in table
+
+
 def test_a_file_of_other_options_is_said_and_nothing_is_run(tiny):
     small, called, run = tiny
     run()
@@ -142,7 +154,7 @@ def test_every_suite_gives_options_that_train_takes_and_files_that_are_its_own(n
     found = suite.Suite.read(name)
     assert (suite.ROOT / found.manifest).exists()
     assert (suite.ROOT / found.build.split()[0]).exists()
-    assert set(found.analyse) <= found.runs.keys()
+    assert {*found.analyse, *found.rate_of, *found.rate_of.values()} <= found.runs.keys()
     train = typer.main.get_command(app).commands["train"]
     for label in found.runs:
         options = found.options | found.runs[label]

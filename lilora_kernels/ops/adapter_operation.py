@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .operation import TENSORS, Operation, is_any_watching, is_transformed, needs_graph
+from .operation import TENSORS, Operation, is_any_watching, is_transformed, needs_graph, one_by_one
 from .schema import DIFFERENTIABLE, AdapterArgs, Arguments
 
 
@@ -228,6 +228,7 @@ class BoundFunction(torch.autograd.Function):
         return y, h
 
     @staticmethod
+    @one_by_one
     def backward(ctx: Any, dy: Tensor | None, _: None) -> Any:
         of_base = (None,) * len(ctx.bound.operation.frozen)
         if dy is None:

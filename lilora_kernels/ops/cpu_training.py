@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor  # of autograd.grad(is_grads_batched=True)
 
 from .. import backends, cpu_library
 from .cpu_runtime import pointer
@@ -141,7 +140,7 @@ class Training:
         """
         a, b0, u, v, fusion, task, _, _, seed, *_ = adapter
         rows = dy.shape[:-1].numel()
-        if rows > self.most_rows or (task is not None and not task.is_contiguous()) or is_legacy_batchedtensor(dy):
+        if rows > self.most_rows or (task is not None and not task.is_contiguous()):
             return None
         parameters = []
         for t, shape in zip((weight, None, a, b0, u, v, fusion), self.shapes, strict=True):

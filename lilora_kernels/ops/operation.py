@@ -1,11 +1,13 @@
 """An operation with two doors: `lilora::<name>` for whatever has to see it whole, an autograd.Function for all other calls."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from .. import backends
@@ -50,6 +52,7 @@ class Operation:
         self.registered = torch.library.custom_op(
             self.name, checked(check, run), mutates_args=(), schema=f"({schema}) -> {results}"
         )
+        backward = one_by_one(backward)
         self.registered.register_fake(checked(check, fake))
         self.registered.register_autograd(backward, setup_context=setup_context)
         self.function = function_of(self, setup_context, backward, vmap)
@@ -85,6 +88,51 @@ class Operation:
         return bool(
             is_any_watching() or not all(map(operator.contains, self.plain, map(type, args))) or args[0].is_meta
         )
+
+
+def one_by_one(backward: Callable) -> Callable:
+    """A backward for batches of gradients too (`autograd.grad` with is_grads_batched, a Jacobian with vectorize=True).
+
+    Each is computed as it would be alone: neither kernels nor a seeded dropout know of torch's hidden batch dimension.
+    """
+
+    @wraps(backward)
+    def of_each(ctx, *grads):
+        for dy in grads:
+            if dy is not None and is_legacy_batchedtensor(dy):
+                break
+        else:
+            return backward(ctx, *grads)
+        level, size = hidden_dimension(dy)
+        with outside_of_batches():
+            plain = [dy if dy is None else torch._remove_batch_dim(dy, level, size, 0) for dy in grads]
+            found = [backward(ctx, *[dy if dy is None else dy[at] for dy in plain]) for at in range(size)]
+            stacked = [None if every[0] is None else torch.stack(every) for every in zip(*found, strict=True)]
+            return tuple(t if t is None else torch._add_batch_dim(t, 0, level) for t in stacked)
+
+    return of_each
+
+
+def hidden_dimension(dy: Tensor) -> tuple[int, int]:
+    """Level and size of the batch dimension that autograd has hidden."""
+    for level in range(1, 9):
+        plain = torch._remove_batch_dim(dy, level, 1, 0)
+        if not is_legacy_batchedtensor(plain):
+            return level, len(plain)
+    raise NotImplementedError("a batch of batches of gradients is not implemented; loop over the outer one")
+
+
+@contextmanager
+def outside_of_batches() -> Iterator[None]:
+    """Torch refuses random numbers while it batches."""
+    depth = torch._C._vmapmode_increment_nesting()
+    for _ in range(depth):
+        torch._C._vmapmode_decrement_nesting()
+    try:
+        yield
+    finally:
+        for _ in range(depth - 1):
+            torch._C._vmapmode_increment_nesting()
 
 
 def require_memory(*args) -> None:

@@ -54,6 +54,17 @@ def test_gradients_that_are_asked_for_alone_are_the_same(names):
     assert all(torch.equal(g, every[n]) for g, n in zip(got, [n for n in NAMES if n in names], strict=True))
 
 
+def test_each_of_a_batch_of_gradients_has_the_bits_that_it_has_alone():
+    made = make()
+    x, factors = made.leaves()
+    y, wanted = made.run(x, factors, seed=torch.tensor([5]), p=0.3), [x, *factors]
+    many = torch.randn(3, *y.shape, dtype=y.dtype)
+    got = torch.autograd.grad(y, wanted, many, retain_graph=True, is_grads_batched=True)
+    for at, dy in enumerate(many):
+        for own, want in zip(got, torch.autograd.grad(y, wanted, dy, retain_graph=True), strict=True):
+            assert torch.equal(own[at], want)
+
+
 def test_gradcheck():
     made = make(tokens=4, experts=2, tasks=2, k=3, n=3, r=2, s=1)
 

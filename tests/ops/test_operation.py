@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+import lilora_kernels
 from lilora_kernels import functional
 from lilora_kernels.ops.delta.register import delta
 
@@ -161,6 +162,51 @@ def test_both_doors_give_the_same_bits(op, more, coefficients, mix):
     assert torch.equal(y, want)
     for name in names:
         assert torch.equal(grads[name], want_grads[name]), name
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("more", SAME.values(), ids=SAME)
+@pytest.mark.parametrize("enter", ["plain", "registered"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_of_a_batch_of_gradients_has_the_bits_that_it_has_alone(op, more, enter, dtype):
+    """As of `is_grads_batched`, or of a Jacobian with vectorize=True."""
+    i = make(rows=50, gate=True, dtype=dtype).leaves()
+    wanted = [getattr(i, name) for name in NAMES if name != "gate" or op != "delta_pair"]
+    with registered() if enter == "registered" else torch.enable_grad():
+        y = run(op, i, **more)
+        many = torch.randn(3, *y.shape, dtype=dtype)
+        got = torch.autograd.grad(y, wanted, many, retain_graph=True, is_grads_batched=True)
+        for at, dy in enumerate(many):
+            for own, want in zip(got, torch.autograd.grad(y, wanted, dy, retain_graph=True), strict=True):
+                assert torch.equal(own[at], want)
+
+
+def test_a_batch_of_gradients_of_one_of_a_pair():
+    i = make(dtype=torch.float32).leaves()
+    more = {name: value for name, value in options(i).items() if not name.startswith("gate")}
+    y, _ = functional.delta_pair(i.x, adapters(i), adapters(i), **more)
+    wanted, many = [i.x, i.a, i.u], torch.randn(3, *y.shape)
+    got = torch.autograd.grad(y, wanted, many, retain_graph=True, is_grads_batched=True)
+    for at, dy in enumerate(many):
+        for own, want in zip(got, torch.autograd.grad(y, wanted, dy, retain_graph=True), strict=True):
+            assert torch.equal(own[at], want)
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["routed", "active"])
+def test_a_jacobian_of_a_layer_in_training(fixed):
+    layer = lilora_kernels.LiLoRALinear(torch.nn.Linear(24, 20), r=8, sub_rank=4, dropout=0.3)
+    for task in ("one", "two"):
+        layer.add_task(task)
+        torch.nn.init.normal_(layer.lilora_U[task])
+    layer.set_task(*(["one"] if fixed else ["one", "two"]))
+    route = {} if fixed else {"task": torch.tensor([0, 1, -1], dtype=torch.int32)}
+    x, found = torch.randn(3, 24), []
+    for vectorize in (True, False):
+        torch.manual_seed(0)
+        found.append(torch.autograd.functional.jacobian(lambda x: layer(x, **route), x, vectorize=vectorize))
+        found.append(torch.rand(1))
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3]), "nothing else draws other numbers for it"
 
 
 @pytest.mark.parametrize("names", [NAMES, ("x",), ("x", "u", "v"), ("a",), ("b0",)], ids="+".join)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
 from ..philox import keep_mask, keep_scale, threshold
 from ..schema import AdapterArgs
@@ -371,8 +370,8 @@ def place(grads: dict[str, Tensor], name: str, group: Group, value: float | Tens
     if isinstance(value, Tensor) and value.numel() == like.numel() and not isinstance(group.tasks, Tensor):
         grads[name] = value.view(like.shape)
         return
-    if name not in grads:  # of a batch of gradients, where `value` is one
-        grads[name] = (value if isinstance(value, Tensor) else like).new_zeros(like.shape, dtype=like.dtype)
+    if name not in grads:
+        grads[name] = torch.zeros_like(like, memory_format=torch.contiguous_format)
     # Indexing with a tensor does not cast.
     grads[name][group.tasks] = cast(value, like.dtype) if isinstance(group.tasks, Tensor) else value
 
@@ -482,8 +481,7 @@ def forms_m(rows: Tensor, layout: Layout, adapter: AdapterArgs) -> bool:
     # one task 2048 rows 701 / 685, 8192 rows 2251 / 2371; 8 tasks 16384 rows 5420 / 4613.
     rank = adapter.a.shape[0]
     per_task = rank if rows.is_cpu else 16 * rank
-    many = rows.shape[0] >= per_task * len(layout.runs)
-    return many and layout.is_seen and not is_legacy_batchedtensor(rows)  # which no product takes as its `out`
+    return rows.shape[0] >= per_task * len(layout.runs) and layout.is_seen
 
 
 TORCH = Parts(shrink, expand_by_m, through_m, down, forms_m, working_dtype)

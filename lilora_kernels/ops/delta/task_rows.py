@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
 from ..schema import AdapterArgs
 
@@ -137,8 +136,8 @@ def layout(task: Tensor, tasks: int, device: torch.device) -> Layout:
 
 
 def seen_by_host(tensor: Tensor) -> bool:
-    """Whether its values can be read without waiting for a device; those of a batch of gradients cannot at all."""
-    return tensor.is_cpu and not is_legacy_batchedtensor(tensor)
+    """Whether its values can be read without waiting for a device."""
+    return tensor.is_cpu
 
 
 def runs_of(task: Tensor) -> list[tuple[int, slice]]:

@@ -8,7 +8,6 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor  # of autograd.grad(is_grads_batched=True)
 
 from ... import backends
 from .. import triton_runtime as runtime
@@ -128,7 +127,7 @@ class Bound:
 
         Parameters may lie elsewhere by now: sharding, and hooks on saved tensors, bring them anew, perhaps as others.
         """
-        if is_legacy_batchedtensor(dy) or (x is not None and x.is_neg()):
+        if x is not None and x.is_neg():
             return None
         if not dy.is_contiguous() or dy.is_neg():
             dy = dy.resolve_neg().contiguous()

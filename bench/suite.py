@@ -203,12 +203,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="these runs alone")
     parser.add_argument("--seeds", nargs="+", type=int, help="these of the suite's seeds alone")
     args = parser.parse_args()
-    suite = Suite.read(args.suite)
-    labels, seeds = args.only or list(suite.runs), args.seeds or suite.seeds
-    for name, wanted, known in (("--only", labels, suite.runs), ("--seeds", seeds, suite.seeds)):
-        if not set(wanted) <= set(known):
-            parser.error(f"{name}: {args.suite} has {', '.join(map(str, known))}")
     try:
+        suite = Suite.read(args.suite)
+        labels, seeds = args.only or list(suite.runs), args.seeds or suite.seeds
+        for name, wanted, known in (("--only", labels, suite.runs), ("--seeds", seeds, suite.seeds)):
+            if not set(wanted) <= set(known):
+                parser.error(f"{name}: {args.suite} has {', '.join(map(str, known))}")
         run(suite.model_copy(update={"seeds": seeds}), labels, args.jobs, ROOT / "runs" / suite.name)
     except UserError as error:
         print_error(str(error))

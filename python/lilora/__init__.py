@@ -4,9 +4,9 @@ Importing it teaches PEFT the method, so that `get_peft_model`, `PeftModel.from_
 `AutoModel.from_pretrained` understand a LiLoRA config.
 """
 
+import re
 import sys
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,15 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{OF_PEFT[name]}"), name)
 
 
-# The command, of which the package is imported first, imports PEFT, for seconds, where it takes a model.
-if Path(sys.argv[0]).stem != "lilora" and ("-m", "lilora") not in pairwise(sys.orig_argv):
+def is_command() -> bool:
+    """Whether the `lilora` command runs. Of `python -m lilora` this package is imported first, while sys.argv has -m."""
+    if sys.argv[0] == "-m":
+        return re.fullmatch(r"(-\w*m)?lilora", sys.orig_argv[-len(sys.argv)]) is not None
+    return Path(sys.argv[0]).name in ("lilora", "lilora.exe")
+
+
+# The command imports PEFT, for seconds, where it takes a model.
+if not is_command():
     try:
         import_module(f"{__name__}.peft")
     except ModuleNotFoundError as missing:

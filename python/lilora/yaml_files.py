@@ -11,16 +11,19 @@ from .errors import UserError, shortened
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice in one mapping, of which PyYAML keeps the last without a word."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = (
+            super().compose_mapping_node(anchor),
+            set(),
+        )  # as it is written: later, `<<` has brought keys of others
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue
-            if (key.tag, key.value) in seen:
-                said = f"the key {shortened(key.value)} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
-            seen.add((key.tag, key.value))
-        return super().construct_mapping(node, deep)
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                value = self.construct_object(key)
+                if value in seen:
+                    line = key.start_mark.line + 1
+                    raise UserError(f"has the key {shortened(key.value)} twice, again on line {line}; keep one of them")
+                seen.add(value)
+        return node
 
 
 def read_yaml(path: Path, name: str, wanted: str) -> Any:
@@ -29,5 +32,9 @@ def read_yaml(path: Path, name: str, wanted: str) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{name} cannot be read ({error.strerror}); give {wanted}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{name} is not YAML ({' '.join(str(error).split())}); correct it") from error
+    except UserError as error:
+        raise UserError(f"{name} {error}") from None
+    except (yaml.YAMLError, ValueError, IndexError, RecursionError) as error:  # also of dates and numbers that are none
+        mark = getattr(error, "problem_mark", None)
+        said = f"line {mark.line + 1}: {error.problem}" if mark else " ".join(str(error).split())  # type: ignore[union-attr]
+        raise UserError(f"{name} is not YAML ({said}); correct it") from error

@@ -195,7 +195,11 @@ BAD = {
     "json": ("json: true", "key 'json' is unknown"),
     "no mapping": ("- r", "is no mapping from options to values"),
     "no yaml": ("r: [", "is not YAML"),
-    "key twice": ("r: 8\nset:\n  cap: 1\n  cap: 2", "the key 'cap' is given twice"),
+    "key twice": ("r: 8\nset:\n  cap: 1\n  cap: 2", "has the key 'cap' twice, again on line 4"),
+    "two spellings": (
+        "max-steps: 1\nmax_steps: 2",
+        "has the key 'max-steps' twice, with - and with _; keep one of them",
+    ),
     "truth": ("r: true", "r is True; it must not be true or false"),
     "no truth": ("projector: 3", "projector is 3; it must be true or false"),
     "mapping": ("r: {a: 1}", "r is {'a': 1}; it must be one value"),

@@ -157,7 +157,7 @@ def test_a_file_that_is_no_manifest_is_named(tmp_path, text):
 def test_a_key_that_is_given_twice_is_named(suite):
     path, _ = suite
     path.write_text(path.read_text() + "model: other\n")
-    with pytest.raises(UserError, match="the key 'model' is given twice"):
+    with pytest.raises(UserError, match="has the key 'model' twice, again on line"):
         load_manifest(path)
 
 

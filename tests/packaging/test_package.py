@@ -51,12 +51,21 @@ def test_help_waits_for_no_package_but_torch():
     assert later.stdout.splitlines()[1:] == ["LiLoRAConfig hotswap"], later.stderr
 
 
-def test_a_package_that_imports_it_has_peft_taught_even_where_it_is_run_as_a_module(tmp_path):
+@pytest.mark.parametrize("arguments", [["-m", "mine", "-m", "lilora"], ["mine/__main__.py", "-m", "lilora"]])
+def test_a_program_that_imports_it_has_peft_taught_whatever_its_options(arguments, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "__init__.py").write_text("import lilora")
-    (tmp_path / "mine" / "__main__.py").write_text("import peft; print('LILORA' in peft.PeftType.__members__)")
-    result = python("-m", "mine", cwd=tmp_path)
+    code = "import lilora, peft; print('LILORA' in peft.PeftType.__members__)"
+    (tmp_path / "mine" / "__main__.py").write_text(code)
+    result = python(*arguments, cwd=tmp_path)
     assert result.stdout == "True\n", result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["-mlilora"], ["-um", "lilora"]])
+def test_the_command_is_known_however_it_is_run(arguments, tmp_path):
+    (tmp_path / "peft.py").write_text("raise ModuleNotFoundError(name='peft')")
+    result = python(*arguments, "bank", "ls", "bank", cwd=tmp_path)
+    assert (result.returncode, result.stderr.partition(",")[0]) == (2, "lilora: lilora needs peft"), result.stderr
 
 
 def test_what_a_machine_can_use_is_told_with_torch_alone():

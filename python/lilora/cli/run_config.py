@@ -33,12 +33,15 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     if not isinstance(content, dict):
         raise UserError(f"--config {path} is no mapping from options to values; write lines such as `r: 64`")
     options = options_of(context)
-    defaults = {}
+    defaults, given = {}, set()
     for key, value in content.items():
         name = str(key).replace("_", "-")
         if name not in options:
             known = nearest(name, options, f"known are {', '.join(options)}")
             raise UserError(f"--config {path}: key {str(key)!r} is unknown; {known}")
+        if name in given:
+            raise UserError(f"--config {path} has the key {name!r} twice, with - and with _; keep one of them")
+        given.add(name)
         if value is not None:
             defaults[options[name].name] = _value(f"--config {path}: {key}", options[name], value)
     context.default_map = defaults

@@ -30,6 +30,7 @@ from lilora.yaml_files import read_yaml
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
+ANALYSED = "threshold", "overlap", "expected", "cka", "redundant"  # of what `lilora analyze` says
 Options = dict[str, Any]  # of `lilora train`, as in a file for --config
 
 
@@ -72,8 +73,15 @@ class Suite(BaseModel):
     def file(self, label: str, seed: int) -> Path:
         return self.results / f"{label}-{seed}.json"
 
+    def analysis(self, label: str, seed: int) -> dict[str, Any] | None:
+        """What `lilora analyze` has said of a run; None while there is no such file, or one that lacks some of it."""
+        if not (file := self.file(label, seed)).exists():
+            return None
+        found = json.loads(file.read_text()).get("analysis", {})
+        return found if found.keys() >= set(ANALYSED) else None
+
     def done(self, label: str, seed: int) -> bool:
-        """Whether the run has left its file; UserError if that was with other options than the suite's."""
+        """Whether the run has left all that is wanted of it; UserError if that was with other options than the suite's."""
         if not (file := self.file(label, seed)).exists():
             return False
         held, wanted = json.loads(file.read_text())["options"], self.options_of(label)
@@ -87,7 +95,7 @@ class Suite(BaseModel):
             raise UserError(
                 f"{file.relative_to(ROOT)} has other options than its suite ({differ}); delete the file to run it again"
             )
-        return True
+        return label not in self.analyse or self.analysis(label, seed) is not None
 
     def finished(self, labels: Iterable[str] | None = None) -> list[Run]:
         """The runs that have left their files, label by label."""
@@ -149,7 +157,7 @@ def trained(suite: Suite, label: str, seed: int, runs: Path) -> str:
     content = {"options": options, "environment": metrics["environment"], "runs": metrics["runs"]}
     if label in suite.analyse:
         analysis = json.loads(lilora("analyze", out, "--json", log=runs / f"{label}-{seed}-analysis.log"))
-        content["analysis"] = {key: analysis[key] for key in ("threshold", "overlap", "expected", "cka", "redundant")}
+        content["analysis"] = {key: analysis[key] for key in ANALYSED}
     write_atomically(suite.file(label, seed), without_root(f"{json.dumps(content)}\n"))
     scores = metrics["runs"][0]["metrics"]
     return ", ".join(f"{name} {scores[name]:.1f}" for name in ("New", "AP", "Forgetting"))

@@ -11,7 +11,7 @@ from lilora.continual.tuning import SEED
 from lilora.errors import UserError
 from lilora.reports.figures import memory, summary
 from lilora.reports.plotting import PLOT_STYLE, png
-from lilora.reports.runs import MethodRuns, Run, by_method
+from lilora.reports.runs import MethodRuns, Run, Spread, by_method
 
 from .suite import Suite
 
@@ -160,26 +160,28 @@ def wide() -> str:
     return f"{suite_table('digits-wide', 'make wide', more, True)}\n\n{redundancy(suite)}"
 
 
-def analysed(suite: Suite, label: str) -> dict[str, dict[str, float]]:
-    """What `lilora analyze` found: {"redundant" | "overlap" | "expected" | "cka": {"A" | "B": number}}, means over pairs of
-    tasks, linears and runs, all but CKA in percent. Raises FileNotFoundError while there is no run.
+Numbers = dict[str, dict[str, Spread]]
+
+
+def analysed(suite: Suite, label: str) -> Numbers:
+    """What `lilora analyze` found: {"redundant" | "overlap" | "expected" | "cka": {"A" | "B": percent}}, means over pairs of
+    tasks and linears, spread over runs. Raises FileNotFoundError while there is no run.
     """
-    files = [suite.file(label, seed) for seed in suite.seeds]
-    found = [json.loads(file.read_text())["analysis"] for file in files if file.exists()]
+    found = [analysis for seed in suite.seeds if (analysis := suite.analysis(label, seed)) is not None]
     if not found:
         raise FileNotFoundError(2, "no runs", f"bench/results/{suite.name}")
 
-    def mean(name: str, key: str) -> float:
-        pairs = np.array([analysis[name][key] for analysis in found], dtype=float)  # [run, task, task]
-        return (1 if name == "cka" else 100) * pairs[:, ~np.eye(pairs.shape[1], dtype=bool)].mean()
+    def spread(name: str, key: str) -> Spread:
+        pairs = 100 * np.array([analysis[name][key] for analysis in found], dtype=float)  # [run, task, task]
+        return Spread.of(list(pairs[:, ~np.eye(pairs.shape[1], dtype=bool)].mean(1)))
 
-    return {name: {key: mean(name, key) for key in "AB"} for name in ("redundant", "overlap", "expected", "cka")}
+    return {name: {key: spread(name, key) for key in "AB"} for name in ("redundant", "overlap", "expected", "cka")}
 
 
 STARTS = {"dirlora": "each task its own start", "dirlora-same-start": "one start for all tasks"}
 
 
-def analyses(suite: Suite) -> dict[str, dict[str, dict[str, float]]]:
+def analyses(suite: Suite) -> dict[str, Numbers]:
     """`analysed` of every label that has runs."""
     found = {}
     for label in suite.analyse:
@@ -195,13 +197,12 @@ def redundancy(suite: Suite) -> str:
         return ""
     columns = " | ".join(f"{key}, {STARTS.get(label, label)}" for label in found for key in "AB")
     lines = [f"| ranks of one task beside another's | {columns} |", "|---|" + "--:|" * 2 * len(found)]
-    for title, name, digits in (
-        ("redundant, %", "redundant", 1), ("overlap, %", "overlap", 1), ("overlap by chance, %", "expected", 1),
-        ("CKA", "cka", 2),
+    for title, name in (
+        ("redundant, %", "redundant"), ("overlap, %", "overlap"), ("overlap by chance, %", "expected"), ("CKA, %", "cka")
     ):  # fmt: skip
-        cells = " | ".join(f"{numbers[name][key]:.{digits}f}" for numbers in found.values() for key in "AB")
-        lines.append(f"| {title} | {cells} |")
-    runs = sum(suite.file(label, seed).exists() for label in found for seed in suite.seeds)
+        cells = (numbers[name][key] for numbers in found.values() for key in "AB")
+        lines.append(f"| {title} | {' | '.join(f'{x.mean:.1f}' if name == 'expected' else str(x) for x in cells)} |")
+    runs = sum(suite.analysis(label, seed) is not None for label in found for seed in suite.seeds)
     said = f"Of {', '.join(found)}, {runs} runs; means over pairs of tasks and linears, by `lilora analyze`."
     return "\n".join([*lines, "", said])
 
@@ -226,10 +227,11 @@ def probes() -> str:
     for title, name in (("EfficientNet-Lite0", "teacher"), ("the tower", "tower")):
         lines.append(f"| {title} | {' | '.join(f'{found[task][name]:.1f}' for task in order)} |")
     close = [task for task in order if found[task]["teacher"] - found[task]["tower"] <= 5]
-    far = [f"{task} by {found[task]['teacher'] - found[task]['tower']:.0f}" for task in order if task not in close]
+    behind = (f"{task} by {found[task]['teacher'] - found[task]['tower']:.0f}" for task in order if task not in close)
+    far = " and on ".join(behind)
     lines += [
         "",
-        f"Within five points of its teacher on {', '.join(close)}; behind on {' and on '.join(far)}. An answer about a test "
+        f"Within five points of its teacher on {', '.join(close)}{far and '; behind on '}{far}. An answer about a test "
         f"picture costs the model {nats['right']:.2f} nats a token, the same answer about another picture of its kind "
         f"{nats['wrong']:.2f}. From `bench/results/real/probes.json` and `likelihood.json`, which the build writes.",
     ]

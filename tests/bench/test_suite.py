@@ -46,7 +46,7 @@ def tiny(tmp_path, monkeypatch):
             out.mkdir(parents=True, exist_ok=True)
             content = metrics(options["--label"], int(options["--seed"]), float(options["--lr"]))
             (out / "metrics.json").write_text(json.dumps(content))
-        pairs = {"A": [[1.0, 0.5], [0.5, 1.0]]}
+        pairs = {key: [[1.0, 0.5], [0.5, 1.0]] for key in "AB"}
         analysis = {"threshold": 0.5, "overlap": pairs, "expected": pairs, "cka": pairs, "redundant": pairs}
         return json.dumps(analysis if command == "analyze" else {"best": {"candidate": {"learning_rate": 0.5}}})
 
@@ -140,13 +140,28 @@ def test_redundancy_is_the_mean_over_pairs_and_runs(tiny):
     for seed in small.seeds:
         content = json.loads(small.file("fixed", seed).read_text())
         pairs = [[None, 0.1 * (seed + 1)], [0.3, None]]
-        content["analysis"] = {
+        content["analysis"] |= {
             key: {"A": pairs, "B": [[1, 1], [1, 1]]} for key in ("redundant", "overlap", "expected", "cka")
         }
         small.file("fixed", seed).write_text(json.dumps(content))
     table = suite_tables.redundancy(small)
-    assert "| redundant, % | 22.5 | 100.0 |" in table
+    assert "| redundant, % | 22.5 ± 3.5 | 100.0 ± 0.0 |" in table
     assert "Of fixed, 2 runs" in table
+
+
+def test_a_run_whose_analysis_lacks_something_is_made_again(tiny):
+    small, called, run = tiny
+    run()
+    del called[:]
+    with_analysis = small.model_copy(update={"analyse": ["fixed"]})
+    assert suite_tables.redundancy(with_analysis) == ""
+    run(with_analysis)
+    assert [call[0] for call in called] == ["train", "analyze"] * 2
+    content = json.loads(small.file("fixed", 1).read_text())
+    del content["analysis"]["cka"]
+    small.file("fixed", 1).write_text(json.dumps(content))
+    assert "1 runs" in suite_tables.redundancy(with_analysis)
+    assert (with_analysis.done("fixed", 0), with_analysis.done("fixed", 1)) == (True, False)
 
 
 @pytest.mark.parametrize("name", NAMES)

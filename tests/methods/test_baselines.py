@@ -431,9 +431,10 @@ def test_a_pattern_without_linears_is_refused(name):
 
 
 def test_a_lora_per_task_starts_where_the_first_did_if_asked():
-    def starts(**settings):
+    def starts(seed=0, **settings):
         torch.manual_seed(3)
         method = make_method("dirlora", Toy(), {"r": R, "target_modules": TARGETS} | settings)
+        method.seed = seed
         for task in ("one", "two"):
             method.add(task)
         drawn = torch.rand(1).item()
@@ -443,6 +444,8 @@ def test_a_lora_per_task_starts_where_the_first_did_if_asked():
     assert not any(torch.equal(one[name], two[name]) for name in one if name.endswith(".A"))
     (one, two), drawn = starts(same_start=True)
     assert all(torch.equal(one[name], two[name]) for name in one)
+    (other, _), _ = starts(seed=1, same_start=True)
+    assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith(".A"))
     torch.manual_seed(3)
     Toy()
     assert torch.rand(1).item() == drawn, "nothing else draws other numbers for it"

@@ -209,6 +209,7 @@ def test_random_subspaces_have_the_expected_overlap_and_no_redundancy(tmp_path):
         assert over_pairs(got.expected[key]) == pytest.approx(want)
         assert over_pairs(got.overlap[key]) == pytest.approx(want, rel=0.02)
         assert over_pairs(got.redundant[key]) < 0.15
+        assert over_pairs(got.cka[key]) == pytest.approx(over_pairs(got.expected_cka[key]), rel=0.03)
 
 
 def test_tasks_of_different_rank_and_a_rank_that_does_nothing(tmp_path):
@@ -285,6 +286,7 @@ def test_command_writes_plots_and_numbers_and_prints_them(released, lilora, tmp_
     printed = [line.split() for line in out.splitlines()]
     for key, title, random in (
         ("overlap", "overlap of the column spaces of B", [f"{100 * R * (2 / 30 + 1 / 24) / 3:.1f}"]),
+        ("cka", "CKA of B", [f"{100 * R * (2 / (29 + R) + 1 / (23 + R)) / 3:.1f}"]),
         ("redundant", "redundant columns b of B", []),
     ):
         values = 100 * getattr(default, key)["B"].mean(0)

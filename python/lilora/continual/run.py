@@ -54,6 +54,7 @@ class ContinualRun:
         self.folder, self.manifest, self.method, self.processor, self.bank = folder, manifest, method, processor, bank
         self.kind = kind_of(bank.config)
         self.settings = train_settings(bank)
+        self.method.seed = self.settings.seed
         tasks = manifest.tasks
         unscored = [task.name for task in tasks if task.test is None]
         self.matrix = ScoreMatrix([task.name for task in tasks], self.kind.unseen(manifest), unscored)
@@ -273,6 +274,7 @@ class ContinualRun:
         base, _ = load_base(config["model"], self.settings.dtype, device, self.kind)
         ask_base(base)
         self.method = make_method(config["method"], base, config["settings"])
+        self.method.seed = self.settings.seed
         restore(self.method, self.bank)
 
     def _fit_router(self, spec: Any, say: Callable[[str], None]) -> None:

@@ -77,6 +77,8 @@ class Method(ABC):
     train_defaults: dict[str, float] = {}  # noqa: RUF012 - of TrainSettings, where the method wants them otherwise
     train_presets: dict[str, dict[str, float]] = {}  # noqa: RUF012 - the same by preset name, where a preset does
 
+    seed = 0  # of the run that trains it: for what is drawn once for all tasks
+
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         self.base = base
         self.settings = settings

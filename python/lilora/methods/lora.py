@@ -30,17 +30,17 @@ class LoRASettings(MethodSettings):
 
 class DirLoRASettings(LoRASettings):
     """same_start: whether A of every task starts where that of the first did, as of models that are trained apart from one
-    seed; else each task draws a start of its own.
+    seed, which is the run's; else each task draws a start of its own.
     """
 
     same_start: bool = False
 
 
 @contextmanager
-def from_one_seed() -> Iterator[None]:
-    """What is drawn inside is the same every time, in a resumed run too, which has no first start to copy."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+def from_seed(seed: int) -> Iterator[None]:
+    """What is drawn inside, on the CPU as PEFT does, is the same every time: a resumed run has no first start to copy."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
 
 
@@ -66,7 +66,7 @@ class DirLoRA(Method):
     def add(self, task: str) -> None:
         config = LoraConfig(**self.options.model_dump(include=set(LoRASettings.model_fields)))
         same = isinstance(self.options, DirLoRASettings) and self.options.same_start
-        with from_one_seed() if same else nullcontext():
+        with from_seed(self.seed) if same else nullcontext():
             if self.model is None:
                 self.model = get_peft_model(self.base, config, adapter_name=self.adapter(task))
             elif self.adapter(task) not in self.model.peft_config:

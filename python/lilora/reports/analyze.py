@@ -34,6 +34,7 @@ DEFINITIONS = {
     "expected": "the overlap of random subspaces with the same dimensions d and d2 in D dimensions: max(d, d2) / D",
     "cka": "linear centred kernel alignment (arXiv 1905.00414) of two tasks' A, each a table of K samples (the inputs) of r "
     "features, or of their B, of N samples; 1 for tables that differ by a rotation of the ranks and a factor",
+    "expected_cka": "that of random tables of r and r2 features: sqrt(r r2 / ((D - 1 + r) (D - 1 + r2))), nearly",
     "redundant": "share of the ranks of the row's task whose squared residual, after projection onto the span of the "
     "r ranks of the column's task, is below `threshold` times the 1 - r / D that a random span would leave of their "
     "squared norm; a rank is a row a of A (D = K), a column b of B (D = N), or whole, b a^T (D = N K)",
@@ -50,9 +51,9 @@ _DRIFT_UNITS = (100, 100, 1, 1)  # in print: per cent, degrees
 class Analysis:
     """Numbers of T tasks on L linears, as DEFINITIONS says.
 
-    overlap, expected and cka: "A" and "B" -> [L, T, T]. redundant: "A", "B" and "BA" -> [L, T, T], of the row's task in the
-    column's. drift: "A" and "B0" -> [L, T, 4] since the first and the previous task: two changes, two angles; empty
-    where every task has a basis of its own.
+    overlap, cka and what is expected of both: "A" and "B" -> [L, T, T]. redundant: "A", "B" and "BA" -> [L, T, T], of the
+    row's task in the column's. drift: "A" and "B0" -> [L, T, 4] since the first and the previous task: two changes, two
+    angles; empty where every task has a basis of its own.
     """
 
     method: str
@@ -62,12 +63,13 @@ class Analysis:
     overlap: dict[str, np.ndarray]
     expected: dict[str, np.ndarray]
     cka: dict[str, np.ndarray]
+    expected_cka: dict[str, np.ndarray]
     redundant: dict[str, np.ndarray]
     drift: dict[str, np.ndarray]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: pairs and drift as means over the linears, linears as means over the pairs of tasks."""
-        pairs = {"overlap": self.overlap, "expected": self.expected, "cka": self.cka, "redundant": self.redundant}
+        pairs = {name: getattr(self, name) for name in ("overlap", "expected", "cka", "expected_cka", "redundant")}
         return {
             "method": self.method,
             "tasks": self.tasks,
@@ -163,6 +165,7 @@ def _linear(
         "overlap": {key: overlap for key, (overlap, _) in overlaps.items()},
         "expected": {key: expected for key, (_, expected) in overlaps.items()},
         "cka": {"A": _cka(a), "B": _cka([x.mT for x in b])},
+        "expected_cka": {"A": _expected_cka(sizes, k), "B": _expected_cka(sizes, n)},
         "redundant": shares,
         "drift": {"A": _drift(a), "B0": _drift([x.mT for x in b0])} if one_basis else {},
     }
@@ -194,6 +197,11 @@ def _cka(vectors: list[Tensor]) -> np.ndarray:
     norms = torch.stack([torch.stack([part.norm() for part in row.split(sizes, 1)]) for row in gram.split(sizes)])
     own = norms.diagonal()
     return (norms.square() / (own[:, None] * own)).numpy()
+
+
+def _expected_cka(sizes: list[int], dimensions: int) -> np.ndarray:
+    own = np.array([size / (dimensions - 1 + size) for size in sizes])
+    return np.sqrt(own[:, None] * own)
 
 
 def _redundant(gram: Tensor, sizes: list[int], dimensions: int, threshold: float) -> np.ndarray:
@@ -282,7 +290,10 @@ def _matrices(analysis: Analysis) -> tuple[list[tuple[str, np.ndarray, str]], ..
         )
         for key, name in _SPANS.items()
     ]
-    ckas = [(f"CKA of {key}", analysis.cka[key].mean(0), "") for key in _SPANS]
+    ckas = [
+        (f"CKA of {key}", analysis.cka[key].mean(0), f"{100 * over_pairs(analysis.expected_cka[key]).mean():.1f}")
+        for key in _SPANS
+    ]
     shares = [(f"redundant {name}", analysis.redundant[key].mean(0), "") for key, name in _RANKS.items()]
     return overlaps, ckas, shares
 

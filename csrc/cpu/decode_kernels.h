@@ -32,7 +32,7 @@ TARGET static void add_tile(const float* x, int64_t x_stride, const T* w, int64_
   int64_t k = 0;
   for (; k + kLine <= length; k += kLine) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) __builtin_prefetch(w + n * w_stride + ahead + k, 0, 2);  // into the second cache
+    for (int n = 0; ahead && n < N; ++n) __builtin_prefetch(w + n * w_stride + ahead + k, 0, 2);  // into the second cache
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kLine; i += LANES) add<M, N>(s, x + k + i, x_stride, w + k + i, w_stride);
   }
@@ -101,13 +101,38 @@ INLINE void add_columns(const Rows& x, int64_t first, int64_t last, const T* w, 
 }
 
 // sums[n / COLUMNS][m][n % COLUMNS] += x[m] . w[w_row + n], first <= m < last, n < count. In between asks for the rows of w that
-// come next, if it is `streamed`, and for the pieces.
+// come next, and for the pieces.
 TARGET static void add_products(const Rows& x, int64_t first, int64_t last, const Matrix& w, int64_t w_row, int64_t count,
-                                int64_t length, bool streamed, Pieces pieces, Sums* sums) {
-  const int64_t at = w_row * length, ahead = streamed ? count * length : 0;
+                                int64_t length, Pieces pieces, Sums* sums) {
+  const int64_t at = w_row * length, ahead = count * length;
   if (w.type == kFloat) add_columns(x, first, last, (const float*)w.data + at, count, length, ahead, pieces, sums);
   else if (w.type == kBfloat16) add_columns(x, first, last, (const Bfloat16*)w.data + at, count, length, ahead, pieces, sums);
   else add_columns(x, first, last, (const Half*)w.data + at, count, length, ahead, pieces, sums);
+}
+
+// sums += z U_t^T of each run, for outputs [first, first + count): a run is often one row, of few products.
+template <class T>
+TARGET static void add_of_tasks(const Work& work, const T* u, int64_t first, int64_t count, Sums* sums) {
+  const int64_t length = work.call->sub_rank;
+  Pieces none = {};
+  for (int64_t i = 0; i < work.runs; ++i) {
+    const Run& run = work.run[i];
+    const T* const w = u + (run.task * work.call->outputs + first) * length;
+    if (run.last - run.first > 1 || length > kBlock || count % COLUMNS) {
+      add_columns(work.z, run.first, run.last, w, count, length, 0, none, sums);
+      continue;
+    }
+    const float* const z = &work.z.at(run.first, 0);
+    for (int64_t group = 0; group * COLUMNS < count; ++group)
+      add_tile<1, COLUMNS>(z, 0, w + group * COLUMNS * length, length, length, 0, sums[group] + run.first);
+  }
+}
+
+TARGET static void add_of_tasks(const Work& work, int64_t first, int64_t count, Sums* sums) {
+  const Matrix& u = work.call->u;
+  if (u.type == kFloat) add_of_tasks(work, (const float*)u.data, first, count, sums);
+  else if (u.type == kBfloat16) add_of_tasks(work, (const Bfloat16*)u.data, first, count, sums);
+  else add_of_tasks(work, (const Half*)u.data, first, count, sums);
 }
 
 static inline int64_t items_of(int64_t outputs, int64_t width = COLUMNS) { return (outputs + width - 1) / width; }
@@ -123,7 +148,7 @@ TARGET static void shrink(const Work& work, int64_t item) {
   const int64_t first = item * COLUMNS, count = outputs_of(first, call.rank);
   Sums sums;
   memset(sums, 0, call.rows * sizeof sums[0]);
-  add_products(work.x, 0, call.rows, call.a, first, count, call.columns, true, {}, &sums);
+  add_products(work.x, 0, call.rows, call.a, first, count, call.columns, {}, &sums);
   for (int64_t m = 0; m < call.rows; ++m)
     for (int64_t n = 0, r = first; n < count; ++n, ++r) {
       const float h = total(sums[m][n]), gate = call.gate.data ? value(call.gate, work.gate_row[m] * call.rank + r) : 1;
@@ -140,8 +165,8 @@ TARGET static void reduce(const Work& work, int64_t item) {
   const Run& run = work.run[item / of_run];
   const int64_t first = item % of_run * COLUMNS, count = outputs_of(first, call.sub_rank);
   Sums sums;
-  memset(sums, 0, call.rows * sizeof sums[0]);
-  add_products(work.q, run.first, run.last, call.v, run.task * call.sub_rank + first, count, call.rank, true, {}, &sums);
+  memset(sums + run.first, 0, (run.last - run.first) * sizeof sums[0]);
+  add_products(work.q, run.first, run.last, call.v, run.task * call.sub_rank + first, count, call.rank, {}, &sums);
   for (int64_t m = run.first; m < run.last; ++m)
     for (int64_t n = 0; n < count; ++n) work.z.at(m, first + n) = total(sums[m][n]) * work.of_task[m];
 }
@@ -160,18 +185,17 @@ TARGET static void expand(const Work& work, int64_t item) {
   const int64_t tiles = (call.rows + ROWS - 1) / ROWS * ((call.columns + kBlock - 1) / kBlock) * items_of(count);
   const int64_t lines = call.u.data ? work.runs * (count * row / 64 + 1) : 0;
   const Pieces pieces = {work.own, first * row, count * row, call.u.data ? work.runs : 0, lines / (tiles + 1) + 1, 0};
-  if (call.weight.data) add_products(work.x, 0, call.rows, call.weight, first, count, call.columns, true, pieces, sums);
-  add_products(work.scaled_q, 0, work.adapted, call.b0, first, count, call.rank, true, {}, sums);
-  for (int64_t i = 0; i < work.runs && call.u.data; ++i) {
-    const Run& run = work.run[i];
-    add_products(work.z, run.first, run.last, call.u, run.task * call.outputs + first, count, call.sub_rank, false, {}, sums);
+  if (call.weight.data) add_products(work.x, 0, call.rows, call.weight, first, count, call.columns, pieces, sums);
+  add_products(work.scaled_q, 0, work.adapted, call.b0, first, count, call.rank, {}, sums);
+  if (call.u.data) add_of_tasks(work, first, count, sums);
+  float bias[kGroups * COLUMNS] = {};
+  for (int64_t n = 0; call.bias.data && n < count; ++n) bias[n] = value(call.bias, first + n);
+  for (int64_t m = 0; m < call.rows; ++m) {
+    const int64_t at = work.row[m] * call.outputs + first;
+    for (int64_t group = 0, n = 0; n < count; ++group)
+      for (int i = 0; i < COLUMNS && n < count; ++i, ++n)
+        store(call.y, at + n, call.x_type, total(sums[group][m][i]) + bias[n]);
   }
-  for (int64_t m = 0; m < call.rows; ++m)
-    for (int64_t n = 0; n < count; ++n) {
-      const float bias = call.bias.data ? value(call.bias, first + n) : 0;
-      const Vector& sum = sums[n / COLUMNS][m][n % COLUMNS];
-      store(call.y, work.row[m] * call.outputs + first + n, call.x_type, total(sum) + bias);
-    }
 }
 
 template <void run_item(const Work&, int64_t)>

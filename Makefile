@@ -25,7 +25,7 @@ help:
 	@echo "make gpu-kit     for a GPU elsewhere: its kernels, compiled here, in one file; prints the two commands to run there"
 	@echo "make gpu-rehearsal  these commands, tried without a GPU: what they launch, and how long each stage would take"
 	@echo "make gpu-evidence  on a GPU: its tests, then the measurements; results.json and log.txt under OUT=folder"
-	@echo "make resources   what the Triton kernels take, compiled ahead of time: lilora_kernels/ops/RESOURCES.md; and what a"
+	@echo "make resources   what the Triton kernels take, compiled ahead of time: lilora_kernels/ops/RESOURCES.*; and what a"
 	@echo "                 model of an H200 predicts of every plan: bench/results/model"
 	@echo "make lint        ruff: rules and formatting; mypy: the types of what users call"
 	@echo "make cpu-evidence  throughput comparisons on this CPU, bench/results/cpu, and the tables from them"

@@ -189,10 +189,10 @@ def launch_once(machine: Machine, entry: Entry, problem: Problem, sizes: Sizes) 
 
 def variant_once(arch: int, shared: int, entry: Entry, sizes: Sizes, variant) -> str | None:
     """Compile a `Variant` of the kernel for sm_<arch>; why it does not fit `shared` bytes of shared memory, or None."""
-    from tools.resources import compile_kernel
+    from tools.resources import program
 
     try:
-        needed = compile_kernel(entry.kernel, arch, entry.rows, variant, sizes).shared
+        needed = program(entry.kernel, arch, entry.rows, variant, sizes).compiled().shared
     except Exception as failure:
         return described(failure)
     if needed > shared:

@@ -1,23 +1,34 @@
 """Registers, spills and shared memory of the Triton kernels, compiled ahead of time: no GPU needed.
 
-python -m tools.resources          the table of lilora_kernels/ops/RESOURCES.md
+python -m tools.resources          writes lilora_kernels/ops/RESOURCES.json and prints the tables of RESOURCES.md beside it
 
-What is compiled are the launches that the Triton backend makes of operands without data.
+What is compiled are the launches that the Triton backend makes of operands without data. The record has a key of all that
+decides what is compiled for each, so that tests need not compile what they assert of. A launch whose key the record has is
+not compiled again: remove the file to have all of them measured anew.
 """
 
+import ast
+import hashlib
+import itertools
+import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -29,6 +40,7 @@ from lilora_kernels.ops.rank_gate import triton_backend as rank_gate
 from lilora_kernels.ops.schema import DIFFERENTIABLE, AdapterArgs
 from lilora_kernels.ops.triton_launcher import Launch
 
+RECORD = Path(__file__).parents[1] / "lilora_kernels/ops/RESOURCES.json"
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -38,7 +50,6 @@ TYPES = {
     int: "i32",
     float: "fp32",
 }
-FLOATS = torch.bfloat16, torch.float16, torch.float32
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that one block may have
 COLUMNS, OUTPUTS = 4096, 11008
 JOBS = "shrink", "expand", "from_dy", "from_x", "add_partials"
@@ -48,16 +59,12 @@ COMPOSED = "compose", "u_gradient", "v_gradient_partials", "sum_gradients"
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one compiled kernel takes: registers per thread, instructions that spill, bytes of shared memory, its code."""
+    """What one compiled kernel takes: registers per thread, instructions that spill, bytes of shared memory."""
 
     registers: int
     spills: int
     shared: int
-    sass: str
-
-    @property
-    def tensor_cores(self) -> bool:
-        return bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA)", self.sass))
+    tensor_cores: bool
 
 
 @dataclass(frozen=True)
@@ -145,22 +152,41 @@ def launches(
     return found
 
 
-def compile_kernel(
+class Program(NamedTuple):
+    """What Triton is asked to compile."""
+
+    source: ASTSource
+    target: GPUTarget
+    options: dict[str, object]
+
+    @property
+    def key(self) -> str:
+        """Of all that decides what is compiled. Needs no compilation, and is the same on every machine and in every folder."""
+        asked = self.source.signature, self.source.constants, self.source.attrs, self.options
+        parts = triton.__version__, self.target, *(list(each.items()) for each in asked), texts(self.source.fn)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def compiled(self) -> Compiled:
+        return measure(triton.compile(self.source, target=self.target, options=self.options))
+
+
+def program(
     kernel: str, arch: int, rows: int, variant: Variant = Variant(), sizes: dict[str, int] | None = None
-) -> Compiled:
-    """Compile one kernel for sm_<arch>, as a call of so many rows launches it; `sizes`: instead of its configuration."""
-    plan = "composed" if kernel in COMPOSED else "one_launch" if kernel in AT_ONCE else "by_phase"
-    return compiled(arch, *launches(plan, arch, rows, variant, {} if sizes is None else {kernel: sizes})[kernel])
+) -> Program:
+    """A kernel for sm_<arch>, as a call of so many rows launches it; `sizes`: instead of its configuration.
+
+    `rank_gate` for scores of the variant's dtype, of any shape and layout: it has no other variants.
+    """
+    if kernel == "rank_gate":
+        with recorded(()) as found:
+            rank_gate.forward(made(2, 256, dtype=variant.dtype), 32)
+    else:
+        plan = "composed" if kernel in COMPOSED else "one_launch" if kernel in AT_ONCE else "by_phase"
+        found = launches(plan, arch, rows, variant, {} if sizes is None else {kernel: sizes})
+    return program_of(arch, *found[kernel])
 
 
-def compile_rank_gate(arch: int, dtype: torch.dtype = torch.bfloat16) -> Compiled:
-    """Compile `rank_gate` for sm_<arch> and scores of this dtype, of any layout: it has no other variants."""
-    with recorded(()) as found:
-        rank_gate.forward(made(2, 256, dtype=dtype), 32)
-    return compiled(arch, *found["rank_gate"])
-
-
-def compiled(arch: int, launch: Launch, arguments: tuple) -> Compiled:
+def program_of(arch: int, launch: Launch, arguments: tuple) -> Program:
     """For 16-byte aligned tensors."""
     kernel = launch.kernel
     names = [name for name in kernel.arg_names if name not in launch]
@@ -181,8 +207,40 @@ def compiled(arch: int, launch: Launch, arguments: tuple) -> Compiled:
         path = (kernel.arg_names.index(name),)
         signature[name] = of(argument, path, name not in kernel.do_not_specialize)
     options = {name: value for name, value in launch.items() if name not in kernel.arg_names} | launch.options
-    source = ASTSource(kernel, signature, constants, attributes)
-    return measure(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options))
+    return Program(ASTSource(kernel, signature, constants, attributes), GPUTarget("cuda", arch, 32), options)
+
+
+def texts(kernel: JITFunction) -> list[tuple[str, str]]:
+    """By name what a kernel is made of, sorted: the source of it and of what it calls, constants, fields of named tuples.
+
+    Triton's own functions go by their names and its version. Triton's cache_key would depend on the numbers of lines too.
+    """
+    found: dict[str, str] = {}
+
+    def add(name: str, value: object) -> None:
+        if isinstance(value, JITFunction):
+            found[name] = function = f"{value.__module__}.{value.__name__}"
+            if function in found or function.startswith("triton."):
+                return
+            found[function] = "".join(value.raw_src)
+            scope = value.get_capture_scope()
+            for used in names_in(value.src):
+                if used in scope:
+                    add(f"{function}: {used}", scope[used])
+        elif isinstance(value, tl.constexpr):
+            found[name] = repr(value)
+        elif isinstance(value, type) and hasattr(value, "_fields"):
+            found[name] = repr(value._fields)
+        elif not (isinstance(value, ModuleType) and value.__name__.startswith("triton")):
+            raise TypeError(f"{name} is {value!r}: tools.resources cannot tell what is compiled of it")
+
+    add("kernel", kernel)
+    return sorted(found.items())
+
+
+@cache
+def names_in(source: str) -> list[str]:
+    return sorted({node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)})
 
 
 def measure(made) -> Compiled:
@@ -193,11 +251,53 @@ def measure(made) -> Compiled:
         run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
         usage = run(str(tools / "cuobjdump"), "-res-usage", file.name)
         sass = run(str(tools / "nvdisasm"), "-c", file.name)
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
-    return Compiled(registers, len(re.findall(r"\b(?:LDL|STL)\b", sass)), made.metadata.shared, sass)
+    registers, spills = int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    tensor_cores = re.search(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA)", sass) is not None
+    return Compiled(registers, spills, made.metadata.shared, tensor_cores)
 
 
-# --- the table ------------------------------------------------------------------------------------------------------
+# --- the record -----------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "standard": Variant(),
+    "fp16": Variant(dtype=torch.float16),
+    "fp32": Variant(dtype=torch.float32),
+    "masters": Variant(masters=torch.float32),
+    "gate": Variant(gate=True),
+    "one-task": Variant(tasks=1),
+    "plain": Variant(fusion=False),
+    "lora": Variant(sub_rank=0, tasks=1),
+    "lora-gate": Variant(sub_rank=0, tasks=1, gate=True),
+    "frozen": Variant(needs=frozenset({"x", "u", "v", "fusion"})),
+    "dx-alone": Variant(needs=frozenset({"x"})),
+    "no-dropout": Variant(p=0.0),
+    "ranks-256": Variant(rank=256, sub_rank=128),
+    "ranks-5": Variant(rank=5, sub_rank=3),
+    "pair": Variant(pair=True),
+}
+OTHERS = [name for name in VARIANTS if name not in ("standard", "pair")]
+
+
+class Case(NamedTuple):
+    """A launch of the record. rows: of the call, 0 for `rank_gate`; variant: its name."""
+
+    arch: int
+    kernel: str
+    rows: int
+    variant: str = "standard"
+
+    def program(self) -> Program:
+        return program(self.kernel, self.arch, self.rows, VARIANTS[self.variant])
+
+    def compiled(self) -> Compiled:
+        return self.program().compiled()
+
+
+class Record(NamedTuple):
+    """The version of Triton that compiled; each launch's key, and what it takes."""
+
+    triton: str
+    launches: dict[Case, tuple[str, Compiled]]
 
 
 def shipped(arch: int) -> list[tuple[str, int]]:
@@ -213,33 +313,67 @@ def shipped(arch: int) -> list[tuple[str, int]]:
     return found
 
 
-def main() -> None:
-    jobs = [(arch, *launch) for arch in SHARED_MEMORY for launch in shipped(arch)]
-    jobs += [(arch, kernel, 4096) for arch in SHARED_MEMORY for kernel in COMPOSED]
-    print(HEADER, flush=True)
-    with ProcessPoolExecutor() as pool:
-        for job, used in zip(jobs, pool.map(compile_job, jobs), strict=True):
-            print(table_row(*job, used))
-        for arch, used in zip(SHARED_MEMORY, pool.map(compile_rank_gate, SHARED_MEMORY), strict=True):
-            print(table_row(arch, "rank_gate", 0, used))
+def cases() -> list[Case]:
+    """All that the record has."""
+    found = [Case(arch, *launch) for arch in SHARED_MEMORY for launch in shipped(arch)]
+    found += product(SHARED_MEMORY, COMPOSED, [4096], ["standard", "masters", "ranks-256"])
+    found += product(SHARED_MEMORY, ["rank_gate"], [0], ["standard", "fp16", "fp32"])
+    found += product([89, 90], ["expand", "from_dy"], [1024, 8192], ["one-task"])
+    found += product([89, 90, 100], ["shrink", "from_x"], [1, 1024, 8192], ["pair"])
+    found += product([89], AT_ONCE, [8192], OTHERS)
+    return found + product([90], AT_ONCE, [1, 8192], ["masters", "ranks-256"])
 
 
-def table_row(arch: int, kernel: str, rows: int, used: Compiled) -> str:
-    rows_from = "any" if kernel in (*COMPOSED, "rank_gate") else rows
-    cells = (f"sm_{arch}", kernel, rows_from, used.registers, used.spills, f"{used.shared / 1024:.0f} KB")
+def product(*choices: Iterable) -> list[Case]:
+    return [Case(*each) for each in itertools.product(*choices)]
+
+
+def read() -> Record:
+    if not RECORD.is_file():
+        return Record("", {})
+    content = json.loads(RECORD.read_text())
+    launches = {}
+    for line in content["launches"]:
+        case, key = Case(*(line.pop(name) for name in Case._fields)), line.pop("key")
+        launches[case] = key, Compiled(**line)
+    return Record(content["triton"], launches)
+
+
+def write(record: Record) -> None:
+    """A line for each launch, sorted."""
+    found = sorted(record.launches.items())
+    lines = ",\n".join(json.dumps(case._asdict() | asdict(used) | {"key": key}) for case, (key, used) in found)
+    RECORD.write_text(f'{{"triton": "{record.triton}", "launches": [\n{lines}\n]}}\n')
+
+
+def table(record: Record) -> str:
+    """Of the standard variant, as RESOURCES.md has it."""
+    rows = [table_row(case, record.launches[case][1]) for case in cases() if case.variant == "standard"]
+    return "\n".join([HEADER, *rows])
+
+
+def table_row(case: Case, used: Compiled) -> str:
+    rows_from = "any" if case.kernel in (*COMPOSED, "rank_gate") else case.rows
+    cells = f"sm_{case.arch}", case.kernel, rows_from, used.registers, used.spills, f"{used.shared / 1024:.0f} KB"
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def compile_job(job: tuple[int, str, int]) -> Compiled:
-    arch, kernel, rows = job
-    return compile_kernel(kernel, arch, rows)
+def main() -> None:
+    keys = {case: case.program().key for case in cases()}
+    known = dict(read().launches.values())
+    missing = {key: case for case, key in keys.items() if key not in known}
+    with ProcessPoolExecutor() as pool:
+        known |= zip(missing, pool.map(Case.compiled, missing.values()), strict=True)
+    record = Record(triton.__version__, {case: (key, known[key]) for case, key in keys.items()})
+    write(record)
+    print(table(record))
 
 
 HEADER = """\
 # What the Triton kernels take
 
 Compiled ahead of time for bf16, R = 128, S = 64, dropout and all gradients but that of a gate. Rows: the fewest that the
-configuration is for. Written by `python -m tools.resources`.
+configuration is for. Written by `python -m tools.resources`, as is `RESOURCES.json`, which has other variants too.
 
 | architecture | kernel | rows from | registers | spilling instructions | shared memory |
 |---|---|--:|--:|--:|--:|"""

@@ -1,4 +1,7 @@
-"""Every launch of the shipped Triton configurations compiles ahead of time, without a GPU, and fits its architecture."""
+"""Every launch of the shipped Triton configurations compiles ahead of time, without a GPU, and fits its architecture.
+
+What it takes is read from the record of `tools/resources.py`, once its key has shown that the record is of what is launched now.
+"""
 
 from pathlib import Path
 
@@ -7,23 +10,112 @@ import torch
 from support.cases import make
 
 pytest.importorskip("triton")
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import create_function_from_signature
 
 from lilora_kernels.ops import barrier
-from lilora_kernels.ops.delta import triton_backend, triton_configs, triton_jobs
+from lilora_kernels.ops.delta import triton_backend, triton_backward, triton_configs, triton_jobs, triton_rows
 from lilora_kernels.ops.rank_gate import triton_backend as rank_gate
 from lilora_kernels.ops.schema import DIFFERENTIABLE, AdapterArgs
 from tools import resources
-from tools.resources import Variant
+from tools.resources import Case, program
 
+ROOT = Path(__file__).parents[2]
+RECORD = resources.read()
 LAUNCHES = [(arch, *launch) for arch in resources.SHARED_MEMORY for launch in resources.shipped(arch)]
 
 
+@pytest.fixture
+def taken():
+    """What a launch takes, as the record says; fails if that is not of it. With another Triton than the record's, which
+    compiles otherwise, it skips: the test below shows that this is not the pinned one.
+    """
+    if RECORD.triton not in ("", triton.__version__):
+        pytest.skip(
+            f"RESOURCES.json is of Triton {RECORD.triton}, and {triton.__version__} is installed: `make resources` "
+            "makes it anew, and these tests hold of that"
+        )
+
+    def taken(arch, kernel, rows, variant="standard"):
+        case = Case(arch, kernel, rows, variant)
+        key, used = RECORD.launches.get(case, (None, None))
+        if key != case.program().key:
+            pytest.fail(f"RESOURCES.json is not of today's {case}: run `make resources`", pytrace=False)
+        return used
+
+    return taken
+
+
+def test_the_record_is_of_the_pinned_triton():
+    assert f"triton=={RECORD.triton}" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
+def test_the_record_has_every_launch_and_no_other_and_its_table_is_committed(taken):
+    for case in resources.cases():
+        taken(*case)
+    again = "is not of today's launches: run `make resources`"
+    assert RECORD.launches.keys() == set(resources.cases()), f"RESOURCES.json {again}"
+    assert (ROOT / "lilora_kernels/ops/RESOURCES.md").read_text() == resources.table(RECORD) + "\n", (
+        f"RESOURCES.md {again}"
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(80, "compose", 4096, "masters"),
+        Case(89, "rank_gate", 0, "fp16"),
+        Case(90, "expand", 4097),
+        Case(100, "shrink", 256),
+    ],
+    ids=str,
+)
+def test_what_is_compiled_now_takes_what_the_record_says(case, taken, monkeypatch):
+    monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)  # whatever Triton's cache has
+    assert taken(*case) == case.compiled()
+
+
+def test_a_key_tells_apart_all_that_decides_what_is_compiled():
+    present = triton_configs.delta_backward(1, False)
+    found = [program("delta_backward", 80, 1).key, program("delta_backward", 89, 1).key]
+    for name, size in present.items() - {"CHUNK": 256}.items():
+        found.append(program("delta_backward", 80, 1, sizes=present | {name: 2 * size}).key)
+    found += [program("delta_backward", 80, 1, resources.VARIANTS[name]).key for name in resources.OTHERS]
+    assert len(set(found)) == len(found)
+    assert program("delta_backward", 80, 1, sizes=present).key == found[0]
+
+
+@pytest.mark.parametrize(
+    "owner, name, value, unchanged",
+    [
+        (triton_rows.grid_barrier, "raw_src", ["def grid_barrier(state):\n", "    pass\n"], {"add_partials", "from_x"}),
+        (triton_rows.END, "value", 7, {"add_partials"}),
+        (triton_backward, "SUM_BLOCK", triton.language.constexpr(7), {"from_x"}),
+        (triton_rows.Rows, "_fields", ("a",), {"add_partials"}),
+        (triton, "__version__", "0.0", set()),
+    ],
+    ids=["function", "constant", "constant of one module", "named tuple", "Triton"],
+)
+def test_a_key_changes_with_what_a_kernel_is_made_of(owner, name, value, unchanged, monkeypatch):
+    def keys():
+        return {kernel: program(kernel, 80, 1).key for kernel in ("delta_backward", "from_x", "add_partials")}
+
+    before = keys()
+    monkeypatch.setattr(owner, name, value)
+    assert {kernel for kernel, key in keys().items() if key == before[kernel]} == unchanged
+
+
+def test_what_a_key_cannot_be_made_of_is_refused(monkeypatch):
+    monkeypatch.setattr(triton_rows, "END", 7)
+    with pytest.raises(TypeError, match=r"triton_rows.*: END is 7: tools.resources cannot tell"):
+        program("from_x", 80, 1).key  # noqa: B018
+
+
 @pytest.mark.parametrize("arch, kernel, rows", LAUNCHES, ids=lambda each: str(each))
-def test_no_spills_and_fitting_shared_memory(arch, kernel, rows):
-    used = resources.compile_kernel(kernel, arch, rows)
+def test_no_spills_and_fitting_shared_memory(arch, kernel, rows, taken):
+    used = taken(arch, kernel, rows)
     assert used.spills == 0
     assert used.shared <= resources.SHARED_MEMORY[arch] * 1024
     assert used.tensor_cores == (kernel != "add_partials")
@@ -43,41 +135,24 @@ def fits(used, sizes, arch):
 
 @pytest.mark.parametrize("arch", [89, 90])
 @pytest.mark.parametrize("kernel", ["expand", "from_dy"])
-def test_the_passes_over_the_outputs_do_not_spill_for_one_task(arch, kernel):
+def test_the_passes_over_the_outputs_do_not_spill_for_one_task(arch, kernel, taken):
     for rows in (1024, 8192):
-        assert resources.compile_kernel(kernel, arch, rows, Variant(tasks=1)).spills == 0
-
-
-OTHERS = {
-    "fp16": Variant(dtype=torch.float16),
-    "fp32": Variant(dtype=torch.float32),
-    "masters": Variant(masters=torch.float32),
-    "gate": Variant(gate=True),
-    "one-task": Variant(tasks=1),
-    "plain": Variant(fusion=False),
-    "lora": Variant(sub_rank=0, tasks=1),
-    "lora-gate": Variant(sub_rank=0, tasks=1, gate=True),
-    "frozen": Variant(needs=frozenset({"x", "u", "v", "fusion"})),
-    "dx-alone": Variant(needs=frozenset({"x"})),
-    "no-dropout": Variant(p=0.0),
-    "ranks-256": Variant(rank=256, sub_rank=128),
-    "ranks-5": Variant(rank=5, sub_rank=3),
-}
+        assert taken(arch, kernel, rows, "one-task").spills == 0
 
 
 @pytest.mark.parametrize("kernel", resources.AT_ONCE)
-@pytest.mark.parametrize("other", OTHERS)
-def test_other_variants_fit_the_smallest_shared_memory(other, kernel):
-    used = resources.compile_kernel(kernel, 89, 8192, OTHERS[other])
+@pytest.mark.parametrize("other", resources.OTHERS)
+def test_other_variants_fit_the_smallest_shared_memory(other, kernel, taken):
+    used = taken(89, kernel, 8192, other)
     assert used.shared <= resources.SHARED_MEMORY[89] * 1024
     assert used.tensor_cores == (other != "fp32")  # fp32 products are exact, on the ordinary cores
 
 
 @pytest.mark.parametrize("arch", [89, 90, 100])
 @pytest.mark.parametrize("kernel", ["shrink", "from_x"])
-def test_the_passes_over_x_of_a_pair_do_not_spill(arch, kernel):
+def test_the_passes_over_x_of_a_pair_do_not_spill(arch, kernel, taken):
     for rows in (1, 1024, 8192):
-        used = resources.compile_kernel(kernel, arch, rows, Variant(pair=True))
+        used = taken(arch, kernel, rows, "pair")
         assert used.spills == 0
         assert used.shared <= resources.SHARED_MEMORY[arch] * 1024
 
@@ -161,18 +236,18 @@ def test_calls_of_the_same_shapes_are_one_variant(shift, fresh_slots, monkeypatc
 
 @pytest.mark.parametrize("arch", resources.SHARED_MEMORY)
 @pytest.mark.parametrize("name", resources.COMPOSED)
-def test_the_kernels_of_the_composed_plan_do_not_spill(name, arch):
-    for rank, sub_rank, masters in ((128, 64, None), (256, 128, None), (128, 64, torch.float32)):
-        used = resources.compile_kernel(name, arch, 4096, Variant(masters=masters, rank=rank, sub_rank=sub_rank))
+def test_the_kernels_of_the_composed_plan_do_not_spill(name, arch, taken):
+    for variant in ("standard", "ranks-256", "masters"):
+        used = taken(arch, name, 4096, variant)
         assert used.spills == 0
         assert used.shared <= resources.SHARED_MEMORY[arch] * 1024
         assert used.tensor_cores == (name != "sum_gradients")
 
 
 @pytest.mark.parametrize("arch", resources.SHARED_MEMORY)
-@pytest.mark.parametrize("dtype", resources.FLOATS, ids=str)
-def test_the_kernel_of_rank_gate_does_not_spill(dtype, arch):
-    used = resources.compile_rank_gate(arch, dtype)
+@pytest.mark.parametrize("variant", ["standard", "fp16", "fp32"])
+def test_the_kernel_of_rank_gate_does_not_spill(variant, arch, taken):
+    used = taken(arch, "rank_gate", 0, variant)
     assert used.spills == 0
     assert used.registers <= 64  # 32 warps a multiprocessor
     assert used.shared <= 1024
@@ -190,18 +265,9 @@ def test_the_kernel_of_rank_gate_is_compiled_once_for_each_dtype():
     assert len(keys) == 1
 
 
-def test_the_committed_table_has_every_launch():
-    text = (Path(__file__).parents[2] / "lilora_kernels/ops/RESOURCES.md").read_text()
-    rows = [tuple(cell.strip() for cell in line.split("|")[1:4]) for line in text.splitlines() if "| sm_" in line]
-    want = [(f"sm_{arch}", kernel, str(fewest)) for arch, kernel, fewest in LAUNCHES]
-    want += [(f"sm_{arch}", name, "any") for arch in resources.SHARED_MEMORY for name in resources.COMPOSED]
-    want += [(f"sm_{arch}", "rank_gate", "any") for arch in resources.SHARED_MEMORY]
-    assert rows == want
-
-
 @pytest.mark.parametrize("variant", ["masters", "ranks-256"])
-def test_the_programs_of_a_launch_fit_for_wider_elements_too(variant):
+def test_the_programs_of_a_launch_fit_for_wider_elements_too(variant, taken):
     for kernel in resources.AT_ONCE:
         for rows in (1, 8192):
-            used = resources.compile_kernel(kernel, 90, rows, OTHERS[variant])
+            used = taken(90, kernel, rows, variant)
             assert fits(used, chosen(90, kernel, rows), 90) >= 1

@@ -223,7 +223,7 @@ def fused(call: Ours) -> None:
     call.backward.launches.append(product(k, rows_computed * (n + r), elements, call.draws))
 
 
-KEPT = "Triton one_launch, M_t kept"
+KEPT = "Triton one_launch, M_t kept (not built)"
 PLANS: dict[str, Callable[[Ours], None]] = {
     "composed": composed,
     "Triton composed": partial(triton, name="composed"),

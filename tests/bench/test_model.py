@@ -1,5 +1,6 @@
 """The model of an H200: what it counts, that the ceilings alone give the paper's ratios, and what it says of our plans."""
 
+import itertools
 import json
 from functools import partial
 
@@ -158,7 +159,7 @@ def test_dropout_is_drawn_where_a_phase_reads_x():
 
 
 def test_what_the_choices_cite(monkeypatch):
-    """The figures beside ONE_LAUNCH_ROWS, FUSED_ROWS and both `forms_m`; a choice that they contradict is not made by them."""
+    """The figures beside ONE_LAUNCH_ROWS, FUSED_ROWS and both `forms_m`, and of M_t kept; a choice that they contradict is not made by them."""
 
     def us(rows, plan, tasks=1):
         return model.predict(Problem(rows, *GATE_UP, tasks), plan)["both"]["us"]
@@ -167,6 +168,13 @@ def test_what_the_choices_cite(monkeypatch):
     assert launched == [pytest.approx(pair, abs=0.6) for pair in ([114, 117], [118, 121], [144, 147])]
     fused = [us(rows, "CUDA fused") / us(rows, "CUDA by_phase") for rows in (8192, 4096)]
     assert fused == pytest.approx([0.98, 1.0], abs=0.005)
+    saved = {}
+    for shape, rows in itertools.product((GATE_UP, DOWN), (1, 8, 64)):
+        plans = "Triton one_launch", model.KEPT
+        whole, kept = (model.predict(Problem(rows, *shape), plan)["forward"]["ratio"] for plan in plans)
+        saved.setdefault(rows, []).append(100 * (whole - kept))
+    few = saved[1] + saved[8]  # ops/README.md
+    assert (min(few), max(few), max(saved[64])) == pytest.approx((0.6, 1.6, 6.9), abs=0.06)
     ratios = []
     with monkeypatch.context() as patch:
         patch.setattr(triton_backend, "TRITON", triton_backend.TRITON._replace(forms_m=lambda *_: True))

@@ -159,7 +159,7 @@ def test_dropout_is_drawn_where_a_phase_reads_x():
 
 
 def test_what_the_choices_cite(monkeypatch):
-    """The figures beside ONE_LAUNCH_ROWS, FUSED_ROWS and both `forms_m`, and of M_t kept; a choice that they contradict is not made by them."""
+    """The figures beside ONE_LAUNCH_ROWS, FUSED_ROWS and both `forms_m`, by which a choice is made, and those of a kept M_t."""
 
     def us(rows, plan, tasks=1):
         return model.predict(Problem(rows, *GATE_UP, tasks), plan)["both"]["us"]
@@ -174,7 +174,7 @@ def test_what_the_choices_cite(monkeypatch):
         whole, kept = (model.predict(Problem(rows, *shape), plan)["forward"]["ratio"] for plan in plans)
         saved.setdefault(rows, []).append(100 * (whole - kept))
     few = saved[1] + saved[8]  # ops/README.md
-    assert (min(few), max(few), max(saved[64])) == pytest.approx((0.6, 1.6, 6.9), abs=0.06)
+    assert (min(few), max(few), max(saved[64])) == pytest.approx((0.6, 1.7, 6.9), abs=0.06)
     ratios = []
     with monkeypatch.context() as patch:
         patch.setattr(triton_backend, "TRITON", triton_backend.TRITON._replace(forms_m=lambda *_: True))

@@ -478,7 +478,7 @@ def forms_m(rows: Tensor, layout: Layout, adapter: AdapterArgs) -> bool:
     once, 2 N R; elsewhere and in 16 bits it is made in fp32 and rounded, about 14 N R forward and 50 N R backward.
     """
     # bench.model counts launches too, about 40 a task: us of a GPU for both directions of gate and up, by M_t / by factors:
-    # one task 2048 rows 701 / 685, 8192 rows 2251 / 2371; 8 tasks 16384 rows 5420 / 4613.
+    # one task 2048 rows 701 / 685, 8192 rows 2251 / 2371; 8 tasks 16384 rows 5422 / 4613.
     rank = adapter.a.shape[0]
     per_task = rank if rows.is_cpu else 16 * rank
     return rows.shape[0] >= per_task * len(layout.runs) and layout.is_seen

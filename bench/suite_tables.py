@@ -203,7 +203,7 @@ def redundancy(suite: Suite) -> str:
         cells = (numbers[name][key] for numbers in found.values() for key in "AB")
         lines.append(f"| {title} | {' | '.join(f'{x.mean:.1f}' if name == 'expected' else str(x) for x in cells)} |")
     runs = sum(suite.analysis(label, seed) is not None for label in found for seed in suite.seeds)
-    said = f"Of {', '.join(found)}, {runs} runs; means over pairs of tasks and linears, by `lilora analyze`."
+    said = f"Of {', '.join(found)}, {runs} run{'s' * (runs > 1)}; means over pairs of tasks and linears, by `lilora analyze`."
     return "\n".join([*lines, "", said])
 
 

@@ -160,7 +160,7 @@ def test_a_run_whose_analysis_lacks_something_is_made_again(tiny):
     content = json.loads(small.file("fixed", 1).read_text())
     del content["analysis"]["cka"]
     small.file("fixed", 1).write_text(json.dumps(content))
-    assert "1 runs" in suite_tables.redundancy(with_analysis)
+    assert "1 run;" in suite_tables.redundancy(with_analysis)
     assert (with_analysis.done("fixed", 0), with_analysis.done("fixed", 1)) == (True, False)
 
 

@@ -59,30 +59,31 @@ def linears(model):
 @pytest.mark.parametrize("model_type", FULL)
 def test_presets_hit_exactly_the_wanted_linears(model_type):
     layers, projector, lookalikes = FULL[model_type]
-    found = linears(full(model_type))
+    model, config = full(model_type), full(model_type).config
+    found = linears(model)
     part = "text_model" if model_type in ("idefics3", "smolvlm") else "language_model"
     kinds = ("gate_up", "down") if model_type == "glm4v" else ("gate", "up", "down")
     mlp = {f"model.{part}.layers.{i}.mlp.{kind}_proj" for i in range(layers) for kind in kinds}
     attention = {f"model.{part}.layers.{i}.self_attn.{kind}_proj" for i in range(layers) for kind in "qkvo"}
 
-    def hits(prefix="", **options):
-        pattern = target_modules(full(model_type).config, **options)
-        return {name for name, _ in full(model_type).named_modules() if re.fullmatch(pattern, prefix + name)}
+    def hits(source, prefix="", **options):
+        pattern = target_modules(source, **options)
+        return {name for name, _ in model.named_modules() if re.fullmatch(pattern, prefix + name)}
 
-    assert hits() == hits(prefix="base_model.model.") == mlp
-    assert target_modules(full(model_type).config.model_type) == target_modules(full(model_type).config)
-    assert hits(attention=True) == mlp | attention
+    assert hits(model) == hits(model, prefix="base_model.model.") == mlp
+    assert target_modules(config.model_type) == target_modules(model)
+    assert hits(model, attention=True) == mlp | attention
     assert mlp | attention <= found.keys()
     kinds = Counter(re.sub(r".*\.", "", name) for name in found.keys() - mlp if "merger" not in name)
     assert sum(kinds[f"{kind}_proj"] for kind in ("gate", "up", "down")) == lookalikes
     if projector is None:
         with pytest.raises(UserError, match=r"its weight is a raw Parameter and no linear layer; leave it out"):
-            hits(projector=True)
+            hits(config, projector=True)
         return
     between = {f"model.{name}" for name in projector}
     assert between <= found.keys()
-    assert hits(projector=True) == mlp | between
-    assert hits(projector=True, attention=True) == mlp | attention | between
+    assert hits(model, projector=True) == mlp | between
+    assert hits(config, projector=True, attention=True) == mlp | attention | between
 
 
 @pytest.mark.parametrize("model_type, dense, shared", [("qwen3_vl_moe", 0, 0), ("glm4v_moe", 1, 45)])

@@ -223,5 +223,5 @@ def account(
             f"model {model!r} cannot be built from its configuration ({cause}); "
             f"give a shipped name ({shipped_names}), a folder with a config.json, or a hub id"
         ) from error
-    target = target_modules or found_targets(config, projector=projector, attention=attention)
+    target = target_modules or found_targets(built, projector=projector, attention=attention)
     return count(built, target, r, sub_rank, model, expert_ranks)

@@ -35,9 +35,10 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def machine(request) -> Iterator[Machine]:
     before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
+    tiny = request.config.getoption("tiny")
+    torch.set_num_threads(1 if tiny else THREADS)  # tiny calls would take longer, waiting for the other thread
     torch.manual_seed(0)
-    yield Machine.here(21, request.config.getoption("tiny"))
+    yield Machine.here(21, tiny)
     torch.set_num_threads(before)
 
 

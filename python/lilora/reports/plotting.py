@@ -7,6 +7,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 from matplotlib.path import Path as Outline
@@ -98,8 +99,10 @@ def cell_colours(score: float) -> tuple[str, str]:
 
 
 def png(figure: Figure) -> bytes:
+    """As `Figure.savefig` writes it, which draws a figure with a layout twice."""
     data = io.BytesIO()
-    figure.savefig(data, format="png")
+    figure.set_dpi(matplotlib.rcParams["savefig.dpi"])
+    FigureCanvasAgg(figure).print_png(data)
     return data.getvalue()
 
 
@@ -125,9 +128,8 @@ def draw_matrix(axes: Axes, rows: list[str], columns: list[str], cells: list[lis
             if cell is None:
                 continue
             background, colour = cell_colours(cell[1])
-            axes.add_patch(
-                matplotlib.patches.Rectangle((i - 0.5, j - 0.5), 1, 1, facecolor=background, edgecolor="white")
-            )
+            square = matplotlib.patches.Rectangle((i - 0.5, j - 0.5), 1, 1, facecolor=background, edgecolor="white")
+            axes.add_artist(square)  # add_patch, slower, would also widen the limits
             axes.text(i, j, cell[0], ha="center", va="center", color=colour, fontsize=font, in_layout=False)
     name_ticks(axes, columns)
     axes.set_yticks(range(len(rows)), [shortened(name) for name in rows], fontsize=font)

@@ -21,10 +21,13 @@ SHAPE = {"M", "K", "N", "dtype"}
 CALL = SHAPE | {"R", "S", "T", "p"}
 
 
-# The stages are forked from the process that starts them: it has imported no more than each of them does first.
+# The stages are forked from the process that starts them: it has imported what each of them does first, and peft, which takes
+# those that compare with it seconds.
 FORKING = f"""
 import sys
 from types import SimpleNamespace
+
+import peft
 
 sys.path.append({str(ROOT / "tests")!r})
 from support.forked import Forked

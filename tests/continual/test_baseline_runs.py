@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from contextlib import nullcontext
+from functools import cache
 
 import pytest
 import torch
@@ -46,10 +47,14 @@ class Stopped(Exception):
     pass
 
 
+@cache
+def pattern_for(model):
+    return target_pattern(model, projector=True, attention=False)
+
+
 def learn(suite, folder, method, tasks=("colour", "count")):
     manifest = load_manifest(suite / "tasks.yaml", list(tasks))
-    pattern = target_pattern(manifest.model, projector=True, attention=False)
-    settings = SETTINGS[method] | {"target_modules": pattern}
+    settings = SETTINGS[method] | {"target_modules": pattern_for(manifest.model)}
     run = ContinualRun.open(folder, manifest, manifest.model, method, settings, TRAIN, "cpu")
     run.train(save_steps=2, bars=False, say=lambda line: None)
 

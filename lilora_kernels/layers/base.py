@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from inspect import getsource, isfunction
 from typing import Any
@@ -223,16 +224,18 @@ def reads_weight(parent: type[nn.Module], name: str) -> bool:
     use = re.compile(
         rf"(?<!isinstance\()\bself\.{re.escape(name)}\.weight\b(?!\[|\.(dtype|device|shape|size|is_|requires_grad))"
     )
-    for kind in parent.__mro__[: parent.__mro__.index(nn.Module)]:
-        methods = (method for key, method in vars(kind).items() if isfunction(method) and "init" not in key)
-        for method in methods:
-            try:
-                source = getsource(method)
-            except (OSError, TypeError):  # made without a file
-                continue
-            if use.search(source):
-                return True
-    return False
+    return any(use.search(code_of(kind)) for kind in parent.__mro__[: parent.__mro__.index(nn.Module)])
+
+
+@cache
+def code_of(kind: type) -> str:
+    """The code of a class's own methods, without those that build it."""
+    found = []
+    for key, method in vars(kind).items():
+        if isfunction(method) and "init" not in key:
+            with suppress(OSError, TypeError):  # made without a file
+                found.append(getsource(method))
+    return "\n".join(found)
 
 
 def is_conv1d(base: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """Tiny models of every family with adapters, batches for them, and what a mixed batch has to compute."""
 
+import gc
 from dataclasses import dataclass
 from functools import cache
 
@@ -49,7 +50,10 @@ def adapted(name: str, where: str = "mlp") -> torch.nn.Module:
     model, pattern = base(name), "all-linear"
     if where != "towers":
         pattern = target_modules(model, projector=where == "projector", attention=where != "mlp")
-    return with_tasks(model, pattern)
+    model = with_tasks(model, pattern)
+    gc.collect()
+    gc.freeze()  # it stays: no garbage that accelerate has to look for, twice per training
+    return model
 
 
 def with_tasks(model: torch.nn.Module, target: str | list[str]) -> torch.nn.Module:

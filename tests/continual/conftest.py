@@ -29,9 +29,15 @@ def resumed(monkeypatch):
 
 
 @pytest.fixture
-def reported(monkeypatch):
+def drawn(monkeypatch):
     """Runs with their reports."""
     monkeypatch.setattr(report, "write_report", WRITE_REPORT)
+
+
+@pytest.fixture
+def reported(monkeypatch, drawn):
+    """Runs with their reports, whose figures are made and not drawn."""
+    monkeypatch.setattr(report, "png", lambda figure: b"")
 
 
 @pytest.fixture(scope="session")

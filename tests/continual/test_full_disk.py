@@ -61,7 +61,7 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_one_sentence_and_nothing_is_lost(name, place, suite, quick, tmp_path, request):
     if name == "report":
-        request.getfixturevalue("reported")
+        request.getfixturevalue("drawn")
     at = tmp_path / "at"
     shutil.copytree(place, at)
     before, arguments = content(at), COMMANDS[name](at, suite, quick)

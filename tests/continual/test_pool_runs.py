@@ -89,7 +89,7 @@ def test_interrupted_in_every_stage_a_run_ends_with_the_same_bank(name, suite, t
         assert result.answers == [json.loads(line) for line in lines]
 
 
-def test_the_memory_of_a_pool_is_flat_and_that_of_lora_per_task_grows(suite, tmp_path, lilora, train_options, reported):
+def test_the_memory_of_a_pool_is_flat_and_that_of_lora_per_task_grows(suite, tmp_path, lilora, train_options, drawn):
     """By what a report shows; the pool's only growth is a query per task."""
     sizes = {}
     pool = ["--r", "4", "--set", "cap=8", "--set", "shared=2", "--set", "shared_learns=always"]

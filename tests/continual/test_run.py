@@ -31,7 +31,7 @@ def runs():
 
 
 @pytest.fixture
-def trained(runs, suite, tmp_path_factory, train_options, lilora, reported):
+def trained(runs, suite, tmp_path_factory, train_options, lilora, drawn):
     """trained(method): the folder of a finished run, for tests that only read, and what it printed; each is made once."""
 
     def run(method):

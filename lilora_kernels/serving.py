@@ -10,13 +10,14 @@ from .routing.context import tasks_of
 
 
 def freeze(model: nn.Module, capacity: int | None = None, *, batch_invariant: bool = False) -> None:
-    """Lay the factors of all tasks out for mixed batches, with room for `capacity` ids (default: those that there are).
+    """Lay the factors of all tasks out for mixed batches, with room for `capacity` tasks (default: as many ids as were given).
 
     A layer then stacks nothing, whatever the number of tasks. Every U, V and fusion becomes a window of one tensor
     [capacity, ...] of its layer, so no task is held twice, and what is written into one, by `hotswap` or by hand, is seen by
     compiled and captured forwards too (`parameter.data = other` writes nothing into it, and is not seen). They stop
     requiring gradients. The state dict does not change. Adding a task keeps all tensors where they are; beyond `capacity`
-    it raises. `train()` and `unfreeze` end it; freezing again with the same capacity moves none.
+    it raises. Once all ids are given, a new task takes that of a deleted one. `train()` and `unfreeze` end it: `eval()` does
+    not bring it back. Freezing again with the same capacity moves none.
 
     While other threads compute, one thread may add, delete and swap tasks that they do not use, unfreeze, and freeze again
     with the same capacity. The first freeze, and one with another capacity, moves parameters: let no forward run then.

@@ -120,10 +120,11 @@ class LiLoRALinear(AdaptedLinear):
         if name in self.lilora_U:
             raise ValueError(f"task {name!r} exists already; delete it first or choose another name")
         capacity = self.capacity
-        if capacity is not None and name not in self.model_tasks.known and len(self.model_tasks.names) >= capacity:
+        tasks = self.model_tasks
+        if capacity is not None and name not in tasks.known and not tasks.has_room(capacity):
             raise ValueError(
-                f"task {name!r} does not fit: the model was frozen with a capacity of {capacity} ids, all taken; overwrite a "
-                "task, or freeze it again with a larger capacity"
+                f"task {name!r} does not fit: the model was frozen with a capacity of {capacity} tasks, and has them; delete or "
+                "overwrite one, or freeze it again with a larger capacity"
             )
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -152,7 +153,7 @@ class LiLoRALinear(AdaptedLinear):
             nn.init.kaiming_uniform_(self.lilora_V[name].flatten(0, -2), a=math.sqrt(5))
             if self.fusion:
                 nn.init.normal_(self.lilora_fusion[name])
-        self.model_tasks.add(name)
+        tasks.add(name, capacity)
         if self._frozen is not None:
             self._fill_windows(name, self._frozen)
         if not self.active:
@@ -549,10 +550,19 @@ def _loaded(layer: LiLoRALinear, _: object) -> None:
 
 
 def set_task(model: nn.Module, *names: str, train: bool = True) -> None:
-    """`LiLoRALinear.set_task` for every adapted layer of a model; RuntimeError for a model without any."""
+    """`LiLoRALinear.set_task` for every adapted layer of a model; RuntimeError for a model without any.
+
+    PEFT hears of it, which merges and reports the adapters that it believes active.
+    """
     layers: Sequence[LiLoRALinear] = [m for m in model.modules() if isinstance(m, LiLoRALinear)]
     if not layers:
         raise RuntimeError("this model has no LiLoRALinear layer")
-    for layer in layers:
-        layer.set_task(*names, train=train)
+    tuner: Any = next((m for m in model.modules() if type(m).__name__ == "LiLoRAModel"), None)
+    if tuner is not None and names:
+        tuner.set_adapter(list(names), inference_mode=not train)
+    else:
+        for layer in layers:
+            layer.set_task(*names, train=train)
+    if len(names) == 1 and "active_adapter" in vars(model):  # PeftModel knows one
+        model.active_adapter = names[0]
     watch(model)

@@ -10,7 +10,7 @@ TaskIds = Tensor | Sequence[int] | Sequence[str] | Sequence[Sequence[int]] | Seq
 
 
 class TaskNames:
-    """`names[i]` is the name of task i, None once deleted: ids are never used twice."""
+    """`names[i]` is the name of task i, None once deleted. Ids are used again where a frozen model has no others left."""
 
     def __init__(self) -> None:
         self.names: list[str | None] = []
@@ -36,19 +36,28 @@ class TaskNames:
             raise ValueError(f"task {name!r} is unknown; this model knows {list(self.known)}")
         return self._ids[name]
 
-    def add(self, name: str) -> None:
-        """Give a task the next id; nothing if it has one."""
-        if name not in self._ids:
+    def has_room(self, capacity: int) -> bool:
+        """Whether one more task has an id below `capacity`."""
+        return len(self.names) < capacity or None in self.names
+
+    def add(self, name: str, capacity: int | None = None) -> None:
+        """Give a task the next id, or if that is not below `capacity` the first of a deleted task; nothing if it has one."""
+        if name in self._ids:
+            return
+        if capacity is None or len(self.names) < capacity:
             self._ids[name] = len(self.names)
             self.names.append(name)
-            self.changes += 1
+        else:
+            self.names[self.names.index(None)] = name
+            self._ids = {each: at for at, each in enumerate(self.names) if each is not None}  # in the order of ids
+        self.changes += 1
 
     def remove(self, name: str, forget: bool = False) -> None:
         """Take a task's id out of use; with `forget`, which undoes `add`, as if there had been none."""
         if name in self._ids:
             at = self._ids.pop(name)
             self.changes += 1
-            if forget:
+            if forget and at == len(self.names) - 1:
                 del self.names[at]
             else:
                 self.names[at] = None

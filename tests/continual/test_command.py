@@ -211,6 +211,8 @@ BAD = {
         "max-steps: 1\nmax_steps: 2",
         "has the key 'max-steps' twice, with - and with _; keep one of them",
     ),
+    "type": ("r: eight", "r is 'eight'; "),
+    "fraction": ("max-steps: 4.5", "max-steps is 4.5; "),
     "truth": ("r: true", "r is True; it must not be true or false"),
     "no truth": ("projector: 3", "projector is 3; it must be true or false"),
     "mapping": ("r: {a: 1}", "r is {'a': 1}; it must be one value"),
@@ -234,7 +236,7 @@ def test_a_file_that_is_not_there_and_a_value_of_another_type(tmp_path, lilora):
     (tmp_path / "run.yaml").write_text("tasks: x\nr: many")
     code, _, err = lilora("train", "--config", tmp_path / "run.yaml")
     assert code == 2
-    assert "Invalid value for '--r'" in err
+    assert f"--config {tmp_path / 'run.yaml'}: r is 'many'; input should be a valid integer" in err
 
 
 def test_a_run_is_repeated_from_its_folder(suite, tmp_path, lilora, train_options):

@@ -75,14 +75,58 @@ def test_tasks_come_and_go_without_another_graph_and_without_moving():
             close(got, run(twin, [i if i != 1 else -1 for i in ids], X))
     assert graphs.frame_count == 1
     assert all(p.data_ptr() == places[name] for name, p in model.named_parameters() if name in places)
+    for name in ("f", "g"):  # g has the id of b, for there is no other
+        for layer in model:
+            layer.add_task(name)
+            with torch.no_grad():
+                for own in layer._own(name):
+                    own.normal_()
+    ids = [1, 5, -1, 1]
+    with torch.no_grad():
+        got = compiled(X, task_ids=torch.tensor(ids, dtype=torch.int32))
+    close(got, run(copy.deepcopy(model), ["g", "f", None, "g"], X))
+    close(got, run(model, ids, X))
+    assert graphs.frame_count == 1
     for layer in model:
-        layer.add_task("f")
-    for layer in model:
-        with pytest.raises(ValueError, match=r"'g' does not fit: the model was frozen with a capacity of 6 ids"):
-            layer.add_task("g")
-    assert "g" not in model[0].tasks
+        with pytest.raises(
+            ValueError, match=r"'h' does not fit: the model was frozen with a capacity of 6 tasks, and has them"
+        ):
+            layer.add_task("h")
+    assert "h" not in model[0].tasks
+    assert model[0].tasks == ["a", "g", "c", "d", "e", "f"]
     with pytest.raises(ValueError, match="capacity is 3, but 6 ids are taken"):
         freeze(model, capacity=3)
+
+
+def test_any_number_of_tasks_comes_and_goes_in_the_room_of_a_few():
+    model, plain = made(["a", "b"]), made(["a", "b"])
+    freeze(model, capacity=3)
+    for step in range(40):
+        name = f"t{step}"
+        for one in (model, plain):
+            torch.manual_seed(step)
+            for layer in one:
+                layer.add_task(name)
+            randomise(one)
+        close(run(model, [name, "a", "b", name], X), run(plain, [name, "a", "b", name], X))
+        for one in (model, plain):
+            for layer in one:
+                layer.delete_task(name)
+    tasks = model[0].model_tasks
+    assert (tasks.names, tasks.known) == (["a", "b", None], ("a", "b"))
+    with pytest.raises(ValueError, match=r"task_ids holds 2; known ids are \{0: 'a', 1: 'b'\}"):
+        run(model, [2, 0, 0, 0], X)
+
+
+def test_a_task_that_cannot_be_added_leaves_the_id_of_a_deleted_one_free():
+    tasks = made(["a", "b", "c"])[0].model_tasks
+    tasks.remove("b")
+    tasks.add("d", 3)
+    assert tasks.names == ["a", "d", "c"]
+    tasks.remove("d", forget=True)
+    assert (tasks.names, tasks.known, tasks.has_room(3)) == (["a", None, "c"], ("a", "c"), True)
+    tasks.add("e")
+    assert tasks.id_of("e") == 3
 
 
 def test_files_and_copies_hold_each_task_once():

@@ -140,6 +140,10 @@ def test_what_cannot_be_swapped_in_changes_nothing(chain, tmp_path):
     wrong = {
         "task 'x' is unknown; this model knows": (folder / "c", "x"),
         "no/c is no folder; give that of one task": ("no/c", "b"),
+        "has no adapter_config.json; give the folder of one task, as save_pretrained writes it: it holds a, b, c, d": (
+            folder,
+            "b",
+        ),
         "alpha is 1.0, but the model's other tasks have 9.0": (folders["alpha"] / "z", "b"),
         "fusion is False": (folders["plain"] / "z", "b"),
         "r is 7": (folders["deep"] / "z", "b"),

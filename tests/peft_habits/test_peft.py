@@ -1,5 +1,6 @@
 """LiLoRA behaves as PEFT's and transformers' users expect an adapter method to behave."""
 
+import copy
 import json
 from contextlib import nullcontext
 
@@ -23,15 +24,18 @@ from support.habits import (
     logits,
     of_task,
     one_sentence,
+    randomise,
     settings,
     train,
 )
 from torch.utils.data import Dataset
 
 from lilora import LiLoRAConfig
+from lilora.errors import UserError
 from lilora.families import target_modules
 from lilora.peft.best_task import LoadBestTasks
 from lilora.peft.layer import adapted_layers
+from lilora_kernels import freeze, set_task
 
 pytestmark = QUIET
 
@@ -140,6 +144,55 @@ def test_wrong_task_ids_are_one_sentence(task_ids, error, words, call):
         getattr(model, call)(input_ids=x, task_ids=task_ids, **options)
     one_sentence(caught)
     assert torch.equal(logits(model, x), before), "no route is left behind"
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize("kind", ["CAUSAL_LM", None])
+def test_two_ways_to_say_the_tasks_are_refused(call, kind):
+    model, x = get_peft_model(llama(), LiLoRAConfig(r=4, target_modules=["down_proj"], task_type=kind), "a"), ids()
+    with pytest.raises(
+        UserError, match="task_ids and adapter_names both say which task each sample has; pass one"
+    ) as caught:
+        getattr(model, call)(input_ids=x, task_ids=["a"] * 3, adapter_names=["a"] * 3)
+    one_sentence(caught)
+
+
+def test_peft_hears_of_tasks_that_are_set():
+    """Its merge, its files and its reports are of those that it believes active."""
+    model, x = adapted(), ids()
+    wanted = of_task(model, "b", x)
+    model.train().set_adapter("a")
+    set_task(model, "a", "b")
+    assert model.active_adapters == model.base_model.active_adapter == ["a", "b"]
+    model(input_ids=x, task_ids=["a", "b", "a"]).logits.sum().backward()
+    set_task(model.eval(), "b")
+    assert (model.active_adapter, model.active_adapters) == ("b", ["b"])
+    assert_close(logits(model, x), wanted)
+    assert_close(logits(model.merge_and_unload(), x), wanted)
+
+
+def test_transformers_hears_of_tasks_that_are_set():
+    model = llama()
+    for task in "ab":
+        model.add_adapter(settings(), task)
+    randomise(model)
+    set_task(model, "b", train=False)
+    assert model.active_adapters() == ["b"]
+    assert all(layer.merged_weight(None, False)[0] == "b" for layer in adapted_layers(model).values())
+
+
+def test_a_server_adds_and_deletes_any_number_of_tasks_in_the_room_of_a_few():
+    model, x = adapted(), ids()
+    freeze(model, capacity=3)
+    config = model.peft_config["a"]
+    for step in range(5):
+        model.add_adapter(f"t{step}", config)
+        randomise(model)
+        wanted = [of_task(copy.deepcopy(model), task, x) for task in (f"t{step}", "b")]
+        got = logits(model, x, task_ids=[f"t{step}", "b", None])
+        for i, want in enumerate(wanted):
+            assert_close(got[i], want[i])
+        model.delete_adapter(f"t{step}")
 
 
 @pytest.mark.parametrize("given", [np.array([0, 1, 0]), list(np.array([0, 1, 0])), np.array(["a", "b", "a"])])

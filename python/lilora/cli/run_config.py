@@ -43,7 +43,12 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
             raise UserError(f"--config {path} has the key {name!r} twice, with - and with _; keep one of them")
         given.add(name)
         if value is not None:
-            defaults[options[name].name] = _value(f"--config {path}: {key}", options[name], value)
+            option, where = options[name], f"--config {path}: {key}"
+            defaults[option.name] = given_as = _value(where, option, value)
+            try:
+                option.process_value(context, given_as)
+            except typer.BadParameter as error:
+                raise UserError(f"{where} is {value!r}; {error.message[:1].lower()}{error.message[1:]}") from error
     context.default_map = defaults
     return path
 

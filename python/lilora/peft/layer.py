@@ -53,6 +53,10 @@ class Linear(LiLoRALinear, BaseTunerLayer):
         self.set_task(*(name for name in names if name in self.lilora_U), train=not inference_mode)
         self._active_adapter = names
 
+    def set_task(self, *names: str, train: bool = True) -> None:
+        super().set_task(*names, train=train)
+        self._active_adapter = list(names)
+
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
         self.train_shared(enabled)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftConfig
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, load_peft_weights
 from torch import Tensor, nn
 
 from lilora.errors import UserError
@@ -38,6 +38,12 @@ def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: 
     if not isinstance(source, dict):
         if not Path(source).is_dir():
             raise UserError(f"{source} is no folder; give that of one task, as save_pretrained writes it")
+        if not (Path(source) / CONFIG_NAME).is_file():  # PEFT would ask the hub for it
+            held = ", ".join(sorted(path.parent.name for path in Path(source).glob(f"*/{CONFIG_NAME}")))
+            raise UserError(
+                f"{source} has no {CONFIG_NAME}; give the folder of one task, as save_pretrained writes it"
+                + (f": it holds {held}" if held else "")
+            )
         config = PeftConfig.from_pretrained(source)
         if not isinstance(config, LiLoRAConfig):
             raise UserError(f"{source} holds an adapter of type {config.peft_type.value}, not a LiLoRA task")

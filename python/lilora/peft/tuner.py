@@ -301,6 +301,7 @@ class LiLoRAModel(BaseTuner):
         if names is None:
             yield
             return
+        refuse_both(kwargs.get("task_ids"), names)
         with self.task_ids([None if name == "__base__" else name for name in names]):
             yield
 
@@ -311,6 +312,12 @@ class LiLoRAModel(BaseTuner):
         ids, known = tasks.ids(task_ids, None, device_of(self.model))
         with tasks.use(BatchContext(ids, ids=known)):
             yield
+
+
+def refuse_both(task_ids: TaskIds | None, adapter_names: list[str] | None) -> None:
+    """UserError where a forward is told the tasks of its samples in both ways."""
+    if task_ids is not None and adapter_names is not None:
+        raise UserError("task_ids and adapter_names both say which task each sample has; pass one of them")
 
 
 def chosen_experts(model: nn.Module, config: LiLoRAConfig) -> list[str]:

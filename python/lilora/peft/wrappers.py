@@ -14,7 +14,7 @@ from peft.optimizers.lorafa import LoraFAOptimizer
 from lilora.errors import UserError
 from lilora_kernels.routing.task_names import TaskIds
 
-from .tuner import LiLoRAModel
+from .tuner import LiLoRAModel, refuse_both
 
 
 def carry_task_ids() -> None:
@@ -30,6 +30,7 @@ def _carrying(forward: Callable) -> Callable:
             return forward(self, *args, **kwargs)
         if not isinstance(self.base_model, LiLoRAModel):
             return forward(self, *args, task_ids=task_ids, **kwargs)
+        refuse_both(task_ids, kwargs.get("adapter_names"))
         with self.base_model.task_ids(task_ids):
             return forward(self, *args, **kwargs)
 

@@ -18,6 +18,7 @@ from lilora.methods import METHODS
 from lilora.methods.lilora import LiLoRA
 from lilora.peft.config import LiLoRAConfig
 from lilora.peft.tuner import chosen_experts
+from lilora.terminal import millions
 from lilora_kernels.layers.base import is_conv1d, sizes_of
 from lilora_kernels.layers.experts import ExpertWeight
 from lilora_kernels.layers.lilora import RANK, default_sub_rank
@@ -84,7 +85,7 @@ class Accounting:
         if not self.experts:
             return ""
         ranks = f"r {self.expert_r}, sub_rank {self.expert_sub_rank}"
-        return f"\n{self.experts:,} adapted expert linears, {ranks}: {self.experts_per_task / 1e6:,.1f} M a task"
+        return f"\n{self.experts:,} adapted expert linears, {ranks}: {millions(self.experts_per_task)} a task"
 
     def table(self, tasks: int) -> Table:
         """The same for people: a rich table of parameters and MiB at bf16, for `tasks` tasks."""
@@ -98,8 +99,8 @@ class Accounting:
             table.add_column(heading, justify="right")
         for method, (once, own) in self.kept.items():
             total = self.total(method, tasks)
-            sizes = [f"{count / 1e6:,.1f} M\n{mib(count):,.1f} MiB" if count else "" for count in (once, own)]
-            sizes.append(f"{total / 1e6:,.1f} M\n{mib(total):,.1f} MiB" if total else "0")
+            sizes = [f"{millions(count)}\n{mib(count):,.1f} MiB" if count else "" for count in (once, own)]
+            sizes.append(f"{millions(total)}\n{mib(total):,.1f} MiB" if total else "0")
             table.add_row(method, *sizes, f"{total / (tasks * self.lora_per_task):.1%}", end_section=True)
         return table
 

@@ -17,7 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from lilora.bank.atomic import write_atomically
-from lilora.terminal import plain_console
+from lilora.terminal import millions, plain_console
 
 from .figures import curves, heatmap, losses, memory, routing, summary
 from .plotting import PLOT_STYLE, MethodStyle, cell_colours, png
@@ -102,7 +102,7 @@ def write_report(
         widths={name: round(100 * figure.get_figwidth()) for name, figure in figures.items()},
         swatch=lambda method: markupsafe.Markup(MethodStyle.of(method.index).svg()),
         cell_colours=cell_colours,
-        millions=_millions,
+        millions=millions,
         duration=_duration,
     )
     out = Path(out)
@@ -204,10 +204,6 @@ def _best(methods: list[MethodRuns]) -> dict[str, float]:
         if len(set(means)) > 1:
             best[name] = max(means) if METRICS[name].higher_is_better else min(means)
     return best
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
 
 
 def _duration(seconds: float) -> str:

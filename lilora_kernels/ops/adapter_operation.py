@@ -8,9 +8,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from .. import backends
-from .operation import TENSORS, Operation, is_any_watching, is_transformed, needs_graph, one_by_one
+from .operation import TENSORS, Operation, is_any_watching, is_transformed, needs_graph, of_batch
 from .schema import DIFFERENTIABLE, AdapterArgs, Arguments
 
 
@@ -228,11 +229,12 @@ class BoundFunction(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @one_by_one
     def backward(ctx: Any, dy: Tensor | None, _: None) -> Any:
         of_base = (None,) * len(ctx.bound.operation.frozen)
         if dy is None:
             return (None,) * 9 + of_base
+        if is_legacy_batchedtensor(dy):
+            return of_batch(BoundFunction.backward, ctx, dy, None)
         if ctx.check is not None:
             ctx.check()
         grads = iter(ctx.bound.backward(dy, ctx.saved_tensors, ctx.needs, ctx.shape))

@@ -91,26 +91,28 @@ class Operation:
 
 
 def one_by_one(backward: Callable) -> Callable:
-    """A backward for batches of gradients too (`autograd.grad` with is_grads_batched, a Jacobian with vectorize=True).
-
-    Each is computed as it would be alone: neither kernels nor a seeded dropout know of torch's hidden batch dimension.
-    """
+    """A backward for batches of gradients too (`autograd.grad` with is_grads_batched, a Jacobian with vectorize=True)."""
 
     @wraps(backward)
     def of_each(ctx, *grads):
-        for dy in grads:
-            if dy is not None and is_legacy_batchedtensor(dy):
-                break
-        else:
-            return backward(ctx, *grads)
-        level, size = hidden_dimension(dy)
-        with outside_of_batches():
-            plain = [dy if dy is None else torch._remove_batch_dim(dy, level, size, 0) for dy in grads]
-            found = [backward(ctx, *[dy if dy is None else dy[at] for dy in plain]) for at in range(size)]
-            stacked = [None if every[0] is None else torch.stack(every) for every in zip(*found, strict=True)]
-            return tuple(t if t is None else torch._add_batch_dim(t, 0, level) for t in stacked)
+        if any(dy is not None and is_legacy_batchedtensor(dy) for dy in grads):
+            return of_batch(backward, ctx, *grads)
+        return backward(ctx, *grads)
 
     return of_each
+
+
+def of_batch(backward: Callable, ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What `backward` gives for each of a batch of gradients, as it would alone.
+
+    Neither kernels nor a seeded dropout know of torch's hidden batch dimension.
+    """
+    level, size = hidden_dimension(next(dy for dy in grads if dy is not None and is_legacy_batchedtensor(dy)))
+    with outside_of_batches():
+        plain = [dy if dy is None else torch._remove_batch_dim(dy, level, size, 0) for dy in grads]
+        found = [backward(ctx, *[dy if dy is None else dy[at] for dy in plain]) for at in range(size)]
+        stacked = [None if every[0] is None else torch.stack(every) for every in zip(*found, strict=True)]
+        return tuple(t if t is None else torch._add_batch_dim(t, 0, level) for t in stacked)
 
 
 def hidden_dimension(dy: Tensor) -> tuple[int, int]:

@@ -31,7 +31,7 @@ def test_importing_the_kernels_imports_torch_only(flags, tmp_path):
 
 @pytest.mark.parametrize("argv", ["lilora", "/usr/bin/lilora", "script.py"])
 def test_without_the_packages_of_the_extra_the_command_is_one_sentence(argv):
-    command = [argv, "bank", "ls", "bank"]
+    command = [argv, "params"]
     code = f"import sys; sys.modules['peft'] = None; sys.argv = {command}; from lilora.__main__ import main; main()"
     result = python("-c", code)
     sentence = 'lilora needs peft, which is not installed; run pip install ".[hf]" in a checkout of lilora-kernels\n'
@@ -41,10 +41,11 @@ def test_without_the_packages_of_the_extra_the_command_is_one_sentence(argv):
         assert (result.returncode, result.stdout, result.stderr) == (2, "", f"lilora: {sentence}")
 
 
-def test_help_waits_for_no_package_but_torch():
+def test_help_banks_and_data_wait_for_no_package_but_torch():
     """PEFT and transformers take seconds."""
     heavy = ("transformers", "peft", "accelerate", "matplotlib")
-    code = f"import sys; sys.argv = ['lilora']; import lilora.cli; print([m for m in {heavy} if m in sys.modules])"
+    modules = "lilora.cli, lilora.bank.hub, lilora.continual.manifest, lilora.continual.data_check"
+    code = f"import sys; sys.argv = ['lilora']; import {modules}; print([m for m in {heavy} if m in sys.modules])"
     result = python("-c", code)
     assert result.stdout.strip() == "[]", result.stderr
     later = python("-c", f"{code}; import lilora; print(lilora.LiLoRAConfig.__name__, lilora.hotswap.__name__)")
@@ -64,7 +65,7 @@ def test_a_program_that_imports_it_has_peft_taught_whatever_its_options(argument
 @pytest.mark.parametrize("arguments", [["-mlilora"], ["-um", "lilora"]])
 def test_the_command_is_known_however_it_is_run(arguments, tmp_path):
     (tmp_path / "peft.py").write_text("raise ModuleNotFoundError(name='peft')")
-    result = python(*arguments, "bank", "ls", "bank", cwd=tmp_path)
+    result = python(*arguments, "params", cwd=tmp_path)
     assert (result.returncode, result.stderr.partition(",")[0]) == (2, "lilora: lilora needs peft"), result.stderr
 
 

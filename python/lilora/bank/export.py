@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lilora.errors import UserError
 from lilora.families import pattern_of
-from lilora.peft.layer import unwrapped
+from lilora.module_names import unwrapped
 from lilora.peft.tuner import task_tensors
 from lilora_kernels import LiLoRALinear
 from lilora_kernels.layers.experts import ExpertLinear

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 from torch import Tensor, nn
 
 from lilora.errors import UserError
-from lilora.peft.layer import unwrapped
+from lilora.module_names import unwrapped
 from lilora_kernels import check_task_name
 
 from .atomic import write_atomically

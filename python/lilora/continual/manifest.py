@@ -10,7 +10,6 @@ from typing import get_args
 from pydantic import ValidationError
 
 from lilora.errors import UserError
-from lilora.methods import METHODS
 from lilora.yaml_files import read_yaml
 from lilora_kernels import check_task_name
 
@@ -126,7 +125,12 @@ def _check_names(path: Path, manifest: Manifest) -> None:
 
 
 def _check_methods(path: Path, manifest: Manifest) -> None:
-    for name in dict.fromkeys(name for rates in manifest.rates if isinstance(rates, tuple) for name, _ in rates):
+    names = dict.fromkeys(name for rates in manifest.rates if isinstance(rates, tuple) for name, _ in rates)
+    if not names:
+        return
+    from lilora.methods import METHODS  # with PEFT, for seconds
+
+    for name in names:
         if name not in METHODS:
             near = difflib.get_close_matches(name, METHODS, n=1)
             advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(METHODS)}."

@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from lilora.errors import Diverged, UserError, lost_process
 from lilora.methods import Method
-from lilora.peft.layer import unwrapped
+from lilora.module_names import unwrapped
 from lilora.peft.tuner import full_tensor
 from lilora_kernels.layers.base import is_sharded
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA, plain_lora
-from lilora.peft.layer import unwrapped
+from lilora.module_names import unwrapped
 
 from .base import Batches, Inputs, Stage, Tensors, lora_parameters, register_method
 from .lora import LoRASettings, SequentialLoRA

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA, plain_lora
-from lilora.peft.layer import unwrapped
+from lilora.module_names import unwrapped
 from lilora_kernels.layers.lilora import DROPOUT, RANK
 
 from .base import Inputs, Method, Tensors, lora_parameters, register_method

@@ -10,6 +10,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from lilora.errors import UserError
+from lilora.module_names import unwrapped
 from lilora_kernels import LiLoRAExperts, LiLoRALinear
 from lilora_kernels.layers import experts
 from lilora_kernels.routing.context import Tasks
@@ -179,11 +180,3 @@ def adapted_layers(model: nn.Module) -> dict[str, Linear]:
         for name, module in model.named_modules()
         if isinstance(module, Linear)
     }
-
-
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-
-
-def unwrapped(name: str) -> str:
-    """The name of a module or tensor without the wrappers that torch puts around parts of a model in place."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -21,6 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lilora.errors import UserError
 from lilora.families import routed_experts, target_modules
+from lilora.module_names import unwrapped
 from lilora_kernels import LiLoRALinear, attach, check_task_name
 from lilora_kernels.attach import detach
 from lilora_kernels.layers.accelerated import AcceleratedLinear
@@ -30,7 +31,7 @@ from lilora_kernels.routing.context import BatchContext, Tasks, device_of
 from lilora_kernels.routing.task_names import TaskIds
 
 from .config import LiLoRAConfig
-from .layer import ExpertLinear, Experts, Linear, adapted_layers, unwrapped
+from .layer import ExpertLinear, Experts, Linear, adapted_layers
 from .loading import OTHER_CHAIN, check_loadable
 from .loss import tell_of_loss
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lilora_kernels import accelerate_linears, backend, cpu_library, restore_linears, set_task
+from lilora_kernels import accelerate_linears, backend, cpu_library, freeze, fuse_mlps, restore_linears, set_task
 
 from .compare import Wrong
 from .environment import environment
@@ -44,7 +44,7 @@ SECONDS = 30  # for the rounds of one batch size
 
 class Implementation(NamedTuple):
     title: str
-    model: str  # base, peft or ours
+    model: str  # base, peft, ours, or ours as one serves it: fused and frozen
     mixed: bool = False  # a task for every prompt, not one for all
     backend: str = "cpu"
     accelerated: bool = False
@@ -58,6 +58,9 @@ IMPLEMENTATIONS = {
     "ours": Implementation("ours, task_ids", "ours", mixed=True),
     "ours_eager": Implementation("ours, task_ids, backend eager", "ours", mixed=True, backend="eager"),
     "ours_accelerated": Implementation("ours, task_ids, accelerate_linears", "ours", mixed=True, accelerated=True),
+    "served": Implementation(
+        "ours, task_ids, MLPs fused, frozen, accelerate_linears", "served", mixed=True, accelerated=True
+    ),
     "base_accelerated": Implementation("frozen model, accelerate_linears", "base", accelerated=True),
 }
 
@@ -113,12 +116,17 @@ class Contest:
         for kind, factor in (("ours", "lilora_U"), ("peft", "lora_B")):
             for name, parameter in self.models[kind].named_parameters():
                 parameter.data.mul_(STRENGTH if factor in name else 1)
+        served = variant(problem.base, "ours", "MLP", problem.size, 0.0, mixed=True).model.eval()
+        served.load_state_dict(self.models["ours"].state_dict())
+        fuse_mlps(served)
+        freeze(served)
+        self.models["served"] = served
 
     def generate(self, name: str, inputs: dict[str, Tensor], tasks: list[str], mark: Callable = lambda: None) -> Tensor:
         """New greedy tokens [samples, new_tokens], by an implementation; mark() before and after."""
         _, kind, mixed, by, accelerated = IMPLEMENTATIONS[name]
         model = self.models[kind]
-        more = {{"ours": "task_ids", "peft": "adapter_names"}[kind]: tasks} if mixed else {}
+        more = {"adapter_names" if kind == "peft" else "task_ids": tasks} if mixed else {}
         (accelerate_linears if accelerated else restore_linears)(model)
         with backend(by):
             mark()
@@ -130,7 +138,8 @@ class Contest:
         """Raise Wrong unless tokens are those of eager PyTorch, each row's those of its task alone, and no two tasks' equal."""
         expected = self.generate("ours_eager", inputs, self.tasks)
         frozen = self.generate("base", inputs, self.tasks)
-        for name, tokens in (("ours", expected), ("ours_accelerated", expected), ("base_accelerated", frozen)):
+        wanted = dict.fromkeys(("ours", "ours_accelerated", "served"), expected) | {"base_accelerated": frozen}
+        for name, tokens in wanted.items():
             if not torch.equal(self.generate(name, inputs, self.tasks), tokens):
                 raise Wrong(f"{name} gives other tokens than the same in PyTorch; no figure is taken")
         for i, task in enumerate(self.tasks):
@@ -211,7 +220,7 @@ def plot(found: list[dict], path: Path) -> None:
         rates = [row["speed"] for row in of.values()]
         error = [[r["median"] - r["p20"] for r in rates], [r["p80"] - r["median"] for r in rates]]
         names, values = [IMPLEMENTATIONS[name].title for name in of], [r["median"] for r in rates]
-        colours = [COLOURS[IMPLEMENTATIONS[name].model] for name in of]
+        colours = [COLOURS.get(IMPLEMENTATIONS[name].model, COLOURS["ours"]) for name in of]
         axis.bar_label(axis.barh(names, values, xerr=error, color=colours), fmt="%.0f", padding=4, fontsize=8)
         axis.axvline(of["base"]["tokens_per_s"], color="black", linewidth=1)
         axis.set_title(f"batch {samples}", fontsize=10)

@@ -56,8 +56,9 @@ def test_wrong_tokens_get_no_figure(monkeypatch):
 
     monkeypatch.setattr(smollm2, "set_task", lambda *_, **__: None)
     refused("in a mixed batch than alone")
-    for name, parameter in contest.models["ours"].named_parameters():
-        parameter.data.mul_("lilora_" not in name)
+    for kind in ("ours", "served"):
+        for name, parameter in contest.models[kind].named_parameters():
+            parameter.data.mul_("lilora_" not in name)
     refused("two tasks give the same tokens")
     least_likely = lambda head, args, logits: -logits  # noqa: E731
     monkeypatch.setattr(

@@ -557,9 +557,11 @@ def set_task(model: nn.Module, *names: str, train: bool = True) -> None:
     layers: Sequence[LiLoRALinear] = [m for m in model.modules() if isinstance(m, LiLoRALinear)]
     if not layers:
         raise RuntimeError("this model has no LiLoRALinear layer")
-    tuner: Any = next((m for m in model.modules() if type(m).__name__ == "LiLoRAModel"), None)
+    tuner: Any = next(
+        (m for m in model.modules() if hasattr(type(m), "set_task") and not isinstance(m, LiLoRALinear)), None
+    )
     if tuner is not None and names:
-        tuner.set_adapter(list(names), inference_mode=not train)
+        tuner.set_task(*names, train=train)
     else:
         for layer in layers:
             layer.set_task(*names, train=train)

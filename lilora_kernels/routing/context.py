@@ -205,8 +205,11 @@ class BatchContext:
         return self._chosen[key]
 
     def require_known(self) -> None:
-        for i in self.ids or ():
-            if i >= 0 and self.tasks.names[i] is None:
+        """ValueError if a task of the batch was deleted since its first layer ran, its id perhaps given to another."""
+        names = tuple(None if i < 0 else self.tasks.names[i] for i in self.ids or ())
+        first = self._chosen.setdefault(("names",), names)
+        for i, name, before in zip(self.ids or (), names, first, strict=True):
+            if i >= 0 and (name is None or name != before):
                 raise ValueError(
                     f"the task with the id {i} was deleted, but a sample of the running batch belongs to it"
                 )

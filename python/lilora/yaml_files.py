@@ -12,10 +12,8 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice in one mapping, of which PyYAML keeps the last without a word."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node, seen = (
-            super().compose_mapping_node(anchor),
-            set(),
-        )  # as it is written: later, `<<` has brought keys of others
+        node = super().compose_mapping_node(anchor)  # as it is written: later, `<<` has brought keys of others
+        seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 value = self.construct_object(key)

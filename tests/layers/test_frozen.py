@@ -118,6 +118,25 @@ def test_any_number_of_tasks_comes_and_goes_in_the_room_of_a_few():
         run(model, [2, 0, 0, 0], X)
 
 
+def test_a_task_that_takes_an_id_of_the_running_batch_is_an_error():
+    model = made()
+    freeze(model, capacity=3)
+
+    def replace(*_):
+        for layer in model:
+            layer.delete_task("a")
+        for layer in model:
+            layer.add_task("z")
+
+    run(model, ["a", "b", "c", "b"], X)
+    hook = model[1].register_forward_pre_hook(replace)
+    with pytest.raises(ValueError, match="the task with the id 0 was deleted, but a sample of the running batch"):
+        run(model, ["a", "b", "c", "b"], X)
+    hook.remove()
+    assert model[0].model_tasks.id_of("z") == 0
+    run(model, ["z", "b", "c", "b"], X)
+
+
 def test_a_task_that_cannot_be_added_leaves_the_id_of_a_deleted_one_free():
     tasks = made(["a", "b", "c"])[0].model_tasks
     tasks.remove("b")

@@ -29,17 +29,12 @@ LAUNCHES = [(arch, *launch) for arch in resources.SHARED_MEMORY for launch in re
 
 @pytest.fixture
 def taken():
-    """What a launch takes, as the record says; fails if that is not of it. With another Triton than the record's, which
-    compiles otherwise, it skips: the test below shows that this is not the pinned one.
-    """
-    if RECORD.triton not in ("", triton.__version__):
-        pytest.skip(
-            f"RESOURCES.json is of Triton {RECORD.triton}, and {triton.__version__} is installed: `make resources` "
-            "makes it anew, and these tests hold of that"
-        )
+    """What a launch takes, as the record says; fails if that is not of it. Another Triton than the record's compiles."""
 
     def taken(arch, kernel, rows, variant="standard"):
         case = Case(arch, kernel, rows, variant)
+        if RECORD.triton not in ("", triton.__version__):
+            return case.compiled()
         key, used = RECORD.launches.get(case, (None, None))
         if key != case.program().key:
             pytest.fail(f"RESOURCES.json is not of today's {case}: run `make resources`", pytrace=False)

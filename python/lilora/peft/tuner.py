@@ -112,6 +112,10 @@ class LiLoRAModel(BaseTuner):
                     copy.requires_grad_(not inference_mode)
         self.active_adapter = names
 
+    def set_task(self, *names: str, train: bool = True) -> None:
+        """What `lilora_kernels.set_task` does of this model."""
+        self.set_adapter(list(names), inference_mode=not train)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         if safe_merge:
             self._check_merged_weights(adapter_names)

@@ -236,7 +236,7 @@ def test_a_file_that_is_not_there_and_a_value_of_another_type(tmp_path, lilora):
     (tmp_path / "run.yaml").write_text("tasks: x\nr: many")
     code, _, err = lilora("train", "--config", tmp_path / "run.yaml")
     assert code == 2
-    assert f"--config {tmp_path / 'run.yaml'}: r is 'many'; input should be a valid integer" in err
+    assert f"--config {tmp_path / 'run.yaml'}: r is 'many'; it must be a valid integer" in err
 
 
 def test_a_run_is_repeated_from_its_folder(suite, tmp_path, lilora, train_options):

@@ -111,7 +111,7 @@ def test_rows_that_are_no_records_are_named(copy, tmp_path):
     with pytest.raises(UserError, match=r"rows\.parquet: row 2: sample '1' has no answer, neither a gpt turn"):
         load_manifest(copy(train="rows.parquet"))
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(str(tmp_path / "data" / "rows.parquet"))
-    with pytest.raises(UserError, match=r"row 1 is no LLaVA instruction record \(conversations: Field required\)"):
+    with pytest.raises(UserError, match=r"row 1 is no LLaVA instruction record \(conversations is missing\)"):
         load_manifest(copy(train="rows.parquet"))
 
 

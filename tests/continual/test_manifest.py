@@ -106,30 +106,30 @@ def misspelt(manifest):
             misspelt,
             "key 'scorrer' of task number 1 is unknown; did you mean 'scorer'?",
         ),
-        (first(zzz=1), "key 'zzz' of task number 1 is unknown; known keys are name, train"),
+        (first(zzz=1), "key 'zzz' of task number 1 is unknown; known are name, train"),
         (lambda m: m.update(taskz=[]), "key 'taskz' is unknown; did you mean 'tasks'?"),
-        (lambda m: m.pop("name"), "key 'name' is missing; add it."),
+        (lambda m: m.pop("name"), "key 'name' is missing"),
         (
             lambda m: m["tasks"][1].pop("train"),
-            "task number 2 is wrong: a task that is no probe wants the key train; add it.",
+            "task number 2: a task that is no probe wants the key train; add it",
         ),
         (
             lambda m: m["tasks"][1].pop("scorer"),
-            "task number 2 is wrong: a task with test wants the key scorer; add it.",
+            "task number 2: a task with test wants the key scorer; add it",
         ),
-        (lambda m: m.update(tasks=[]), "key 'tasks' is wrong: list should have at least 1 item"),
-        (lambda m: m.update(tasks=3), "key 'tasks' is wrong: input should be a valid list"),
-        (lambda m: m.update(tasks=[3]), "the manifest of task number 1 is wrong: it must be a mapping"),
-        (first(learning_rate=0), "key 'learning_rate' of task number 1 is wrong: it is 0; it must be a number above 0"),
+        (lambda m: m.update(tasks=[]), "key 'tasks' is []; it must have at least 1 item"),
+        (lambda m: m.update(tasks=3), "key 'tasks' is 3; it must be a valid list"),
+        (lambda m: m.update(tasks=[3]), "task number 1 is 3; it must be a mapping"),
+        (first(learning_rate=0), "key 'learning_rate' of task number 1 is 0; it must be a number above 0"),
         (
             first(learning_rate={"lora": "fast"}),
-            "it is {'lora': 'fast'}; it must be a number above 0 and at most 1, or a",
+            "is {'lora': 'fast'}; it must be a number above 0 and at most 1, or a",
         ),
-        (lambda m: m.update(learning_rate=True), "key 'learning_rate' is wrong: it is True; it must be a number"),
+        (lambda m: m.update(learning_rate=True), "key 'learning_rate' is True; it must be a number"),
         (first(learning_rate={"pcrl": 0.1}), "names the method 'pcrl', which is unknown; did you mean 'pclr'?"),
-        (first(max_new_tokens=0), "key 'max_new_tokens' of task number 1 is wrong: input should be greater than 0"),
+        (first(max_new_tokens=0), "key 'max_new_tokens' of task number 1 is 0; it must be greater than 0"),
         (first(answer_format="a{1,99999999999}"), "is not a regular expression: repeat count too big"),
-        (first(answer_format="("), "'answer_format' of task number 1 is wrong: '(' is not a regular expression"),
+        (first(answer_format="("), "'answer_format' of task number 1: '(' is not a regular expression"),
         (first(name="text"), "two tasks are called 'text'"),
         (first(name="TEXT"), "two tasks are called 'text' (case is ignored)"),
         (first(name="a.b"), "task name 'a.b' is not allowed"),
@@ -206,8 +206,8 @@ def test_a_wrong_order_is_refused(suite, order):
         ('[{"id": 1}\n{"id": 2}]', "is no JSON list: line 2: a comma or ] is missing"),
         ('[{"id": 1},\n\n{"id": 2},]', "is no JSON list: line 3: "),
         ("[" * 100_000, "is no JSON list: line 1: a record is nested too deeply"),
-        ("{}", "line 1 is no LLaVA instruction record (conversations: Field required)"),
-        ('[\n{"id": 1}]', "record 1, line 2 is no LLaVA instruction record (conversations: Field required)"),
+        ("{}", "line 1 is no LLaVA instruction record (conversations is missing)"),
+        ('[\n{"id": 1}]', "record 1, line 2 is no LLaVA instruction record (conversations is missing)"),
         ("[3]", "record 1, line 1 is no LLaVA instruction record ("),
         ('[\n\n{"id": 1, "conversations": []}]', "record 1, line 3: sample '1' has no human turn"),
         (
@@ -320,7 +320,7 @@ def test_json_lines_are_read_as_a_list_is(suite, bom, end):
 
 def test_a_broken_line_is_named(suite):
     lines = [json.dumps(record).encode() for record in RECORDS]
-    for broken, said in ((b'{"id": 1', "Invalid JSON"), (b"{}", "conversations: Field required")):
+    for broken, said in ((b'{"id": 1', "invalid JSON"), (b"{}", "conversations is missing")):
         with pytest.raises(UserError, match=rf"json: line 3 is no LLaVA instruction record \({said}"):
             write(suite, b"\n".join([lines[0], b"", broken, lines[1]]))
 

@@ -93,11 +93,11 @@ def test_images_lie_beside_the_file_and_a_task_is_for_lines_without(runs, images
 GOOD = {"prompt": "name it ?", "task": "name"}
 BAD = {
     "no json": ("{", "line 2 is no JSON"),
-    "no object": ("3", "line 2: the line: input should be a valid dictionary"),
-    "no prompt": ({"task": "name"}, "line 2: prompt: field required"),
-    "number": ({**GOOD, "prompt": 3}, "line 2: prompt: input should be a valid string"),
-    "key": ({**GOOD, "promt": "x"}, "line 2: promt: extra inputs are not permitted"),
-    "image list": ({**GOOD, "image": [1]}, "line 2: image: "),
+    "no object": ("3", "line 2: the line is 3; it must be a mapping of keys to values"),
+    "no prompt": ({"task": "name"}, "line 2: key 'prompt' is missing"),
+    "number": ({**GOOD, "prompt": 3}, "line 2: key 'prompt' is 3; it must be a valid string"),
+    "key": ({**GOOD, "promt": "x"}, "line 2: key 'promt' is unknown; did you mean 'prompt'?"),
+    "image list": ({**GOOD, "image": [1]}, "line 2: key 'image' is 1; it must be a valid string"),
     "no image": ({**GOOD, "image": "nowhere.png"}, "line 2: image "),
     "broken image": ({**GOOD, "image": "broken.png"}, "line 2: image "),
     "task": ({**GOOD, "task": "shape"}, "line 2: task 'shape' is unknown"),

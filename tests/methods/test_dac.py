@@ -397,7 +397,7 @@ def test_a_restored_method_is_the_same_model_bit_for_bit():
         ({"merged": 7}, "merged is 7 and r is 6"),
         ({"critical": 0}, "dac: critical is 0"),
         ({"scope": "token"}, "dac: scope is 'token'"),
-        ({"experts": 3}, "dac has no setting 'experts'; it has"),
+        ({"experts": 3}, "dac has no setting 'experts'; did you mean 'old_experts'?"),
         ({"target_modules": "nothing"}, "'nothing' matches no layer of this model"),
     ],
 )

@@ -414,10 +414,10 @@ def test_restored_from_its_tensors():
     ("settings", "words"),
     [
         ({"cap": 3}, "cap is 3, less than the 4 ranks of one task; raise cap or lower r"),
-        ({"schedule": [(4, 1.5)]}, r"a line of schedule is \(4, 1.5\)"),
+        ({"schedule": [(4, 1.5)]}, r"schedule: a line is \(4, 1.5\)"),
         ({"schedule": [(4, 0.0)]}, r"retention in \(0, 1\]"),
         ({"schedule": [(2, 1.0)]}, "r is 4 and the pool has 2 ranks after the first task; r must fit into it"),
-        ({"temperature": 0}, "temperature is 0; input should be greater than 0"),
+        ({"temperature": 0}, "temperature is 0; it must be greater than 0"),
         ({"scope": "token"}, "scope is 'token'"),
         ({"groups": []}, r"groups is \[\]; it must be a number of tasks, at least 1, or a list of such numbers"),
         ({"groups": [2, 0]}, r"groups is \[2, 0\]; it must be a number of tasks"),

@@ -399,7 +399,7 @@ def test_a_report_is_made_of_the_metrics_files_of_runs(runs, tmp_path, lilora, m
     [
         ("{", "holds no runs"),
         ("[]", "holds no runs"),
-        ('{"runs": [{"method": "a"}]}', "runs.0.seed: Field required"),
+        ('{"runs": [{"method": "a"}]}', "runs.0.seed is missing"),
         (
             '{"runs": [{"method": "a", "seed": 0, "matrix": {}, "params_per_task": null, "seconds": null, "extra": {}}]}',
             "score matrix",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lilora.errors import UserError
 from lilora.module_names import unwrapped
+from lilora.validation import first_problem
 from lilora_kernels import check_task_name
 
 from .atomic import write_atomically
@@ -133,9 +134,7 @@ class Index(Record):
         try:
             document = Document.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise UserError(f"{path} is altered: {place}: {first['msg']}; restore it from a copy") from error
+            raise UserError(f"{path} is altered: {first_problem(error)}; restore it from a copy") from error
         if document.checksum != document.index.checksum():
             raise UserError(f"{path} is altered: its checksum does not match; restore it from a copy")
         try:

@@ -8,7 +8,7 @@ from lilora.continual.recorded import TrainSettings
 from lilora.errors import UserError
 from lilora.methods import METHODS, Method
 
-from .options import choice, nearest
+from .options import choice
 
 
 def method_settings(
@@ -28,10 +28,6 @@ def method_settings(
         choice("--preset", preset, tuple(method.presets))
     of_preset = method.presets[preset or next(iter(method.presets))] if method.presets else {}
     given = {names[option]: value for option, value in options.items() if option in names}
-    for name in more:
-        if name not in method.settings_type.model_fields:
-            near = nearest(name, method.settings_type.model_fields, "choose one of these")
-            raise UserError(f"{method.name} has no setting {name!r}; {near}{settings_list(method)}")
     try:
         read = method.read_settings({**given, **of_preset, **more})
     except UserError as error:

@@ -2,8 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,12 +71,6 @@ Attention = Annotated[bool, typer.Option(help="Adapt the attention's linear laye
 def choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"{option} {value} is unknown; choose one of {', '.join(choices)}")
-
-
-def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """Advice for a name that is unknown; `otherwise` where none is near."""
-    found = get_close_matches(name, known, 1)
-    return f"did you mean {found[0]!r}?" if found else otherwise
 
 
 def target_pattern(model: str, projector: bool | None, attention: bool) -> str:

@@ -8,9 +8,8 @@ import typer
 import yaml
 
 from lilora.errors import UserError
+from lilora.validation import nearest, wanted
 from lilora.yaml_files import read_yaml
-
-from .options import nearest
 
 HEADER = """\
 # The options of this run. `lilora train --config THIS-FILE` goes on with it; with `--out FOLDER` it runs once more, there.
@@ -48,7 +47,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
             try:
                 option.process_value(context, given_as)
             except typer.BadParameter as error:
-                raise UserError(f"{where} is {value!r}; {error.message[:1].lower()}{error.message[1:]}") from error
+                raise UserError(f"{where} is {value!r}; {wanted(error.message)}") from error
     context.default_map = defaults
     return path
 

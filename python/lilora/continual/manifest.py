@@ -1,6 +1,5 @@
 """Reading a manifest: a sequence of tasks, in YAML."""
 
-import difflib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import get_args
 from pydantic import ValidationError
 
 from lilora.errors import UserError
+from lilora.validation import Location, first_problem, nearest
 from lilora.yaml_files import read_yaml
 from lilora_kernels import check_task_name
 
@@ -85,31 +85,22 @@ def _parse(path: Path) -> Manifest:
     try:
         return MANIFESTS[kind].model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first_problem(error, MANIFESTS[kind])}") from error
+        raise UserError(f"{path}: {_problem(error, MANIFESTS[kind])}") from error
 
 
-def _first_problem(error: ValidationError, manifest: type[Manifest]) -> str:
-    """The first problem of a manifest as one sentence without its file; a misspelt key before the key it should be."""
-    problem = min(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
-    location = problem["loc"]  # (), (key, ...), ("tasks", index) or ("tasks", index, key, ...)
-    in_task = len(location) > 1 and location[0] == "tasks"
-    place = f" of task number {int(location[1]) + 1}" if in_task else ""
-    within = location[2:] if in_task else location
-    if not within and problem["type"] == "value_error":
-        return f"the manifest{place} is wrong: {problem['msg'].removeprefix('Value error, ')}."
-    if not within:
-        return f"the manifest{place} is wrong: it must be a mapping of keys to values; correct it."
-    key = within[0]
-    if problem["type"] == "extra_forbidden":
-        (task,) = get_args(manifest.model_fields["tasks"].annotation)
-        known = list((task if in_task else manifest).model_fields)
-        near = difflib.get_close_matches(str(key), known, n=1)
-        advice = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}."
-        return f"key {key!r}{place} is unknown; {advice}"
-    if problem["type"] == "missing":
-        return f"key {key!r}{place} is missing; add it."
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"key {key!r}{place} is wrong: {message[0].lower() + message[1:]}; correct it."
+def _problem(error: ValidationError, manifest: type[Manifest]) -> str:
+    """What is wrong with a manifest, without its file."""
+    (task,) = get_args(manifest.model_fields["tasks"].annotation)
+    in_task = any(len(problem["loc"]) > 2 for problem in error.errors() if problem["type"] == "extra_forbidden")
+    return first_problem(error, (task if in_task else manifest).model_fields, _place)
+
+
+def _place(location: Location) -> str:
+    """location: (key, ...), ("tasks", index) or ("tasks", index, key, ...)."""
+    if len(location) < 2 or location[0] != "tasks":
+        return f"key {location[0]!r}" if location else "the manifest"
+    task = f"task number {int(location[1]) + 1}"
+    return f"key {location[2]!r} of {task}" if len(location) > 2 else task
 
 
 def _check_names(path: Path, manifest: Manifest) -> None:
@@ -132,8 +123,7 @@ def _check_methods(path: Path, manifest: Manifest) -> None:
 
     for name in names:
         if name not in METHODS:
-            near = difflib.get_close_matches(name, METHODS, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(METHODS)}."
+            advice = nearest(name, METHODS, f"known are {', '.join(METHODS)}")
             raise UserError(f"{path}: learning_rate names the method {name!r}, which is unknown; {advice}")
 
 

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from lilora.bank.bank import Bank
 from lilora.errors import UserError
 from lilora.methods import METHODS, Method
+from lilora.validation import Location, first_problem
 
 from .evaluate import answers_to, identify
 from .images import open_image
@@ -28,6 +29,10 @@ class _Line(BaseModel):
     task: str | None = None
     image: str | list[str] = []
     id: str | int | None = None
+
+
+def _key(location: Location) -> str:
+    return f"key {location[0]!r}" if location else "the line"
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,7 @@ def read_prompts(path: Path, task: str | None = None) -> list[Prompt]:
         try:
             read = _Line.model_validate(json.loads(line))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(map(str, first["loc"][:1])) or "the line"
-            raise UserError(f"{where}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}; correct it") from error
+            raise UserError(f"{where}: {first_problem(error, _Line.model_fields, _key)}") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f'{where} is no JSON ({error}); write {{"task": ..., "prompt": ...}}') from error
         images = [read.image] if isinstance(read.image, str) else read.image

@@ -11,6 +11,7 @@ from lilora.methods import METHODS
 from lilora.methods.settings import Settings
 from lilora.registry import Registry
 from lilora.reports.scores import ScoreMatrix
+from lilora.validation import first_problem
 
 from .images import ImageAspect
 from .kinds import KINDS
@@ -113,10 +114,8 @@ def train_settings(bank: Bank) -> TrainSettings:
         check_label(config.label)
         return TrainSettings.of(config.train)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place, wanted = ".".join(map(str, first["loc"])), first["msg"]
         raise UserError(
-            f"{bank.path} does not record a run as lilora does: {place}: {wanted[0].lower()}{wanted[1:]}; restore it from a copy"
+            f"{bank.path} does not record a run as lilora does: {first_problem(error)}; restore it from a copy"
         ) from error
     except UserError as error:
         raise UserError(f"{bank.path} does not record a run as lilora does: {error}") from error

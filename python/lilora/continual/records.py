@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar
 from pydantic import AliasChoices, BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from lilora.errors import UserError
+from lilora.validation import first_problem
 
 from .record_files import record_file
 
@@ -149,7 +150,7 @@ class Records(Sequence[Model]):
             return self._kind.model_validate(content)
         except ValidationError as error:
             raise UserError(
-                f"{self._where}: {self.file.place(index)} is no {self._what} ({_first_problem(error)}); mend it."
+                f"{self._where}: {self.file.place(index)} is no {self._what} ({first_problem(error)}); mend it."
             ) from error
 
 
@@ -162,12 +163,4 @@ def read_json(path: Path, wanted: TypeAdapter, where: str, what: str) -> Any:
             f"{where} cannot be read ({error.strerror}); put the data there or pass its folder with --data."
         ) from error
     except ValidationError as error:
-        raise UserError(f"{where} is not {what} ({_first_problem(error)}); mend it.") from error
-
-
-def _first_problem(error: ValidationError) -> str:
-    problems = error.errors(include_url=False)
-    first = (problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1])
-    problem = max(first, key=lambda problem: len(problem["loc"]))  # of alternatives the one that fits best
-    place = ".".join(map(str, problem["loc"]))
-    return f"{place}: {problem['msg']}" if place else problem["msg"]
+        raise UserError(f"{where} is not {what} ({first_problem(error)}); mend it.") from error

@@ -35,7 +35,7 @@ def _rates(given: Any) -> Any:
         rates = {str(method): _RATE.validate_python(rate) for method, rate in by_method.items()}
     except (ValidationError, ValueError):
         raise ValueError(
-            f"it is {given!r}; it must be a number above 0 and at most 1, or a mapping from methods to such numbers"
+            "it must be a number above 0 and at most 1, or a mapping from methods to such numbers"
         ) from None
     return tuple(rates.items()) if isinstance(given, dict) else rates[""]
 

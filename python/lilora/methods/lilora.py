@@ -23,11 +23,8 @@ from .stability import StabilityLoss
 
 class _OfConfig(MethodSettings):
     @classmethod
-    def read(cls, method: str, values: dict[str, Any]) -> LiLoRAConfig:
+    def _made(cls, values: dict[str, Any]) -> LiLoRAConfig:
         """The config with these settings, which checks them itself; UserError in one sentence."""
-        for name in values:
-            if name not in cls.model_fields:
-                raise cls.unknown(method, name)
         return LiLoRAConfig(**values)
 
 

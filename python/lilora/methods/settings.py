@@ -6,8 +6,9 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from lilora.errors import UserError, shortened
+from lilora.errors import UserError
 from lilora.families import pattern_error
+from lilora.validation import first_problem, nearest
 from lilora_kernels.layers.lilora import default_alpha
 
 OPTIONS = ("r", "sub_rank", "alpha", "dropout")  # settings with an option of their own; --set gives the others
@@ -30,24 +31,22 @@ class Settings(BaseModel):
     @classmethod
     def read(cls, method: str, values: dict[str, Any]) -> Self:
         """The settings in `values`; UserError in one sentence for the first that is unknown, missing or out of range."""
+        for name in values:
+            if name not in cls.model_fields:
+                raise cls.unknown(method, name)
         try:
-            return cls(**values)
+            return cls._made(values)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            name = ".".join(map(str, first["loc"])) or "the settings"
-            message = first["msg"].removeprefix("Value error, ")
-            if first["type"] == "extra_forbidden":
-                raise cls.unknown(method, name) from error
-            if first["type"] == "missing":
-                raise UserError(f"{method} lacks the setting {name!r}; give it") from error
-            if not first["loc"]:
-                raise UserError(f"{method}: {message}") from error
-            wanted = message[0].lower() + message[1:]
-            raise UserError(f"{method}: {name} is {shortened(first['input'])}; {wanted}") from error
+            raise UserError(f"{method}: {first_problem(error)}") from error
+
+    @classmethod
+    def _made(cls, values: dict[str, Any]) -> Self:
+        return cls(**values)
 
     @classmethod
     def unknown(cls, method: str, name: str) -> UserError:
-        return UserError(f"{method} has no setting {name!r}; it has {', '.join(cls.model_fields)}")
+        known = f"it has {', '.join(cls.model_fields)}"
+        return UserError(f"{method} has no setting {name!r}; {nearest(name, cls.model_fields, known)}")
 
 
 class MethodSettings(Settings):

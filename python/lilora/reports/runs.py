@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from lilora.errors import UserError
+from lilora.validation import first_problem
 
 from .scores import METRICS, ScoreMatrix, cell_text, none_if_nan
 
@@ -60,10 +61,8 @@ def read_runs(path: Path) -> list[Run]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a run folder, or a metrics.json") from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the top level"
         raise UserError(
-            f"{path} holds no runs as lilora writes them ({place}: {first['msg']}); give the metrics.json of a run or a report"
+            f"{path} holds no runs as lilora writes them ({first_problem(error)}); give the metrics.json of a run or a report"
         ) from error
     try:
         return [Run.from_dict(run.model_dump(exclude_unset=True)) for run in stored.runs]

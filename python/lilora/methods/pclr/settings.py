@@ -106,7 +106,7 @@ class PCLRSettings(MethodSettings):
         for new, retention in schedule if isinstance(schedule, list) else ():
             if new < 1 or not 0 < retention <= 1:
                 raise ValueError(
-                    f"a line of schedule is ({new}, {retention}); it must be at least 1 new rank and a retention in (0, 1]"
+                    f"a line is ({new}, {retention}); it must be at least 1 new rank and a retention in (0, 1]"
                 )
         return schedule
 
@@ -115,7 +115,7 @@ class PCLRSettings(MethodSettings):
     def _sizes(cls, groups):
         sizes = [groups] if isinstance(groups, int) else groups
         if not sizes or min(sizes) < 1:
-            raise ValueError(f"groups is {groups}; it must be a number of tasks, at least 1, or a list of such numbers")
+            raise ValueError("it must be a number of tasks, at least 1, or a list of such numbers")
         return groups
 
     @field_validator("newest_switch", mode="before")

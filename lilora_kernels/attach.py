@@ -21,9 +21,7 @@ METHODS = ("forward", "generate", "gradient_checkpointing_enable")  # what attac
 
 
 @contextmanager
-def route(
-    model: nn.Module, task_ids: TaskIds, *, length: int | None = None, vision_tokens: Sequence[int] | None = None
-) -> Iterator[None]:
+def route(model: nn.Module, task_ids: TaskIds, *, vision_tokens: Sequence[int] | None = None) -> Iterator[None]:
     """Run the forwards inside with these tasks: one name, id or -1 per sample.
 
     It holds in the thread or asyncio task that entered it; a forward of another one without task ids raises meanwhile.
@@ -36,7 +34,7 @@ def route(
     task, ids = tasks.ids(task_ids, None, device_of(model))
     tasks.opened += 1
     try:
-        with tasks.use(BatchContext(task, length, None if vision_tokens is None else list(vision_tokens), ids)):
+        with tasks.use(BatchContext(task, None, None if vision_tokens is None else list(vision_tokens), ids)):
             yield
     finally:
         tasks.opened -= 1

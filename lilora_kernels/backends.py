@@ -34,9 +34,6 @@ _wrong = next(
 )
 
 
-Bind = Callable[..., Callable | None]
-
-
 class Unsupported(RuntimeError):
     """The forced backend or plan cannot run this call."""
 
@@ -61,7 +58,7 @@ class Implementation:
     unsupported_reason: Callable[[Tensor, int, int], str | None]
     plans: dict[str, str]
     rows: Callable[[torch.device], list[int]] = lambda device: []
-    bind: Bind = lambda *_: None
+    bind: Callable[..., Callable | None] = lambda *_: None
     bind_gradients: Callable[..., Any] = lambda *_: None
 
 

@@ -1,15 +1,20 @@
 """What runs here: versions, devices, kernels."""
 
 import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+import torch
+
+from .backends import unsupported_reasons
+from .cpu_library import INSTRUCTIONS, load
+from .cuda_library import build_info, load_error
+from .ops.cuda_runtime import unusable
 
 
 def environment() -> dict[str, str]:
     """What the numbers were made with."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
 
     def installed(package: str) -> str:
         try:
@@ -24,19 +29,12 @@ def environment() -> dict[str, str]:
 
 def cpu_build() -> str:
     """The instructions that the CPU kernels use here, or why they are missing."""
-    from lilora_kernels.cpu_library import INSTRUCTIONS, load
-
     kernels = load()
     return kernels if isinstance(kernels, str) else f"loaded, {INSTRUCTIONS[kernels.instructions - 1]}"
 
 
 def cuda_build() -> dict[str, Any]:
     """What the CUDA kernels were built with, and whether they load and run on the first GPU, in words and as data."""
-    import torch
-
-    from lilora_kernels.cuda_library import build_info, load_error
-    from lilora_kernels.ops.cuda_runtime import unusable
-
     built, error = build_info(), load_error()
     if error is None and torch.cuda.is_available():
         error = unusable(torch.device("cuda", 0))
@@ -47,10 +45,6 @@ def cuda_build() -> dict[str, Any]:
 
 def info() -> dict[str, Any]:
     """All of the above, and for every operation which backends can run here, or why one cannot."""
-    import torch
-
-    from lilora_kernels.backends import unsupported_reasons
-
     facts: dict[str, Any] = {**environment(), "cpu build": cpu_build(), **cuda_build(), "backends": {}}
     on_gpu = torch.cuda.is_available()
     x = torch.empty(1, 1, device="cuda", dtype=torch.bfloat16) if on_gpu else torch.empty(1, 1)

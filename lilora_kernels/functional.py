@@ -139,15 +139,15 @@ def expert_linear(
     return _expert_linear(cast, weight, ends, a, b0, u, v, fusion, seed, scaling, p)[0]
 
 
-def rank_gate(scores: Tensor, r: int, *, straight_through: bool = False) -> tuple[Tensor, Tensor]:
+def rank_gate(scores: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The r ranks of highest score in each row -> (gate [G, n], 1 at these and 0 elsewhere; chosen [G, r] int64).
 
     scores [G, n] of any floating dtype, which gate has too; 1 <= r <= n. chosen lists the best rank first; of equal scores the
-    lowest index comes first, and NaN counts as -inf. gate has no gradient; with straight_through that of scores is that of
-    gate at the chosen ranks, zero elsewhere. Autocast leaves scores alone: rounding would make ties.
+    lowest index comes first, and NaN counts as -inf. gate has no gradient. Autocast leaves scores alone: rounding would make
+    ties.
     Raises ValueError for shapes and ranges, TypeError for dtypes.
     """
-    return _rank_gate(scores if straight_through else scores.detach(), r)
+    return _rank_gate(scores.detach(), r)
 
 
 def of_rows(operation: Operation, x: Tensor, *args: Any, known: bool = False) -> Tensor | tuple[Tensor, Tensor]:

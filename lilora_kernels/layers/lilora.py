@@ -510,11 +510,8 @@ class LiLoRALinear(AdaptedLinear):
         with onloaded(*self._kinds):
             a, b0, u, v, fusion = self._parameters_of(name)
         wide = torch.promote_types(a.dtype, torch.float32)
-        m = b0.to(wide) + u.to(wide) @ v.to(wide)
-        if fusion is not None:
-            m = torch.lerp(
-                u.to(wide) @ v.to(wide), b0.to(wide), torch.sigmoid(fusion.to(wide)).view(*self.leading, 1, 1)
-            )
+        m, b0 = u.to(wide) @ v.to(wide), b0.to(wide)
+        m = b0 + m if fusion is None else torch.lerp(m, b0, fusion.to(wide).sigmoid().view(*self.leading, 1, 1))
         delta = (self.lilora_scaling * m @ a.to(wide)).to(a.dtype)
         return delta.mT if self.is_transposed else delta
 

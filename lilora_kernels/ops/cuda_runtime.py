@@ -9,8 +9,7 @@ from .triton_runtime import LARGEST_RANK, LARGEST_SUB_RANK, NVIDIA, capability, 
 
 DECODE_ROWS = 64  # the most that the plan decode takes: kFewRowsUpTo of csrc/plan.h
 # From here on the plan fused is chosen on sm_90a where composed cannot be. Modelled, not measured: bench.model, both directions
-# of gate and up, time over that of by_phase: 4096 rows 1.00, 8192 rows 0.98. `linear.cuda_backend.FUSED_FROM` has what was
-# measured.
+# of gate and up, time over that of by_phase: 4096 rows 1.00, 8192 rows 0.98.
 FUSED_ROWS = 4096
 COMPOSED = "for more rows of few tasks, where Triton can run"
 PLANS = {"one_launch": "for all rows else", "composed": COMPOSED, "by_phase": "if forced"}

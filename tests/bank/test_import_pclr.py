@@ -383,7 +383,7 @@ def test_the_command_makes_a_bank_that_eval_and_generate_can_load(lilora, llava_
     assert shown["config"]["settings"]["newest_switch"] == 3
     assert shown["config"]["image_aspect"] == "pad", "as LLaVA's scripts have it"
     assert shown["shared"][0]["parameters"] == sum(tensor.numel() for tensor in saved.values())
-    _, method, processor = load_bank(out, None, "cpu", wanted="b")
+    _, method, processor = load_bank(out, None, "cpu")
     agree(method.model.eval(), base, saved, inputs)
     picture = tmp_path / "wide.png"
     Image.new("RGB", (20, 10)).save(picture)

@@ -48,13 +48,6 @@ def test_one_row_for_all_samples():
     check_rank_gate(torch.randn(90, device="cuda").expand(33, 90), 30)
 
 
-def test_straight_through():
-    scores = torch.randn(5, 300, device="cuda", requires_grad=True)
-    dgate = torch.randn(5, 300, device="cuda")
-    gate, _ = functional.rank_gate(scores, 64, straight_through=True)
-    assert torch.equal(torch.autograd.grad(gate, scores, dgate)[0], dgate * gate)
-
-
 def test_a_graph_follows_changed_scores():
     scores = torch.randn(8, 256, device="cuda", dtype=torch.bfloat16)
     graph, results = capture(lambda: functional.rank_gate(scores, 64))
@@ -66,17 +59,12 @@ def test_a_graph_follows_changed_scores():
 
 
 def test_nothing_waits_for_the_device():
-    scores = torch.randn(8, 256, device="cuda", requires_grad=True)
-
-    def step():
-        gate, _ = functional.rank_gate(scores, 64, straight_through=True)
-        gate.backward(gate.detach())
-
-    step()
+    scores = torch.randn(8, 256, device="cuda")
+    functional.rank_gate(scores, 64)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        functional.rank_gate(scores, 64)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -85,15 +73,11 @@ def test_compiled_with_inductor():
     torch.compiler.reset()
 
     def run(scores):
-        gate, chosen = functional.rank_gate(scores * 2, 16, straight_through=True)
+        gate, chosen = functional.rank_gate(scores * 2, 16)
         return gate * 3, chosen
 
-    compiled, dy = torch.compile(run, fullgraph=True), torch.randn(6, 100, device="cuda")
+    compiled = torch.compile(run, fullgraph=True)
     for turn in range(3):
-        found = []
-        for function in (compiled, run):
-            scores = draw(6, 100, FEW, torch.float32, turn).cuda().requires_grad_()
-            y, chosen = function(scores)
-            found.append((y, chosen, torch.autograd.grad(y, scores, dy)[0]))
-        for got, want in zip(*found, strict=True):
-            torch.testing.assert_close(got, want)
+        scores = draw(6, 100, FEW, torch.float32, turn).cuda()
+        for got, want in zip(compiled(scores), run(scores), strict=True):
+            assert torch.equal(got, want)

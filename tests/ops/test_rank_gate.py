@@ -1,4 +1,4 @@
-"""`rank_gate` with the eager backend against a sort of Python's, its gradient, and the sentences of refused arguments."""
+"""`rank_gate` with the eager backend against a sort of Python's, and the sentences of refused arguments."""
 
 import pytest
 import torch
@@ -49,47 +49,18 @@ def test_the_shipped_reference_is_the_definition():
                 assert ours.dtype == theirs.dtype
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_straight_through_gives_the_chosen_scores_the_gradients_of_their_gates(dtype):
-    scores = torch.randn(5, 12).to(dtype).requires_grad_()
-    gate, chosen = functional.rank_gate(scores, 4, straight_through=True)
-    dgate = torch.randn(5, 12).to(dtype)
-    first = torch.autograd.grad(gate, scores, dgate, retain_graph=True)[0]
-    want = torch.zeros(5, 12, dtype=dtype).scatter(1, chosen, dgate.gather(1, chosen))
-    assert torch.equal(first, want)
-    assert torch.equal(torch.autograd.grad(gate, scores, dgate)[0], want)
-    assert not chosen.requires_grad
-
-
-def test_no_gradient_unless_asked_for():
-    scores = torch.randn(5, 12, requires_grad=True)
-    gate, chosen = functional.rank_gate(scores, 4)
+def test_there_is_no_gradient():
+    gate, chosen = functional.rank_gate(torch.randn(5, 12, requires_grad=True), 4)
     assert not gate.requires_grad
     assert not chosen.requires_grad
-
-
-def test_the_gradient_of_a_gate_goes_on_to_what_made_the_scores():
-    query, keys = torch.randn(3, 6), torch.randn(10, 6, requires_grad=True)
-    gate, chosen = functional.rank_gate(query @ keys.T, 2, straight_through=True)
-    weight = torch.randn(3, 10)
-    (gate * weight).sum().backward()
-    want = torch.zeros(10, 6)
-    for row in range(3):
-        for j in chosen[row]:
-            want[j] += weight[row, j] * query[row]
-    torch.testing.assert_close(keys.grad, want)
 
 
 # --- laws -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows, layout", [(0, "rows"), (3, "rows"), (3, "strided")])
-@pytest.mark.parametrize("learns", [True, False])
-def test_opcheck(rows, layout, learns):
-    scores = draw(rows, 12, (0.0, 1.0, -2.0), torch.float32, 0, layout).requires_grad_(learns)
+def test_opcheck(rows, layout):
+    scores = draw(rows, 12, (0.0, 1.0, -2.0), torch.float32, 0, layout)
     torch.library.opcheck(torch.ops.lilora.rank_gate.default, (scores, 4))
 
 
@@ -97,24 +68,15 @@ def test_fullgraph_compile_follows_the_values():
     torch._dynamo.reset()
 
     def run(scores):
-        gate, chosen = functional.rank_gate(torch.sin(scores), 4, straight_through=True)
+        gate, chosen = functional.rank_gate(torch.sin(scores), 4)
         return gate * 3, chosen
 
     compiled = torch.compile(run, fullgraph=True)
     for turn in range(4):
-        scores, dy = torch.randn(5, 12), torch.randn(5, 12)
+        scores = torch.randn(5, 12)
         with torch._dynamo.config.patch(error_on_recompile=turn > 0):
-            (y, chosen, dx), want = (outputs(function, scores, dy) for function in (compiled, run))
-        assert torch.equal(y, want[0])
-        assert torch.equal(chosen, want[1])
-        torch.testing.assert_close(dx, want[2])
-        assert (dx != 0).sum() == 5 * 4
-
-
-def outputs(function, scores, dy):
-    leaf = scores.clone().requires_grad_()
-    y, chosen = function(leaf)
-    return y, chosen, torch.autograd.grad(y, leaf, dy)[0]
+            for got, want in zip(compiled(scores), run(scores), strict=True):
+                assert torch.equal(got, want)
 
 
 def test_fullgraph_compile_with_symbolic_sizes():

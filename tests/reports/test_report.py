@@ -14,6 +14,7 @@ from lilora.reports import figures, report
 from lilora.reports.report import print_tables, write_report
 from lilora.reports.runs import Run, by_method, differences, read_runs
 from lilora.reports.scores import ScoreMatrix, cell_text
+from lilora.terminal import plain_console
 
 TASKS = ["name", "caption", "count"]
 
@@ -355,7 +356,7 @@ def test_an_extra_that_is_not_json_writes_nothing(tmp_path, runs):
 def test_a_label_is_printed_and_drawn_as_it_is(label, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     labelled = [Run(label, 0, matrix(np.random.default_rng(0)))]
-    print_tables(labelled)
+    print_tables(labelled, plain_console())
     out = capsys.readouterr().out
     assert f"{label}: score on each task" in out
     assert out.count(label) == 2

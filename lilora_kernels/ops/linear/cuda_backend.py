@@ -15,9 +15,6 @@ from ..delta import eager
 from ..schema import AdapterArgs
 
 SLOT_BYTES = 1 << 28  # how much memory the slots of the fused product may take
-# (device, K, N) -> the number of rows from which the fused product was faster in a paired benchmark, None where it never was: in
-# place of FUSED_ROWS. Nothing is measured yet.
-FUSED_FROM: dict[tuple[str, int, int], int | None] = {}
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
@@ -64,9 +61,8 @@ def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | N
         return plan
     composes = delta.composed_parts(rows, adapter) is not None
     # In the fused product a NaN in one task's factors reaches other rows of its group: it is not taken for several unasked.
-    modelled = None if composes or (adapter.task is not None and adapter.u is not None) else FUSED_ROWS
-    fused_from = FUSED_FROM.get((device_name(rows.device), *weight.shape[::-1]), modelled)
-    if fused_from is not None and count >= fused_from and unsupported_call(rows, weight, adapter, bias) is None:
+    several = adapter.task is not None and adapter.u is not None
+    if count >= FUSED_ROWS and not (composes or several) and unsupported_call(rows, weight, adapter, bias) is None:
         return "fused"
     if composes:
         return "composed"
@@ -99,18 +95,10 @@ def unsupported_call(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: T
 
 def rows(device: torch.device) -> list[int]:
     """Of every plan, and in both sizes of tiles."""
-    name = device_name(device)
-    fused = {FUSED_ROWS, *(least for (of, *_), least in FUSED_FROM.items() if of == name and least is not None)}
-    return sorted(
-        {DECODE_ROWS, *delta.rows(device), backends.ONE_LAUNCH_ROWS, backends.ONE_LAUNCH_ROWS + 1}
-        | (fused if on_hopper(device) else set())
-    )
+    few = {DECODE_ROWS, *delta.rows(device), backends.ONE_LAUNCH_ROWS, backends.ONE_LAUNCH_ROWS + 1}
+    return sorted(few | ({FUSED_ROWS} if on_hopper(device) else set()))
 
 
 def on_hopper(device: torch.device) -> bool:
     """Whether the fused product can run at all; the emulated device takes it too."""
     return cuda_library.has_hopper() and (device.type != "cuda" or triton_runtime.capability(device) == (9, 0))
-
-
-def device_name(device: torch.device) -> str:
-    return next(iter(triton_runtime.device_names(device)), device.type)

@@ -1,4 +1,4 @@
-"""`lilora::rank_gate`: schema, fake, straight-through gradient and the choice of a backend."""
+"""`lilora::rank_gate`: schema, fake and the choice of a backend."""
 
 import torch
 from torch import Tensor
@@ -41,19 +41,3 @@ def rank_gate(scores: Tensor, r: int) -> tuple[Tensor, Tensor]:
 def _(scores, r):
     check(scores, r)
     return scores.new_empty(scores.shape), scores.new_empty(scores.shape[0], r, dtype=torch.int64)
-
-
-def _setup_context(ctx, inputs, output):
-    gate, chosen = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(chosen)
-    ctx.save_for_backward(gate)
-
-
-def _backward(ctx, dgate, _):
-    """Straight through: the chosen scores get the gradients of their gates."""
-    (gate,) = ctx.saved_tensors
-    return None if dgate is None else dgate * gate, None
-
-
-rank_gate.register_autograd(_backward, setup_context=_setup_context)

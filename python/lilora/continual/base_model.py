@@ -82,14 +82,13 @@ def load_bank(
     path: str | Path,
     model: str | None = None,
     device: str = "auto",
-    wanted: str | None = None,
     *,
     answers: bool = False,
 ) -> tuple[Bank, Method, Any]:
     """(the bank, its method with all tasks in place, the processor); `method.model` is the model to call.
 
     path: a bank's folder, a run's, or a repository of the hub. model: the base model, by default the one that the bank was
-    made with. UserError if the bank has no task `wanted`, gives no answers and `answers` is set, or fits no such base model.
+    made with. UserError if the bank gives no answers and `answers` is set, or fits no such base model.
     """
     bank = open_bank(path)
     settings = train_settings(bank)
@@ -97,8 +96,6 @@ def load_bank(
         raise UserError(f"{path} holds no trained task yet; train first")
     if answers and not kind_of(bank.config).answers:
         raise UserError(f"{path} classifies images and writes no text; use lilora eval")
-    if wanted is not None and wanted not in bank.tasks:
-        raise UserError(f"task {wanted!r} is unknown; {path} has {', '.join(bank.tasks)}")
     model = model or bank.base_model.id
     base, processor = load_base(model, settings.dtype, device, kind_of(bank.config), image_aspect_of(bank.config))
     bank.check_base_model(BaseModelId.of(base, model))

@@ -177,10 +177,7 @@ class LinearProbe(TaskRouter):
     """
 
     name = "linear-probe"
-
-    def __init__(self, model: nn.Module, statistics: Mapping[str, Tensors] | None = None) -> None:
-        super().__init__(model, statistics)
-        self._probe: tuple[Tensor, Tensor] | None = None
+    _probe: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def load(cls, bank: Bank, model: nn.Module) -> Self:
@@ -250,7 +247,7 @@ def require_width(features: Tensor, known: Tensor) -> None:
         )
 
 
-def modes_of(features: Tensor, most: int = MODES) -> Tensor:
+def modes_of(features: Tensor, most: int) -> Tensor:
     """The mode [n] of each of features [n, D], fp64, numbered from 0, of at most `most`."""
     n, width = features.shape
     floor = (SHRINKAGE * features.var(0, correction=0).mean()).clamp_min(torch.finfo(features.dtype).tiny)

@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,15 @@ def common_name(linear: str) -> str:
     return {"mm_projector.0": "multi_modal_projector.linear_1", "mm_projector.2": "multi_modal_projector.linear_2"}.get(
         name, name
     )
+
+
+def task_names(path: Path, given: Sequence[str] | None, own: list[str]) -> list[str]:
+    """The tasks' names: those given, or by default `own`; UserError unless there is one for each."""
+    if given is None:
+        return own
+    if len(given) != len(own) or len(set(given)) != len(own):
+        raise UserError(f"{path} holds {len(own)} tasks and the names given are {', '.join(given)}; name each once")
+    return list(given)
 
 
 def read_json(path: Path) -> Any:

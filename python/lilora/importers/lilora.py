@@ -10,7 +10,7 @@ from lilora.errors import UserError
 from lilora.families import target_modules
 from lilora_kernels.layers.lilora import RANK, default_alpha
 
-from .checkpoint import Checkpoint, Imported, Tensors, common_name, flat, read_json, read_pickle, setting
+from .checkpoint import Checkpoint, Imported, Tensors, common_name, flat, read_json, read_pickle, setting, task_names
 
 FORMAT = "lilora-task-bank-v2"
 _PARTS = ("lora_share_A", "lora_share_B", "lora_specific_A", "lora_specific_B")
@@ -73,7 +73,7 @@ def read_lilora(files: Sequence[Path], model: nn.Module, tasks: Sequence[str] | 
     notes = file.notes() + (
         () if "lora_alpha" in told else (f"{config} does not tell lora_alpha: alpha is {_ALPHA:g}",)
     )
-    names = task_names(path, tasks, keys)
+    names = task_names(path, tasks, [f"task{key}" for key in keys])
     return Imported({name: (own[key], shared) for name, key in zip(names, keys, strict=True)}, settings, notes)
 
 
@@ -101,14 +101,6 @@ def task_keys(path: Path, values: dict) -> list[str]:
     if not keys or len(set(keys)) != len(keys) or set(keys) != stored:
         raise UserError(f"{path}: task_order is {order!r} and its tasks are {sorted(stored)}; it must name each once")
     return keys
-
-
-def task_names(path: Path, given: Sequence[str] | None, keys: list[str]) -> list[str]:
-    if given is None:
-        return [f"task{key}" for key in keys]
-    if len(given) != len(keys) or len(set(given)) != len(keys):
-        raise UserError(f"{path} holds {len(keys)} tasks and the names given are {', '.join(given)}; name each once")
-    return list(given)
 
 
 def check_base(path: Path) -> None:

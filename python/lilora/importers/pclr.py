@@ -11,7 +11,7 @@ from lilora.families import target_modules
 from lilora.methods.pclr.queries import query_source
 from lilora.methods.pclr.settings import PCLRSettings
 
-from .checkpoint import Checkpoint, Imported, common_name, read_json, read_pickle, setting
+from .checkpoint import Checkpoint, Imported, common_name, read_json, read_pickle, setting, task_names
 
 # The file's names of a pool's parts: in lrp.bin, and in lrp_ts.bin, the input of an integration.
 _PARTS = {
@@ -86,7 +86,8 @@ def read_pclr(files: Sequence[Path], model: nn.Module, tasks: Sequence[str] | No
         "newest_switch": len(stored[text]),  # matters where the file's new ranks are apart
     }
     notes = (*file.notes(), _TEXT_NOTE)
-    return Imported(dict.fromkeys(task_names(path, tasks, len(stored[text])), ({}, stored)), settings, notes)
+    names = task_names(path, tasks, [f"task{i + 1}" for i in range(len(stored[text]))])
+    return Imported(dict.fromkeys(names, ({}, stored)), settings, notes)
 
 
 def _take_pool(
@@ -157,11 +158,3 @@ def check_projector(path: Path, linears: Linears) -> None:
                 f"{path}: tensor {name} is not that of --model; give a model of the language model and the projector that "
                 "the checkpoint was trained on"
             )
-
-
-def task_names(path: Path, given: Sequence[str] | None, count: int) -> list[str]:
-    if given is None:
-        return [f"task{i + 1}" for i in range(count)]
-    if len(given) != count or len(set(given)) != count:
-        raise UserError(f"{path} holds {count} tasks and the names given are {', '.join(given)}; name each once")
-    return list(given)

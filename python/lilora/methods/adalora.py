@@ -11,10 +11,11 @@ from lilora_kernels.functional import rank_gate
 from lilora_kernels.layers.rank_pool import RankPoolLinear
 
 from .base import Batches, Inputs, Stage, Tensors, register_method
-from .gated import RANKS, GatedLoRA, GatedSettings
+from .gated import RANKS, GatedLoRA
+from .settings import RankSettings
 
 
-class AdaLoRASettings(GatedSettings):
+class AdaLoRASettings(RankSettings):
     """target: ranks that a linear keeps on average, None for two thirds of r. warmup, final: shares of a task's steps, before
     ranks go and after the last went; interval: steps from one allocation to the next. smoothing, uncertainty: decay of the
     averages of an importance and of its deviations. orthogonality: weight of the mean of |A A^T - I| and |B^T B - I|.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA
+from lilora.bank.records import bytes_of
 from lilora.errors import UserError
 from lilora.registry import Registry
 from lilora_kernels.layers.experts import ExpertWeight
@@ -27,7 +28,7 @@ def digest(tensors: Tensors) -> str:
     hashed = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         hashed.update(name.encode())
-        hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        hashed.update(bytes_of(tensor.detach().cpu()))
     return hashed.hexdigest()
 
 

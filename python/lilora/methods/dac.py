@@ -14,7 +14,7 @@ from lilora_kernels.routing.placement import places
 
 from .base import Batches, Inputs, Stage, Tensors, add_to_weight, register_method
 from .merged import MergedLoRAs
-from .pooled import fresh, inject_rank_pools, require_grad_only
+from .pooled import fresh, require_grad_only
 from .settings import MethodSettings
 
 EXPERTS = "experts"
@@ -164,18 +164,13 @@ class DAC(MergedLoRAs):
     train_presets = {"released": {"max_grad_norm": 0.0}}  # noqa: RUF012
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
+        self._padding, self._placed = Padding(), places(base, [path for path, _ in base.named_modules()])
         super().__init__(base, settings)
-        self.model = base
-        s = self.options = self.read_settings(settings)
-        padding, placed = Padding(), places(base, [path for path, _ in base.named_modules()])
-        base.register_forward_pre_hook(padding.take, with_kwargs=True)
-
-        def router(path: str, linear: nn.Linear) -> Router:
-            return Router(s, linear, Padding() if placed[path] == AHEAD else padding)
-
-        self.layers = inject_rank_pools(base, s.target_modules, router, s.alpha / s.r, s.dropout)
-        require_grad_only(base)
+        base.register_forward_pre_hook(self._padding.take, with_kwargs=True)
         self._old: list[tuple[list[RankPoolLinear], Tensor]] = []  # layers of equal width, their old B [P, N, c]
+
+    def chooser(self, path: str, linear: nn.Linear) -> Router:
+        return Router(self.options, linear, Padding() if self._placed[path] == AHEAD else self._padding)
 
     def add(self, task: str) -> None:
         for layer in self.layers.values():

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import Batches, Inputs, Stage, Tensors, register_method
-from .task_keys import KeyedLoRAs, KeyedSettings
+from .settings import RankSettings
+from .task_keys import KeyedLoRAs
 
 
-class EProjSettings(KeyedSettings):
+class EProjSettings(RankSettings):
     """threshold: a task whose key has at least this cosine to an earlier one's trains the LoRA of the nearest. penalty: weight
     of half the squared distance of that LoRA from where it was.
     """
@@ -31,10 +32,7 @@ class EProj(KeyedLoRAs):
     name = "eproj"
     settings_type = EProjSettings
     top, temperature = 1, 1.0
-
-    def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
-        super().__init__(base, settings)
-        self._anchor: Tensors = {}  # theta*, empty where the task has a new LoRA
+    _anchor: Tensors | None = None  # theta*; empty where the task has a new LoRA
 
     def block_of(self, key: Tensor) -> int:
         if not self.tasks:

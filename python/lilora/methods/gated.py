@@ -5,30 +5,19 @@ In the formula of the gated pool: one part of ranks, and one gate for all rows.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA
-from lilora_kernels.layers.lilora import DROPOUT, RANK
 from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
 
-from .base import Method, Tensors, lora_parameters
-from .pooled import inject_rank_pools, pool_tensors, require_grad_only
-from .settings import MethodSettings, alpha_field
+from .base import Tensors, lora_parameters
+from .pooled import PooledMethod
+from .settings import RankSettings
 
 RANKS = "ranks"
-
-
-class GatedSettings(MethodSettings):
-    """r: ranks of each linear, with those whose gate is 0; the scale is alpha / r."""
-
-    r: int = Field(RANK, ge=1)
-    alpha: float = alpha_field()
-    dropout: float = Field(DROPOUT, ge=0, lt=1)
 
 
 class Gate(nn.Module):
@@ -44,22 +33,14 @@ class Gate(nn.Module):
         return Choice((((RANKS,), None),), self.lora_gate[None]), None
 
 
-class GatedLoRA(Method):
+class GatedLoRA(PooledMethod):
     """y = x W^T + alpha / r ((D(x) A^T) * g) B^T with one A, B and g for all tasks. The bank has g as `state.*.gate`."""
 
-    mixed_batches = True
-    needs_task = False
     one_state = True
     one_process_reason = "it changes its gates between the steps of the optimizer"
 
-    def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
-        super().__init__(base, settings)
-        s = self.options = self.read_settings(settings)
-        self.model = base
-        self.layers = inject_rank_pools(
-            base, s.target_modules, lambda _, linear: Gate(linear, s.r), s.alpha / s.r, s.dropout
-        )
-        require_grad_only(base)
+    def chooser(self, path: str, linear: nn.Linear) -> Gate:
+        return Gate(linear, self.options.r)
 
     @abstractmethod
     def start(self, layer: RankPoolLinear) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,15 +54,12 @@ class GatedLoRA(Method):
                 layer.choose.lora_gate.data.copy_(gate)
         self.tasks.append(task)
 
-    def activate(self, task: str, train: bool) -> None:
-        require_grad_only(self.model, *(self.tensors(task)[1].values() if train else ()))
-
     def gates(self) -> list[Tensor]:
         return [layer.choose.lora_gate for layer in self.layers.values()]
 
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
         gates = {f"state.{path}.gate": layer.choose.lora_gate for path, layer in self.layers.items()}
-        return {}, pool_tensors(self.layers) | gates
+        return {}, super().tensors(task)[1] | gates
 
     @classmethod
     def as_lora(cls, bank: Bank, task: str) -> PlainLoRA:
@@ -95,7 +73,7 @@ class GatedLoRA(Method):
         return PlainLoRA(factors, options.alpha / options.r, options.dropout)
 
     @classmethod
-    def inference_parameters(cls, settings: GatedSettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    def inference_parameters(cls, settings: RankSettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:
         return lora_parameters(settings.r, linears) + settings.r * len(linears), 0
 
     def ranks(self) -> int:

@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lilora.errors import UserError
-from lilora_kernels.layers.lilora import DROPOUT, RANK
 from lilora_kernels.layers.rank_pool import Choice, Chooser, RankPoolLinear
 from lilora_kernels.routing.context import AHEAD
 from lilora_kernels.routing.placement import places
@@ -22,12 +21,12 @@ from .lora import evaluating, next_labels
 from .olora import ALL_RANKS, OLoRA
 from .ortholora import WithGradients, losses_of_tasks
 from .pooled import fresh, pool_tensors, require_grad_only
-from .settings import MethodSettings, alpha_field
+from .settings import RankSettings
 
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "released": {"remembered": "both", "train_a": "first"}}
 
 
-class LoDASettings(MethodSettings):
+class LoDASettings(RankSettings):
     """r: ranks of each of the two branches; the scale is alpha / r. general: weight of the general branch beside the isolated
     one. gamma: weight of the new task where the general branch is fitted to all. lookahead: rho, how far what trains is
     moved at most down the gradient of one half of a batch before that of the other is taken; 0: ordinary gradients.
@@ -36,9 +35,6 @@ class LoDASettings(MethodSettings):
     directions train in the "first" task, as in the published code.
     """
 
-    r: int = Field(RANK, ge=1)
-    alpha: float = alpha_field()
-    dropout: float = Field(DROPOUT, ge=0, lt=1)
     general: float = Field(0.5, gt=0)
     gamma: float = Field(3.0, gt=0)
     lookahead: float = Field(0.3, ge=0)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import Batches, Inputs, Stage, Tensors, register_method
 from .distillation import divergence
@@ -32,9 +32,7 @@ class LwF(SequentialLoRA):
     settings_type = LwFSettings
     answers_only = True
 
-    def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
-        super().__init__(base, settings)
-        self._teacher: Tensors = {}  # the LoRA before the task by parameter name, empty in the first task
+    _teacher: Tensors | None = None  # the LoRA before the task by parameter name; none in the first task
 
     def begin(self, stage: Stage, batches: Batches) -> None:
         super().begin(stage, batches)

@@ -8,19 +8,15 @@ from typing import Any
 from torch import nn
 
 from lilora.bank.bank import Bank
-from lilora_kernels.layers.rank_pool import RankPoolLinear
 
-from .base import Method, Tensors
-from .pooled import remove_rank_pools
+from .base import Tensors
+from .pooled import PooledMethod, remove_rank_pools
 
 
-class MergedLoRAs(Method):
+class MergedLoRAs(PooledMethod):
     """After a task the layers are plain: inference is the base model with other weights, whatever the task."""
 
-    mixed_batches = True
-    needs_task = False
     no_lora = "what it trains becomes part of the base weights; export the whole model with lilora bank merge"
-    layers: dict[str, RankPoolLinear]
 
     def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(base, settings)

@@ -4,28 +4,24 @@ In the formula of the gated pool: the experts are blocks of ranks, and each row'
 """
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lilora_kernels.layers.lilora import DROPOUT, RANK
 from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
 
-from .base import Method, Tensors, lora_parameters, register_method
-from .pooled import fresh, inject_rank_pools, pool_tensors, require_grad_only
-from .settings import MethodSettings, alpha_field
+from .base import Tensors, lora_parameters, register_method
+from .pooled import PooledMethod, fresh
+from .settings import RankSettings
 
 EXPERTS = "experts"
 
 
-class MoELoRASettings(MethodSettings):
+class MoELoRASettings(RankSettings):
     """r: ranks of all experts together; the scale is alpha / r; experts: into how many they are split."""
 
-    r: int = Field(RANK, ge=1)
-    alpha: float = alpha_field()
-    dropout: float = Field(DROPOUT, ge=0, lt=1)
     experts: int = Field(8, ge=1)
 
     @model_validator(mode="after")
@@ -52,7 +48,7 @@ class Router(nn.Module):
 
 
 @register_method
-class MoELoRA(Method):
+class MoELoRA(PooledMethod):
     """The mixture of LoRA experts of CoIN (arXiv 2403.08350), one set of parameters that is trained task after task.
 
     y = x W^T + alpha / r sum_e g_e(x) D(x) A_e^T B_e^T with all experts active; the router sees x without dropout.
@@ -62,22 +58,10 @@ class MoELoRA(Method):
     name = "moelora"
     settings_type = MoELoRASettings
     no_lora = "a router weighs its experts for every token; use lilora generate and eval"
-    mixed_batches = True
-    needs_task = False
     one_state = True
 
-    def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
-        super().__init__(base, settings)
-        s = self.options = self.read_settings(settings)
-        self.model = base
-        self.layers = inject_rank_pools(
-            base,
-            s.target_modules,
-            lambda path, linear: Router(linear, s.experts, s.r // s.experts),
-            s.alpha / s.r,
-            s.dropout,
-        )
-        require_grad_only(base)
+    def chooser(self, path: str, linear: nn.Linear) -> Router:
+        return Router(linear, self.options.experts, self.options.r // self.options.experts)
 
     def add(self, task: str) -> None:
         if not self.tasks:
@@ -86,12 +70,9 @@ class MoELoRA(Method):
                 layer.put(EXPERTS, *fresh(layer, self.options.r), train=False)
         self.tasks.append(task)
 
-    def activate(self, task: str, train: bool) -> None:
-        require_grad_only(self.model, *(self.tensors(task)[1].values() if train else ()))
-
     def tensors(self, task: str) -> tuple[Tensors, Tensors]:
         routers = {f"state.{path}.router": layer.choose.lora_router.weight for path, layer in self.layers.items()}
-        return {}, pool_tensors(self.layers) | routers
+        return {}, super().tensors(task)[1] | routers
 
     @classmethod
     def inference_parameters(cls, settings: MoELoRASettings, linears: Sequence[tuple[int, int]]) -> tuple[int, int]:

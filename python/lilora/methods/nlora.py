@@ -11,23 +11,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lilora.errors import UserError
-from lilora_kernels.layers.lilora import DROPOUT, RANK
 
 from .base import Inputs, register_method
 from .olora import OLoRA
 from .pooled import remove_rank_pools
-from .settings import MethodSettings, alpha_field
+from .settings import RankSettings
 from .update_norm import update_l1
 
 
-class NLoRASettings(MethodSettings):
+class NLoRASettings(RankSettings):
     """r: ranks of each task; the scale is alpha / r. l1: weight of the l1 norm of the new LoRA. product: of the "update" B A,
     as in the paper, or of the "inner" product A B [r, r], which the published code takes and only square layers have.
     """
 
-    r: int = Field(RANK, ge=1)
-    alpha: float = alpha_field()
-    dropout: float = Field(DROPOUT, ge=0, lt=1)
     l1: float = Field(1e-5, ge=0)
     product: Literal["update", "inner"] = "update"
 

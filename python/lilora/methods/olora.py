@@ -12,32 +12,28 @@ from torch import Tensor, nn
 
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA
-from lilora_kernels.layers.lilora import DROPOUT, RANK
 from lilora_kernels.layers.rank_pool import Choice, Chooser, RankPoolLinear
 
-from .base import Inputs, Method, Tensors, lora_parameters, register_method
-from .pooled import fresh, inject_rank_pools, load_rank_pools, pool_tensors, require_grad_only
-from .settings import MethodSettings, alpha_field
+from .base import Inputs, Tensors, lora_parameters, register_method
+from .pooled import PooledMethod, fresh, load_rank_pools, pool_tensors, require_grad_only
+from .settings import RankSettings
 
 ALL_RANKS = Choice(((("old",), None), (("new",), None)))
 
 
-class OLoRASettings(MethodSettings):
+class OLoRASettings(RankSettings):
     """r: ranks of each task; the scale is alpha / r. orthogonality: weight of the penalty on all inner products of an old
     and a new row of A: "absolute" values, as in the published code, whose weight is the default, or "squared" as in the
     paper. l2: weight of the summed norms of each new A and B, which only the code has.
     """
 
-    r: int = Field(RANK, ge=1)
-    alpha: float = alpha_field()
-    dropout: float = Field(DROPOUT, ge=0, lt=1)
     orthogonality: float = Field(0.5, ge=0)
     products: Literal["absolute", "squared"] = "absolute"
     l2: float = Field(0.0, ge=0)
 
 
 @register_method
-class OLoRA(Method):
+class OLoRA(PooledMethod):
     """Orthogonal subspace learning (O-LoRA, arXiv 2310.14152; code cmnfriend/O-LoRA): all tasks' LoRAs are summed.
 
     loss + orthogonality * sum over linears and earlier tasks i of sum |A_i A_t^T|. Inference needs no task.
@@ -45,16 +41,7 @@ class OLoRA(Method):
 
     name = "olora"
     settings_type = OLoRASettings
-    mixed_batches = True
-    needs_task = False
     one_state = True
-
-    def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
-        super().__init__(base, settings)
-        s = self.options = self.read_settings(settings)
-        self.model = base
-        self.layers = inject_rank_pools(base, s.target_modules, self.chooser, s.alpha / s.r, s.dropout)
-        require_grad_only(base)
 
     def chooser(self, path: str, linear: nn.Linear) -> Chooser:
         return all_ranks
@@ -85,9 +72,6 @@ class OLoRA(Method):
             norms = torch.stack([torch.linalg.vector_norm(t, dtype=loss.dtype) for t in self.new().values()])
             loss = loss + grad_accum_weight * self.options.l2 * norms.sum()
         return loss
-
-    def tensors(self, task: str) -> tuple[Tensors, Tensors]:
-        return {}, pool_tensors(self.layers)
 
     def restore(self, tasks: dict[str, tuple[Tensors, Tensors]]) -> None:
         self.tasks = list(tasks)

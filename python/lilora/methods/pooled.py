@@ -2,14 +2,16 @@
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from lilora.errors import UserError
 from lilora_kernels.layers.rank_pool import Chooser, RankPoolLinear
 
-from .base import Tensors
+from .base import Method, Tensors
 
 
 def inject_rank_pools(
@@ -79,3 +81,27 @@ def require_grad_only(model: nn.Module, *tensors: Tensor) -> None:
     wanted = {id(tensor) for tensor in tensors}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in wanted)
+
+
+class PooledMethod(Method):
+    """A rank pool in every adapted linear; inference needs no task."""
+
+    mixed_batches = True
+    needs_task = False
+
+    def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
+        super().__init__(base, settings)
+        s = self.options = self.read_settings(settings)
+        self.model = base
+        self.layers = inject_rank_pools(base, s.target_modules, self.chooser, s.alpha / s.r, s.dropout)
+        require_grad_only(base)
+
+    @abstractmethod
+    def chooser(self, path: str, linear: nn.Linear) -> Chooser:
+        """What chooses the ranks of a linear."""
+
+    def activate(self, task: str, train: bool) -> None:
+        require_grad_only(self.model, *(self.tensors(task)[1].values() if train else ()))
+
+    def tensors(self, task: str) -> tuple[Tensors, Tensors]:
+        return {}, pool_tensors(self.layers)

@@ -3,10 +3,11 @@
 from pydantic import Field
 
 from .base import register_method
-from .task_keys import KeyedLoRAs, KeyedSettings
+from .settings import RankSettings
+from .task_keys import KeyedLoRAs
 
 
-class ProgLoRASettings(KeyedSettings):
+class ProgLoRASettings(RankSettings):
     """top: LoRAs that a sample uses, or all where there are fewer. temperature: of the softmax over their similarities."""
 
     top: int = Field(2, ge=1)

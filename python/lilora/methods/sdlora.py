@@ -12,28 +12,24 @@ from torch import Tensor, nn
 
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA
-from lilora_kernels.layers.lilora import DROPOUT, RANK
 from lilora_kernels.layers.rank_pool import Choice, Chooser, RankPoolLinear
 
 from .base import Batches, Inputs, Stage, Tensors, lora_parameters, register_method
 from .olora import ALL_RANKS, OLoRA
 from .pooled import require_grad_only
 from .redundancy import rank_gram
-from .settings import MethodSettings, alpha_field
+from .settings import RankSettings
 
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "released": {"norm": "factors", "restart": 0.8}}
 
 
-class SDLoRASettings(MethodSettings):
+class SDLoRASettings(RankSettings):
     """r: ranks of each task; the scale is alpha / r. norm: a task's B A is divided, after the task, by the Frobenius norm of
     the "product", as in the paper, or by the product of those of its "factors", as in the published code. restart: the
     magnitude that all tasks have at the start of a new one, 0.8 in the code; None: the earlier ones go on from where they were
     and the new one starts at 1 (our reading).
     """
 
-    r: int = Field(RANK, ge=1)
-    alpha: float = alpha_field()
-    dropout: float = Field(DROPOUT, ge=0, lt=1)
     norm: Literal["product", "factors"] = "product"
     restart: float | None = Field(None, gt=0)
 

@@ -8,26 +8,22 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from lilora_kernels.layers.lilora import DROPOUT, RANK
 from lilora_kernels.layers.rank_pool import RankPoolLinear
 
 from .base import Batches, Inputs, Stage, register_method
 from .olora import OLoRA
-from .settings import MethodSettings, alpha_field
+from .settings import RankSettings
 from .update_norm import update_l1
 
 
-class SEFESettings(MethodSettings):
+class SEFESettings(RankSettings):
     """r: ranks of each task; the scale is alpha / r. penalty: lambda. share: of the elements of a task's update in each
     linear, those of the largest absolute values, which later tasks are kept from. scaled: whether the scale is part of what
     is penalised; in the published code it is not.
     """
 
-    r: int = Field(RANK, ge=1)
-    alpha: float = alpha_field()
-    dropout: float = Field(DROPOUT, ge=0, lt=1)
     penalty: float = Field(2500.0, ge=0)
     share: float = Field(0.02, gt=0, le=1)
     scaled: bool = True
@@ -45,10 +41,7 @@ class SEFE(OLoRA):
     name = "sefe"
     settings_type = SEFESettings
     presets = {"paper": {}, "released": {"scaled": False}}  # noqa: RUF012
-
-    def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
-        super().__init__(base, settings)
-        self._counts: dict[str, Tensor] = {}  # path -> sum_i M_i [N, K]; empty in the first task
+    _counts: dict[str, Tensor] | None = None  # path -> sum_i M_i [N, K]; empty in the first task
 
     def begin(self, stage: Stage, batches: Batches) -> None:
         super().begin(stage, batches)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from lilora.errors import UserError
 from lilora.families import pattern_error
 from lilora.validation import first_problem, nearest
-from lilora_kernels.layers.lilora import default_alpha
+from lilora_kernels.layers.lilora import DROPOUT, RANK, default_alpha
 
 OPTIONS = ("r", "sub_rank", "alpha", "dropout")  # settings with an option of their own; --set gives the others
 
@@ -82,6 +82,14 @@ class MethodSettings(Settings):
 def alpha_field() -> Any:
     """An alpha above 0, 2 r where it is not given."""
     return Field(default_factory=lambda values: default_alpha(values["r"]), gt=0, json_schema_extra={"default": "2 r"})
+
+
+class RankSettings(MethodSettings):
+    """r: ranks of each linear; the scale is alpha / r."""
+
+    r: int = Field(RANK, ge=1)
+    alpha: float = alpha_field()
+    dropout: float = Field(DROPOUT, ge=0, lt=1)
 
 
 def _type_text(annotation: Any) -> str:

@@ -10,13 +10,14 @@ from torch import Tensor
 from lilora_kernels.layers.rank_pool import RankPoolLinear
 
 from .base import Inputs, register_method
-from .gated import GatedLoRA, GatedSettings
+from .gated import GatedLoRA
 from .pooled import fresh
+from .settings import RankSettings
 
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "released": {"threshold": 3e-4, "l1": 10.0}}
 
 
-class SoRASettings(GatedSettings):
+class SoRASettings(RankSettings):
     """sparsity: lambda of the l1 term; a step's threshold is the learning rate times it, as in the paper, or the same
     `threshold` at every step, as in the published code, which also sets to 0 what is left below it. l1: weight in the loss of
     the mean of |g| over all gates, which only the code has.

@@ -7,11 +7,9 @@ queries of its training samples, frozen; queries are those of PCLR, the directio
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from lilora_kernels.functional import rank_gate
-from lilora_kernels.layers.lilora import DROPOUT, RANK
 from lilora_kernels.layers.rank_pool import Choice
 
 from .base import Batches, Method, Stage, Tensors
@@ -19,17 +17,8 @@ from .lora import evaluating
 from .pclr.pool import Query, normalised
 from .pclr.queries import PoolChooser, PoolTasks, attach_pools, query_source
 from .pooled import fresh, inject_rank_pools, load_rank_pools, pool_tensors, require_grad_only
-from .settings import MethodSettings, alpha_field
 
 KEY_SAMPLES = 256  # training samples of a task that its key is the mean of
-
-
-class KeyedSettings(MethodSettings):
-    """r: ranks of each block; the scale is alpha / r."""
-
-    r: int = Field(RANK, ge=1)
-    alpha: float = alpha_field()
-    dropout: float = Field(DROPOUT, ge=0, lt=1)
 
 
 class TaskKeys:

@@ -3,30 +3,25 @@
 In the formula of the gated pool: no gate, ranks "old" and "new" of one pool, all of them used by every sample.
 """
 
-from typing import Any
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lilora_kernels.layers.lilora import DROPOUT
-from lilora_kernels.layers.rank_pool import Choice, RankPoolLinear
+from lilora_kernels.layers.rank_pool import Choice, Chooser, RankPoolLinear
 
 from .base import Batches, Stage, Tensors, add_to_weight, register_method
 from .merged import MergedLoRAs
 from .olora import ALL_RANKS
-from .pooled import fresh, inject_rank_pools, require_grad_only
-from .settings import MethodSettings, alpha_field
+from .pooled import fresh, require_grad_only
+from .settings import RankSettings
 
 BOOSTERS = "boosters"
 
 
-class XGBLoRASettings(MethodSettings):
+class XGBLoRASettings(RankSettings):
     """r: boosters of rank 1 that a task trains, each for 1 / r of its steps; the scale is alpha / r."""
 
     r: int = Field(16, ge=1)
-    alpha: float = alpha_field()
-    dropout: float = Field(DROPOUT, ge=0, lt=1)
 
 
 def boosted(layer: RankPoolLinear, x: Tensor) -> tuple[Choice | None, None]:
@@ -46,12 +41,8 @@ class XGBLoRA(MergedLoRAs):
     settings_type = XGBLoRASettings
     one_process_reason = "it starts new boosters between the steps of the optimizer"
 
-    def __init__(self, base: nn.Module, settings: dict[str, Any]) -> None:
-        super().__init__(base, settings)
-        s = self.options = self.read_settings(settings)
-        self.model = base
-        self.layers = inject_rank_pools(base, s.target_modules, lambda *_: boosted, s.alpha / s.r, s.dropout)
-        require_grad_only(base)
+    def chooser(self, path: str, linear: nn.Linear) -> Chooser:
+        return boosted
 
     def add(self, task: str) -> None:
         for layer in self.layers.values():

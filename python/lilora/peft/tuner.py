@@ -19,6 +19,7 @@ from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolv
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lilora.bank.records import bytes_of
 from lilora.errors import UserError
 from lilora.families import routed_experts, target_modules
 from lilora.module_names import unwrapped
@@ -432,22 +433,10 @@ def fingerprint(shared: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(shared, key=lambda name: name.rpartition(".")):
         digest.update(f"{name}{list(shared[name].shape)}".encode())
-        digest.update(fp32_bytes(shared[name]))
+        digest.update(bytes_of(full_tensor(shared[name].detach()).float().cpu()))
     return digest.hexdigest()[:16]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor in full, by a collective of all processes; any other as it is. Gradients pass."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def fp32_bytes(tensor: Tensor) -> memoryview:
-    return (
-        full_tensor(tensor.detach())
-        .to(device="cpu", dtype=torch.float32)
-        .contiguous()
-        .numpy()
-        .reshape(-1)
-        .view("uint8")
-        .data
-    )

@@ -22,7 +22,6 @@ from lilora.errors import UserError
 from lilora.methods import METHODS
 from lilora.methods.base import Tensors
 from lilora.methods.redundancy import principal_cosines, residual_share, whitening
-from lilora.terminal import plain_console
 
 from .analysis_figures import depth, drift_curves, heatmaps
 from .plotting import PLOT_STYLE, png
@@ -241,9 +240,8 @@ def _jsonable(x: np.ndarray) -> list:
 # --- tables and files -------------------------------------------------------------------------------------------------
 
 
-def print_analysis(analysis: Analysis, console: Console | None = None) -> None:
+def print_analysis(analysis: Analysis, console: Console) -> None:
     """Print mean and highest number between tasks, and the drift of the shared basis; `to_dict` has every pair."""
-    console = console or plain_console()
     rows = []
     overlaps, ckas, shares = _matrices(analysis)
     for title, values, random in overlaps + ckas + shares:

@@ -158,12 +158,12 @@ def whole_ticks(axes: Axes, most: int = 6) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
 
 
-def panels_of(titles: list[str], legend: list[str], height: float = 2.0, **shared: object) -> tuple[Figure, np.ndarray]:
+def panels_of(titles: list[str], legend: list[str], **shared: object) -> tuple[Figure, np.ndarray]:
     """A figure with a panel per title, and room for a legend of these labels above them."""
     columns = min(3 if len(titles) <= CROWDED else 4, len(titles))
     rows = math.ceil(len(titles) / columns)
     width = max(9.3 / 3 if columns < 4 else 9.6 / 4, 4.5 / columns)
-    size = (width * columns, height * rows + 0.5 + legend_height(width * columns, legend))
+    size = (width * columns, 2.0 * rows + 0.5 + legend_height(width * columns, legend))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, **shared).flatten()
     for axes, title in zip(panels, titles, strict=False):

@@ -17,7 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from lilora.bank.atomic import write_atomically
-from lilora.terminal import millions, plain_console
+from lilora.terminal import millions
 
 from .figures import curves, heatmap, losses, memory, routing, summary
 from .plotting import PLOT_STYLE, MethodStyle, cell_colours, png
@@ -111,9 +111,8 @@ def write_report(
     return out / "report.html"
 
 
-def print_tables(runs: list[Run], console: Console | None = None) -> None:
+def print_tables(runs: list[Run], console: Console) -> None:
     """Print the metrics of each method, then its score matrix (mean over seeds), to the terminal."""
-    console = console or plain_console()
     methods = by_method(runs)
     if unscored := runs[0].matrix.unscored:
         console.print(f"not scored, for want of a test split: {', '.join(unscored)}")

@@ -117,7 +117,10 @@ def using(entry: Entry, sizes: Sizes) -> Iterator[None]:
     def configuration(kernel: str, x: Tensor, adapter: AdapterArgs, pair: bool = False) -> triton_configs.Configuration:
         if kernel != entry.kernel:
             return own(kernel, x, adapter, pair)
-        return triton_configs.Configuration(triton_configs.shrink_tiles(sizes, *triton_configs.widths(x, adapter)))
+        sm_90 = "sm_90" in triton_runtime.device_names(x.device)
+        return triton_configs.Configuration(
+            triton_configs.shrink_tiles(sizes, sm_90, *triton_configs.widths(x, adapter))
+        )
 
     with patch.object(triton_configs, "configuration", configuration):
         yield
@@ -217,7 +220,8 @@ def variants(large: bool) -> list:
     from tools.resources import Variant
 
     masters, ranks = {"masters": torch.float32}, {"rank": 256, "sub_rank": 128 if large else 64}
-    found = [masters, {"dtype": torch.float32}, {"gate": True}, ranks, masters | ranks]
+    full = {"sub_rank": 128}
+    found = [masters, {"dtype": torch.float32}, {"gate": True}, full, masters | full, ranks, masters | ranks]
     return [Variant(**each) for each in found]
 
 

@@ -49,12 +49,13 @@ PART void prepare(const Prepare<T>& p, int row_tile) {
       h.values[j] = p.partials != nullptr || j >= count ? rounded<T>(sum.values[j]) : p.h[row * adapter.rank + r + j];
       gate[j] = j < count ? gate_of<T>(adapter, row, r + j) : 0.0f;
     }
-    const float f = p.fq != nullptr && list.exists(adapter, i) ? p.scale * share_of_b0<T>(adapter, list.ids[i]) : 0.0f;
+    const bool exists = p.fq != nullptr && list.exists(adapter, i);
+    const float f = exists ? p.scale * share_of_b0<T>(adapter, list.ids[i]) : 0.0f;
     UNROLL
     for (int j = 0; j < 4; ++j) {
       q.values[j] = j >= count ? rounded<T>(0.0f)
                     : adapter.gate.data == nullptr ? h.values[j] : rounded<T>(to_float(h.values[j]) * gate[j]);
-      fq.values[j] = rounded<T>(f * to_float(q.values[j]));
+      fq.values[j] = rounded<T>(exists ? f * to_float(q.values[j]) : 0.0f);  // 0 times infinity is NaN
     }
     *reinterpret_cast<Vector<T, 4>*>(p.q + row * p.q_stride + r) = q;
     if (p.fq != nullptr) *reinterpret_cast<Vector<T, 4>*>(p.fq + row * p.stride + r) = fq;

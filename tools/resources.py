@@ -117,7 +117,8 @@ def recorded(names: tuple[str, ...], own: dict[str, dict[str, int]] = {}) -> Ite
 
     def configuration(kernel: str, x: Tensor, adapter: AdapterArgs, pair: bool = False):
         sizes = own.get(kernel) or triton_configs.chosen(names, kernel, triton_configs.bucket(len(x)), pair)
-        return triton_configs.Configuration(triton_configs.shrink_tiles(sizes, *triton_configs.widths(x, adapter)))
+        widths = triton_configs.widths(x, adapter)
+        return triton_configs.Configuration(triton_configs.shrink_tiles(sizes, "sm_90" in names, *widths))
 
     with ExitStack() as stack:
         for module in (triton_jobs, triton_parts, rank_gate):
@@ -271,6 +272,8 @@ VARIANTS = {
     "frozen": Variant(needs=frozenset({"x", "u", "v", "fusion"})),
     "dx-alone": Variant(needs=frozenset({"x"})),
     "no-dropout": Variant(p=0.0),
+    "ranks-128": Variant(sub_rank=128),
+    "ranks-128-masters": Variant(sub_rank=128, masters=torch.float32),
     "ranks-256": Variant(rank=256, sub_rank=128),
     "ranks-5": Variant(rank=5, sub_rank=3),
     "pair": Variant(pair=True),
@@ -319,6 +322,7 @@ def cases() -> list[Case]:
     found += product(SHARED_MEMORY, COMPOSED, [4096], ["standard", "masters", "ranks-256"])
     found += product(SHARED_MEMORY, ["rank_gate"], [0], ["standard", "fp16", "fp32"])
     found += product([89, 90], ["expand", "from_dy"], [1024, 8192], ["one-task"])
+    found += product([89], ["delta_forward", *JOBS], [1024, 8192], ["ranks-128", "ranks-128-masters"])
     found += product([89, 90, 100], ["shrink", "from_x"], [1, 1024, 8192], ["pair"])
     found += product([89], AT_ONCE, [8192], OTHERS)
     return found + product([90], AT_ONCE, [1, 8192], ["masters", "ranks-256"])

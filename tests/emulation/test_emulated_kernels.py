@@ -485,6 +485,23 @@ def test_what_the_fused_product_is_given(coefficients, mix, gate, p):
     errors.check()
 
 
+@pytest.mark.parametrize("plan", ["fused", "by_phase", "decode"])
+@pytest.mark.parametrize("coefficients", ["fusion", "lora"])
+def test_an_h_out_of_range_in_a_row_without_a_task_reaches_no_output(plan, coefficients):
+    i = make(40, 64, 48, 16, 8, 2, coefficients, "random", dtype=torch.float16)
+    bare = i.task < 0
+    assert bare.any()
+    x, a = i.x * 2**-7, i.a * 2**7
+    x[bare] = 1000
+    i = i.with_(x=x, a=a)
+    weight, bias = base(i)
+    weight = weight * 2**-10
+    assert (x @ a.T)[bare].isinf().any()
+    with backends.plan(plan):
+        y = functional.linear(i.x, weight, bias, *adapter(i)[1:], **options(i))
+    assert y.isfinite().all()
+
+
 def test_the_fused_product_is_chosen_for_many_rows_of_one_task():
     wanted = "in its place for one task from 4096 rows on sm_90a where it fits, as modelled and not yet measured"
     assert backends.plans("linear")["cuda"]["fused"] == wanted

@@ -525,3 +525,15 @@ def test_a_call_has_the_configuration_of_the_next_number_of_rows():
         (4097, 16384),
     ):
         assert triton_configs.bucket(rows) == want
+
+
+@pytest.mark.parametrize("plan", ["one_launch", "by_phase", "composed"])
+def test_factors_of_no_task_at_all_are_read_by_no_kernel(plan):
+    """Their memory is at address 0."""
+    i = make(rows=5, tasks=1, dtype=torch.float32)
+    none = i.with_(u=i.u[:0], v=i.v[:0], fusion=i.fusion[:0], task=torch.full((5,), -1, dtype=torch.int32)).leaves()
+    with lilora_kernels.plan(plan):
+        y = functional.delta(*adapter(none), **options(none))
+        grads = gradients(y, none, ("x", "a", "b0", "u"), torch.ones_like(y))
+    assert (y == 0).all()
+    assert all((grad == 0).all() for grad in grads.values())

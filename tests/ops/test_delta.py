@@ -576,6 +576,64 @@ def test_nan_in_a_row_of_no_task_stays_there_without_factors_of_tasks():
     assert grads["x"].isfinite().all()
 
 
+@pytest.mark.parametrize("coefficients", ["fusion", "plain", "lora"])
+@pytest.mark.parametrize("rows, rank", [(12, 16), (90, 4)], ids=["by-factors", "by-m"])
+@pytest.mark.parametrize("order", ["runs", "mixed"])
+def test_rows_without_a_task_take_nothing_of_what_is_not_finite(coefficients, rows, rank, order):
+    """Neither of a or b0 nor of an h that leaves fp16's range; nor do they give any of it."""
+    i = make(rows=rows, rank=rank, coefficients=coefficients, tasks=2, dtype=torch.float32)
+    ids = torch.arange(rows, dtype=torch.int32) % 3 - 1
+    task = ids if order == "mixed" else ids.sort().values
+    bare = task < 0
+    bias = torch.randn(i.b0.shape[0])
+    for name in ("a", "b0"):
+        broken = i.with_(task=task).leaves(())
+        getattr(broken, name)[0] = torch.nan
+        y = functional.linear(
+            broken.x, torch.zeros(len(bias), i.x.shape[1]), bias, *adapter(broken)[1:], **options(broken)
+        )
+        assert torch.equal(y[bare], bias.expand(int(bare.sum()), -1))
+        assert y[~bare].isnan().any()
+    half = i.with_(task=task).to(torch.float16)
+    half.x[bare] = 60000
+    half = half.leaves()
+    y = functional.delta(*adapter(half), **options(half))
+    assert (y[bare] == 0).all()
+    assert y.isfinite().all()
+    names = [name for name in NAMES if getattr(half, name) is not None and name != "gate"]
+    for name, grad in gradients(y, half, names, torch.ones_like(y)).items():
+        assert grad.isfinite().all(), name
+
+
+def test_ids_below_those_without_a_task_get_no_adapter_where_the_host_does_not_see_them(monkeypatch):
+    monkeypatch.setattr(task_rows, "seen_by_host", lambda tensor: False)
+    i = make(rows=4, tasks=2).with_(task=torch.tensor([0, -2, 1, -9], dtype=torch.int32))
+    y = functional.delta(*adapter(i), **options(i))
+    assert (y[[1, 3]] == 0).all()
+    assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("wrong", [-1, -2, 2])
+def test_a_row_of_gate_that_does_not_exist_is_refused(rows, wrong):
+    i = make(rows=rows, gate=True)
+    i = i.with_(gate=i.gate[:2], gate_row=torch.tensor([wrong] + [0] * (rows - 1), dtype=torch.int32))
+    with pytest.raises(IndexError, match=rf"gate_row has the row {wrong}; rows of gate must be in 0\.\.1"):
+        functional.delta(*adapter(i), **options(i))
+
+
+@pytest.mark.parametrize("rows", [[-1] * 6, [0, 1] * 3], ids=["no-task", "tasks"])
+def test_gradients_are_contiguous_whatever_the_parameters_are(rows):
+    """As the compiler was told."""
+    i = make(rows=6, tasks=2, rank=4).with_(task=torch.tensor(rows, dtype=torch.int32))
+    turned = {name: getattr(i, name).mT.contiguous().mT for name in ("a", "b0", "u", "v")}
+    plain = turned | dict.fromkeys(("u", "v", "fusion"))
+    for of, names in ((turned, ("a", "b0", "u", "v")), (plain, ("b0",))):
+        made = i.with_(**of).leaves(names)
+        y = functional.delta(*adapter(made), **options(made) | ({"ranks": (1, 3)} if made.u is None else {}))
+        assert all(grad.is_contiguous() for grad in gradients(y, made, names, torch.ones_like(y)).values())
+
+
 def test_layouts_go_to_a_device_without_a_wait(monkeypatch):
     """A tensor made on a device from a list makes the host wait for it."""
     made = torch.tensor

@@ -136,6 +136,23 @@ def test_uninitialised_memory_shows_nowhere():
     assert all(gradient.isfinite().all() for gradient in found)
 
 
+def test_rows_without_a_task_take_nothing_of_what_is_not_finite():
+    made = make()
+    wanted = made.run(made.x, made.factors)
+    bare = made.task < 0
+    for name in ("a", "b0"):
+        factors = [t.clone() for t in made.factors]
+        factors[["a", "b0"].index(name)][:] = torch.nan
+        y = made.run(made.x, factors)
+        assert torch.equal(y[bare], wanted[bare])
+        assert y[~bare].isnan().any()
+    x, factors = made.leaves()
+    with torch.no_grad():
+        x[bare] = torch.inf
+    grads = gradients(made.run(x, factors), [x, *factors], torch.ones_like(wanted))
+    assert all(grad.isfinite().all() for grad in grads[2:])
+
+
 def test_sixteen_bits_and_masters_in_fp32():
     made = make(tokens=64, dtype=torch.float32)
     exact = made.run()

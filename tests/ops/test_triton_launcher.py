@@ -239,6 +239,29 @@ def test_a_launch_of_more_programs_than_fit_is_made_with_fewer_and_remembered(mo
         triton_jobs.run(made, None, torch.device("cpu"), (), (), (), waits=True)
 
 
+def test_two_threads_that_meet_the_same_limit_lower_it_once(monkeypatch):
+    """Layers on two GPUs of one kind share a launch, and a backward has a thread for each GPU."""
+    made = Launch(delta_forward, KERNELS[delta_forward][2], programs=3)
+
+    def refusing(made, grid, *_):
+        if grid[0] > 264:
+            made.programs = 2  # as another thread has found meanwhile
+            raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+
+    monkeypatch.setattr(triton_jobs, "launch", refusing)
+    monkeypatch.setattr(triton_jobs, "current", lambda device: nullcontext())
+    monkeypatch.setattr(triton_runtime, "processors", lambda device: 132)
+    triton_jobs.run(made, None, torch.device("cpu"), (), (), (), waits=True)
+    assert made.programs == 2
+
+
+@pytest.mark.parametrize("stride, copied", [((1 << 24) - 1, False), (1 << 24, True)])
+def test_rows_too_far_apart_for_32_bits_are_copied(stride, copied):
+    """A tile's last row would lie 2**31 elements behind its first."""
+    x = torch.empty(1, device="meta").as_strided((16, 8), (stride, 1))
+    assert triton_jobs.rows_of(x).is_contiguous() == copied
+
+
 @pytest.mark.parametrize("shared, refused", [(99, True), (163, False)])
 def test_ranks_that_shared_memory_cannot_hold_are_refused(shared, refused, monkeypatch):
     x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)

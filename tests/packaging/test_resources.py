@@ -143,6 +143,13 @@ def test_other_variants_fit_the_smallest_shared_memory(other, kernel, taken):
     assert used.tensor_cores == (other != "fp32")  # fp32 products are exact, on the ordinary cores
 
 
+@pytest.mark.parametrize("kernel", ["delta_forward", *resources.JOBS])
+@pytest.mark.parametrize("other", ["ranks-128", "ranks-128-masters"])
+def test_the_largest_factors_fit_the_smallest_shared_memory(other, kernel, taken):
+    for rows in (1024, 8192):
+        assert taken(89, kernel, rows, other).shared <= resources.SHARED_MEMORY[89] * 1024
+
+
 @pytest.mark.parametrize("arch", [89, 90, 100])
 @pytest.mark.parametrize("kernel", ["shrink", "from_x"])
 def test_the_passes_over_x_of_a_pair_do_not_spill(arch, kernel, taken):

@@ -155,10 +155,12 @@ def row_gates(adapter: AdapterArgs) -> Tensor:
     gate, at = adapter.gate, adapter.gate_row
     if at is None:
         return gate
-    if task_rows.seen_by_host(at):
-        return gate[at]
     last = len(gate) - 1
     missing = (at < 0) | (at > last)
+    if task_rows.seen_by_host(at):
+        if missing.any():
+            raise IndexError(f"gate_row has the row {at[missing][0].item()}; rows of gate must be in 0..{last}")
+        return gate[at]
     return gate.index_select(0, at.clamp(0, last)).masked_fill_(missing.unsqueeze(1), torch.nan)
 
 
@@ -232,7 +234,7 @@ def shares(adapter: AdapterArgs, layout: Layout, dtype: torch.dtype) -> tuple[fl
     if seen and not layout.bare:
         f = f.index_select(0, task)
     else:
-        f = torch.cat([f, f.new_full((1,), torch.nan), f.new_zeros(1)])[task.clamp(-2, len(f))]
+        f = torch.cat([f, f.new_full((1,), torch.nan), f.new_zeros(1)])[task.clamp(-1, len(f))]
     f = f.unsqueeze(1)
     return cast(f, dtype), cast(f if adapter.fusion is None else torch.rsub(f, 1), dtype)
 
@@ -286,19 +288,25 @@ def compose(adapter: AdapterArgs, run: Group, f: float | Tensor, e: float | Tens
 
 
 def with_task(rows: Tensor, adapter: AdapterArgs) -> Tensor:
-    """Without factors of tasks: zero for rows without a task."""
+    """Zero for rows without a task, whatever they hold: 0 times a value that is not finite is NaN."""
     return rows if adapter.task is None else torch.where((adapter.task >= 0).unsqueeze(1), rows, 0)
 
 
 def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None, parts: Parts) -> Tensor:
     """bias + s q M_t^T, [M, N]."""
     s = adapter.scaling
+    bare = (
+        0 if bias is None else cast(bias, q.dtype)
+    )  # rows without a task, also where B0 has a NaN and the host sees them
     if adapter.u is None:
-        return product(with_task(q, adapter), cast(adapter.b0, q.dtype).T, s, bias)
+        y = product(with_task(q, adapter), cast(adapter.b0, q.dtype).T, s, bias)
+        if adapter.task is not None and task_rows.seen_by_host(adapter.task):
+            y[adapter.task < 0] = bare
+        return y
     layout = task_rows.layout_of(adapter)
     if parts.forms_m(q, layout, adapter):
         return parts.expand_by_m(q, adapter, layout, bias)
-    q = layout.ordered(q)
+    q = layout.ordered(q if layout.is_seen else with_task(q, adapter))
     f, e = shares(adapter, layout, q.dtype)
     left, alpha = scaled(q, s, f)
     y = product(left, cast(adapter.b0, q.dtype).T, alpha, bias)
@@ -306,6 +314,8 @@ def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None, parts: Parts) -
     for group in layout.groups:
         z = times(group.masked(group.of(q_e)), group.own(adapter.v, q.dtype).mT)
         add_product(group.of(y), z, group.own(adapter.u, q.dtype).mT, alpha)
+    for rows in layout.bare:
+        y[rows] = bare
     return layout.restored(y)
 
 
@@ -334,10 +344,15 @@ def backward_up(
     else:
         layout = task_rows.layout_of(adapter)
         through = parts.through_m if parts.forms_m(dy, layout, adapter) else through_factors
-        grads, dq = through(layout.ordered(dy), layout.ordered(q), adapter, layout, needs, wants_dq)
+        left = dy
+        if through is through_factors and (layout.bare or not layout.is_seen):
+            left, q = with_task(dy, adapter), q if q is None else with_task(q, adapter)
+        grads, dq = through(layout.ordered(left), layout.ordered(q), adapter, layout, needs, wants_dq)
         for name in needs & {"b0", "u", "v", "fusion"} - grads.keys():  # no row has a task
-            grads[name] = torch.zeros_like(getattr(adapter, name))
+            grads[name] = torch.zeros_like(getattr(adapter, name), memory_format=torch.contiguous_format)
         if dq is not None:
+            for rows in layout.bare:
+                dq[rows] = 0
             dq = layout.restored(dq)
         if "b0" in grads and adapter.ranks is not None:
             lo, hi = adapter.ranks
@@ -382,8 +397,6 @@ def through_m(
     """Through the gradient of M_t; ops/README.md has the chain."""
     s, grads = adapter.scaling, {}
     dq = dy.new_empty(dy.shape[0], adapter.a.shape[0]) if wants_dq else None
-    if wants_dq and layout.bare:
-        dq.zero_()
     for run in layout.runs:
         f, e = share(adapter, run.tasks)
         if wants_dq:
@@ -466,7 +479,7 @@ def plain_backward(
             grads["b0"] = sum_over_rows(left, q, adapter.b0, s)
         else:
             lo, hi = adapter.ranks
-            grads["b0"] = torch.zeros_like(adapter.b0)
+            grads["b0"] = torch.zeros_like(adapter.b0, memory_format=torch.contiguous_format)
             grads["b0"][:, lo:hi] = sum_over_rows(left, q[:, lo:hi], adapter.b0, s)
     return grads, with_task(product(dy, cast(adapter.b0, dy.dtype), s), adapter) if wants_dq else None
 

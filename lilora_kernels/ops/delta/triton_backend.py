@@ -43,7 +43,12 @@ def run_backward(
 
 
 def plan_of(rows: Tensor, adapter: AdapterArgs, few: str = "one_launch") -> str:
-    """The plan that is forced, or the one for these rows [M, ...] of x or dy; `few`: that for few rows."""
+    """The plan that is forced, or the one for these rows [M, ...] of x or dy; `few`: that for few rows.
+
+    Factors of no task at all are composed always: the kernels would read those of task 0.
+    """
+    if adapter.u is not None and adapter.u.numel() == 0:
+        return "composed"
     if (plan := backends.forced["plan"]) is not None:
         return plan
     if rows.shape[0] <= backends.ONE_LAUNCH_ROWS:

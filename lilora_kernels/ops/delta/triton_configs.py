@@ -113,13 +113,14 @@ def configuration(kernel: str, x: Tensor, adapter: AdapterArgs, pair: bool = Fal
 
 @cache
 def _configuration(names: tuple[str, ...], kernel: str, rows: int, pair: bool, *widths: int) -> Configuration:
-    return Configuration(shrink_tiles(chosen(names, kernel, rows, pair), *widths))
+    return Configuration(shrink_tiles(chosen(names, kernel, rows, pair), "sm_90" in names, *widths))
 
 
-def widths(x: Tensor, adapter: AdapterArgs) -> tuple[int, int, int]:
-    """Bytes of an element of x, and of the widest of x and the parameters; the ranks that lie in a tile."""
+def widths(x: Tensor, adapter: AdapterArgs) -> tuple[int, int, int, int]:
+    """Bytes of an element of x, and of the widest of x and the parameters; the ranks and sub-ranks that lie in a tile."""
     widest = max([t.element_size() for t in (x, *adapter[:4]) if t is not None])
-    return x.element_size(), widest, runtime.padded(adapter.a.shape[0])
+    rank, sub_rank = adapter.rank_sizes
+    return x.element_size(), widest, runtime.padded(rank), runtime.padded(sub_rank) if sub_rank else 0
 
 
 def chosen(names: tuple[str, ...], kernel: str, rows: int, pair: bool = False) -> dict[str, int]:
@@ -152,10 +153,18 @@ def bucket_rows(device: torch.device) -> list[int]:
     return [1, *sorted({*ROWS, ONE_LAUNCH_ROWS + 1, ROWS[-1] + 1})]
 
 
-def shrink_tiles(sizes: dict[str, int], activation: int, parameter: int, block_r: int) -> dict[str, int]:
-    """Smaller tiles for wider elements and ranks above 128; of `widths`."""
+def shrink_tiles(
+    sizes: dict[str, int], sm_90: bool, activation: int, parameter: int, block_r: int, block_s: int
+) -> dict[str, int]:
+    """Smaller tiles for wider elements and ranks above 128, shallower pipelines for what fills their stages; of `widths`."""
     narrower = (activation > 2) + (block_r > 128)
-    shallower = parameter > activation  # fp32 masters fill the stages of a pipeline
+    full = (
+        not narrower
+        and not sm_90
+        and block_r + block_s == 256
+        and sizes.get("BLOCK_N", 0) * sizes.get("TILES_N", 0) > 32
+    )
+    shallower = (parameter > activation) + full  # fp32 masters; B0 beside U_t, of 99 KB that sm_86, 89 and 120 have
     if not narrower and not shallower:
         return sizes
     fit = {name: max(16, size >> narrower) if name.startswith("BLOCK_") else size for name, size in sizes.items()}

@@ -300,8 +300,8 @@ def ceil(a: int, b: int) -> int:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """Rows may lie anywhere, the elements of one next to each other."""
-    return x if x.stride(1) == 1 and not x.is_neg() else x.resolve_neg().contiguous()
+    """Rows may lie anywhere, the elements of one next to each other: a tile reaches up to 128 rows with 32 bits."""
+    return x if x.stride(1) == 1 and x.stride(0) < 1 << 24 and not x.is_neg() else x.resolve_neg().contiguous()
 
 
 def staged(tensor: Tensor | None, aligned: bool = True) -> Tensor | None:
@@ -350,11 +350,13 @@ def run(
             return launched and (*launched, state)
         while True:
             # Where programs run one after another a barrier can wait for no more than one.
-            programs = 1 if runtime.INTERPRETED else runtime.processors(device) * made.programs
+            tried = made.programs
+            programs = 1 if runtime.INTERPRETED else runtime.processors(device) * tried
             try:
                 launched = launch(made, (programs, 1, 1), tensors, numbers, groups)
                 return launched and (*launched, state)
             except RuntimeError as error:
-                if made.programs == 1 or "cooperative" not in str(error):
+                if tried == 1 or "cooperative" not in str(error):
                     raise
-                made.programs -= 1  # the registers of these ranks leave room for fewer
+                # The registers of these ranks leave room for fewer. Another thread may have found so meanwhile.
+                made.programs = min(made.programs, tried - 1)

@@ -21,7 +21,7 @@ def forward(x: Tensor, weight: Tensor, ends: Tensor, adapter: AdapterArgs) -> tu
     if threshold(adapter.p):
         h = h.mul_(keep_scale(adapter.p))
     _, sf, se = shares(adapter, by_pair, h)
-    y = by_expert.times(h * sf, adapter.b0.mT)
+    y = by_pair.kept(by_expert.times(h * sf, adapter.b0.mT))
     z = by_pair.times(h * se, adapter.v.mT)
     y = cast(by_pair.times(z, adapter.u.mT, add_to=y), x.dtype)
     return by_expert.times(x, weight.mT, add_to=y), cast(h, x.dtype)
@@ -40,10 +40,10 @@ def backward(
     """The gradients among `needs`; ops/README.md has their formulas."""
     by_expert, by_pair = groups_of(ends, dy, sizes_of(adapter))
     grads, given, dtype = {}, dy, working_dtype(dy)
-    dy, h = cast(dy, dtype), h if h is None else cast(h, dtype)
+    dy, h = by_pair.kept(cast(dy, dtype)), h if h is None else by_pair.kept(cast(h, dtype))
     f, sf, se = shares(adapter, by_pair, dy)
     if not needs.isdisjoint(("x", "a", "fusion")):
-        p = by_expert.times(dy, adapter.b0)
+        p = by_pair.kept(by_expert.times(dy, adapter.b0))
     if not needs.isdisjoint(("x", "a", "v", "fusion")):
         q = by_pair.times(dy, adapter.u)
     if not needs.isdisjoint(("u", "fusion")):

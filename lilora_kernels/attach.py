@@ -12,12 +12,13 @@ from torch import nn
 
 from .layers.base import AdaptedLinear, check_loads, reads_weight
 from .layers.mlp import unfuse_mlps
-from .layers.unattached import forget_task_ids_refusal
+from .layers.unattached import forget, refuse_task_ids
 from .routing.context import GATHERED, TEXT, BatchContext, Recomputation, Tasks, device_of, tasks_of
 from .routing.placement import places
 from .routing.task_names import TaskIds
 
 METHODS = ("forward", "generate", "gradient_checkpointing_enable")  # what attach() puts its own in front of
+MISSPELT = "task_id", "tasks", "task", "adapter_name"  # would be taken without a word, as any keyword is
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
     if tasks is None:
         tasks = model.__dict__.get("lilora_tasks") or (layers[0][1].model_tasks if layers else Tasks())
     model.lilora_tasks = tasks
-    forget_task_ids_refusal(model)
+    forget(model, refuse_task_ids)
     for name, layer in layers:
         parent, _, own = name.rpartition(".")
         if own and reads_weight(type(model.get_submodule(parent)), own):  # type: ignore[arg-type]
@@ -76,8 +77,12 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
     tasks.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
     tasks.main = getattr(model, "main_input_name", None) or next(iter(tasks.arguments), "input_ids")
     tasks.packed = not set(placed.values()) <= {TEXT, GATHERED}
-    for part in model.modules():  # whose own generate a model's may call: it has forwards that the model's does not see
-        if part is not model and hasattr(part, "generate"):
+    for part in model.modules():
+        if part is model:
+            continue
+        if hasattr(part, "main_input_name") and _refuse_in_part not in part._forward_pre_hooks.values():
+            part.register_forward_pre_hook(_refuse_in_part, with_kwargs=True)
+        if hasattr(part, "generate"):  # a model's may call it: it has forwards that the model's does not see
             part.__dict__.setdefault(
                 "lilora_replaced", {k: part.__dict__[k] for k in ("forward",) if k in part.__dict__}
             )
@@ -105,6 +110,7 @@ def detach(model: nn.Module) -> None:
     for name in ("lilora_tasks", "lilora_replaced", *(METHODS if replaced is not None else ())):
         model.__dict__.pop(name, None)
     model.__dict__.update(replaced or {})
+    forget(model, _refuse_in_part)
     for part in model.modules():
         if getattr(part.__dict__.get("forward"), "func", None) is _part_forward:
             del part.forward
@@ -118,8 +124,20 @@ def detach(model: nn.Module) -> None:
             module._gradient_checkpointing_func = checkpoint.args[1]
 
 
+def _refuse_in_part(part: nn.Module, args: tuple, kwargs: dict) -> None:
+    """transformers' models take any keyword, and the rows would be of the active task."""
+    if "task_ids" in kwargs:
+        raise TypeError(
+            f"{type(part).__name__} is a part of an adapted model and does not know task_ids; give them to the model, or call "
+            "the part inside `with lilora_kernels.route(model, task_ids):`"
+        )
+
+
 def _forward(self: nn.Module, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
     tasks = self.lilora_tasks
+    for name in MISSPELT:
+        if name in kwargs and name not in tasks.arguments:
+            raise TypeError(f"{type(self).__name__} takes no {name}; the tasks of a batch are given as task_ids")
     with tasks.use(tasks.context_of(self, task_ids, args, kwargs)):
         output = (self.lilora_replaced.get("forward") or partial(type(self).forward, self))(*args, **kwargs)
     if not torch.compiler.is_compiling() and tasks.reached and not tasks.looked:

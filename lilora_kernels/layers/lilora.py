@@ -467,7 +467,19 @@ class LiLoRALinear(AdaptedLinear):
 
     @torch.no_grad()
     def check_load(self, state: Mapping[str, Tensor], prefix: str) -> None:
-        """RuntimeError for what would change a merged task, or the weight that it is merged into: `unmerge` subtracts it."""
+        """RuntimeError for what would change a merged task, or the weight that it is merged into: `unmerge` subtracts it; and
+        for several A or B0, of which the last one would be that of all tasks."""
+        for kind in KINDS[:2]:
+            given = [(name, state.get(f"{prefix}{kind}.{name}")) for name in getattr(self, kind)]
+            given = [
+                (name, value) for name, value in given if value is not None and not (value.is_meta or is_sharded(value))
+            ]
+            for name, value in given[1:]:
+                if value is not given[0][1] and not torch.equal(value, given[0][1]):
+                    raise RuntimeError(
+                        f"{prefix}{kind} is not the same for the tasks {given[0][0]!r} and {name!r}, which share it; load the "
+                        "state dict of one model"
+                    )
         if self.merged_task is None:
             return
         kept = {f"{kind}.{name}": p for kind in KINDS[:2] for name, p in getattr(self, kind).items()}

@@ -1,6 +1,7 @@
 """Models with adapted layers that nobody has attached: they refuse task_ids, which would not reach the layers."""
 
 import sys
+from collections.abc import Callable
 
 from torch import nn
 
@@ -10,8 +11,8 @@ from .base import AdaptedLinear
 def watch(model: nn.Module) -> None:
     """Let a model that is not attached yet refuse task_ids."""
     if not isinstance(model, AdaptedLinear) and not _is_attached(model):
-        forget_task_ids_refusal(model)
-        model.register_forward_pre_hook(_refuse_task_ids, with_kwargs=True)
+        forget(model, refuse_task_ids)
+        model.register_forward_pre_hook(refuse_task_ids, with_kwargs=True)
 
 
 def watch_running_model() -> None:
@@ -24,14 +25,14 @@ def watch_running_model() -> None:
         model = call.f_locals["self"]
         watch(model)
         if not isinstance(model, AdaptedLinear):
-            _refuse_task_ids(model, (), call.f_locals["kwargs"])
+            refuse_task_ids(model, (), call.f_locals["kwargs"])
 
 
 def _is_attached(model: nn.Module) -> bool:
     return any("lilora_tasks" in module.__dict__ for module in model.modules())
 
 
-def _refuse_task_ids(model: nn.Module, args: tuple, kwargs: dict) -> None:
+def refuse_task_ids(model: nn.Module, args: tuple, kwargs: dict) -> None:
     """A model may take any keyword without a word, and its rows would be of the active task."""
     if "task_ids" in kwargs and not _is_attached(model):
         raise TypeError(
@@ -40,9 +41,9 @@ def _refuse_task_ids(model: nn.Module, args: tuple, kwargs: dict) -> None:
         )
 
 
-def forget_task_ids_refusal(model: nn.Module) -> None:
-    """Undo what `watch` put before the forwards of a model that was not attached yet."""
+def forget(model: nn.Module, refusal: Callable) -> None:
+    """Take a hook away from before the forwards of a model and its parts."""
     for module in model.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _refuse_task_ids]:
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is refusal]:
             del module._forward_pre_hooks[key]
             del module._forward_pre_hooks_with_kwargs[key]

@@ -13,6 +13,21 @@ from torch import nn
 import lilora_kernels
 from lilora_kernels import LiLoRALinear, RankPoolLinear
 
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_dict_with_several_a_is_refused():
+    """The last one would be that of all tasks."""
+    made = layer()
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in before.items()}
+    made.load_state_dict(state)
+    state["lilora_A.cats"] *= 2
+    with pytest.raises(RuntimeError, match="lilora_A is not the same for the tasks 'cats' and 'dogs', which share it"):
+        nn.Sequential(made).load_state_dict({f"0.{name}": tensor for name, tensor in state.items()})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
+
+
 # --- merging ----------------------------------------------------------------------------------------------------------
 
 

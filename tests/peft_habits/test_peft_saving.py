@@ -119,6 +119,19 @@ def test_foreign_shared_factors_are_refused(base_folder, saved, foreign, low_cpu
     assert_close(logits(model, x, task_ids=["a", "b", None]), saved[2])
 
 
+def test_a_task_that_does_not_train_is_not_loaded_over_with_foreign_shared_factors(base_folder, saved, foreign):
+    """Also where another one is active that trains A and B0."""
+    model = PeftModel.from_pretrained(load_base(base_folder), saved[0] / "a", adapter_name="a", is_trainable=True)
+    model.load_adapter(saved[0] / "b", "b")
+    model.set_adapter("a")
+    assert model.get_base_model().model.layers[0].mlp.up_proj.lilora_A["a"].requires_grad
+    before = state_of(model)
+    with pytest.raises(UserError, match="differs from the model's, which its other tasks share") as e:
+        model.load_adapter(foreign[0], "b")
+    one_sentence(e)
+    assert_unchanged(model, before)
+
+
 def test_foreign_shared_factors_replace_on_demand(base_folder, saved, foreign, tmp_path):
     for file in foreign[0].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

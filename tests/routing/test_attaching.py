@@ -51,6 +51,23 @@ def test_a_copy_of_an_attached_model_routes_on_its_own(model):
         assert tasks_of(twin).current is None
 
 
+def test_parts_of_a_model_and_misspelt_arguments_swallow_no_task_ids(model):
+    inputs, names = batch([2, 0]), ["count", "where"]
+    wanted = model(**inputs, task_ids=names, output_hidden_states=True).hidden_states[-1]
+    with pytest.raises(TypeError, match="LlavaModel is a part of an adapted model and does not know task_ids"):
+        model.model(**inputs, task_ids=names)
+    with pytest.raises(TypeError, match="does not know task_ids"):
+        model.get_image_features(inputs["pixel_values"], task_ids=names)
+    with route(model, names, vision_tokens=[2 * PATCHES, 0]):
+        close(model.model(**inputs).last_hidden_state, wanted)
+    for name in ("task_id", "tasks", "task", "adapter_name"):
+        with pytest.raises(TypeError, match=rf"takes no {name}; the tasks of a batch are given as task_ids"):
+            model(**inputs, **{name: names})
+    twin = copy.deepcopy(model)
+    detach(twin)
+    assert twin.model(**inputs, task_ids=names).last_hidden_state.shape == wanted.shape
+
+
 def test_a_forward_that_accelerate_put_on_the_instance_is_routed_too():
     hooked, inputs, names = tiny_llava(), batch([2, 0]), ["count", "where"]
     wanted = logits(hooked, inputs, task_ids=names)

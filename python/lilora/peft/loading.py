@@ -63,7 +63,8 @@ def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: 
 
 
 def check_loadable(model: nn.Module, config: LiLoRAConfig, task: str, state: dict[str, Tensor], new: bool) -> None:
-    """Raise UserError unless `state` fits the task; A and B0 that other tasks rely on may change only where they learn."""
+    """Raise UserError unless `state` fits the task; A and B0 that other tasks rely on may change only with a task that trains
+    them."""
     layers = adapted_layers(model)
     pairs = matched(layers, task, {name: tensor for name, tensor in state.items() if ".lilora_" in name})
     for path, layer in layers.items():
@@ -78,8 +79,9 @@ def check_loadable(model: nn.Module, config: LiLoRAConfig, task: str, state: dic
                 )
     if config.on_shared_mismatch == "replace" or all(len(layer.tasks) == 1 for layer in layers.values()):
         return
+    trained_on = not new and any(task in layer.active for layer in layers.values())  # as Trainer resumes it
     for name, (own, value) in pairs.items():
-        held = name.endswith(SHARED) and (new or not own.requires_grad)
+        held = name.endswith(SHARED) and not (trained_on and own.requires_grad)
         if held and not torch.equal(value.to(own.device, own.dtype), own):
             raise UserError(f"{name} differs from the model's, which its other tasks share; {OTHER_CHAIN}")
 

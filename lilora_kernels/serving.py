@@ -15,9 +15,10 @@ def freeze(model: nn.Module, capacity: int | None = None, *, batch_invariant: bo
     A layer then stacks nothing, whatever the number of tasks. Every U, V and fusion becomes a window of one tensor
     [capacity, ...] of its layer, so no task is held twice, and what is written into one, by `hotswap` or by hand, is seen by
     compiled and captured forwards too. What puts another tensor in a parameter's place (`parameter.data = other`,
-    `torch.func.functional_call`) writes nothing into it, and is not seen. They stop requiring gradients. The state dict does not change. Adding a task keeps all tensors where they are; beyond `capacity`
-    it raises. Once all ids are given, a new task takes that of a deleted one. `train()` and `unfreeze` end it: `eval()` does
-    not bring it back. Freezing again with the same capacity moves none.
+    `torch.func.functional_call`) writes nothing into it, and is not seen. They stop requiring gradients. The state dict does
+    not change. Adding a task keeps all tensors where they are; beyond `capacity` it raises. Once all ids are given, a new
+    task takes that of a deleted one. `train()` and `unfreeze` end it: `eval()` does not bring it back. Freezing again with
+    the same capacity moves none.
 
     While other threads compute, one thread may add, delete and swap tasks that they do not use, unfreeze, and freeze again
     with the same capacity. The first freeze, and one with another capacity, moves parameters: let no forward run then.

@@ -42,6 +42,6 @@ def onload(*parameters: nn.Module) -> None:
 
 
 def _tie(module: nn.Module) -> None:
-    """Of parameters by task: see TaskParameters.tie."""
-    if hasattr(module, "tie"):
-        module.tie()
+    """Of parameters by task: see TaskParameters._tie."""
+    if hasattr(module, "_tie"):
+        module._tie()

@@ -26,11 +26,14 @@ def check_task_name(name: str) -> None:
 
 
 class TaskParameters(nn.ParameterDict):
-    """Parameters by task, which tell their layer when code puts others in their places, as loaders and sharding do."""
+    """Parameters by task, which tell their layer when code puts others in their places, as loaders and sharding do.
+
+    What it has itself is private: a task may have any other name.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer  # not as a submodule
+        self.__dict__["_layer"] = layer  # not as a submodule
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, value)
@@ -41,14 +44,14 @@ class TaskParameters(nn.ParameterDict):
             for hook in offloading(self):
                 hook.tied_params_map, hook.tied_params_names = None, set()
                 if not all(key in hook.weights_map for key in self._parameters):
-                    self.__dict__["layer"].keep(self, hook.execution_device)
-            self.tie()
+                    self.__dict__["_layer"].keep(self, hook.execution_device)
+            self._tie()
 
-    def tie(self) -> None:
+    def _tie(self) -> None:
         """Let what was put past `__setattr__` be seen: by accelerate's hooks, which offload under a parameter's first name."""
 
     def _changed(self, name: str) -> None:
-        self.__dict__["layer"].replaced(name)
+        self.__dict__["_layer"].replaced(name)
 
 
 class SharedParameter(TaskParameters):
@@ -56,7 +59,7 @@ class SharedParameter(TaskParameters):
 
     _parameters: dict[str, nn.Parameter]
 
-    def tie(self) -> None:
+    def _tie(self) -> None:
         self._parameters.update(dict.fromkeys(self._parameters, next(iter(self._parameters.values()))))
 
     def _changed(self, name: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from support.layers import TASKS, K, N, close, expected, layer
 from torch import nn
 
-from lilora_kernels import LiLoRALinear
+from lilora_kernels import LiLoRALinear, check_task_name
 from lilora_kernels.ops.delta import reference
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -25,6 +25,18 @@ def test_ids_stay_when_another_task_is_deleted():
     )
     with pytest.raises(ValueError, match=r"holds 1; known ids are"):
         made(x, task=torch.tensor([2, 1, 0]))
+
+
+def test_what_the_parameters_by_task_have_themselves_is_no_name_of_a_task():
+    made = layer(())
+    for name in {name for kind in (made.lilora_A, made.lilora_U) for name in dir(kind)}:
+        with pytest.raises(ValueError, match=r"is not allowed|is reserved"):
+            check_task_name(name)
+    for name in ("layer", "tie"):
+        made.add_task(name)
+    x = torch.randn(2, K)
+    made.eval().requires_grad_(False)
+    close(made(x, task=torch.tensor([0, 1])), torch.cat([expected(made, x[:1], "layer"), expected(made, x[1:], "tie")]))
 
 
 def test_ids_on_an_accelerator_that_belong_to_no_task_mean_no_adapter():

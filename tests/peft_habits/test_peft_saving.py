@@ -75,6 +75,15 @@ def test_a_folder_holds_one_task_and_the_shared_factors(saved):
     assert names == {f"{layer}.lilora_{key}" for layer in layers for key in ("A", "B", "U", "V", "fusion")}
 
 
+@pytest.mark.parametrize("name", ["0", "layers", "model"])
+def test_a_task_may_be_called_as_a_module_is(base_folder, tmp_path, name):
+    model, x, mixed = adapted(("a", name), load_base(base_folder)), ids(), ["a", name, None]
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load_base(base_folder), tmp_path / "a", adapter_name="a").eval()
+    again.load_adapter(tmp_path / name, name)
+    assert torch.equal(logits(again, x, task_ids=mixed), logits(model, x, task_ids=mixed))
+
+
 @pytest.mark.parametrize(
     "order, first", [("a", "a"), ("b", None), ("ab", "a"), ("ba", "a"), ("x", "x")], ids=lambda value: str(value)
 )

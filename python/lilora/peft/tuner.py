@@ -271,6 +271,11 @@ class LiLoRAModel(BaseTuner):
                 layer.onload()
             here = model.state_dict()
             state_dict = {name: here.get(name, tensor) for name, tensor in state_dict.items()}
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False) if ".lilora_" in name]
+        if any(f".{other}." in name for other in unwanted_adapter_names for name in names):
+            # PEFT has taken all below a module that is called as another task is ("0", "layers") for that task's.
+            here = model.state_dict()
+            state_dict = {name: here[name] for name in names if name.endswith(f".{adapter_name}")}
         first = all(layer.is_first(adapter_name) for layer in layers)
         config.taken_with = shared_fingerprint(model), first
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)

@@ -1,11 +1,13 @@
 """`lilora generate --prompts` and `lilora eval --predictions`: many answers with one load."""
 
 import json
+import shutil
 from collections import Counter
 
 import pytest
 
 from lilora.continual import base_model, evaluate
+from lilora.continual.prompts import read_prompts
 
 QUESTIONS = {"colour": "which colour is it ?", "count": "how many are there ?", "name": "name it ?"}
 
@@ -35,7 +37,7 @@ def loads(monkeypatch):
 
 
 def write(path, lines):
-    path.write_text("".join(f"{json.dumps(line)}\n" if isinstance(line, dict) else f"{line}\n" for line in lines))
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
     return path
 
 
@@ -90,10 +92,16 @@ def test_images_lie_beside_the_file_and_a_task_is_for_lines_without(runs, images
     assert json.loads(out)["task"] == "count"
 
 
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    text = "a\u2028b\u2029c\x85d"
+    (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "{text}"}}\r\n{{"prompt": "next"}}\n', encoding="utf-8")
+    assert [(found.id, found.text) for found in read_prompts(tmp_path / "prompts.jsonl")] == [(1, text), (2, "next")]
+
+
 GOOD = {"prompt": "name it ?", "task": "name"}
 BAD = {
     "no json": ("{", "line 2 is no JSON"),
-    "no object": ("3", "line 2: the line is 3; it must be a mapping of keys to values"),
+    "no object": (3, "line 2: the line is 3; it must be a mapping of keys to values"),
     "no prompt": ({"task": "name"}, "line 2: key 'prompt' is missing"),
     "number": ({**GOOD, "prompt": 3}, "line 2: key 'prompt' is 3; it must be a valid string"),
     "key": ({**GOOD, "promt": "x"}, "line 2: key 'promt' is unknown; did you mean 'prompt'?"),
@@ -101,6 +109,9 @@ BAD = {
     "no image": ({**GOOD, "image": "nowhere.png"}, "line 2: image "),
     "broken image": ({**GOOD, "image": "broken.png"}, "line 2: image "),
     "task": ({**GOOD, "task": "shape"}, "line 2: task 'shape' is unknown"),
+    "empty task": ({**GOOD, "task": ""}, "line 2: task '' is unknown"),
+    "key twice": ('{"prompt": "x", "task": "name", "task": "count"}', "line 2: the key 'task' is given 2 times"),
+    "list": ([GOOD], "line 2: the line is [{"),
 }
 
 
@@ -115,8 +126,12 @@ def test_a_bad_line_is_refused_by_its_number_before_anything_is_loaded(name, run
     assert len(err.splitlines()) == 1
 
 
-def test_what_does_not_go_together(runs, tmp_path, lilora):
+def test_what_does_not_go_together(runs, images, tmp_path, lilora):
     file = write(tmp_path / "prompts.jsonl", [])
+    (tmp_path / "there").mkdir()
+    image = shutil.copy(images[0], tmp_path / "there")
+    asked = write(tmp_path / "asked.jsonl", [GOOD | {"image": str(image)}])
+    (tmp_path / "linked.jsonl").symlink_to(asked)
     for options, words in (
         ([], "give either --prompt with one question or --prompts"),
         (["--prompts", file, "--prompt", "x"], "give either"),
@@ -124,9 +139,20 @@ def test_what_does_not_go_together(runs, tmp_path, lilora):
         (["--prompt", "x", "--out", tmp_path / "x"], "--out goes with --prompts"),
         (["--prompts", file], "holds no questions"),
         (["--prompts", tmp_path / "none"], "cannot be read"),
+        (["--prompts", asked, "--out", tmp_path / "there" / ".." / "asked.jsonl"], "--out would write"),
+        (["--prompts", asked, "--out", tmp_path / "linked.jsonl"], f"over {asked}, which the command reads"),
+        (["--prompts", asked, "--out", image], f"over {image}, which the command reads"),
     ):
         code, _, err = lilora("generate", runs / "lilora", *options)
         assert (code, words in err) == (2, True), err
+
+
+@pytest.mark.parametrize("name", ["count", "count-routed"])
+def test_predictions_are_not_written_over_what_is_asked(name, suite, runs, tmp_path, lilora):
+    (tmp_path / f"{name}.jsonl").hardlink_to(asked := suite / "data" / "count-test.json")
+    command = ("eval", runs / "lilora", "--tasks", suite / "tasks.yaml", "--device", "cpu")
+    code, out, err = lilora(*command, "--predictions", tmp_path)
+    assert (code, out, f"over {asked}, which the command reads" in err) == (2, "", True)
 
 
 def test_predictions_are_every_answer(suite, runs, tmp_path, lilora):

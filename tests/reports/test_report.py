@@ -393,6 +393,8 @@ def test_a_report_is_made_of_the_metrics_files_of_runs(runs, tmp_path, lilora, m
     assert [run.to_dict() for run in read_runs(tmp_path / "all" / "metrics.json")] == [run.to_dict() for run in runs]
     code, _, err = lilora("report", *files)
     assert (code, "give its folder as --out" in err) == (2, True)
+    code, _, err = lilora("report", *files, "--out", files[1].parent)
+    assert (code, f"over {files[1]}, which the command reads" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

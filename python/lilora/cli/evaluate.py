@@ -8,7 +8,7 @@ import typer
 
 from lilora.errors import UserError
 
-from .options import AnyBank, Base, Data, Device, Json, Likelihood, bank_router
+from .options import AnyBank, Base, Data, Device, Json, Likelihood, bank_router, check_not_read
 from .output import console, console_line, plain_table
 
 
@@ -60,6 +60,11 @@ def evaluate(
     if missing := [task for task in opened.tasks if task not in [spec.name for spec in manifest.tasks]]:
         raise UserError(f"--tasks {tasks} lacks {', '.join(missing)} of {bank}; give the manifest of its training")
     manifest = load_manifest(tasks, None if kind.unseen(manifest) else opened.tasks, data)
+    if predictions is not None:
+        specs = (*manifest.tasks, *manifest.probes)
+        files = [getattr(spec, split) for spec in specs for split in spec.splits]
+        for name in (f"{spec.name}{end}" for spec in specs for end in ("", "-routed")):
+            check_not_read("--predictions", predictions / f"{name}.jsonl", files)
     measures = kind.measures(nll)
     with Progress(disable=as_json) as progress:
         results = kind.evaluate(method, processor, manifest.tasks, batch_size, progress, **measures)

@@ -9,7 +9,7 @@ import typer
 
 from lilora.errors import UserError
 
-from .options import AnyBank, Base, Device
+from .options import AnyBank, Base, Device, check_not_read
 from .output import console_line
 
 
@@ -66,6 +66,8 @@ def generate(
     else:
         questions = read_prompts(prompts, task)
     check_prompts(questions, open_bank(bank))
+    if out is not None and prompts is not None:
+        check_not_read("--out", out, [prompts, *(image for question in questions for image in question.images)])
     opened, method, processor = load_bank(bank, model, device, answers=True)
     with Progress(console=Console(stderr=True), transient=True, disable=prompts is None) as progress:
         answers = answer_prompts(opened, method, processor, questions, max_new_tokens, batch_size, progress)

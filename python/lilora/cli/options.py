@@ -2,7 +2,8 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +72,14 @@ Attention = Annotated[bool, typer.Option(help="Adapt the attention's linear laye
 def choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"{option} {value} is unknown; choose one of {', '.join(choices)}")
+
+
+def check_not_read(option: str, path: Path, read: Iterable[Path]) -> None:
+    """UserError where the file that an option writes is one that the command reads, under whatever name."""
+    for file in read:
+        with suppress(OSError):  # one of them is not there
+            if path.samefile(file):
+                raise UserError(f"{option} would write {path} over {file}, which the command reads; give another place")
 
 
 def target_pattern(model: str, projector: bool | None, attention: bool) -> str:

@@ -9,7 +9,7 @@ import typer
 from lilora.errors import UserError
 from lilora_kernels.facts import environment
 
-from .options import BankPath, Json
+from .options import BankPath, Json, check_not_read
 from .output import console, console_line
 
 
@@ -37,6 +37,8 @@ def report(
         if banks[0].is_file():
             raise UserError(f"{banks[0]} is a file, beside which no report is put; give its folder as --out")
         out = Bank.open(banks[0]).path.parent
+    if len(banks) > 1:  # of one the runs in it stay
+        check_not_read("--out", out / "metrics.json", filter(Path.is_file, banks))
     found = (read_runs(path) if path.is_file() else [run_of(Bank.open(path))] for path in banks)
     runs = [run for of_path in found for run in of_path]
     page = write_report(out, runs, title, environment())

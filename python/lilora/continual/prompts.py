@@ -1,6 +1,7 @@
 """Questions for the tasks of a bank: read from a file, checked before a model is loaded, answered in mixed batches."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.progress import Progress
 
 from lilora.bank.bank import Bank
-from lilora.errors import UserError
+from lilora.errors import UserError, shortened
 from lilora.methods import METHODS, Method
 from lilora.validation import Location, first_problem
 
@@ -29,6 +30,14 @@ class _Line(BaseModel):
     task: str | None = None
     image: str | list[str] = []
     id: str | int | None = None
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object, no key of which is given twice."""
+    for key, times in Counter(key for key, _ in pairs).items():
+        if times > 1:
+            raise UserError(f"the key {shortened(key)} is given {times} times; keep one of them")
+    return dict(pairs)
 
 
 def _key(location: Location) -> str:
@@ -56,7 +65,7 @@ def read_prompts(path: Path, task: str | None = None) -> list[Prompt]:
         UserError: the file cannot be read or has no questions; or the first line that is wrong, by its number.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON has the other ends of lines in strings
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path} cannot be read ({error}); give a file of JSON lines") from error
     prompts = []
@@ -65,15 +74,17 @@ def read_prompts(path: Path, task: str | None = None) -> list[Prompt]:
             continue
         where = f"{path} line {number}"
         try:
-            read = _Line.model_validate(json.loads(line))
+            read = _Line.model_validate(json.loads(line, object_pairs_hook=_once))
         except ValidationError as error:
             raise UserError(f"{where}: {first_problem(error, _Line.model_fields, _key)}") from error
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f'{where} is no JSON ({error}); write {{"task": ..., "prompt": ...}}') from error
         images = [read.image] if isinstance(read.image, str) else read.image
         paths = tuple(path.parent / image for image in images)
         identity = number if read.id is None else read.id
-        prompts.append(Prompt(where, identity, read.task or task, paths, read.prompt))
+        prompts.append(Prompt(where, identity, task if read.task is None else read.task, paths, read.prompt))
     if not prompts:
         raise UserError(f"--prompts {path} holds no questions; write one JSON object per line")
     return prompts

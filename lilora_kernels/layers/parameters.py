@@ -59,6 +59,12 @@ class SharedParameter(TaskParameters):
 
     _parameters: dict[str, nn.Parameter]
 
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """What transformers asks every module of a model: it saves a tie under one of its names."""
+        first = next(iter(self._parameters), "")
+        return {name: first for name in self._parameters if name != first}
+
     def _tie(self) -> None:
         self._parameters.update(dict.fromkeys(self._parameters, next(iter(self._parameters.values()))))
 

@@ -6,6 +6,8 @@ import warnings
 import pytest
 import torch
 from accelerate import dispatch_model
+from safetensors.torch import load_model
+from support.habits import llama
 from support.routed import alone, close, layers_of, logits
 from support.tiny_llava import PATCHES, TASKS, batch, randomise, tiny_llava
 from torch import nn
@@ -77,6 +79,24 @@ def test_a_forward_that_accelerate_put_on_the_instance_is_routed_too():
     close(logits(hooked, inputs, task_ids=names), wanted)
     detach(hooked)
     assert hooked.forward is before
+
+
+def test_transformers_saves_a_model_with_layers_put_in_by_hand(tmp_path):
+    def made():
+        model = llama()
+        for block in model.model.layers:
+            block.mlp.up_proj = LiLoRALinear(block.mlp.up_proj, r=4)
+            for task in ("ab", "a", "b"):
+                block.mlp.up_proj.add_task(task)
+        randomise(model)
+        attach(model)
+        return model.eval()
+
+    model, again, inputs = made(), made(), {"input_ids": torch.randint(2, 38, (4, 5))}
+    model.save_pretrained(tmp_path)
+    assert load_model(again, tmp_path / "model.safetensors") == (set(), [])
+    names = ["b", "ab", None, "a"]
+    assert torch.equal(logits(again, inputs, task_ids=names), logits(model, inputs, task_ids=names))
 
 
 def test_layers_put_in_later_join_the_route_when_attached_again():

@@ -171,6 +171,18 @@ def test_peft_hears_of_tasks_that_are_set():
     assert_close(logits(model.merge_and_unload(), x), wanted)
 
 
+def test_several_tasks_are_made_active_as_one_is():
+    model, x = adapted(), ids()
+    model.set_adapter(["b", "a"])
+    assert (model.active_adapter, model.active_adapters) == ("b", ["b", "a"])
+    model.train()(input_ids=x, task_ids=["a", "b", "a"]).logits.sum().backward()
+    with pytest.raises(UserError, match=r"task 'c' is unknown; this model knows \['a', 'b'\]"):
+        model.set_adapter(["a", "c"])
+    assert model.active_adapters == ["b", "a"]
+    model.set_adapter(["a"])
+    assert (model.active_adapter, model.active_adapters) == ("a", ["a"])
+
+
 def test_transformers_hears_of_tasks_that_are_set():
     model = llama()
     for task in "ab":

@@ -103,6 +103,8 @@ class LiLoRAModel(BaseTuner):
         if len(names) < 2:
             super().set_adapter(adapter_name, inference_mode)
             return
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise UserError(f"task {unknown[0]!r} is unknown; this model knows {list(self.peft_config)}")
         first, *others = names
         super().set_adapter(first, inference_mode)
         for layer in adapted_layers(self.model).values():
@@ -404,7 +406,7 @@ def _route_module(tasks: Tasks, module: nn.Module, args: tuple, kwargs: dict) ->
         if frozen and module.training and torch.is_grad_enabled() and tasks.train and name in tasks.active:
             raise UserError(
                 f"{what} does not train for task {name!r}, whose factors do; make tasks that train together active with "
-                "model.base_model.set_adapter([...])"
+                "model.set_adapter([...])"
             )
     return args, kwargs | {"adapter_names": names}
 

@@ -1,14 +1,14 @@
 """Where PEFT takes ours for another method.
 
-Its wrappers by kind of task have a `task_ids` of their own, and drop it for ours; its LoRA-FA takes all that
-has `lora` in its name.
+Its wrappers by kind of task have a `task_ids` of their own, and drop it for ours; its PeftModel makes one task active; its
+LoRA-FA takes all that has `lora` in its name.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
-from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.optimizers.lorafa import LoraFAOptimizer
 
 from lilora.errors import UserError
@@ -35,6 +35,24 @@ def _carrying(forward: Callable) -> Callable:
             return forward(self, *args, **kwargs)
 
     return with_task_ids
+
+
+def take_several_tasks() -> None:
+    """Let PeftModel.set_adapter take a list of tasks of a LiLoRA model, as the tuner's own does."""
+    PeftModel.set_adapter = _of_several(PeftModel.set_adapter)
+
+
+def _of_several(set_adapter: Callable) -> Callable:
+    @functools.wraps(set_adapter)
+    def with_several(self: Any, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        if isinstance(adapter_name, str) or not isinstance(self.base_model, LiLoRAModel):
+            set_adapter(self, adapter_name, inference_mode)
+            return
+        self.base_model.set_adapter(adapter_name, inference_mode)
+        if adapter_name:  # PeftModel knows one
+            self.active_adapter = adapter_name[0]
+
+    return with_several
 
 
 def refuse_lora_fa() -> None:

@@ -75,21 +75,6 @@ def test_a_folder_holds_one_task_and_the_shared_factors(saved):
     assert names == {f"{layer}.lilora_{key}" for layer in layers for key in ("A", "B", "U", "V", "fusion")}
 
 
-def test_the_folder_of_all_tasks_names_them(base_folder, saved, tmp_path):
-    folder, *_ = saved
-    model = PeftModel.from_pretrained(load_base(base_folder), folder / "a", adapter_name="a")
-    for load in (
-        lambda: PeftModel.from_pretrained(load_base(base_folder), folder),
-        lambda: model.load_adapter(folder, "b"),
-    ):
-        with pytest.raises(
-            UserError, match=r"has no adapter_config\.json; give the folder of one task.*: it holds a, b$"
-        ):
-            load()
-    with pytest.raises(ValueError, match="Can't find"):
-        model.load_adapter(tmp_path, "b")
-
-
 @pytest.mark.parametrize("name", ["0", "layers", "model"])
 def test_a_task_may_be_called_as_a_module_is(base_folder, tmp_path, name):
     model, x, mixed = adapted(("a", name), load_base(base_folder)), ids(), ["a", name, None]

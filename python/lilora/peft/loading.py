@@ -38,7 +38,12 @@ def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: 
     if not isinstance(source, dict):
         if not Path(source).is_dir():
             raise UserError(f"{source} is no folder; give that of one task, as save_pretrained writes it")
-        require_config(Path(source))  # PEFT would ask the hub for it
+        if not (Path(source) / CONFIG_NAME).is_file():  # PEFT would ask the hub for it
+            held = ", ".join(sorted(path.parent.name for path in Path(source).glob(f"*/{CONFIG_NAME}")))
+            raise UserError(
+                f"{source} has no {CONFIG_NAME}; give the folder of one task, as save_pretrained writes it"
+                + (f": it holds {held}" if held else "")
+            )
         config = PeftConfig.from_pretrained(source)
         if not isinstance(config, LiLoRAConfig):
             raise UserError(f"{source} holds an adapter of type {config.peft_type.value}, not a LiLoRA task")
@@ -55,21 +60,6 @@ def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: 
     for path, layer in layers.items():
         kinds = [kind for kind in layer.adapter_layer_names if task in getattr(layer, kind)]
         layer.overwrite_task(task, *(pairs[f"{path}.{kind}"][1] for kind in kinds))
-
-
-def tasks_in(folder: Path) -> list[str]:
-    """The names of the folders of tasks in a folder, as `save_pretrained` writes them."""
-    return sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
-
-
-def require_config(folder: Path) -> None:
-    """UserError, which names the tasks that lie below, for a folder that is not that of one task."""
-    if not (folder / CONFIG_NAME).is_file():
-        held = ", ".join(tasks_in(folder))
-        raise UserError(
-            f"{folder} has no {CONFIG_NAME}; give the folder of one task, as save_pretrained writes it"
-            + (f": it holds {held}" if held else "")
-        )
 
 
 def check_loadable(model: nn.Module, config: LiLoRAConfig, task: str, state: dict[str, Tensor], new: bool) -> None:

@@ -1,22 +1,19 @@
 """Where PEFT takes ours for another method.
 
 Its wrappers by kind of task have a `task_ids` of their own, and drop it for ours; its PeftModel makes one task active; its
-LoRA-FA takes all that has `lora` in its name. What `save_pretrained` writes of several tasks is no folder that it loads.
+LoRA-FA takes all that has `lora` in its name.
 """
 
 import functools
 from collections.abc import Callable
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
-from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.optimizers.lorafa import LoraFAOptimizer
 
 from lilora.errors import UserError
 from lilora_kernels.routing.task_names import TaskIds
 
-from .loading import require_config, tasks_in
 from .tuner import LiLoRAModel, refuse_both
 
 
@@ -56,25 +53,6 @@ def _of_several(set_adapter: Callable) -> Callable:
             self.active_adapter = adapter_name[0]
 
     return with_several
-
-
-def name_task_folders() -> None:
-    """Let PEFT name the tasks in a folder that holds one for each, where it is given in place of one of them."""
-    PeftConfig._get_peft_type = classmethod(_naming_tasks(PeftConfig._get_peft_type.__func__))
-
-
-def _naming_tasks(get_type: Callable) -> Callable:
-    @functools.wraps(get_type)
-    def naming(cls: type, model_id: str | PathLike, **kwargs: Any) -> str:
-        try:
-            return get_type(cls, model_id, **kwargs)
-        except ValueError:
-            folder = Path(model_id, kwargs.get("subfolder") or "")
-            if tasks_in(folder):
-                require_config(folder)
-            raise
-
-    return naming
 
 
 def refuse_lora_fa() -> None:

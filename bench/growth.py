@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lilora.bank.bank import Bank
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.methods import make_method
 
 from .compare import compare, peak_bytes, saved_bytes

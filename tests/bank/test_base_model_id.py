@@ -5,7 +5,7 @@ import torch
 from support.banks import BASE
 from torch import nn
 
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.errors import UserError
 
 

@@ -15,7 +15,7 @@ import lilora as package
 from lilora import LiLoRAConfig
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA, write_lora
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.continual.base_model import load_bank
 from lilora.continual.clip import ContrastiveCLIP
 from lilora.continual.publish import export_tasks, merge_task

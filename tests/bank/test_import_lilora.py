@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, CLIPModel, LlavaForConditionalGeneration
 
 from lilora.bank.bank import Bank
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.continual.base_model import load_bank
 from lilora.errors import UserError
 from lilora.importers.checkpoint import write_bank

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from lilora.bank.bank import Bank
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.continual.base_model import load_bank
 from lilora.continual.images import images_for
 from lilora.errors import UserError

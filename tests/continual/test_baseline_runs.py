@@ -14,9 +14,9 @@ from lilora.cli.options import target_pattern
 from lilora.continual.base_model import load_bank
 from lilora.continual.evaluate import evaluate
 from lilora.continual.manifest import load_manifest
-from lilora.continual.recorded import TrainSettings
 from lilora.continual.run import ContinualRun
 from lilora.continual.run_folder import remove_task
+from lilora.continual.run_record import TrainSettings
 from lilora.continual.trainer import StageData
 from lilora.errors import UserError
 from lilora.methods import METHODS

@@ -13,12 +13,12 @@ from support.suite import TRAIN_OPTIONS
 
 from lilora import __version__, cli
 from lilora.bank.bank import Bank
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.cli import app, output
 from lilora.cli.method_options import methods_list, train_options
 from lilora.cli.run_config import config_text
-from lilora.continual.recorded import TrainSettings
 from lilora.continual.run import ContinualRun
+from lilora.continual.run_record import TrainSettings
 from lilora.errors import UserError
 from lilora.methods import METHODS
 

@@ -23,7 +23,7 @@ from lilora.continual.kinds import KINDS
 from lilora.continual.manifest import load_manifest
 from lilora.continual.prompts import read_prompts
 from lilora.continual.record_files import record_file
-from lilora.continual.recorded import train_settings
+from lilora.continual.run_record import train_settings
 from lilora.errors import UserError
 from lilora.importers.peft_folder import read_peft
 

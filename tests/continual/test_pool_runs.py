@@ -10,8 +10,8 @@ from lilora.cli.options import target_pattern
 from lilora.continual.base_model import load_bank
 from lilora.continual.evaluate import evaluate
 from lilora.continual.manifest import load_manifest
-from lilora.continual.recorded import TrainSettings
 from lilora.continual.run import ContinualRun
+from lilora.continual.run_record import TrainSettings
 from lilora.methods import METHODS
 
 POOL = {"r": 4, "alpha": 8.0, "cap": 8, "shared": 2}

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from lilora.bank.bank import Bank
 from lilora.continual import run as running
 from lilora.continual.manifest import load_manifest
-from lilora.continual.recorded import train_settings
+from lilora.continual.run_record import train_settings
 from lilora.errors import UserError
 
 BRIEF = ["--max-steps", 2, "--save-steps", 9, "--lr", 0.1]

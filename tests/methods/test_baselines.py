@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.toy import HIDDEN, SCALING, TARGETS, VOCABULARY, WIDTH, Toy
 
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.errors import UserError
 from lilora.methods import Stage, make_method
 from lilora_kernels.layers.base import Factors

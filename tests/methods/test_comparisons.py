@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lilora.bank.bank import Bank
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.errors import UserError
 from lilora.methods import METHODS, Stage, make_method, update_norm
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lilora.continual.recorded import TrainSettings
+from lilora.continual.run_record import TrainSettings
 from lilora.methods import METHODS
 
 README = Path(__file__).parents[2] / "python" / "lilora" / "methods" / "README.md"

@@ -14,7 +14,7 @@ from support.experts import MODELS, TASKS, adapted, base, ids, plain, randomise,
 import lilora
 from lilora.bank.bank import Bank
 from lilora.bank.export import export_lora, write_lora
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.errors import UserError
 from lilora.importers.peft_folder import read_peft, write_peft
 from lilora.methods.lilora import LiLoRA

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lilora.bank.bank import Bank
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.errors import UserError
 from lilora.reports import analysis_figures
 from lilora.reports import analyze as analysis_module

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 
 BASE = BaseModelId(id="tiny", fingerprint="0123456789abcdef")
 MODULES = ("layers.0.up_proj", "layers.1.up_proj")

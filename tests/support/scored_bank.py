@@ -3,7 +3,7 @@
 import torch
 
 from lilora.bank.bank import Bank
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.reports.scores import ScoreMatrix
 
 PATH = "model.language_model.layers.0.mlp.up_proj"

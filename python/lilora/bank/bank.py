@@ -27,8 +27,7 @@ from torch import Tensor
 from lilora.errors import UserError
 
 from .atomic import TEMPORARY, write_atomically
-from .lock import LOCK, locked
-from .records import (
+from .index import (
     DTYPES,
     FORMAT,
     INDEX,
@@ -43,6 +42,7 @@ from .records import (
     records_of,
     size_of,
 )
+from .lock import LOCK, locked
 
 Result = TypeVar("Result")
 

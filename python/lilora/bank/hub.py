@@ -9,7 +9,7 @@ from lilora.errors import UserError
 
 from .atomic import write_atomically
 from .bank import Bank
-from .records import INDEX
+from .index import INDEX
 
 CARD = "README.md"
 

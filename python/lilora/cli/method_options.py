@@ -4,7 +4,7 @@ import json
 import textwrap
 from typing import Any
 
-from lilora.continual.recorded import TrainSettings
+from lilora.continual.run_record import TrainSettings
 from lilora.errors import UserError
 from lilora.methods import METHODS, Method
 

@@ -31,8 +31,8 @@ from .run_config import config_text, read_config
 
 if TYPE_CHECKING:
     from lilora.continual.manifest import Manifest
-    from lilora.continual.recorded import TrainSettings
     from lilora.continual.run import ContinualRun
+    from lilora.continual.run_record import TrainSettings
     from lilora.methods import Method
 
 OF_TRAINING = (
@@ -254,7 +254,7 @@ def _settings(options: dict[str, Any], method: "type[Method]", model: str) -> di
 
 def _training(options: dict[str, Any], method: "type[Method]", manifest: "Manifest") -> "TrainSettings":
     """How is trained, with the learning rate of each task; UserError where a method cannot have several."""
-    from lilora.continual.recorded import TrainSettings
+    from lilora.continual.run_record import TrainSettings
 
     from .method_options import train_options
 

@@ -7,14 +7,14 @@ import torch
 
 from lilora.bank.bank import Bank
 from lilora.bank.hub import open_bank
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.errors import UserError
 from lilora.methods import Method, make_method
 from lilora.peft.loss import tell_of_loss
 
 from .images import ImageAspect, set_image_aspect
 from .kinds import Kind, kind_of
-from .recorded import image_aspect_of, train_settings
+from .run_record import image_aspect_of, train_settings
 from .vision import take_heads
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -15,7 +15,7 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 
 from lilora.errors import UserError
 from lilora.methods import Method
-from lilora.methods.lora import evaluating
+from lilora.methods.base import evaluating
 
 from .classification import ImageTask, LabelledImage, LabelledImages
 from .evaluate import RoutedScore, TaskScore

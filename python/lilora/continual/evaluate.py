@@ -15,7 +15,7 @@ from lilora.bank.atomic import write_atomically
 from lilora.continual import processes
 from lilora.errors import Diverged, UserError
 from lilora.methods import Method
-from lilora.methods.lora import evaluating
+from lilora.methods.base import evaluating
 
 from .collator import IGNORED, Collator
 from .instructions import Sample, TaskSpec, instruction_data

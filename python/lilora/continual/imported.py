@@ -7,7 +7,7 @@ from typing import NamedTuple
 from transformers import PretrainedConfig
 
 from lilora.bank.bank import Bank
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.importers.checkpoint import Imported, write_bank
 from lilora.importers.dac import read_dac
 from lilora.importers.lilora import read_lilora

@@ -19,7 +19,7 @@ from lilora.validation import Location, first_problem
 from .evaluate import answers_to, identify
 from .images import open_image
 from .instructions import Sample
-from .recorded import train_settings
+from .run_record import train_settings
 from .task_identification import identifier_of, require_statistics
 
 

@@ -7,7 +7,7 @@ from lilora.bank.atomic import new_folder
 from lilora.bank.bank import Bank
 from lilora.bank.export import lora_use, write_lora
 from lilora.bank.hub import write_card
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.errors import UserError
 from lilora.importers.peft_folder import write_peft
 from lilora.methods import METHODS
@@ -17,7 +17,7 @@ from lilora.reports.scores import ScoreMatrix
 from .base_model import load_base
 from .collator import Collator
 from .kinds import kind_of
-from .recorded import image_aspect_of, train_settings
+from .run_record import image_aspect_of, train_settings
 from .vision import exported_head, own_head
 
 FORMATS = ("lora", "lilora")

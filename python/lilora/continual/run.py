@@ -15,8 +15,8 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from lilora.bank.bank import Bank
+from lilora.bank.index import BaseModelId
 from lilora.bank.lock import locked
-from lilora.bank.records import BaseModelId
 from lilora.continual import processes
 from lilora.errors import Diverged, UserError, print_note
 from lilora.methods import METHODS, Method, Stage, make_method
@@ -34,8 +34,8 @@ from .memory import ran_out
 from .mixing import ReplaySampler, memory_of
 from .probes import Untrained, score_probes
 from .process_checks import check_processes, require_images_alike, splits_freely
-from .recorded import TrainSettings, check_label, image_aspect_of, train_settings
 from .run_folder import check_folder, label_of, run_of, take_settings
+from .run_record import TrainSettings, check_label, image_aspect_of, train_settings
 from .task_identification import SAMPLES, TASK_IDENTIFIERS, NearestCentroid, identifier_of
 from .task_sequence import Manifest
 from .trainer import StageData, TaskTrainer

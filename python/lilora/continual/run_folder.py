@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from lilora.bank.bank import Bank
-from lilora.bank.records import BaseModelId
+from lilora.bank.index import BaseModelId
 from lilora.errors import UserError, print_note
 from lilora.families import same_layers
 from lilora.importers.checkpoint import flat
@@ -18,7 +18,7 @@ from lilora.methods import METHODS
 from lilora.reports.runs import Run
 from lilora.reports.scores import ScoreMatrix
 
-from .recorded import train_settings
+from .run_record import train_settings
 from .task_identification import NearestCentroid
 
 FREE = ("label", "train.gradient_checkpointing")  # settings that change nothing of what is trained

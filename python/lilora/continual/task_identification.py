@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from lilora.bank.bank import Bank
 from lilora.errors import UserError
-from lilora.methods.base import Inputs, Tensors
-from lilora.methods.lora import evaluating
+from lilora.methods.base import Inputs, Tensors, evaluating
 from lilora.methods.pclr.queries import image_features, image_token_of, prompt_mean
 from lilora.registry import Registry
 from lilora_kernels.layers.base import AdaptedLinear

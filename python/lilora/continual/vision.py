@@ -20,8 +20,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from lilora.bank.bank import Bank
 from lilora.errors import UserError
 from lilora.methods import Method
-from lilora.methods.base import Tensors
-from lilora.methods.lora import evaluating
+from lilora.methods.base import Tensors, evaluating
 
 from .classification import ImageTask, LabelledImage, LabelledImages
 from .clip import pixels, score

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lilora.bank.atomic import new_folder
 from lilora.bank.bank import Bank
-from lilora.bank.records import DTYPES, BaseModelId
+from lilora.bank.index import DTYPES, BaseModelId
 from lilora.errors import UserError
 
 _REMEDY = "give the file as the released code wrote it, and the base model that it was trained on"

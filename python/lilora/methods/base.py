@@ -4,6 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA
-from lilora.bank.records import bytes_of
+from lilora.bank.index import bytes_of
 from lilora.errors import UserError
 from lilora.registry import Registry
 from lilora_kernels.layers.experts import ExpertWeight
@@ -243,3 +244,31 @@ def add_to_matrix(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     wide = torch.promote_types(weight.dtype, torch.float32)
     a, b = (factor.to(weight.device, wide) for factor in (a, b))
     weight.copy_(torch.addmm(weight.to(wide), b, a, alpha=scale))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def next_labels(inputs: Inputs) -> Tensor:
+    """The token that each logit of a training batch predicts, -100 for none of an answer: [B, L], or [B, K] if it asks for K."""
+    if "shift_labels" in inputs:
+        return inputs["shift_labels"]
+    return nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+
+
+def answer_positions(inputs: Inputs) -> Tensor:
+    """Where the logits of a training batch predict a token of an answer: [B, L] bool, or [B, K] if it asks for K of them."""
+    return next_labels(inputs) != -100
+
+
+def without_labels(inputs: Inputs) -> Inputs:
+    """The batch for a forward without a loss, with the same logits."""
+    return {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}

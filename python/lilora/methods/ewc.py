@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import Batches, Inputs, Stage, Tensors, register_method
-from .lora import LoRASettings, SequentialLoRA, answer_positions, evaluating
+from .base import Batches, Inputs, Stage, Tensors, answer_positions, evaluating, register_method
+from .lora import LoRASettings, SequentialLoRA
 
 
 class EWCSettings(LoRASettings):

@@ -15,9 +15,8 @@ from lilora_kernels.layers.rank_pool import Choice, Chooser, RankPoolLinear
 from lilora_kernels.routing.context import AHEAD
 from lilora_kernels.routing.placement import places
 
-from .base import Batches, Inputs, Stage, Tensors, register_method
+from .base import Batches, Inputs, Stage, Tensors, evaluating, next_labels, register_method
 from .dac import Padding
-from .lora import evaluating, next_labels
 from .olora import ALL_RANKS, OLoRA
 from .ortholora import WithGradients, losses_of_tasks
 from .pooled import fresh, pool_tensors, require_grad_only

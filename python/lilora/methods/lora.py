@@ -8,14 +8,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from lilora.bank.bank import Bank
 from lilora.bank.export import PlainLoRA, plain_lora
 from lilora.module_names import unwrapped
 from lilora_kernels.layers.lilora import DROPOUT, RANK
 
-from .base import Inputs, Method, Tensors, lora_parameters, register_method
+from .base import Method, Tensors, lora_parameters, register_method
 from .settings import MethodSettings, alpha_field
 
 
@@ -126,31 +126,3 @@ class SequentialLoRA(DirLoRA):
 
     def ranks(self) -> int:
         return self.options.r
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards the model is in the mode that it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def next_labels(inputs: Inputs) -> Tensor:
-    """The token that each logit of a training batch predicts, -100 for none of an answer: [B, L], or [B, K] if it asks for K."""
-    if "shift_labels" in inputs:
-        return inputs["shift_labels"]
-    return nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
-
-
-def answer_positions(inputs: Inputs) -> Tensor:
-    """Where the logits of a training batch predict a token of an answer: [B, L] bool, or [B, K] if it asks for K of them."""
-    return next_labels(inputs) != -100
-
-
-def without_labels(inputs: Inputs) -> Inputs:
-    """The batch for a forward without a loss, with the same logits."""
-    return {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}

@@ -7,9 +7,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Batches, Inputs, Stage, Tensors, register_method
+from .base import Batches, Inputs, Stage, Tensors, answer_positions, evaluating, register_method, without_labels
 from .distillation import divergence
-from .lora import LoRASettings, SequentialLoRA, answer_positions, evaluating, without_labels
+from .lora import LoRASettings, SequentialLoRA
 
 
 class LwFSettings(LoRASettings):

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Inputs, register_method
+from .base import Inputs, next_labels, register_method
 from .joint import Joint
-from .lora import next_labels
 
 
 @register_method

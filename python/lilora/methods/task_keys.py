@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from lilora_kernels.functional import rank_gate
 from lilora_kernels.layers.rank_pool import Choice
 
-from .base import Batches, Method, Stage, Tensors
-from .lora import evaluating
+from .base import Batches, Method, Stage, Tensors, evaluating
 from .pclr.pool import Query, normalised
 from .pclr.queries import PoolChooser, PoolTasks, attach_pools, query_source
 from .pooled import fresh, inject_rank_pools, load_rank_pools, pool_tensors, require_grad_only

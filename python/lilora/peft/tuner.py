@@ -19,7 +19,7 @@ from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs, resolv
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lilora.bank.records import bytes_of
+from lilora.bank.index import bytes_of
 from lilora.errors import UserError
 from lilora.families import routed_experts, target_modules
 from lilora.module_names import unwrapped

@@ -7,9 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilora.methods.base import Batches, Inputs, Method, Stage, Tensors, lora_parameters, register_method
+from lilora.methods.base import (
+    Batches,
+    Inputs,
+    Method,
+    Stage,
+    Tensors,
+    answer_positions,
+    evaluating,
+    lora_parameters,
+    register_method,
+    without_labels,
+)
 from lilora.methods.distillation import divergence
-from lilora.methods.lora import answer_positions, evaluating, without_labels
 from lilora.methods.pclr.pool import EXPERTS, GateRule, Query, RankPool, normalised
 from lilora.methods.pooled import inject_rank_pools, load_rank_pools, pool_tensors, require_grad_only
 from lilora.methods.redundancy import rank_gram

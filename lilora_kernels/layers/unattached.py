@@ -41,9 +41,9 @@ def refuse_task_ids(model: nn.Module, args: tuple, kwargs: dict) -> None:
         )
 
 
-def forget(model: nn.Module, refusal: Callable) -> None:
+def forget(model: nn.Module, unwanted: Callable) -> None:
     """Take a hook away from before the forwards of a model and its parts."""
     for module in model.modules():
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is refusal]:
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is unwanted]:
             del module._forward_pre_hooks[key]
             del module._forward_pre_hooks_with_kwargs[key]

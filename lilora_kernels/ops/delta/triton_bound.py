@@ -23,8 +23,8 @@ def bind_gradients(x: Tensor, *of: Tensor | AdapterArgs | None) -> "Bound | None
     """See `Implementation.bind_gradients`. of: weight and bias of `linear`, and the adapter."""
     *base, adapter = of
     parameters = [t for t in (*base, *adapter[:5]) if t is not None]
-    unfit = any(t.numel() == 0 or not t.is_contiguous() or t.is_neg() for t in parameters)
-    if runtime.INTERPRETED or adapter.gate is not None or unfit:
+    plain = all(t.numel() > 0 and t.is_contiguous() and not t.is_neg() for t in parameters)
+    if runtime.INTERPRETED or adapter.gate is not None or not plain:
         return None
     return Bound(x, adapter, *base[1:])
 

@@ -156,8 +156,8 @@ def test_an_interrupted_run_scores_what_is_missing(manifest, suite, tmp_path, li
     [
         (lambda tasks: tasks[2].update(train="name-train.json"), "a probe is never trained; leave out the key train"),
         (lambda tasks: tasks[2].update(learning_rate=0.1), "a probe is never trained; leave out the key learning_rate"),
-        (lambda tasks: tasks[2].pop("test"), "a probe wants the key test; add it."),
-        (lambda tasks: tasks[0].pop("train"), "a task that is no probe wants the key train; add it."),
+        (lambda tasks: tasks[2].pop("test"), "a probe wants the key test; add it"),
+        (lambda tasks: tasks[0].pop("train"), "a task that is no probe wants the key train; add it"),
         (
             lambda tasks: tasks.__delitem__(slice(2)),
             "all tasks are probes, which are not trained; add one with the key",

@@ -84,6 +84,16 @@ def test_many_prompts_are_answered_in_their_order_in_mixed_batches(kind, runs, i
     assert [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()] == answers
 
 
+def test_scoring_looks_at_the_manifest_before_it_loads_anything(runs, suite, tmp_path, lilora, loads):
+    other = tmp_path / "tasks.yaml"
+    other.write_text((suite / "tasks.yaml").read_text().replace("name: count", "name: many"))
+    for manifest, words in ((tmp_path / "nowhere.yaml", "cannot be read"), (other, "lacks count of")):
+        code, out, err = lilora("eval", runs / "lilora", "--tasks", manifest, "--device", "cpu")
+        assert (code, out, loads["models"]) == (2, "", 0)
+        assert words in err
+        assert len(err.splitlines()) == 1
+
+
 def test_images_lie_beside_the_file_and_a_task_is_for_lines_without(runs, images, tmp_path, lilora):
     (tmp_path / "cat.png").write_bytes(images[0].read_bytes())
     file = write(tmp_path / "prompts.jsonl", [{"prompt": "name it ?", "image": ["cat.png"]}])

@@ -40,7 +40,7 @@ def evaluate(
     """
     from rich.progress import Progress
 
-    from lilora.continual.base_model import load_bank
+    from lilora.continual.base_model import load_bank, open_trained
     from lilora.continual.evaluate import write_answers
     from lilora.continual.kinds import KINDS, kind_name, kind_of
     from lilora.continual.manifest import load_manifest, read_manifest
@@ -48,8 +48,7 @@ def evaluate(
 
     if nll and routed:
         raise UserError("--nll measures answers with the task given and --routed without; give one of them")
-    opened, method, processor = load_bank(bank, model, device)
-    router = bank_router(opened, method) if routed else None
+    opened = open_trained(bank)
     kind = kind_of(opened.config)
     manifest = read_manifest(tasks, None, data)
     if KINDS[kind_name(manifest.kind, opened.base_model.id)] is not kind:
@@ -65,6 +64,8 @@ def evaluate(
         files = [getattr(spec, split) for spec in specs for split in spec.splits]
         for name in (f"{spec.name}{end}" for spec in specs for end in ("", "-routed")):
             check_not_read("--predictions", predictions / f"{name}.jsonl", files)
+    opened, method, processor = load_bank(bank, model, device)
+    router = bank_router(opened, method) if routed else None
     measures = kind.measures(nll)
     with Progress(disable=as_json) as progress:
         results = kind.evaluate(method, processor, manifest.tasks, batch_size, progress, **measures)

@@ -51,8 +51,7 @@ def generate(
     from rich.progress import Progress
 
     from lilora.bank.atomic import write_atomically
-    from lilora.bank.hub import open_bank
-    from lilora.continual.base_model import load_bank
+    from lilora.continual.base_model import load_bank, open_trained
     from lilora.continual.prompts import Prompt, answer_prompts, check_prompts, read_prompts
 
     if (prompt is None) == (prompts is None):
@@ -65,7 +64,7 @@ def generate(
         questions = [Prompt("--prompt", "prompt", task, tuple(image or ()), prompt)]
     else:
         questions = read_prompts(prompts, task)
-    check_prompts(questions, open_bank(bank))
+    check_prompts(questions, open_trained(bank))
     if out is not None and prompts is not None:
         check_not_read("--out", out, [prompts, *(image for question in questions for image in question.images)])
     opened, method, processor = load_bank(bank, model, device, answers=True)

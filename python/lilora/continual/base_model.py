@@ -78,6 +78,15 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
+def open_trained(path: str | Path) -> Bank:
+    """The bank of a folder, a run or a repository of the hub; UserError unless it records a run and has a trained task."""
+    bank = open_bank(path)
+    train_settings(bank)
+    if not bank.tasks:
+        raise UserError(f"{path} holds no trained task yet; train first")
+    return bank
+
+
 def load_bank(
     path: str | Path,
     model: str | None = None,
@@ -90,14 +99,13 @@ def load_bank(
     path: a bank's folder, a run's, or a repository of the hub. model: the base model, by default the one that the bank was
     made with. UserError if the bank gives no answers and `answers` is set, or fits no such base model.
     """
-    bank = open_bank(path)
-    settings = train_settings(bank)
-    if not bank.tasks:
-        raise UserError(f"{path} holds no trained task yet; train first")
+    bank = open_trained(path)
     if answers and not kind_of(bank.config).answers:
         raise UserError(f"{path} classifies images and writes no text; use lilora eval")
     model = model or bank.base_model.id
-    base, processor = load_base(model, settings.dtype, device, kind_of(bank.config), image_aspect_of(bank.config))
+    base, processor = load_base(
+        model, train_settings(bank).dtype, device, kind_of(bank.config), image_aspect_of(bank.config)
+    )
     bank.check_base_model(BaseModelId.of(base, model))
     method = make_method(bank.config["method"], base, bank.config["settings"])
     restore(method, bank)

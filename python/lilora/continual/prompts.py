@@ -19,7 +19,6 @@ from lilora.validation import Location, first_problem
 from .evaluate import answers_to, identify
 from .images import open_image
 from .instructions import Sample
-from .run_record import train_settings
 from .task_identification import identifier_of, require_statistics
 
 
@@ -92,7 +91,6 @@ def read_prompts(path: Path, task: str | None = None) -> list[Prompt]:
 
 def check_prompts(prompts: Sequence[Prompt], bank: Bank) -> None:
     """UserError for the first prompt whose image cannot be opened, or whose task the bank neither has nor can find."""
-    train_settings(bank)
     opened: set[Path] = set()
     for prompt in prompts:
         if prompt.task is not None and prompt.task not in bank.tasks:

@@ -117,9 +117,9 @@ def using(entry: Entry, sizes: Sizes) -> Iterator[None]:
     def configuration(kernel: str, x: Tensor, adapter: AdapterArgs, pair: bool = False) -> triton_configs.Configuration:
         if kernel != entry.kernel:
             return own(kernel, x, adapter, pair)
-        sm_90 = "sm_90" in triton_runtime.device_names(x.device)
+        names = triton_runtime.device_names(x.device)
         return triton_configs.Configuration(
-            triton_configs.shrink_tiles(sizes, sm_90, *triton_configs.widths(x, adapter))
+            triton_configs.shrink_tiles(sizes, names, *triton_configs.widths(x, adapter))
         )
 
     with patch.object(triton_configs, "configuration", configuration):

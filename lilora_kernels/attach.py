@@ -55,6 +55,7 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
         tasks = model.__dict__.get("lilora_tasks") or (layers[0][1].model_tasks if layers else Tasks())
     model.lilora_tasks = tasks
     forget(model, refuse_task_ids)
+    forget(model, _refuse_in_part)
     for name, layer in layers:
         parent, _, own = name.rpartition(".")
         if own and reads_weight(type(model.get_submodule(parent)), own):  # type: ignore[arg-type]
@@ -76,11 +77,13 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
         layer.path, layer.place = name, placed[name]
     tasks.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
     tasks.main = getattr(model, "main_input_name", None) or next(iter(tasks.arguments), "input_ids")
+    takes_all = hasattr(model, "main_input_name")  # as transformers' models do
+    tasks.misspelt = tuple(name for name in MISSPELT if takes_all and name not in tasks.arguments)
     tasks.packed = not set(placed.values()) <= {TEXT, GATHERED}
     for part in model.modules():
         if part is model:
             continue
-        if hasattr(part, "main_input_name") and _refuse_in_part not in part._forward_pre_hooks.values():
+        if hasattr(part, "main_input_name") and "task_ids" not in inspect.signature(part.forward).parameters:
             part.register_forward_pre_hook(_refuse_in_part, with_kwargs=True)
         if hasattr(part, "generate"):  # a model's may call it: it has forwards that the model's does not see
             part.__dict__.setdefault(
@@ -126,7 +129,7 @@ def detach(model: nn.Module) -> None:
 
 def _refuse_in_part(part: nn.Module, args: tuple, kwargs: dict) -> None:
     """transformers' models take any keyword, and the rows would be of the active task."""
-    if "task_ids" in kwargs:
+    if kwargs.get("task_ids") is not None:
         raise TypeError(
             f"{type(part).__name__} is a part of an adapted model and does not know task_ids; give them to the model, or call "
             "the part inside `with lilora_kernels.route(model, task_ids):`"
@@ -135,8 +138,8 @@ def _refuse_in_part(part: nn.Module, args: tuple, kwargs: dict) -> None:
 
 def _forward(self: nn.Module, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
     tasks = self.lilora_tasks
-    for name in MISSPELT:
-        if name in kwargs and name not in tasks.arguments:
+    for name in tasks.misspelt:
+        if kwargs.get(name) is not None:
             raise TypeError(f"{type(self).__name__} takes no {name}; the tasks of a batch are given as task_ids")
     with tasks.use(tasks.context_of(self, task_ids, args, kwargs)):
         output = (self.lilora_replaced.get("forward") or partial(type(self).forward, self))(*args, **kwargs)

@@ -118,7 +118,7 @@ def recorded(names: tuple[str, ...], own: dict[str, dict[str, int]] = {}) -> Ite
     def configuration(kernel: str, x: Tensor, adapter: AdapterArgs, pair: bool = False):
         sizes = own.get(kernel) or triton_configs.chosen(names, kernel, triton_configs.bucket(len(x)), pair)
         widths = triton_configs.widths(x, adapter)
-        return triton_configs.Configuration(triton_configs.shrink_tiles(sizes, "sm_90" in names, *widths))
+        return triton_configs.Configuration(triton_configs.shrink_tiles(sizes, names, *widths))
 
     with ExitStack() as stack:
         for module in (triton_jobs, triton_parts, rank_gate):

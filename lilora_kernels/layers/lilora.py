@@ -475,7 +475,9 @@ class LiLoRALinear(AdaptedLinear):
                 (name, value) for name, value in given if value is not None and not (value.is_meta or is_sharded(value))
             ]
             for name, value in given[1:]:
-                if value is not given[0][1] and not torch.equal(value, given[0][1]):
+                first = given[0][1]
+                own = value.to(first.device, first.dtype)
+                if own.shape != first.shape or not torch.allclose(own, first, rtol=0, atol=0, equal_nan=True):
                     raise RuntimeError(
                         f"{prefix}{kind} is not the same for the tasks {given[0][0]!r} and {name!r}, which share it; load the "
                         "state dict of one model"

@@ -59,11 +59,9 @@ class SharedParameter(TaskParameters):
 
     _parameters: dict[str, nn.Parameter]
 
-    @property
-    def _tied_weights_keys(self) -> dict[str, str]:
-        """What transformers asks every module of a model: it saves a tie under one of its names."""
-        first = next(iter(self._parameters), "")
-        return {name: first for name in self._parameters if name != first}
+    # transformers asks every module of a model which names may be ties, to save each under one of them. A pattern that is true of
+    # all such names: of the thousands of layers and tasks it then tries but one for each.
+    _tied_weights_keys = {r"|\.lilora_[AB]\.": ""}  # noqa: RUF012
 
     def _tie(self) -> None:
         self._parameters.update(dict.fromkeys(self._parameters, next(iter(self._parameters.values()))))

@@ -320,6 +320,7 @@ class Tasks(TaskNames):
         self.reached = self.looked = False  # whether a layer ran; whether it was looked for layers that did not
         self.arguments: tuple[str, ...] = ()  # of the model's forward
         self.main = "input_ids"  # the one of them that has a row for each sample
+        self.misspelt: tuple[str, ...] = ()  # what is none of them, but nearly task_ids
         self.opened = 0  # `route` blocks that are open, in whatever thread
         self.seen: tuple = ()  # `activation` at the last forward without task ids
         self.routed = False  # whether any forward that can be recomputed had task ids

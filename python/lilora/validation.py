@@ -20,13 +20,14 @@ def first_problem(
     advice. named: what to call a location, by default its parts with dots between them.
     """
     problems = error.errors(include_url=False)
-    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-    alternatives = (problem for problem in problems if problem["loc"][:1] == first["loc"][:1])
-    first = max(alternatives, key=lambda problem: len(problem["loc"]))  # that which fits best
+    alternatives = (problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1])
+    best = max(alternatives, key=lambda problem: len(problem["loc"]))  # that which fits best
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), best)
     place = (named or _dotted)(first["loc"])
     if first["type"] == "extra_forbidden":
         known = list(keys)
-        return f"{place} is unknown; {nearest(str(first['loc'][-1]), known, 'known are ' + ', '.join(known))}"
+        advice = nearest(str(first["loc"][-1]), known, f"known are {', '.join(known)}")
+        return f"{place} is unknown" + (f"; {advice}" if known else "")
     if first["type"] == "missing":
         return f"{place} is missing"
     said = wanted(first["msg"])

@@ -110,6 +110,10 @@ def misspelt(manifest):
         (lambda m: m.update(taskz=[]), "key 'taskz' is unknown; did you mean 'tasks'?"),
         (lambda m: m.pop("name"), "key 'name' is missing"),
         (
+            lambda m: m["tasks"][1].update(nmae=m["tasks"][1].pop("name")),
+            "key 'nmae' of task number 2 is unknown; did you",
+        ),
+        (
             lambda m: m["tasks"][1].pop("train"),
             "task number 2: a task that is no probe wants the key train; add it",
         ),

@@ -527,9 +527,12 @@ def test_a_call_has_the_configuration_of_the_next_number_of_rows():
         assert triton_configs.bucket(rows) == want
 
 
+@pytest.mark.parametrize("seen", [True, False])
 @pytest.mark.parametrize("plan", ["one_launch", "by_phase", "composed"])
-def test_factors_of_no_task_at_all_are_read_by_no_kernel(plan):
-    """Their memory is at address 0."""
+def test_factors_of_no_task_at_all_are_read_by_no_kernel(plan, seen, monkeypatch):
+    """Their memory is at address 0; whatever plan is forced, the call is composed."""
+    if not seen:
+        monkeypatch.setattr(task_rows, "seen_by_host", lambda tensor: False)
     i = make(rows=5, tasks=1, dtype=torch.float32)
     none = i.with_(u=i.u[:0], v=i.v[:0], fusion=i.fusion[:0], task=torch.full((5,), -1, dtype=torch.int32)).leaves()
     with lilora_kernels.plan(plan):

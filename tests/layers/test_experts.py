@@ -168,8 +168,8 @@ def test_a_layer_sorts_its_rows_once_and_runs_one_operation_for_each_linear():
             y = layer(*inputs)
     assert seen.ours == {"expert_linear": 2}
     assert seen.seen["sort"] == 1
-    # beside the products: 6 stacks; 12 for ids and order; the gate, and 8 to gather and combine rows; 14 in each operation
-    assert seen.seen.total() - seen.seen["mm"] - seen.seen["addmm_"] <= 56, seen.seen
+    # beside the products: 6 stacks; 12 for ids and order; the gate, and 8 to gather and combine rows; 17 in each operation
+    assert seen.seen.total() - seen.seen["mm"] - seen.seen["addmm_"] <= 62, seen.seen
     with Operations() as seen:
         y.sum().backward()
     assert seen.ours == {"expert_linear_backward": 2}

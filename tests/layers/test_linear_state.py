@@ -22,10 +22,13 @@ def test_a_state_dict_with_several_a_is_refused():
     before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     state = {name: tensor.clone() for name, tensor in before.items()}
     made.load_state_dict(state)
+    made.load_state_dict({name: tensor.double() if "cats" in name else tensor for name, tensor in state.items()})
     state["lilora_A.cats"] *= 2
     with pytest.raises(RuntimeError, match="lilora_A is not the same for the tasks 'cats' and 'dogs', which share it"):
         nn.Sequential(made).load_state_dict({f"0.{name}": tensor for name, tensor in state.items()})
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
+    made.load_state_dict({name: torch.full_like(tensor, torch.nan) for name, tensor in state.items()})
+    assert made.lilora_A["cats"].isnan().all()
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------

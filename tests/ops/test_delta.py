@@ -578,29 +578,35 @@ def test_nan_in_a_row_of_no_task_stays_there_without_factors_of_tasks():
 
 @pytest.mark.parametrize("coefficients", ["fusion", "plain", "lora"])
 @pytest.mark.parametrize("rows, rank", [(12, 16), (90, 4)], ids=["by-factors", "by-m"])
+@pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("order", ["runs", "mixed"])
-def test_rows_without_a_task_take_nothing_of_what_is_not_finite(coefficients, rows, rank, order):
+def test_rows_without_a_task_take_nothing_of_what_is_not_finite(coefficients, rows, rank, order, gate):
     """Neither of a or b0 nor of an h that leaves fp16's range; nor do they give any of it."""
-    i = make(rows=rows, rank=rank, coefficients=coefficients, tasks=2, dtype=torch.float32)
+    i = make(rows=rows, rank=rank, coefficients=coefficients, tasks=2, gate=gate, dtype=torch.float32)
     ids = torch.arange(rows, dtype=torch.int32) % 3 - 1
     task = ids if order == "mixed" else ids.sort().values
     bare = task < 0
     bias = torch.randn(i.b0.shape[0])
     for name in ("a", "b0"):
-        broken = i.with_(task=task).leaves(())
-        getattr(broken, name)[0] = torch.nan
+        broken = i.with_(task=task)
+        broken = broken.with_(
+            **{name: getattr(broken, name).clone().index_fill_(0, torch.tensor([0]), torch.nan)}
+        ).leaves()
         y = functional.linear(
             broken.x, torch.zeros(len(bias), i.x.shape[1]), bias, *adapter(broken)[1:], **options(broken)
         )
         assert torch.equal(y[bare], bias.expand(int(bare.sum()), -1))
         assert y[~bare].isnan().any()
+        dx = gradients(y, broken, ("x",), torch.ones_like(y))["x"]
+        assert (dx[bare] == 0).all()
+        assert dx[~bare].isnan().any()
     half = i.with_(task=task).to(torch.float16)
     half.x[bare] = 60000
     half = half.leaves()
     y = functional.delta(*adapter(half), **options(half))
     assert (y[bare] == 0).all()
     assert y.isfinite().all()
-    names = [name for name in NAMES if getattr(half, name) is not None and name != "gate"]
+    names = [name for name in NAMES if getattr(half, name) is not None]
     for name, grad in gradients(y, half, names, torch.ones_like(y)).items():
         assert grad.isfinite().all(), name
 

@@ -310,10 +310,10 @@ def test_trainer_goes_on_with_several_tasks(tmp_path, order):
     assert models[1].active_adapters == [order[0]]
 
 
-@pytest.mark.parametrize("task", ["a", "b", "ab"])
-def test_trainer_ends_with_the_best_tasks(tmp_path, task):
+@pytest.mark.parametrize("task, preset", [("a", "frozen"), ("b", "frozen"), ("ab", "frozen"), ("b", "paper")])
+def test_trainer_ends_with_the_best_tasks(tmp_path, task, preset):
     """A learning rate that spoils the model: the first checkpoint is the best."""
-    model, x = adapted(), ids(4)
+    model, x = adapted(preset=preset), ids(4)
     model.base_model.set_adapter(list(task))
     data, scores, states = Samples(0 if task == "a" else 1, x), iter([0.0, 1.0]), []
     arguments = transformers.TrainingArguments(

@@ -1,6 +1,7 @@
 """The rest of PEFT's and transformers' surface: what works, and what is refused with a sentence."""
 
 import copy
+import os
 import shutil
 
 import pytest
@@ -272,9 +273,11 @@ class Samples(Dataset):
         return {"input_ids": self.x[i], "labels": self.x[i]}
 
 
-@pytest.mark.parametrize("preset", ["frozen", "paper"])
-def test_trainer_resumes_from_its_checkpoint(pretrained, tmp_path, preset):
-    """A folder for each task; the shared factors that move with the second task come back with it."""
+@pytest.mark.parametrize("preset, turned", [("frozen", False), ("paper", False), ("paper", True)])
+def test_trainer_resumes_from_its_checkpoint(pretrained, tmp_path, preset, turned, monkeypatch):
+    """A folder for each task, in whatever order; the shared factors that move with the second task come back with it."""
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda *at: sorted(listdir(*at), reverse=turned))
     base, _, _, _ = pretrained
     x = ids(8)
 

@@ -62,10 +62,14 @@ def test_parts_of_a_model_and_misspelt_arguments_swallow_no_task_ids(model):
         model.get_image_features(inputs["pixel_values"], task_ids=names)
     with route(model, names, vision_tokens=[2 * PATCHES, 0]):
         close(model.model(**inputs).last_hidden_state, wanted)
+    assert model.model(**inputs, task_ids=None).last_hidden_state.shape == wanted.shape
     for name in ("task_id", "tasks", "task", "adapter_name"):
         with pytest.raises(TypeError, match=rf"takes no {name}; the tasks of a batch are given as task_ids"):
             model(**inputs, **{name: names})
     twin = copy.deepcopy(model)
+    attach(twin.model)  # by itself, too
+    close(twin.model(**inputs, task_ids=names).last_hidden_state, wanted)
+    detach(twin.model)
     detach(twin)
     assert twin.model(**inputs, task_ids=names).last_hidden_state.shape == wanted.shape
 

@@ -180,6 +180,8 @@ def down(
         dx = dhs[0] @ cast(adapters[0].a, like.dtype)
         for dh, adapter in zip(dhs[1:], adapters[1:], strict=True):
             dx.addmm_(dh, cast(adapter.a, like.dtype))
+        if (task := adapters[0].task) is not None and task_rows.seen_by_host(task):
+            dx[task < 0] = 0  # also where A has a NaN
         grads[0]["x"] = dx if keep is None else dx.mul_(keep)
     if any("a" in wanted for wanted in needs):
         rows = dropped(x, keep)
@@ -353,7 +355,7 @@ def backward_up(
         if dq is not None:
             for rows in layout.bare:
                 dq[rows] = 0
-            dq = layout.restored(dq)
+            dq = layout.restored(dq) if layout.is_seen else with_task(dq, adapter)
         if "b0" in grads and adapter.ranks is not None:
             lo, hi = adapter.ranks
             grads["b0"][:, :lo], grads["b0"][:, hi:] = 0, 0
@@ -361,7 +363,7 @@ def backward_up(
     if dq is None:
         return grads, None
     if "gate" in needs:
-        grads["gate"] = dgate(dq, h, adapter)
+        grads["gate"] = dgate(dq, with_task(h, adapter), adapter)
     return grads, dq if adapter.gate is None else dq * row_gates(adapter).to(dq.dtype)
 
 

@@ -44,7 +44,7 @@ class Layout(NamedTuple):
     order: the permutation that makes each task one run, None where it is so already; task: [M] in this order, None without
     one. runs: a Group for each task; groups: those of equal length joined. bare: rows without a task. stretches: the runs
     before the permutation, by task, where they are so long that a product for each is cheaper than to permute [M, N].
-    present: the tasks of `runs` [t] int32, None where they are 0, 1, ...
+    present: the tasks of `runs` [t] int32, None where they are 0, 1, ... is_seen: whether the host knows all this.
     """
 
     order: Tensor | None
@@ -54,17 +54,13 @@ class Layout(NamedTuple):
     bare: tuple[slice, ...] = ()
     stretches: list[Group] | None = None
     present: Tensor | None = None
+    is_seen: bool = True
 
     def ordered(self, tensor: Tensor | None) -> Tensor | None:
         return tensor if self.order is None or tensor is None else tensor[self.order]
 
     def restored(self, tensor: Tensor) -> Tensor:
         return tensor if self.order is None else torch.empty_like(tensor).index_copy_(0, self.order, tensor)
-
-    @property
-    def is_seen(self) -> bool:
-        """Whether the host knows it."""
-        return not self.runs or self.runs[0].mask is None
 
     @property
     def one(self) -> bool:
@@ -86,7 +82,7 @@ def layout_of(adapter: AdapterArgs) -> Layout:
     on_host = task if seen_by_host(task) else getattr(task, "on_host", None)
     if on_host is None or is_captured(task):
         runs = [Group(t, mask=(task == t).unsqueeze(1)) for t in range(adapter.u.shape[0])]
-        return Layout(None, None, runs, runs)
+        return Layout(None, None, runs, runs, is_seen=False)
     found = layout(on_host, adapter.u.shape[0], task.device)
     if kept is not None:
         kept.append(found)

@@ -31,6 +31,7 @@ FEW = 128  # rows up to which a backward has tiles of 16: bench.model, gate and 
 ROWS = FEW, ONE_LAUNCH_ROWS, 1024, 4096  # up to so many rows have a configuration; more have one too
 MANY = 16384  # what the latter is made for
 ITEMS = 256  # about two for each processor of a large GPU
+LARGE_BLOCKS = {"sm_80", "sm_90", "sm_100"}  # whose blocks may have more than 99 KB of shared memory
 
 
 def shrink(rows: int, sm_90: bool, pair: bool = False) -> dict[str, int]:
@@ -113,7 +114,7 @@ def configuration(kernel: str, x: Tensor, adapter: AdapterArgs, pair: bool = Fal
 
 @cache
 def _configuration(names: tuple[str, ...], kernel: str, rows: int, pair: bool, *widths: int) -> Configuration:
-    return Configuration(shrink_tiles(chosen(names, kernel, rows, pair), "sm_90" in names, *widths))
+    return Configuration(shrink_tiles(chosen(names, kernel, rows, pair), names, *widths))
 
 
 def widths(x: Tensor, adapter: AdapterArgs) -> tuple[int, int, int, int]:
@@ -154,17 +155,13 @@ def bucket_rows(device: torch.device) -> list[int]:
 
 
 def shrink_tiles(
-    sizes: dict[str, int], sm_90: bool, activation: int, parameter: int, block_r: int, block_s: int
+    sizes: dict[str, int], names: tuple[str, ...], activation: int, parameter: int, block_r: int, block_s: int
 ) -> dict[str, int]:
     """Smaller tiles for wider elements and ranks above 128, shallower pipelines for what fills their stages; of `widths`."""
     narrower = (activation > 2) + (block_r > 128)
-    full = (
-        not narrower
-        and not sm_90
-        and block_r + block_s == 256
-        and sizes.get("BLOCK_N", 0) * sizes.get("TILES_N", 0) > 32
-    )
-    shallower = (parameter > activation) + full  # fp32 masters; B0 beside U_t, of 99 KB that sm_86, 89 and 120 have
+    shallower = parameter > activation  # fp32 masters
+    full = block_r == block_s == 128 and not narrower and sizes.get("BLOCK_N", 0) * sizes.get("TILES_N", 0) > 32
+    shallower += full and LARGE_BLOCKS.isdisjoint(names)  # B0 beside U_t
     if not narrower and not shallower:
         return sizes
     fit = {name: max(16, size >> narrower) if name.startswith("BLOCK_") else size for name, size in sizes.items()}

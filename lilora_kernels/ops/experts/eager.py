@@ -20,8 +20,8 @@ def forward(x: Tensor, weight: Tensor, ends: Tensor, adapter: AdapterArgs) -> tu
     h = by_expert.times(dropped(rows, dropout_mask(*x.shape, rows.dtype, adapter)), adapter.a.mT)
     if threshold(adapter.p):
         h = h.mul_(keep_scale(adapter.p))
-    _, sf, se = shares(adapter, by_pair, h)
-    y = by_pair.kept(by_expert.times(h * sf, adapter.b0.mT))
+    _, sf, se, has_task = shares(adapter, by_pair, h)
+    y = kept(by_expert.times(h * sf, adapter.b0.mT), has_task)
     z = by_pair.times(h * se, adapter.v.mT)
     y = cast(by_pair.times(z, adapter.u.mT, add_to=y), x.dtype)
     return by_expert.times(x, weight.mT, add_to=y), cast(h, x.dtype)
@@ -40,10 +40,10 @@ def backward(
     """The gradients among `needs`; ops/README.md has their formulas."""
     by_expert, by_pair = groups_of(ends, dy, sizes_of(adapter))
     grads, given, dtype = {}, dy, working_dtype(dy)
-    dy, h = by_pair.kept(cast(dy, dtype)), h if h is None else by_pair.kept(cast(h, dtype))
-    f, sf, se = shares(adapter, by_pair, dy)
+    f, sf, se, has_task = shares(adapter, by_pair, cast(dy, dtype))
+    dy, h = kept(cast(dy, dtype), has_task), h if h is None else kept(cast(h, dtype), has_task)
     if not needs.isdisjoint(("x", "a", "fusion")):
-        p = by_pair.kept(by_expert.times(dy, adapter.b0))
+        p = kept(by_expert.times(dy, adapter.b0), has_task)
     if not needs.isdisjoint(("x", "a", "v", "fusion")):
         q = by_pair.times(dy, adapter.u)
     if not needs.isdisjoint(("u", "fusion")):
@@ -65,7 +65,7 @@ def backward(
         dh = dh.mul_(keep_scale(adapter.p))
     keep = dropout_mask(len(dy), adapter.a.shape[-1], dtype, adapter)
     if "x" in needs:
-        dx = by_expert.times(dh, adapter.a)
+        dx = kept(by_expert.times(dh, adapter.a), has_task)
         dx = cast(dx if keep is None else dx.mul_(keep), given.dtype)
         grads["x"] = by_expert.times(given, weight, add_to=dx)
     if "a" in needs:
@@ -77,11 +77,14 @@ def sizes_of(adapter: AdapterArgs) -> tuple[int, ...]:
     return *adapter.a.shape[-2:], *adapter.u.shape[-2:]
 
 
-def shares(adapter: AdapterArgs, by_pair: Groups, like: Tensor) -> tuple[float, ...] | tuple[Tensor, ...]:
-    """f, s f and s e of every row [M, 1] in the dtype of `like`, zero for rows without a task; numbers where all are the same."""
+def shares(adapter: AdapterArgs, by_pair: Groups, like: Tensor) -> tuple[float | Tensor | None, ...]:
+    """f, s f and s e of every row [M, 1] in the dtype of `like`, zero for rows without a task, and which rows have one.
+
+    Numbers where all are the same, and None.
+    """
     tasks, s = by_pair.tasks, adapter.scaling
     if adapter.fusion is None and tasks is None:
-        return 1.0, s, s
+        return 1.0, s, s, None
     if adapter.fusion is None:
         f = e = like.new_ones(adapter.u.shape[:2])
     else:
@@ -93,4 +96,9 @@ def shares(adapter: AdapterArgs, by_pair: Groups, like: Tensor) -> tuple[float, 
         return cast(by_pair.spread(of_groups, len(like)), like.dtype)
 
     f, e = of_rows(f), of_rows(e)
-    return f, f * s, e * s
+    return f, f * s, e * s, None if tasks is None else f + e != 0
+
+
+def kept(rows: Tensor, has_task: Tensor | None) -> Tensor:
+    """Zero for rows without a task, whatever they hold: 0 times a value that is not finite is NaN."""
+    return rows if has_task is None else torch.where(has_task, rows, 0)

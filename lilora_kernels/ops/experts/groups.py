@@ -50,13 +50,6 @@ class Groups:
         """One value [G] of each group -> [rows, 1]."""
         return values.repeat_interleave(self.sizes, output_size=rows).unsqueeze(1)
 
-    def kept(self, rows: Tensor) -> Tensor:
-        """[M, n], zero for rows without a task, whatever they hold: 0 times a value that is not finite is NaN."""
-        if self.tasks is None:
-            return rows
-        of_groups = torch.arange(len(self.ends), device=rows.device) % (self.tasks + 1) > 0
-        return torch.where(self.spread(of_groups, len(rows)), rows, 0)
-
     def sum(self, values: Tensor) -> Tensor:
         """Sums of the values [M] of each group's rows -> [G]."""
         return torch.segment_reduce(values, "sum", lengths=self.sizes, axis=0, unsafe=True, initial=0)

@@ -46,7 +46,7 @@ class Settings(BaseModel):
     @classmethod
     def unknown(cls, method: str, name: str) -> UserError:
         known = f"it has {', '.join(cls.model_fields)}"
-        return UserError(f"{method} has no setting {name!r}; {nearest(name, cls.model_fields, known)}")
+        return UserError(f"{method} has no setting {name!r}; {nearest(str(name), cls.model_fields, known)}")
 
 
 class MethodSettings(Settings):

@@ -62,9 +62,11 @@ def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: 
         layer.overwrite_task(task, *(pairs[f"{path}.{kind}"][1] for kind in kinds))
 
 
-def check_loadable(model: nn.Module, config: LiLoRAConfig, task: str, state: dict[str, Tensor], new: bool) -> None:
+def check_loadable(
+    model: nn.Module, config: LiLoRAConfig, task: str, state: dict[str, Tensor], new: bool, resumes: bool
+) -> None:
     """Raise UserError unless `state` fits the task; A and B0 that other tasks rely on may change only with a task that trains
-    them."""
+    them, or where all tasks are loaded, one after the other, as a Trainer `resumes`."""
     layers = adapted_layers(model)
     pairs = matched(layers, task, {name: tensor for name, tensor in state.items() if ".lilora_" in name})
     for path, layer in layers.items():
@@ -79,9 +81,9 @@ def check_loadable(model: nn.Module, config: LiLoRAConfig, task: str, state: dic
                 )
     if config.on_shared_mismatch == "replace" or all(len(layer.tasks) == 1 for layer in layers.values()):
         return
-    trained_on = not new and any(task in layer.active for layer in layers.values())  # as Trainer resumes it
+    trains = not new and (resumes or any(task in layer.active for layer in layers.values()))
     for name, (own, value) in pairs.items():
-        held = name.endswith(SHARED) and not (trained_on and own.requires_grad)
+        held = name.endswith(SHARED) and not (trains and own.requires_grad)
         if held and not torch.equal(value.to(own.device, own.dtype), own):
             raise UserError(f"{name} differs from the model's, which its other tasks share; {OTHER_CHAIN}")
 

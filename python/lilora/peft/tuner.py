@@ -277,7 +277,13 @@ class LiLoRAModel(BaseTuner):
         if any(f".{other}." in name for other in unwanted_adapter_names for name in names):
             # PEFT has taken all below a module that is called as another task is ("0", "layers") for that task's.
             here = model.state_dict()
-            state_dict = {name: here[name] for name in names if name.endswith(f".{adapter_name}")}
+            own = [name for name in names if name.endswith(f".{adapter_name}")]
+            if any(is_sharded(here[name]) for name in own if name not in state_dict):
+                raise UserError(
+                    f"a task is called as a module of the model is, and PEFT then loses the sharded tensors of task "
+                    f"{adapter_name!r}; give it another name"
+                )
+            state_dict = {name: state_dict.get(name, here[name]) for name in own}
         first = all(layer.is_first(adapter_name) for layer in layers)
         config.taken_with = shared_fingerprint(model), first
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -295,7 +301,9 @@ class LiLoRAModel(BaseTuner):
         # Made to be loaded, and still as it was made: nothing is lost when a load that fails takes it away again.
         fresh = config.shared_fingerprint is not None and all(u.is_meta or not u.any() for u in own)
         try:
-            check_loadable(model, config, adapter_name, state_dict, fresh)
+            check_loadable(
+                model, config, adapter_name, state_dict, fresh, _caller()[0].startswith("transformers.trainer")
+            )
         except UserError:
             if fresh:
                 base = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -470,17 +470,15 @@ class LiLoRALinear(AdaptedLinear):
         """RuntimeError for what would change a merged task, or the weight that it is merged into: `unmerge` subtracts it; and
         for several A or B0, of which the last one would be that of all tasks."""
         for kind in KINDS[:2]:
-            given = [(name, state.get(f"{prefix}{kind}.{name}")) for name in getattr(self, kind)]
-            given = [
-                (name, value) for name, value in given if value is not None and not (value.is_meta or is_sharded(value))
-            ]
-            for name, value in given[1:]:
-                first = given[0][1]
-                own = value.to(first.device, first.dtype)
-                if own.shape != first.shape or not torch.allclose(own, first, rtol=0, atol=0, equal_nan=True):
+            held = {name: state.get(f"{prefix}{kind}.{name}") for name in getattr(self, kind)}
+            given = {name: t for name, t in held.items() if t is not None and not (t.is_meta or is_sharded(t))}
+            for name, value in given.items():
+                one, first = next(iter(given.items()))
+                value = value.to(first.device, first.dtype)
+                if value.shape != first.shape or not torch.allclose(value, first, rtol=0, atol=0, equal_nan=True):
                     raise RuntimeError(
-                        f"{prefix}{kind} is not the same for the tasks {given[0][0]!r} and {name!r}, which share it; load the "
-                        "state dict of one model"
+                        f"{prefix}{kind} is not the same for the tasks {one!r} and {name!r}, which share it; load the state "
+                        "dict of one model"
                     )
         if self.merged_task is None:
             return

@@ -1,6 +1,7 @@
 """Which layers of which models a route reaches."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
     Phi4MultimodalConfig,
     Phi4MultimodalForCausalLM,
 )
+from transformers.modeling_utils import _get_tied_weight_keys
 
 from lilora_kernels import BatchContext, LiLoRALinear, attach, route
 from lilora_kernels.attach import detach
@@ -98,6 +100,11 @@ def test_transformers_saves_a_model_with_layers_put_in_by_hand(tmp_path):
 
     model, again, inputs = made(), made(), {"input_ids": torch.randint(2, 38, (4, 5))}
     model.save_pretrained(tmp_path)
+    patterns = _get_tied_weight_keys(
+        model
+    )  # tried one after the other for each name, and Python keeps 512 of them compiled
+    names = [name for name in model.state_dict() if "lilora_A" in name or "lilora_B" in name]
+    assert all(re.search(pattern, name) for pattern in patterns if "lilora" in pattern for name in names)
     assert load_model(again, tmp_path / "model.safetensors") == (set(), [])
     names = ["b", "ab", None, "a"]
     assert torch.equal(logits(again, inputs, task_ids=names), logits(model, inputs, task_ids=names))

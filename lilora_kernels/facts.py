@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
+from . import cpu_library, cuda_library
 from .backends import unsupported_reasons
-from .cpu_library import INSTRUCTIONS, load
-from .cuda_library import build_info, load_error
-from .ops.cuda_runtime import unusable
+from .ops import cuda_runtime
 
 
 def environment() -> dict[str, str]:
@@ -29,15 +28,15 @@ def environment() -> dict[str, str]:
 
 def cpu_build() -> str:
     """The instructions that the CPU kernels use here, or why they are missing."""
-    kernels = load()
-    return kernels if isinstance(kernels, str) else f"loaded, {INSTRUCTIONS[kernels.instructions - 1]}"
+    kernels = cpu_library.load()
+    return kernels if isinstance(kernels, str) else f"loaded, {cpu_library.INSTRUCTIONS[kernels.instructions - 1]}"
 
 
 def cuda_build() -> dict[str, Any]:
     """What the CUDA kernels were built with, and whether they load and run on the first GPU, in words and as data."""
-    built, error = build_info(), load_error()
+    built, error = cuda_library.build_info(), cuda_library.load_error()
     if error is None and torch.cuda.is_available():
-        error = unusable(torch.device("cuda", 0))
+        error = cuda_runtime.unusable(torch.device("cuda", 0))
     made = f"CUDA {built['cuda']}, torch {built['torch']}, for {', '.join(built['architectures'])}; "
     state = "loaded" if error is None else error
     return {"cuda build": (made if built["cuda"] else "") + state, "build_info": built}

@@ -98,7 +98,7 @@ class AcceleratedLinear(nn.Linear):
         return super().forward(input) if y is None else y
 
 
-def bound(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: bool) -> Callable | None:
+def bound(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: bool = False) -> Callable | None:
     """`cpu_runtime.bind` of an adapter of rank 0; None where torch's product, or its error, is wanted."""
     if backends.forced["backend"] not in (None, "cpu") or backends.forced["plan"] not in (None, "decode"):
         return None

@@ -147,9 +147,10 @@ def test_rows_without_a_task_take_nothing_of_what_is_not_finite():
         y = made.run(x, factors)
         assert torch.equal(y[bare], wanted[bare])
         assert y[~bare].isnan().any()
-        (dx,) = gradients(y, [x], torch.ones_like(y))
-        assert torch.equal(dx[bare], clean[bare])
-        assert dx[~bare].isnan().any()
+        if at == 1:
+            (dx,) = gradients(y, [x], torch.ones_like(y))
+            assert torch.equal(dx[bare], clean[bare])
+            assert dx[~bare].isnan().any()
     x, factors = made.leaves()
     with torch.no_grad():
         x[bare] = torch.inf
@@ -194,9 +195,9 @@ def test_the_devices_grouped_product_gives_the_same(monkeypatch):
     assert backward["_grouped_mm"] == 10  # P, Q, z, dB0, dU, dV, dq, dx and that of the base, dA
     assert not {"mm", "addmm", "addmm_"} & (forward.keys() | backward.keys())
     # the forward's other 20 but the dropout's mask: 4 to lay u, v and f by group, 4 to spread f and e over the rows, 3 to keep
-    # rows without a task free of what is not finite, as 6 of the backward's
+    # rows without a task free of what is not finite, as 5 of the backward's
     assert forward.total() <= 25 + 6, forward
-    assert backward.total() <= 58 + 7, backward
+    assert backward.total() <= 57 + 7, backward
 
 
 @pytest.mark.parametrize("tasks", [(), (3,)], ids=["one task", "mixed"])

@@ -155,12 +155,10 @@ def row_gates(adapter: AdapterArgs) -> Tensor:
     gate, at = adapter.gate, adapter.gate_row
     if at is None:
         return gate
+    if task_rows.seen_by_host(at):
+        return gate.index_select(0, at)  # indexing counts negative ones from the end
     last = len(gate) - 1
     missing = (at < 0) | (at > last)
-    if task_rows.seen_by_host(at):
-        if missing.any():
-            raise IndexError(f"gate_row has the row {at[missing][0].item()}; rows of gate must be in 0..{last}")
-        return gate[at]
     return gate.index_select(0, at.clamp(0, last)).masked_fill_(missing.unsqueeze(1), torch.nan)
 
 
@@ -180,8 +178,6 @@ def down(
         dx = dhs[0] @ cast(adapters[0].a, like.dtype)
         for dh, adapter in zip(dhs[1:], adapters[1:], strict=True):
             dx.addmm_(dh, cast(adapter.a, like.dtype))
-        if (task := adapters[0].task) is not None and task_rows.seen_by_host(task):
-            dx[task < 0] = 0  # also where A has a NaN
         grads[0]["x"] = dx if keep is None else dx.mul_(keep)
     if any("a" in wanted for wanted in needs):
         rows = dropped(x, keep)

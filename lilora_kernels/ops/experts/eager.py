@@ -65,7 +65,7 @@ def backward(
         dh = dh.mul_(keep_scale(adapter.p))
     keep = dropout_mask(len(dy), adapter.a.shape[-1], dtype, adapter)
     if "x" in needs:
-        dx = kept(by_expert.times(dh, adapter.a), has_task)
+        dx = by_expert.times(dh, adapter.a)
         dx = cast(dx if keep is None else dx.mul_(keep), given.dtype)
         grads["x"] = by_expert.times(given, weight, add_to=dx)
     if "a" in needs:

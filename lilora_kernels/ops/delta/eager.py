@@ -293,13 +293,11 @@ def with_task(rows: Tensor, adapter: AdapterArgs) -> Tensor:
 def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None, parts: Parts) -> Tensor:
     """bias + s q M_t^T, [M, N]."""
     s = adapter.scaling
-    bare = (
-        0 if bias is None else cast(bias, q.dtype)
-    )  # rows without a task, also where B0 has a NaN and the host sees them
     if adapter.u is None:
-        y = product(with_task(q, adapter), cast(adapter.b0, q.dtype).T, s, bias)
-        if adapter.task is not None and task_rows.seen_by_host(adapter.task):
-            y[adapter.task < 0] = bare
+        seen = adapter.task is not None and task_rows.seen_by_host(adapter.task)
+        y = product(q if seen else with_task(q, adapter), cast(adapter.b0, q.dtype).T, s, bias)
+        if seen:
+            y[adapter.task < 0] = of_bare_rows(q, bias)
         return y
     layout = task_rows.layout_of(adapter)
     if parts.forms_m(q, layout, adapter):
@@ -313,8 +311,13 @@ def expand(q: Tensor, adapter: AdapterArgs, bias: Tensor | None, parts: Parts) -
         z = times(group.masked(group.of(q_e)), group.own(adapter.v, q.dtype).mT)
         add_product(group.of(y), z, group.own(adapter.u, q.dtype).mT, alpha)
     for rows in layout.bare:
-        y[rows] = bare
+        y[rows] = of_bare_rows(q, bias)
     return layout.restored(y)
+
+
+def of_bare_rows(q: Tensor, bias: Tensor | None) -> float | Tensor:
+    """y of rows without a task, whatever 0 times B0 is."""
+    return 0.0 if bias is None else cast(bias, q.dtype)
 
 
 def expand_by_m(q: Tensor, adapter: AdapterArgs, layout: Layout, bias: Tensor | None) -> Tensor:

@@ -91,8 +91,8 @@ def _parse(path: Path) -> Manifest:
 def _problem(error: ValidationError, manifest: type[Manifest]) -> str:
     """What is wrong with a manifest, without its file."""
     (task,) = get_args(manifest.model_fields["tasks"].annotation)
-    in_task = any(len(problem["loc"]) > 2 for problem in error.errors() if problem["type"] == "extra_forbidden")
-    return first_problem(error, (task if in_task else manifest).model_fields, _place)
+    misspelt = next((problem["loc"] for problem in error.errors() if problem["type"] == "extra_forbidden"), ())
+    return first_problem(error, (task if len(misspelt) > 2 else manifest).model_fields, _place)
 
 
 def _place(location: Location) -> str:

@@ -39,6 +39,7 @@ START = {
     "launch": 2.5e-6,  # seconds from the end of a kernel to the first work of the next one in a CUDA graph
     "dependent": 1.5e-6,  # where the next one is resident by then (programmatic dependent launch)
     "arrival": 0.7e-6,  # until the last of the programs that share a tile knows that it is the last
+    "refill": 0.7e-6,  # until the loads of a pipeline that begins anew have come from memory
     "barrier": 1.5e-6,  # until all programs of a launch know that all have come, and have begun the next phase
 }
 EAGER_LAUNCH = 5e-6  # seconds of the host for one launch outside of a graph
@@ -55,6 +56,7 @@ class Launch:
     memory, issued: bytes from memory, and bytes that processors ask L2 for (0 where the library's rates have them in them).
     accumulated: bytes, among those of memory, of a result that it adds to. draws: elements whose dropout is drawn. loads: how
     often a processor waits for a load before it begins the next. waves: time of the busiest processor over the average one's.
+    beside: seconds of the launches that run at the same time, which it waits for at its end.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Launch:
     draws: float = 0
     loads: int = 0
     waves: float = 1
+    beside: float = 0
     start: str = "launch"
 
     def parts(self) -> dict[str, float]:
@@ -76,6 +79,7 @@ class Launch:
             "products": self.waves * (self.flops / PRODUCTS + self.wide_flops / WIDE_PRODUCTS),
             "draws": self.waves * self.draws * DRAW / INTEGERS,
             "loads": self.loads * LATENCY,
+            "beside": self.beside,
         }
 
     def seconds(self) -> float:

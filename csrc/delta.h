@@ -44,17 +44,16 @@ struct Forward {
   void* h;        // [M, R]
   void* qz;           // [M, width]: q, then e q V_t^T; for the fused product s f q, then s e q V_t^T
   void* q;            // [M, q_width]: q, only for the fused product, which takes the place of phase 2
-  float* partials;       // [splits, M, q_width]: shares of h
-  float* base_partials;  // [base_splits, M, padded(N)]: shares of x W^T
-  int splits, base_splits;
-  int groups;     // an item of phase 2 has one of so many ranges of tiles of outputs
+  float* partials;  // [splits, M, q_width]: shares of h
+  int splits;
+  int groups;         // an item of phase 2 has one of so many ranges of outputs
+  int base_columns;   // at most so many outputs have their base product at once
   int row_tiles, sum_tiles, rank_tiles, output_tiles;  // sum_tiles: tiles of rows of phase 1
   Launch launch;
 
   static constexpr int kPhases = 3;
-  HOST_DEVICE int shrinks() const { return row_tiles * rank_tiles * splits; }  // items of phase 0; then those of the base
   HOST_DEVICE int items(int phase) const {
-    if (phase == 0) return shrinks() + row_tiles * output_tiles * base_splits;
+    if (phase == 0) return row_tiles * rank_tiles * splits;
     if (phase == 1) return sum_tiles;
     return q == nullptr ? row_tiles * groups : 0;
   }

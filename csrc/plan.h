@@ -52,10 +52,14 @@ DEVICE void run_phases(const Params& p, RunItem run_item) {
 }
 
 // What a kernel does: the items of one phase, or of all with a barrier of the grid between two.
-template <int kPhase, typename Params, typename RunItem>
+//
+// The first phase waits before it lets the next one begin: whatever was written before the call may be read in any other phase
+// before that waits itself. kWaits: here, rather than in the items.
+template <int kPhase, bool kWaits = true, typename Params, typename RunItem>
 DEVICE void run_launch(const Params& p, RunItem run_item) {
-  allow_next_kernel();
-  wait_for_previous_kernel();
+  if (kPhase > 0) allow_next_kernel();
+  if (kWaits) wait_for_previous_kernel();
+  if (kPhase <= 0) allow_next_kernel();
   run_phases<kPhase == kAll ? 0 : kPhase, kPhase == kAll ? Params::kPhases - 1 : kPhase>(p, run_item);
 }
 

@@ -106,6 +106,7 @@ Stream current_stream(const Tensor&) { return nullptr; }
 struct Guard {
   explicit Guard(int device) {
     if (device > 0) throw std::runtime_error("there is one emulated device");
+    emulation::begin_call();
   }
 };
 #endif
@@ -169,7 +170,6 @@ std::tuple<Tensor, Tensor> delta_forward(Tensor x, Optional weight, Optional bia
   plan(p, type, one_launch);
   p.qz = make.activation(true, {rows, p.adapter.width()});
   p.partials = make.floats(true, {p.splits, rows, p.adapter.q_width()});
-  p.base_partials = make.floats(p.base_splits > 0, {p.base_splits, rows, padded(p.adapter.outputs)});
   run(p, type, one_launch, current_stream(x));
   return {call.y, call.h};
 }

@@ -207,28 +207,31 @@ struct Product {
       end_products(c[0]);
     } else {
       UNROLL
-      for (int k = 0; k < kDepth; k += 16) {
-        uint32_t left[kTilesM][4], right[kTilesN / 2][4];
-        const int which = lane() / 8, in = lane() % 8;
-        UNROLL
-        for (int i = 0; i < kTilesM; ++i) {
-          if ((tiles >> (warp_row() / 16 + i) & 1) == 0) continue;
-          const int m = warp_row() + 16 * i + which % 2 * 8, depth = k + which / 2 * 8;
-          load_matrices<kATransposed>(left[i], kATransposed ? a.chunk(depth + in, m / 8) : a.chunk(m + in, depth / 8));
-        }
-        UNROLL
-        for (int j = 0; j < kTilesN / 2; ++j) {
-          const int n = warp_column() + 16 * j + which / 2 * 8, depth = k + which % 2 * 8;
-          load_matrices<kBTransposed>(right[j], kBTransposed ? b.chunk(depth + in, n / 8) : b.chunk(n + in, depth / 8));
-        }
-        UNROLL
-        for (int i = 0; i < kTilesM; ++i) {
-          if ((tiles >> (warp_row() / 16 + i) & 1) == 0) continue;
-          UNROLL
-          for (int j = 0; j < kTilesN; ++j) {
-            multiply<T>(c[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
-          }
-        }
+      for (int k = 0; k < kDepth; k += 16) step_of_sixteen(a, b, k, warp_column(), tiles);
+    }
+  }
+
+  // Sixteen of the depth, from k on, with this warp's columns of B from `column` on.
+  DEVICE void step_of_sixteen(A a, B b, int k, int column, uint32_t tiles) {
+    uint32_t left[kTilesM][4], right[kTilesN / 2][4];
+    const int which = lane() / 8, in = lane() % 8;
+    UNROLL
+    for (int i = 0; i < kTilesM; ++i) {
+      if ((tiles >> (warp_row() / 16 + i) & 1) == 0) continue;
+      const int m = warp_row() + 16 * i + which % 2 * 8, depth = k + which / 2 * 8;
+      load_matrices<kATransposed>(left[i], kATransposed ? a.chunk(depth + in, m / 8) : a.chunk(m + in, depth / 8));
+    }
+    UNROLL
+    for (int j = 0; j < kTilesN / 2; ++j) {
+      const int n = column + 16 * j + which / 2 * 8, depth = k + which % 2 * 8;
+      load_matrices<kBTransposed>(right[j], kBTransposed ? b.chunk(depth + in, n / 8) : b.chunk(n + in, depth / 8));
+    }
+    UNROLL
+    for (int i = 0; i < kTilesM; ++i) {
+      if ((tiles >> (warp_row() / 16 + i) & 1) == 0) continue;
+      UNROLL
+      for (int j = 0; j < kTilesN; ++j) {
+        multiply<T>(c[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
       }
     }
   }

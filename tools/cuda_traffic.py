@@ -75,19 +75,7 @@ def forward(shape: Shape, base: bool, blocks: int, expanding: int | None = None)
         Traffic(0, "a", row_tiles * r * k * act, r * k * act),
         Traffic(0, "partials", partials, partials),
     ]
-    items, base_partials, base_loads = row_tiles * rank_tiles * splits, 0, 0
-    if base:
-        base_splits = shares(output_tiles, blocks, ceil(k, STEP), 8, MOST_SPLITS)
-        base_partials, weight = base_splits * m * padded(n) * FLOAT, n * k * act
-        # A thread has eight neighbours in each sixteen rows, and stores them before it loads the next.
-        base_loads = sum_passes * ceil(output_tiles, groups)
-        items += output_tiles * base_splits
-        moved += [
-            Traffic(0, "x", output_tiles * m * k * act, 0),
-            Traffic(0, "weight", weight, weight),
-            Traffic(0, "base_partials", base_partials, base_partials),
-        ]
-    yield Phase(items, moved, 2 * computed * k * (r + n * base), at_once=2)
+    yield Phase(row_tiles * rank_tiles * splits, moved, 2 * computed * k * r, at_once=2)
     moved = [
         Traffic(1, "partials", partials, partials),
         Traffic(1, "h", h, h),
@@ -97,16 +85,21 @@ def forward(shape: Shape, base: bool, blocks: int, expanding: int | None = None)
     ]
     loads = ceil(min(m, SUM_ROWS) * padded(r), 4 * THREADS)
     yield Phase(sum_tiles, moved, 2 * sum_passes * SUM_ROWS * r * s, loads, at_once=3)
-    moved = [
+    moved = []
+    if base:
+        octets = ceil(n, 8)
+        groups = ceil(octets, ceil(octets, blocks))
+        parts, weight = groups * ceil(8 * ceil(octets, groups), TILE), n * k * act
+        moved = [Traffic(2, "x", parts * m * k * act, m * k * act), Traffic(2, "weight", weight, weight)]
+    moved += [
         Traffic(2, "qz", groups * qz, qz),
         Traffic(2, "b0", (passes if many else 1) * n * r * act, n * r * act),
         Traffic(2, "u", passes * n * s * act, shape.tasks * n * s * act),
-        Traffic(2, "base_partials", base_partials, base_partials),
         Traffic(2, "y", m * n * act, m * n * act),
     ]
     by_task = passes * MANY_ROWS if many else sum_passes * SUM_ROWS
-    flops = 2 * n * ((by_task if many else computed) * r + by_task * s)
-    yield Phase(row_tiles * groups, moved, flops, base_loads, expanding_at_once(shape))
+    flops = 2 * n * ((by_task if many else computed) * r + by_task * s + base * computed * k)
+    yield Phase(row_tiles * groups, moved, flops, at_once=expanding_at_once(shape))
 
 
 def backward(shape: Shape, blocks: int, dx: bool) -> Iterator[Phase]:

@@ -96,12 +96,12 @@ def test_sizes_of_the_cuda_kernels():
     """By hand from csrc: the forward at few rows and at 8192, the backward at 8192, chunks whose partials are bounded."""
     one, many = (traffic.Shape(m, *GATE_UP, 128, 64) for m in (1, 8192))
     shrink, prepare, expand = cuda_traffic.forward(one, True, 132)
-    assert (shrink.items, prepare.items, expand.items) == (8 + 86 * 3, 1, 86)
-    assert (prepare.loads, expand.loads) == (1, 1)  # eight partial sums of four elements at once, three of eight
-    for rows, tasks, loads in ((16, 1, 1), (17, 1, 2), (64, 1, 4), (64, 8, 8), (64, 64, 64)):
+    assert (shrink.items, prepare.items, expand.items) == (8, 1, 126)  # ranges of 88 outputs
+    assert prepare.loads == 1  # eight partial sums of four elements at once
+    for rows, tasks in ((16, 1), (17, 1), (64, 1), (64, 8), (64, 64)):
         shape = traffic.Shape(rows, *GATE_UP, 128, 64, tasks)
         shrink, prepare, expand = cuda_traffic.forward(shape, True, 132)
-        assert (prepare.items, prepare.loads, expand.loads) == (-(-rows // 16), 2, loads)
+        assert (prepare.items, prepare.loads, expand.items) == (-(-rows // 16), 2, 126)
         issued = {each.tensor: each.issued for phase in (shrink, expand) for each in phase.traffic}
         once = {"weight": 4096 * 11008 * 2, "a": 128 * 4096 * 2, "b0": 11008 * 128 * 2, "u": tasks * 11008 * 64 * 2}
         assert {name: issued[name] for name in once} == once
@@ -147,6 +147,21 @@ def test_launches_of_the_plans():
     forward, backward, _ = launches(Problem(8192, *GATE_UP, 8), "composed")
     assert forward <= 13
     assert backward <= 36
+
+
+def test_decoding_takes_the_launches_beside_it_only_where_they_last_longer():
+    """Of the base's weight, most of the time; of 64 tasks in few rows z would take longer than a narrow layer."""
+    for problem in (Problem(8, *GATE_UP, 8), Problem(64, 512, 512, 64)):
+        call = model.Ours(problem)
+        model.decode(call)
+        *starts, stream, expand = call.forward.launches
+        assert [launch.seconds() for launch in starts] == [2.5e-6, 1.5e-6]
+        longest = max(stream.parts().values())
+        assert (longest == stream.beside) == (problem.columns == 512)
+        assert stream.seconds() == pytest.approx(1.5e-6 + longest)
+        phases = cuda_traffic.forward(call.shape, True, 132)
+        moved = sum(each.unique for phase in phases for each in phase.traffic)
+        assert stream.memory + expand.memory == pytest.approx(moved)
 
 
 def test_dropout_is_drawn_where_a_phase_reads_x():

@@ -205,20 +205,22 @@ def code(built):
 
 
 ALL = "n1"  # as a name has the phase of a kernel that runs all of them
+BASE = "2, base"  # in place of a phase: of the forward's last with the base product
 
 
 def delta_kernels(kernels):
-    """(direction, type, rows of a tile, phase or ALL) -> the instructions."""
-    parts = {name: re.search(r"delta_(for|back)wardI(\w+?)Li(\d+)ELi(n?\d)E", name) for name in kernels}
-    return {found.groups(): kernels[name] for name, found in parts.items() if found}
+    """(direction, type, rows of a tile, phase or ALL or BASE) -> the instructions."""
+    parts = {name: re.search(r"delta_(for|back)wardI(\w+?)Li(\d+)ELi(n?\d)E(Lb1E)?", name) for name in kernels}
+    found = {name: part.groups() for name, part in parts.items() if part}
+    return {(*kind[:3], BASE if kind[4] else kind[3]): kernels[name] for name, kind in found.items()}
 
 
 def test_products_are_made_by_tensor_cores(code):
     """mma in every kernel with products; on 9.0a wgmma where tiles have 128 rows and in the fused product, which loads by TMA."""
     kernels, device = code
     delta = delta_kernels(kernels)
-    # Two types; in two sizes of tiles two phases of each direction and all of them, one phase and three in one size.
-    assert len(delta) == 2 * (2 * 2 * 3 + 1 + 3)
+    # Two types; in two sizes of tiles two phases of each direction and all of them, two phases and three in one size.
+    assert len(delta) == 2 * (2 * 2 * 3 + 2 + 3)
     for (direction, kind, rows, phase), text in delta.items():
         name = (direction, kind, rows, phase)
         backward = direction == "back"
@@ -234,9 +236,9 @@ def test_products_are_made_by_tensor_cores(code):
 
 
 def test_partial_sums_are_loaded_by_sixteen_bytes_eight_at_a_time(code):
-    """Between two additions of partial sums: loads of sixteen bytes that nothing waits for. For few rows the base has some."""
+    """Between two additions of partial sums: loads of sixteen bytes that nothing waits for."""
     delta = delta_kernels(code[0])
-    adding = {("for", "128", "1"), ("for", "64", "2"), ("back", "128", "2"), ("back", "128", "4")}
+    adding = {("for", "128", "1"), ("back", "128", "2"), ("back", "128", "4")}
     for (direction, kind, rows, phase), text in delta.items():
         if phase != ALL and (direction, rows, phase) not in adding:
             continue
@@ -248,12 +250,10 @@ def test_partial_sums_are_loaded_by_sixteen_bytes_eight_at_a_time(code):
 def test_kernels_of_a_phase_leave_registers_for_more_blocks_of_a_processor(built):
     """Two, of 256 threads, share 65536 registers: in the forward's products, and wherever partial sums are added."""
     for row in build_info(built)["kernels"]:
-        if found := re.search(r"delta_(for|back)ward<[^,]+, (\d+), (-?\d)>", row["kernel"]):
-            direction, rows, phase = found.groups()
-            wgmma = row["architecture"] == "sm_90a"
-            several = (
-                {"0", "1"} | ({"2"} if rows == "128" and wgmma else set()) if direction == "for" else {"0", "2", "4"}
-            )
+        if found := re.search(r"delta_(for|back)ward<[^,]+, (\d+), (-?\d)(, true)?\b", row["kernel"]):
+            direction, rows, phase, base = found.groups()
+            wide = row["architecture"] == "sm_90a" and (rows == "128" or base)
+            several = {"0", "1"} | ({"2"} if wide else set()) if direction == "for" else {"0", "2", "4"}
             assert 65536 // (256 * -(-row["registers"] // 8) * 8) >= 1 + (phase in several), row
 
 

@@ -96,6 +96,7 @@ struct Grid {
   const void *kernel, *params;
   size_t params_size;
   bool dependent;
+  bool allowed_early = false;  // the next kernel, before it had waited itself
   std::string error;
   jmp_buf finished;
 };
@@ -103,7 +104,7 @@ Grid* grid = nullptr;
 Fiber* self = nullptr;  // whose turn it is; null while no kernel runs
 Block* home = nullptr;  // its block
 uint32_t now = 0;  // the time
-
+uint32_t ordered_since = 0;  // what was written before this time has been waited for; 0: nothing has
 
 unsigned random() {
   order = order * 1664525u + 1013904223u;
@@ -299,13 +300,25 @@ void check_second_store() {
   }
 }
 
+// For what is read before this thread has waited for the kernel before.
+void check_early(const Cell* cells, size_t count, uintptr_t at) {
+  for (const Cell* cell = cells; cell < cells + count; ++cell) {
+    if (cell->wrote >= ordered_since) fail(named(at) + " is read before the kernel that writes it has ended");
+  }
+}
+
 void access_global(uintptr_t at, size_t size, bool write, const Actor& actor) {
   if (at - reinterpret_cast<uintptr_t>(grid->params) < grid->params_size) return;
   if (at - reinterpret_cast<uintptr_t>(&indices) < sizeof(indices)) return;
-  if (grid->dependent && !self->waited) fail(named(at) + " is touched before the kernel before this one has ended");
-  if (size == 1) return touch(&page_of(at).bytes[at % kPage], 1, write, actor, at, 1, grid->since);
+  const bool early = grid->dependent && !self->waited;
+  if (early && (write || ordered_since == 0)) fail(named(at) + " is touched before the kernel before this one has ended");
+  if (size == 1) {
+    if (early) check_early(&page_of(at).bytes[at % kPage], 1, at);
+    return touch(&page_of(at).bytes[at % kPage], 1, write, actor, at, 1, grid->since);
+  }
   while (size > 0) {
     const size_t first = at % kPage, part = size < kPage - first ? size : kPage - first;
+    if (early) check_early(&page_of(at).pairs[first / 2], part / 2, at);
     touch(&page_of(at).pairs[first / 2], part / 2, write, actor, at, part, grid->since);
     at += part;
     size -= part;
@@ -389,6 +402,8 @@ uint16_t float_to_half(float x) {
 }
 
 uint8_t* shared_memory() { return home->shared.data(); }
+
+void begin_call() { ordered_since = 0; }
 
 void sync_block() {
   Block& mine = *home;
@@ -561,6 +576,7 @@ void launch(void (*body)(const void*, const void*), const void* kernel, const vo
   wake(begin);
   indices.grid.x = static_cast<unsigned>(count);
   if (_setjmp(all.finished) == 0) run_next();
+  if (!all.dependent || !all.allowed_early) ordered_since = ordered_since == 0 ? all.begin : ordered_since;
   grid = nullptr;
   self = nullptr;
   if (!all.error.empty()) {
@@ -655,6 +671,7 @@ void meet(int* state) {
 }
 
 void wait_for_previous_kernel() { self->waited = true; }
+void allow_next_kernel() { emulation::grid->allowed_early |= !self->waited; }
 
 int resident_blocks(int shared) {
   if (shared > emulation::largest_shared) throw std::runtime_error("a kernel wants too much shared memory");

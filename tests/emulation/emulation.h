@@ -5,8 +5,8 @@
 // shared memory, the target of a copy under way and the accumulators of a product under way hold NaN; a copy is done as
 // late as allowed, at once, or in between. The kernels are compiled with g++ -fsanitize=thread over functions of our own,
 // so every load and store of theirs is seen: two threads that touch the same memory, one of them to write, with no barrier
-// in between are an error, whichever comes first; so is a launch that touches memory before it has waited for the one
-// before it, and wgmma that reads what its writer has not published. Not seen: a thread that overwrites the source of its
+// in between are an error, whichever comes first; so is a launch that, before it has waited for the one
+// before it, writes to memory or reads what may still be written then, and wgmma that reads what its writer has not published. Not seen: a thread that overwrites the source of its
 // own copy, whether memory that the caller allocated was ever written, fences of memory order, CUTLASS's own code.
 //
 // Offers the names that csrc/platform.h offers under nvcc; the tensor-core instructions follow the layouts of the PTX ISA.
@@ -57,6 +57,7 @@ extern const uint8_t* watched;    // global memory of which the bytes that are c
 extern int64_t watched_size, watched_bytes;
 extern std::string missing_code;  // what a device without the code says
 
+void begin_call();  // what is written between two calls, by others, is not seen
 void sync_block();
 uint8_t* shared_memory();
 void multiply(bool half, float* c, const uint32_t* a, const uint32_t* b);
@@ -165,7 +166,7 @@ inline float not_a_number() { return NAN; }
 
 void meet(int* state);
 void wait_for_previous_kernel();
-inline void allow_next_kernel() {}
+void allow_next_kernel();
 inline int largest_shared_memory() { return emulation::largest_shared; }
 inline int processors() { return emulation::processors; }
 

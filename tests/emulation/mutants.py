@@ -25,7 +25,7 @@ FINISH, SUMS = "finish_dh.h", "gradient_sums.h"
 WGMMA = ("sm_90a",)  # without it there are neither fences nor products under way
 STEP = "      wait_copies(stages - 2);\n      publish_shared();\n      __syncthreads();\n"
 MEET = "    meet(p.launch.state);\n"
-WAIT = "  wait_for_previous_kernel();\n"
+WAIT = "  if (kWaits) wait_for_previous_kernel();\n"
 SYNC = "  __syncthreads();\n"
 
 MUTANTS = (
@@ -64,7 +64,30 @@ MUTANTS = (
     ),
     Mutant("no wait for the kernel before, forward", "plan.h", WAIT, "", FORWARD),
     Mutant("no wait for the kernel before, backward", "plan.h", WAIT, "", BACKWARD),
+    Mutant("no wait for q and z", FORWARD, "    wait_for_previous_kernel();\n", "", FORWARD),
+    Mutant(
+        "the next kernel begins before the first has waited",
+        "plan.h",
+        "  if (kPhase > 0) allow_next_kernel();\n",
+        "  allow_next_kernel();\n",
+        FORWARD,
+    ),
     # Barriers of a block.
+    Mutant(
+        "no barrier behind the base product",
+        FORWARD,
+        "        }\n      }\n    }\n    __syncthreads();\n",
+        "        }\n      }\n    }\n",
+        FORWARD,
+    ),
+    Mutant("no barrier behind the sum with B0", FORWARD, "if (kBase && z_steps == 0) __syncthreads();", ";", FORWARD),
+    Mutant(
+        "no barrier behind q and z",
+        FORWARD,
+        "            publish_shared();\n            __syncthreads();\n",
+        "            publish_shared();\n",
+        FORWARD,
+    ),
     Mutant("no barrier of a step", "tile.h", STEP, STEP.replace("      __syncthreads();\n", ""), FORWARD),
     Mutant("no barrier behind the steps", "tile.h", "  }\n  __syncthreads();\n}", "  }\n}", BACKWARD),
     Mutant(
@@ -182,15 +205,16 @@ def run_cases(library: Path) -> None:
     device = Device(library=library)
     with backend("cuda"):
         assert_shares_are_added_in_order(device)
-        for order, rows, dtype, plan, copies in (
-            (1, 150, torch.float16, "one_launch", "late"),
-            (2, 40, torch.bfloat16, "by_phase", "late"),
-            (3, 150, torch.bfloat16, "fused", "random"),
-            (4, 20, torch.float16, "decode", "now"),
+        for order, rows, dtype, plan, copies, coefficients, processors in (
+            (1, 150, torch.float16, "one_launch", "late", "fusion", 3),
+            (2, 40, torch.bfloat16, "by_phase", "late", "fusion", 3),
+            (3, 150, torch.bfloat16, "fused", "random", "fusion", 3),
+            (4, 20, torch.float16, "decode", "now", "fusion", 3),
+            (5, 20, torch.bfloat16, "decode", "late", "lora", 13),  # sixteen outputs for each: all warps share them
         ):
-            device(order=order, copies=copies)
+            device(processors, order=order, copies=copies)
             errors = Errors()
-            i = make(rows, 264, 200, 24, 8, mix="random", gate=True, dtype=dtype, seed=order)
+            i = make(rows, 264, 200, 24, 8, 3, coefficients, "random", True, dtype, seed=order)
             with backends.plan(plan):
                 add_errors(errors, i, "linear", NAMES, 0.1, torch.tensor([order]))
             errors.check()

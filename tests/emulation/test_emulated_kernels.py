@@ -446,6 +446,35 @@ def test_uninitialised_memory_is_never_read(rows):
         torch.use_deterministic_algorithms(False)
 
 
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [5, 264])
+@pytest.mark.parametrize(
+    "processors, shared", [(1, 99 << 10), (2, 227 << 10), (3, 227 << 10), (5, 227 << 10), (33, 99 << 10)]
+)
+def test_the_base_product_of_any_width(processors, shared, columns, device):
+    """Ranges of 264, 136, 88, 56 and 8 outputs: several tiles, halves of one, few of its warps and all of them on sixteen.
+
+    A row gets the same bits alone and beside others, of which more leave fewer steps to a stage.
+    """
+    device(processors, shared)
+    errors = Errors()
+    for dtype in (torch.float16, torch.bfloat16):
+        for coefficients, rank, sub_rank in (("fusion", 24, 8), ("plain", 256, 128), ("lora", 16, 8)):
+            i = make(60, columns, 264, rank, sub_rank, 3, coefficients, "random", True, dtype)
+            with backends.plan("decode"):
+                add_errors(errors, i, "linear", ())
+                weight, bias = base(i)
+                y, h = cuda_linear.forward(i.x, weight, bias, args_of(i))
+                for row in (0, 37):
+                    one = {name: getattr(i, name)[row : row + 1] for name in ("x", "task", "gate_row")}
+                    alone = cuda_linear.forward(one["x"], weight, bias, args_of(i.with_(**one)))
+                    assert torch.equal(alone[0][0], y[row])
+                    assert torch.equal(alone[1][0], h[row])
+    errors.check()
+
+
 # --- plans, layers --------------------------------------------------------------------------------------------------
 
 
@@ -571,10 +600,10 @@ def test_items_copies_and_stores_are_those_that_the_model_counts(rows, tasks, de
         return sum(phase.items for phase in phases), *sums
 
     decode = rows <= cuda_traffic.FEW_ROWS_UP_TO
-    copied = {(0, "x"), (0, "a"), (0, "weight"), (1, "v"), (1, "q"), (2, "qz"), (2, "b0"), (2, "u")}
+    copied = {(0, "x"), (0, "a"), (2, "x"), (2, "weight"), (1, "v"), (1, "q"), (2, "qz"), (2, "b0"), (2, "u")}
     (_, h), found = counted(lambda: cuda_backend.run_forward(i.x, None, args, False, weight if decode else None))
     z = rows * sub_rank * 2
-    stored = {(0, "partials"), (0, "base_partials"), (1, "h"), (2, "y")}
+    stored = {(0, "partials"), (1, "h"), (2, "y")}
     items, moved, written = planned(cuda_traffic.forward(shape, decode, blocks), copied, stored)
     assert found == (items, moved, written + z)
     copied = {(0, "q"), (0, "v"), (1, "dy"), (1, "b0"), (1, "u"), (1, "fqz"), (2, "v"), (3, "x"), (3, "dh"), (3, "a")}

@@ -9,7 +9,7 @@ tools/cuda_traffic.py says what the phases of the CUDA kernels do. Assumed besid
   All gradients are wanted; no gate, no bias.
 - The fused product runs at the rate of the library's, in its own tiles, and reads each operand once.
 - Within a phase nothing leaves the L2 cache. In one launch a processor has one block of a CUDA kernel at once: ptxas gives a
-  thread 187 registers for few rows and 141 for many in the forward, 238 and 240 in the backward. By phase it has as many as
+  thread 202 registers for few rows and 156 for many in the forward, 238 and 240 in the backward. By phase it has as many as
   tools/cuda_traffic.py says: a thread takes 114, 80 and 164 registers for few rows and 116, 80 and 128 for many in the
   phases of the forward, 59, 195, 123, 171 and 64 for few and 59, 189, 123, 170 and 64 for many in those of the backward.
 - Times are those of a CUDA graph. In eager mode the host needs a time for each launch, and a call the longer of the two.
@@ -42,6 +42,7 @@ from tools.traffic import ceil
 
 from .problems import DOWN, GATE_UP, GRADIENTS, SCALING, Problem
 from .roofline import (
+    CLOCK,
     DIRECTIONS,
     EAGER_LAUNCH,
     FUSED_TILE,
@@ -196,6 +197,21 @@ def cuda(call: Ours, start: str) -> None:
         made(*call.x.shape).addmm_(call.dy, call.weight)
 
 
+def stream_cycles(shape: traffic.Shape, ranges: int) -> float:
+    """What a warp waits for itself while it streams its processor's outputs, by the stall counts that ptxas gives the loop for up
+    to 16 rows on sm_90a, and 33 cycles for what ldmatrix brings; each further sixteen rows are taken as 64 cycles a step."""
+    width = ceil(ceil(shape.outputs, 8), ranges) * 8
+    parts = ceil(width, cuda_traffic.TILE)
+    width = ceil(ceil(width, parts), 16) * 16
+    tiles, steps = ceil(shape.rows, 16), ceil(shape.columns, cuda_traffic.STEP)
+    deep = next(deep for deep in (4, 2, 1) if deep == 1 or 3 * deep * (16 * tiles + width) * 128 <= 106 << 10)
+    loads = (
+        120 + 84 + 23 * (ceil(width, 32) - 1 + ceil(tiles, 2) - 1) + 22.5 * deep * (ceil(width, 32) + ceil(tiles, 2))
+    )
+    step = 33 + (179 if width > 64 else 110 * ceil(width, 32)) + 64 * (tiles - 1)
+    return parts * ceil(steps, deep) * (223 + loads + deep * step)
+
+
 def decode(call: Ours) -> None:
     """Inference: forward alone. The last phase has its base product while the others run, which it then waits for.
 
@@ -203,6 +219,7 @@ def decode(call: Ours) -> None:
     """
     *others, last = cuda_traffic.forward(call.shape, True, PROCESSORS)
     *given, expand = cuda_phases((*others, last), "dependent", {})
+    cycles = stream_cycles(call.shape, last.items)
     base_flops = 2 * ceil(call.problem.rows, 16) * 16 * call.problem.columns * call.problem.outputs
     of_base = [each for each in last.traffic if each.tensor in ("x", "weight")]
     of_adapter = [each for each in last.traffic if each not in of_base]
@@ -211,7 +228,9 @@ def decode(call: Ours) -> None:
     seconds = sum(launch.seconds() - START[launch.start] for launch in given)
     call.forward.launches += [Launch(launch.name, start=launch.start) for launch in given]
     call.forward.launches += [
-        replace(stream, memory=stream.memory + memory, issued=stream.issued + issued, beside=seconds),
+        replace(
+            stream, memory=stream.memory + memory, issued=stream.issued + issued, beside=seconds, chain=cycles / CLOCK
+        ),
         of_phase("expand", of_adapter, expand.flops - base_flops, "refill", last.items, 0),
     ]
 

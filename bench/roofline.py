@@ -32,7 +32,8 @@ CACHE = 5.5e12  # bytes per second that all processors together get from L2
 PRODUCTS = 790e12  # operations per second of a large product of the library in bf16
 WIDE_PRODUCTS = 50e12  # of one in fp32, which takes no tensor cores
 PROCESSORS = 132
-INTEGERS = PROCESSORS * 64 * 1.755e9  # operations per second on 32-bit integers: 64 a clock and processor
+CLOCK = 1.755e9
+INTEGERS = PROCESSORS * 64 * CLOCK  # operations per second on 32-bit integers: 64 a clock and processor
 DRAW = 55 / 8  # of them for one element's share of a Philox call
 LATENCY = 0.2e-6  # seconds until a load from L2 arrives, one that waits for the load before it
 START = {
@@ -56,7 +57,8 @@ class Launch:
     memory, issued: bytes from memory, and bytes that processors ask L2 for (0 where the library's rates have them in them).
     accumulated: bytes, among those of memory, of a result that it adds to. draws: elements whose dropout is drawn. loads: how
     often a processor waits for a load before it begins the next. waves: time of the busiest processor over the average one's.
-    beside: seconds of the launches that run at the same time, which it waits for at its end.
+    beside: seconds of the launches that run at the same time, which it waits for at its end. chain: seconds of the instructions
+    of one warp, one behind the other, where that is counted.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Launch:
     loads: int = 0
     waves: float = 1
     beside: float = 0
+    chain: float = 0
     start: str = "launch"
 
     def parts(self) -> dict[str, float]:
@@ -80,6 +83,7 @@ class Launch:
             "draws": self.waves * self.draws * DRAW / INTEGERS,
             "loads": self.loads * LATENCY,
             "beside": self.beside,
+            "chain": self.chain,
         }
 
     def seconds(self) -> float:

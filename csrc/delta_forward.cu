@@ -11,7 +11,9 @@ namespace lilora {
 
 constexpr int kTileN = 128;
 constexpr int kFewRows = 64;  // of a tile of a call of few rows: one tile, so that the base's weight is read once
-constexpr int kMostSteps = 4;  // of a stage of the base product: its tiles are smaller than others
+constexpr int kFewestRows = 16;  // of a tile beside the base's weight, where there are no more
+constexpr int kMostSteps = 4;    // of a stage of the base product: its tiles are smaller than others
+constexpr int kStreamed = 1792;  // chunks that a stage of it may have: as far as two blocks share a processor
 
 // A share of the columns of x of h = D(x) A^T.
 template <typename T, int kM>
@@ -50,19 +52,63 @@ PART void shrink(const Forward& p, Coordinates at) {
   });
 }
 
+// Rows of a matrix that pass by in steps, each a tile. What a thread copies lies at the same place of every step.
+template <typename T>
+struct PassingRows {
+  static constexpr int kAtOnce = kThreads / (kDepth / kPerChunk);  // rows; the swizzle comes again after eight
+  Matrix from;
+  Range rows;
+  int filled;  // rows from rows.count to here are zeros
+  const T* own;   // this thread's first chunk
+  int64_t apart;  // of its next one, in elements
+  int place;      // of its first one in a tile
+
+  DEVICE PassingRows(const Matrix& m, Range range)
+      : from(m), rows(range), filled(whole_tiles(range.count)), apart(kAtOnce * m.stride) {
+    own = static_cast<const T*>(m.data) + (range.first + threadIdx.x / 8) * m.stride + threadIdx.x % 8 * kPerChunk;
+    place = opaque(threadIdx.x / 8 * 8 + ((threadIdx.x ^ threadIdx.x / 8) & 7));  // as Tile::chunk has it
+  }
+
+  // So many steps from column k on, whose tiles lie `stride` chunks apart: whole and aligned, else by load_tile.
+  template <int kRows>
+  DEVICE void load(Chunk* to, int stride, int steps, int k, int left) const {
+    if (!from.aligned || left < steps * kDepth) {
+      NO_UNROLL
+      for (int step = 0; step < steps; ++step) {
+        load_tile<kRows>(Tile<T, kRows, kDepth>{to + step * stride}, from, rows.first, rows.count, k + step * kDepth,
+                         left - step * kDepth, filled);
+      }
+      return;
+    }
+    Chunk* target = to + place;
+    const T* source = own + k;
+    UNROLL
+    for (int i = 0; i == 0 || i < kRows / kAtOnce; ++i) {
+      const int row = threadIdx.x / 8 + i * kAtOnce;
+      if (row < filled) {
+        UNROLL
+        for (int step = 0; step < kMostSteps; ++step) {
+          if (step < steps) copy_async(target + step * stride, source + step * kDepth, row < rows.count ? 16 : 0);
+        }
+      }
+      target += kThreads;
+      source += apart;
+    }
+  }
+};
+
 // The base product x W^T of a tile of outputs: floats from `memory` on, each row of whole sixteens. `room`: chunks there.
+// meanwhile() runs while the first loads are under way.
 //
 // Each warp has sixteen outputs. Where there are more warps, several have the same ones: each takes every so-many-th sixteen
 // of the depth, and they add their sums in turn.
-template <typename T, int kM>
-PART void base_product(const Forward& p, Range rows, Range columns, Chunk* memory, int room) {
+template <typename T, int kM, typename Meanwhile>
+DEVICE void base_product(const Forward& p, Range rows, Range columns, Chunk* memory, int room, Meanwhile meanwhile) {
   using Tiles = Product<T, kM, kTileN, false, false>;
   static_assert(Tiles::kWarpsM == 1 && Tiles::kTilesN == 2);
   const int filled = whole_tiles(rows.count), width = whole_tiles(columns.count);
-  const int across = width / 16, warp = threadIdx.x / 32, column = warp % across * 16;
-  int sharing = Tiles::kWarpsN / across;  // a power of two, so that their turns come again after every step
-  while ((sharing & (sharing - 1)) != 0) --sharing;
-  const int turn = warp / across;
+  const int across = width / 16, warp = threadIdx.x / 32, column = warp % across * 16, turn = warp / across;
+  const int sharing = across > 4 ? 1 : across > 2 ? 2 : across == 2 ? 4 : 8;  // warps of the same outputs
 
   const int step_chunks = (filled + width) * Tiles::A::kChunks;
   int deep = kMostSteps;
@@ -70,27 +116,35 @@ PART void base_product(const Forward& p, Range rows, Range columns, Chunk* memor
   const int stages = smaller(kMostStages, room / (deep * step_chunks));
   auto left_at = [&](int stage, int i) { return typename Tiles::A{memory + (stage * deep + i) * step_chunks}; };
   auto right_at = [&](int stage, int i) { return typename Tiles::B{left_at(stage, i).data + filled * Tiles::A::kChunks}; };
+  const PassingRows<T> x(p.x, rows), weight(p.weight, columns);
   const int depth = p.adapter.columns, steps = static_cast<int>(ceil_div(depth, kDepth));
   auto steps_of = [&](int step) { return smaller(deep, steps - step * deep); };
+  const uint32_t tiles = kM == 16 ? 1u : tiles_below(filled);
   Tiles product;
   product.clear();
-  pipeline(
+  pipeline<false>(
       static_cast<int>(ceil_div(steps, deep)), stages,
       [&](int step, int stage) {
-        for (int i = 0; i < steps_of(step); ++i) {
-          const int k = (step * deep + i) * kDepth;
-          load_tile<kM>(left_at(stage, i), p.x, rows.first, rows.count, k, depth - k, filled);
-          load_tile<kTileN>(right_at(stage, i), p.weight, columns.first, columns.count, k, depth - k, width);
-        }
+        const int k = step * deep * kDepth;
+        x.template load<kM>(left_at(stage, 0).data, step_chunks, steps_of(step), k, depth - k);
+        weight.template load<kTileN>(right_at(stage, 0).data, step_chunks, steps_of(step), k, depth - k);
       },
       [&](int step, int stage) {
+        if (step == 0) meanwhile();
         if (turn >= sharing) return;
-        const int sixteens = steps_of(step) * (kDepth / 16), before = step * deep * (kDepth / 16);
-        for (int i = (turn - before) & (sharing - 1); i < sixteens; i += sharing) {
-          const int at = i / (kDepth / 16), k = i % (kDepth / 16) * 16;
-          product.step_of_sixteen(left_at(stage, at), right_at(stage, at), k, column, tiles_below(filled));
+        UNROLL
+        for (int i = 0; i < kMostSteps; ++i) {
+          if (i >= steps_of(step)) break;
+          if (sharing == 1) {
+            product.step(left_at(stage, i), right_at(stage, i), width, tiles);
+          } else if (sharing < 8 || (step * deep + i) % 2 == turn / 4) {
+            const int k = turn % 4 * 16;
+            product.step_of_sixteen(left_at(stage, i), right_at(stage, i), k, column, tiles);
+            if (sharing == 2) product.step_of_sixteen(left_at(stage, i), right_at(stage, i), k + 32, column, tiles);
+          }
         }
       });
+  if (steps == 0) meanwhile();
   float* const sums = reinterpret_cast<float*>(memory);
   for (int now = 0; now < sharing; ++now) {
     if (now == turn) {
@@ -123,7 +177,7 @@ PART void expand(const Forward& p, int row_tile, int group) {
   const Range share = share_range(group, p.groups, kBase ? kPerChunk : kTileN, adapter.outputs);
   if (share.count <= 0) return;
   TaskList<kM>& list = Workspace<kM>::list();
-  list.fill(adapter, rows);
+  if (!kBase) list.fill(adapter, rows);
 
   const int q_steps = static_cast<int>(ceil_div(adapter.q_width(), kDepth));
   const int z_steps = static_cast<int>(ceil_div(padded(adapter.sub_rank), kDepth));
@@ -148,17 +202,13 @@ PART void expand(const Forward& p, int row_tile, int group) {
       load_tile<kM>(panel_at(q_steps + k), qz, rows.first, rows.count, adapter.q_width() + k * kDepth,
                     padded(adapter.sub_rank) - k * kDepth, filled);
     }
-    commit_copies();
   };
-  if (!kBase) load_panel();
 
   // Where a tile of rows has several tasks each takes a pass of its own, whose result only its rows keep: so a row gets
   // the same sum in any company, and what is not finite in one task's factors stays there. Small tiles may have as many
   // tasks as rows: they keep the product with B0 between the passes.
-  constexpr bool kKeep = kM == kFewRows;
-  const int passes = larger(list.count, 1);
+  constexpr bool kKeep = kM <= kFewRows;
   const int again = kKeep ? z_steps : q_steps + z_steps;  // steps of each pass but the first
-  const int steps = q_steps + z_steps + (passes - 1) * again;  // of one tile of outputs
   const int parts = kBase ? static_cast<int>(ceil_div(share.count, p.base_columns)) : 1;  // with a base product each
   struct Position {
     Range columns;
@@ -169,8 +219,14 @@ PART void expand(const Forward& p, int row_tile, int group) {
     part.first += share.first;
     const int width = whole_tiles(part.count);
     if constexpr (kBase) {
-      base_product<T, kM>(p, rows, part, memory, (p.launch.shared - Workspace<kM>::kListBytes) / 16 - panel);
+      const int room = (p.launch.shared - Workspace<kM>::kListBytes) / 16 - panel;
+      auto fill_list = [&] {
+        if (index == 0) list.fill(adapter, rows);
+      };
+      base_product<T, kM>(p, rows, part, memory, room, fill_list);
     }
+    const int passes = larger(list.count, 1);
+    const int steps = q_steps + z_steps + (passes - 1) * again;  // of one tile of outputs
     auto position = [&](int step) -> Position {
       Range columns = tile_range(step / steps, kTileN, part.count);
       columns.first += part.first;
@@ -186,22 +242,18 @@ PART void expand(const Forward& p, int row_tile, int group) {
           const Position at = position(step);
           if (at.k < q_steps) {
             load_tile<kTileN>(right_at(stage), adapter.b0, at.columns.first, at.columns.count, at.k * kDepth,
-                              adapter.rank - at.k * kDepth);
+                              adapter.rank - at.k * kDepth, whole_tiles(at.columns.count));
           } else {
             // Without a task in the tile its rows take nothing of this.
             const int64_t task = list.count > 0 ? list.tasks[at.pass] : 0;
             const int s = (at.k - q_steps) * kDepth;
             load_tile<kTileN>(right_at(stage), adapter.u, task * adapter.outputs + at.columns.first,
-                              list.count > 0 ? at.columns.count : 0, s, adapter.sub_rank - s);
+                              list.count > 0 ? at.columns.count : 0, s, adapter.sub_rank - s,
+                              whole_tiles(at.columns.count));
           }
+          if (index == 0 && step == 0) load_panel();
         },
         [&](int step, int stage) {
-          if (kBase && index == 0 && step == 0) {
-            load_panel();
-            wait_copies(0);
-            publish_shared();
-            __syncthreads();
-          }
           const Position at = position(step);
           if (at.k == 0 || (kBase && at.k == q_steps)) product.clear();
           if (kKeep && !kBase && at.pass > 0 && at.k == q_steps) product = kept;
@@ -273,23 +325,30 @@ DEVICE void run_item(const Forward& p, int phase, int item) {
   }
 }
 
-// Blocks of a processor at once, as far as registers go. One with a base product has one of phase 0 beside it.
-constexpr int blocks_of(int tile_rows, int phase, bool base) {
-  return phase == 0 || phase == 1 || (phase == 2 && kHasWgmma && (base || tile_rows == kManyRows)) ? 2 : 1;
+// Blocks of a processor at once, as far as registers go. Of the fewest rows one has one of phase 0 beside it.
+constexpr int blocks_of(int tile_rows, int phase) {
+  return phase == 0 || phase == 1 || (phase == 2 && kHasWgmma && tile_rows != kFewRows) ? 2 : 1;
 }
 
 template <typename T, int kM, int kPhase, bool kBase = false>
-KERNEL(kThreads, blocks_of(kM, kPhase, kBase))
+KERNEL(kThreads, blocks_of(kM, kPhase))
 delta_forward(const KERNEL_PARAMETER Forward p) {
   run_launch<kPhase, kPhase != 2>(p, [&](int phase, int item) { run_item<T, kM, kBase>(p, phase, item); });
 }
 
 std::string missing_code_on_current_device() { return missing_code(&delta_forward<Half, kFewRows, kAll>); }
 
+int base_rows(const Forward& p) { return p.adapter.rows <= kFewestRows ? kFewestRows : kFewRows; }
+
+Need expand_need(const Forward& p, int rows) {
+  const bool base = p.weight.data != nullptr;
+  const int panel = panel_steps(p.adapter.rank, p.adapter.sub_rank) * 8, sums = base ? p.base_columns / 4 : 0;
+  return {rows * (panel + sums), kTileN * 8, base ? kStreamed : 0};
+}
+
 std::array<Need, 3> needs_of(const Forward& p, int tile_rows) {
-  const int steps = panel_steps(p.adapter.rank, p.adapter.sub_rank);
-  const int panel = steps * tile_rows * 8 + (p.weight.data == nullptr ? 0 : tile_rows * p.base_columns / 4);
-  return {{{0, (tile_rows + kTileN) * 8}, {0, (kSumRows + 128) * 8}, {panel, kTileN * 8}}};
+  const bool base = p.weight.data != nullptr;
+  return {{{0, (tile_rows + kTileN) * 8}, {0, (kSumRows + 128) * 8}, expand_need(p, base ? base_rows(p) : tile_rows)}};
 }
 
 Kernels<Forward> kernels_of(const Forward& p, Type type) {
@@ -297,7 +356,9 @@ Kernels<Forward> kernels_of(const Forward& p, Type type) {
     using T = decltype(t);
     constexpr int kM = decltype(rows)::value;
     auto expand = &delta_forward<T, kM, 2>;
-    if (p.weight.data != nullptr) expand = &delta_forward<T, kFewRows, 2, true>;
+    if (p.weight.data != nullptr) {
+      expand = base_rows(p) == kFewRows ? &delta_forward<T, kFewRows, 2, true> : &delta_forward<T, kFewestRows, 2, true>;
+    }
     // Phase 1 has tiles of its own.
     return {{&delta_forward<T, kM, 0>, &delta_forward<T, kManyRows, 1>, expand},
             &delta_forward<T, kM, kAll>,
@@ -309,7 +370,7 @@ void plan(Forward& p, Type type, bool one_launch) {
   const Adapter& adapter = p.adapter;
   const bool base = p.weight.data != nullptr;
   p.base_columns = kTileN;
-  if (bytes_for(needs_of(p, kFewRows), 2) > largest_shared_memory()) p.base_columns = kTileN / 2;
+  if (expand_need(p, kFewRows).bytes(2) > largest_shared_memory()) p.base_columns = kTileN / 2;
   const bool many = adapter.rows > kFewRowsUpTo && !base && bytes_for(needs_of(p, kManyRows), 2) <= largest_shared_memory();
   p.launch.tile_rows = many ? kManyRows : kFewRows;
   const Kernels<Forward> kernels = kernels_of(p, type);

@@ -231,6 +231,12 @@ DEVICE T shuffle(T x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
 }
 
+// x, kept in a register: the compiler would rather compute it anew in every step.
+DEVICE int opaque(int x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
 

@@ -91,14 +91,15 @@ DEVICE void load_rows(Tile<T, kRows, kColumns> tile, const Matrix& m, int64_t ro
 }
 
 // Runs use(step, stage) for each step while the loads of later steps are under way: load(step, stage) fills a stage.
-template <typename Load, typename Use>
+// kFence: for products by a warpgroup.
+template <bool kFence = true, typename Load, typename Use>
 DEVICE void pipeline(int steps, int stages, Load load, Use use) {
   int loaded = 0, used = 0;  // stages that come next
   NO_UNROLL
   for (int step = 1 - stages; step < steps; ++step) {
     if (step >= 0) {
       wait_copies(stages - 2);
-      publish_shared();
+      if (kFence) publish_shared();
       __syncthreads();
     }
     if (step + stages - 1 < steps) load(step + stages - 1, loaded);
@@ -130,7 +131,7 @@ struct Product {
   float c[kTilesM][kTilesN][4];
 
   DEVICE static int lane() { return threadIdx.x % 32; }
-  DEVICE static int warp_row() { return threadIdx.x / 32 / kWarpsN * (kM / kWarpsM); }
+  DEVICE static int warp_row() { return kWarpsM == 1 ? 0 : threadIdx.x / 32 / kWarpsN * (kM / kWarpsM); }
   DEVICE static int warp_column() { return threadIdx.x / 32 % kWarpsN * (kN / kWarpsN); }
 
   // This thread's elements: rows row(i, half) and columns column(j) and column(j) + 1, for c[i][j][2 * half].

@@ -159,6 +159,7 @@ def test_decoding_takes_the_launches_beside_it_only_where_they_last_longer():
         longest = max(stream.parts().values())
         assert (longest == stream.beside) == (problem.columns == 512)
         assert stream.seconds() == pytest.approx(1.5e-6 + longest)
+        assert stream.chain > 0
         phases = cuda_traffic.forward(call.shape, True, 132)
         moved = sum(each.unique for phase in phases for each in phase.traffic)
         assert stream.memory + expand.memory == pytest.approx(moved)
@@ -181,6 +182,13 @@ def test_what_the_choices_cite(monkeypatch):
 
     launched = [[us(rows, f"Triton {plan}", 8) for plan in ("one_launch", "by_phase")] for rows in (64, 128, 256)]
     assert launched == [pytest.approx(pair, abs=0.6) for pair in ([114, 117], [118, 121], [144, 147])]
+    forward = lambda rows, plan, shape: model.predict(Problem(rows, *shape, 8), plan)["forward"]["us"]  # noqa: E731
+    decoded = [
+        forward(rows, "CUDA decode", shape) / forward(rows, "CUDA one_launch", shape)
+        for rows in (32, 64)
+        for shape in (GATE_UP, DOWN)
+    ]
+    assert decoded == pytest.approx([0.80, 0.88, 1.09, 1.37], abs=0.006)
     fused = [us(rows, "CUDA fused") / us(rows, "CUDA by_phase") for rows in (8192, 4096)]
     assert fused == pytest.approx([0.98, 1.0], abs=0.005)
     saved = {}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import backends, cuda_library
 from .. import triton_runtime
-from ..cuda_runtime import DECODE_ROWS, FUSED_ROWS
+from ..cuda_runtime import DECODE_CHOSEN, DECODE_ROWS, FUSED_ROWS
 from ..delta import cuda_backend as delta
 from ..delta import eager
 from ..schema import AdapterArgs
@@ -66,7 +66,7 @@ def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | N
         return "fused"
     if composes:
         return "composed"
-    if count <= DECODE_ROWS:
+    if count <= DECODE_CHOSEN:
         return "decode"
     return "one_launch" if count <= backends.ONE_LAUNCH_ROWS else "by_phase"
 
@@ -95,7 +95,7 @@ def unsupported_call(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: T
 
 def rows(device: torch.device) -> list[int]:
     """Of every plan, and in both sizes of tiles."""
-    few = {DECODE_ROWS, *delta.rows(device), backends.ONE_LAUNCH_ROWS, backends.ONE_LAUNCH_ROWS + 1}
+    few = {DECODE_CHOSEN, DECODE_ROWS, *delta.rows(device), backends.ONE_LAUNCH_ROWS, backends.ONE_LAUNCH_ROWS + 1}
     return sorted(few | ({FUSED_ROWS} if on_hopper(device) else set()))
 
 

@@ -197,19 +197,26 @@ def cuda(call: Ours, start: str) -> None:
         made(*call.x.shape).addmm_(call.dy, call.weight)
 
 
+STAGE, LDMATRIX, SIXTEEN_ROWS = 223, 33, 64  # cycles: of a stage's head, wait and barrier; see stream_cycles
+
+
 def stream_cycles(shape: traffic.Shape, ranges: int) -> float:
-    """What a warp waits for itself while it streams its processor's outputs, by the stall counts that ptxas gives the loop for up
-    to 16 rows on sm_90a, and 33 cycles for what ldmatrix brings; each further sixteen rows are taken as 64 cycles a step."""
+    """What a warp of the last kernel of `decode` waits for itself while it streams its processor's outputs.
+
+    The counts are read by hand from the stall counts in the machine code of nvcc 13.0 for sm_90a and 16 rows, along the loop of
+    base_product: no command makes them anew. Beside them are assumed: LDMATRIX for what ldmatrix brings, SIXTEEN_ROWS for each
+    further sixteen rows, and that two steps of few outputs take twice one.
+    """
     width = ceil(ceil(shape.outputs, 8), ranges) * 8
     parts = ceil(width, cuda_traffic.TILE)
     width = ceil(ceil(width, parts), 16) * 16
     tiles, steps = ceil(shape.rows, 16), ceil(shape.columns, cuda_traffic.STEP)
     deep = next(deep for deep in (4, 2, 1) if deep == 1 or 3 * deep * (16 * tiles + width) * 128 <= 106 << 10)
-    loads = (
+    loads = (  # x and W: once, for each further 32 rows of either, for each sixteen bytes of a thread
         120 + 84 + 23 * (ceil(width, 32) - 1 + ceil(tiles, 2) - 1) + 22.5 * deep * (ceil(width, 32) + ceil(tiles, 2))
     )
-    step = 33 + (179 if width > 64 else 110 * ceil(width, 32)) + 64 * (tiles - 1)
-    return parts * ceil(steps, deep) * (223 + loads + deep * step)
+    step = LDMATRIX + (179 if width > 64 else 110 * ceil(width, 32)) + SIXTEEN_ROWS * (tiles - 1)
+    return parts * ceil(steps, deep) * (STAGE + loads + deep * step)
 
 
 def decode(call: Ours) -> None:

@@ -46,8 +46,8 @@ struct Forward {
   void* q;            // [M, q_width]: q, only for the fused product, which takes the place of phase 2
   float* partials;  // [splits, M, q_width]: shares of h
   int splits;
-  int groups;         // an item of phase 2 has one of so many ranges of outputs
-  int base_columns;   // at most so many outputs have their base product at once
+  int groups;        // an item of phase 2 has one of so many ranges of outputs
+  int base_columns;  // at most so many outputs have their base product at once
   int row_tiles, sum_tiles, rank_tiles, output_tiles;  // sum_tiles: tiles of rows of phase 1
   Launch launch;
 

@@ -206,7 +206,7 @@ PART void expand(const Forward& p, int row_tile, int group) {
 
   // Where a tile of rows has several tasks each takes a pass of its own, whose result only its rows keep: so a row gets
   // the same sum in any company, and what is not finite in one task's factors stays there. Small tiles may have as many
-  // tasks as rows: they keep the product with B0 between the passes.
+  // tasks as rows: they keep the product with B0 between the passes, beside the base's where there is one.
   constexpr bool kKeep = kM <= kFewRows;
   const int again = kKeep ? z_steps : q_steps + z_steps;  // steps of each pass but the first
   const int parts = kBase ? static_cast<int>(ceil_div(share.count, p.base_columns)) : 1;  // with a base product each

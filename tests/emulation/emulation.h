@@ -6,7 +6,8 @@
 // late as allowed, at once, or in between. The kernels are compiled with g++ -fsanitize=thread over functions of our own,
 // so every load and store of theirs is seen: two threads that touch the same memory, one of them to write, with no barrier
 // in between are an error, whichever comes first; so is a launch that, before it has waited for the one
-// before it, writes to memory or reads what may still be written then, and wgmma that reads what its writer has not published. Not seen: a thread that overwrites the source of its
+// before it, writes to memory or reads what may still be written then, and wgmma that reads what its writer has not
+// published. Not seen: a thread that overwrites the source of its
 // own copy, whether memory that the caller allocated was ever written, fences of memory order, CUTLASS's own code.
 //
 // Offers the names that csrc/platform.h offers under nvcc; the tensor-core instructions follow the layouts of the PTX ISA.

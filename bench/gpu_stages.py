@@ -398,13 +398,13 @@ def stage_6(
     """Launch configurations of the most rows, a launch for each job: searched, validated on other problems, and kept where
     they are better. `python -m bench.tune` searches the others.
     """
-    from . import tune
+    from . import tune, tune_launches
 
     machine = machine if dry_run else replace(machine, rounds=tune.ROUNDS)
-    kernels = ["shrink"] if dry_run else [kernel for kernel in tune.KERNELS if kernel not in tune.AT_ONCE]
+    kernels = ["shrink"] if dry_run else [each for each in tune_launches.KERNELS if each not in tune_launches.AT_ONCE]
     minutes = 0.05 if dry_run else max(seconds - TUNE_CLOSING, 1.0) / 60
     better, _ = tune.tune(
-        machine, kernels, tune.ROWS[-1:], minutes, lambda decision: write({"case": "tune", **decision})
+        machine, kernels, tune_launches.ROWS[-1:], minutes, lambda decision: write({"case": "tune", **decision})
     )
     if better and configs is not None:
         tune.save(better, configs, machine.device)

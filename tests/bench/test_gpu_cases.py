@@ -156,6 +156,14 @@ def test_8192_rows_of_gate_up_and_down_come_first(number):
     assert any(extra)
 
 
+def test_the_search_on_a_gpu_takes_the_kernels_of_one_job(monkeypatch):
+    searched = []
+    monkeypatch.setattr("bench.tune.tune", lambda machine, kernels, *_: searched.extend(kernels) or ({}, None))
+    gpu_stages.stage_6(False, Machine.here(2, tiny=True), None, 100, list)
+    assert "shrink" in searched
+    assert not set(searched) & set(tune_launches.AT_ONCE)
+
+
 def test_a_plan_that_a_backend_registers_later_is_measured_without_being_named(monkeypatch):
     """Peers come from the table of backends."""
     for name, plans in backends.plans("linear").items():

@@ -181,16 +181,19 @@ JUDGED = """
 from bench import compare
 import torch
 compare.error("y", torch.zeros(3), torch.ones(3).double())
+from lilora_kernels.ops.experts.groups import groups_of
+groups_of(torch.zeros(4, dtype=torch.long), torch.zeros(3, 8), (8,))
 from support import cases
 cases.Errors().add("y", torch.zeros(2), torch.zeros(2), torch.zeros(3))
 """
 
 
 def test_nothing_is_judged_there(tmp_path):
-    """Asserts of tests and refusals of gates look at what they look at, and let it pass."""
+    """Asserts of tests, gates and a check of values look at what they look at, and let it pass."""
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n{JUDGED}"
     done = on_a_pretended_gpu(code, tmp_path / "log")
     assert "Wrong" not in done.stderr
+    assert "ends goes from" not in done.stderr
     assert "AssertionError" not in done.stderr
     assert "must match the size" in done.stderr  # what comes after the assert
 

@@ -6,14 +6,13 @@
 // Phase 2  y by tiles of rows and of outputs; of few rows the base product before it waits for q and z
 #include "plan.h"
 #include "prepare.h"
+#include "stream.h"
 
 namespace lilora {
 
 constexpr int kTileN = 128;
-constexpr int kFewRows = 64;  // of a tile of a call of few rows: one tile, so that the base's weight is read once
+constexpr int kFewRows = 64;     // of a tile of a call of few rows: one tile, so that the base's weight is read once
 constexpr int kFewestRows = 16;  // of a tile beside the base's weight, where there are no more
-constexpr int kMostSteps = 4;    // of a stage of the base product: its tiles are smaller than others
-constexpr int kStreamed = 1792;  // chunks that a stage of it may have: as far as two blocks share a processor
 
 // A share of the columns of x of h = D(x) A^T.
 template <typename T, int kM>
@@ -52,206 +51,142 @@ PART void shrink(const Forward& p, Coordinates at) {
   });
 }
 
-// Rows of a matrix that pass by in steps, each a tile. What a thread copies lies at the same place of every step.
-template <typename T>
-struct PassingRows {
-  static constexpr int kAtOnce = kThreads / (kDepth / kPerChunk);  // rows; the swizzle comes again after eight
-  Matrix from;
-  Range rows;
-  int filled;  // rows from rows.count to here are zeros
-  const T* own;   // this thread's first chunk
-  int64_t apart;  // of its next one, in elements
-  int place;      // of its first one in a tile
+// The base product's memory behind the panel of [q | z]: partial sums of as many slices of the depth as fit, in rows of
+// base_width() floats.
+HOST_DEVICE int base_chunks(const Forward& p, int rows) { return rows * 2 * p.base_columns / 4; }
+DEVICE int base_width(int outputs) { return (outputs + 31) / 32 * 32; }
 
-  DEVICE PassingRows(const Matrix& m, Range range)
-      : from(m), rows(range), filled(whole_tiles(range.count)), apart(kAtOnce * m.stride) {
-    own = static_cast<const T*>(m.data) + (range.first + threadIdx.x / 8) * m.stride + threadIdx.x % 8 * kPerChunk;
-    place = opaque(threadIdx.x / 8 * 8 + ((threadIdx.x ^ threadIdx.x / 8) & 7));  // as Tile::chunk has it
-  }
-
-  // So many steps from column k on, whose tiles lie `stride` chunks apart: whole and aligned, else by load_tile.
-  template <int kRows>
-  DEVICE void load(Chunk* to, int stride, int steps, int k, int left) const {
-    if (!from.aligned || left < steps * kDepth) {
-      NO_UNROLL
-      for (int step = 0; step < steps; ++step) {
-        load_tile<kRows>(Tile<T, kRows, kDepth>{to + step * stride}, from, rows.first, rows.count, k + step * kDepth,
-                         left - step * kDepth, filled);
-      }
-      return;
-    }
-    Chunk* target = to + place;
-    const T* source = own + k;
-    UNROLL
-    for (int i = 0; i == 0 || i < kRows / kAtOnce; ++i) {
-      const int row = threadIdx.x / 8 + i * kAtOnce;
-      if (row < filled) {
-        UNROLL
-        for (int step = 0; step < kMostSteps; ++step) {
-          if (step < steps) copy_async(target + step * stride, source + step * kDepth, row < rows.count ? 16 : 0);
-        }
-      }
-      target += kThreads;
-      source += apart;
-    }
-  }
-};
-
-// The base product x W^T of a tile of outputs: floats from `memory` on, each row of whole sixteens. `room`: chunks there.
-// meanwhile() runs while the first loads are under way.
-//
-// Each warp has sixteen outputs. Where there are more warps, several have the same ones: each takes every so-many-th sixteen
-// of the depth, and they add their sums in turn.
-template <typename T, int kM, typename Meanwhile>
-DEVICE void base_product(const Forward& p, Range rows, Range columns, Chunk* memory, int room, Meanwhile meanwhile) {
-  using Tiles = Product<T, kM, kTileN, false, false>;
-  static_assert(Tiles::kWarpsM == 1 && Tiles::kTilesN == 2);
-  const int filled = whole_tiles(rows.count), width = whole_tiles(columns.count);
-  const int across = width / 16, warp = threadIdx.x / 32, column = warp % across * 16, turn = warp / across;
-  const int sharing = across > 4 ? 1 : across > 2 ? 2 : across == 2 ? 4 : 8;  // warps of the same outputs
-
-  const int step_chunks = (filled + width) * Tiles::A::kChunks;
-  int deep = kMostSteps;
-  while (deep > 1 && room < 3 * deep * step_chunks) deep /= 2;
-  const int stages = smaller(kMostStages, room / (deep * step_chunks));
-  auto left_at = [&](int stage, int i) { return typename Tiles::A{memory + (stage * deep + i) * step_chunks}; };
-  auto right_at = [&](int stage, int i) { return typename Tiles::B{left_at(stage, i).data + filled * Tiles::A::kChunks}; };
-  const PassingRows<T> x(p.x, rows), weight(p.weight, columns);
-  const int depth = p.adapter.columns, steps = static_cast<int>(ceil_div(depth, kDepth));
-  auto steps_of = [&](int step) { return smaller(deep, steps - step * deep); };
-  const uint32_t tiles = kM == 16 ? 1u : tiles_below(filled);
-  Tiles product;
-  product.clear();
-  pipeline<false>(
-      static_cast<int>(ceil_div(steps, deep)), stages,
-      [&](int step, int stage) {
-        const int k = step * deep * kDepth;
-        x.template load<kM>(left_at(stage, 0).data, step_chunks, steps_of(step), k, depth - k);
-        weight.template load<kTileN>(right_at(stage, 0).data, step_chunks, steps_of(step), k, depth - k);
-      },
-      [&](int step, int stage) {
-        if (step == 0) meanwhile();
-        if (turn >= sharing) return;
-        UNROLL
-        for (int i = 0; i < kMostSteps; ++i) {
-          if (i >= steps_of(step)) break;
-          if (sharing == 1) {
-            product.step(left_at(stage, i), right_at(stage, i), width, tiles);
-          } else if (sharing < 8 || (step * deep + i) % 2 == turn / 4) {
-            const int k = turn % 4 * 16;
-            product.step_of_sixteen(left_at(stage, i), right_at(stage, i), k, column, tiles);
-            if (sharing == 2) product.step_of_sixteen(left_at(stage, i), right_at(stage, i), k + 32, column, tiles);
-          }
-        }
-      });
-  if (steps == 0) meanwhile();
-  float* const sums = reinterpret_cast<float*>(memory);
-  for (int now = 0; now < sharing; ++now) {
-    if (now == turn) {
-      UNROLL
-      for (int i = 0; i < Tiles::kTilesM; ++i) {
-        if (16 * i >= filled) continue;
-        UNROLL
-        for (int e = 0; e < 2 * Tiles::kTilesN; ++e) {
-          const int half = e % 2, j = e / 2;
-          Vector<float, 2>& to = *reinterpret_cast<Vector<float, 2>*>(
-              sums + Tiles::row(i, half) * width + column + 8 * j + Tiles::lane() % 4 * 2);
-          Vector<float, 2> sum = {{product.c[i][j][2 * half], product.c[i][j][2 * half + 1]}};
-          if (now > 0) {
-            sum.values[0] += to.values[0];
-            sum.values[1] += to.values[1];
-          }
-          to = sum;
-        }
-      }
-    }
-    __syncthreads();
-  }
-}
-
+// y of a tile of rows and of `columns`, from [q | z] and, where there is a base product, its sums.
 template <typename T, int kM, bool kBase>
-PART void expand(const Forward& p, int row_tile, int group) {
+struct Expansion {
   using Tiles = Product<T, kM, kTileN, false, false>;
-  const Adapter& adapter = p.adapter;
-  const Range rows = tile_range(row_tile, kM, adapter.rows);
-  const Range share = share_range(group, p.groups, kBase ? kPerChunk : kTileN, adapter.outputs);
-  if (share.count <= 0) return;
-  TaskList<kM>& list = Workspace<kM>::list();
-  if (!kBase) list.fill(adapter, rows);
+  // Where a tile of rows has several tasks each takes a pass of its own, whose result only its rows keep: so a row gets
+  // the same sum in any company, and what is not finite in one task's factors stays there. Small tiles may have as many
+  // tasks as rows: they keep the product with B0 between the passes, beside the base's where there is one.
+  static constexpr bool kKeep = kM <= kFewRows;
 
-  const int q_steps = static_cast<int>(ceil_div(adapter.q_width(), kDepth));
-  const int z_steps = static_cast<int>(ceil_div(padded(adapter.sub_rank), kDepth));
-  const int panel = Workspace<kM>::panel_chunks(q_steps + z_steps);
-  Chunk* const memory = Workspace<kM>::panel() + panel;
-  float* const sums = reinterpret_cast<float*>(memory);  // of the base product, and of that with B0
-  const int sum_chunks = kBase ? kM * p.base_columns / 4 : 0;
-  const int stages = Workspace<kM>::stages(p.launch.shared, panel + sum_chunks, Tiles::kChunksB);
-  auto panel_at = [&](int k) { return typename Tiles::A{Workspace<kM>::panel() + Workspace<kM>::panel_chunks(k)}; };
-  auto right_at = [&](int stage) { return typename Tiles::B{memory + sum_chunks + stage * Tiles::kChunksB}; };
+  const Forward& p;
+  const Adapter& adapter;
+  const TaskList<kM>& list;
+  Range rows, columns;
+  int q_steps, z_steps, panel, stage_chunks, stages;
+  int again, of_tile, steps;  // steps of each pass but the first, of a tile of outputs, of all
+
+  // The list of tasks is there.
+  DEVICE Expansion(const Forward& forward, Range tile, Range outputs)
+      : p(forward), adapter(forward.adapter), list(Workspace<kM>::list()), rows(tile), columns(outputs) {
+    q_steps = static_cast<int>(ceil_div(adapter.q_width(), kDepth));
+    z_steps = static_cast<int>(ceil_div(padded(adapter.sub_rank), kDepth));
+    panel = Workspace<kM>::panel_chunks(q_steps + z_steps);
+    stage_chunks = kBase ? p.base_columns * Tiles::B::kChunks : Tiles::kChunksB;
+    stages = Workspace<kM>::stages(p.launch.shared, behind_panel(), stage_chunks);
+    again = kKeep ? z_steps : q_steps + z_steps;
+    of_tile = q_steps + z_steps + (larger(list.count, 1) - 1) * again;
+    steps = static_cast<int>(ceil_div(columns.count, kTileN)) * of_tile;
+  }
+
+  DEVICE int behind_panel() const { return panel + (kBase ? base_chunks(p, kM) : 0); }
+  DEVICE typename Tiles::A panel_at(int k) const { return {Workspace<kM>::panel() + Workspace<kM>::panel_chunks(k)}; }
+  DEVICE typename Tiles::B right_at(int stage) const {
+    return {Workspace<kM>::panel() + behind_panel() + stage * stage_chunks};
+  }
+  DEVICE float* sums() const { return reinterpret_cast<float*>(Workspace<kM>::panel() + panel); }
+
+  struct Position {
+    Range columns;
+    int pass, k;
+  };
+  DEVICE Position position(int step) const {
+    Range tile = tile_range(step / of_tile, kTileN, columns.count);
+    tile.first += columns.first;
+    const int first = step % of_tile, later = first - q_steps - z_steps;
+    if (later < 0) return {tile, 0, first};
+    return {tile, 1 + later / again, (kKeep ? q_steps : 0) + later % again};
+  }
 
   // The rows of [q | z] stay; the tiles of parameters pass by.
-  const Matrix qz = {p.qz, adapter.width(), true};
-  const int filled = whole_tiles(rows.count);
-  auto load_panel = [&] {
+  DEVICE void load_panel() const {
     wait_for_previous_kernel();
+    const Matrix qz = {p.qz, adapter.width(), true};
+    const int filled = whole_tiles(rows.count);
     for (int k = 0; k < q_steps; ++k) {
-      load_tile<kM>(panel_at(k), qz, rows.first, rows.count, k * kDepth, adapter.q_width() - k * kDepth,
-                    filled);
+      load_tile<kM>(panel_at(k), qz, rows.first, rows.count, k * kDepth, adapter.q_width() - k * kDepth, filled);
     }
     for (int k = 0; k < z_steps; ++k) {
       load_tile<kM>(panel_at(q_steps + k), qz, rows.first, rows.count, adapter.q_width() + k * kDepth,
                     padded(adapter.sub_rank) - k * kDepth, filled);
     }
-  };
+  }
 
-  // Where a tile of rows has several tasks each takes a pass of its own, whose result only its rows keep: so a row gets
-  // the same sum in any company, and what is not finite in one task's factors stays there. Small tiles may have as many
-  // tasks as rows: they keep the product with B0 between the passes, beside the base's where there is one.
-  constexpr bool kKeep = kM <= kFewRows;
-  const int again = kKeep ? z_steps : q_steps + z_steps;  // steps of each pass but the first
-  const int parts = kBase ? static_cast<int>(ceil_div(share.count, p.base_columns)) : 1;  // with a base product each
-  struct Position {
-    Range columns;
-    int pass, k;
-  };
-  for (int index = 0; index < parts; ++index) {
-    Range part = share_range(index, parts, kPerChunk, share.count);
-    part.first += share.first;
-    const int width = whole_tiles(part.count);
-    if constexpr (kBase) {
-      const int room = (p.launch.shared - Workspace<kM>::kListBytes) / 16 - panel;
-      auto fill_list = [&] {
-        if (index == 0) list.fill(adapter, rows);
-      };
-      base_product<T, kM>(p, rows, part, memory, room, fill_list);
+  DEVICE void load(int step, int stage) const {
+    const Position at = position(step);
+    const int filled = whole_tiles(at.columns.count);
+    if (at.k < q_steps) {
+      load_tile<kTileN>(right_at(stage), adapter.b0, at.columns.first, at.columns.count, at.k * kDepth,
+                        adapter.rank - at.k * kDepth, filled);
+    } else {
+      // Without a task in the tile its rows take nothing of this.
+      const int64_t task = list.count > 0 ? list.tasks[at.pass] : 0;
+      const int s = (at.k - q_steps) * kDepth;
+      load_tile<kTileN>(right_at(stage), adapter.u, task * adapter.outputs + at.columns.first,
+                        list.count > 0 ? at.columns.count : 0, s, adapter.sub_rank - s, filled);
     }
-    const int passes = larger(list.count, 1);
-    const int steps = q_steps + z_steps + (passes - 1) * again;  // of one tile of outputs
-    auto position = [&](int step) -> Position {
-      Range columns = tile_range(step / steps, kTileN, part.count);
-      columns.first += part.first;
-      const int first = step % steps, later = first - q_steps - z_steps;
-      if (later < 0) return {columns, 0, first};
-      return {columns, 1 + later / again, (kKeep ? q_steps : 0) + later % again};
-    };
+  }
+
+  // The product with B0 is there: times the share of B0; with a base it is added to that one's sums.
+  DEVICE void finish_b0(Tiles& product) const {
+    const int width = base_width(columns.count);
+    UNROLL
+    for (int i = 0; i < Tiles::kTilesM; ++i) {
+      UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int row = Tiles::row(i, half);
+        const bool exists = list.exists(adapter, row);
+        const float f = exists ? share_of_b0<T>(adapter, list.ids[row]) : 1.0f;
+        UNROLL
+        for (int j = 0; j < Tiles::kTilesN; ++j) {
+          float(&pair)[2] = *reinterpret_cast<float(*)[2]>(&product.c[i][j][2 * half]);
+          if (!kBase) {
+            pair[0] *= f;
+            pair[1] *= f;
+          } else if (exists && Tiles::column(j) < width) {
+            float* const to = sums() + row * width + Tiles::column(j);
+            to[0] += adapter.scaling * f * pair[0];
+            to[1] += adapter.scaling * f * pair[1];
+          }
+        }
+      }
+    }
+  }
+
+  DEVICE void store_pass(Tiles& product, const Position& at) const {
+    const int width = base_width(columns.count);
+    product.template for_each<8>([&](int i, int j, float (&values)[8]) {
+      const bool exists = list.exists(adapter, i);
+      if (i >= rows.count || j >= at.columns.count || (exists ? list.ids[i] != list.tasks[at.pass] : at.pass > 0)) return;
+      const int64_t row = rows.first + i, column = at.columns.first + j;
+      const int count = at.columns.count - j;
+      Vector<float, 8> of_base = {};
+      if (kBase) of_base = *reinterpret_cast<const Vector<float, 8>*>(sums() + i * width + j);
+      UNROLL
+      for (int e = 0; e < 8; ++e) {
+        values[e] = exists ? values[e] * adapter.scaling : list.missing(i);
+        values[e] += of_base.values[e];
+        if (p.bias.data != nullptr && e < count) values[e] += element<T>(p.bias, column + e);
+      }
+      store(static_cast<T*>(p.y) + row * adapter.outputs + column, values, count);
+    });
+  }
+
+  // With a base the first loads, and those of the panel, are under way.
+  DEVICE void run() const {
     Tiles product, kept;
     product.clear();  // without a value it would take its registers in the whole kernel
     pipeline(
-        static_cast<int>(ceil_div(part.count, kTileN)) * steps, stages,
+        steps, stages,
         [&](int step, int stage) {
-          const Position at = position(step);
-          if (at.k < q_steps) {
-            load_tile<kTileN>(right_at(stage), adapter.b0, at.columns.first, at.columns.count, at.k * kDepth,
-                              adapter.rank - at.k * kDepth, whole_tiles(at.columns.count));
-          } else {
-            // Without a task in the tile its rows take nothing of this.
-            const int64_t task = list.count > 0 ? list.tasks[at.pass] : 0;
-            const int s = (at.k - q_steps) * kDepth;
-            load_tile<kTileN>(right_at(stage), adapter.u, task * adapter.outputs + at.columns.first,
-                              list.count > 0 ? at.columns.count : 0, s, adapter.sub_rank - s,
-                              whole_tiles(at.columns.count));
-          }
-          if (index == 0 && step == 0) load_panel();
+          load(step, stage);
+          if (!kBase && step == 0) load_panel();
         },
         [&](int step, int stage) {
           const Position at = position(step);
@@ -259,54 +194,70 @@ PART void expand(const Forward& p, int row_tile, int group) {
           if (kKeep && !kBase && at.pass > 0 && at.k == q_steps) product = kept;
           const bool for_all = kKeep && at.k < q_steps;  // else only the rows of the task are kept
           product.step(panel_at(at.k), right_at(stage), at.columns.count,
-                       for_all ? tiles_below(filled) : list.count > 0 ? list.tiles[at.pass] : 0);
-          if (at.k == q_steps - 1 && (kBase || adapter.fusion.data != nullptr)) {
-            UNROLL
-            for (int i = 0; i < Tiles::kTilesM; ++i) {
-              UNROLL
-              for (int half = 0; half < 2; ++half) {
-                const int row = Tiles::row(i, half);
-                const bool exists = list.exists(adapter, row);
-                const float f = exists ? share_of_b0<T>(adapter, list.ids[row]) : 1.0f;
-                UNROLL
-                for (int j = 0; j < Tiles::kTilesN; ++j) {
-                  float(&pair)[2] = *reinterpret_cast<float(*)[2]>(&product.c[i][j][2 * half]);
-                  if (!kBase) {
-                    pair[0] *= f;
-                    pair[1] *= f;
-                  } else if (exists && Tiles::column(j) < width) {
-                    float* const to = sums + row * width + Tiles::column(j);
-                    to[0] += adapter.scaling * f * pair[0];
-                    to[1] += adapter.scaling * f * pair[1];
-                  }
-                }
-              }
-            }
+                       for_all ? tiles_below(whole_tiles(rows.count)) : list.count > 0 ? list.tiles[at.pass] : 0);
+          if (at.k == q_steps - 1) {
+            if (kBase || adapter.fusion.data != nullptr) finish_b0(product);
             if (kBase) product.clear();
             if (kBase && z_steps == 0) __syncthreads();  // else the next step has one
+            if (kKeep && !kBase) kept = product;
           }
-          if (kKeep && !kBase && at.k == q_steps - 1) kept = product;
-          if (at.k != q_steps + z_steps - 1) return;
-          product.template for_each<8>([&](int i, int j, float (&values)[8]) {
-            const bool exists = list.exists(adapter, i);
-            if (i >= rows.count || j >= at.columns.count || (exists ? list.ids[i] != list.tasks[at.pass] : at.pass > 0)) return;
-            const int64_t row = rows.first + i, column = at.columns.first + j;
-            const int count = at.columns.count - j;
-            Vector<float, 8> of_base = {};
-            if (kBase) of_base = *reinterpret_cast<const Vector<float, 8>*>(sums + i * width + j);
-            UNROLL
-            for (int e = 0; e < 8; ++e) {
-              values[e] = exists ? values[e] * adapter.scaling : list.missing(i);
-              values[e] += of_base.values[e];
-              if (p.bias.data != nullptr && e < count) values[e] += element<T>(p.bias, column + e);
-            }
-            store(static_cast<T*>(p.y) + row * adapter.outputs + column, values, count);
-          });
-        });
+          if (at.k == q_steps + z_steps - 1) store_pass(product, at);
+        },
+        kBase);
   }
+};
+
+// While the base's weight comes: the list of tasks, and the first loads for them.
+template <typename T, int kM>
+APART void begin_expansion(const Forward& p, Range rows, Range columns) {
+  Workspace<kM>::list().fill(p.adapter, rows);
+  const Expansion<T, kM, true> expansion(p, rows, columns);
+  begin_pipeline(expansion.steps, expansion.stages, [&](int step, int stage) { expansion.load(step, stage); });
 }
 
-template <typename T, int kM, bool kBase>
+// The base product x W^T of a tile of outputs, after which its memory begins with the sums. meanwhile() runs while the first loads
+// are under way. Each warp has 32 outputs; where there are more warps they share the depth.
+template <typename T, int kM, typename Meanwhile>
+DEVICE void base_product(const Forward& p, Range rows, Range outputs, Meanwhile meanwhile) {
+  using Product = StreamedProduct<T, kM>;
+  const int width = base_width(outputs.count), across = width / Product::kOutputs;
+  const int warp = threadIdx.x / 32, first = warp % across * Product::kOutputs, slice = warp / across;
+  int slices = kThreads / 32;
+  while (slices * width > 2 * p.base_columns) slices /= 2;
+  const Range own = {outputs.first + first, smaller(outputs.count - first, Product::kOutputs)};
+  Product product{p.x, p.weight, rows, own};
+  product.clear();
+  product.add(slice < slices ? share_range(slice, slices, Product::kDepth, p.adapter.columns) : Range{0, 0}, meanwhile);
+
+  float* const sums = Expansion<T, kM, true>(p, rows, outputs).sums();
+  const int plane = rows.count * width;
+  UNROLL
+  for (int i = 0; i < 2 * Product::kTilesM; ++i) {
+    const int half = i % 2, row = Product::row(i / 2, half);
+    if (slice >= slices || row >= rows.count) continue;
+    UNROLL
+    for (int j = 0; j < Product::kTilesN; ++j) {
+      const float(&c)[4] = product.c[i / 2][j];
+      Vector<float, 2>* const to = reinterpret_cast<Vector<float, 2>*>(sums + slice * plane + row * width + first);
+      to[Product::column(j) / 2] = {{c[2 * half], c[2 * half + 1]}};
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x * 4; i < plane; i += kThreads * 4) {
+    *reinterpret_cast<Vector<float, 4>*>(sums + i) = sum_of_splits<4>(sums + i, plane, slices);
+  }
+  __syncthreads();
+}
+
+template <typename T, int kM>
+PART void expand(const Forward& p, int row_tile, int group) {
+  const Range rows = tile_range(row_tile, kM, p.adapter.rows), share = share_range(group, p.groups, kTileN, p.adapter.outputs);
+  if (share.count <= 0) return;
+  Workspace<kM>::list().fill(p.adapter, rows);
+  Expansion<T, kM, false>(p, rows, share).run();
+}
+
+template <typename T, int kM>
 DEVICE void run_item(const Forward& p, int phase, int item) {
   const Adapter& adapter = p.adapter;
   if (phase == 0) {
@@ -321,19 +272,35 @@ DEVICE void run_item(const Forward& p, int phase, int item) {
                item);
   } else {
     const Coordinates at = coordinates(item, 1, p.groups);
-    expand<T, kM, kBase>(p, at.first, at.third);
+    expand<T, kM>(p, at.first, at.third);
   }
 }
 
-// Blocks of a processor at once, as far as registers go. Of the fewest rows one has one of phase 0 beside it.
+// Blocks of a processor at once, as far as registers go.
 constexpr int blocks_of(int tile_rows, int phase) {
-  return phase == 0 || phase == 1 || (phase == 2 && kHasWgmma && tile_rows != kFewRows) ? 2 : 1;
+  return phase == 0 || phase == 1 || (phase == 2 && kHasWgmma && tile_rows > kFewRows) ? 2 : 1;
 }
 
-template <typename T, int kM, int kPhase, bool kBase = false>
+template <typename T, int kM, int kPhase>
 KERNEL(kThreads, blocks_of(kM, kPhase))
 delta_forward(const KERNEL_PARAMETER Forward p) {
-  run_launch<kPhase, kPhase != 2>(p, [&](int phase, int item) { run_item<T, kM, kBase>(p, phase, item); });
+  run_launch<kPhase, kPhase != 2>(p, [&](int phase, int item) { run_item<T, kM>(p, phase, item); });
+}
+
+// The last phase with the base product, for one tile of rows: a block for each group of outputs, as in a loop over them the
+// compiler keeps more than there are registers for. Of the fewest rows it has one of phase 0 beside it.
+template <typename T, int kM>
+KERNEL(kThreads, kHasWgmma && kM == kFewestRows ? 2 : 1)
+delta_forward_with_base(const KERNEL_PARAMETER Forward p) {
+  allow_next_kernel();
+  const Range rows = {0, p.adapter.rows}, share = share_range(blockIdx.x, p.groups, kPerChunk, p.adapter.outputs);
+  if (share.count <= 0) return;
+  base_product<T, kM>(p, rows, share, [&] { begin_expansion<T, kM>(p, rows, share); });
+  const Expansion<T, kM, true> expansion(p, rows, share);
+  expansion.load_panel();
+  commit_copies();
+  wait_copies(0);
+  expansion.run();
 }
 
 std::string missing_code_on_current_device() { return missing_code(&delta_forward<Half, kFewRows, kAll>); }
@@ -342,8 +309,8 @@ int base_rows(const Forward& p) { return p.adapter.rows <= kFewestRows ? kFewest
 
 Need expand_need(const Forward& p, int rows) {
   const bool base = p.weight.data != nullptr;
-  const int panel = panel_steps(p.adapter.rank, p.adapter.sub_rank) * 8, sums = base ? p.base_columns / 4 : 0;
-  return {rows * (panel + sums), kTileN * 8, base ? kStreamed : 0};
+  const int panel = rows * panel_steps(p.adapter.rank, p.adapter.sub_rank) * 8;
+  return {panel + (base ? base_chunks(p, rows) : 0), (base ? p.base_columns : kTileN) * 8};
 }
 
 std::array<Need, 3> needs_of(const Forward& p, int tile_rows) {
@@ -357,12 +324,13 @@ Kernels<Forward> kernels_of(const Forward& p, Type type) {
     constexpr int kM = decltype(rows)::value;
     auto expand = &delta_forward<T, kM, 2>;
     if (p.weight.data != nullptr) {
-      expand = base_rows(p) == kFewRows ? &delta_forward<T, kFewRows, 2, true> : &delta_forward<T, kFewestRows, 2, true>;
+      expand = base_rows(p) == kFewRows ? &delta_forward_with_base<T, kFewRows> : &delta_forward_with_base<T, kFewestRows>;
     }
     // Phase 1 has tiles of its own.
     return {{&delta_forward<T, kM, 0>, &delta_forward<T, kManyRows, 1>, expand},
             &delta_forward<T, kM, kAll>,
-            needs_of(p, kM)};
+            needs_of(p, kM),
+            p.weight.data == nullptr};
   });
 }
 
@@ -383,8 +351,8 @@ void plan(Forward& p, Type type, bool one_launch) {
   const int at_once = one_launch ? kernels.all().blocks() : kernels.phase(2).blocks();
   p.groups = shares_for(p.row_tiles, at_once, p.output_tiles, 1, p.output_tiles);
   if (base) {  // a range for each processor, of whole chunks
-    const int64_t chunks = ceil_div(adapter.outputs, kPerChunk);
-    p.groups = static_cast<int>(ceil_div(chunks, ceil_div(chunks, blocks)));
+    const int chunks = static_cast<int>(ceil_div(adapter.outputs, kPerChunk));
+    p.groups = static_cast<int>(ceil_div(chunks, smaller(ceil_div(chunks, blocks), p.base_columns / kPerChunk)));
   }
 }
 

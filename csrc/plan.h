@@ -25,13 +25,11 @@ inline int panel_steps(int rank, int sub_rank) {
 }
 
 // What the products of a phase keep in shared memory, in chunks: a panel and the stages of a pipeline, two at least and
-// kMostStages at best. Those of another kind of its products have no panel.
+// kMostStages at best.
 struct Need {
-  int panel, stage, other_stage = 0;
+  int panel, stage;
 
-  int bytes(int stages) const {
-    return Workspace<kManyRows>::kListBytes + larger(panel + stages * stage, stages * other_stage) * 16;
-  }
+  int bytes(int stages) const { return Workspace<kManyRows>::kListBytes + (panel + stages * stage) * 16; }
 };
 template <size_t kNeeds>
 int bytes_for(const std::array<Need, kNeeds>& needs, int stages) {
@@ -68,6 +66,7 @@ template <typename Params, size_t kNeeds>
 struct Kernel {
   void (*function)(Params);
   std::array<Need, kNeeds> needs;
+  bool loops = true;  // over the items of a block; else each has a block
 
   // Bytes of shared memory of a block: for as many blocks of a processor as its registers allow and have two stages each.
   int shared() const {
@@ -82,19 +81,20 @@ struct Kernel {
   bool launch(Params params, int items, Together together, Stream stream) const {
     const int bytes = params.launch.shared = shared();
     const int most = resident_blocks(function, kThreads, bytes);
-    return lilora::launch(function, params, smaller(items, most), kThreads, bytes, together, stream);
+    return lilora::launch(function, params, loops ? smaller(items, most) : items, kThreads, bytes, together, stream);
   }
 };
 
 // Those of a direction: one for each phase, and one of all.
 template <typename Params>
 struct Kernels {
-  static constexpr size_t kPhases = Params::kPhases;
+  static constexpr int kPhases = Params::kPhases;
   std::array<void (*)(Params), kPhases> of_phase;
   void (*of_all)(Params);
   std::array<Need, kPhases> needs;
+  bool last_loops = true;
 
-  Kernel<Params, 1> phase(int i) const { return {of_phase[i], {needs[i]}}; }
+  Kernel<Params, 1> phase(int i) const { return {of_phase[i], {needs[i]}, last_loops || i < kPhases - 1}; }
   Kernel<Params, kPhases> all() const { return {of_all, needs}; }
 
   void run(const Params& params, bool one_launch, Stream stream) const {

@@ -27,6 +27,7 @@
 #else
 #define PART __device__ __noinline__  // a part of a kernel with registers of its own
 #endif
+#define APART __device__ __noinline__  // keeps its registers out of its caller, which has no wgmma
 #define KERNEL_PARAMETER __grid_constant__
 #define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)  // so many blocks of a processor at once
 #define UNROLL _Pragma("unroll")
@@ -104,6 +105,15 @@ DEVICE void wait_copies(int pending) {
   } else {
     asm volatile("cp.async.wait_group 2;" ::: "memory");
   }
+}
+
+// Sixteen bytes of global memory that nothing writes while the kernel runs.
+DEVICE Chunk load_words(const void* from) {
+  Chunk c;
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(c.words[0]), "=r"(c.words[1]), "=r"(c.words[2]), "=r"(c.words[3])
+               : "l"(from));
+  return c;
 }
 
 // Stores to global memory at once.
@@ -229,12 +239,6 @@ DEVICE float sum_of_four(float x) {
 template <typename T>  // no conversion: 32-bit words, or floats
 DEVICE T shuffle(T x, int lane) {
   return __shfl_sync(0xffffffffu, x, lane);
-}
-
-// x, kept in a register: the compiler would rather compute it anew in every step.
-DEVICE int opaque(int x) {
-  asm("" : "+r"(x));
-  return x;
 }
 
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }

@@ -90,16 +90,26 @@ DEVICE void load_rows(Tile<T, kRows, kColumns> tile, const Matrix& m, int64_t ro
   });
 }
 
-// Runs use(step, stage) for each step while the loads of later steps are under way: load(step, stage) fills a stage.
-// kFence: for products by a warpgroup.
-template <bool kFence = true, typename Load, typename Use>
-DEVICE void pipeline(int steps, int stages, Load load, Use use) {
-  int loaded = 0, used = 0;  // stages that come next
+// Loads the stages of the first steps, all but one.
+template <typename Load>
+DEVICE void begin_pipeline(int steps, int stages, Load load) {
   NO_UNROLL
-  for (int step = 1 - stages; step < steps; ++step) {
+  for (int step = 0; step < stages - 1; ++step) {
+    if (step < steps) load(step, step);
+    commit_copies();
+  }
+}
+
+// Runs use(step, stage) for each step while the loads of later steps are under way: load(step, stage) fills a stage.
+// begun: begin_pipeline() was called.
+template <typename Load, typename Use>
+DEVICE void pipeline(int steps, int stages, Load load, Use use, bool begun = false) {
+  int loaded = begun ? stages - 1 : 0, used = 0;  // stages that come next
+  NO_UNROLL
+  for (int step = begun ? 0 : 1 - stages; step < steps; ++step) {
     if (step >= 0) {
       wait_copies(stages - 2);
-      if (kFence) publish_shared();
+      publish_shared();
       __syncthreads();
     }
     if (step + stages - 1 < steps) load(step + stages - 1, loaded);
@@ -208,31 +218,28 @@ struct Product {
       end_products(c[0]);
     } else {
       UNROLL
-      for (int k = 0; k < kDepth; k += 16) step_of_sixteen(a, b, k, warp_column(), tiles);
-    }
-  }
-
-  // Sixteen of the depth, from k on, with this warp's columns of B from `column` on.
-  DEVICE void step_of_sixteen(A a, B b, int k, int column, uint32_t tiles) {
-    uint32_t left[kTilesM][4], right[kTilesN / 2][4];
-    const int which = lane() / 8, in = lane() % 8;
-    UNROLL
-    for (int i = 0; i < kTilesM; ++i) {
-      if ((tiles >> (warp_row() / 16 + i) & 1) == 0) continue;
-      const int m = warp_row() + 16 * i + which % 2 * 8, depth = k + which / 2 * 8;
-      load_matrices<kATransposed>(left[i], kATransposed ? a.chunk(depth + in, m / 8) : a.chunk(m + in, depth / 8));
-    }
-    UNROLL
-    for (int j = 0; j < kTilesN / 2; ++j) {
-      const int n = column + 16 * j + which / 2 * 8, depth = k + which % 2 * 8;
-      load_matrices<kBTransposed>(right[j], kBTransposed ? b.chunk(depth + in, n / 8) : b.chunk(n + in, depth / 8));
-    }
-    UNROLL
-    for (int i = 0; i < kTilesM; ++i) {
-      if ((tiles >> (warp_row() / 16 + i) & 1) == 0) continue;
-      UNROLL
-      for (int j = 0; j < kTilesN; ++j) {
-        multiply<T>(c[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
+      for (int k = 0; k < kDepth; k += 16) {
+        uint32_t left[kTilesM][4], right[kTilesN / 2][4];
+        const int which = lane() / 8, in = lane() % 8;
+        UNROLL
+        for (int i = 0; i < kTilesM; ++i) {
+          if ((tiles >> (warp_row() / 16 + i) & 1) == 0) continue;
+          const int m = warp_row() + 16 * i + which % 2 * 8, depth = k + which / 2 * 8;
+          load_matrices<kATransposed>(left[i], kATransposed ? a.chunk(depth + in, m / 8) : a.chunk(m + in, depth / 8));
+        }
+        UNROLL
+        for (int j = 0; j < kTilesN / 2; ++j) {
+          const int n = warp_column() + 16 * j + which / 2 * 8, depth = k + which % 2 * 8;
+          load_matrices<kBTransposed>(right[j], kBTransposed ? b.chunk(depth + in, n / 8) : b.chunk(n + in, depth / 8));
+        }
+        UNROLL
+        for (int i = 0; i < kTilesM; ++i) {
+          if ((tiles >> (warp_row() / 16 + i) & 1) == 0) continue;
+          UNROLL
+          for (int j = 0; j < kTilesN; ++j) {
+            multiply<T>(c[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
+          }
+        }
       }
     }
   }

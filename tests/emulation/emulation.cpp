@@ -590,10 +590,23 @@ void launch(void (*body)(const void*, const void*), const void* kernel, const vo
 
 using emulation::self;
 
-void copy_async(Chunk* to, const void* from, int bytes) {
+static void count_load(const void* from, int bytes) {
   emulation::copied += bytes;
   const int64_t offset = static_cast<const uint8_t*>(from) - emulation::watched;
   if (offset >= 0 && offset < emulation::watched_size) emulation::watched_bytes += bytes;
+}
+
+Chunk load_words(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Chunk) != 0) emulation::fail("a load of sixteen bytes is misaligned");
+  count_load(from, sizeof(Chunk));
+  emulation::access(from, sizeof(Chunk), false, static_cast<uint16_t>(self->thread));
+  Chunk chunk;
+  std::memcpy(&chunk, from, sizeof(Chunk));
+  return chunk;
+}
+
+void copy_async(Chunk* to, const void* from, int bytes) {
+  count_load(from, bytes);
   using namespace emulation;
   const uint16_t thread = static_cast<uint16_t>(self->thread);
   if (bytes > 0) access(from, bytes, false, thread);

@@ -21,6 +21,7 @@
 #define HOST_DEVICE inline
 #define DEVICE inline
 #define PART inline
+#define APART inline
 #define KERNEL_PARAMETER
 #define KERNEL(threads, blocks) void
 #define UNROLL
@@ -53,8 +54,8 @@ extern unsigned order;
 extern Copies copies;
 extern int launches;
 extern bool launches_nothing;     // to measure what the host does
-extern int64_t launched_blocks, copied, stored;  // of all launches, and bytes: copied, and stored by several words at once
-extern const uint8_t* watched;    // global memory of which the bytes that are copied are counted
+extern int64_t launched_blocks, copied, stored;  // of all launches, and bytes: loaded and stored by several words at once
+extern const uint8_t* watched;    // global memory of which the bytes that are loaded so are counted
 extern int64_t watched_size, watched_bytes;
 extern std::string missing_code;  // what a device without the code says
 
@@ -113,12 +114,12 @@ inline uint8_t* shared_memory() { return emulation::shared_memory(); }
 inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - shared_memory());
 }
-inline int opaque(int x) { return x; }
 
 void copy_async(Chunk* to, const void* from, int bytes);
 void commit_copies();
 void wait_copies(int pending);
 void publish_shared();
+Chunk load_words(const void* from);
 void store_words(void* to, const uint32_t* words, int bytes);
 template <int kWords>
 void store_words(void* to, const uint32_t (&words)[kWords]) {

@@ -225,8 +225,7 @@ DEVICE void base_product(const Forward& p, Range rows, Range outputs, Meanwhile 
   int slices = kThreads / 32;
   while (slices * width > 2 * p.base_columns) slices /= 2;
   const Range own = {outputs.first + first, smaller(outputs.count - first, Product::kOutputs)};
-  Product product{p.x, p.weight, rows, own};
-  product.clear();
+  Product product{p.x, p.weight, rows, own, {}};
   product.add(slice < slices ? share_range(slice, slices, Product::kDepth, p.adapter.columns) : Range{0, 0}, meanwhile);
 
   float* const sums = Expansion<T, kM, true>(p, rows, outputs).sums();
@@ -293,7 +292,7 @@ template <typename T, int kM>
 KERNEL(kThreads, kHasWgmma && kM == kFewestRows ? 2 : 1)
 delta_forward_with_base(const KERNEL_PARAMETER Forward p) {
   allow_next_kernel();
-  const Range rows = {0, p.adapter.rows}, share = share_range(blockIdx.x, p.groups, kPerChunk, p.adapter.outputs);
+  const Range rows = {0, static_cast<int>(p.adapter.rows)}, share = share_range(blockIdx.x, p.groups, kPerChunk, p.adapter.outputs);
   if (share.count <= 0) return;
   base_product<T, kM>(p, rows, share, [&] { begin_expansion<T, kM>(p, rows, share); });
   const Expansion<T, kM, true> expansion(p, rows, share);

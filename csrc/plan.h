@@ -25,11 +25,13 @@ inline int panel_steps(int rank, int sub_rank) {
 }
 
 // What the products of a phase keep in shared memory, in chunks: a panel and the stages of a pipeline, two at least and
-// kMostStages at best.
+// kMostStages at best. Those of another kind of its products have no panel.
 struct Need {
-  int panel, stage;
+  int panel, stage, other_stage = 0;
 
-  int bytes(int stages) const { return Workspace<kManyRows>::kListBytes + (panel + stages * stage) * 16; }
+  int bytes(int stages) const {
+    return Workspace<kManyRows>::kListBytes + larger(panel + stages * stage, stages * other_stage) * 16;
+  }
 };
 template <size_t kNeeds>
 int bytes_for(const std::array<Need, kNeeds>& needs, int stages) {

@@ -49,7 +49,7 @@ Matrix matrix(const Tensor& t, const Tensor& like) {
   STD_TORCH_CHECK(dims < 1 || t.stride(dims - 1) == 1 || t.size(dims - 1) <= 1,
                   "lilora_cuda: the last dimension of a tensor must be contiguous");
   // A dimension of one element may have any stride.
-  const int64_t stride = dims < 2 ? t.numel() : dims == 2 ? t.stride(0) : t.size(2);
+  const int64_t stride = dims < 2 ? t.numel() : dims == 2 && t.size(0) > 1 ? t.stride(0) : t.size(dims - 1);
   STD_TORCH_CHECK(dims < 3 || t.is_contiguous(), "lilora_cuda: u and v must be contiguous");
   const int64_t bytes = static_cast<int64_t>(t.element_size());
   const void* data = t.data_ptr();
@@ -166,6 +166,8 @@ std::tuple<Tensor, Tensor> delta_forward(Tensor x, Optional weight, Optional bia
   p.launch.state = const_cast<int*>(data<int>(state));
   if (rows == 0 || p.adapter.outputs == 0) return {call.y, torch::stable::zero_(call.h)};
   p.weight = matrix(weight, x);
+  STD_TORCH_CHECK(!weight || (p.x.aligned && p.weight.aligned && x.size(1) % 8 == 0),
+                  "lilora_cuda: x and weight must have rows of a multiple of 8 elements that begin at multiples of 16 bytes");
   one_launch = one_launch && !weight;
   plan(p, type, one_launch);
   p.qz = make.activation(true, {rows, p.adapter.width()});

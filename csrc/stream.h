@@ -25,17 +25,6 @@ struct StreamedProduct {
   DEVICE static int row(int i, int half) { return 16 * i + 8 * half + lane() / 4; }
   DEVICE static int column(int j) { return 8 * j + lane() % 4 * 2; }
 
-  DEVICE void clear() {
-    UNROLL
-    for (int i = 0; i < kTilesM; ++i) {
-      UNROLL
-      for (int j = 0; j < kTilesN; ++j) {
-        UNROLL
-        for (int e = 0; e < 4; ++e) c[i][j][e] = 0;
-      }
-    }
-  }
-
   DEVICE void multiply_step(const Chunk (&left)[2 * kTilesM], const Chunk (&right)[kTilesN]) {
     UNROLL
     for (int i = 0; i < kTilesM; ++i) {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from .traffic import FLOAT, Shape, Traffic, ceil, visits
 
 THREADS, STEP, TILE, WIDE = 256, 64, 128, 192  # of a block; columns of a step, of a tile, and of one of [P | Q]
+STREAMED = 32  # outputs of a warp, each of which loads x, while the base's weight passes by
 MANY_ROWS, FEW_ROWS_UP_TO = 128, 64  # up to so many rows are one tile of the forward
 FEW_ROWS = SUM_ROWS = 16  # of a tile of few rows in the backward, and where partial sums are added
 MOST_SPLITS = 8  # loads that are under way at once
@@ -88,9 +89,9 @@ def forward(shape: Shape, base: bool, blocks: int, expanding: int | None = None)
     moved = []
     if base:
         octets = ceil(n, 8)
-        groups = ceil(octets, ceil(octets, blocks))
-        parts, weight = groups * ceil(8 * ceil(octets, groups), TILE), n * k * act
-        moved = [Traffic(2, "x", parts * m * k * act, m * k * act), Traffic(2, "weight", weight, weight)]
+        groups = ceil(octets, min(ceil(octets, blocks), TILE // 8))
+        loads, weight = groups * ceil(8 * ceil(octets, groups), STREAMED), n * k * act  # where ranges are equal
+        moved = [Traffic(2, "x", loads * m * k * act, m * k * act), Traffic(2, "weight", weight, weight)]
     moved += [
         Traffic(2, "qz", groups * qz, qz),
         Traffic(2, "b0", (passes if many else 1) * n * r * act, n * r * act),

@@ -23,7 +23,7 @@ class Mutant:
 FORWARD, BACKWARD, SLOTS = "delta_forward.cu", "delta_backward.cu", "hopper/slots.cu"
 FINISH, SUMS = "finish_dh.h", "gradient_sums.h"
 WGMMA = ("sm_90a",)  # without it there are neither fences nor products under way
-STEP = "      wait_copies(stages - 2);\n      if (kFence) publish_shared();\n      __syncthreads();\n"
+STEP = "      wait_copies(stages - 2);\n      publish_shared();\n      __syncthreads();\n"
 MEET = "    meet(p.launch.state);\n"
 WAIT = "  if (kWaits) wait_for_previous_kernel();\n"
 SYNC = "  __syncthreads();\n"
@@ -33,12 +33,13 @@ MUTANTS = (
     Mutant("no wait for copies", "tile.h", STEP, STEP.replace("      wait_copies(stages - 2);\n", ""), FORWARD),
     Mutant("a wait for one group too few", "tile.h", "wait_copies(stages - 2)", "wait_copies(stages - 1)", BACKWARD),
     Mutant("no groups of copies", "tile.h", "    commit_copies();\n    loaded", "    loaded", FORWARD),
-    Mutant("no fence", "tile.h", STEP, STEP.replace("      if (kFence) publish_shared();\n", ""), BACKWARD, WGMMA),
+    Mutant("no wait for the panel of q and z", FORWARD, "  wait_copies(0);\n", "", FORWARD),
+    Mutant("no fence", "tile.h", STEP, STEP.replace("      publish_shared();\n", ""), BACKWARD, WGMMA),
     Mutant(
         "a fence behind the barrier",
         "tile.h",
         STEP,
-        "      wait_copies(stages - 2);\n      __syncthreads();\n      if (kFence) publish_shared();\n",
+        "      wait_copies(stages - 2);\n      __syncthreads();\n      publish_shared();\n",
         FORWARD,
         WGMMA,
     ),
@@ -46,7 +47,7 @@ MUTANTS = (
         "a fence before the wait",
         "tile.h",
         STEP,
-        "      if (kFence) publish_shared();\n      wait_copies(stages - 2);\n      __syncthreads();\n",
+        "      publish_shared();\n      wait_copies(stages - 2);\n      __syncthreads();\n",
         FORWARD,
         WGMMA,
     ),
@@ -74,10 +75,10 @@ MUTANTS = (
     ),
     # Barriers of a block.
     Mutant(
-        "no barrier behind the base product",
+        "no barrier before the sums of the base product",
         FORWARD,
-        "        }\n      }\n    }\n    __syncthreads();\n",
-        "        }\n      }\n    }\n",
+        "  __syncthreads();\n  for (int i = threadIdx.x * 4",
+        "  for (int i = threadIdx.x * 4",
         FORWARD,
     ),
     Mutant("no barrier behind the sum with B0", FORWARD, "if (kBase && z_steps == 0) __syncthreads();", ";", FORWARD),

@@ -449,20 +449,21 @@ def test_uninitialised_memory_is_never_read(rows):
 # --- decoding -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("columns", [5, 264])
+@pytest.mark.parametrize("columns", [8, 264, 1048])
 @pytest.mark.parametrize(
-    "processors, shared", [(1, 99 << 10), (2, 227 << 10), (3, 227 << 10), (5, 227 << 10), (33, 99 << 10)]
-)
-def test_the_base_product_of_any_width(processors, shared, columns, device):
-    """Ranges of 264, 136, 88, 56 and 8 outputs: several tiles, halves of one, few of its warps and all of them on sixteen.
+    "processors, shared, outputs",
+    [(1, 99 << 10, 264), (2, 227 << 10, 256), (3, 227 << 10, 264), (5, 227 << 10, 260), (11, 227 << 10, 264), (33, 99 << 10, 264)],
+)  # fmt: skip
+def test_the_base_product_of_any_width(processors, shared, outputs, columns, device):
+    """Ranges of 128 outputs down to 8: one to four warps side by side, the others with slices of the depth, some without.
 
-    A row gets the same bits alone and beside others, of which more leave fewer steps to a stage.
+    A row gets the same bits alone and beside others.
     """
     device(processors, shared)
     errors = Errors()
     for dtype in (torch.float16, torch.bfloat16):
         for coefficients, rank, sub_rank in (("fusion", 24, 8), ("plain", 256, 128), ("lora", 16, 8)):
-            i = make(60, columns, 264, rank, sub_rank, 3, coefficients, "random", True, dtype)
+            i = make(60, columns, outputs, rank, sub_rank, 3, coefficients, "random", True, dtype)
             with backends.plan("decode"):
                 add_errors(errors, i, "linear", ())
                 weight, bias = base(i)
@@ -473,6 +474,35 @@ def test_the_base_product_of_any_width(processors, shared, columns, device):
                     assert torch.equal(alone[0][0], y[row])
                     assert torch.equal(alone[1][0], h[row])
     errors.check()
+
+
+@pytest.mark.parametrize("which", ["x", "weight", "columns"])
+def test_rows_that_decoding_cannot_stream_take_another_plan(which, device):
+    """One that is forced raises; a weight of wide rows is read as it lies."""
+    columns = 60 if which == "columns" else 64
+    i = make(7, columns, 40, 16, 8, dtype=torch.bfloat16)
+    weight, bias = base(i)
+    unaligned = lambda t: torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)  # noqa: E731
+    x, weight = (unaligned(t) if which == name else t for name, t in (("x", i.x), ("weight", weight)))
+    assert cuda_linear.plan_of(x, weight, args_of(i)) == "one_launch"
+    with backends.plan("decode"), pytest.raises(backends.Unsupported, match="multiple of 8 elements that begin at"):
+        cuda_linear.forward(x, weight, bias, args_of(i))
+    with pytest.raises(RuntimeError, match="multiple of 8 elements that begin at"):
+        cuda_backend.run_forward(x, bias, args_of(i), False, weight)
+    y, _ = cuda_linear.forward(x, weight, bias, args_of(i))
+    with backends.plan("one_launch"):
+        assert_equal([y], [cuda_linear.forward(i.x, weight, bias, args_of(i))[0]])
+
+
+def test_decoding_reads_wide_rows_of_the_weight_as_they_lie(device):
+    i = make(7, 64, 40, 16, 8, dtype=torch.bfloat16)
+    weight, bias = base(i)
+    wide = torch.full((40, 80), torch.nan, dtype=weight.dtype)
+    wide[:, :64] = weight
+    assert_equal(
+        cuda_backend.run_forward(i.x, bias, args_of(i), False, wide[:, :64]),
+        cuda_backend.run_forward(i.x, bias, args_of(i), False, weight),
+    )
 
 
 # --- plans, layers --------------------------------------------------------------------------------------------------

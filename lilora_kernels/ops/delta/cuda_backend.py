@@ -56,7 +56,7 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] = bias + delta, and h [M, R]; with weight [N, K] the base product is added too."""
     return torch.ops.lilora_cuda.delta_forward(
-        rows_of(x), cast_parameter(weight, x), cast_parameter(bias, x), *operands(adapter, x),
+        rows_of(x), None if weight is None else rows_of(weight.to(x.dtype)), cast_parameter(bias, x), *operands(adapter, x),
         barrier_state(x.device) if one_launch else None, adapter.scaling, threshold(adapter.p), keep_scale(adapter.p), one_launch,
     )  # fmt: skip
 

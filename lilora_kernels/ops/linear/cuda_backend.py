@@ -35,7 +35,7 @@ def backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
 ) -> dict[str, Tensor]:
     together = backends.one_launch(dy.shape[0], backends.ONE_LAUNCH_ROWS)
-    if "x" in needs and plan_of(dy, weight, adapter) == "fused":
+    if "x" in needs and plan_of(dy, weight, adapter, forward=False) == "fused":
         return delta.run_backward(dy, x, h, adapter, needs, together, weight)
     if (parts := delta.composed_parts(dy, adapter)) is not None:
         grads = eager.backward(dy, x, h, adapter, needs, parts)
@@ -46,13 +46,15 @@ def backward(
     return grads
 
 
-def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> str:
-    """The plan that is forced, or the one for so many rows."""
+def plan_of(
+    rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None, forward: bool = True
+) -> str:
+    """The plan that is forced, or the one for so many rows: of x, or of dy where not forward."""
     count, plan, reason = rows.shape[0], backends.forced["plan"], None
     if plan == "fused":
         reason = unsupported_call(rows, weight, adapter, bias)
-    elif plan == "decode" and count > DECODE_ROWS:
-        reason = f"it takes up to {DECODE_ROWS} rows, here are {count}"
+    elif plan == "decode" and forward:
+        reason = cannot_decode(rows, weight)
     if reason is not None:
         raise backends.Unsupported(
             f"linear: the plan {plan!r} cannot run here: {reason}; 'cuda' has {list(backends.plans('linear')['cuda'])}"
@@ -66,9 +68,23 @@ def plan_of(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | N
         return "fused"
     if composes:
         return "composed"
-    if count <= DECODE_CHOSEN:
+    if forward and count <= DECODE_CHOSEN and cannot_decode(rows, weight) is None:
         return "decode"
     return "one_launch" if count <= backends.ONE_LAUNCH_ROWS else "by_phase"
+
+
+def cannot_decode(x: Tensor, weight: Tensor) -> str | None:
+    """Why the base's weight cannot be streamed, or None."""
+    if x.shape[0] > DECODE_ROWS:
+        return f"it takes up to {DECODE_ROWS} rows, here are {x.shape[0]}"
+    if x.shape[1] % 8 or not (rows_begin_aligned(x) and (weight.dtype != x.dtype or rows_begin_aligned(weight))):
+        return "its x and base weight must have rows of a multiple of 8 elements that begin at multiples of 16 bytes"
+    return None
+
+
+def rows_begin_aligned(t: Tensor) -> bool:
+    """Of a matrix of 16-bit elements whether all rows begin at multiples of 16 bytes, as far as it is not copied first."""
+    return t.data_ptr() % 16 == 0 and (len(t) == 1 or t.stride(1) != 1 or t.stride(0) % 8 == 0)
 
 
 def unsupported_call(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> str | None:

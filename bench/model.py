@@ -9,8 +9,8 @@ tools/cuda_traffic.py says what the phases of the CUDA kernels do. Assumed besid
   All gradients are wanted; no gate, no bias.
 - The fused product runs at the rate of the library's, in its own tiles, and reads each operand once.
 - Within a phase nothing leaves the L2 cache. In one launch a processor has one block of a CUDA kernel at once: ptxas gives a
-  thread 202 registers for few rows and 156 for many in the forward, 238 and 240 in the backward. By phase it has as many as
-  tools/cuda_traffic.py says: a thread takes 114, 80 and 164 registers for few rows and 116, 80 and 128 for many in the
+  thread 214 registers for few rows and 156 for many in the forward, 238 and 240 in the backward. By phase it has as many as
+  tools/cuda_traffic.py says: a thread takes 112, 80 and 150 registers for few rows and 116, 80 and 128 for many in the
   phases of the forward, 59, 195, 123, 171 and 64 for few and 59, 189, 123, 170 and 64 for many in those of the backward.
 - Times are those of a CUDA graph. In eager mode the host needs a time for each launch, and a call the longer of the two.
 
@@ -42,10 +42,10 @@ from tools.traffic import ceil
 
 from .problems import DOWN, GATE_UP, GRADIENTS, SCALING, Problem
 from .roofline import (
-    CLOCK,
     DIRECTIONS,
     EAGER_LAUNCH,
     FUSED_TILE,
+    MEMORY_LATENCY,
     PROCESSORS,
     START,
     Call,
@@ -197,49 +197,49 @@ def cuda(call: Ours, start: str) -> None:
         made(*call.x.shape).addmm_(call.dy, call.weight)
 
 
-STAGE, LDMATRIX, SIXTEEN_ROWS = 223, 33, 64  # cycles: of a stage's head, wait and barrier; see stream_cycles
+STAGES = 4  # kMostStages of csrc/tile.h
 
 
-def stream_cycles(shape: traffic.Shape, ranges: int) -> float:
-    """What a warp of the last kernel of `decode` waits for itself while it streams its processor's outputs.
+def flight(shape: traffic.Shape, ranges: int) -> float:
+    """Seconds of the loads of one warp that streams its share of the base's weight, as csrc/stream.h has it.
 
-    The counts are read by hand from the stall counts in the machine code of nvcc 13.0 for sm_90a and 16 rows, along the loop of
-    base_product: no command makes them anew. Beside them are assumed: LDMATRIX for what ldmatrix brings, SIXTEEN_ROWS for each
-    further sixteen rows, and that two steps of few outputs take twice one.
+    By the stall counts in the machine code of nvcc 13.0 (sm_90a, 16 rows, read by hand: 181 cycles a step) its instructions take less
+    than a third of the time that memory does: they are left out.
     """
     width = ceil(ceil(shape.outputs, 8), ranges) * 8
-    parts = ceil(width, cuda_traffic.TILE)
-    width = ceil(ceil(width, parts), 16) * 16
-    tiles, steps = ceil(shape.rows, 16), ceil(shape.columns, cuda_traffic.STEP)
-    deep = next(deep for deep in (4, 2, 1) if deep == 1 or 3 * deep * (16 * tiles + width) * 128 <= 106 << 10)
-    loads = (  # x and W: once, for each further 32 rows of either, for each sixteen bytes of a thread
-        120 + 84 + 23 * (ceil(width, 32) - 1 + ceil(tiles, 2) - 1) + 22.5 * deep * (ceil(width, 32) + ceil(tiles, 2))
-    )
-    step = LDMATRIX + (179 if width > 64 else 110 * ceil(width, 32)) + SIXTEEN_ROWS * (tiles - 1)
-    return parts * ceil(steps, deep) * (STAGE + loads + deep * step)
+    across = ceil(width, cuda_traffic.STREAMED)
+    slices = 2 ** int(math.log2(min(8, 2 * cuda_traffic.TILE // (across * cuda_traffic.STREAMED))))
+    steps, ahead = ceil(ceil(shape.columns, 32), slices), 3 if shape.rows <= 16 else 2
+    return ceil(steps, ahead) * MEMORY_LATENCY
 
 
 def decode(call: Ours) -> None:
     """Inference: forward alone. The last phase has its base product while the others run, which it then waits for.
 
-    Its start is priced behind theirs, and a second time the loads of the parameters that it begins with then.
+    Its start is priced behind theirs. The first tiles of B0 and U have come by then.
     """
     *others, last = cuda_traffic.forward(call.shape, True, PROCESSORS)
     *given, expand = cuda_phases((*others, last), "dependent", {})
-    cycles = stream_cycles(call.shape, last.items)
     base_flops = 2 * ceil(call.problem.rows, 16) * 16 * call.problem.columns * call.problem.outputs
     of_base = [each for each in last.traffic if each.tensor in ("x", "weight")]
-    of_adapter = [each for each in last.traffic if each not in of_base]
-    stream = of_phase("base", of_base, base_flops, "dependent", last.items, 0)
-    memory, issued = (sum(getattr(each, kind) for each in given) for kind in ("memory", "issued"))
+    of_tasks = [each for each in last.traffic if each.tensor in ("b0", "u")]
+    of_panel = [each for each in last.traffic if each.tensor in ("qz", "y")]
+    stream, tiles = (of_phase("base", each, base_flops, "dependent", last.items, 0) for each in (of_base, of_tasks))
+    steps = ceil(call.shape.rank, cuda_traffic.STEP) + call.problem.tasks * ceil(call.shape.sub_rank, cuda_traffic.STEP)
+    early = min(1.0, (STAGES - 1) / steps)
+    memory, issued = (
+        sum(getattr(each, kind) for each in given) + early * getattr(tiles, kind) for kind in ("memory", "issued")
+    )
     seconds = sum(launch.seconds() - START[launch.start] for launch in given)
     call.forward.launches += [Launch(launch.name, start=launch.start) for launch in given]
+    late = [replace(each, unique=(1 - early) * each.unique, issued=(1 - early) * each.issued) for each in of_tasks]
     call.forward.launches += [
         replace(
-            stream, memory=stream.memory + memory, issued=stream.issued + issued, beside=seconds, chain=cycles / CLOCK
+            stream, memory=stream.memory + memory, issued=stream.issued + issued, beside=seconds,
+            flight=flight(call.shape, last.items),
         ),
-        of_phase("expand", of_adapter, expand.flops - base_flops, "refill", last.items, 0),
-    ]
+        of_phase("expand", late + of_panel, expand.flops - base_flops, "refill" if early < 1 else "panel", last.items, 0),
+    ]  # fmt: skip
 
 
 def fused(call: Ours) -> None:

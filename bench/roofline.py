@@ -36,11 +36,13 @@ CLOCK = 1.755e9
 INTEGERS = PROCESSORS * 64 * CLOCK  # operations per second on 32-bit integers: 64 a clock and processor
 DRAW = 55 / 8  # of them for one element's share of a Philox call
 LATENCY = 0.2e-6  # seconds until a load from L2 arrives, one that waits for the load before it
+MEMORY_LATENCY = 0.7e-6  # and one from memory
 START = {
     "launch": 2.5e-6,  # seconds from the end of a kernel to the first work of the next one in a CUDA graph
     "dependent": 1.5e-6,  # where the next one is resident by then (programmatic dependent launch)
     "arrival": 0.7e-6,  # until the last of the programs that share a tile knows that it is the last
-    "refill": 0.7e-6,  # until the loads of a pipeline that begins anew have come from memory
+    "refill": MEMORY_LATENCY,  # until the loads of a pipeline that begins anew have come from memory
+    "panel": LATENCY,  # or from L2
     "barrier": 1.5e-6,  # until all programs of a launch know that all have come, and have begun the next phase
 }
 EAGER_LAUNCH = 5e-6  # seconds of the host for one launch outside of a graph
@@ -57,8 +59,8 @@ class Launch:
     memory, issued: bytes from memory, and bytes that processors ask L2 for (0 where the library's rates have them in them).
     accumulated: bytes, among those of memory, of a result that it adds to. draws: elements whose dropout is drawn. loads: how
     often a processor waits for a load before it begins the next. waves: time of the busiest processor over the average one's.
-    beside: seconds of the launches that run at the same time, which it waits for at its end. chain: seconds of the instructions
-    of one warp, one behind the other, where that is counted.
+    beside: seconds of the launches that run at the same time, which it waits for at its end. flight: seconds until the loads of
+    one warp have come, those under way at once behind those before them, where that is counted.
     """
 
     name: str
@@ -71,7 +73,7 @@ class Launch:
     loads: int = 0
     waves: float = 1
     beside: float = 0
-    chain: float = 0
+    flight: float = 0
     start: str = "launch"
 
     def parts(self) -> dict[str, float]:
@@ -83,7 +85,7 @@ class Launch:
             "draws": self.waves * self.draws * DRAW / INTEGERS,
             "loads": self.loads * LATENCY,
             "beside": self.beside,
-            "chain": self.chain,
+            "flight": self.flight,
         }
 
     def seconds(self) -> float:

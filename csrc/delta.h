@@ -29,6 +29,8 @@ struct Adapter {
   HOST_DEVICE int width() const { return padded(rank) + padded(sub_rank); }
 };
 
+constexpr int kMostBaseRows = 64;
+
 struct Launch {
   int* state;  // of the barrier between two phases of one launch
   int tile_rows;
@@ -38,7 +40,7 @@ struct Launch {
 struct Forward {
   Adapter adapter;
   Matrix x;       // [M, K]
-  Matrix weight;  // [N, K], only where the base is computed too
+  Matrix weight;  // [N, K], only where the base is computed too: of up to kMostBaseRows rows, x and weight aligned, whole chunks
   Matrix bias;    // [1, N]
   void* y;        // [M, N]
   void* h;        // [M, R]
@@ -47,7 +49,7 @@ struct Forward {
   float* partials;  // [splits, M, q_width]: shares of h
   int splits;
   int groups;        // an item of phase 2 has one of so many ranges of outputs
-  int base_columns;  // at most so many outputs have their base product at once
+  int base_columns;  // at most so many outputs of a group where the base is computed
   int row_tiles, sum_tiles, rank_tiles, output_tiles;  // sum_tiles: tiles of rows of phase 1
   Launch launch;
 

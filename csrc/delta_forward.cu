@@ -11,8 +11,8 @@
 namespace lilora {
 
 constexpr int kTileN = 128;
-constexpr int kFewRows = 64;     // of a tile of a call of few rows: one tile, so that the base's weight is read once
-constexpr int kFewestRows = 16;  // of a tile beside the base's weight, where there are no more
+constexpr int kFewRows = kMostBaseRows;  // of a tile of a call of few rows: one tile, so that the base's weight is read once
+constexpr int kFewestRows = 16;          // of a tile beside the base's weight, where there are no more
 
 // A share of the columns of x of h = D(x) A^T.
 template <typename T, int kM>

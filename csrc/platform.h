@@ -107,12 +107,19 @@ DEVICE void wait_copies(int pending) {
   }
 }
 
-// Sixteen bytes of global memory that nothing writes while the kernel runs.
+// Sixteen bytes of global memory that nothing writes while the kernel runs. kOnce: past the L1 cache.
+template <bool kOnce>
 DEVICE Chunk load_words(const void* from) {
   Chunk c;
-  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(c.words[0]), "=r"(c.words[1]), "=r"(c.words[2]), "=r"(c.words[3])
-               : "l"(from));
+  if constexpr (kOnce) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(c.words[0]), "=r"(c.words[1]), "=r"(c.words[2]), "=r"(c.words[3])
+                 : "l"(from));
+  } else {
+    asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(c.words[0]), "=r"(c.words[1]), "=r"(c.words[2]), "=r"(c.words[3])
+                 : "l"(from));
+  }
   return c;
 }
 

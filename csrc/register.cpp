@@ -166,6 +166,7 @@ std::tuple<Tensor, Tensor> delta_forward(Tensor x, Optional weight, Optional bia
   p.launch.state = const_cast<int*>(data<int>(state));
   if (rows == 0 || p.adapter.outputs == 0) return {call.y, torch::stable::zero_(call.h)};
   p.weight = matrix(weight, x);
+  STD_TORCH_CHECK(!weight || rows <= kMostBaseRows, "lilora_cuda: with weight x may have up to ", kMostBaseRows, " rows, not ", rows);
   STD_TORCH_CHECK(!weight || (p.x.aligned && p.weight.aligned && x.size(1) % 8 == 0),
                   "lilora_cuda: x and weight must have rows of a multiple of 8 elements that begin at multiples of 16 bytes");
   one_launch = one_launch && !weight;

@@ -159,7 +159,7 @@ def test_decoding_takes_the_launches_beside_it_only_where_they_last_longer():
         longest = max(stream.parts().values())
         assert (longest == stream.beside) == (problem.columns == 512)
         assert stream.seconds() == pytest.approx(1.5e-6 + longest)
-        assert stream.chain > 0
+        assert stream.flight > 0
         phases = cuda_traffic.forward(call.shape, True, 132)
         moved = sum(each.unique for phase in phases for each in phase.traffic)
         assert stream.memory + expand.memory == pytest.approx(moved)
@@ -185,10 +185,10 @@ def test_what_the_choices_cite(monkeypatch):
     forward = lambda rows, plan, shape: model.predict(Problem(rows, *shape, 8), plan)["forward"]["us"]  # noqa: E731
     decoded = [
         forward(rows, "CUDA decode", shape) / forward(rows, "CUDA one_launch", shape)
-        for rows in (32, 64)
+        for rows in (16, 32)
         for shape in (GATE_UP, DOWN)
     ]
-    assert decoded == pytest.approx([0.80, 0.88, 1.09, 1.37], abs=0.006)
+    assert decoded == pytest.approx([0.85, 0.69, 1.09, 0.87], abs=0.006)
     fused = [us(rows, "CUDA fused") / us(rows, "CUDA by_phase") for rows in (8192, 4096)]
     assert fused == pytest.approx([0.98, 1.0], abs=0.005)
     saved = {}

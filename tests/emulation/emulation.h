@@ -120,6 +120,10 @@ void commit_copies();
 void wait_copies(int pending);
 void publish_shared();
 Chunk load_words(const void* from);
+template <bool>
+Chunk load_words(const void* from) {
+  return load_words(from);
+}
 void store_words(void* to, const uint32_t* words, int bytes);
 template <int kWords>
 void store_words(void* to, const uint32_t (&words)[kWords]) {

@@ -203,8 +203,8 @@ STAGES = 4  # kMostStages of csrc/tile.h
 def flight(shape: traffic.Shape, ranges: int) -> float:
     """Seconds of the loads of one warp that streams its share of the base's weight, as csrc/stream.h has it.
 
-    By the stall counts in the machine code of nvcc 13.0 (sm_90a, 16 rows, read by hand: 181 cycles a step) its instructions take less
-    than a third of the time that memory does: they are left out.
+    By the stall counts in the machine code (181 cycles a step with nvcc 13.0 on sm_90a; tests/cuda bounds them) its instructions
+    take less than a third of the time that memory does: they are left out.
     """
     width = ceil(ceil(shape.outputs, 8), ranges) * 8
     across = ceil(width, cuda_traffic.STREAMED)

@@ -119,11 +119,8 @@ void copy_async(Chunk* to, const void* from, int bytes);
 void commit_copies();
 void wait_copies(int pending);
 void publish_shared();
+template <bool>  // whether past a cache
 Chunk load_words(const void* from);
-template <bool>
-Chunk load_words(const void* from) {
-  return load_words(from);
-}
 void store_words(void* to, const uint32_t* words, int bytes);
 template <int kWords>
 void store_words(void* to, const uint32_t (&words)[kWords]) {

@@ -449,14 +449,14 @@ def test_uninitialised_memory_is_never_read(rows):
 @pytest.mark.parametrize("columns", [8, 264, 1048])
 @pytest.mark.parametrize(
     "processors, shared, outputs",
-    [(1, 99 << 10, 264), (2, 227 << 10, 256), (3, 227 << 10, 264), (5, 227 << 10, 260), (11, 227 << 10, 264), (33, 99 << 10, 264)],
-)  # fmt: skip
+    [(1, 99, 264), (2, 227, 256), (3, 227, 264), (5, 227, 260), (11, 227, 264), (33, 99, 264)],  # shared: KB
+)
 def test_the_base_product_of_any_width(processors, shared, outputs, columns, device):
     """Ranges of 128 outputs down to 8: one to four warps side by side, the others with slices of the depth, some without.
 
     A row gets the same bits alone and beside others.
     """
-    device(processors, shared)
+    device(processors, shared << 10)
     errors = Errors()
     for dtype in (torch.float16, torch.bfloat16):
         for coefficients, rank, sub_rank in (("fusion", 24, 8), ("plain", 256, 128), ("lora", 13, 5)):

@@ -266,7 +266,7 @@ def test_phases_without_work_are_not_launched(needs, phases, device):
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 33, 64])
 def test_decoding_reads_each_factor_once(rows, device):
-    """The base's weight too, whatever the number of rows; of U only the tasks that occur."""
+    """The base's weight too, whatever the number of rows; of U only the tasks that occur. x for h, and for each 32 outputs."""
     device(processors=7)
     i = make(rows, 136, 264, 32, 16, 9, mix="random", dtype=torch.float16)
     weight, bias = base(i)
@@ -276,6 +276,8 @@ def test_decoding_reads_each_factor_once(rows, device):
         copied = device.bytes_copied(factor, lambda: cuda_backend.run_forward(i.x, bias, args_of(i), False, weight))
         expected = 0 if name.startswith("u") and int(name[2]) not in occurring else factor.nbytes
         assert copied == expected, name
+    copied = device.bytes_copied(i.x, lambda: cuda_backend.run_forward(i.x, bias, args_of(i), False, weight))
+    assert copied == (1 + 6 * 2 + 1) * i.x.nbytes  # six ranges of 40 outputs, one of 24
 
 
 def run_all(i, p=0.0, op="delta"):
@@ -583,10 +585,10 @@ def test_many_rows_of_few_tasks_are_composed_where_triton_can_run(monkeypatch):
 
 
 def test_the_fused_product_leaves_what_it_cannot_do_to_the_other_plans(monkeypatch):
-    i = make(30, 64, 48, 16, 8, dtype=torch.bfloat16)
+    i = make(12, 64, 48, 16, 8, dtype=torch.bfloat16)
     weight, _ = base(i)
     reasons = {
-        "multiples of 8": (make(30, 60, 48, 16, 8, dtype=torch.bfloat16), torch.zeros(48, 60).bfloat16()),
+        "multiples of 8": (make(12, 60, 48, 16, 8, dtype=torch.bfloat16), torch.zeros(48, 60).bfloat16()),
         "multiples of 16 bytes": (i, torch.zeros(48, 65).bfloat16()[:, :64]),
     }
     assert cuda_linear.unsupported_call(i.x, weight, args_of(i), torch.zeros(48)) is None

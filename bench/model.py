@@ -42,6 +42,7 @@ from tools.traffic import ceil
 
 from .problems import DOWN, GATE_UP, GRADIENTS, SCALING, Problem
 from .roofline import (
+    CLOCK,
     DIRECTIONS,
     EAGER_LAUNCH,
     FUSED_TILE,
@@ -198,25 +199,27 @@ def cuda(call: Ours, start: str) -> None:
 
 
 STAGES = 4  # kMostStages of csrc/tile.h
+STEP_CYCLES = 159  # of a warp, for 32 outputs and sixteen rows
 
 
 def flight(shape: traffic.Shape, ranges: int) -> float:
     """Seconds of the loads of one warp that streams its share of the base's weight, as csrc/stream.h has it.
 
-    By the stall counts in the machine code (181 cycles a step with nvcc 13.0 on sm_90a; tests/cuda bounds them) its instructions
-    take less than a third of the time that memory does: they are left out.
+    It waits once for all loads that are under way, multiplies, and asks for as many again: the compiler has one scoreboard for
+    them. The cycles of a step are stall counts in the machine code of nvcc 13.0 for sm_90a and 16 rows; tests/cuda bounds them.
     """
     width = ceil(ceil(shape.outputs, 8), ranges) * 8
     across = ceil(width, cuda_traffic.STREAMED)
     slices = 2 ** int(math.log2(min(8, 2 * cuda_traffic.TILE // (across * cuda_traffic.STREAMED))))
     steps, ahead = ceil(ceil(shape.columns, 32), slices), 3 if shape.rows <= 16 else 2
-    return ceil(steps, ahead) * MEMORY_LATENCY
+    return ceil(steps, ahead) * (MEMORY_LATENCY + ahead * STEP_CYCLES * ceil(shape.rows, 16) / CLOCK)
 
 
 def decode(call: Ours) -> None:
     """Inference: forward alone. The last phase has its base product while the others run, which it then waits for.
 
-    Its start is priced behind theirs. The first tiles of B0 and U have come by then.
+    Its start is priced behind theirs, and from 17 rows on behind the whole of phase 0: a processor has no registers for both. The
+    first tiles of B0 and U have come by then.
     """
     *others, last = cuda_traffic.forward(call.shape, True, PROCESSORS)
     *given, expand = cuda_phases((*others, last), "dependent", {})
@@ -227,11 +230,13 @@ def decode(call: Ours) -> None:
     stream, tiles = (of_phase("base", each, base_flops, "dependent", last.items, 0) for each in (of_base, of_tasks))
     steps = ceil(call.shape.rank, cuda_traffic.STEP) + call.problem.tasks * ceil(call.shape.sub_rank, cuda_traffic.STEP)
     early = min(1.0, (STAGES - 1) / steps)
+    alone = given[:1] if call.shape.rows > 16 else []
     memory, issued = (
-        sum(getattr(each, kind) for each in given) + early * getattr(tiles, kind) for kind in ("memory", "issued")
+        sum(getattr(each, kind) for each in given[len(alone) :]) + early * getattr(tiles, kind) for kind in KEYS[:2]
     )
-    seconds = sum(launch.seconds() - START[launch.start] for launch in given)
-    call.forward.launches += [Launch(launch.name, start=launch.start) for launch in given]
+    seconds = sum(launch.seconds() - START[launch.start] for launch in given[len(alone) :])
+    call.forward.launches += alone
+    call.forward.launches += [Launch(launch.name, start=launch.start) for launch in given[len(alone) :]]
     late = [replace(each, unique=(1 - early) * each.unique, issued=(1 - early) * each.issued) for each in of_tasks]
     call.forward.launches += [
         replace(

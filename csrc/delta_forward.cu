@@ -51,9 +51,9 @@ PART void shrink(const Forward& p, Coordinates at) {
   });
 }
 
-// The base product's memory behind the panel of [q | z]: partial sums of as many slices of the depth as fit, in rows of
-// base_width() floats.
-HOST_DEVICE int base_chunks(const Forward& p, int rows) { return rows * 2 * p.base_columns / 4; }
+// The base product's memory behind the panel of [q | z]: partial sums of half as many slices of the depth as there are, in rows
+// of base_width() floats.
+HOST_DEVICE int base_chunks(const Forward& p, int rows) { return rows * p.base_columns / 4; }
 DEVICE int base_width(int outputs) { return (outputs + 31) / 32 * 32; }
 
 // y of a tile of rows and of `columns`, from [q | z] and, where there is a base product, its sums.
@@ -209,14 +209,14 @@ struct Expansion {
 
 // While the base's weight comes: the list of tasks, and the first loads for them.
 template <typename T, int kM>
-APART void begin_expansion(const Forward& p, Range rows, Range columns) {
+DEVICE void begin_expansion(const Forward& p, Range rows, Range columns) {
   Workspace<kM>::list().fill(p.adapter, rows);
   const Expansion<T, kM, true> expansion(p, rows, columns);
   begin_pipeline(expansion.steps, expansion.stages, [&](int step, int stage) { expansion.load(step, stage); });
 }
 
 // The base product x W^T of a tile of outputs, after which its memory begins with the sums. meanwhile() runs while the first loads
-// are under way. Each warp has 32 outputs; where there are more warps they share the depth.
+// are under way. Each warp has 32 outputs; where there are more warps they share the depth in an even number of slices.
 template <typename T, int kM, typename Meanwhile>
 DEVICE void base_product(const Forward& p, Range rows, Range outputs, Meanwhile meanwhile) {
   using Product = StreamedProduct<T, kM>;
@@ -229,21 +229,29 @@ DEVICE void base_product(const Forward& p, Range rows, Range outputs, Meanwhile 
   product.add(slice < slices ? share_range(slice, slices, Product::kDepth, p.adapter.columns) : Range{0, 0}, meanwhile);
 
   float* const sums = Expansion<T, kM, true>(p, rows, outputs).sums();
-  const int plane = rows.count * width;
-  UNROLL
-  for (int i = 0; i < 2 * Product::kTilesM; ++i) {
-    const int half = i % 2, row = Product::row(i / 2, half);
-    if (slice >= slices || row >= rows.count) continue;
+  const int plane = rows.count * width, half = slices / 2;  // a warp of either half has the same place in a plane
+  auto for_each_pair = [&](auto f) {
     UNROLL
-    for (int j = 0; j < Product::kTilesN; ++j) {
-      const float(&c)[4] = product.c[i / 2][j];
-      Vector<float, 2>* const to = reinterpret_cast<Vector<float, 2>*>(sums + slice * plane + row * width + first);
-      to[Product::column(j) / 2] = {{c[2 * half], c[2 * half + 1]}};
+    for (int i = 0; i < 2 * Product::kTilesM; ++i) {
+      const int row = Product::row(i / 2, i % 2);
+      if (row >= rows.count) continue;
+      UNROLL
+      for (int j = 0; j < Product::kTilesN; ++j) {
+        float* const to = sums + slice % half * plane + row * width + first + Product::column(j);
+        f(*reinterpret_cast<Vector<float, 2>*>(to), &product.c[i / 2][j][2 * (i % 2)]);
+      }
     }
+  };
+  if (slice >= half && slice < slices) {
+    for_each_pair([](Vector<float, 2>& sum, const float* c) { sum = {{c[0], c[1]}}; });
+  }
+  __syncthreads();
+  if (slice < half) {
+    for_each_pair([](Vector<float, 2>& sum, const float* c) { sum = {{c[0] + sum.values[0], c[1] + sum.values[1]}}; });
   }
   __syncthreads();
   for (int i = threadIdx.x * 4; i < plane; i += kThreads * 4) {
-    *reinterpret_cast<Vector<float, 4>*>(sums + i) = sum_of_splits<4>(sums + i, plane, slices);
+    *reinterpret_cast<Vector<float, 4>*>(sums + i) = sum_of_splits<4>(sums + i, plane, half);
   }
   __syncthreads();
 }
@@ -349,9 +357,9 @@ void plan(Forward& p, Type type, bool one_launch) {
   p.splits = shares_for(p.row_tiles * p.rank_tiles, blocks, depth, 2, kMostSplits);
   const int at_once = one_launch ? kernels.all().blocks() : kernels.phase(2).blocks();
   p.groups = shares_for(p.row_tiles, at_once, p.output_tiles, 1, p.output_tiles);
-  if (base) {  // a range for each processor, of whole chunks
-    const int chunks = static_cast<int>(ceil_div(adapter.outputs, kPerChunk));
-    p.groups = static_cast<int>(ceil_div(chunks, smaller(ceil_div(chunks, blocks), p.base_columns / kPerChunk)));
+  if (base) {  // a range for each processor, or several, of whole chunks
+    const int64_t chunks = ceil_div(adapter.outputs, kPerChunk), most = blocks * (p.base_columns / kPerChunk);
+    p.groups = static_cast<int>(ceil_div(chunks, ceil_div(chunks, blocks * ceil_div(chunks, most))));
   }
 }
 

@@ -27,7 +27,6 @@
 #else
 #define PART __device__ __noinline__  // a part of a kernel with registers of its own
 #endif
-#define APART __device__ __noinline__  // keeps its registers out of its caller, which has no wgmma
 #define KERNEL_PARAMETER __grid_constant__
 #define KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)  // so many blocks of a processor at once
 #define UNROLL _Pragma("unroll")
@@ -107,19 +106,12 @@ DEVICE void wait_copies(int pending) {
   }
 }
 
-// Sixteen bytes of global memory that nothing writes while the kernel runs. kOnce: past the L1 cache.
-template <bool kOnce>
+// Sixteen bytes by way of the L2 cache alone: before it has waited for the kernel before, a kernel may not rely on L1.
 DEVICE Chunk load_words(const void* from) {
   Chunk c;
-  if constexpr (kOnce) {
-    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(c.words[0]), "=r"(c.words[1]), "=r"(c.words[2]), "=r"(c.words[3])
-                 : "l"(from));
-  } else {
-    asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(c.words[0]), "=r"(c.words[1]), "=r"(c.words[2]), "=r"(c.words[3])
-                 : "l"(from));
-  }
+  asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(c.words[0]), "=r"(c.words[1]), "=r"(c.words[2]), "=r"(c.words[3])
+               : "l"(from));
   return c;
 }
 

@@ -28,7 +28,7 @@ struct StreamedProduct {
   DEVICE void multiply_step(const Chunk (&left)[2 * kTilesM], const Chunk (&right)[kTilesN]) {
     UNROLL
     for (int i = 0; i < kTilesM; ++i) {
-      if (16 * i >= rows.count) continue;
+      if (i > 0 && 16 * i >= rows.count) continue;
       const Chunk &upper = left[2 * i], &lower = left[2 * i + 1];
       UNROLL
       for (int w = 0; w < 4; w += 2) {
@@ -39,8 +39,8 @@ struct StreamedProduct {
     }
   }
 
-  // Of every eight rows this lane has one: its place in each, and whether there is one. Of those of x other warps want the same.
-  template <int kRows, bool kOnce>
+  // Of every eight rows this lane has one: its place in each, and whether there is one.
+  template <int kRows>
   struct Rows {
     const T* from[kRows];
     int count;
@@ -54,7 +54,7 @@ struct StreamedProduct {
     DEVICE void load(Chunk (&to)[kRows], int further) const {
       UNROLL
       for (int i = 0; i < kRows; ++i) {
-        if (8 * i + lane() / 4 < count) to[i] = load_words<kOnce>(from[i] + further);
+        if (8 * i + lane() / 4 < count) to[i] = load_words(from[i] + further);
       }
     }
     DEVICE void advance(int further) {
@@ -67,8 +67,8 @@ struct StreamedProduct {
   template <typename Meanwhile>
   DEVICE void add(Range columns, Meanwhile meanwhile) {
     const int own = lane() % 4 * kPerChunk, steps = columns.count / kDepth;
-    Rows<2 * kTilesM, false> x_rows(x, rows, columns.first + own);
-    Rows<kTilesN, true> weight_rows(weight, outputs, columns.first + own);
+    Rows<2 * kTilesM> x_rows(x, rows, columns.first + own);
+    Rows<kTilesN> weight_rows(weight, outputs, columns.first + own);
     Chunk left[kAhead][2 * kTilesM] = {}, right[kAhead][kTilesN] = {};  // what is not loaded stays zero
     auto load_step = [&](int i, int to_go) {
       if (i >= to_go) return;

@@ -89,7 +89,7 @@ def forward(shape: Shape, base: bool, blocks: int, expanding: int | None = None)
     moved = []
     if base:
         octets = ceil(n, 8)
-        groups = ceil(octets, min(ceil(octets, blocks), TILE // 8))
+        groups = ceil(octets, ceil(octets, blocks * ceil(octets, blocks * (TILE // 8))))
         loads, weight = groups * ceil(8 * ceil(octets, groups), STREAMED), n * k * act  # where ranges are equal
         moved = [Traffic(2, "x", loads * m * k * act, m * k * act), Traffic(2, "weight", weight, weight)]
     moved += [

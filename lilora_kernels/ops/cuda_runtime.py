@@ -9,7 +9,7 @@ from .triton_runtime import LARGEST_RANK, LARGEST_SUB_RANK, NVIDIA, capability, 
 
 DECODE_ROWS = 64  # the most that the plan decode takes: kFewRowsUpTo of csrc/plan.h
 # Up to here it is chosen. Modelled, not measured: bench.model, forward, time over that of one_launch for 16 rows of eight tasks:
-# gate and up 0.85, down 0.69; for 32 rows 1.09 and 0.87.
+# gate and up 0.85, down 0.69; for 32 rows 1.19 and 1.08.
 DECODE_CHOSEN = 16
 # From here on the plan fused is chosen on sm_90a where composed cannot be. Modelled, not measured: bench.model, both directions
 # of gate and up, time over that of by_phase: 4096 rows 1.00, 8192 rows 0.98.

@@ -150,8 +150,8 @@ def test_launches_of_the_plans():
 
 
 def test_decoding_takes_the_launches_beside_it_only_where_they_last_longer():
-    """Of the base's weight, most of the time; of 64 tasks in few rows z would take longer than a narrow layer."""
-    for problem in (Problem(8, *GATE_UP, 8), Problem(64, 512, 512, 64)):
+    """Of the base's weight, most of the time; of 16 tasks in few rows z would take longer than a narrow layer."""
+    for problem in (Problem(8, *GATE_UP, 8), Problem(16, 512, 512, 16)):
         call = model.Ours(problem)
         model.decode(call)
         *starts, stream, expand = call.forward.launches
@@ -162,7 +162,7 @@ def test_decoding_takes_the_launches_beside_it_only_where_they_last_longer():
         assert stream.flight > 0
         phases = cuda_traffic.forward(call.shape, True, 132)
         moved = sum(each.unique for phase in phases for each in phase.traffic)
-        assert stream.memory + expand.memory == pytest.approx(moved)
+        assert sum(launch.memory for launch in (*starts, stream, expand)) == pytest.approx(moved)
 
 
 def test_dropout_is_drawn_where_a_phase_reads_x():
@@ -188,7 +188,7 @@ def test_what_the_choices_cite(monkeypatch):
         for rows in (16, 32)
         for shape in (GATE_UP, DOWN)
     ]
-    assert decoded == pytest.approx([0.85, 0.69, 1.09, 0.87], abs=0.006)
+    assert decoded == pytest.approx([0.85, 0.69, 1.19, 1.08], abs=0.006)
     fused = [us(rows, "CUDA fused") / us(rows, "CUDA by_phase") for rows in (8192, 4096)]
     assert fused == pytest.approx([0.98, 1.0], abs=0.005)
     saved = {}

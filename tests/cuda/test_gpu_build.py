@@ -240,28 +240,36 @@ INSTRUCTION = re.compile(r"/\*(\w{4,})\*/\s+(.*?);\s+/\* 0x\w+ \*/\s+/\* (0x\w+)
 
 
 def test_the_base_weight_passes_from_memory_through_registers(code):
-    """The loop with its loads has nothing of shared memory, no barrier and no spill, and few cycles of its own for each 2 KB.
+    """The loop with its loads has nothing of shared memory, no barrier and no spill, waits once for all loads and then has few
+    cycles of its own; no call comes between the first loads and the loop, for it would wait for them.
 
-    Those are the stall counts, four bits of an instruction's second half.
+    Of an instruction's second half, bits 41 to 44 are the cycles that it stalls, 46 to 48 its scoreboard, 52 to 57 those that it
+    waits for.
     """
     kernels, device = code
     for (_, kind, rows, phase), text in delta_kernels(kernels).items():
         if phase != BASE:
             continue
-        code_of = [(int(at, 16), line, int(half, 16) >> 41 & 0xF) for at, line, half in INSTRUCTION.findall(text)]
+        code_of = [(int(at, 16), line, int(half, 16)) for at, line, half in INSTRUCTION.findall(text)]
         loads = {at for at, line, _ in code_of if re.search(r"LDG\.E\S*\.128", line)}
         jumps = [(int(to[1], 16), at) for at, line, _ in code_of if (to := re.search(r"BRA.* 0x(\w+)", line))]
         loops = [
-            [(line, stall) for at, line, stall in code_of if first <= at <= last]
+            [each for each in code_of if first <= each[0] <= last]
             for first, last in jumps
             if first < last and any(first <= at <= last for at in loads)
         ]
-        loop = min((each for each in loops if any("HMMA" in line for line, _ in each)), key=len)
-        steps = sum(".128" in line for line, _ in loop) // (4 + int(rows) // 8)  # loads of 32 outputs, and of x
+        loop = min((each for each in loops if any("HMMA" in line for _, line, _ in each)), key=len)
+        inside = [half for at, line, half in loop if at in loads]
+        steps = len(inside) // (4 + int(rows) // 8)  # loads of 32 outputs, and of x
         assert steps == (3 if rows == "16" else 2)
-        assert not [line for line, _ in loop if re.search(r"\b(LDS|STS|LDSM|LDGSTS|BAR|LDL|STL)\b", line)], kind
-        if device == "sm_90a" and rows == "16":
-            assert sum(stall for _, stall in loop) <= 200 * steps
+        begun = [line for at, line, _ in code_of if min(loads) < at < loop[0][0]]
+        assert not [line for line in begun if "CALL" in line], kind
+        lines = [line for _, line, _ in loop]
+        assert not [line for line in lines if re.search(r"\b(LDS|STS|LDSM|LDGSTS|BAR|LDL|STL|CALL)\b", line)], kind
+        if device == "sm_90a":
+            boards = sum(1 << board for board in {half >> 46 & 7 for half in inside})
+            assert sum(half >> 52 & 0x3F & boards != 0 for _, _, half in loop) == 1, kind
+            assert sum(half >> 41 & 0xF for _, _, half in loop) <= (180 if rows == "16" else 500) * steps, kind
 
 
 def test_partial_sums_are_loaded_by_sixteen_bytes_eight_at_a_time(code):

@@ -596,7 +596,6 @@ static void count_load(const void* from, int bytes) {
   if (offset >= 0 && offset < emulation::watched_size) emulation::watched_bytes += bytes;
 }
 
-template <bool>
 Chunk load_words(const void* from) {
   if (reinterpret_cast<uintptr_t>(from) % sizeof(Chunk) != 0) emulation::fail("a load of sixteen bytes is misaligned");
   count_load(from, sizeof(Chunk));
@@ -605,8 +604,6 @@ Chunk load_words(const void* from) {
   std::memcpy(&chunk, from, sizeof(Chunk));
   return chunk;
 }
-template Chunk load_words<true>(const void*);
-template Chunk load_words<false>(const void*);
 
 void copy_async(Chunk* to, const void* from, int bytes) {
   count_load(from, bytes);

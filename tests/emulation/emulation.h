@@ -21,7 +21,6 @@
 #define HOST_DEVICE inline
 #define DEVICE inline
 #define PART inline
-#define APART inline
 #define KERNEL_PARAMETER
 #define KERNEL(threads, blocks) void
 #define UNROLL
@@ -119,7 +118,6 @@ void copy_async(Chunk* to, const void* from, int bytes);
 void commit_copies();
 void wait_copies(int pending);
 void publish_shared();
-template <bool>  // whether past a cache
 Chunk load_words(const void* from);
 void store_words(void* to, const uint32_t* words, int bytes);
 template <int kWords>

@@ -7,7 +7,7 @@ from .. import cuda_library
 from ..backends import ONE_LAUNCH_ROWS
 from .triton_runtime import LARGEST_RANK, LARGEST_SUB_RANK, NVIDIA, capability, old_gpu
 
-DECODE_ROWS = 64  # the most that the plan decode takes: kFewRowsUpTo of csrc/plan.h
+DECODE_ROWS = 64  # the most that the plan decode takes: kMostBaseRows of csrc/delta.h
 # Up to here it is chosen. Modelled, not measured: bench.model, forward, time over that of one_launch for 16 rows of eight tasks:
 # gate and up 0.85, down 0.69; for 32 rows 1.19 and 1.08.
 DECODE_CHOSEN = 16

@@ -291,10 +291,8 @@ def test_kernels_of_a_phase_leave_registers_for_more_blocks_of_a_processor(built
             beside = row["architecture"] == "sm_90a" and rows != "64"
             several = {"0", "1"} | ({"2"} if beside else set()) if direction == "for" else {"0", "2", "4"}
             assert 65536 // (256 * -(-row["registers"] // 8) * 8) >= 1 + (phase in several), row
-        if row["architecture"] == "sm_90a" and re.search(
-            r"with_base<[^,]+, 16>", row["kernel"]
-        ):  # one of phase 0 beside it
-            assert row["registers"] <= 128, row
+        if row["architecture"] == "sm_90a" and re.search(r"with_base<[^,]+, 16>", row["kernel"]):
+            assert row["registers"] <= 128, row  # one of phase 0 beside it
 
 
 def test_results_are_stored_by_sixteen_bytes(code):

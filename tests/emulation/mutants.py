@@ -81,6 +81,13 @@ MUTANTS = (
         "  for (int i = threadIdx.x * 4",
         FORWARD,
     ),
+    Mutant(
+        "no barrier between the halves of the depth",
+        FORWARD,
+        "  __syncthreads();\n  if (slice < half)",
+        "  if (slice < half)",
+        FORWARD,
+    ),
     Mutant("no barrier behind the sum with B0", FORWARD, "if (kBase && z_steps == 0) __syncthreads();", ";", FORWARD),
     Mutant("no barrier of a step", "tile.h", STEP, STEP.replace("      __syncthreads();\n", ""), FORWARD),
     Mutant("no barrier behind the steps", "tile.h", "  }\n  __syncthreads();\n}", "  }\n}", BACKWARD),

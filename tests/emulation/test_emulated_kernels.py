@@ -477,7 +477,7 @@ def test_the_base_product_of_any_width(processors, shared, outputs, columns, dev
 
 @pytest.mark.parametrize("which", ["x", "weight", "columns"])
 def test_rows_that_decoding_cannot_stream_take_another_plan(which, device):
-    """One that is forced raises; a weight of wide rows is read as it lies."""
+    """One that is forced raises, and so does the operation itself."""
     columns = 60 if which == "columns" else 64
     i = make(7, columns, 40, 16, 8, dtype=torch.bfloat16)
     weight, bias = base(i)

@@ -75,16 +75,17 @@ def plan_of(
 
 def cannot_decode(x: Tensor, weight: Tensor) -> str | None:
     """Why the base's weight cannot be streamed, or None."""
-    if x.shape[0] > DECODE_ROWS:
-        return f"it takes up to {DECODE_ROWS} rows, here are {x.shape[0]}"
-    if x.shape[1] % 8 or not (rows_begin_aligned(x) and (weight.dtype != x.dtype or rows_begin_aligned(weight))):
+    rows, columns = x.shape
+    if rows > DECODE_ROWS:
+        return f"it takes up to {DECODE_ROWS} rows, here are {rows}"
+    if columns % 8 or not (rows_begin_aligned(x) and (rows_begin_aligned(weight) or weight.dtype != x.dtype)):
         return "its x and base weight must have rows of a multiple of 8 elements that begin at multiples of 16 bytes"
     return None
 
 
 def rows_begin_aligned(t: Tensor) -> bool:
-    """Of a matrix of 16-bit elements whether all rows begin at multiples of 16 bytes, as far as it is not copied first."""
-    return t.data_ptr() % 16 == 0 and (len(t) == 1 or t.stride(1) != 1 or t.stride(0) % 8 == 0)
+    """Whether the rows [.., 8 i] of 16-bit elements begin at multiples of 16 bytes, as far as they are not copied first."""
+    return t.data_ptr() % 16 == 0 and (t.is_contiguous() or t.stride(1) != 1 or t.stride(0) % 8 == 0)
 
 
 def unsupported_call(rows: Tensor, weight: Tensor, adapter: AdapterArgs, bias: Tensor | None = None) -> str | None:

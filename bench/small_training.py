@@ -1,8 +1,8 @@
 """A call of our own each way, or library products: python -m bench.small_training [--out FOLDER]
 
-Of `lilora::linear` with all gradients, in fp32 on one thread: thread time by the plan one_launch of the CPU kernels over that
-by composed, the least of repetitions that alternate. What `cpu_training.MOST_PRODUCTS` was read from. With --out,
-small_training.json goes there.
+Of `lilora::linear` with all gradients, and of its forward alone, in fp32 on one thread: thread time by the plan one_launch of
+the CPU kernels over that by composed, the least of repetitions that alternate. What `cpu_training.MOST_PRODUCTS` and
+`FORWARD_ROWS` were read from. With --out, small_training.json goes there.
 """
 
 import argparse
@@ -21,24 +21,36 @@ from .environment import environment
 
 SIZES = (64, 64, 16, 8), (96, 256, 64, 26), (256, 96, 64, 26), (512, 512, 32, 16), (576, 1536, 32, 13)  # K, N, R, S
 ROWS = 8, 64, 320, 640
+# Of forward alone, as prompts of one task and of eight have them.
+PROMPT_SIZES = (
+    (576, 1536, 64, 26),
+    (1536, 576, 64, 26),
+    (2048, 5504, 64, 26),
+    (4096, 11008, 64, 26),
+    (11008, 4096, 64, 26),
+)
+PROMPT_ROWS, PROMPT_TASKS = (72, 128, 256, 512), (1, 8)
 SECONDS = 1.0  # of a cell
 
 
-def runs(rows: int, columns: int, outputs: int, rank: int, sub_rank: int) -> dict[str, Callable[[], object]]:
-    """By plan: a forward, and a backward with all gradients."""
-    shapes = (rank, columns), (outputs, rank), (outputs, sub_rank), (sub_rank, rank), (1,)
-    adapter = AdapterArgs(*map(torch.randn, shapes), None, None, None, None, 2.0, 0.0, None)
+def runs(
+    rows: int, columns: int, outputs: int, rank: int, sub_rank: int, tasks: int = 1, backward: bool = True
+) -> dict[str, Callable[[], object]]:
+    """By plan: a forward, and a backward with all gradients; rows of one task lie together."""
+    shapes = (rank, columns), (outputs, rank), (tasks, outputs, sub_rank), (tasks, sub_rank, rank), (tasks,)
+    task = torch.arange(rows, dtype=torch.int32) * tasks // rows
+    adapter = AdapterArgs(*map(torch.randn, shapes), task, None, None, None, 2.0, 0.0, None)
     x, dy, weight = torch.randn(rows, columns), torch.randn(rows, outputs), torch.randn(outputs, columns)
     own, needs = cpu_training.Training([weight, None], adapter), cpu_training.OPERANDS
     own.most_rows = cpu_training.MOST_ROWS
 
     def one_launch() -> object:
-        _, h, _ = own.forward(x, [weight, None], adapter)
-        return own.backward(dy, x, weight, h, adapter, (True,) * len(needs))
+        y, h, _ = own.forward(x, [weight, None], adapter)
+        return own.backward(dy, x, weight, h, adapter, (True,) * len(needs)) if backward else [y]
 
     def composed() -> object:
-        _, h = eager.forward(x, weight, None, adapter)
-        return eager.backward(dy, x, weight, h, adapter, frozenset(needs))
+        y, h = eager.forward(x, weight, None, adapter)
+        return eager.backward(dy, x, weight, h, adapter, frozenset(needs)) if backward else {"y": y}
 
     return {"one_launch": one_launch, "composed": composed}
 
@@ -60,16 +72,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each cell")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    both = [(rows, *size, 1, True) for size in SIZES for rows in ROWS]
+    forward = [(rows, *size, tasks, False) for size in PROMPT_SIZES for rows in PROMPT_ROWS for tasks in PROMPT_TASKS]
     found = []
-    for columns, outputs, rank, sub_rank in SIZES:
-        for rows in ROWS:
-            us = least(runs(rows, columns, outputs, rank, sub_rank), options.seconds)
-            products = rows * (columns * outputs + rank * (columns + outputs))
-            cell = {"M": rows, "K": columns, "N": outputs, "R": rank, "S": sub_rank, "products": products}
-            found.append(cell | {f"{name}_us": round(each, 1) for name, each in us.items()})
-            print(
-                f"{rows:5} x {columns:4} -> {outputs:4}  {products:11,}  {us['one_launch'] / us['composed']:.2f} of composed"
-            )
+    for cell in both + forward:
+        rows, columns, outputs, rank, sub_rank, tasks, backward = cell
+        us = least(runs(*cell), options.seconds)
+        products = rows * (columns * outputs + rank * (columns + outputs))
+        sizes = {"M": rows, "K": columns, "N": outputs, "R": rank, "S": sub_rank, "T": tasks, "backward": backward}
+        found.append(sizes | {"products": products} | {f"{name}_us": round(each, 1) for name, each in us.items()})
+        what = "both directions" if backward else f"forward, T={tasks}"
+        over = us["one_launch"] / us["composed"]
+        print(f"{rows:5} x {columns:5} -> {outputs:5}  {products:14,}  {what:15}  {over:.2f} of composed", flush=True)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         content = {"environment": environment("python -m bench.small_training", on_gpu=False), "results": found}

@@ -19,6 +19,16 @@ enum Type : int64_t { kFloat, kBfloat16, kHalf };
 struct Bfloat16 { uint16_t bits; };
 struct Half { uint16_t bits; };
 
+typedef float Four __attribute__((vector_size(16)));
+
+// Of the eight elements of two vectors of four: those at these places.
+#ifdef __clang__
+#define SHUFFLED(left, right, ...) __builtin_shufflevector(left, right, __VA_ARGS__)
+#else
+typedef int32_t Places __attribute__((vector_size(16)));
+#define SHUFFLED(left, right, ...) __builtin_shuffle(left, right, Places{__VA_ARGS__})
+#endif
+
 struct Matrix {
   const void* data;  // nullptr where it is not given
   int64_t type;

@@ -1,5 +1,5 @@
-// `lilora::linear` and `delta` with gradients on a CPU, each direction in one call: for sizes at which most of what a library's
-// products cost is to call them. fp32. Formula: ops/README.md.
+// `lilora::linear` and `delta` on a CPU, each direction in one call: forward for up to a few hundred rows, both for sizes at which
+// most of what a library's products cost is to call them. fp32. Formula: ops/README.md.
 
 #include "common.h"
 

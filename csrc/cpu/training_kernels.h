@@ -5,6 +5,7 @@
 #define WIDE 2               // registers of a row of a tile
 #define GROUP (WIDE * LANES)  // columns that are worked on together
 #define LENGTH 64            // of the products that are added up before they join the sums of others: longer sums lose digits
+#define TALL 6               // rows of a tile: with WIDE their sums hide an addition's latency, and 16 registers hold them
 
 // Sums of rows of a result, and a block of a matrix by which these columns are multiplied.
 struct Sums {
@@ -14,10 +15,29 @@ struct Sums {
 
 INLINE void clear(Sums& sums, int64_t rows) { memset(sums.of, 0, rows * sizeof *sums.of); }
 
+// Four elements of each of four rows, `row` apart, to four rows of a block.
+INLINE void transpose(Vector (*to)[WIDE], int64_t at, const float* from, int64_t row) {
+  Four rows[4], pairs[4], columns[4];
+  for (int i = 0; i < 4; ++i) memcpy(&rows[i], from + i * row, sizeof rows[i]);
+  for (int i = 0; i < 4; i += 2) {
+    pairs[i] = SHUFFLED(rows[i], rows[i + 1], 0, 4, 1, 5);
+    pairs[i + 1] = SHUFFLED(rows[i], rows[i + 1], 2, 6, 3, 7);
+  }
+  for (int i = 0; i < 2; ++i) {
+    columns[2 * i] = SHUFFLED(pairs[i], pairs[2 + i], 0, 1, 4, 5);
+    columns[2 * i + 1] = SHUFFLED(pairs[i], pairs[2 + i], 2, 3, 6, 7);
+  }
+  for (int i = 0; i < 4; ++i) memcpy((float*)to[i] + at, &columns[i], sizeof columns[i]);
+}
+
 // Rows [j, j + length) and columns [c, c + count) of a product's right side, with zeros up to GROUP.
 INLINE void pack(Sums& sums, const Product& of, int64_t j, int64_t length, int64_t c, int64_t count) {
   const float* from = of.right + j * of.right_row + c * of.right_step;
-  for (int64_t i = 0; i < length; ++i, from += of.right_row) {
+  int64_t i = 0;
+  if (of.right_row == 1 && count == GROUP)
+    for (; i + 4 <= length; i += 4, from += 4)
+      for (int64_t n = 0; n < GROUP; n += 4) transpose(sums.block + i, n, from + n * of.right_step, of.right_step);
+  for (; i < length; ++i, from += of.right_row) {
     float* const to = (float*)sums.block[i];
     if (count < GROUP) memset(to, 0, sizeof sums.block[i]);
     if (of.right_step == 1 && count == GROUP) memcpy(to, from, sizeof sums.block[i]);
@@ -48,7 +68,9 @@ TARGET static void add(Sums& sums, const Product& of, int64_t first, int64_t las
     pack(sums, of, j, length, c, count);
     int64_t i = first;
     const float* const left = of.left + j * of.left_step;
-    for (; i + 4 <= last; i += 4) add_tile<4>(sums, left + i * of.left_row, of.left_row, of.left_step, length, at + i - first);
+    for (; i + TALL <= last; i += TALL)
+      add_tile<TALL>(sums, left + i * of.left_row, of.left_row, of.left_step, length, at + i - first);
+    for (; i + 2 <= last; i += 2) add_tile<2>(sums, left + i * of.left_row, of.left_row, of.left_step, length, at + i - first);
     for (; i < last; ++i) add_tile<1>(sums, left + i * of.left_row, of.left_row, of.left_step, length, at + i - first);
   }
 }
@@ -277,3 +299,4 @@ TARGET static void backward(Work& work) {
 #undef WIDE
 #undef GROUP
 #undef LENGTH
+#undef TALL

@@ -49,8 +49,7 @@ INLINE void widen(float* to, const T* from, int64_t count) {
 }
 
 INLINE float total(const Vector& lanes) {
-  typedef float Quad __attribute__((vector_size(16)));
-  Quad parts[LANES / 4];
+  Four parts[LANES / 4];
   memcpy(parts, &lanes, sizeof lanes);
   for (int half = LANES / 8; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) parts[i] += parts[i + half];

@@ -1,4 +1,4 @@
-"""The plan one_launch on a CPU: `linear` and `delta` with their gradients, each direction in one call of the CPU kernels."""
+"""The plan one_launch on a CPU: each direction of an adapter, and of its base, in one call of the CPU kernels."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,12 @@ from .philox import keep_scale, threshold
 from .schema import FACTORS, AdapterArgs
 
 MOST_ROWS = 1024  # kMostRows of csrc/cpu/training.cpp
-# Multiplications of y = x W^T and of h and h B0^T, unless the plan is forced: from about there on the library's products are
-# level, ours at 0.8 to 1.2 of their time by the shape (bench.small_training, bench/results/small-training).
+# Where the plan is not forced, up to here, from bench.small_training, bench/results/small-training. Forward: ours takes 0.65 to
+# 0.98 of composed's time; with more rows it is level, and an x that fills the caches makes it up to twice as slow. Both
+# directions, by multiplications of y = x W^T, h and h B0^T: from about there on 0.7 to 1.1 by the shape.
+FORWARD_ROWS, FORWARD_X = 256, 2**21
 MOST_PRODUCTS = 2**23
-PLAN = {"one_launch": "for fp32 with gradients, while its products are small"}
+PLAN = {"one_launch": f"for fp32, forward up to {FORWARD_ROWS} rows and backward while its products are small"}
 OPERANDS = ("x", *FACTORS)
 
 
@@ -30,7 +32,9 @@ def forward(x: Tensor, *of: Tensor | AdapterArgs | None) -> tuple[Tensor, Tensor
     *base, adapter = of
     if not is_taken(base, adapter, x):
         return None
-    found = Training(base, adapter).forward(x, base, adapter)
+    training = Training(base, adapter)
+    training.most_rows = max(training.most_rows, min(FORWARD_ROWS, FORWARD_X // max(x.shape[1], 1)))
+    found = training.forward(x, base, adapter)
     return found and found[:2]
 
 

@@ -20,6 +20,7 @@ from support.cases import (
     pairwise,
 )
 from support.forked import passes_in_child
+from support.pair_cases import adapters
 from torch import nn
 
 import lilora_kernels
@@ -49,8 +50,12 @@ def chosen(plan=None):
 
 
 def run(op, i, **more):
+    """Of delta_pair the sum of the same adapter twice."""
     if op == "delta":
         return functional.delta(*adapter(i), **options(i, **more))
+    if op == "delta_pair":
+        more = {"task": i.task, "scaling": SCALING, **more}
+        return sum(functional.delta_pair(i.x, adapters(i), adapters(i), bases=[base(i)] * 2, **more))
     return functional.linear(i.x, *base(i), *adapter(i)[1:], **options(i, **more))
 
 
@@ -227,6 +232,41 @@ def test_larger_products_are_left_to_the_library(monkeypatch):
         with chosen():
             results("linear", i, torch.randn(7, 20))
         assert len(seen) == taken
+
+
+@pytest.mark.parametrize("op", ["delta", "linear", "delta_pair"])
+@pytest.mark.parametrize("leaves", [(), LEAVES])
+def test_forward_alone_is_taken_for_more_rows(op, leaves, monkeypatch):
+    monkeypatch.setattr(cpu_training, "MOST_PRODUCTS", 0)
+    seen, library = [], cpu_training.cpu_library.load()
+    for name in ("train_forward", "train_backward"):
+        function = getattr(library, name)
+        monkeypatch.setattr(
+            library, name, lambda call, name=name, function=function: seen.append(name) or function(call)
+        )
+    monkeypatch.setattr(cpu_training, "FORWARD_X", 256 * 24)
+    for rows, columns, taken in ((65, 24, True), (256, 24, True), (257, 23, False), (256, 25, False)):
+        i = make(rows=rows, columns=columns, dtype=torch.float32).leaves(leaves)
+        seen.clear()
+        with chosen():
+            y = run(op, i)
+            if leaves:
+                y.sum().backward()
+        assert seen == ["train_forward"] * taken * (2 if op == "delta_pair" else 1)
+        with chosen("composed"):
+            torch.testing.assert_close(y, run(op, i), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_two_adapters_of_one_x_are_a_call_each(p, monkeypatch):
+    monkeypatch.setattr(eager, "shrink", None)
+    monkeypatch.setattr(eager, "down", None)
+    i, dy, more = make(rows=9, dtype=torch.float32), torch.randn(9, 20), {"p": p, "seed": torch.tensor([5])}
+    want, got = (results(op, i, dy, **more) for op in ("linear", "delta_pair"))
+    both = run("delta_pair", i, **more)
+    assert torch.equal(both, want["y"] * 2)
+    for name in ("a", "b0", "u", "v", "fusion", "x"):
+        torch.testing.assert_close(got[name], want[name] * 2, rtol=1e-5, atol=1e-5)
 
 
 def test_a_call_with_many_rows_leaves_later_ones_to_the_kernels(monkeypatch):

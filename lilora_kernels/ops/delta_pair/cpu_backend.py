@@ -1,8 +1,8 @@
-"""The CPU kernels for few rows, both adapters in one call; the composed plan for others and for all gradients."""
+"""The CPU kernels: for few rows both adapters in one call, for more one each; the composed plan where they do not take a call."""
 
 from torch import Tensor
 
-from .. import cpu_runtime
+from .. import cpu_runtime, cpu_training
 from ..schema import AdapterArgs
 from . import eager
 
@@ -13,8 +13,30 @@ def forward(
     biases: tuple[Tensor | None, ...],
     adapters: tuple[AdapterArgs, AdapterArgs],
 ) -> tuple[Tensor, ...]:
-    found = cpu_runtime.forward("delta_pair", x, *zip(adapters, weights, biases, strict=True))
+    sides = list(zip(adapters, weights, biases, strict=True))
+    found = cpu_runtime.forward("delta_pair", x, *sides)
     if found is None:
+        found = [cpu_training.forward(x, weight, bias, adapter) for adapter, weight, bias in sides]
+    if None in found:
         return eager.forward(x, weights, biases, adapters)
     ys, hs = zip(*found, strict=True)
     return (*ys, *hs)
+
+
+def backward(
+    dys: tuple[Tensor, Tensor],
+    x: Tensor | None,
+    weights: tuple[Tensor | None, ...],
+    hs: tuple[Tensor | None, ...],
+    adapters: tuple[AdapterArgs, AdapterArgs],
+    needs: tuple[frozenset[str], frozenset[str]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    first, second = (
+        cpu_training.backward(dy, x, weight, h, adapter, wanted)
+        for dy, weight, h, adapter, wanted in zip(dys, weights, hs, adapters, needs, strict=True)
+    )
+    if first is None or second is None:
+        return eager.backward(dys, x, weights, hs, adapters, needs)
+    if "x" in needs[0]:
+        first["x"] += second.pop("x")
+    return first, second

@@ -1,8 +1,7 @@
-"""The CPU kernels for few rows, base product included; the composed plan for others."""
+"""The CPU kernels, base product included; the composed plan where they do not take a call."""
 
 from torch import Tensor
 
-from ... import backends
 from .. import cpu_runtime, cpu_training
 from ..schema import AdapterArgs
 from . import eager
@@ -12,7 +11,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs
     found = cpu_runtime.forward("linear", x, (adapter, weight, bias))
     if found is not None:
         return found[0]
-    found = cpu_training.forward(x, weight, bias, adapter) if backends.forced["plan"] == "one_launch" else None
+    found = cpu_training.forward(x, weight, bias, adapter)
     return eager.forward(x, weight, bias, adapter) if found is None else found
 
 

@@ -19,14 +19,17 @@ from lilora_kernels.ops.schema import AdapterArgs
 
 from .environment import environment
 
-SIZES = (64, 64, 16, 8), (96, 256, 64, 26), (256, 96, 64, 26), (512, 512, 32, 16), (576, 1536, 32, 13)  # K, N, R, S
-ROWS = 8, 64, 320, 640
+SMALL = (64, 64, 16, 8), (96, 256, 64, 26), (256, 96, 64, 26), (512, 512, 32, 16)  # K, N, R, S
+LARGE = (576, 1536, 32, 13), (2048, 5504, 128, 64), (5504, 2048, 128, 64)
+SIZES = SMALL + LARGE
+ROWS = 8, 32, 64, 128, 256, 512
 # Of forward alone, as prompts of one task and of eight have them.
 PROMPT_SIZES = (
+    (64, 64, 16, 8),
     (576, 1536, 64, 26),
     (1536, 576, 64, 26),
     (2048, 5504, 64, 26),
-    (4096, 11008, 64, 26),
+    (5504, 2048, 64, 26),
     (11008, 4096, 64, 26),
 )
 PROMPT_ROWS, PROMPT_TASKS = (72, 128, 256, 512), (1, 8)

@@ -93,7 +93,7 @@ def delta_pair(
 
     first and second: (a, b0, u, v, fusion) each, of equal r, sub_rank and tasks, the last three None as in `delta`.
     bases: their frozen (weight, bias), added to the results as `linear` does; without them the adapters alone.
-    The adapters' kernels read x once in forward and once in backward. Other arguments, casts and errors as in `delta`.
+    On a GPU the adapters' kernels read x once in forward and once in backward. Other arguments, casts and errors as in `delta`.
     """
     for name, factors in (("first", first), ("second", second)):
         if len(factors) != 5:

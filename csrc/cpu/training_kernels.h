@@ -1,16 +1,18 @@
-// The kernels of training for one instruction set, see instruction_sets.h.
+// The kernels of training.cpp for one instruction set, see instruction_sets.h.
 
 #include "vectors.h"
 
 #define WIDE 2               // registers of a row of a tile
-#define GROUP (WIDE * LANES)  // columns that are worked on together
+#define GROUP (WIDE * LANES)  // its columns
+#define GROUPS 2             // at most so many tiles side by side, for which rows of the left side are read once
+#define PANEL (GROUPS * GROUP)
 #define LENGTH 64            // of the products that are added up before they join the sums of others: longer sums lose digits
 #define TALL 6               // rows of a tile: with WIDE their sums hide an addition's latency, and 16 registers hold them
 
-// Sums of rows of a result, and a block of a matrix by which these columns are multiplied.
+// Sums of rows of a result, and blocks of a matrix by which these columns are multiplied.
 struct Sums {
-  Vector of[kMostRows][WIDE];
-  Vector block[LENGTH][WIDE];
+  Vector of[kMostRows][GROUPS][WIDE];
+  Vector block[GROUPS][LENGTH][WIDE];
 };
 
 INLINE void clear(Sums& sums, int64_t rows) { memset(sums.of, 0, rows * sizeof *sums.of); }
@@ -31,47 +33,57 @@ INLINE void transpose(Vector (*to)[WIDE], int64_t at, const float* from, int64_t
 }
 
 // Rows [j, j + length) and columns [c, c + count) of a product's right side, with zeros up to GROUP.
-INLINE void pack(Sums& sums, const Product& of, int64_t j, int64_t length, int64_t c, int64_t count) {
+INLINE void pack(Vector (*block)[WIDE], const Product& of, int64_t j, int64_t length, int64_t c, int64_t count) {
   const float* from = of.right + j * of.right_row + c * of.right_step;
   int64_t i = 0;
   if (of.right_row == 1 && count == GROUP)
     for (; i + 4 <= length; i += 4, from += 4)
-      for (int64_t n = 0; n < GROUP; n += 4) transpose(sums.block + i, n, from + n * of.right_step, of.right_step);
+      for (int64_t n = 0; n < GROUP; n += 4) transpose(block + i, n, from + n * of.right_step, of.right_step);
   for (; i < length; ++i, from += of.right_row) {
-    float* const to = (float*)sums.block[i];
-    if (count < GROUP) memset(to, 0, sizeof sums.block[i]);
-    if (of.right_step == 1 && count == GROUP) memcpy(to, from, sizeof sums.block[i]);
+    float* const to = (float*)block[i];
+    if (count < GROUP) memset(to, 0, sizeof block[i]);
+    if (of.right_step == 1 && count == GROUP) memcpy(to, from, sizeof block[i]);
     else
       for (int64_t n = 0; n < count; ++n) to[n] = from[n * of.right_step];
   }
 }
 
 template <int M>
-INLINE void add_tile(Sums& sums, const float* left, int64_t row, int64_t step, int64_t length, int64_t at) {
+INLINE void add_tile(Sums& sums, int64_t group, const float* left, int64_t row, int64_t step, int64_t length, int64_t at) {
   Vector tile[M][WIDE] = {};
   for (int64_t j = 0; j < length; ++j, left += step)
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-      for (int n = 0; n < WIDE; ++n) tile[m][n] += left[m * row] * sums.block[j][n];
+      for (int n = 0; n < WIDE; ++n) tile[m][n] += left[m * row] * sums.block[group][j][n];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < WIDE; ++n) sums.of[at + m][n] += tile[m][n];
+    for (int n = 0; n < WIDE; ++n) sums.of[at + m][group][n] += tile[m][n];
 }
+
+template <int M>
+INLINE void add_tiles(Sums& sums, int64_t groups, const float* left, int64_t row, int64_t step, int64_t length, int64_t at) {
+  for (int64_t group = 0; group < groups; ++group) add_tile<M>(sums, group, left, row, step, length, at);
+}
+
+INLINE int64_t columns_of(int64_t c, int64_t all, int64_t most) { return all - c < most ? all - c : most; }
 
 // Of the product's rows [first, last) and columns [c, c + count), added to the sums from `at` on.
 TARGET static void add(Sums& sums, const Product& of, int64_t first, int64_t last, int64_t c, int64_t count, int64_t at) {
   if (first == last) return;
+  const int64_t groups = (count + GROUP - 1) / GROUP;
   for (int64_t j = 0; j < of.length; j += LENGTH) {
     const int64_t length = of.length - j < LENGTH ? of.length - j : LENGTH;
-    pack(sums, of, j, length, c, count);
+    for (int64_t group = 0, n = 0; group < groups; ++group, n += GROUP)
+      pack(sums.block[group], of, j, length, c + n, columns_of(n, count, GROUP));
     int64_t i = first;
     const float* const left = of.left + j * of.left_step;
     for (; i + TALL <= last; i += TALL)
-      add_tile<TALL>(sums, left + i * of.left_row, of.left_row, of.left_step, length, at + i - first);
-    for (; i + 2 <= last; i += 2) add_tile<2>(sums, left + i * of.left_row, of.left_row, of.left_step, length, at + i - first);
-    for (; i < last; ++i) add_tile<1>(sums, left + i * of.left_row, of.left_row, of.left_step, length, at + i - first);
+      add_tiles<TALL>(sums, groups, left + i * of.left_row, of.left_row, of.left_step, length, at + i - first);
+    for (; i + 2 <= last; i += 2)
+      add_tiles<2>(sums, groups, left + i * of.left_row, of.left_row, of.left_step, length, at + i - first);
+    for (; i < last; ++i) add_tiles<1>(sums, groups, left + i * of.left_row, of.left_row, of.left_step, length, at + i - first);
   }
 }
 
@@ -80,20 +92,21 @@ INLINE void store(const Sums& sums, float* to, int64_t width, const int64_t* row
                   int64_t count) {
   for (int64_t i = first; i < last; ++i) {
     float* const at = to + (row ? row[i] : i) * width + c;
-    if (count == GROUP) memcpy(at, sums.of[i - first], GROUP * sizeof(float));
+    if (count == PANEL) memcpy(at, sums.of[i - first], PANEL * sizeof(float));
     else memcpy(at, sums.of[i - first], count * sizeof(float));
   }
 }
 
-static inline int64_t groups_of(int64_t columns) { return (columns + GROUP - 1) / GROUP; }
+// Columns that are worked on together: with few rows reading the right side is the price, and two of its blocks are no help.
+INLINE int64_t panel_of(int64_t rows) { return rows > 128 ? PANEL : GROUP; }
 
-INLINE int64_t columns_of(int64_t c, int64_t all) { return all - c < GROUP ? all - c : GROUP; }
+static inline int64_t items_of(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
 
 // Rows [first, last) of a matrix of this width: a product of theirs.
 TARGET static void write(Sums& sums, const Product& of, int64_t first, int64_t last, float* to, int64_t width) {
   for (int64_t i = first; i < last; i += kMostRows)
-    for (int64_t c = 0; c < width; c += GROUP) {
-      const int64_t end = last - i < kMostRows ? last : i + kMostRows, count = columns_of(c, width);
+    for (int64_t c = 0; c < width; c += PANEL) {
+      const int64_t end = last - i < kMostRows ? last : i + kMostRows, count = columns_of(c, width, PANEL);
       clear(sums, end - i);
       add(sums, of, i, end, c, count, 0);
       store(sums, to, width, nullptr, i, end, c, count);
@@ -124,11 +137,11 @@ TARGET static void shrink(int64_t begin, int64_t end, void* context) {
   const Training& call = *work.call;
   Sums sums;
   for (int64_t group = begin; group < end; ++group) {
-    const int64_t c = group * GROUP, count = columns_of(c, call.rank);
+    const int64_t c = group * GROUP, count = columns_of(c, call.rank, GROUP);
     clear(sums, call.rows);
     add(sums, {work.dropped, call.columns, 1, call.a, 1, call.columns, call.columns}, 0, call.rows, c, count, 0);
     for (int64_t m = 0; m < call.rows && call.keep; ++m)
-      for (int n = 0; n < WIDE; ++n) sums.of[m][n] *= (float)call.keep_scale;
+      for (int n = 0; n < WIDE; ++n) sums.of[m][0][n] *= (float)call.keep_scale;
     store(sums, call.h, call.rank, work.row, 0, call.rows, c, count);
     if (work.h != call.h) store(sums, work.h, call.rank, nullptr, 0, call.rows, c, count);
   }
@@ -150,14 +163,15 @@ TARGET static void reduce(int64_t begin, int64_t end, void* context) {
   }
 }
 
-// y = x W^T + bias + s f h B0^T + e s z U_t^T by groups of outputs.
+// y = x W^T + bias + s f h B0^T + e s z U_t^T by panels of outputs.
 TARGET static void expand(int64_t begin, int64_t end, void* context) {
   const Work& work = *(const Work*)context;
   const Training& call = *work.call;
+  const int64_t width = panel_of(call.rows);
   Sums sums;
-  for (int64_t group = begin; group < end; ++group) {
-    const int64_t c = group * GROUP, count = columns_of(c, call.outputs);
-    float bias[GROUP] = {};
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t c = panel * width, count = columns_of(c, call.outputs, width);
+    float bias[PANEL] = {};
     if (call.bias) memcpy(bias, call.bias + c, count * sizeof(float));
     for (int64_t m = 0; m < call.rows; ++m) memcpy(sums.of[m], bias, sizeof bias);
     const Product base = {work.x, call.columns, 1, call.weight, 1, call.columns, call.columns};
@@ -175,22 +189,22 @@ TARGET static void expand(int64_t begin, int64_t end, void* context) {
 
 TARGET static void forward(Work& work) {
   const Training& call = *work.call;
-  const int64_t group = call.rows * GROUP;
-  share(call.parallel_for, shrink, &work, groups_of(call.rank), group * call.columns);
+  share(call.parallel_for, shrink, &work, items_of(call.rank, GROUP), call.rows * GROUP * call.columns);
   share(call.parallel_for, reduce, &work, work.runs, call.rank * (1 + work.sub_rank));
   const int64_t length = (call.weight ? call.columns : 0) + call.rank + work.sub_rank;
-  share(call.parallel_for, expand, &work, groups_of(call.outputs), group * length);
+  const int64_t width = panel_of(call.rows);
+  share(call.parallel_for, expand, &work, items_of(call.outputs, width), call.rows * width * length);
 }
 
 // dy B0 by groups of ranks; then of each run dy U_t and z = h V_t^T.
 TARGET static void through_up(int64_t begin, int64_t end, void* context) {
   const Work& work = *(const Work*)context;
   const Training& call = *work.call;
-  const int64_t groups = groups_of(call.rank);
+  const int64_t groups = items_of(call.rank, GROUP);
   Sums sums;
   for (int64_t item = begin; item < end; ++item) {
     if (item < groups) {
-      const int64_t c = item * GROUP, count = columns_of(c, call.rank);
+      const int64_t c = item * GROUP, count = columns_of(c, call.rank, GROUP);
       clear(sums, work.adapted);
       add(sums, {work.y, call.outputs, 1, call.b0, call.rank, 1, call.outputs}, 0, work.adapted, c, count, 0);
       store(sums, work.dh, call.rank, nullptr, 0, work.adapted, c, count);
@@ -250,15 +264,16 @@ INLINE void mask(Sums& sums, const Work& work, int64_t c, int64_t count) {
   }
 }
 
-// dx = dy W + D'(dh A) and dA = dh^T D(x) by groups of columns; then dB0 and dU by groups of outputs.
+// dx = dy W + D'(dh A) and dA = dh^T D(x) by panels of columns; then dB0 and dU by groups of outputs.
 TARGET static void to_inputs(int64_t begin, int64_t end, void* context) {
   const Work& work = *(const Work*)context;
   const Training& call = *work.call;
   const int64_t columns = call.columns, outputs = call.outputs, rank = call.rank, sub_rank = work.sub_rank;
+  const int64_t width = panel_of(call.rows);
   Sums sums;
   for (int64_t item = begin; item < end; ++item) {
     if (item < work.of_columns) {
-      const int64_t c = item * GROUP, count = columns_of(c, columns);
+      const int64_t c = item * width, count = columns_of(c, columns, width);
       if (call.dx) {
         clear(sums, call.rows);
         add(sums, {work.dh, rank, 1, call.a, columns, 1, rank}, 0, work.adapted, c, count, 0);
@@ -288,15 +303,19 @@ TARGET static void to_inputs(int64_t begin, int64_t end, void* context) {
 
 TARGET static void backward(Work& work) {
   const Training& call = *work.call;
-  const int64_t group = call.rows * GROUP, of_tasks = call.u ? work.runs : 0;
-  share(call.parallel_for, through_up, &work, groups_of(call.rank) + of_tasks, group * call.outputs);
+  const int64_t of_tasks = call.u ? work.runs : 0, groups = items_of(call.rank, GROUP);
+  share(call.parallel_for, through_up, &work, groups + of_tasks, call.rows * GROUP * call.outputs);
   share(call.parallel_for, through_tasks, &work, work.runs, call.rank * (1 + work.sub_rank) * 2);
-  work.of_columns = call.dx || call.da ? groups_of(call.columns) : 0;
+  const int64_t width = panel_of(call.rows);
+  work.of_columns = call.dx || call.da ? items_of(call.columns, width) : 0;
   const int64_t of_outputs = call.db0 || call.du ? (call.outputs + kOutputs - 1) / kOutputs : 0;
-  share(call.parallel_for, to_inputs, &work, work.of_columns + of_outputs, group * (call.outputs + 2 * call.rank));
+  const int64_t products = call.rows * width * (call.outputs + 2 * call.rank);
+  share(call.parallel_for, to_inputs, &work, work.of_columns + of_outputs, products);
 }
 
 #undef WIDE
 #undef GROUP
+#undef GROUPS
+#undef PANEL
 #undef LENGTH
 #undef TALL

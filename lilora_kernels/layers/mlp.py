@@ -24,7 +24,7 @@ def fuse_mlps(model: nn.Module) -> dict[str, str | None]:
     are LiLoRALinear. Returns, for each by its path, None if it is fused now, or why it was left as it is. A fused MLP looks
     again in every forward, and runs its layers apart while something is in the way: a merged task, a hook, a trained base.
 
-    In training both adapters get the same dropout mask, one draw in place of two. Parameters, state dict and tasks are not
+    In training both adapters get the same dropout mask. Parameters, state dict and tasks are not
     touched. Undone by `unfuse_mlps`, and by unloading the adapters.
     """
     found = {}

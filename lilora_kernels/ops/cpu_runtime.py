@@ -9,7 +9,7 @@ from .. import backends, cpu_library
 from .schema import AdapterArgs
 
 DECODE_ROWS = 64  # the most that the kernels take: kMostRows of csrc/cpu/decode.cpp
-PLANS = {"decode": f"up to {DECODE_ROWS} rows", "composed": "beyond"}
+PLANS = {"decode": f"up to {DECODE_ROWS} rows", "composed": "what no other takes"}
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ABSENT = (0, 0)
 Side = tuple[AdapterArgs] | tuple[AdapterArgs, Tensor | None, Tensor | None]

@@ -12,11 +12,11 @@ from .philox import keep_scale, threshold
 from .schema import FACTORS, AdapterArgs
 
 MOST_ROWS = 1024  # kMostRows of csrc/cpu/training.cpp
-# Where the plan is not forced, up to here, from bench.small_training, bench/results/small-training. Forward: ours takes 0.65 to
-# 0.98 of composed's time; with more rows it is level, and an x that fills the caches makes it up to twice as slow. Both
-# directions, by multiplications of y = x W^T, h and h B0^T: from about there on 0.7 to 1.1 by the shape.
-FORWARD_ROWS, FORWARD_X = 256, 2**21
-MOST_PRODUCTS = 2**23
+# Where the plan is not forced, up to here; time over composed's on one thread from bench.small_training,
+# bench/results/small-training. Forward, by rows and by elements of x: 0.14 to 1.0, of 256 rows of 5504 columns up to 1.2;
+# beyond, 0.8 to 1.5. Both directions, by multiplications of y = x W^T, h and h B0^T: 0.2 to 1.04; beyond, 0.9 to 1.4.
+FORWARD_ROWS, FORWARD_X = 256, 11 * 2**17
+MOST_PRODUCTS = 2**26
 PLAN = {"one_launch": f"for fp32, forward up to {FORWARD_ROWS} rows and backward while its products are small"}
 OPERANDS = ("x", *FACTORS)
 
@@ -68,6 +68,8 @@ def unsupported_call(base: Sequence[Tensor | None], adapter: AdapterArgs, rows: 
         return f"it takes up to {MOST_ROWS} rows, here are {len(rows[0])}"
     if adapter.u is not None and adapter.u.numel() == 0:
         return "no task has factors"
+    if adapter.task is not None and not adapter.task.is_contiguous():
+        return "its ids must be contiguous"
     parameters = [t for t in (*base, *adapter[:5]) if t is not None]
     for t in (*parameters, *rows):
         if t.dtype != torch.float32:

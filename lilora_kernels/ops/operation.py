@@ -25,7 +25,7 @@ PLAIN = {
 
 
 class Operation:
-    """Both doors save, differentiate and refuse in the same way, and compute so but where a plan is for gradients alone.
+    """Both doors save, differentiate and refuse in the same way, and compute so but where a CPU's plan is for gradients alone.
 
     `kinds`: the schema's arguments. `check` raises where they are wrong; `run` computes and `fake` makes empty results.
     setup_context, backward and vmap: of a torch.autograd.Function; vmap gets this operation first. bind: of the backend chosen.

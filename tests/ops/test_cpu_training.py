@@ -1,4 +1,4 @@
-"""The CPU kernels with gradients, the plan one_launch, against the fp64 oracle and the plain formula."""
+"""The CPU kernels for more rows and with gradients, the plan one_launch, against the fp64 oracle and the plain formula."""
 
 from contextlib import contextmanager
 
@@ -20,13 +20,14 @@ from support.cases import (
     pairwise,
 )
 from support.forked import passes_in_child
-from support.pair_cases import adapters
+from support.pair_cases import PAIR_CASES, adapters, check_pair, pair_id
 from torch import nn
 
 import lilora_kernels
 from lilora_kernels import backends, functional
 from lilora_kernels.ops import cpu_training
 from lilora_kernels.ops.delta import eager
+from lilora_kernels.ops.delta_pair import eager as pair
 from lilora_kernels.ops.philox import keep_scale
 
 LEAVES = ("x", "a", "b0", "u", "v", "fusion")
@@ -208,6 +209,7 @@ def test_what_it_does_not_take_raises_if_forced_and_is_composed_else():
         (i.with_(v=i.v.double()), {}, r"all of torch\.float32, here is torch\.float64"),
         (i.to(torch.bfloat16), {}, r"all of torch\.float32, here is torch\.bfloat16"),
         (i.with_(b0=i.b0.T.contiguous().T), {}, "its parameters must be contiguous"),
+        (i, {"task": i.task.repeat_interleave(2)[::2]}, "its ids must be contiguous"),
     ]
     for wrong, more, reason in cases:
         dy = torch.randn(len(wrong.x), 20).to(wrong.x.dtype)
@@ -257,16 +259,33 @@ def test_forward_alone_is_taken_for_more_rows(op, leaves, monkeypatch):
             torch.testing.assert_close(y, run(op, i), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.4])
-def test_two_adapters_of_one_x_are_a_call_each(p, monkeypatch):
-    monkeypatch.setattr(eager, "shrink", None)
-    monkeypatch.setattr(eager, "down", None)
-    i, dy, more = make(rows=9, dtype=torch.float32), torch.randn(9, 20), {"p": p, "seed": torch.tensor([5])}
-    want, got = (results(op, i, dy, **more) for op in ("linear", "delta_pair"))
-    both = run("delta_pair", i, **more)
-    assert torch.equal(both, want["y"] * 2)
-    for name in ("a", "b0", "u", "v", "fusion", "x"):
-        torch.testing.assert_close(got[name], want[name] * 2, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("plan", [None, "one_launch"])
+@pytest.mark.parametrize("case", PAIR_CASES, ids=pair_id)
+def test_two_adapters_of_one_x_are_a_call_each(case, plan, monkeypatch):
+    monkeypatch.setattr(pair, "forward", None)
+    monkeypatch.setattr(pair, "backward", None)
+    with chosen(plan):
+        check_pair(**case)
+
+
+@pytest.mark.parametrize("wanted", [((), ("u",)), (("a",), ())])
+def test_an_adapter_whose_gradients_nobody_wants_costs_no_call(wanted, monkeypatch):
+    library, seen = cpu_training.cpu_library.load(), []
+    train = library.train_backward
+    monkeypatch.setattr(library, "train_backward", lambda call: seen.append(1) or train(call))
+    one, two = (make(rows=5, dtype=torch.float32).leaves(names) for names in wanted)
+    first, second = functional.delta_pair(one.x, adapters(one), adapters(two), task=one.task)
+    (first + second).sum().backward()
+    assert len(seen) == 1
+
+
+def test_a_row_has_the_same_bits_in_any_company(instructions):
+    i, dy = make(rows=67, columns=130, outputs=43, rank=13, dtype=torch.float32), torch.randn(67, 43)
+    whole = results("linear", i, dy)
+    for rows in (*torch.arange(67).split(1), *torch.arange(67).split(5), *torch.randperm(67).split(7)):
+        part = results("linear", i.with_(x=i.x[rows], task=i.task[rows]), dy[rows])
+        for name in ("y", "x"):
+            assert torch.equal(part[name], whole[name][rows])
 
 
 def test_a_call_with_many_rows_leaves_later_ones_to_the_kernels(monkeypatch):

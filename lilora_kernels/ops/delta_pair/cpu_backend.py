@@ -16,9 +16,12 @@ def forward(
     sides = list(zip(adapters, weights, biases, strict=True))
     found = cpu_runtime.forward("delta_pair", x, *sides)
     if found is None:
-        found = [cpu_training.forward(x, weight, bias, adapter) for adapter, weight, bias in sides]
-    if None in found:
-        return eager.forward(x, weights, biases, adapters)
+        found = []
+        for adapter, weight, bias in sides:
+            side = cpu_training.forward(x, weight, bias, adapter)
+            if side is None:
+                return eager.forward(x, weights, biases, adapters)
+            found.append(side)
     ys, hs = zip(*found, strict=True)
     return (*ys, *hs)
 
@@ -30,13 +33,13 @@ def backward(
     hs: tuple[Tensor | None, ...],
     adapters: tuple[AdapterArgs, AdapterArgs],
     needs: tuple[frozenset[str], frozenset[str]],
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    first, second = (
-        cpu_training.backward(dy, x, weight, h, adapter, wanted)
-        for dy, weight, h, adapter, wanted in zip(dys, weights, hs, adapters, needs, strict=True)
-    )
-    if first is None or second is None:
-        return eager.backward(dys, x, weights, hs, adapters, needs)
+) -> tuple[dict[str, Tensor], ...]:
+    grads: list[dict[str, Tensor]] = []
+    for dy, weight, h, adapter, wanted in zip(dys, weights, hs, adapters, needs, strict=True):
+        side = cpu_training.backward(dy, x, weight, h, adapter, wanted) if wanted else {}
+        if side is None:
+            return eager.backward(dys, x, weights, hs, adapters, needs)
+        grads.append(side)
     if "x" in needs[0]:
-        first["x"] += second.pop("x")
-    return first, second
+        grads[0]["x"] += grads[1].pop("x")
+    return tuple(grads)

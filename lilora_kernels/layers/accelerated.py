@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..functional import autocasts
-from ..ops import cpu_runtime
+from ..ops import cpu_runtime, cpu_training
 from ..ops.operation import TENSORS, TENSORS_OR_NONE, conditions, is_any_watching, is_transformed, needs_graph
 from ..ops.schema import AdapterArgs
 
@@ -18,13 +18,14 @@ INVARIANT = (
 
 
 def accelerate_linears(model: nn.Module) -> dict[str, str | None]:
-    """Compute every nn.Linear of `model` that runs without an adapter by the CPU kernels, up to 64 rows, without gradients.
+    """Compute every nn.Linear of `model` that runs without an adapter by the CPU kernels, without gradients.
 
-    torch's own product of few rows runs at a fraction of the memory's speed; these kernels read each weight once. Results
-    are torch's up to rounding, a row's bits independent of the other rows. Other calls take torch's product as before: more
-    rows, gradients, autocast, torch.compile, another device. So do the bases of adapted layers while no task is active or
-    one is merged. Returns None for each layer by its path, or why it was left as it is. Neither parameters nor the state
-    dict are touched: the layers become AcceleratedLinear. Quantise a model first. Undone by `restore_linears`.
+    Up to 64 rows: torch's own product of few rows runs at a fraction of the memory's speed; these kernels read each weight
+    once. In fp32 up to 256 rows. Results are torch's up to rounding, a row's bits the same in any batch of up to 64 rows, and
+    in any of more. Other calls take torch's product as before: more rows, gradients, autocast, torch.compile, another device.
+    So do the bases of adapted layers while no task is active or one is merged. Returns None for each layer by its path, or
+    why it was left as it is. Neither parameters nor the state dict are touched: the layers become AcceleratedLinear. Quantise
+    a model first. Undone by `restore_linears`.
     """
     found = {}
     for path, layer in model.named_modules():
@@ -111,7 +112,10 @@ def bound(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: bool = False) 
         return None
     a, b0 = weight.new_empty(0, weight.shape[1]), weight.new_empty(len(weight), 0)
     adapter = AdapterArgs(a, b0, None, None, None, None, None, None, None, 1.0, 0.0, None)
-    return cpu_runtime.bind(x.new_empty(1, x.shape[-1]), weight, bias, adapter, blocks=blocks)
+    row = x.new_empty(1, x.shape[-1])
+    if blocks:
+        return cpu_runtime.bind(row, weight, bias, adapter, blocks=True)
+    return cpu_training.bind_forward(row, weight, bias, adapter)
 
 
 def is_plain(base: nn.Module) -> bool:

@@ -82,10 +82,12 @@ def decode(x: Tensor, *sides: Side) -> list[tuple[Tensor, Tensor]] | None:
     return None if cpu_library.load().decode(calls, len(sides)) else results
 
 
-def bind(x: Tensor, *of: tuple | Tensor | AdapterArgs | None, blocks: bool = False) -> Callable | None:
+def bind(
+    x: Tensor, *of: tuple | Tensor | AdapterArgs | None, blocks: bool = False, more: Callable | None = None
+) -> Callable | None:
     """bound(x, task, seed) -> y, see `Implementation`. of: what `forward` of the backend takes after x.
 
-    blocks: any number of rows, in blocks of DECODE_ROWS; a row's bits do not depend on its block.
+    More rows than DECODE_ROWS: with `blocks` in blocks, of which a row's bits do not depend; else by `more`, bound alike.
     """
     *base, adapters = of
     one = isinstance(adapters, AdapterArgs)
@@ -95,11 +97,11 @@ def bind(x: Tensor, *of: tuple | Tensor | AdapterArgs | None, blocks: bool = Fal
     run, count, columns, size = cpu_library.load().decode, len(sides), x.shape[1], x.itemsize
     parameters = [(side[0].b0.shape[0], packed(x, *side)) for side in sides]
 
-    def bound(x: Tensor, task: Tensor | None = None, seed: None = None) -> Tensor | list[Tensor] | None:
+    def bound(x: Tensor, task: Tensor | None = None, seed: Tensor | None = None) -> Tensor | list[Tensor] | None:
         rows = x.shape[:-1].numel()
-        if (rows > DECODE_ROWS and not blocks) or (
-            task is not None and (task.shape != (rows,) or not task.is_contiguous())
-        ):
+        if rows > DECODE_ROWS and not blocks:
+            return more and more(x, task, seed)
+        if task is not None and (task.shape != (rows,) or not task.is_contiguous()):
             return None
         if not x.is_contiguous() or x.is_neg():
             x = x.resolve_neg().contiguous()

@@ -1,12 +1,13 @@
 """The plan one_launch on a CPU: each direction of an adapter, and of its base, in one call of the CPU kernels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import backends, cpu_library
-from .cpu_runtime import pointer
+from . import cpu_runtime
+from .cpu_runtime import Side, pointer
 from .delta import eager
 from .philox import keep_scale, threshold
 from .schema import FACTORS, AdapterArgs
@@ -21,6 +22,28 @@ PLAN = {"one_launch": f"for fp32, forward up to {FORWARD_ROWS} rows and backward
 OPERANDS = ("x", *FACTORS)
 
 
+def bind_forward(x: Tensor, *of: tuple | Tensor | AdapterArgs | None) -> Callable | None:
+    """`cpu_runtime.bind`, and this plan for more rows and what decode does not take."""
+    *base, adapters = of
+    one = isinstance(adapters, AdapterArgs)
+    sides: list[Side] = [(adapters, *base)] if one else list(zip(adapters, *base, strict=True))
+    if not all(is_taken(frozen, adapter, x[:1]) for adapter, *frozen in sides):
+        return cpu_runtime.bind(x, *of)
+    calls = [Training(frozen, adapter, backward=False) for adapter, *frozen in sides]
+    bare = sides[0][0]._replace(**dict.fromkeys(FACTORS))  # parameters shall not live on for this
+
+    def bound(x: Tensor, task: Tensor | None = None, seed: Tensor | None = None) -> Tensor | list[Tensor] | None:
+        adapter, ys = bare._replace(task=task, seed=seed), []
+        for call in calls:
+            found = call.forward(x, (), adapter)
+            if found is None:
+                return None
+            ys.append(found[0])
+        return ys[0] if one else ys
+
+    return cpu_runtime.bind(x, *of, more=bound) or bound
+
+
 def bind(x: Tensor, *of: Tensor | AdapterArgs | None) -> "Training | None":
     """See `Implementation.bind_gradients`. of: weight and bias of `linear`, and the adapter."""
     *base, adapter = of
@@ -32,9 +55,7 @@ def forward(x: Tensor, *of: Tensor | AdapterArgs | None) -> tuple[Tensor, Tensor
     *base, adapter = of
     if not is_taken(base, adapter, x):
         return None
-    training = Training(base, adapter)
-    training.most_rows = max(training.most_rows, min(FORWARD_ROWS, FORWARD_X // max(x.shape[1], 1)))
-    found = training.forward(x, base, adapter)
+    found = Training(base, adapter, backward=False).forward(x, base, adapter)
     return found and found[:2]
 
 
@@ -85,7 +106,7 @@ def unsupported_call(base: Sequence[Tensor | None], adapter: AdapterArgs, rows: 
 class Training:
     """A call of both directions, bound to where its parameters lie."""
 
-    def __init__(self, base: Sequence[Tensor | None], adapter: AdapterArgs) -> None:
+    def __init__(self, base: Sequence[Tensor | None], adapter: AdapterArgs, backward: bool = True) -> None:
         a, b0, u, *_ = adapter
         self.library, self.p = cpu_library.load(), adapter.p
         self.columns, (self.outputs, self.rank) = a.shape[1], b0.shape
@@ -110,6 +131,8 @@ class Training:
         self.most_rows = MOST_ROWS
         if backends.forced["plan"] is None:
             self.most_rows = min(MOST_ROWS, MOST_PRODUCTS // max(products, 1))
+            if not backward:
+                self.most_rows = max(self.most_rows, min(FORWARD_ROWS, FORWARD_X // max(self.columns, 1)))
 
     def forward(
         self, x: Tensor, base: Sequence[Tensor | None], adapter: AdapterArgs

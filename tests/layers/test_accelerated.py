@@ -50,13 +50,25 @@ def test_few_rows(dtype, shape, bias, by_torch):
     torch.testing.assert_close(y.double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+def test_prompts(by_torch):
+    linear, x = nn.Linear(K, N), torch.randn(4, 64, K)
+    accelerate_linears(linear)
+    with torch.no_grad():
+        y, wanted = linear(x), product(linear, x)
+        assert torch.equal(linear(x.flatten(0, 1)[:65]), y.flatten(0, 1)[:65])
+        assert by_torch() == 0
+        torch.testing.assert_close(y.double(), wanted, rtol=1e-6, atol=1e-6)
+        linear.bfloat16()(x.bfloat16())
+    assert by_torch() == 1
+
+
 def test_everything_else_is_torchs(by_torch):
     linear, x = nn.Linear(K, N), torch.randn(3, K)
     accelerate_linears(linear)
     linear(x).sum().backward()  # its parameters learn
     assert linear.weight.grad is not None
     with torch.no_grad():
-        linear(torch.randn(65, K))
+        linear(torch.randn(1025, K))
         with torch.autocast("cpu", torch.bfloat16):
             assert linear(x).dtype == torch.bfloat16
         for forced in (lilora_kernels.backend("eager"), lilora_kernels.plan("composed")):

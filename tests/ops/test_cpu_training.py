@@ -1,5 +1,6 @@
 """The CPU kernels for more rows and with gradients, the plan one_launch, against the fp64 oracle and the plain formula."""
 
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -29,6 +30,7 @@ from lilora_kernels.ops import cpu_training
 from lilora_kernels.ops.delta import eager
 from lilora_kernels.ops.delta_pair import eager as pair
 from lilora_kernels.ops.philox import keep_scale
+from lilora_kernels.ops.schema import AdapterArgs
 
 LEAVES = ("x", "a", "b0", "u", "v", "fusion")
 
@@ -286,6 +288,24 @@ def test_a_row_has_the_same_bits_in_any_company(instructions):
         part = results("linear", i.with_(x=i.x[rows], task=i.task[rows]), dy[rows])
         for name in ("y", "x"):
             assert torch.equal(part[name], whole[name][rows])
+
+
+@pytest.mark.parametrize("op", ["delta", "linear", "delta_pair"])
+def test_a_bound_forward_is_that_of_a_call(op):
+    """Of more rows than decode takes, and of fewer with dropout; it keeps no parameter alive."""
+    task = torch.randint(0, 3, (70,), dtype=torch.int32)
+    i, seed = make(rows=70, dtype=torch.float32).with_(task=task), torch.tensor([5])
+    for p, rows in ((0.0, 70), (0.4, 70), (0.4, 3)):
+        factors = AdapterArgs(*adapters(i), None, None, None, None, SCALING, p, None)
+        given = {"delta": (), "linear": base(i), "delta_pair": list(zip(base(i), base(i), strict=True))}[op]
+        with chosen():
+            bound = cpu_training.bind_forward(i.x, *given, (factors,) * 2 if op == "delta_pair" else factors)
+            y = bound(i.x[:rows].unsqueeze(1), task[:rows], seed)
+            want = run(op, i.with_(x=i.x[:rows], task=task[:rows]), p=p, seed=seed)
+        assert torch.equal((sum(y) if op == "delta_pair" else y).squeeze(1), want)
+    of_a = weakref.ref(i.a)
+    i.a = factors = None
+    assert of_a() is None
 
 
 def test_a_call_with_many_rows_leaves_later_ones_to_the_kernels(monkeypatch):

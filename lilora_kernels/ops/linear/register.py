@@ -15,7 +15,7 @@ backends.register(
         cpu_backend.backward,
         cpu_runtime.unsupported_reason,
         cpu_runtime.PLANS | cpu_training.PLAN,
-        bind=cpu_runtime.bind,
+        bind=cpu_training.bind_forward,
         bind_gradients=cpu_training.bind,
     ),
     cuda=backends.lazy(

@@ -1,8 +1,9 @@
 """A call of our own each way, or library products: python -m bench.small_training [--out FOLDER]
 
 Of `lilora::linear` with all gradients, and of its forward alone, in fp32 on one thread: thread time by the plan one_launch of
-the CPU kernels over that by composed, the least of repetitions that alternate. What `cpu_training.MOST_PRODUCTS` and
-`FORWARD_ROWS` were read from. With --out, small_training.json goes there.
+the CPU kernels over that by composed, the least of repetitions that alternate; without an adapter over F.linear's. What
+`MOST_PRODUCTS`, `FORWARD_ROWS` and `FORWARD_X` of cpu_training.py and `PROMPTS_FROM` of accelerated.py were read from. With
+--out, small_training.json goes there.
 """
 
 import argparse
@@ -12,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from lilora_kernels.layers import accelerated
 from lilora_kernels.ops import cpu_training
 from lilora_kernels.ops.linear import eager
 from lilora_kernels.ops.schema import AdapterArgs
@@ -58,6 +61,17 @@ def runs(
     return {"one_launch": one_launch, "composed": composed}
 
 
+def bare(rows: int, columns: int, outputs: int) -> dict[str, Callable[[], object]]:
+    """A linear layer without an adapter, as `accelerate_linears` makes it for large weights, and as torch has it."""
+    accelerated.PROMPTS_FROM = 0
+    x, layers = (
+        torch.randn(rows, columns),
+        [nn.Linear(columns, outputs, bias=False).requires_grad_(False) for _ in "ab"],
+    )
+    accelerated.accelerate_linears(layers[0])
+    return {"one_launch": lambda: layers[0](x), "composed": lambda: layers[1](x)}
+
+
 def least(of: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Microseconds of this thread, the least of each."""
     best, end = dict.fromkeys(of, float("inf")), time.monotonic() + seconds
@@ -69,6 +83,9 @@ def least(of: dict[str, Callable[[], object]], seconds: float) -> dict[str, floa
     return best
 
 
+BARE_SIZES = (576, 576), (1536, 576), (1024, 1024), (2048, 2048), (4096, 4096)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where small_training.json goes")
@@ -78,13 +95,14 @@ def main() -> None:
     both = [(rows, *size, 1, True) for size in SIZES for rows in ROWS]
     forward = [(rows, *size, tasks, False) for size in PROMPT_SIZES for rows in PROMPT_ROWS for tasks in PROMPT_TASKS]
     found = []
-    for cell in both + forward:
+    without = [(rows, *size, 0, 0, 0, False) for size in BARE_SIZES for rows in PROMPT_ROWS[:3]]
+    for cell in both + forward + without:
         rows, columns, outputs, rank, sub_rank, tasks, backward = cell
-        us = least(runs(*cell), options.seconds)
+        us = least(runs(*cell) if rank else bare(*cell[:3]), options.seconds)
         products = rows * (columns * outputs + rank * (columns + outputs))
         sizes = {"M": rows, "K": columns, "N": outputs, "R": rank, "S": sub_rank, "T": tasks, "backward": backward}
         found.append(sizes | {"products": products} | {f"{name}_us": round(each, 1) for name, each in us.items()})
-        what = "both directions" if backward else f"forward, T={tasks}"
+        what = "both directions" if backward else f"forward, T={tasks}" if rank else "no adapter"
         over = us["one_launch"] / us["composed"]
         print(f"{rows:5} x {columns:5} -> {outputs:5}  {products:14,}  {what:15}  {over:.2f} of composed", flush=True)
     if options.out is not None:

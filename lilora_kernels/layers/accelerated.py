@@ -1,4 +1,4 @@
-"""Linear layers where they run without an adapter, for few rows on a CPU by the kernels that adapted ones take."""
+"""Linear layers where they run without an adapter, on a CPU by the kernels that adapted ones take."""
 
 from collections.abc import Callable
 
@@ -11,6 +11,9 @@ from ..ops import cpu_runtime, cpu_training
 from ..ops.operation import TENSORS, TENSORS_OR_NONE, conditions, is_any_watching, is_transformed, needs_graph
 from ..ops.schema import AdapterArgs
 
+# Elements of a weight whose products with prompts are ours: time over torch's 0.7 to 1.0, of smaller ones 0.8 to 1.2
+# (bench.small_training, bench/results/small-training).
+PROMPTS_FROM = 2**22
 INVARIANT = (
     "a batch-invariant layer takes the CPU kernels alone, which run without gradients, dropout, autocast, torch.compile and "
     "dispatch modes; use torch.no_grad(), or unfreeze(model)"
@@ -21,11 +24,11 @@ def accelerate_linears(model: nn.Module) -> dict[str, str | None]:
     """Compute every nn.Linear of `model` that runs without an adapter by the CPU kernels, without gradients.
 
     Up to 64 rows: torch's own product of few rows runs at a fraction of the memory's speed; these kernels read each weight
-    once. In fp32 up to 256 rows. Results are torch's up to rounding, a row's bits the same in any batch of up to 64 rows, and
-    in any of more. Other calls take torch's product as before: more rows, gradients, autocast, torch.compile, another device.
-    So do the bases of adapted layers while no task is active or one is merged. Returns None for each layer by its path, or
-    why it was left as it is. Neither parameters nor the state dict are touched: the layers become AcceleratedLinear. Quantise
-    a model first. Undone by `restore_linears`.
+    once. In fp32 up to 256 rows of weights of 4 million elements and more. Results are torch's up to rounding, a row's bits
+    the same in any batch of up to 64 rows, and in any of more that they take. Other calls take torch's product as before: more
+    rows, gradients, autocast, torch.compile, another device. So do the bases of adapted layers while no task is active or one
+    is merged. Returns None for each layer by its path, or why it was left as it is. Neither parameters nor the state dict are
+    touched: the layers become AcceleratedLinear. Quantise a model first. Undone by `restore_linears`.
     """
     found = {}
     for path, layer in model.named_modules():
@@ -58,7 +61,7 @@ def unsupported_reason(layer: nn.Linear) -> str | None:
 
 
 class AcceleratedLinear(nn.Linear):
-    """An nn.Linear that takes the CPU kernels for few rows; see `accelerate_linears`."""
+    """An nn.Linear that takes the CPU kernels; see `accelerate_linears`."""
 
     # The conditions of the call that is bound, and that call. Always set together: layers serve several threads.
     settled: tuple[list | None, Callable | None] = None, None
@@ -100,7 +103,7 @@ class AcceleratedLinear(nn.Linear):
 
 
 def bound(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: bool = False) -> Callable | None:
-    """`cpu_runtime.bind` of an adapter of rank 0; None where torch's product, or its error, is wanted."""
+    """A call of the CPU kernels with an adapter of rank 0; None where torch's product, or its error, is wanted."""
     if backends.forced["backend"] not in (None, "cpu") or backends.forced["plan"] not in (None, "decode"):
         return None
     like = weight.dtype, weight.device
@@ -113,8 +116,8 @@ def bound(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: bool = False) 
     a, b0 = weight.new_empty(0, weight.shape[1]), weight.new_empty(len(weight), 0)
     adapter = AdapterArgs(a, b0, None, None, None, None, None, None, None, 1.0, 0.0, None)
     row = x.new_empty(1, x.shape[-1])
-    if blocks:
-        return cpu_runtime.bind(row, weight, bias, adapter, blocks=True)
+    if blocks or weight.numel() < PROMPTS_FROM:
+        return cpu_runtime.bind(row, weight, bias, adapter, blocks=blocks)
     return cpu_training.bind_forward(row, weight, bias, adapter)
 
 

@@ -14,9 +14,9 @@ from .schema import FACTORS, AdapterArgs
 
 MOST_ROWS = 1024  # kMostRows of csrc/cpu/training.cpp
 # Where the plan is not forced, up to here; time over composed's on one thread from bench.small_training,
-# bench/results/small-training. Forward, by rows and by elements of x: 0.14 to 1.0, of 256 rows of 5504 columns up to 1.2;
-# beyond, 0.8 to 1.5. Both directions, by multiplications of y = x W^T, h and h B0^T: 0.2 to 1.04; beyond, 0.9 to 1.4.
-FORWARD_ROWS, FORWARD_X = 256, 11 * 2**17
+# bench/results/small-training. Forward, by rows and by elements of x: 0.13 to 0.98; beyond, 0.9 to 1.6.
+# Both directions, by multiplications of y = x W^T, h and h B0^T: 0.2 to 0.93; beyond, 0.8 to 1.2.
+FORWARD_ROWS, FORWARD_X = 256, 2**20
 MOST_PRODUCTS = 2**26
 PLAN = {"one_launch": f"for fp32, forward up to {FORWARD_ROWS} rows and backward while its products are small"}
 OPERANDS = ("x", *FACTORS)
@@ -30,7 +30,7 @@ def bind_forward(x: Tensor, *of: tuple | Tensor | AdapterArgs | None) -> Callabl
     if not all(is_taken(frozen, adapter, x[:1]) for adapter, *frozen in sides):
         return cpu_runtime.bind(x, *of)
     calls = [Training(frozen, adapter, backward=False) for adapter, *frozen in sides]
-    bare = sides[0][0]._replace(**dict.fromkeys(FACTORS))  # parameters shall not live on for this
+    bare = AdapterArgs(*[None] * 9, *sides[0][0][-3:])  # neither parameters nor ids shall live on for this
 
     def bound(x: Tensor, task: Tensor | None = None, seed: Tensor | None = None) -> Tensor | list[Tensor] | None:
         adapter, ys = bare._replace(task=task, seed=seed), []
@@ -104,7 +104,7 @@ def unsupported_call(base: Sequence[Tensor | None], adapter: AdapterArgs, rows: 
 
 
 class Training:
-    """A call of both directions, bound to where its parameters lie."""
+    """A call bound to where its parameters lie. Without `backward` it has the limits of a forward alone."""
 
     def __init__(self, base: Sequence[Tensor | None], adapter: AdapterArgs, backward: bool = True) -> None:
         a, b0, u, *_ = adapter
@@ -132,7 +132,7 @@ class Training:
         if backends.forced["plan"] is None:
             self.most_rows = min(MOST_ROWS, MOST_PRODUCTS // max(products, 1))
             if not backward:
-                self.most_rows = max(self.most_rows, min(FORWARD_ROWS, FORWARD_X // max(self.columns, 1)))
+                self.most_rows = min(FORWARD_ROWS, FORWARD_X // max(self.columns, 1))
 
     def forward(
         self, x: Tensor, base: Sequence[Tensor | None], adapter: AdapterArgs

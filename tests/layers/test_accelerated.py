@@ -11,6 +11,7 @@ from torch import nn
 
 import lilora_kernels
 from lilora_kernels import accelerate_linears, cpu_library, restore_linears
+from lilora_kernels.layers import accelerated
 from lilora_kernels.layers.base import AdaptedLinear
 
 pytestmark = pytest.mark.skipif(isinstance(cpu_library.load(), str), reason=f"{cpu_library.load()}")
@@ -50,8 +51,14 @@ def test_few_rows(dtype, shape, bias, by_torch):
     torch.testing.assert_close(y.double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_prompts(by_torch):
+def test_prompts(by_torch, monkeypatch):
     linear, x = nn.Linear(K, N), torch.randn(4, 64, K)
+    accelerate_linears(linear)
+    with torch.no_grad():
+        linear(x)
+    assert by_torch() == 1  # of a small weight
+    monkeypatch.setattr(accelerated, "PROMPTS_FROM", K * N)
+    linear = nn.Linear(K, N)
     accelerate_linears(linear)
     with torch.no_grad():
         y, wanted = linear(x), product(linear, x)
@@ -68,7 +75,7 @@ def test_everything_else_is_torchs(by_torch):
     linear(x).sum().backward()  # its parameters learn
     assert linear.weight.grad is not None
     with torch.no_grad():
-        linear(torch.randn(1025, K))
+        linear(torch.randn(257, K))
         with torch.autocast("cpu", torch.bfloat16):
             assert linear(x).dtype == torch.bfloat16
         for forced in (lilora_kernels.backend("eager"), lilora_kernels.plan("composed")):

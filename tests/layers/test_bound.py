@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lilora_kernels
 from lilora_kernels import attach, cpu_library, freeze, functional
-from lilora_kernels.ops import cpu_runtime
+from lilora_kernels.ops import cpu_training
 
 pytestmark = pytest.mark.skipif(isinstance(cpu_library.load(), str), reason=f"{cpu_library.load()}")
 
@@ -31,7 +31,7 @@ def bound(monkeypatch):
     taken = []
 
     def counting(*args):
-        run = cpu_runtime.bind(*args)
+        run = cpu_training.bind_forward(*args)
 
         def counted(*args):
             y = run(*args)
@@ -86,11 +86,12 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("rows", [3, 70])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_it_sees_what_changes(change):
+def test_it_sees_what_changes(change, rows):
     made = settled()
     change(made)
-    x = torch.randn(3, K, dtype=made.base_layer.weight.dtype)
+    x = torch.randn(rows, K, dtype=made.base_layer.weight.dtype)
     with torch.no_grad():
         for _ in range(3):
             close(made(x), expected(made, x, "cats"))
@@ -106,6 +107,15 @@ def test_another_task_another_dtype_and_more_rows(bound):
                 close(made(x), expected(made, x, name))
         strided = torch.randn(K, 3).T
         close(made(strided), expected(made, strided, "birds"))
+
+
+def test_more_rows_are_bound_too():
+    made = settled()
+    x, registered = torch.randn(70, K), lilora_kernels.backends._table["linear"]["cpu"].bind
+    with torch.no_grad():
+        made(x)
+    assert registered is cpu_training.bind_forward
+    assert made._slot.settled[1](x) is not None
 
 
 def test_what_is_forced_afterwards(bound):
@@ -153,10 +163,10 @@ def test_a_call_of_another_kind_while_one_is_bound(monkeypatch):
     made, x = settled(), torch.randn(3, K)
 
     def interrupted(*args):
-        bind_by(cpu_runtime.bind, monkeypatch)
+        bind_by(cpu_training.bind_forward, monkeypatch)
         made.alpha *= 2
         made(x)
-        return cpu_runtime.bind(*args)
+        return cpu_training.bind_forward(*args)
 
     with torch.no_grad():
         made.alpha /= 4

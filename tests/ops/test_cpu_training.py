@@ -145,11 +145,12 @@ def test_any_size_and_any_stride_of_rows(instructions):
 @pytest.mark.parametrize("p", [1e-6, 0.4])  # the first is none at all in the dropout's stream
 @pytest.mark.parametrize("mix", ["one", "random"])
 @pytest.mark.parametrize("op", ["delta", "linear"])
-def test_dropout_has_the_mask_of_the_composed_plan(op, mix, p, instructions):
-    i, seed = make(rows=37, mix=mix), torch.tensor([5])
-    dy = torch.randn(37, 20)
+@pytest.mark.parametrize("rows, columns", [(37, 24), (130, 70)])
+def test_dropout_has_the_mask_of_the_composed_plan(op, rows, columns, mix, p, instructions):
+    i, seed = make(rows=rows, columns=columns, mix=mix), torch.tensor([5])
+    dy = torch.randn(rows, 20)
     got = results(op, i.to(torch.float32), dy, p=p, seed=seed)
-    keep = eager.kept(37, 24, p, seed)
+    keep = eager.kept(rows, columns, p, seed)
     wide = i.leaves(LEAVES)
     truth = oracle(wide, SCALING, *(() if keep is None else (keep, keep_scale(p))))
     if op == "linear":
@@ -282,9 +283,9 @@ def test_an_adapter_whose_gradients_nobody_wants_costs_no_call(wanted, monkeypat
 
 
 def test_a_row_has_the_same_bits_in_any_company(instructions):
-    i, dy = make(rows=67, columns=130, outputs=43, rank=13, dtype=torch.float32), torch.randn(67, 43)
+    i, dy = make(rows=140, columns=130, outputs=43, rank=13, dtype=torch.float32), torch.randn(140, 43)
     whole = results("linear", i, dy)
-    for rows in (*torch.arange(67).split(1), *torch.arange(67).split(5), *torch.randperm(67).split(7)):
+    for rows in (*torch.arange(60).split(1), *torch.arange(140).split(130), *torch.randperm(140).split(7)):
         part = results("linear", i.with_(x=i.x[rows], task=i.task[rows]), dy[rows])
         for name in ("y", "x"):
             assert torch.equal(part[name], whole[name][rows])
@@ -296,16 +297,16 @@ def test_a_bound_forward_is_that_of_a_call(op):
     task = torch.randint(0, 3, (70,), dtype=torch.int32)
     i, seed = make(rows=70, dtype=torch.float32).with_(task=task), torch.tensor([5])
     for p, rows in ((0.0, 70), (0.4, 70), (0.4, 3)):
-        factors = AdapterArgs(*adapters(i), None, None, None, None, SCALING, p, None)
+        factors = AdapterArgs(*adapters(i), task, None, None, None, SCALING, p, None)
         given = {"delta": (), "linear": base(i), "delta_pair": list(zip(base(i), base(i), strict=True))}[op]
         with chosen():
             bound = cpu_training.bind_forward(i.x, *given, (factors,) * 2 if op == "delta_pair" else factors)
             y = bound(i.x[:rows].unsqueeze(1), task[:rows], seed)
             want = run(op, i.with_(x=i.x[:rows], task=task[:rows]), p=p, seed=seed)
         assert torch.equal((sum(y) if op == "delta_pair" else y).squeeze(1), want)
-    of_a = weakref.ref(i.a)
-    i.a = factors = None
-    assert of_a() is None
+    given_tensors = weakref.ref(i.a), weakref.ref(i.task)
+    i = factors = task = None
+    assert [of() for of in given_tensors] == [None, None]
 
 
 def test_a_call_with_many_rows_leaves_later_ones_to_the_kernels(monkeypatch):

@@ -403,6 +403,10 @@ class LiLoRALinear(AdaptedLinear):
                     slot = self._slot
                     break
         if routed is not None:
+            if slot is not None and samples is None and not compiling:
+                frozen = self._frozen  # read once: another thread may freeze or unfreeze meanwhile
+                if frozen is not None and not self._trains():
+                    return frozen, routed.rows_in_slots(x, self.place, self.path)
             return None if slot is None else self._mixed(x, slot[:2], routed, samples)
         if context is None and not compiling:
             tasks.require_context()

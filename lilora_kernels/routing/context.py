@@ -85,6 +85,16 @@ class BatchContext:
             self._rows[key] = rows
         return self._rows[key]
 
+    def rows_in_slots(self, x: Tensor, place: str | None, path: str) -> Tensor:
+        """`rows` of `slots`, in one look where they are known: every layer of a served model asks in every step."""
+        key = torch.is_inference_mode_enabled(), self.tasks.changes, place, x.device, x.shape[:-1]
+        rows = self._rows.get(key)
+        if rows is None:
+            rows = self._rows[key] = self.rows(x, place, self.slots(), path)
+        elif place == AHEAD:
+            self._expect_once(path)
+        return rows
+
     def _resolve(self, x: Tensor, place: str | None, of: Tensor, path: str) -> Tensor:
         if self.one_task:
             return of.flatten()[:1].expand(x.shape[:-1].numel())

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lilora_kernels.layers import accelerated
 from lilora_kernels.ops import cpu_training
 from lilora_kernels.ops.linear import eager
 from lilora_kernels.ops.schema import AdapterArgs
@@ -36,6 +35,7 @@ PROMPT_SIZES = (
     (11008, 4096, 64, 26),
 )
 PROMPT_ROWS, PROMPT_TASKS = (72, 128, 256, 512), (1, 8)
+BARE_SIZES = (576, 576), (1536, 576), (1024, 1024), (2048, 2048), (4096, 4096)  # K, N without an adapter
 SECONDS = 1.0  # of a cell
 
 
@@ -62,14 +62,11 @@ def runs(
 
 
 def bare(rows: int, columns: int, outputs: int) -> dict[str, Callable[[], object]]:
-    """A linear layer without an adapter, as `accelerate_linears` makes it for large weights, and as torch has it."""
-    accelerated.PROMPTS_FROM = 0
-    x, layers = (
-        torch.randn(rows, columns),
-        [nn.Linear(columns, outputs, bias=False).requires_grad_(False) for _ in "ab"],
-    )
-    accelerated.accelerate_linears(layers[0])
-    return {"one_launch": lambda: layers[0](x), "composed": lambda: layers[1](x)}
+    """A product without an adapter, as `accelerate_linears` has it for large weights, and as torch has it."""
+    x, weight = torch.randn(rows, columns), torch.randn(outputs, columns)
+    none = AdapterArgs(torch.empty(0, columns), torch.empty(outputs, 0), *[None] * 7, 1.0, 0.0, None)
+    own = cpu_training.bind_forward(x, weight, None, none)
+    return {"one_launch": lambda: own(x), "composed": lambda: nn.functional.linear(x, weight)}
 
 
 def least(of: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
@@ -83,9 +80,6 @@ def least(of: dict[str, Callable[[], object]], seconds: float) -> dict[str, floa
     return best
 
 
-BARE_SIZES = (576, 576), (1536, 576), (1024, 1024), (2048, 2048), (4096, 4096)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where small_training.json goes")
@@ -94,8 +88,8 @@ def main() -> None:
     torch.set_num_threads(1)
     both = [(rows, *size, 1, True) for size in SIZES for rows in ROWS]
     forward = [(rows, *size, tasks, False) for size in PROMPT_SIZES for rows in PROMPT_ROWS for tasks in PROMPT_TASKS]
-    found = []
     without = [(rows, *size, 0, 0, 0, False) for size in BARE_SIZES for rows in PROMPT_ROWS[:3]]
+    found = []
     for cell in both + forward + without:
         rows, columns, outputs, rank, sub_rank, tasks, backward = cell
         us = least(runs(*cell) if rank else bare(*cell[:3]), options.seconds)

@@ -11,7 +11,7 @@ from ..ops import cpu_runtime, cpu_training
 from ..ops.operation import TENSORS, TENSORS_OR_NONE, conditions, is_any_watching, is_transformed, needs_graph
 from ..ops.schema import AdapterArgs
 
-# Elements of a weight whose products with prompts are ours: time over torch's 0.7 to 1.0, of smaller ones 0.8 to 1.2
+# Elements of a weight whose products with prompts are ours: time over torch's 0.7 to 1.0, of smaller ones 1.0 to 1.2
 # (bench.small_training, bench/results/small-training).
 PROMPTS_FROM = 2**22
 INVARIANT = (

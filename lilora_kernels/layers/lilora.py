@@ -403,10 +403,6 @@ class LiLoRALinear(AdaptedLinear):
                     slot = self._slot
                     break
         if routed is not None:
-            if slot is not None and samples is None and not compiling:
-                frozen = self._frozen  # read once: another thread may freeze or unfreeze meanwhile
-                if frozen is not None and not self._trains():
-                    return frozen, routed.rows_in_slots(x, self.place, self.path)
             return None if slot is None else self._mixed(x, slot[:2], routed, samples)
         if context is None and not compiling:
             tasks.require_context()
@@ -419,12 +415,14 @@ class LiLoRALinear(AdaptedLinear):
     def _mixed(self, x: Tensor, shared: tuple[Tensor, ...], context: BatchContext, samples: int | None) -> tuple | None:
         """As `_adapter`, for tasks by sample. shared: a and b0; samples: those of x, where the ids were given for x itself."""
         frozen = self._frozen  # read once: another thread may freeze or unfreeze meanwhile
-        trains, training, _ = self.stacking()
+        trains = self._trains()
+        if frozen is not None and not trains and samples is None:
+            return frozen, context.rows_in_slots(x, self.place, self.path)
         names: tuple[str, ...]
         if frozen is not None and not trains:
             names, positions = (), context.slots()
         else:
-            names, positions = context.chosen(trains, training)
+            names, positions = context.chosen(trains, self.training)
             if not names:
                 return None
         if samples is None:

@@ -87,6 +87,8 @@ class BatchContext:
 
     def rows_in_slots(self, x: Tensor, place: str | None, path: str) -> Tensor:
         """`rows` of `slots`, in one look where they are known: every layer of a served model asks in every step."""
+        if torch.compiler.is_compiling():
+            return self.rows(x, place, self.slots(), path)
         key = torch.is_inference_mode_enabled(), self.tasks.changes, place, x.device, x.shape[:-1]
         rows = self._rows.get(key)
         if rows is None:

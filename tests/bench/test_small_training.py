@@ -19,3 +19,5 @@ def test_both_plans_compute_the_same():
     assert all(us > 0 for us in small_training.least(runs, 0).values())
     (own,), library = (run() for run in small_training.runs(7, 24, 20, 8, 4, tasks=3, backward=False).values())
     torch.testing.assert_close(own, library["y"], rtol=1e-4, atol=1e-4)
+    own, library = (run() for run in small_training.bare(72, 24, 20).values())
+    torch.testing.assert_close(own, library, rtol=1e-4, atol=1e-4)

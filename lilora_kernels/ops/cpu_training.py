@@ -14,7 +14,7 @@ from .schema import FACTORS, AdapterArgs
 
 MOST_ROWS = 1024  # kMostRows of csrc/cpu/training.cpp
 # Where the plan is not forced, up to here; time over composed's on one thread from bench.small_training,
-# bench/results/small-training. Forward, by rows and by elements of x: 0.13 to 0.98; beyond, 0.9 to 1.6.
+# bench/results/small-training. Forward, by rows and by elements of x: 0.13 to 0.98; beyond, 0.3 to 1.6.
 # Both directions, by multiplications of y = x W^T, h and h B0^T: 0.2 to 0.93; beyond, 0.8 to 1.2.
 FORWARD_ROWS, FORWARD_X = 256, 2**20
 MOST_PRODUCTS = 2**26

@@ -17,7 +17,7 @@ def check_task_name(name: str) -> None:
         )
     if (
         hasattr(nn.ParameterDict, name)
-        or name in ("training", "weight", "bias")
+        or name in ("training", "weight", "bias", "base_layer", "modules_to_save", "original_module")
         or name.startswith(("lilora_", "lora_"))
     ):
         raise ValueError(

@@ -22,12 +22,16 @@ CALL = SHAPE | {"R", "S", "T", "p"}
 
 
 # The stages are forked from the process that starts them: it has imported what each of them does first, and peft, which takes
-# those that compare with it seconds.
+# those that compare with it seconds. Half of all the time would be Inductor's, compiling peers.
 FORKING = f"""
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import peft
+import torch
+
+torch.compile = partial(torch.compile, backend="aot_eager")
 
 sys.path.append({str(ROOT / "tests")!r})
 from support.forked import Forked

@@ -1,7 +1,6 @@
 """The command itself: its help on a narrow terminal, its version, and its options from a file."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -97,24 +96,14 @@ def test_the_help_of_train_describes_the_methods(lilora):
     assert "Defaults: r 12, alpha 1.0, dropout 0.2, lr 0.002, weight_decay 0.01" in text
 
 
-COMPLETE = """
-import os, sys
-from lilora.cli import main
-
-sys.argv = ["lilora"]
-os.environ["_LILORA_COMPLETE"] = "complete_bash"
-for words in ("lilora tr", "lilora train --method ol"):
-    os.environ |= {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-    try:
-        main()
-    except SystemExit:
-        print()
-"""
-
-
-def test_shells_complete_commands_and_methods():
-    done = subprocess.run([sys.executable, "-c", COMPLETE], capture_output=True, text=True)
-    assert done.stdout.split() == ["train", "olora"], done.stderr
+@pytest.mark.parametrize("words, completed", [("lilora tr", "train"), ("lilora train --method ol", "olora")])
+def test_shells_complete_commands_and_methods(words, completed, lilora, monkeypatch):
+    given = {"_LILORA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": words.count(" ")}
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # what runs is `lilora`, no `python -m pytest`
+    _, out, err = lilora()
+    assert out.split() == [completed], err
 
 
 LONG = "a-long-name-of-a-task-that-goes-on-and-on-and-on-to-the-end-of-a-line"

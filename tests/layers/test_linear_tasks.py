@@ -106,7 +106,9 @@ def test_names_outside_the_pattern_add_nothing(name):
     refused(name, "not allowed")
 
 
-@pytest.mark.parametrize("name", ["keys", "items", "weight", "bias", "training", "lora_A", "lilora_U", "forward"])
+@pytest.mark.parametrize(
+    "name", ["keys", "items", "weight", "bias", "training", "lora_A", "lilora_U", "forward", "modules_to_save"]
+)
 def test_names_that_torch_or_peft_use_add_nothing(name):
     refused(name, "reserved")
 

@@ -180,7 +180,9 @@ def test_a_convolution_is_refused():
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("name", ["keys", "weight", "lora_A", "lilora_U", "a.b", "a b", "", "-x", "ä", "training"])
+@pytest.mark.parametrize(
+    "name", ["keys", "weight", "lora_A", "lilora_U", "base_layer", "modules_to_save", "a.b", "a b", "", "-x", "ä"]
+)
 def test_forbidden_names_are_refused_before_anything_is_added(name):
     model = llama()
     before = state_of(model)

@@ -14,10 +14,15 @@ from .layers.base import AdaptedLinear, check_loads, reads_weight
 from .layers.mlp import unfuse_mlps
 from .layers.unattached import forget, refuse_task_ids
 from .routing.context import GATHERED, TEXT, BatchContext, Recomputation, Tasks, device_of, tasks_of
-from .routing.placement import places
+from .routing.placement import places, reordered
 from .routing.task_names import TaskIds
 
-METHODS = ("forward", "generate", "gradient_checkpointing_enable")  # what attach() puts its own in front of
+METHODS = (
+    "forward",
+    "generate",
+    "generate_batch",
+    "gradient_checkpointing_enable",
+)  # what attach() puts its own in front of
 MISSPELT = "task_id", "tasks", "task", "adapter_name"  # would be taken without a word, as any keyword is
 
 
@@ -53,10 +58,7 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
     placed = places(model, [name for name, _ in layers])
     if tasks is None:
         tasks = model.__dict__.get("lilora_tasks") or (layers[0][1].model_tasks if layers else Tasks())
-    model.lilora_tasks = tasks
-    forget(model, refuse_task_ids)
-    forget(model, _refuse_in_part)
-    for name, layer in layers:
+    for name, layer in layers:  # all of them before anything is changed
         parent, _, own = name.rpartition(".")
         if own and reads_weight(type(model.get_submodule(parent)), own):  # type: ignore[arg-type]
             raise ValueError(
@@ -73,13 +75,17 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
                 f"{name} has {list(layer.model_tasks.active)} active but other layers {list(tasks.active)}; call "
                 "set_task(model, ...) first"
             )
-        layer.model_tasks = tasks
-        layer.path, layer.place = name, placed[name]
+    model.lilora_tasks = tasks
+    forget(model, refuse_task_ids)
+    forget(model, _refuse_in_part)
+    for name, layer in layers:
+        layer.model_tasks, layer.path, layer.place = tasks, name, placed[name]
     tasks.arguments = tuple(inspect.signature(type(model).forward).parameters)[1:]
     tasks.main = getattr(model, "main_input_name", None) or next(iter(tasks.arguments), "input_ids")
     takes_all = hasattr(model, "main_input_name")  # as transformers' models do
     tasks.misspelt = tuple(name for name in MISSPELT if takes_all and name not in tasks.arguments)
-    tasks.packed = not set(placed.values()) <= {TEXT, GATHERED}
+    tasks.reordered = reordered(model)
+    tasks.packed |= not set(placed.values()) <= {TEXT, GATHERED}
     for part in model.modules():
         if part is model:
             continue
@@ -100,6 +106,8 @@ def attach(model: nn.Module, tasks: Tasks | None = None) -> Tasks:
         model.forward.__doc__ = type(model).forward.__doc__
         if hasattr(model, "generate"):
             model.generate = partial(_generate, model)
+        if hasattr(model, "generate_batch"):
+            model.generate_batch = partial(_generate_batch, model)
         if hasattr(model, "gradient_checkpointing_enable"):
             model.gradient_checkpointing_enable = partial(_gradient_checkpointing_enable, model)
             restore_contexts(model)
@@ -191,8 +199,32 @@ def _generate(self: nn.Module, *args: Any, task_ids: TaskIds | None = None, **kw
             f"task_ids has the shape {list(context.task.shape)}; generate takes one id for each sample, for its new tokens too"
         )
     context.generating, context.stacks = context.task is not None, {}
+    context.repeats = _repeats_of_guidance(self, kwargs)
     with tasks.use(context):
         return type(self).generate(self, *args, **kwargs)
+
+
+def _repeats_of_guidance(model: nn.Module, kwargs: dict) -> int | None:
+    """How often a generation with guidance repeats each sample for beams and returned sequences; None without guidance.
+
+    Some models guide by a second half of the batch, [samples; the same without prompts], others by a second forward.
+    """
+    given = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+
+    def setting(name: str) -> Any:
+        return kwargs.get(name) or getattr(given, name, None) or 1
+
+    guided = setting("guidance_scale") != 1
+    return max(setting("num_beams"), setting("num_return_sequences")) if guided else None
+
+
+def _generate_batch(self: nn.Module, *args: Any, task_ids: TaskIds | None = None, **kwargs: Any) -> Any:
+    if task_ids is not None:
+        raise TypeError(
+            "generate_batch schedules its requests by itself, and nothing tells whose the rows of a step are; pass task_ids to "
+            "generate, or call generate_batch for each task with set_task"
+        )
+    return type(self).generate_batch(self, *args, **kwargs)
 
 
 def _gradient_checkpointing_enable(self: nn.Module, *args: Any, **kwargs: Any) -> None:

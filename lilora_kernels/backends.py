@@ -1,7 +1,6 @@
 """Which implementation runs an operation: the table, the choice, and why a backend is not used."""
 
 import importlib
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -105,12 +104,6 @@ def plan(name: str) -> AbstractContextManager[None]:
     A backend without this plan, and a call that the plan cannot run, raise Unsupported.
     """
     return _force("plan", name)
-
-
-def one_launch(rows: int, most: float = math.inf) -> bool:
-    """Whether the phases share a launch: where that is forced, and up to `most` rows where neither it nor by_phase is."""
-    plan = forced["plan"]
-    return plan == "one_launch" if plan in ("one_launch", "by_phase") else rows <= most
 
 
 def plans(op: str) -> dict[str, dict[str, str]]:

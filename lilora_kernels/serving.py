@@ -14,17 +14,17 @@ def freeze(model: nn.Module, capacity: int | None = None, *, batch_invariant: bo
 
     A layer then stacks nothing, whatever the number of tasks. Every U, V and fusion becomes a window of one tensor
     [capacity, ...] of its layer, so no task is held twice, and what is written into one, by `hotswap` or by hand, is seen by
-    compiled and captured forwards too. What puts another tensor in a parameter's place (`parameter.data = other`,
-    `torch.func.functional_call`) writes nothing into it, and is not seen. They stop requiring gradients. The state dict does
-    not change. Adding a task keeps all tensors where they are; beyond `capacity` it raises. Once all ids are given, a new
-    task takes that of a deleted one. `train()` and `unfreeze` end it: `eval()` does not bring it back. Freezing again with
-    the same capacity moves none.
+    compiled and captured forwards too. `parameter.data = other` writes nothing into it, and is not seen;
+    `torch.func.functional_call` with all parameters raises. They stop requiring gradients. The state dict keeps its names;
+    its tensors are copies. Adding a task keeps all tensors where they are; beyond `capacity` it raises. Once all ids are
+    given, a new task takes that of a deleted one. `train()` and `unfreeze` end it: `eval()` does not bring it back. Freezing
+    again with the same capacity moves none.
 
     While other threads compute, one thread may add, delete and swap tasks that they do not use, unfreeze, and freeze again
     with the same capacity. The first freeze, and one with another capacity, moves parameters: let no forward run then.
 
-    Raises RuntimeError before `attach(model)` and for parameters that are sharded or of several dtypes,
-    ValueError for too small a capacity.
+    Raises RuntimeError before `attach(model)` and for parameters that are sharded, shared with other processes or of several
+    dtypes, ValueError for too small a capacity.
 
     batch_invariant: every linear layer takes the CPU kernels for any number of rows, so that a row's bits depend neither on
     the other rows of the batch nor on their tasks. Call `accelerate_linears(model)` first: RuntimeError for a layer that

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..offloading import offloading, onload, onloaded
 from ..ops.adapter_operation import before_backward
-from ..routing.context import BatchContext
+from ..routing.context import TEXT, BatchContext
 from .base import AdaptedLinear, Factors, described, is_conv1d, is_number, is_plain, is_sharded
 from .parameters import SharedParameter, TaskParameters, check_task_name, stacked, window
 from .unattached import watch, watch_running_model
@@ -84,6 +85,7 @@ class LiLoRALinear(AdaptedLinear):
         self._thawed: Factors | None = None  # after unfreeze: those before it; the parameters still are their windows
         self._slot: Factors | None = None  # with u, v, fusion of the one active task; without for several
         self.register_load_state_dict_post_hook(_loaded)
+        self.register_state_dict_post_hook(_copied)
 
     @property
     def lilora_scaling(self) -> float:
@@ -176,9 +178,11 @@ class LiLoRALinear(AdaptedLinear):
             self.unmerge()
         own = self._own(name)
         train = any(parameter.requires_grad for parameter in own)
-        if self._frozen is not None or self._thawed is not None:  # their places in the stacks of which they are windows
+        if self._frozen is not None or self._thawed is not None:  # leave their places in the stacks empty
             for parameter in own:
-                parameter.zero_()
+                place = parameter.detach()
+                parameter.data = place.clone()
+                place.zero_()
         for kind in KINDS:
             if name in getattr(self, kind):
                 del getattr(self, kind)[name]
@@ -258,6 +262,7 @@ class LiLoRALinear(AdaptedLinear):
         super()._apply(fn, recurse)
         self.bind()
         if capacity is not None:
+            self.require_unshared()
             self.freeze(capacity)
         return self
 
@@ -275,14 +280,23 @@ class LiLoRALinear(AdaptedLinear):
     def require_freezable(self) -> None:
         """RuntimeError for parameters that are not here in full outside the layer's forward, or differ in dtype."""
         self.onload()
-        own = [p for entries in self._by_task() for p in entries.values()]
+        own = [p for entries in self._kinds[2:] for p in entries.values()]
         if any(p.is_meta or is_sharded(p) for p in own):
             raise RuntimeError(
                 f"{self.path}: a model whose adapters are sharded or on the meta device cannot be frozen; load it in full first"
             )
+        self.require_unshared()
         if len(dtypes := {p.dtype for p in own}) > 1:
             raise RuntimeError(
                 f"tasks of the dtypes {sorted(map(str, dtypes))} cannot be frozen together; cast them to one"
+            )
+
+    def require_unshared(self) -> None:
+        """RuntimeError for parameters in memory that processes share: a frozen layer would compute with copies of them."""
+        if any(p.is_cpu and p.is_shared() for kind in self._kinds[2:] for p in kind.values()):
+            raise RuntimeError(
+                f"{self.path}: parameters in shared memory (share_memory()) cannot be frozen, for what other processes write "
+                "into them would not be seen; share an unfrozen model, and do not freeze it"
             )
 
     def freeze(self, capacity: int) -> None:
@@ -311,25 +325,31 @@ class LiLoRALinear(AdaptedLinear):
     @torch.no_grad()
     def _fill_windows(self, name: str, stacks: Factors) -> None:
         """Make the task's parameters windows of the stacks of a frozen layer, with the values that they have."""
-        for stack, entries in zip(stacks[2:], self._by_task(), strict=True):
+        for stack, entries in zip(stacks[2:], self._kinds[2:], strict=True):
             if name in entries and not entries[name].is_meta:  # else a loader is still to bring it
                 own, place = entries[name], stack[self.model_tasks.id_of(name)].view_as(entries[name])
                 if own.data_ptr() != place.data_ptr():
                     own.data = window(place.copy_(own))
 
+    def _require_windows(self, stacks: Factors) -> None:
+        """RuntimeError where a frozen layer has other parameters than windows of its stacks."""
+        for stack, kind in zip(stacks[2:], self._kinds[2:], strict=True):
+            for name, own in kind._parameters.items():
+                if own.data_ptr() != stack[self.model_tasks.id_of(name)].data_ptr():
+                    raise RuntimeError(
+                        f"{self.path}: the parameters of task {name!r} were replaced, as torch.func.functional_call does, and "
+                        "a frozen model would not see it; unfreeze(model) first"
+                    )
+
     @property
     def _kinds(self) -> tuple[TaskParameters, ...]:
         return _of_kinds(self._modules)
 
-    def _by_task(self) -> tuple[TaskParameters, ...]:
-        return self._kinds[2:]
-
     def _own(self, name: str) -> list[nn.Parameter]:
-        return [parameters[name] for parameters in self._by_task() if name in parameters]
+        return [parameters[name] for parameters in self._kinds[2:] if name in parameters]
 
-    def _parameters_of(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        fusion = self.lilora_fusion[name] if self.fusion else None
-        return self.lilora_A[name], self.lilora_B[name], self.lilora_U[name], self.lilora_V[name], fusion
+    def _parameters_of(self, name: str) -> tuple[Any, ...]:
+        return tuple(kind._parameters.get(name) for kind in self._kinds)
 
     def _require(self, name: str) -> None:
         if name not in self.lilora_U:
@@ -370,12 +390,12 @@ class LiLoRALinear(AdaptedLinear):
 
     def _adapter(self, x: Tensor, task: Tensor | None = None) -> tuple[Factors, Tensor | None] | None:
         """What this forward adds to the base: factors and the task of each row of x; None for nothing."""
-        tasks, samples = self.model_tasks, None
+        tasks, place = self.model_tasks, self.place
         if task is None:
             context = tasks.current
         else:
-            samples = x.shape[0] if x.dim() > 1 else 1
-            ids, known = tasks.ids(task, samples, x.device)
+            place = TEXT
+            ids, known = tasks.ids(task, x.shape[0] if x.dim() > 1 else 1, x.device)
             if ids.dim() == 2 and ids.shape != x.shape[:-1]:
                 raise ValueError(
                     f"task has the shape {list(ids.shape)}; it must be {list(x.shape[:-1])}, one id for each row of x"
@@ -399,11 +419,13 @@ class LiLoRALinear(AdaptedLinear):
             name = self.active[0] if len(self.active) == 1 else next(iter(self.lilora_A._parameters))
             for kind, own in zip(self._kinds, slot, strict=True):
                 if own is not None and own is not kind._parameters.get(name):
+                    if self._frozen is not None:
+                        self._require_windows(self._frozen)
                     self._bind_slot()
                     slot = self._slot
                     break
         if routed is not None:
-            return None if slot is None else self._mixed(x, slot[:2], routed, samples)
+            return None if slot is None else self._mixed(x, slot[:2], routed, place)
         if context is None and not compiling:
             tasks.require_context()
         if slot is None or slot[2] is None:
@@ -412,27 +434,18 @@ class LiLoRALinear(AdaptedLinear):
             return None
         return slot, None
 
-    def _mixed(self, x: Tensor, shared: tuple[Tensor, ...], context: BatchContext, samples: int | None) -> tuple | None:
-        """As `_adapter`, for tasks by sample. shared: a and b0; samples: those of x, where the ids were given for x itself."""
+    def _mixed(self, x: Tensor, shared: tuple[Tensor, ...], context: BatchContext, place: str | None) -> tuple | None:
+        """As `_adapter`, for tasks by sample. shared: a and b0; place: where x lies."""
         frozen = self._frozen  # read once: another thread may freeze or unfreeze meanwhile
         trains = self._trains()
-        if frozen is not None and not trains and samples is None:
-            return frozen, context.rows_in_slots(x, self.place, self.path)
-        names: tuple[str, ...]
         if frozen is not None and not trains:
-            names, positions = (), context.slots()
-        else:
-            names, positions = context.chosen(trains, self.training)
-            if not names:
-                return None
-        if samples is None:
-            rows = context.rows(x, self.place, positions, self.path)
-        else:
-            rows = positions if positions.dim() == 2 else positions.unsqueeze(1).expand(samples, x.shape[1:-1].numel())
-            rows = rows.reshape(-1).contiguous()
-        if frozen is not None and not names:
-            factors = frozen
-        elif context.generating and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return frozen, context.rows(x, place, (False, False, True), self.path)
+        whose = trains, self.training, False
+        names, _ = context.chosen(*whose)
+        if not names:
+            return None
+        rows = context.rows(x, place, whose, self.path)
+        if context.generating and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             key = self, self.model_tasks.changes
             if key not in context.stacks:
                 # A copy even of one task: a sharded one is there while the layer runs only.
@@ -465,7 +478,7 @@ class LiLoRALinear(AdaptedLinear):
     def _expect_same_tasks(self, y: Tensor) -> None:
         """Let the backward of y raise if the active task is set before it."""
         if y.requires_grad and not torch.compiler.is_compiling() and self._trains():
-            before_backward(y, self.model_tasks.unchanged())
+            before_backward(y, partial(self.model_tasks.require, self.model_tasks.activation))
 
     @torch.no_grad()
     def check_load(self, state: Mapping[str, Tensor], prefix: str) -> None:
@@ -514,6 +527,9 @@ class LiLoRALinear(AdaptedLinear):
             raise ValueError(f"task {name!r} cannot be overwritten: its tensors are on the meta device, without values")
         for parameter, value in zip(own, values, strict=True):
             parameter.copy_(value)
+        for stack in (self._frozen or ())[2:]:  # has the same memory, and versions of its own: a backward shall raise
+            if stack is not None and not stack.is_inference():
+                torch.autograd.graph.increment_version(stack)
 
     # --- merging ----------------------------------------------------------------------------------------------------
 
@@ -529,6 +545,14 @@ class LiLoRALinear(AdaptedLinear):
         delta = (self.lilora_scaling * m @ a.to(wide)).to(a.dtype)
         return delta.mT if self.is_transposed else delta
 
+    def require_own_weight(self) -> None:
+        """RuntimeError for a base whose weight is made of other tensors in every forward: what is added to it is lost."""
+        if not isinstance(self.base_layer.weight, nn.Parameter):
+            raise RuntimeError(
+                f"{self.path}: the base weight is made anew in every forward, as by pruning, weight_norm or parametrizations, "
+                "so a merge would be lost; remove them first (prune.remove, remove_parametrizations)"
+            )
+
     @torch.no_grad()
     def merge(self, name: str) -> None:
         """Add a task to the base weight, for inference without any cost; forward then runs the base alone."""
@@ -536,6 +560,7 @@ class LiLoRALinear(AdaptedLinear):
             raise RuntimeError(f"task {self.merged_task!r} is merged already; unmerge() first")
         if not self.has_plain_weight():
             raise TypeError(f"merge needs a plain nn.Linear base, not a {described(self.base_layer)}")
+        self.require_own_weight()
         weight = self.base_layer.weight
         weight += self.delta_weight(name).to(weight.dtype)
         self.merged_task = name
@@ -558,6 +583,16 @@ class LiLoRALinear(AdaptedLinear):
 
 def _loaded(layer: LiLoRALinear, _: object) -> None:
     layer.bind()
+
+
+def _copied(layer: LiLoRALinear, state: dict[str, Any], prefix: str, _: object) -> None:
+    """What is taken out of the stacks of a frozen layer stays as it is when another task takes its place there."""
+    if layer._frozen is not None or layer._thawed is not None:
+        for kind in KINDS[2:]:
+            for name in getattr(layer, kind):
+                key = f"{prefix}{kind}.{name}"
+                if key in state and not isinstance(state[key], nn.Parameter):  # as with keep_vars
+                    state[key] = state[key].clone()
 
 
 def set_task(model: nn.Module, *names: str, train: bool = True) -> None:

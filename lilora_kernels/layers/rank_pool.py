@@ -109,11 +109,13 @@ class RankPoolLinear(AdaptedLinear):
         # Decoding asks for the same ranks at every step.
         source = tuple((t.data_ptr(), version(t)) for part in parts.values() for t in part)
         source += tuple((names, id(ranks)) for names, ranks in choice.groups)
-        if self._gathered is None or self._gathered[0] != source:
+        gathered = self._gathered  # read once: another thread may gather other ranks meanwhile
+        if gathered is None or gathered[0] != source:
             # Tensors made in inference mode could not be saved for a later backward.
             with torch.inference_mode(False), torch.no_grad():
-                self._gathered = source, choice, Factors((*gather(parts, choice.groups), None, None, None))
-        return self._gathered[2]
+                gathered = source, choice, Factors((*gather(parts, choice.groups), None, None, None))
+            self._gathered = gathered
+        return gathered[2]
 
     def _trained(self, choice: Choice) -> tuple[int, int] | None:
         """The ranks behind the leading groups that need no gradient; None for all of them."""

@@ -1,6 +1,6 @@
 """When the CPU kernels can run, and their call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -89,9 +89,7 @@ def bind(
 
     More rows than DECODE_ROWS: with `blocks` in blocks, of which a row's bits do not depend; else by `more`, bound alike.
     """
-    *base, adapters = of
-    one = isinstance(adapters, AdapterArgs)
-    sides: list[Side] = [(adapters, *base)] if one else list(zip(adapters, *base, strict=True))
+    one, sides = sides_of(of)
     if backends.forced["plan"] not in (None, "decode") or any(unsupported_call(x[:1], *side) for side in sides):
         return None
     run, count, columns, size = cpu_library.load().decode, len(sides), x.shape[1], x.itemsize
@@ -121,6 +119,13 @@ def bind(
         return ys[0] if one else ys
 
     return bound
+
+
+def sides_of(of: Sequence[tuple | Tensor | AdapterArgs | None]) -> tuple[bool, list[Side]]:
+    """Whether it is one adapter, and each with its base; of: what `forward` of a backend takes after x."""
+    *base, adapters = of
+    one = isinstance(adapters, AdapterArgs)
+    return one, [(adapters, *base)] if one else list(zip(adapters, *base, strict=True))
 
 
 def packed(x: Tensor, adapter: AdapterArgs, weight: Tensor | None = None, bias: Tensor | None = None) -> bytes:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends, cpu_library
 from . import cpu_runtime
-from .cpu_runtime import Side, pointer
+from .cpu_runtime import pointer
 from .delta import eager
 from .philox import keep_scale, threshold
 from .schema import FACTORS, AdapterArgs
@@ -24,9 +24,7 @@ OPERANDS = ("x", *FACTORS)
 
 def bind_forward(x: Tensor, *of: tuple | Tensor | AdapterArgs | None) -> Callable | None:
     """`cpu_runtime.bind`, and this plan for more rows and what decode does not take."""
-    *base, adapters = of
-    one = isinstance(adapters, AdapterArgs)
-    sides: list[Side] = [(adapters, *base)] if one else list(zip(adapters, *base, strict=True))
+    one, sides = cpu_runtime.sides_of(of)
     if not all(is_taken(frozen, adapter, x[:1]) for adapter, *frozen in sides):
         return cpu_runtime.bind(x, *of)
     calls = [Training(frozen, adapter, backward=False) for adapter, *frozen in sides]

@@ -1,7 +1,8 @@
 """The context of a running forward: which task each sample of its batch belongs to.
 
 What holds at all times:
-- The layers of a model share one `Tasks`; id i is the i-th name ever added, and no id is used twice.
+- The layers of a model share one `Tasks`; an id belongs to one name until that is deleted, and then to none, but in a
+  frozen model whose ids are all given.
 - Every forward of an attached model runs in a `BatchContext`. Contexts belong to the thread or asyncio task that entered
   them; a layer sees the innermost one of its own model.
 - Factors are read when a layer runs, so no write to a parameter is missed. Only a generation keeps the stacks that its
@@ -9,7 +10,7 @@ What holds at all times:
 - A backward that would recompute a layer without the context of its forward raises.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,8 +24,8 @@ from .task_names import TaskIds, TaskNames
 from .vision_tokens import VisionTokens, contents, of_equal_size, vision_tokens_of_batch
 
 SET_IN_BETWEEN = (
-    "the active task was set between a forward and its backward; set it after the backward, or train several tasks "
-    "together with set_task(*names) and task_ids"
+    "the active task was set between a forward and its backward, or adapters were disabled; do it after the backward, or "
+    "train several tasks together with set_task(*names) and task_ids"
 )
 # Where a layer lies: below the decoder, ahead of it, or among experts that see rows which a router gathered.
 TEXT, AHEAD, GATHERED = "text", "ahead", "gathered"
@@ -39,7 +40,8 @@ class BatchContext:
     * length, K] rows. vision_tokens: what explains the rows ahead of the language model, see vision_tokens.py: image
     tokens of each sample (or tiles) of images of one size, as a tensor [B] inside a compiled graph, where the host does
     not see them; unknown: why not. plain: every input has one row for each sample; others: the names of those that are no
-    text. generating: the context is that of a whole generation.
+    text. generating: the context is that of a whole generation; repeats: how often it may repeat each sample, None for any
+    number.
     """
 
     task: Tensor | None
@@ -47,6 +49,7 @@ class BatchContext:
     vision_tokens: VisionTokens | list[int] | Tensor | None = None
     ids: list[int] | None = None
     generating: bool = False
+    repeats: int | None = None
     plain: bool = False
     others: str = "inputs that are not known"
     unknown: str | None = None
@@ -63,19 +66,23 @@ class BatchContext:
 
     # --- which task a row belongs to --------------------------------------------------------------------------------
 
-    def rows(self, x: Tensor, place: str | None, of: Tensor | None = None, path: str = "a layer") -> Tensor:
-        """`of` [B] (default: `task`) of each row of x, [M] int32 on its device. ValueError when nothing explains the rows.
+    def rows(
+        self, x: Tensor, place: str | None, whose: tuple[bool, ...] | None = None, path: str = "a layer"
+    ) -> Tensor:
+        """The task of each row of x, [M] int32 on its device, or its position by `chosen(*whose)`.
 
-        place: as `placement.places` says. path: the layer's, for the error.
+        place: as `placement.places` says. path: the layer's, for the error. ValueError when nothing explains the rows.
         """
-        of = self.task if of is None else of
         if torch.compiler.is_compiling():
-            return self._resolve(x, place, of, path).to(x.device)
+            of = self.task if whose is None else self.chosen(*whose)[1]
+            return self._resolve(x, place, of, path).to(x.device).contiguous()
         if place == AHEAD:
             self._expect_once(path)
         # Tensors made in inference mode could not be saved for a later backward.
-        key = torch.is_inference_mode_enabled(), id(of), place, x.device, *x.shape[:-1]
-        if key not in self._rows:
+        changes = None if whose is None else self.tasks.changes
+        key = torch.is_inference_mode_enabled(), whose, changes, place, x.device, x.shape[:-1]
+        if (rows := self._rows.get(key)) is None:
+            of = self.task if whose is None else self.chosen(*whose)[1]
             rows = self._resolve(x, place, of, path).to(x.device).contiguous()  # of one sample it is an expanded view
             on_host = of if of.is_cpu else getattr(of, "on_host", None)
             if on_host is not None:  # plans made of library products want to know where which task's rows lie
@@ -83,23 +90,28 @@ class BatchContext:
                 if not rows.is_cpu:
                     rows.on_host = self._resolve(x, place, on_host, path)
             self._rows[key] = rows
-        return self._rows[key]
-
-    def rows_in_slots(self, x: Tensor, place: str | None, path: str) -> Tensor:
-        """`rows` of `slots`, in one look where they are known: every layer of a served model asks in every step."""
-        if torch.compiler.is_compiling():
-            return self.rows(x, place, self.slots(), path)
-        key = torch.is_inference_mode_enabled(), self.tasks.changes, place, x.device, x.shape[:-1]
-        rows = self._rows.get(key)
-        if rows is None:
-            rows = self._rows[key] = self.rows(x, place, self.slots(), path)
-        elif place == AHEAD:
-            self._expect_once(path)
         return rows
+
+    def ids_of(self, x: Tensor, place: str | None, path: str) -> list[int]:
+        """The id of each x[i], for a context whose ids the host knows; ValueError where rows of x[i] are of several tasks."""
+        if self.one_task:
+            return [self.ids[0]] * len(x)
+        if place == AHEAD:
+            self._expect_once(path)
+        of = torch.tensor(self.ids, dtype=torch.int32, device="cpu").view(self.task.shape)
+        rows = self._resolve(x, place, of, path).view(len(x), -1)
+        if not torch.equal(rows, rows[:, :1].expand_as(rows)):
+            raise ValueError(f"{path} sees rows of several tasks together; pass batches of one task")
+        return rows[:, 0].tolist()
 
     def _resolve(self, x: Tensor, place: str | None, of: Tensor, path: str) -> Tensor:
         if self.one_task:
             return of.flatten()[:1].expand(x.shape[:-1].numel())
+        if self.tasks is not None and self.tasks.reordered is not None:
+            raise ValueError(
+                f"{path} sees {list(x.shape[:-1])} rows, and nothing tells whose they are: {self.tasks.reordered}; pass batches "
+                "of one task"
+            )
         if of.dim() == 2:
             return self.token_rows(x, place, of, path)
         if place == GATHERED:
@@ -144,12 +156,8 @@ class BatchContext:
     def text_rows(self, x: Tensor, of: Tensor, path: str) -> Tensor:
         """For each row of x [B, L, K] (or [B, K], or flattened [B * length, K]) -> [M]."""
         samples = of.shape[0]
-        if x.dim() >= 3 and x.shape[0] == samples:
+        if x.dim() >= 2 and x.shape[0] == samples:  # of pooled samples, and in a step of a generation, one row each
             per_sample = x.shape[1:-1].numel()
-        elif x.dim() == 2 and (self.length is None or self.generating) and x.shape[0] == samples:
-            per_sample = (
-                1  # a step of a generation: a model may generate through a part of it, which no length is told of
-            )
         elif x.dim() == 2 and self.length is not None and x.shape[0] == samples * self.length:
             per_sample = self.length
         else:
@@ -202,18 +210,19 @@ class BatchContext:
 
     # --- whose factors a layer needs --------------------------------------------------------------------------------
 
-    def chosen(self, trains: bool, training: bool) -> tuple[tuple[str, ...], Tensor]:
+    def chosen(self, trains: bool, training: bool, frozen: bool) -> tuple[tuple[str, ...], Tensor]:
         """(tasks whose factors a layer stacks, position [B] int32 of each sample's task among them, -1 for none).
 
         These are the tasks of the batch, as far as the host knows them, and, where the active ones want gradients (`trains`),
         these too: one that is absent gets zeros. Layers in training mode then take no others: ValueError for their ids.
+        `frozen`: a layer has the stacks of all tasks, in which a position is the id.
         """
         if torch.compiler.is_compiling():
-            return self._choose(trains, training, None)  # a graph must not depend on the values of ids
-        key = torch.is_inference_mode_enabled(), trains, training, self.tasks.changes
+            return self._choose(trains, training, frozen, None)  # a graph must not depend on the values of ids
+        key = torch.is_inference_mode_enabled(), trains, training, frozen, self.tasks.changes
         if key not in self._chosen:
             self.require_known()
-            self._chosen[key] = self._choose(trains, training, self.ids)
+            self._chosen[key] = self._choose(trains, training, frozen, self.ids)
         return self._chosen[key]
 
     def require_known(self) -> None:
@@ -226,36 +235,29 @@ class BatchContext:
                     f"the task with the id {i} was deleted, but a sample of the running batch belongs to it"
                 )
 
-    def _choose(self, trains: bool, training: bool, ids: list[int] | None) -> tuple[tuple[str, ...], Tensor]:
+    def _choose(
+        self, trains: bool, training: bool, frozen: bool, ids: list[int] | None
+    ) -> tuple[tuple[str, ...], Tensor]:
         tasks = self.tasks
-        if trains and training:
-            if ids is not None:
-                tasks.require_active(ids)
+        if ids is None:
+            if frozen:  # a graph must not depend on the names either
+                return (), tasks.slots(self.task)
+            return tasks.active if trains and training else tasks.known, tasks.positions(self.task, trains and training)
+        if frozen:
+            names = ()
+        elif trains and training:
+            tasks.require_active(ids)
             names = tasks.active
-        elif ids is not None:
-            # In the order of the batch: factors of its runs of rows then lie side by side.
+        else:  # In the order of the batch: factors of its runs of rows then lie side by side.
             names = tuple(dict.fromkeys([tasks.names[i] for i in ids if i >= 0] + list(tasks.active if trains else ())))
-        else:
-            names = tasks.known
-        if ids is not None:
-            position = {tasks.id_of(name): at for at, name in enumerate(names)}
-            on_host = torch.tensor([position.get(i, -1) for i in ids], dtype=torch.int32)
-            on_host = on_host.view(self.task.shape)
-            positions = on_host.to(self.task.device)
-            if positions is not on_host:
-                positions.on_host = on_host
-            return names, positions
-        return names, tasks.positions(self.task, trains and training)
-
-    def slots(self) -> Tensor:
-        """The position [B] of each sample's task in the layers of a frozen model, -1 for none."""
-        if torch.compiler.is_compiling():
-            return self.tasks.slots(self.task)
-        if (key := (torch.is_inference_mode_enabled(), "slots", self.tasks.changes)) not in self._chosen:
-            self.require_known()
-            # The place of an id that is known to be in use is the id; a caller may write to its own tensor meanwhile.
-            self._chosen[key] = self.tasks.slots(self.task) if self.ids is None else self.task.clone()
-        return self._chosen[key]
+        position = {tasks.id_of(name): at for at, name in enumerate(names)}
+        on_host = torch.tensor(ids if frozen else [position.get(i, -1) for i in ids], dtype=torch.int32, device="cpu")
+        on_host = on_host.view(self.task.shape)
+        # A graph under capture can copy nothing from the host; ids that the host knows of a device were copied there before.
+        positions = self.task.view_as(self.task) if frozen and not self.task.is_cpu else on_host.to(self.task.device)
+        if positions is not on_host:
+            positions.on_host = on_host
+        return names, positions
 
     def of_batch(self, samples: int | None, length: int | None, inputs: dict) -> "BatchContext":
         """The context of a forward inside this one, whose batch has so many samples (more in a generation with beams).
@@ -264,7 +266,8 @@ class BatchContext:
         """
         base = self
         if torch.compiler.is_compiling():  # a graph must not depend on values that the host knows of this batch alone
-            task = self.task if samples is None else self.task.repeat_interleave(samples // self.samples, 0)
+            repeats = 1 if samples is None or not self.generating else samples // self.samples
+            task = self.task.repeat_interleave(repeats, 0)
             return BatchContext(task, self.length if length is None else length, **inputs, tasks=self.tasks)
         if self.generating and samples not in (None, self.samples):
             base = self._repeated.get(samples) or self._repeat(samples)
@@ -291,6 +294,11 @@ class BatchContext:
 
     def _repeat(self, samples: int) -> "BatchContext":
         """Of beams or returned sequences: every sample of the prompt several times, one behind the other."""
+        if self.repeats is not None and samples != self.samples * self.repeats and not self.one_task:
+            raise ValueError(
+                f"a step of this generation, which has a guidance_scale, has {samples} samples, and nothing tells whose they are "
+                f"beside the {self.samples} of its task_ids; pass batches of one task"
+            )
         times = samples // self.samples
 
         def each(values):
@@ -328,6 +336,7 @@ class Tasks(TaskNames):
 
     def __init__(self) -> None:
         super().__init__()
+        self.reordered: str | None = None  # why nothing tells whose a layer's rows are: see `placement.reordered`
         self.packed = False  # whether a layer is not below the decoder, so that inputs other than tokens matter
         self.reached = self.looked = False  # whether a layer ran; whether it was looked for layers that did not
         self.arguments: tuple[str, ...] = ()  # of the model's forward
@@ -364,7 +373,7 @@ class Tasks(TaskNames):
             samples = tokens.shape[0]
             if task_ids is None and input_ids is not None and not tokens.is_floating_point():
                 outer.require_samples(samples)
-            length = tokens.shape[1] if tokens.dim() > 1 + tokens.is_floating_point() else None
+            length = tokens.shape[1] if tokens.dim() == 2 + tokens.is_floating_point() else None
         if task_ids is None:
             inputs = {} if outer.one_task else self.explained(model, input_ids, args, kwargs)
             return outer.of_batch(samples, length, inputs)
@@ -429,15 +438,10 @@ class Tasks(TaskNames):
 
     # --- backward ---------------------------------------------------------------------------------------------------
 
-    def unchanged(self) -> Callable[[], None]:
-        """A check before a backward: torch would drop the gradients of a task that stopped training in between."""
-        before = self.activation
-
-        def check() -> None:
-            if before != self.activation:
-                raise RuntimeError(SET_IN_BETWEEN)
-
-        return check
+    def require(self, activation: tuple) -> None:
+        """Before a backward: torch would drop the gradients of a task that stopped training in between."""
+        if activation != self.activation:
+            raise RuntimeError(SET_IN_BETWEEN)
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """`context_fn` for torch.utils.checkpoint.checkpoint(use_reentrant=False) called by hand."""
@@ -462,8 +466,7 @@ class Recomputation(AbstractContextManager):
         self._open: list = []
 
     def __enter__(self) -> None:
-        if self.activation != self.tasks.activation:
-            raise RuntimeError(SET_IN_BETWEEN)
+        self.tasks.require(self.activation)
         used = self.tasks.use(self.context)
         used.__enter__()
         self._open.append(used)
@@ -484,7 +487,8 @@ def tokens_of(args: tuple, kwargs: dict) -> tuple[Tensor | None, Tensor | None]:
         input_ids = args[0]
     names = ("inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
     found = (tokens for name in names if (tokens := kwargs.get(name)) is not None)
-    return input_ids, next(found, None) if input_ids is None else input_ids
+    tokens = next(found, None) if input_ids is None else input_ids
+    return (input_ids, tokens) if tokens is None or tokens.dim() > 0 else (None, None)
 
 
 def device_of(model: nn.Module) -> torch.device:

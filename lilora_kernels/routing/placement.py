@@ -9,6 +9,8 @@ from torch import nn
 from .context import AHEAD, GATHERED, TEXT
 from .vision_tokens import tells_vision_tokens
 
+# Model types of transformers some of whose layers see [L, B, K]: of a batch as long as its samples that is not to be told.
+SEQUENCE_FIRST = {"bros", "fsmt", "led", "longformer", "mask2former", "oneformer", "xlnet"}
 EXPERT = re.compile(r"(?<!shared_)experts?[._]\d+(\.|$)")  # one of those that a router chooses among
 
 
@@ -60,6 +62,16 @@ def places(model: nn.Module, paths: Sequence[str]) -> dict[str, str | None]:
         return AHEAD if text and tells_vision_tokens(model) else None
 
     return {path: place(path) for path in paths}
+
+
+def reordered(model: nn.Module) -> str | None:
+    """Why rows of some layers are in another order than the batch's samples, which their number would not show."""
+    for config in [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]:
+        if (kind := getattr(config, "model_type", None)) in SEQUENCE_FIRST:
+            return f"{kind} has layers that see its sequences transposed"
+        if getattr(config, "sparse_prediction", False):
+            return "config.sparse_prediction gathers the rows of masked tokens; set it to False"
+    return None
 
 
 def _source_of_features(owner: type[nn.Module]) -> str:

@@ -18,6 +18,7 @@ class TaskNames:
         self.changes = 0  # how often tasks came, went or became active
         self.active: tuple[str, ...] = ()
         self.train = True  # whether the active tasks do
+        self.disabled = False  # as PEFT's disable_adapter does: no layer runs its adapter
         self._tables: dict[tuple, Tensor] = {}
         self._settled: dict[torch.device, tuple[int, int | None]] = {}  # `changes` and capacity that its tables are of
 
@@ -29,7 +30,7 @@ class TaskNames:
     @property
     def activation(self) -> tuple:
         """What a recomputation must find as its forward left it."""
-        return self.active, self.train
+        return self.active, self.train, self.disabled
 
     def id_of(self, name: str) -> int:
         if name not in self._ids:
@@ -71,7 +72,8 @@ class TaskNames:
         None as a name and -1 as an id stand for no adapter.
         """
         if not isinstance(task_ids, Tensor):
-            if isinstance(task_ids, str) or not hasattr(task_ids, "__len__") or getattr(task_ids, "ndim", 1) == 0:
+            ordered = hasattr(task_ids, "__getitem__") and not isinstance(task_ids, str | dict)
+            if not ordered or not hasattr(task_ids, "__len__") or getattr(task_ids, "ndim", 1) == 0:
                 raise TypeError(f"task_ids is {task_ids!r}; pass one name or id per sample, in a list")
             rows = [list(t) if isinstance(t, list | tuple) or getattr(t, "ndim", 0) else t for t in task_ids]
             by_token = bool(rows) and all(isinstance(t, list) for t in rows)
@@ -83,7 +85,9 @@ class TaskNames:
                 raise ValueError(
                     f"task_ids has rows of {[len(row) for row in rows]} ids; give one for each token, padding too"
                 )
-            task_ids = torch.tensor([int(t) for t in named], dtype=torch.int32)
+            task_ids = torch.tensor(
+                [int(t) for t in named], dtype=torch.int64, device="cpu"
+            )  # of int32 some are too large
             task_ids = task_ids.view(len(rows), -1) if by_token else task_ids
         if task_ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"task_ids is {task_ids.dtype}; it must be torch.int32 or torch.int64")
@@ -119,7 +123,7 @@ class TaskNames:
 
     def activate(self, names: tuple[str, ...], train: bool) -> None:
         """Of the model: layers have their own, which are these unless one of them alone was told otherwise."""
-        if self.activation != (names, train):
+        if (self.active, self.train) != (names, train):
             self.active, self.train = names, train
             self.changes += 1
 
@@ -137,7 +141,7 @@ class TaskNames:
             self._tables[training, device] = torch.tensor(table, dtype=torch.int32, device=device)
         if capacity is not None:
             slots = [-1 if name is None else i for i, name in enumerate(self.names)]
-            slots = torch.tensor(slots + [-1] * (capacity + 1 - len(slots)), dtype=torch.int32)
+            slots = torch.tensor(slots + [-1] * (capacity + 1 - len(slots)), dtype=torch.int32, device="cpu")
             table = self._tables.get(("frozen", device))
             if table is None or table.shape != slots.shape:
                 self._tables["frozen", device] = slots.to(device)

@@ -186,6 +186,7 @@ def test_flattened_text_rows():
     assert r.rows(torch.empty(2, 3, 4), TEXT).tolist() == [1, 1, 1, 0, 0, 0]
     assert r.rows(torch.empty(6, 4), TEXT).tolist() == [1, 1, 1, 0, 0, 0]
     assert r.rows(torch.empty(2, 3, 2, 4), TEXT).tolist() == [1] * 6 + [0] * 6
-    for shape in [(2, 4), (5, 4), (3, 2, 4)]:
+    assert r.rows(torch.empty(2, 4), TEXT).tolist() == [1, 0]
+    for shape in [(3, 4), (5, 4), (3, 2, 4)]:
         with pytest.raises(ValueError, match="but the route has 2 samples of 3 tokens"):
             r.rows(torch.empty(*shape), TEXT)

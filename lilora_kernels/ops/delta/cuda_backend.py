@@ -18,7 +18,7 @@ from . import eager, triton_configs
 def forward(x: Tensor, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
     if (parts := composed_parts(x, adapter)) is not None:
         return eager.forward(x, adapter, None, parts)
-    return run_forward(x, None, adapter, backends.one_launch(x.shape[0]))
+    return run_forward(x, None, adapter, backends.forced["plan"] != "by_phase")
 
 
 def backward(
@@ -26,7 +26,7 @@ def backward(
 ) -> dict[str, Tensor]:
     if (parts := composed_parts(dy, adapter)) is not None:
         return eager.backward(dy, x, h, adapter, needs, parts)
-    return run_backward(dy, x, h, adapter, needs, backends.one_launch(dy.shape[0]))
+    return run_backward(dy, x, h, adapter, needs, backends.forced["plan"] != "by_phase")
 
 
 def rows(device: torch.device) -> list[int]:

@@ -50,18 +50,13 @@ class Parts(NamedTuple):
     working_dtype: Callable
 
 
-@in_given_dtypes
 def forward(
     x: Tensor, adapter: AdapterArgs, bias: Tensor | None = None, parts: Parts | None = None
 ) -> tuple[Tensor, Tensor]:
     """y = bias + delta, and h."""
-    parts = parts or TORCH
-    (h,) = parts.shrink(cast(x, parts.working_dtype(x)), (adapter,))
-    y = expand(gated(h, adapter), adapter, bias, parts)
-    return cast(y, x.dtype), cast(h, x.dtype)
+    return forward_of_all(x, (None,), (bias,), (adapter,), parts)
 
 
-@in_given_dtypes
 def backward(
     dy: Tensor,
     x: Tensor | None,
@@ -70,13 +65,54 @@ def backward(
     needs: frozenset[str],
     parts: Parts | None = None,
 ) -> dict[str, Tensor]:
-    dtype, parts = dy.dtype, parts or TORCH
-    dy, x, h = (t if t is None else cast(t, parts.working_dtype(t)) for t in (dy, x, h))
-    grads, dh = backward_up(dy, h, adapter, needs, parts)
-    if "x" in needs or "a" in needs:
-        grads |= parts.down(x, (dh,), (adapter,), (needs,))[0]
-        if "x" in needs:
-            grads["x"] = cast(grads["x"], dtype)
+    (grads,) = backward_of_all((dy,), x, (None,), (h,), (adapter,), (needs,), parts)
+    return grads
+
+
+@in_given_dtypes
+def forward_of_all(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    adapters: Sequence[AdapterArgs],
+    parts: Parts | None = None,
+) -> tuple[Tensor, ...]:
+    """The y, then the h of adapters of one x with one dropout mask, their bases included where given."""
+    parts, ys, hs = parts or TORCH, [], []
+    found = parts.shrink(cast(x, parts.working_dtype(x)), adapters)
+    for h, weight, bias, adapter in zip(found, weights, biases, adapters, strict=True):
+        y = cast(expand(gated(h, adapter), adapter, bias, parts), x.dtype)
+        ys.append(y if weight is None else y.addmm_(x, cast(weight, x.dtype).T))
+        hs.append(cast(h, x.dtype))
+    return *ys, *hs
+
+
+@in_given_dtypes
+def backward_of_all(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    weights: Sequence[Tensor | None],
+    hs: Sequence[Tensor | None],
+    adapters: Sequence[AdapterArgs],
+    needs: Sequence[frozenset[str]],
+    parts: Parts | None = None,
+) -> tuple[dict[str, Tensor], ...]:
+    parts = parts or TORCH
+    dtype = parts.working_dtype(dys[0])
+    x, *hs = (t if t is None else cast(t, dtype) for t in (x, *hs))
+    found = [
+        backward_up(cast(dy, dtype), h, adapter, wanted, parts) if wanted else ({}, None)
+        for dy, h, adapter, wanted in zip(dys, hs, adapters, needs, strict=True)
+    ]
+    grads, dhs = zip(*found, strict=True)
+    if any(wanted & {"x", "a"} for wanted in needs):
+        for own, of_x in zip(grads, parts.down(x, dhs, adapters, needs), strict=True):
+            own |= of_x
+    if "x" in needs[0]:
+        dx = grads[0]["x"] = cast(grads[0]["x"], dys[0].dtype)
+        for dy, weight in zip(dys, weights, strict=True):
+            if weight is not None:
+                dx.addmm_(dy, cast(weight, dy.dtype))
     return grads
 
 

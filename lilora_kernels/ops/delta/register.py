@@ -1,23 +1,16 @@
 """`lilora::delta`: the adapter alone."""
 
 from ... import backends
-from .. import cpu_runtime, cpu_training, cuda_runtime, triton_runtime
+from .. import cpu_backend, cpu_training, cuda_runtime, triton_runtime
 from ..adapter_operation import AdapterOperation
 from ..checks import check_delta
 from ..schema import AdapterArgs, kinds_of
-from . import cpu_backend, eager
+from . import eager
 
 backends.register(
     "delta",
     eager=backends.Implementation(eager.forward, eager.backward, lambda *_: None, backends.COMPOSED),
-    cpu=backends.Implementation(
-        cpu_backend.forward,
-        cpu_backend.backward,
-        cpu_runtime.unsupported_reason,
-        cpu_runtime.PLANS | cpu_training.PLAN,
-        bind=cpu_training.bind_forward,
-        bind_gradients=cpu_training.bind,
-    ),
+    cpu=cpu_backend.implementation("delta", eager, bind_gradients=cpu_training.bind),
     cuda=backends.lazy("lilora_kernels.ops.delta.cuda_backend", cuda_runtime.unsupported_reason, cuda_runtime.PLANS),
     triton=backends.lazy(
         "lilora_kernels.ops.delta.triton_backend", triton_runtime.unsupported_reason, triton_runtime.PLANS

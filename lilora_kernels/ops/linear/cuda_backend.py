@@ -34,7 +34,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs
 def backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    together = backends.one_launch(dy.shape[0], backends.ONE_LAUNCH_ROWS)
+    plan = backends.forced["plan"]
+    together = plan == "one_launch" or (plan != "by_phase" and dy.shape[0] <= backends.ONE_LAUNCH_ROWS)
     if "x" in needs and plan_of(dy, weight, adapter, forward=False) == "fused":
         return delta.run_backward(dy, x, h, adapter, needs, together, weight)
     if (parts := delta.composed_parts(dy, adapter)) is not None:

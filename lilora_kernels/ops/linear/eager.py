@@ -7,14 +7,11 @@ from ..schema import AdapterArgs
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: AdapterArgs) -> tuple[Tensor, Tensor]:
-    y, h = delta.forward(x, adapter, bias)
-    return y.addmm_(x, delta.cast(weight, x.dtype).T), h
+    return delta.forward_of_all(x, (weight,), (bias,), (adapter,))
 
 
 def backward(
     dy: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor | None, adapter: AdapterArgs, needs: frozenset[str]
 ) -> dict[str, Tensor]:
-    grads = delta.backward(dy, x, h, adapter, needs)
-    if "x" in needs:
-        grads["x"].addmm_(dy, delta.cast(weight, dy.dtype))
+    (grads,) = delta.backward_of_all((dy,), x, (weight,), (h,), (adapter,), (needs,))
     return grads

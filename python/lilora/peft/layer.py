@@ -61,6 +61,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
         self.train_shared(enabled)
+        self.model_tasks.disabled = not enabled
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
@@ -126,7 +127,7 @@ class Linear(LiLoRALinear, BaseTunerLayer):
         if self.quantization_backend is not None:
             again = self.quantization_backend.backend_name
             warnings.warn(f"merging rounds the base weight to {again} again, and unmerging too", stacklevel=2)
-        self.set_base_weight(merged)
+        self._write_base(merged)
         self.merged_task = name
 
     @torch.no_grad()
@@ -144,6 +145,8 @@ class Linear(LiLoRALinear, BaseTunerLayer):
                 f"a task cannot be merged into a base quantised by {self.quantization_backend.backend_name}; run it "
                 "unmerged, or export it"
             )
+        if self.quantization_backend is None:
+            self.require_own_weight()
         weight = self.get_base_weight()
         merged = weight + self.delta_weight(names[0]).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
@@ -155,8 +158,15 @@ class Linear(LiLoRALinear, BaseTunerLayer):
         if self.merged_task is None:
             return
         weight = self.get_base_weight()
-        self.set_base_weight(weight - self.delta_weight(self.merged_task).to(weight.dtype))
+        self._write_base(weight - self.delta_weight(self.merged_task).to(weight.dtype))
         self.merged_task = None
+
+    def _write_base(self, weight: Tensor) -> None:
+        """As PEFT does, and autograd sees it: the backward of a forward before it raises."""
+        self.set_base_weight(weight)
+        own = self.get_base_layer().weight
+        if not own.is_inference():
+            torch.autograd.graph.increment_version(own)
 
     def __repr__(self) -> str:
         return "lilora." + super().__repr__()

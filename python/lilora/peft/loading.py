@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, ModulesToSaveWrapper, load_peft_weights
 from torch import Tensor, nn
 
 from lilora.errors import UserError
+from lilora.module_names import unwrapped
 
 from .config import LiLoRAConfig
 from .layer import Linear, adapted_layers
@@ -49,7 +50,13 @@ def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: 
             raise UserError(f"{source} holds an adapter of type {config.peft_type.value}, not a LiLoRA task")
         config.require_same_settings(model.peft_config[task])
         source = dict(load_peft_weights(source, device="cpu"))
-    pairs = matched(layers, task, source)
+    saved = {
+        f"{unwrapped(path).removeprefix('base_model.model.')}.{key}": own
+        for path, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and task in module.modules_to_save
+        for key, own in module.modules_to_save[task].state_dict(keep_vars=True).items()
+    }
+    pairs = matched(layers, task, source, saved)
     for name, (own, new) in pairs.items():
         if new.dtype != own.dtype:
             raise UserError(f"{name} is {new.dtype}, but the model's is {own.dtype}; cast the tensors to it first")
@@ -60,6 +67,9 @@ def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: 
     for path, layer in layers.items():
         kinds = [kind for kind in layer.adapter_layer_names if task in getattr(layer, kind)]
         layer.overwrite_task(task, *(pairs[f"{path}.{kind}"][1] for kind in kinds))
+    with torch.no_grad():
+        for name, own in saved.items():
+            own.copy_(pairs[name][1])
 
 
 def check_loadable(
@@ -88,8 +98,13 @@ def check_loadable(
             raise UserError(f"{name} differs from the model's, which its other tasks share; {OTHER_CHAIN}")
 
 
-def matched(layers: dict[str, Linear], task: str, state: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(the model's Parameter, the new value) of each of a task's tensors, by name; UserError for other names or shapes."""
+def matched(
+    layers: dict[str, Linear], task: str, state: dict[str, Tensor], saved: dict[str, Tensor] | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(the model's Parameter, the new value) of each of a task's tensors, by name; UserError for other names or shapes.
+
+    saved: the model's of modules_to_save, where `state` has them.
+    """
     for layer in layers.values():
         layer.onload()
     own = {
@@ -97,7 +112,7 @@ def matched(layers: dict[str, Linear], task: str, state: dict[str, Tensor]) -> d
         for path, layer in layers.items()
         for kind in (*layer.other_param_names, *layer.adapter_layer_names)
         if task in getattr(layer, kind)
-    }
+    } | (saved or {})
     state = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
     for name in [*own, *state]:
         if name not in own or name not in state:

@@ -28,7 +28,8 @@ from lilora_kernels.attach import detach
 from lilora_kernels.layers.accelerated import AcceleratedLinear
 from lilora_kernels.layers.base import is_conv1d, is_sharded, reads_weight
 from lilora_kernels.layers.experts import expert_parameters
-from lilora_kernels.routing.context import BatchContext, Tasks, device_of
+from lilora_kernels.routing.context import TEXT, BatchContext, Tasks, device_of
+from lilora_kernels.routing.placement import places
 from lilora_kernels.routing.task_names import TaskIds
 
 from .config import LiLoRAConfig
@@ -78,9 +79,12 @@ class LiLoRAModel(BaseTuner):
         if reference:  # TRL copies the parameters whose names hold `.default.`, and ours end with it
             for layer in adapted_layers(model).values():
                 layer.overwrite_task(adapter_name, *layer._own("default"))
-        for module in model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper) and not module._forward_pre_hooks:
-                module.register_forward_pre_hook(partial(_route_module, tasks), with_kwargs=True)
+        saved = {path: m for path, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+        placed = places(model, list(saved))
+        tasks.packed |= not set(placed.values()) <= {TEXT}
+        for path, place in placed.items():
+            if not saved[path]._forward_pre_hooks:
+                saved[path].register_forward_pre_hook(partial(_route_module, tasks, path, place), with_kwargs=True)
 
     def _check_same_layers(self, model: nn.Module, adapter_name: str) -> None:
         tasks = list(model.lilora_tasks.known)
@@ -157,12 +161,16 @@ class LiLoRAModel(BaseTuner):
             layer.merged_weight(adapter_names, safe_merge=True)
 
     def _check_merge_allowed(self) -> None:
+        layers = adapted_layers(self.model).values()
+        for layer in layers:
+            if layer.quantization_backend is None:
+                layer.require_own_weight()
         holders = defaultdict(list)
-        for name, module in self.model.named_modules():
+        for name, module in self.model.named_modules(remove_duplicate=False):  # one module may lie in several places
             for parameter in module._parameters.values():
                 holders[id(parameter)].append(name.removesuffix(".base_layer"))
-        for layer in adapted_layers(self.model).values():
-            names = holders[id(layer.weight)]
+        for layer in layers:
+            names = list(dict.fromkeys(holders[id(layer.weight)]))
             if len(names) > 1:
                 raise UserError(
                     f"{names[0]} and {names[1]} share one weight, so a merge would change both; load the base model with "
@@ -392,20 +400,29 @@ def rollback(model: nn.Module, configs: dict[str, LiLoRAConfig], adapter_name: s
         detach(model)
 
 
-def _route_module(tasks: Tasks, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+def _route_module(
+    tasks: Tasks, path: str, place: str | None, module: nn.Module, args: tuple, kwargs: dict
+) -> tuple[tuple, dict] | None:
     """Let a module of modules_to_save run each sample of a routed batch by its own task's copy."""
     context = tasks.current
     if context is None or context.task is None:
         return None
-    what = "a module in modules_to_save"
+    what = f"{path}, a module in modules_to_save,"
     if context.ids is None:
-        raise UserError(f"{what} picks its copies on the host; pass task_ids as names, or as a tensor on the CPU")
-    if not args or len(args[0]) != len(context.ids):
         raise UserError(
-            f"{what} sees {len(args[0]) if args else 'no'} rows and the batch has {len(context.ids)} samples, so whose they are "
-            "cannot be told; adapt without it, or pass batches of one task"
+            f"{what} picks its copies on the host, which a compiled model cannot; compile none with task_ids"
+            if torch.compiler.is_compiling()
+            else f"{what} picks its copies on the host; pass task_ids as names, or as a tensor on the CPU"
         )
-    names = ["__base__" if i < 0 else tasks.names[i] for i in context.ids]
+    if not args or not isinstance(args[0], Tensor) or args[0].dim() == 0:
+        raise UserError(
+            f"{what} gets no tensor as its first argument, so whose its rows are cannot be told; leave it out"
+        )
+    try:
+        ids = context.ids_of(args[0], place, what.rstrip(","))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    names = ["__base__" if i < 0 else tasks.names[i] for i in ids]
     for name in set(names) - {"__base__"}:
         copies = getattr(module, "modules_to_save", {})
         if name not in copies:

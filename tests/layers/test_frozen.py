@@ -317,3 +317,56 @@ def test_slots_are_those_of_the_capacity_that_is_asked_for_again():
         unfreeze(model)
         freeze(model, capacity)
         assert torch.equal(run(model, NAMES, X), run(plain, NAMES, X))
+
+
+# --- what others hold -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("thawed", [False, True])
+def test_tensors_that_were_taken_out_stay_as_they_are_when_their_task_goes_and_another_comes(thawed):
+    model = made()
+    freeze(model, capacity=3)
+    if thawed:
+        unfreeze(model)
+    own = (".lilora_U.b", ".lilora_V.b", ".lilora_fusion.b")
+    taken = {name: t for name, t in model.state_dict().items() if name.endswith(own)}
+    held = [getattr(layer, kind)["b"] for layer in model for kind in ("lilora_U", "lilora_V", "lilora_fusion")]
+    before = {name: t.clone() for name, t in taken.items()}, [t.detach().clone() for t in held]
+    for layer in model:
+        layer.delete_task("b")
+        layer.add_task("d")
+    randomise(model)
+    assert all(torch.equal(t, before[0][name]) for name, t in taken.items())
+    assert all(torch.equal(t, was) for t, was in zip(held, before[1], strict=True))
+    assert model.state_dict(keep_vars=True)["0.lilora_U.d"] is model[0].lilora_U["d"]
+
+
+def test_a_swap_between_a_forward_and_its_backward_raises():
+    model, x = made(), X.clone().requires_grad_()
+    freeze(model)
+    y = model(x, task_ids=NAMES)
+    u, v = torch.randn(N, 2), torch.randn(2, 4)
+    model[1].overwrite_task("c", u, v, torch.zeros(1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_parameters_that_processes_share_are_not_frozen():
+    model = made()
+    model.share_memory()
+    with pytest.raises(RuntimeError, match=r"shared memory .* cannot be frozen"):
+        freeze(model)
+    model = made()
+    freeze(model)
+    with pytest.raises(RuntimeError, match=r"shared memory .* cannot be frozen"):
+        model.share_memory()
+
+
+def test_a_functional_call_with_other_parameters_raises():
+    model, other = made(), made()
+    randomise(other)
+    wanted = run(model, NAMES, X)
+    freeze(model)
+    with pytest.raises(RuntimeError, match=r"parameters of task 'a' were replaced"), torch.no_grad():
+        torch.func.functional_call(model, dict(other.named_parameters()), (X,), {"task_ids": NAMES})
+    close(run(model, NAMES, X), wanted)

@@ -287,3 +287,33 @@ def test_wrong_queries_are_named():
         pool.choose(Query(torch.randn(3, 5), torch.randn(3, VISION)))
     with pytest.raises(ValueError, match=r"keys of part 'new' are \[2, 3\]; they must be \[n, 4\]"):
         pool.put("new", torch.randn(2, TEXT), torch.randn(2, 3), train=True)
+
+
+def test_a_thread_that_gathers_in_between_takes_nothing_away():
+    class Interrupted(RankPoolLinear):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "_gathered" and value is not None and interrupts:
+                run(interrupts.pop())  # as a thread does that runs between two lines of this one
+
+    interrupts, chosen = [], []
+    choices = [Choice((((part,), None),)) for part in ("old", "new")]
+    layer = Interrupted(nn.Linear(K, N).double(), lambda *_: (chosen[-1], None), 1.0)
+    for part in ("old", "new"):
+        layer.put(part, torch.randn(3, K, dtype=torch.float64), torch.randn(N, 3, dtype=torch.float64), False)
+    layer.eval()
+    x = torch.randn(2, 4, K, dtype=torch.float64)
+
+    def run(choice):
+        chosen.append(choice)
+        with torch.no_grad():
+            y = layer(x)
+        chosen.pop()
+        return y
+
+    wanted = [run(choice) for choice in choices]
+    assert not torch.allclose(*wanted)
+    layer._gathered = None
+    interrupts.append(choices[0])
+    torch.testing.assert_close(run(choices[1]), wanted[1])
+    assert not interrupts

@@ -68,6 +68,16 @@ def test_labels_may_be_names_or_numbers(images, written, tmp_path):
     assert [(s.path.parent.name, s.label) for s in LabelledImages(task, "train")] == [("two", 1), ("one", 0)]
 
 
+def test_an_integer_is_a_number_where_names_are_numbers_too(images, tmp_path):
+    """Written as text it is a name."""
+    file = tmp_path / "list.json"
+    path = str(next((images / "data" / "count").rglob("*.png")).relative_to(images / "data"))
+    for labels in ([0, 1, 2], ["2", "0", "1"]):
+        file.write_text(json.dumps([{"image": path, "label": label} for label in labels]))
+        task = ImageTask(name="a", train=file, test=file, classes=["2", "0", "1"], images=images / "data")
+        assert [sample.label for sample in LabelledImages(task, "train")] == [0, 1, 2]
+
+
 def test_a_class_that_spells_a_control_token_is_text(images):
     processor = CLIPProcessor.from_pretrained(images / "base")
     ids = clip.tokenised(processor, ["a </s> red", "a red"])["input_ids"]
@@ -124,7 +134,7 @@ def test_defaults_of_the_manifest_and_what_a_task_sets_itself(written):
         (first(train="colour/nothing"), "nothing cannot be read (No such file or directory)"),
         (first(train="colour"), "colour has no images; add some"),
         (first(classes=["red", "green"]), "has the label 'blue', no class of the task (0, 1, red, green)"),
-        (second(classes=["one"]), "has the label '1', no class of the task (0, one)"),
+        (second(classes=["one"]), "has the label 1, no class of the task (0, one)"),
         (second(classes=["one", "one"]), "task 'count' has two classes called 'one'"),
         (second(classes=[]), "task 'count' has no classes; name them"),
         (second(classes="gone.json"), "gone.json cannot be read"),

@@ -450,14 +450,35 @@ def test_a_conversation_is_one_sample_with_all_its_answers(suite):
     whole, open_end, greeted = read(
         suite,
         {"id": 1, "image": "0.png", "conversations": [system, *talk]},
-        {"id": 2, "conversations": talk[:-1], "answers": ["a", "b"]},
-        {"id": 3, "conversations": [system, {"from": "gpt", "value": "hello"}, *talk[:2]], "answers": ["a"]},
+        {"id": 2, "image": "0.png", "conversations": talk[:-1], "answers": ["a", "b"]},
+        {
+            "id": 3,
+            "image": "0.png",
+            "conversations": [system, {"from": "gpt", "value": "hello"}, *talk[:2]],
+            "answers": ["a"],
+        },
     )
     says = "\nAnswer in two words."
     assert whole.history == ((f"first{says}", "1st"), (f"second{says}", "2nd"))
     assert (whole.question, whole.answers, whole.system) == (f"third{says}", ("3rd",), "be brief")
     assert (open_end.history, open_end.answers) == (whole.history, ("a", "b"))
     assert (greeted.history, greeted.question, greeted.answers) == ((), f"first{says}", ("1st", "a"))
+
+
+@pytest.mark.parametrize("key", ["img", "imge"])
+def test_a_mark_without_an_image_is_refused(suite, key):
+    with pytest.raises(UserError, match=r"sample '1' has 1 marks <image> and no image; name its files under the key"):
+        read(suite, {"id": 1, key: "0.png", "conversations": turns("<image>\nfirst", "1st")})
+
+
+@pytest.mark.parametrize("more", ["[{}]", "garbage", ",", "]", "{}"])
+@pytest.mark.parametrize("records", [1, 0])
+def test_nothing_may_follow_a_list_of_records(suite, records, more):
+    path, _ = suite
+    content = json.dumps([{"id": 1, "conversations": turns("first", "1st")}] * records)
+    (path.parent / "data" / "seen-test.json").write_text(f"{content}\n  {more}")
+    with pytest.raises(UserError, match="line 2: something follows the list"):
+        InstructionDataset(load_manifest(path).tasks[0], "test")
 
 
 def test_images_come_with_the_questions_that_mark_them(suite):

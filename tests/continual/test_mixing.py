@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from support.suite import without_image
 
 from lilora.continual import clip
 from lilora.continual.kinds import instructions
@@ -85,7 +86,7 @@ def test_images_in_some_tasks_only_matter_where_tasks_are_mixed(suite):
     tasks = load_manifest(suite / "tasks.yaml", ["colour"]).tasks
     records = json.loads(tasks[0].train.read_text())
     without = suite / "without.json"
-    without.write_text(json.dumps([{k: v for k, v in record.items() if k != "image"} for record in records]))
+    without.write_text(json.dumps([without_image(record) for record in records]))
     manifest = TaskManifest(name="both", tasks=[*tasks, TaskSpec(name="blind", train=without)])
     require_images_alike(manifest, mixed=False)
     with pytest.raises(UserError, match="task 'colour, blind' has samples with images and without"):

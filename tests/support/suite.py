@@ -118,6 +118,13 @@ def make_suite(folder):
     (folder / "tasks.yaml").write_text(yaml.safe_dump(manifest))
 
 
+def without_image(record):
+    """A record of the suite as text alone."""
+    human, gpt = record["conversations"]
+    human = human | {"value": human["value"].replace("<image>", "").strip()}
+    return {k: v for k, v in record.items() if k != "image"} | {"conversations": [human, gpt]}
+
+
 def train_options(max_steps: int = 6, save_steps: int = 2, lr: float = 0.01) -> list[str]:
     """Options of `lilora train` that train each task of the suite in a second."""
     return shlex.split(

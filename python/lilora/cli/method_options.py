@@ -32,6 +32,8 @@ def method_settings(
         read = method.read_settings({**given, **of_preset, **more})
     except UserError as error:
         raise UserError(f"{error}{settings_list(method)}" if more else str(error)) from error
+    numbers = {name: own for name in more if isinstance(own := getattr(read, name, None), int | float)}
+    more = more | numbers  # YAML has 1e4 as text
     return {**{name: getattr(read, name) for name in names.values()}, **of_preset, **more}
 
 

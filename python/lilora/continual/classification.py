@@ -159,10 +159,11 @@ class LabelledImages(Dataset):
         found = _read(spec, split)
         numbers, self.classes = _classes(spec)
         for _, label in found:
-            if label not in numbers:
-                known = ", ".join(list(numbers)[:5]) + (", ..." if len(numbers) > 5 else "")
+            if label not in numbers and str(label) not in numbers:
+                labels = list(dict.fromkeys(map(str, numbers)))
+                known = ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
                 raise UserError(f"{self._where} has the label {label!r}, no class of the task ({known}); correct it.")
-        pairs = [(path, numbers[label]) for path, label in found]
+        pairs = [(path, numbers[label if label in numbers else str(label)]) for path, label in found]
         if spec.section(split) == "train" and spec.shots is not None:
             pairs = few(pairs, spec.shots)
         pairs = [pairs[number] for number in spec.part(split, len(pairs))]
@@ -194,8 +195,8 @@ def few(pairs: list[tuple[Path, int]], shots: int) -> list[tuple[Path, int]]:
     ]
 
 
-def _read(spec: ImageTask, split: Split) -> list[tuple[Path, str]]:
-    """The images of a split with their labels."""
+def _read(spec: ImageTask, split: Split) -> list[tuple[Path, str | int]]:
+    """The images of a split with their labels; an integer is the number of a class, where these have an order."""
     source = getattr(spec, split)
     where = f"task {spec.name!r}: {source}"
     if source.is_dir():
@@ -211,7 +212,7 @@ def _read(spec: ImageTask, split: Split) -> list[tuple[Path, str]]:
         found = [(spec.images / path, label) for path, _, label in splits.get(named, [])]
     else:
         records = Records(source, _Record, f"task {spec.name!r}", "{image, label}")
-        found = [(spec.images / record.image, str(record.label)) for record in records]
+        found = [(spec.images / record.image, record.label) for record in records]
     if not found:
         raise UserError(f"{where} has no images; add some or take the task out of the manifest.")
     return found
@@ -225,17 +226,18 @@ def _is_coop(source: Path) -> bool:
         return re.match(r'\s*\{\s*"(train|val|test)"\s*:\s*\[', file.read(200)) is not None
 
 
-def _classes(spec: ImageTask) -> tuple[dict[str, int], list[str]]:
+def _classes(spec: ImageTask) -> tuple[dict[str | int, int], list[str]]:
     """(number of each label, names of the classes)."""
     classes = _class_file(spec) if isinstance(spec.classes, Path) else spec.classes
     if classes is None:
-        labels = {label for split in spec.splits for _, label in _read(spec, split)}
+        labels = {str(label) for split in spec.splits for _, label in _read(spec, split)}
         classes = {label: label.replace("_", " ") for label in sorted(labels)}
     if isinstance(classes, dict):
         numbers, names = {label: i for i, label in enumerate(classes)}, list(classes.values())
     else:
         numbers = {name: i for i, name in enumerate(classes)}
-        numbers, names = {str(i): i for i in range(len(classes))} | numbers, classes
+        every = range(len(classes))
+        numbers, names = {i: i for i in every} | {str(i): i for i in every} | numbers, classes
     if not names:
         raise UserError(f"task {spec.name!r} has no classes; name them.")
     for name in names:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from rich.progress import Progress
+from transformers import GenerationConfig
 
 from lilora.bank.atomic import write_atomically
 from lilora.continual import processes
@@ -23,6 +24,8 @@ from .memory import InParts
 from .task_identification import TaskRouter
 
 Kept = TypeVar("Kept")
+# Of a generation_config: what the model was built with, and no taste.
+OF_MODEL = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "cache_implementation")
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,10 @@ def in_turn(samples: Mapping[str, Sequence[Kept]]) -> list[tuple[str, Kept]]:
 def generate(
     method: Method, processor, collator: Collator, batch: list[tuple[str, Sample]], limits: dict[str, int]
 ) -> list[str]:
-    """Greedy answers, each cut at its task's own limit of new tokens."""
+    """Greedy answers, each cut at its task's own limit of new tokens.
+
+    What else the model's generation_config.json asks for (penalties, least lengths, biases) would change scores unseen.
+    """
     inputs = {key: value.to(method.model.device) for key, value in collator(batch).items()}
     task_ids = inputs.pop("task_ids")
     if method.mixed_batches and method.needs_task:
@@ -263,14 +269,20 @@ def generate(
     inputs = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
     longest = max(limits[name] for name, _ in batch)
     stops = collator.stops(method.base)
-    output = method.model.generate(
-        **inputs,
-        max_new_tokens=longest,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        eos_token_id=stops,
-    )
+    own = method.base.generation_config
+    kept = {name: getattr(own, name) for name in OF_MODEL if getattr(own, name, None) is not None}
+    method.base.generation_config = GenerationConfig(**kept)
+    try:
+        output = method.model.generate(
+            **inputs,
+            max_new_tokens=longest,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=processor.tokenizer.pad_token_id,
+            eos_token_id=stops,
+        )
+    finally:
+        method.base.generation_config = own
     new = output[:, inputs["input_ids"].shape[1] :].tolist()
     cut = [before_any(stops, tokens[: limits[name]]) for (name, _), tokens in zip(batch, new, strict=True)]
     return [text.strip() for text in processor.tokenizer.batch_decode(cut, skip_special_tokens=True)]

@@ -192,6 +192,8 @@ class InstructionDataset(Dataset):
             )
         images = record.images
         marks = tuple(question.count("<image>") for question in questions)
+        if any(marks) and not images:
+            raise wrong(f"has {sum(marks)} marks <image> and no image; name its files under the key image or images.")
         if any(marks[1:]) and sum(marks) != len(images):
             raise wrong(f"has {len(images)} images and {sum(marks)} marks <image>; mark each where it comes.")
         *earlier, question = (self._instructed(q.replace("<image>", "").strip()) for q in questions)

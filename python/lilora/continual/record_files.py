@@ -180,10 +180,16 @@ def _list(file: BinaryIO, start: int) -> Iterator[tuple[int, int]]:
     def wrong(what: str) -> UserError:
         return UserError(f"{file.name} is no JSON list: line {_line_at(Path(file.name), offset)}: {what}; mend it.")
 
+    def end_of_list() -> None:
+        skip(at + 1)
+        if next_character():
+            raise wrong("something follows the list")
+
     if next_character() != "[":
         raise wrong("it does not start with [")
     skip(at + 1)
     if next_character() == "]":
+        end_of_list()
         return
     while True:
         next_character()
@@ -205,6 +211,7 @@ def _list(file: BinaryIO, start: int) -> Iterator[tuple[int, int]]:
         yield begin, offset
         separator = next_character()
         if separator == "]":
+            end_of_list()
             return
         if separator != ",":
             raise wrong("a comma or ] is missing")

@@ -58,10 +58,18 @@ class ContinualRun:
         tasks = manifest.tasks
         unscored = [task.name for task in tasks if task.test is None]
         self.matrix = ScoreMatrix([task.name for task in tasks], self.kind.unseen(manifest), unscored)
-        self.state: dict[str, Any] = {"functions": {}, "seconds": {}, "zero_shot": {}, "probes": {}}
+        self.state: dict[str, Any] = {"functions": {}, "seconds": {}, "zero_shot": {}, "probes": {}, "scoring": {}}
+        scoring = {task.name: task.scoring() for task in (*tasks, *manifest.probes) if task.test is not None}
         if bank.scores:
             self.state = {key: bank.scores.get(key, {}) for key in self.state}  # earlier versions knew no probes
+            for name in self.state["scoring"].keys() & scoring.keys():
+                if self.state["scoring"][name] != scoring[name]:
+                    raise UserError(
+                        f"{folder} has scores of task {name!r} by other test samples, another scorer, instruction, format, limit "
+                        "of tokens, classes or templates than the manifest has now; restore those, or train into another folder"
+                    )
             self._take_cells(ScoreMatrix.from_dict(bank.scores["matrix"]))
+        self.state["scoring"] |= scoring
         for task in bank.describe()["tasks"]:  # trained by a run that ended before its scores were written
             self.state["seconds"].setdefault(task["name"], task["info"].get("seconds") or 0.0)
 

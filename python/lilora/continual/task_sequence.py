@@ -1,5 +1,6 @@
 """What the manifests of all kinds of tasks have in common."""
 
+import hashlib
 import math
 import random
 from collections.abc import Sequence
@@ -94,6 +95,20 @@ class Task(BaseModel):
         copy = self.model_copy(update={"test": getattr(self, scored), "validation": None})
         copy._scored = scored
         return copy
+
+    def scoring(self) -> str:
+        """A fingerprint of what its scores depend on beside the model: test samples, scorer, what is said and asked."""
+        keys = ("scorer", "scorer_model", "instruction", "answer_format", "max_new_tokens", "templates", "classes")
+        given = [(key, value) for key in keys if (value := getattr(self, key, None)) is not None]
+        digest = hashlib.sha256(repr([(key, v) for key, v in given if not isinstance(v, Path)]).encode())
+        for source in [v for key, v in given if isinstance(v, Path) and key != "scorer_model"] + [self.test]:
+            if source is not None and source.is_dir():
+                files = [f for f in source.rglob("*") if f.is_file()]
+                digest.update(repr(sorted((str(f.relative_to(source)), f.stat().st_size) for f in files)).encode())
+            elif source is not None and source.is_file():
+                with open(source, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16]
 
     def section(self, split: Split) -> Split:
         """The split that the samples of `split` are of, by their file."""

@@ -132,6 +132,11 @@ class TaskTrainer(Trainer):
             present = {type(module).__name__ for module in self.model.modules()} & set(self.model._no_split_modules)
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(present)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if num_training_steps == 1:  # the first step of a warm-up has the rate 0
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return self.train_dataset.order or super()._get_train_sampler(train_dataset)
 

@@ -227,8 +227,11 @@ class DAC(MergedLoRAs):
             a, b = layer.part(EXPERTS)
             stored[f"{path}.{EXPERTS}.A"], stored[f"{path}.{EXPERTS}.B0"] = a.detach().clone(), b.detach().clone()
             stored[f"state.{path}.counts"] = layer.choose.counts.clone()
-            binary = self.options.weights == "binary"
-            mean = torch.ones_like(layer.choose.weights) if binary else layer.choose.weights / layer.choose.samples
+            binary, samples = (
+                self.options.weights == "binary",
+                layer.choose.samples.clamp(min=1),
+            )  # 0 ahead of text alone
+            mean = torch.ones_like(layer.choose.weights) if binary else layer.choose.weights / samples
             stored[f"state.{path}.weights"] = mean
         self._merge(stage.task, stored)
 

@@ -126,7 +126,9 @@ class MethodRuns:
         params = [run.params_per_task for run in runs]
         self.params_per_task = None if None in params else round(np.mean(params))
         sizes = [run.extra.get("sizes") for run in runs]
-        self.sizes = None if None in sizes else {n: np.mean([size[n] for size in sizes], 0) for n in sizes[0]}
+        self.sizes = None
+        if None not in sizes:  # nan where a run has not come to
+            self.sizes = {n: np.mean([_padded(size[n], len(self.tasks)) for size in sizes], 0) for n in sizes[0]}
         seconds = [run.seconds for run in runs]
         self.seconds = None if None in seconds else float(np.mean(seconds))
 
@@ -311,3 +313,7 @@ def heading(metric: str) -> str:
 
 def without_nan(numbers: dict[str, float]) -> dict[str, float | None]:
     return {name: none_if_nan(value) for name, value in numbers.items()}
+
+
+def _padded(values: list[float], length: int) -> np.ndarray:
+    return np.pad(np.array(values, float), (0, length - len(values)), constant_values=np.nan)

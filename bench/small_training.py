@@ -2,8 +2,8 @@
 
 Of `lilora::linear` with all gradients, and of its forward alone, in fp32 on one thread: thread time by the plan one_launch of
 the CPU kernels over that by composed, the least of repetitions that alternate; without an adapter over F.linear's. What
-`MOST_PRODUCTS`, `FORWARD_ROWS` and `FORWARD_X` of cpu_training.py and `PROMPTS_FROM` of accelerated.py were read from. With
---out, small_training.json goes there.
+`MOST_PRODUCTS`, `FORWARD_ROWS`, `FORWARD_X` and `OUTRUN_ROWS` of cpu_training.py and `PROMPTS_FROM` of accelerated.py were read
+from. With --out, a file named by the processor's instructions goes there.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lilora_kernels import cpu_library
 from lilora_kernels.ops import cpu_training
 from lilora_kernels.ops.linear import eager
 from lilora_kernels.ops.schema import AdapterArgs
@@ -82,7 +83,7 @@ def least(of: dict[str, Callable[[], object]], seconds: float) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where small_training.json goes")
+    parser.add_argument("--out", type=Path, help="where the file goes, as avx2.json")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each cell")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -102,7 +103,8 @@ def main() -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         content = {"environment": environment("python -m bench.small_training", on_gpu=False), "results": found}
-        (options.out / "small_training.json").write_text(json.dumps(content, indent=1) + "\n")
+        name = cpu_library.INSTRUCTIONS[cpu_library.load().instructions - 1]
+        (options.out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -118,6 +118,15 @@ EXPORT int64_t lilora_cpu_instructions() {
 #endif
 }
 
+EXPORT int32_t lilora_cpu_is_amd() {
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") != 0;
+#else
+  return 0;
+#endif
+}
+
 // One call, or two of the same rows of x and the same tasks. 0, or another number where nothing was computed: 1 for an id of no
 // task or no gate, 2 without memory.
 EXPORT int32_t lilora_cpu_decode(const Call* calls, int64_t count) {

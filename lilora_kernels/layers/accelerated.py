@@ -5,14 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .. import backends
+from .. import backends, cpu_library
 from ..functional import autocasts
 from ..ops import cpu_runtime, cpu_training
 from ..ops.operation import TENSORS, TENSORS_OR_NONE, conditions, is_any_watching, is_transformed, needs_graph
 from ..ops.schema import AdapterArgs
 
 # Elements of a weight whose products with prompts are ours: time over torch's 0.7 to 1.0, of smaller ones 1.0 to 1.2
-# (bench.small_training, bench/results/small-training).
+# (bench.small_training, bench/results/small-training); of any where the kernels outrun torch's products, 0.5 to 0.7.
 PROMPTS_FROM = 2**22
 INVARIANT = (
     "a batch-invariant layer takes the CPU kernels alone, which run without gradients, dropout, autocast, torch.compile and "
@@ -116,7 +116,7 @@ def bound(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: bool = False) 
     a, b0 = weight.new_empty(0, weight.shape[1]), weight.new_empty(len(weight), 0)
     adapter = AdapterArgs(a, b0, None, None, None, None, None, None, None, 1.0, 0.0, None)
     row = x.new_empty(1, x.shape[-1])
-    if blocks or weight.numel() < PROMPTS_FROM:
+    if blocks or (weight.numel() < PROMPTS_FROM and not cpu_library.load().outruns):
         return cpu_runtime.bind(row, weight, bias, adapter, blocks=blocks)
     return cpu_training.bind_forward(row, weight, bias, adapter)
 

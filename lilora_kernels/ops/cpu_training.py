@@ -14,11 +14,16 @@ from .schema import FACTORS, AdapterArgs
 
 MOST_ROWS = 1024  # kMostRows of csrc/cpu/training.cpp
 # Where the plan is not forced, up to here; time over composed's on one thread from bench.small_training,
-# bench/results/small-training. Forward, by rows and by elements of x: 0.13 to 0.98; beyond, 0.3 to 1.6.
+# bench/results/small-training/avx2.json. Forward, by rows and by elements of x: 0.13 to 0.98; beyond, 0.3 to 1.6.
 # Both directions, by multiplications of y = x W^T, h and h B0^T: 0.2 to 0.93; beyond, 0.8 to 1.2.
 FORWARD_ROWS, FORWARD_X = 256, 2**20
 MOST_PRODUCTS = 2**26
-PLAN = {"one_launch": f"for fp32, forward up to {FORWARD_ROWS} rows and backward while its products are small"}
+# Where the kernels outrun torch's products (avx512.json there), forward always, 0.15 to 0.73, and from so many rows both
+# directions too, 0.48 to 0.79; below, beyond MOST_PRODUCTS, 0.98 and 1.15.
+OUTRUN_ROWS = 32
+PLAN = {
+    "one_launch": f"for fp32, forward up to {FORWARD_ROWS} rows, with AVX-512 {MOST_ROWS}, and backward of small products"
+}
 OPERANDS = ("x", *FACTORS)
 
 
@@ -126,18 +131,24 @@ class Training:
         )  # fmt: skip
         products = 0 if weight is None else self.columns * self.outputs
         products += self.rank * (self.columns + self.outputs)
-        self.most_rows = MOST_ROWS
-        if backends.forced["plan"] is None:
-            self.most_rows = min(MOST_ROWS, MOST_PRODUCTS // max(products, 1))
-            if not backward:
-                self.most_rows = min(FORWARD_ROWS, FORWARD_X // max(self.columns, 1))
+        most = min(MOST_ROWS, MOST_PRODUCTS // max(products, 1))
+        if not backward:
+            most = min(FORWARD_ROWS, FORWARD_X // max(self.columns, 1))
+        if backends.forced["plan"] is not None:
+            most = MOST_ROWS
+        # Of which numbers of rows it is not.
+        self.others = range(most + 1, (OUTRUN_ROWS if backward else 0) if self.library.outruns else MOST_ROWS + 1)
 
     def forward(
         self, x: Tensor, base: Sequence[Tensor | None], adapter: AdapterArgs
     ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """y [..., N] and h [M, R] for x [..., K], and what dropout keeps; None for too many rows and an id of no task."""
         rows, task = x.shape[:-1].numel(), adapter.task
-        if rows > self.most_rows or (task is not None and (task.shape != (rows,) or not task.is_contiguous())):
+        if (
+            rows > MOST_ROWS
+            or rows in self.others
+            or (task is not None and (task.shape != (rows,) or not task.is_contiguous()))
+        ):
             return None
         if not x.is_contiguous() or x.is_neg():
             x = x.resolve_neg().contiguous()
@@ -167,7 +178,7 @@ class Training:
         """
         a, b0, u, v, fusion, task, _, _, seed, *_ = adapter
         rows = dy.shape[:-1].numel()
-        if rows > self.most_rows or (task is not None and not task.is_contiguous()):
+        if rows > MOST_ROWS or rows in self.others or (task is not None and not task.is_contiguous()):
             return None
         parameters = []
         for t, shape in zip((weight, None, a, b0, u, v, fusion), self.shapes, strict=True):

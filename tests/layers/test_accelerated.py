@@ -52,6 +52,7 @@ def test_few_rows(dtype, shape, bias, by_torch):
 
 
 def test_prompts(by_torch, monkeypatch):
+    monkeypatch.setattr(cpu_library.load(), "outruns", False)
     linear, x = nn.Linear(K, N), torch.randn(4, 64, K)
     accelerate_linears(linear)
     with torch.no_grad():
@@ -67,9 +68,17 @@ def test_prompts(by_torch, monkeypatch):
         torch.testing.assert_close(y.double(), wanted, rtol=1e-6, atol=1e-6)
         linear.bfloat16()(x.bfloat16())
     assert by_torch() == 1
+    monkeypatch.setattr(accelerated, "PROMPTS_FROM", K * N + 1)
+    monkeypatch.setattr(cpu_library.load(), "outruns", True)
+    linear = nn.Linear(K, N)
+    accelerate_linears(linear)
+    with torch.no_grad():
+        linear(x)
+    assert by_torch() == 0
 
 
-def test_everything_else_is_torchs(by_torch):
+def test_everything_else_is_torchs(by_torch, monkeypatch):
+    monkeypatch.setattr(cpu_library.load(), "outruns", False)
     linear, x = nn.Linear(K, N), torch.randn(3, K)
     accelerate_linears(linear)
     linear(x).sum().backward()  # its parameters learn

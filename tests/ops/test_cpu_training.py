@@ -227,6 +227,7 @@ def test_what_it_does_not_take_raises_if_forced_and_is_composed_else():
 
 
 def test_larger_products_are_left_to_the_library(monkeypatch):
+    monkeypatch.setattr(cpu_training.cpu_library.load(), "outruns", False)
     i = make(rows=7, columns=24, outputs=20, rank=8, dtype=torch.float32)
     products, seen = 7 * (24 * 20 + 8 * 44), []
     train = cpu_training.cpu_library.load().train_forward
@@ -244,6 +245,7 @@ def test_larger_products_are_left_to_the_library(monkeypatch):
 def test_forward_alone_is_taken_for_more_rows(op, leaves, monkeypatch):
     monkeypatch.setattr(cpu_training, "MOST_PRODUCTS", 0)
     seen, library = [], cpu_training.cpu_library.load()
+    monkeypatch.setattr(library, "outruns", False)
     for name in ("train_forward", "train_backward"):
         function = getattr(library, name)
         monkeypatch.setattr(
@@ -258,6 +260,38 @@ def test_forward_alone_is_taken_for_more_rows(op, leaves, monkeypatch):
             if leaves:
                 y.sum().backward()
         assert seen == ["train_forward"] * taken * (2 if op == "delta_pair" else 1)
+        with chosen("composed"):
+            torch.testing.assert_close(y, run(op, i), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["delta", "linear", "delta_pair"])
+def test_where_the_kernels_outrun_the_library_all_products_of_enough_rows_are_theirs(op, monkeypatch):
+    for name in ("MOST_PRODUCTS", "FORWARD_X", "FORWARD_ROWS"):
+        monkeypatch.setattr(cpu_training, name, 0)
+    seen, library = [], cpu_training.cpu_library.load()
+    monkeypatch.setattr(library, "outruns", True)
+    for name in ("train_forward", "train_backward"):
+        function = getattr(library, name)
+        monkeypatch.setattr(
+            library, name, lambda call, name=name, function=function: seen.append(name) or function(call)
+        )
+    calls = 2 if op == "delta_pair" else 1
+    for rows, leaves, taken in (
+        (31, LEAVES, []),
+        (32, LEAVES, ["train_backward"] + ["train_forward"] * (op != "delta_pair")),  # the plan decode is a pair's
+        (1024, LEAVES, ["train_forward", "train_backward"]),
+        (1025, LEAVES, []),
+        (65, (), ["train_forward"]),
+        (1024, (), ["train_forward"]),
+        (1025, (), []),
+    ):
+        i = make(rows=rows, dtype=torch.float32).leaves(leaves)
+        seen.clear()
+        with chosen():
+            y = run(op, i)
+            if leaves:
+                y.sum().backward()
+        assert sorted(seen) == sorted(taken * calls), rows
         with chosen("composed"):
             torch.testing.assert_close(y, run(op, i), rtol=1e-4, atol=1e-4)
 

@@ -34,6 +34,7 @@ class Kernels:
         self.instructions = min(library.lilora_cpu_instructions(), most_instructions())
         # Where products of many rows take half the time of torch's, whose library is not as wide there: measured on Zen 5.
         self.outruns = INSTRUCTIONS[self.instructions - 1] == "avx512" and bool(library.lilora_cpu_is_amd())
+        self.has_bf16 = bool(library.lilora_cpu_has_bf16())
         self.parallel_for = parallel_for()
 
 

@@ -127,6 +127,16 @@ EXPORT int32_t lilora_cpu_is_amd() {
 #endif
 }
 
+// Whether it multiplies bf16 itself, as libraries then do.
+EXPORT int32_t lilora_cpu_has_bf16() {
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+  return 0;
+#endif
+}
+
 // One call, or two of the same rows of x and the same tasks. 0, or another number where nothing was computed: 1 for an id of no
 // task or no gate, 2 without memory.
 EXPORT int32_t lilora_cpu_decode(const Call* calls, int64_t count) {

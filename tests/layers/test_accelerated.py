@@ -23,6 +23,8 @@ def by_torch(monkeypatch):
     """How many products torch computes: `by_torch()`, beginning anew with each question."""
     forward, calls = nn.Linear.forward, []
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(x) or forward(self, x))
+    monkeypatch.setattr(cpu_library.load(), "has_bf16", False)
+    monkeypatch.setattr(cpu_library.load(), "outruns", False)
 
     def since():
         found = len(calls)
@@ -51,8 +53,18 @@ def test_few_rows(dtype, shape, bias, by_torch):
     torch.testing.assert_close(y.double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows, taken", [(8, 0), (9, 1)])
+def test_a_processor_that_multiplies_bf16_itself_has_more_rows_of_it(rows, taken, by_torch, monkeypatch):
+    monkeypatch.setattr(cpu_library.load(), "has_bf16", True)
+    for dtype, count in ((torch.bfloat16, taken), (torch.float32, 0)):
+        linear = nn.Linear(K, N, dtype=dtype)
+        accelerate_linears(linear)
+        with torch.no_grad():
+            linear(torch.randn(rows, K, dtype=dtype))
+        assert by_torch() == count
+
+
 def test_prompts(by_torch, monkeypatch):
-    monkeypatch.setattr(cpu_library.load(), "outruns", False)
     linear, x = nn.Linear(K, N), torch.randn(4, 64, K)
     accelerate_linears(linear)
     with torch.no_grad():
@@ -77,8 +89,7 @@ def test_prompts(by_torch, monkeypatch):
     assert by_torch() == 0
 
 
-def test_everything_else_is_torchs(by_torch, monkeypatch):
-    monkeypatch.setattr(cpu_library.load(), "outruns", False)
+def test_everything_else_is_torchs(by_torch):
     linear, x = nn.Linear(K, N), torch.randn(3, K)
     accelerate_linears(linear)
     linear(x).sum().backward()  # its parameters learn

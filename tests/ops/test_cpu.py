@@ -304,6 +304,21 @@ def test_ids_without_any_task_raise(monkeypatch):
             linear(none, *base(i))
 
 
+@pytest.mark.parametrize("rows, plan, taken", [(8, None, 1), (9, None, 0), (9, "decode", 1), (64, "decode", 1)])
+def test_a_processor_that_multiplies_bf16_itself_decodes_few_rows_of_it(rows, plan, taken, monkeypatch):
+    library = cpu_runtime.cpu_library.load()
+    decode, seen = library.decode, []
+    monkeypatch.setattr(library, "has_bf16", True)
+    monkeypatch.setattr(library, "decode", lambda *call: seen.append(call) or decode(*call))
+    for dtype, count in ((torch.bfloat16, taken), (torch.float32, 1)):
+        i = make(rows=rows, dtype=dtype)
+        seen.clear()
+        with monkeypatch.context() as patch, backends.backend("cpu"):
+            patch.setitem(backends.forced, "plan", plan)
+            linear(i, *base(i))
+        assert len(seen) == count
+
+
 def test_what_the_kernels_cannot_run_is_composed_or_raises():
     many = make(rows=cpu_runtime.DECODE_ROWS + 1, dtype=torch.float32)
     few = make(rows=5, dtype=torch.float32)

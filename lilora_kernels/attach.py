@@ -199,20 +199,23 @@ def _generate(self: nn.Module, *args: Any, task_ids: TaskIds | None = None, **kw
             f"task_ids has the shape {list(context.task.shape)}; generate takes one id for each sample, for its new tokens too"
         )
     context.generating, context.stacks = context.task is not None, {}
-    context.repeats = _repeats_of_guidance(self, kwargs)
+    context.repeats = _repeats_of_guidance(self, args, kwargs)
     with tasks.use(context):
         return type(self).generate(self, *args, **kwargs)
 
 
-def _repeats_of_guidance(model: nn.Module, kwargs: dict) -> int | None:
+def _repeats_of_guidance(model: nn.Module, args: tuple, kwargs: dict) -> int | None:
     """How often a generation with guidance repeats each sample for beams and returned sequences; None without guidance.
 
     Some models guide by a second half of the batch, [samples; the same without prompts], others by a second forward.
     """
-    given = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+    own = getattr(model, "generation_config", None)  # of what is not given
 
     def setting(name: str) -> Any:
-        return kwargs.get(name) or getattr(given, name, None) or 1
+        if name in kwargs:
+            return kwargs[name] or 1
+        return getattr(given, name, None) or getattr(own, name, None) or 1
 
     guided = setting("guidance_scale") != 1
     return max(setting("num_beams"), setting("num_return_sequences")) if guided else None

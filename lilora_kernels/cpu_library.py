@@ -14,7 +14,7 @@ PATH = Path(__file__).parent / "lib" / "liblilora_cpu.so"
 NOT_BUILT = PATH.with_suffix(".txt")  # why, in one line
 NO_BUILD = "this installation has no CPU build; pip install . makes one where it finds a C++ compiler"
 INSTRUCTIONS = ("baseline", "avx2", "avx512")  # numbered from 1
-INTERFACE = 4  # of csrc/cpu/decode.cpp
+INTERFACE = 5  # of csrc/cpu/decode.cpp
 # Its struct Call, and Training of training.cpp: what is of one call alone, and what stays until parameters change.
 OF_CALL, OF_PARAMETERS = struct.Struct("=10q"), struct.Struct("=22qd")
 OF_TRAINING, OF_SIZES = struct.Struct("=19q"), struct.Struct("=7q2d")

@@ -16,9 +16,9 @@ def freeze(model: nn.Module, capacity: int | None = None, *, batch_invariant: bo
     [capacity, ...] of its layer, so no task is held twice, and what is written into one, by `hotswap` or by hand, is seen by
     compiled and captured forwards too. `parameter.data = other` writes nothing into it, and is not seen;
     `torch.func.functional_call` with all parameters raises. They stop requiring gradients. The state dict keeps its names;
-    its tensors are copies. Adding a task keeps all tensors where they are; beyond `capacity` it raises. Once all ids are
-    given, a new task takes that of a deleted one. `train()` and `unfreeze` end it: `eval()` does not bring it back. Freezing
-    again with the same capacity moves none.
+    its tensors are copies: what is written into them does not arrive, `load_state_dict` does. Adding a task keeps all tensors
+    where they are; beyond `capacity` it raises. Once all ids are given, a new task takes that of a deleted one. `train()`,
+    `unfreeze` and `share_memory()` end it: `eval()` does not bring it back. Freezing again with the same capacity moves none.
 
     While other threads compute, one thread may add, delete and swap tasks that they do not use, unfreeze, and freeze again
     with the same capacity. The first freeze, and one with another capacity, moves parameters: let no forward run then.

@@ -103,7 +103,7 @@ bool place_rows(Work& work) {
 }  // namespace
 
 // Another number for every other Call or Training.
-EXPORT int64_t lilora_cpu_interface() { return 4; }
+EXPORT int64_t lilora_cpu_interface() { return 5; }
 
 // How many of the instruction sets baseline, avx2, avx512 this processor has.
 EXPORT int64_t lilora_cpu_instructions() {
@@ -130,8 +130,8 @@ EXPORT int32_t lilora_cpu_is_amd() {
 // Whether it multiplies bf16 itself, as libraries then do.
 EXPORT int32_t lilora_cpu_has_bf16() {
 #ifdef __x86_64__
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16") != 0;
+  unsigned a = 0, b = 0, c = 0, d = 0;  // old compilers do not know its name
+  return lilora_cpu_instructions() == 3 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 #else
   return 0;
 #endif

@@ -23,9 +23,10 @@ INVARIANT = (
 def accelerate_linears(model: nn.Module) -> dict[str, str | None]:
     """Compute every nn.Linear of `model` that runs without an adapter by the CPU kernels, without gradients.
 
-    Up to 64 rows: torch's own product of few rows runs at a fraction of the memory's speed; these kernels read each weight
-    once. In fp32 up to 256 rows of weights of 4 million elements and more. Results are torch's up to rounding, a row's bits
-    the same in any batch of up to 64 rows, and in any of more that they take. Other calls take torch's product as before: more
+    Up to 64 rows (bf16 8 where the processor multiplies it itself): torch's own product of few rows runs at a fraction of the
+    memory's speed; these kernels read each weight once. In fp32 up to 256 rows of weights of 4 million elements and more, with
+    AVX-512 on AMD up to 1024 rows of any. Results are torch's up to rounding, a row's bits the same in any batch of up to 64
+    rows that they take, and in any of more. Other calls take torch's product as before: more
     rows, gradients, autocast, torch.compile, another device. So do the bases of adapted layers while no task is active or one
     is merged. Returns None for each layer by its path, or why it was left as it is. Neither parameters nor the state dict are
     touched: the layers become AcceleratedLinear. Quantise a model first. Undone by `restore_linears`.
@@ -116,7 +117,7 @@ def bound(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: bool = False) 
     a, b0 = weight.new_empty(0, weight.shape[1]), weight.new_empty(len(weight), 0)
     adapter = AdapterArgs(a, b0, None, None, None, None, None, None, None, 1.0, 0.0, None)
     row = x.new_empty(1, x.shape[-1])
-    if blocks or (weight.numel() < PROMPTS_FROM and not cpu_library.load().outruns):
+    if blocks or (weight.numel() < PROMPTS_FROM and not getattr(cpu_library.load(), "outruns", False)):
         return cpu_runtime.bind(row, weight, bias, adapter, blocks=blocks)
     return cpu_training.bind_forward(row, weight, bias, adapter)
 

@@ -1,6 +1,7 @@
 """LiLoRALinear: a frozen linear layer with one small adapter per task on a shared basis."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
@@ -261,8 +262,12 @@ class LiLoRALinear(AdaptedLinear):
         capacity, self._frozen, self._thawed = self.capacity, None, None
         super()._apply(fn, recurse)
         self.bind()
-        if capacity is not None:
-            self.require_unshared()
+        if capacity is not None and self._is_shared():
+            self.batch_invariant = False
+            warnings.warn(
+                "parameters in shared memory are not frozen any more; see lilora_kernels.freeze", stacklevel=2
+            )
+        elif capacity is not None:
             self.freeze(capacity)
         return self
 
@@ -285,19 +290,19 @@ class LiLoRALinear(AdaptedLinear):
             raise RuntimeError(
                 f"{self.path}: a model whose adapters are sharded or on the meta device cannot be frozen; load it in full first"
             )
-        self.require_unshared()
+        if self._is_shared():
+            raise RuntimeError(
+                f"{self.path}: parameters in shared memory (share_memory(), or sent to another process) cannot be frozen, for what"
+                " other processes write into them would not be seen"
+            )
         if len(dtypes := {p.dtype for p in own}) > 1:
             raise RuntimeError(
                 f"tasks of the dtypes {sorted(map(str, dtypes))} cannot be frozen together; cast them to one"
             )
 
-    def require_unshared(self) -> None:
-        """RuntimeError for parameters in memory that processes share: a frozen layer would compute with copies of them."""
-        if any(p.is_cpu and p.is_shared() for kind in self._kinds[2:] for p in kind.values()):
-            raise RuntimeError(
-                f"{self.path}: parameters in shared memory (share_memory()) cannot be frozen, for what other processes write "
-                "into them would not be seen; share an unfrozen model, and do not freeze it"
-            )
+    def _is_shared(self) -> bool:
+        """Whether processes share the parameters: a frozen layer would compute with copies of them."""
+        return any(p.is_cpu and p.is_shared() for kind in self._kinds[2:] for p in kind.values())
 
     def freeze(self, capacity: int) -> None:
         """See `serving.freeze`. Forwards of other threads read the stacks as soon as they are there: filled and settled."""
@@ -400,7 +405,7 @@ class LiLoRALinear(AdaptedLinear):
                 raise ValueError(
                     f"task has the shape {list(ids.shape)}; it must be {list(x.shape[:-1])}, one id for each row of x"
                 )
-            context = BatchContext(ids, ids=known, tasks=tasks)
+            context = BatchContext(ids, ids=known, tasks=tasks, of_rows=True)
         routed = None if context is None or context.task is None else context
         if self.merged_task is not None:
             if routed is not None:

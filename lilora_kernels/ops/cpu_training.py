@@ -22,7 +22,7 @@ MOST_PRODUCTS = 2**26
 # directions too, 0.48 to 0.79; below, beyond MOST_PRODUCTS, 0.98 and 1.15.
 OUTRUN_ROWS = 32
 PLAN = {
-    "one_launch": f"for fp32, forward up to {FORWARD_ROWS} rows, with AVX-512 {MOST_ROWS}, and backward of small products"
+    "one_launch": f"for fp32, forward up to {FORWARD_ROWS} rows, with AVX-512 on AMD {MOST_ROWS}, and backward of small products"
 }
 OPERANDS = ("x", *FACTORS)
 

@@ -40,8 +40,8 @@ class BatchContext:
     * length, K] rows. vision_tokens: what explains the rows ahead of the language model, see vision_tokens.py: image
     tokens of each sample (or tiles) of images of one size, as a tensor [B] inside a compiled graph, where the host does
     not see them; unknown: why not. plain: every input has one row for each sample; others: the names of those that are no
-    text. generating: the context is that of a whole generation; repeats: how often it may repeat each sample, None for any
-    number.
+    text. of_rows: the ids were given to a layer, with its x. generating: the context is that of a whole generation;
+    repeats: how often it may repeat each sample, None for any number.
     """
 
     task: Tensor | None
@@ -50,6 +50,7 @@ class BatchContext:
     ids: list[int] | None = None
     generating: bool = False
     repeats: int | None = None
+    of_rows: bool = False
     plain: bool = False
     others: str = "inputs that are not known"
     unknown: str | None = None
@@ -107,7 +108,7 @@ class BatchContext:
     def _resolve(self, x: Tensor, place: str | None, of: Tensor, path: str) -> Tensor:
         if self.one_task:
             return of.flatten()[:1].expand(x.shape[:-1].numel())
-        if self.tasks is not None and self.tasks.reordered is not None:
+        if not self.of_rows and self.tasks is not None and self.tasks.reordered is not None:
             raise ValueError(
                 f"{path} sees {list(x.shape[:-1])} rows, and nothing tells whose they are: {self.tasks.reordered}; pass batches "
                 "of one task"

@@ -158,7 +158,7 @@ def test_an_absent_package_is_named(monkeypatch):
 
 
 def test_the_kernels_of_few_rows_alone_refuse_more(monkeypatch):
-    found = rows(monkeypatch, replace(TINY, rows=65), False, base_streamed=BASES["base_streamed"])
+    found = rows(monkeypatch, replace(TINY, rows=1025), False, base_streamed=BASES["base_streamed"])
     assert found["base_streamed", None]["unavailable"] == "our CPU kernels do not take it"
 
 

@@ -68,14 +68,24 @@ def test_labels_may_be_names_or_numbers(images, written, tmp_path):
     assert [(s.path.parent.name, s.label) for s in LabelledImages(task, "train")] == [("two", 1), ("one", 0)]
 
 
-def test_an_integer_is_a_number_where_names_are_numbers_too(images, tmp_path):
+def test_integers_where_names_are_numbers_too(images, tmp_path):
     """Written as text it is a name."""
     file = tmp_path / "list.json"
     path = str(next((images / "data" / "count").rglob("*.png")).relative_to(images / "data"))
     for labels in ([0, 1, 2], ["2", "0", "1"]):
         file.write_text(json.dumps([{"image": path, "label": label} for label in labels]))
         task = ImageTask(name="a", train=file, test=file, classes=["2", "0", "1"], images=images / "data")
-        assert [sample.label for sample in LabelledImages(task, "train")] == [0, 1, 2]
+        if labels == [0, 1, 2]:
+            with pytest.raises(UserError, match="may be the names of classes or their numbers; write them as text"):
+                LabelledImages(task, "train")
+        else:
+            assert [sample.label for sample in LabelledImages(task, "train")] == [0, 1, 2]
+    file.write_text(json.dumps([{"image": path, "label": label} for label in (1, 2, 3)]))
+    task = ImageTask(name="a", train=file, test=file, classes=["1", "2", "3"], images=images / "data")
+    assert [sample.label for sample in LabelledImages(task, "train")] == [0, 1, 2]
+    file.write_text(json.dumps([{"image": path, "label": label} for label in (0, 1, 2)]))
+    task = ImageTask(name="a", train=file, test=file, classes=["1", "2", "3"], images=images / "data")
+    assert [sample.label for sample in LabelledImages(task, "train")] == [0, 1, 2]
 
 
 def test_a_class_that_spells_a_control_token_is_text(images):

@@ -357,9 +357,13 @@ def test_parameters_that_processes_share_are_not_frozen():
     with pytest.raises(RuntimeError, match=r"shared memory .* cannot be frozen"):
         freeze(model)
     model = made()
+    wanted = run(model, NAMES, X)
     freeze(model)
-    with pytest.raises(RuntimeError, match=r"shared memory .* cannot be frozen"):
+    with pytest.warns(UserWarning, match="parameters in shared memory are not frozen any more"):
         model.share_memory()
+    assert [layer.capacity for layer in model] == [None, None]
+    assert all(p.is_shared() for p in model.parameters())
+    assert torch.equal(run(model, NAMES, X), wanted)
 
 
 def test_a_functional_call_with_other_parameters_raises():

@@ -35,6 +35,26 @@ def test_a_layer_that_lies_in_two_places_is_not_merged():
         model.merge_adapter()
 
 
+class Repeated(nn.Module):
+    """A block that runs twice, adapted in both places by one adapter."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleDict({"inner": nn.Linear(7, 7)})] * 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.tanh(block["inner"](x))
+        return x
+
+
+def test_a_block_that_runs_twice_is_merged():
+    model, x = adapted(base=Repeated().double(), target_modules=["inner"]), torch.randn(3, 7, dtype=torch.float64)
+    before = output(model, {"x": x})
+    model.merge_adapter()
+    assert_close(output(model, {"x": x}), before)
+
+
 DERIVED = {
     "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
     "weight_norm": nn.utils.weight_norm,

@@ -98,6 +98,16 @@ def test_a_model_that_sees_its_sequences_first_takes_batches_of_one_task(length)
             model(input_ids=ids, task_ids=["a", "b", "a", "b"])
 
 
+def test_ids_that_are_given_to_a_layer_with_its_rows_need_no_order():
+    config = transformers.XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=24)
+    model = adapted(base=transformers.XLNetLMHeadModel(config).double().eval(), target_modules=["layer_1"])
+    layer, x = model.get_base_model().transformer.layer[0].ff.layer_1, torch.randn(2, 3, 16, dtype=torch.float64)
+    with torch.no_grad():
+        y = layer(x, task=torch.tensor([1, 0], dtype=torch.int32))
+        for at, task in enumerate((1, 0)):
+            torch.testing.assert_close(y[at : at + 1], layer(x[at : at + 1], task=torch.tensor([task])))
+
+
 def test_a_number_as_first_argument_is_no_batch():
     class Scaled(nn.Module):
         def __init__(self):
@@ -224,11 +234,13 @@ class Guided(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+        self.generation_config = transformers.GenerationConfig()
 
     def forward(self, input_ids):
         return self.head(self.embed(input_ids))
 
-    def generate(self, input_ids, guidance_scale=None, num_beams=1):
+    def generate(self, input_ids, generation_config=None, guidance_scale=None, num_beams=1):
+        guidance_scale = guidance_scale or getattr(self.generation_config, "guidance_scale", None)
         y = self(input_ids=input_ids.repeat_interleave(num_beams, 0))
         return y if guidance_scale is None else y + guidance_scale * self(input_ids=input_ids.repeat(2, 1))[: len(y)]
 
@@ -241,6 +253,10 @@ def test_the_second_half_of_a_guided_batch_is_no_beams():
         assert model.generate(ids, guidance_scale=3.0, task_ids=["b", "b"]).shape == (2, 3, 20)
         with pytest.raises(ValueError, match=r"which has a guidance_scale, has 4 samples.* pass batches of one task"):
             model.generate(ids, guidance_scale=3.0, task_ids=["a", "b"])
+        model.generation_config.guidance_scale = 3.0
+        for given in ({}, {"generation_config": transformers.GenerationConfig(max_new_tokens=2)}):
+            with pytest.raises(ValueError, match="which has a guidance_scale, has 4 samples"):
+                model.generate(ids, **given, task_ids=["a", "b"])
 
 
 def test_continuous_batching_takes_no_task_ids():

@@ -158,6 +158,8 @@ class LabelledImages(Dataset):
         self._where = f"task {spec.name!r}: {source}"
         found = _read(spec, split)
         numbers, self.classes = _classes(spec)
+        as_names = _are_names(spec, [label for _, label in found if isinstance(label, int)], self.classes)
+        found = [(path, str(label) if as_names else label) for path, label in found]
         for _, label in found:
             if label not in numbers and str(label) not in numbers:
                 labels = list(dict.fromkeys(map(str, numbers)))
@@ -224,6 +226,20 @@ def _is_coop(source: Path) -> bool:
         return False
     with open(source, encoding="utf-8-sig", errors="replace") as file:
         return re.match(r'\s*\{\s*"(train|val|test)"\s*:\s*\[', file.read(200)) is not None
+
+
+def _are_names(spec: ImageTask, labels: list[int], names: list[str]) -> bool:
+    """Whether integers are the names of classes, which are numbers themselves; UserError where they may be either."""
+    if not labels or not all(str(label) in names for label in labels):
+        return False
+    if any(label >= len(names) for label in labels):
+        return True
+    if any(names[label] != str(label) for label in labels):
+        raise UserError(
+            f"task {spec.name!r}: the labels are integers that may be the names of classes or their numbers; write them as text "
+            "if they are names, or give classes as a mapping from label to name"
+        )
+    return False
 
 
 def _classes(spec: ImageTask) -> tuple[dict[str | int, int], list[str]]:

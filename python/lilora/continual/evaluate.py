@@ -25,7 +25,10 @@ from .task_identification import TaskRouter
 
 Kept = TypeVar("Kept")
 # Of a generation_config: what the model was built with, and no taste.
-OF_MODEL = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "cache_implementation")
+OF_MODEL = (
+    "bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids",
+    "suppress_tokens", "begin_suppress_tokens", "cache_implementation", "use_cache",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class ContinualRun:
                         "of tokens, classes or templates than the manifest has now; restore those, or train into another folder"
                     )
             self._take_cells(ScoreMatrix.from_dict(bank.scores["matrix"]))
-        self.state["scoring"] |= scoring
+        self._scoring = scoring
         for task in bank.describe()["tasks"]:  # trained by a run that ended before its scores were written
             self.state["seconds"].setdefault(task["name"], task["info"].get("seconds") or 0.0)
 
@@ -474,6 +474,7 @@ class ContinualRun:
         say(f"{label_of(self.bank)}: probes after {after}: {_points(results)}")
 
     def _keep_answers(self, stage: str, result: TaskScore) -> None:
+        self.state["scoring"][result.task] = self._scoring[result.task]
         if processes.rank() == 0:
             write_answers(self.folder / "predictions" / f"{stage}-{result.task}.jsonl", result.answers)
 

@@ -56,6 +56,8 @@ def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: 
         if isinstance(module, ModulesToSaveWrapper) and task in module.modules_to_save
         for key, own in module.modules_to_save[task].state_dict(keep_vars=True).items()
     }
+    if away := [name for name, own in saved.items() if own.is_meta]:
+        raise UserError(f"{away[0]} is offloaded, and cannot be overwritten; load the model in full first")
     pairs = matched(layers, task, source, saved)
     for name, (own, new) in pairs.items():
         if new.dtype != own.dtype:

@@ -81,6 +81,12 @@ class LiLoRAModel(BaseTuner):
                 layer.overwrite_task(adapter_name, *layer._own("default"))
         saved = {path: m for path, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
         placed = places(model, list(saved))
+        seeing = max(
+            (path for path, m in model.named_modules() if hasattr(m, "get_image_features")), key=len, default=""
+        )
+        for path in placed:
+            if seeing and not path.startswith(f"{seeing}."):  # behind what sees images, as a head is
+                placed[path] = TEXT
         tasks.packed |= not set(placed.values()) <= {TEXT}
         for path, place in placed.items():
             if not saved[path]._forward_pre_hooks:
@@ -165,16 +171,20 @@ class LiLoRAModel(BaseTuner):
         for layer in layers:
             if layer.quantization_backend is None:
                 layer.require_own_weight()
-        holders = defaultdict(list)
+        bases = {id(layer.base_layer): layer for layer in layers}
+        holders: dict[int, dict[object, str]] = defaultdict(dict)
         for name, module in self.model.named_modules(remove_duplicate=False):  # one module may lie in several places
+            own = (
+                bases.get(id(module)) if name.endswith(".base_layer") else None
+            )  # an adapted one too: it is merged in all
             for parameter in module._parameters.values():
-                holders[id(parameter)].append(name.removesuffix(".base_layer"))
+                holders[id(parameter)].setdefault(own or name, name.removesuffix(".base_layer"))
         for layer in layers:
-            names = list(dict.fromkeys(holders[id(layer.weight)]))
+            names = list(holders[id(layer.weight)].values())
             if len(names) > 1:
                 raise UserError(
-                    f"{names[0]} and {names[1]} share one weight, so a merge would change both; load the base model with "
-                    "tie_word_embeddings=False, or leave the task unmerged"
+                    f"{names[0]} and {names[1]} share one weight, so a merge would change both; leave the task unmerged, or load "
+                    "the base model with tie_word_embeddings=False if it is that of the embedding"
                 )
 
     def _prepare_adapter_config(self, peft_config: LiLoRAConfig, model_config: dict) -> LiLoRAConfig:

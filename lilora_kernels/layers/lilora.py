@@ -292,8 +292,8 @@ class LiLoRALinear(AdaptedLinear):
             )
         if self._is_shared():
             raise RuntimeError(
-                f"{self.path}: parameters in shared memory (share_memory(), or sent to another process) cannot be frozen, for what"
-                " other processes write into them would not be seen"
+                f"{self.path}: parameters in shared memory (share_memory(), or sent to another process) cannot be frozen: what "
+                "other processes write into them would not be seen"
             )
         if len(dtypes := {p.dtype for p in own}) > 1:
             raise RuntimeError(

@@ -80,6 +80,26 @@ def test_a_run_does_not_go_on_with_scores_of_another_manifest(edit, begun, tmp_p
         assert Bank.open(tmp_path / "suite" / "run").scores == before
 
 
+def test_what_has_no_score_yet_may_change(suite, tmp_path, lilora, monkeypatch):
+    shutil.copytree(suite, tmp_path / "suite")
+    path, train = tmp_path / "suite" / "tasks.yaml", ContinualRun._train_task
+
+    def stopped(self, index, *rest):
+        if index == 1:
+            raise KeyboardInterrupt
+        return train(self, index, *rest)
+
+    command = ["train", path, "--out", tmp_path / "run", *train_options(max_steps=1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(ContinualRun, "_train_task", stopped)
+        assert lilora(*command)[0] != 0
+    content = yaml.safe_load(path.read_text())
+    content["tasks"][2]["max_new_tokens"] = 2
+    path.write_text(yaml.safe_dump(content))
+    code, _, err = lilora(*command)
+    assert code == 0, err
+
+
 TASTES = {
     "repetition_penalty": 1.5,
     "min_new_tokens": 3,

@@ -2,7 +2,22 @@
 
 import pytest
 import torch
-from support.habits import adapted, assert_close, ids, llama, llava, llava_batch, logits, mlp, of_task, output, sample
+import transformers
+from support.habits import (
+    IMAGE,
+    TEXT,
+    adapted,
+    assert_close,
+    ids,
+    llama,
+    llava,
+    llava_batch,
+    logits,
+    mlp,
+    of_task,
+    output,
+    sample,
+)
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
@@ -121,6 +136,28 @@ def with_projectors():
 def test_a_projector_s_copy_runs_the_images_of_its_task(images):
     torch.manual_seed(0)
     model, batch, names = with_projectors(), llava_batch(images), ["a", "b", "b"]
+    mixed = output(model, batch, task_ids=names)
+    for i, name in enumerate(names):
+        assert_close(mixed[i : i + 1], of_task(model, name, sample(batch, i)))
+
+
+@pytest.mark.parametrize("images", [(1, 1, 1), (2, 0, 1)], ids=str)
+def test_a_head_behind_a_model_that_sees_images_has_its_samples(images):
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=TEXT | {"head_dim": 8, "num_labels": 3},
+        vision_config=vision | {"image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+    )
+    base = transformers.Gemma3ForSequenceClassification(config).double().eval()
+    base.config.pad_token_id = base.config.text_config.pad_token_id = 0
+    model = adapted(base=base, target_modules=r".*language_model.*q_proj", modules_to_save=["score"])
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.normal_()
+    batch, names = llava_batch(images), ["a", "b", "b"]
     mixed = output(model, batch, task_ids=names)
     for i, name in enumerate(names):
         assert_close(mixed[i : i + 1], of_task(model, name, sample(batch, i)))

@@ -1,9 +1,10 @@
 """A call of our own each way, or library products: python -m bench.small_training [--out FOLDER]
 
 Of `lilora::linear` with all gradients, and of its forward alone, in fp32 on one thread: thread time by the plan one_launch of
-the CPU kernels over that by composed, the least of repetitions that alternate; without an adapter over F.linear's. What
-`MOST_PRODUCTS`, `FORWARD_ROWS`, `FORWARD_X` and `OUTRUN_ROWS` of cpu_training.py and `PROMPTS_FROM` of accelerated.py were read
-from. With --out, a file named by the processor's instructions goes there.
+the CPU kernels over that by composed, the least of repetitions that alternate; without an adapter over F.linear's; in bf16 by
+decode over composed's. What `MOST_PRODUCTS`, `FORWARD_ROWS`, `FORWARD_X` and `OUTRUN_ROWS` of cpu_training.py, `PROMPTS_FROM` of
+accelerated.py and `BF16_ROWS` of cpu_runtime.py were read from. With --out, a file named by the processor's instructions goes
+there.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from lilora_kernels import cpu_library
-from lilora_kernels.ops import cpu_training
+from lilora_kernels.ops import cpu_runtime, cpu_training
 from lilora_kernels.ops.linear import eager
 from lilora_kernels.ops.schema import AdapterArgs
 
@@ -37,6 +38,8 @@ PROMPT_SIZES = (
 )
 PROMPT_ROWS, PROMPT_TASKS = (72, 128, 256, 512), (1, 8)
 BARE_SIZES = (576, 576), (1536, 576), (1024, 1024), (2048, 2048), (4096, 4096)  # K, N without an adapter
+BF16_SIZES = (512, 1376, 32, 16), (2048, 5504, 128, 64), (4096, 11008, 128, 64)
+BF16_ROWS = 1, 4, 8, 16, 64
 SECONDS = 1.0  # of a cell
 
 
@@ -70,6 +73,19 @@ def bare(rows: int, columns: int, outputs: int) -> dict[str, Callable[[], object
     return {"one_launch": lambda: own(x), "composed": lambda: nn.functional.linear(x, weight)}
 
 
+def decoded(rows: int, columns: int, outputs: int, rank: int, sub_rank: int, tasks: int) -> dict[str, Callable]:
+    """A forward in bf16 by the plan decode, and by composed."""
+    sizes = (rows, columns), (outputs, columns), (rank, columns), (outputs, rank)
+    x, weight, a, b0 = (torch.randn(size, dtype=torch.bfloat16) / size[-1] ** 0.5 for size in sizes)
+    u, v = torch.randn(tasks, outputs, sub_rank).bfloat16(), torch.randn(tasks, sub_rank, rank).bfloat16()
+    task = (torch.arange(rows) % tasks).int()
+    adapter = AdapterArgs(a, b0, u, v, torch.zeros(tasks).bfloat16(), task, None, None, None, 2.0, 0.0, None)
+    return {
+        "decode": lambda: cpu_runtime.decode(x, (adapter, weight, None)),
+        "composed": lambda: eager.forward(x, weight, None, adapter),
+    }
+
+
 def least(of: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Microseconds of this thread, the least of each."""
     best, end = dict.fromkeys(of, float("inf")), time.monotonic() + seconds
@@ -100,6 +116,14 @@ def main() -> None:
         what = "both directions" if backward else f"forward, T={tasks}" if rank else "no adapter"
         over = us["one_launch"] / us["composed"]
         print(f"{rows:5} x {columns:5} -> {outputs:5}  {products:14,}  {what:15}  {over:.2f} of composed", flush=True)
+    in_bf16 = [(rows, *size, tasks) for size in BF16_SIZES for rows in BF16_ROWS for tasks in sorted({1, min(rows, 8)})]
+    for cell in in_bf16:
+        us = least(decoded(*cell), options.seconds)
+        sizes = dict(zip("MKNRST", cell, strict=True)) | {"dtype": "bfloat16"}
+        found.append(sizes | {f"{name}_us": round(each, 1) for name, each in us.items()})
+        rows, columns, outputs, *_, tasks = cell
+        over = us["decode"] / us["composed"]
+        print(f"{rows:5} x {columns:5} -> {outputs:5}  bf16, decode, T={tasks}  {over:.2f} of composed", flush=True)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         content = {"environment": environment("python -m bench.small_training", on_gpu=False), "results": found}

@@ -17,12 +17,8 @@ from .routing.context import GATHERED, TEXT, BatchContext, Recomputation, Tasks,
 from .routing.placement import places, reordered
 from .routing.task_names import TaskIds
 
-METHODS = (
-    "forward",
-    "generate",
-    "generate_batch",
-    "gradient_checkpointing_enable",
-)  # what attach() puts its own in front of
+# What attach() puts its own in front of.
+METHODS = "forward", "generate", "generate_batch", "gradient_checkpointing_enable"
 MISSPELT = "task_id", "tasks", "task", "adapter_name"  # would be taken without a word, as any keyword is
 
 

@@ -32,7 +32,7 @@ class Kernels:
         self.train_forward, self.train_backward = library.lilora_cpu_train_forward, library.lilora_cpu_train_backward
         self.train_forward.argtypes = self.train_backward.argtypes = (ctypes.c_char_p,)
         self.instructions = min(library.lilora_cpu_instructions(), most_instructions())
-        # Where products of many rows take half the time of torch's, whose library is not as wide there: measured on Zen 5.
+        # Where products of many rows take half the time of torch's (bench/results/small-training/avx512.json).
         self.outruns = INSTRUCTIONS[self.instructions - 1] == "avx512" and bool(library.lilora_cpu_is_amd())
         self.has_bf16 = bool(library.lilora_cpu_has_bf16())
         self.parallel_for = parallel_for()

@@ -26,10 +26,10 @@ def accelerate_linears(model: nn.Module) -> dict[str, str | None]:
     Up to 64 rows (bf16 8 where the processor multiplies it itself): torch's own product of few rows runs at a fraction of the
     memory's speed; these kernels read each weight once. In fp32 up to 256 rows of weights of 4 million elements and more, with
     AVX-512 on AMD up to 1024 rows of any. Results are torch's up to rounding, a row's bits the same in any batch of up to 64
-    rows that they take, and in any of more. Other calls take torch's product as before: more
-    rows, gradients, autocast, torch.compile, another device. So do the bases of adapted layers while no task is active or one
-    is merged. Returns None for each layer by its path, or why it was left as it is. Neither parameters nor the state dict are
-    touched: the layers become AcceleratedLinear. Quantise a model first. Undone by `restore_linears`.
+    rows that they take, and in any of more. Other calls take torch's product as before: more rows, gradients, autocast,
+    torch.compile, another device. So do the bases of adapted layers while no task is active or one is merged. Returns None for
+    each layer by its path, or why it was left as it is. Neither parameters nor the state dict are touched: the layers become
+    AcceleratedLinear. Quantise a model first. Undone by `restore_linears`.
     """
     found = {}
     for path, layer in model.named_modules():

@@ -23,6 +23,18 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return decoder
 
 
+def sees_images(model: nn.Module) -> nn.Module | None:
+    """The innermost module around the decoder that has transformers' `get_image_features`: tower, projector and decoder."""
+    names, decoder = {module: name for name, module in model.named_modules()}, decoder_of(model)
+    if decoder not in names or getattr(decoder, "main_input_name", None) != "input_ids":
+        return None
+    around = [
+        m for m in names
+        if hasattr(m, "get_image_features") and m is not decoder and _below(names[decoder], names[m])
+    ]  # fmt: skip
+    return max(around, key=lambda module: len(names[module]), default=None)
+
+
 def places(model: nn.Module, paths: Sequence[str]) -> dict[str, str | None]:
     """Where these parts of a model lie: TEXT below its decoder, AHEAD of it, GATHERED among experts; None if nothing tells.
 
@@ -38,8 +50,7 @@ def places(model: nn.Module, paths: Sequence[str]) -> dict[str, str | None]:
     decoder = decoder_of(model)
     text, ahead = [], []
     if decoder in names and getattr(decoder, "main_input_name", None) == "input_ids":
-        around = [m for m in names if hasattr(m, "get_image_features") and m is not decoder and holds(m, decoder)]
-        owner = max(around, key=lambda module: len(names[module]), default=None)
+        owner = sees_images(model)
         parts = [] if owner is None else list(owner.children())
         seeing = "" if owner is None else _source_of_features(type(owner))
         ahead = [

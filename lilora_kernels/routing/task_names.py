@@ -85,9 +85,8 @@ class TaskNames:
                 raise ValueError(
                     f"task_ids has rows of {[len(row) for row in rows]} ids; give one for each token, padding too"
                 )
-            task_ids = torch.tensor(
-                [int(t) for t in named], dtype=torch.int64, device="cpu"
-            )  # of int32 some are too large
+            # As int32 some would be too large, and have to be named below.
+            task_ids = torch.tensor([int(t) for t in named], dtype=torch.int64, device="cpu")
             task_ids = task_ids.view(len(rows), -1) if by_token else task_ids
         if task_ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"task_ids is {task_ids.dtype}; it must be torch.int32 or torch.int64")

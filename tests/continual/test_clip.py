@@ -83,9 +83,16 @@ def test_integers_where_names_are_numbers_too(images, tmp_path):
     file.write_text(json.dumps([{"image": path, "label": label} for label in (1, 2, 3)]))
     task = ImageTask(name="a", train=file, test=file, classes=["1", "2", "3"], images=images / "data")
     assert [sample.label for sample in LabelledImages(task, "train")] == [0, 1, 2]
+    few = tmp_path / "few.json"  # what its labels are the other split tells
+    few.write_text(json.dumps([{"image": path, "label": label} for label in (1, 2)]))
+    task = ImageTask(name="a", train=file, test=few, classes=["1", "2", "3"], images=images / "data")
+    assert [sample.label for sample in LabelledImages(task, "test")] == [0, 1]
     file.write_text(json.dumps([{"image": path, "label": label} for label in (0, 1, 2)]))
     task = ImageTask(name="a", train=file, test=file, classes=["1", "2", "3"], images=images / "data")
     assert [sample.label for sample in LabelledImages(task, "train")] == [0, 1, 2]
+    file.write_text(json.dumps([{"image": path, "label": label} for label in range(12)]))
+    task = ImageTask(name="a", train=file, test=file, images=images / "data")  # names in the order of text
+    assert [task.class_names()[sample.label] for sample in LabelledImages(task, "train")] == list(map(str, range(12)))
 
 
 def test_a_class_that_spells_a_control_token_is_text(images):

@@ -215,7 +215,11 @@ def run_cases(library: Path) -> None:
         ):
             device(processors, order=order, copies=copies)
             errors = Errors()
-            for seed in (order, order + 10, order + 20):  # one draw has three gradients of fusion, too few to be compared
+            for seed in (
+                order,
+                order + 10,
+                order + 20,
+            ):  # one draw has three gradients of fusion, too few to be compared
                 i = make(rows, 264, 200, 24, 8, 3, coefficients, "random", True, dtype, seed=seed)
                 with backends.plan(plan):
                     add_errors(errors, i, "linear", NAMES, 0.1, torch.tensor([seed]))

@@ -240,17 +240,23 @@ def test_larger_products_are_left_to_the_library(monkeypatch):
         assert len(seen) == taken
 
 
-@pytest.mark.parametrize("op", ["delta", "linear", "delta_pair"])
-@pytest.mark.parametrize("leaves", [(), LEAVES])
-def test_forward_alone_is_taken_for_more_rows(op, leaves, monkeypatch):
-    monkeypatch.setattr(cpu_training, "MOST_PRODUCTS", 0)
+def calls_of(monkeypatch, outruns):
+    """Names of the library's functions, as they are called from now on."""
     seen, library = [], cpu_training.cpu_library.load()
-    monkeypatch.setattr(library, "outruns", False)
+    monkeypatch.setattr(library, "outruns", outruns)
     for name in ("train_forward", "train_backward"):
         function = getattr(library, name)
         monkeypatch.setattr(
             library, name, lambda call, name=name, function=function: seen.append(name) or function(call)
         )
+    return seen
+
+
+@pytest.mark.parametrize("op", ["delta", "linear", "delta_pair"])
+@pytest.mark.parametrize("leaves", [(), LEAVES])
+def test_forward_alone_is_taken_for_more_rows(op, leaves, monkeypatch):
+    monkeypatch.setattr(cpu_training, "MOST_PRODUCTS", 0)
+    seen = calls_of(monkeypatch, outruns=False)
     monkeypatch.setattr(cpu_training, "FORWARD_X", 256 * 24)
     for rows, columns, taken in ((65, 24, True), (256, 24, True), (257, 23, False), (256, 25, False)):
         i = make(rows=rows, columns=columns, dtype=torch.float32).leaves(leaves)
@@ -268,13 +274,7 @@ def test_forward_alone_is_taken_for_more_rows(op, leaves, monkeypatch):
 def test_where_the_kernels_outrun_the_library_all_products_of_enough_rows_are_theirs(op, monkeypatch):
     for name in ("MOST_PRODUCTS", "FORWARD_X", "FORWARD_ROWS"):
         monkeypatch.setattr(cpu_training, name, 0)
-    seen, library = [], cpu_training.cpu_library.load()
-    monkeypatch.setattr(library, "outruns", True)
-    for name in ("train_forward", "train_backward"):
-        function = getattr(library, name)
-        monkeypatch.setattr(
-            library, name, lambda call, name=name, function=function: seen.append(name) or function(call)
-        )
+    seen = calls_of(monkeypatch, outruns=True)
     calls = 2 if op == "delta_pair" else 1
     for rows, leaves, taken in (
         (31, LEAVES, []),

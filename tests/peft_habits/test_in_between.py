@@ -24,6 +24,8 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 from lilora import hotswap
 from lilora.errors import UserError
 from lilora_kernels import LiLoRALinear
+from lilora_kernels.routing.context import AHEAD
+from lilora_kernels.routing.placement import places, sees_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter name:UserWarning", "ignore:.*weight_norm:FutureWarning")
 
@@ -161,6 +163,19 @@ def test_a_head_behind_a_model_that_sees_images_has_its_samples(images):
     mixed = output(model, batch, task_ids=names)
     for i, name in enumerate(names):
         assert_close(mixed[i : i + 1], of_task(model, name, sample(batch, i)))
+
+
+def test_a_tower_that_gets_features_itself_is_not_what_sees_the_images():
+    """Around the decoder is what counts: a projector beside such a tower is ahead of the text all the same."""
+    base = llava()
+    base.model.vision_tower.get_image_features = lambda *_: None
+    assert sees_images(base) is base.model
+    assert places(base, ["model.multi_modal_projector.linear_1"]) == {"model.multi_modal_projector.linear_1": AHEAD}
+    model = adapted(base=base, modules_to_save=["linear_1", "linear_2"])
+    batch = llava_batch((2, 0, 1))
+    assert_close(output(model, batch, task_ids=["b"] * 3), of_task(model, "b", batch))
+    hooks = model.get_base_model().model.multi_modal_projector.linear_1._forward_pre_hooks.values()
+    assert [hook.args[2] for hook in hooks] == [AHEAD]
 
 
 def test_its_gradients_are_those_of_its_own_images():

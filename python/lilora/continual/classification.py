@@ -158,8 +158,6 @@ class LabelledImages(Dataset):
         self._where = f"task {spec.name!r}: {source}"
         found = _read(spec, split)
         numbers, self.classes = _classes(spec)
-        as_names = _are_names(spec, [label for _, label in found if isinstance(label, int)], self.classes)
-        found = [(path, str(label) if as_names else label) for path, label in found]
         for _, label in found:
             if label not in numbers and str(label) not in numbers:
                 labels = list(dict.fromkeys(map(str, numbers)))
@@ -228,18 +226,19 @@ def _is_coop(source: Path) -> bool:
         return re.match(r'\s*\{\s*"(train|val|test)"\s*:\s*\[', file.read(200)) is not None
 
 
-def _are_names(spec: ImageTask, labels: list[int], names: list[str]) -> bool:
-    """Whether integers are the names of classes, which are numbers themselves; UserError where they may be either."""
+def _integers_are_names(spec: ImageTask, names: list[str]) -> bool:
+    """Whether integer labels are names, where names are numbers but not their own; UserError if they may be either."""
+    if not any(name.isdecimal() and name != str(i) for i, name in enumerate(names)):
+        return False
+    labels = {label for split in spec.splits for _, label in _read(spec, split) if isinstance(label, int)}
     if not labels or not all(str(label) in names for label in labels):
         return False
-    if any(label >= len(names) for label in labels):
-        return True
-    if any(names[label] != str(label) for label in labels):
+    if all(label in range(len(names)) for label in labels):
         raise UserError(
             f"task {spec.name!r}: the labels are integers that may be the names of classes or their numbers; write them as text "
             "if they are names, or give classes as a mapping from label to name"
         )
-    return False
+    return True
 
 
 def _classes(spec: ImageTask) -> tuple[dict[str | int, int], list[str]]:
@@ -253,7 +252,8 @@ def _classes(spec: ImageTask) -> tuple[dict[str | int, int], list[str]]:
     else:
         numbers = {name: i for i, name in enumerate(classes)}
         every = range(len(classes))
-        numbers, names = {i: i for i in every} | {str(i): i for i in every} | numbers, classes
+        by_number = {} if _integers_are_names(spec, classes) else {i: i for i in every}
+        numbers, names = by_number | {str(i): i for i in every} | numbers, classes
     if not names:
         raise UserError(f"task {spec.name!r} has no classes; name them.")
     for name in names:

@@ -227,10 +227,8 @@ class DAC(MergedLoRAs):
             a, b = layer.part(EXPERTS)
             stored[f"{path}.{EXPERTS}.A"], stored[f"{path}.{EXPERTS}.B0"] = a.detach().clone(), b.detach().clone()
             stored[f"state.{path}.counts"] = layer.choose.counts.clone()
-            binary, samples = (
-                self.options.weights == "binary",
-                layer.choose.samples.clamp(min=1),
-            )  # 0 ahead of text alone
+            binary = self.options.weights == "binary"
+            samples = layer.choose.samples.clamp(min=1)  # 0 in layers ahead of the decoder, of a task of text alone
             mean = torch.ones_like(layer.choose.weights) if binary else layer.choose.weights / samples
             stored[f"state.{path}.weights"] = mean
         self._merge(stage.task, stored)

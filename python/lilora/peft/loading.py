@@ -20,7 +20,7 @@ OTHER_CHAIN = "load tasks of one chain together, or set on_shared_mismatch='repl
 
 
 def hotswap(model: nn.Module, source: str | PathLike | dict[str, Tensor], task: str) -> None:
-    """Overwrite a task of a live model with a saved one, in place; the task keeps its name and its id.
+    """Overwrite a task of a live model with a saved one, its modules_to_save too, in place; it keeps its name and its id.
 
     No tensor moves, in the stacked bank of mixed batches neither, so compiled and captured graphs stay valid and see the
     new values. model: adapted through PEFT or transformers, compiled or parallel or not. source: the folder of one task as

@@ -29,7 +29,7 @@ from lilora_kernels.layers.accelerated import AcceleratedLinear
 from lilora_kernels.layers.base import is_conv1d, is_sharded, reads_weight
 from lilora_kernels.layers.experts import expert_parameters
 from lilora_kernels.routing.context import TEXT, BatchContext, Tasks, device_of
-from lilora_kernels.routing.placement import places
+from lilora_kernels.routing.placement import places, sees_images
 from lilora_kernels.routing.task_names import TaskIds
 
 from .config import LiLoRAConfig
@@ -80,12 +80,10 @@ class LiLoRAModel(BaseTuner):
             for layer in adapted_layers(model).values():
                 layer.overwrite_task(adapter_name, *layer._own("default"))
         saved = {path: m for path, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
-        placed = places(model, list(saved))
-        seeing = max(
-            (path for path, m in model.named_modules() if hasattr(m, "get_image_features")), key=len, default=""
-        )
+        placed, seeing = places(model, list(saved)), sees_images(model)
+        within = set() if seeing is None else set(seeing.modules())
         for path in placed:
-            if seeing and not path.startswith(f"{seeing}."):  # behind what sees images, as a head is
+            if seeing is not None and saved[path] not in within:  # behind it, as a head is
                 placed[path] = TEXT
         tasks.packed |= not set(placed.values()) <= {TEXT}
         for path, place in placed.items():
@@ -174,9 +172,8 @@ class LiLoRAModel(BaseTuner):
         bases = {id(layer.base_layer): layer for layer in layers}
         holders: dict[int, dict[object, str]] = defaultdict(dict)
         for name, module in self.model.named_modules(remove_duplicate=False):  # one module may lie in several places
-            own = (
-                bases.get(id(module)) if name.endswith(".base_layer") else None
-            )  # an adapted one too: it is merged in all
+            # An adapted one may too: it is merged in all.
+            own = bases.get(id(module)) if name.endswith(".base_layer") else None
             for parameter in module._parameters.values():
                 holders[id(parameter)].setdefault(own or name, name.removesuffix(".base_layer"))
         for layer in layers:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lilora_kernels import cpu_library
+from lilora_kernels import backends, cpu_library
 from lilora_kernels.ops import cpu_runtime, cpu_training
 from lilora_kernels.ops.linear import eager
 from lilora_kernels.ops.schema import AdapterArgs
@@ -51,8 +51,9 @@ def runs(
     task = torch.arange(rows, dtype=torch.int32) * tasks // rows
     adapter = AdapterArgs(*map(torch.randn, shapes), task, None, None, None, 2.0, 0.0, None)
     x, dy, weight = torch.randn(rows, columns), torch.randn(rows, outputs), torch.randn(outputs, columns)
-    own, needs = cpu_training.Training([weight, None], adapter), cpu_training.OPERANDS
-    own.most_rows = cpu_training.MOST_ROWS
+    needs = cpu_training.OPERANDS
+    with backends.plan("one_launch"):  # without its limits
+        own = cpu_training.Training([weight, None], adapter)
 
     def one_launch() -> object:
         y, h, _ = own.forward(x, [weight, None], adapter)
@@ -69,7 +70,8 @@ def bare(rows: int, columns: int, outputs: int) -> dict[str, Callable[[], object
     """A product without an adapter, as `accelerate_linears` has it for large weights, and as torch has it."""
     x, weight = torch.randn(rows, columns), torch.randn(outputs, columns)
     none = AdapterArgs(torch.empty(0, columns), torch.empty(outputs, 0), *[None] * 7, 1.0, 0.0, None)
-    own = cpu_training.bind_forward(x, weight, None, none)
+    with backends.plan("one_launch"):
+        own = cpu_training.bind_forward(x, weight, None, none)
     return {"one_launch": lambda: own(x), "composed": lambda: nn.functional.linear(x, weight)}
 
 

@@ -10,7 +10,10 @@ from lilora_kernels.ops.cpu_training import OPERANDS
 pytestmark = pytest.mark.skipif(isinstance(cpu_library.load(), str), reason=f"{cpu_library.load()}")
 
 
-def test_both_plans_compute_the_same():
+def test_both_plans_compute_the_same_beyond_the_limits_of_the_choice_too(monkeypatch):
+    monkeypatch.setattr(cpu_library.load(), "outruns", False)
+    for name in ("MOST_PRODUCTS", "FORWARD_X", "FORWARD_ROWS"):
+        monkeypatch.setattr(small_training.cpu_training, name, 0)
     torch.manual_seed(0)
     runs = small_training.runs(7, 24, 20, 8, 4)
     own, library = (run() for run in runs.values())

@@ -10,7 +10,7 @@ from .schema import AdapterArgs
 
 DECODE_ROWS = 64  # the most that the kernels take: kMostRows of csrc/cpu/decode.cpp
 # Where the processor multiplies bf16 itself, which torch's products use and these do not: time over composed's up to 8 rows
-# 0.5 to 1.3, at 16 rows 0.95 to 1.8, at 64 1.8 to 2.6.
+# 0.4 to 1.1, at 16 rows 0.9 to 1.4, at 64 1.8 to 2.5 (bench/results/small-training/avx512.json).
 BF16_ROWS = 8
 PLANS = {
     "decode": f"up to {DECODE_ROWS} rows, in bf16 {BF16_ROWS} where the processor has bf16",

@@ -18,8 +18,8 @@ MOST_ROWS = 1024  # kMostRows of csrc/cpu/training.cpp
 # Both directions, by multiplications of y = x W^T, h and h B0^T: 0.2 to 0.93; beyond, 0.8 to 1.2.
 FORWARD_ROWS, FORWARD_X = 256, 2**20
 MOST_PRODUCTS = 2**26
-# Where the kernels outrun torch's products (avx512.json there), forward always, 0.15 to 0.73, and from so many rows both
-# directions too, 0.48 to 0.79; below, beyond MOST_PRODUCTS, 0.98 and 1.15.
+# Where the kernels outrun torch's products (avx512.json there), forward always, 0.15 to 0.72, and beyond MOST_PRODUCTS from
+# so many rows both directions too, 0.47 to 0.81; below, 0.98 and 1.15.
 OUTRUN_ROWS = 32
 PLAN = {
     "one_launch": f"for fp32, forward up to {FORWARD_ROWS} rows, with AVX-512 on AMD {MOST_ROWS}, and backward of small products"
